@@ -1,0 +1,26 @@
+"""The losses, one file each: settings and one pure function. A new one is a file and a line in ``LOSSES``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fmm_distill.losses.base import LossSettings, Weight, weigh
+from fmm_distill.losses.eulerian import EulerianSettings, eulerian
+from fmm_distill.losses.lagrangian import LagrangianSettings, lagrangian
+
+__all__ = [
+    "LOSSES",
+    "AnyLossSettings",
+    "EulerianSettings",
+    "LagrangianSettings",
+    "LossSettings",
+    "Weight",
+    "eulerian",
+    "lagrangian",
+    "weigh",
+]
+
+LOSSES = {"lagrangian": lagrangian, "eulerian": eulerian}
+AnyLossSettings = Annotated[LagrangianSettings | EulerianSettings, Field(discriminator="name")]

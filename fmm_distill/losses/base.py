@@ -1,0 +1,50 @@
+"""What every loss shares: its settings' base, the pairs of times, the weight of a sample."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["LossSettings", "Weight", "squared_norm", "weigh"]
+
+
+class Settings(BaseModel):
+    """A closed, frozen group of settings: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LossSettings(Settings):
+    """Settings that every loss has."""
+
+    derivative: Literal["auto", "exact", "central"] = "auto"
+    """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
+
+    def at_step(self, step: int) -> Self:
+        """The settings in force at a step; those with a warm-up differ from step to step."""
+        return self
+
+
+class Weight(Settings):
+    """The weight of a sample: ``(d + constant)^-power`` with d its mean squared residual, gradient stopped."""
+
+    power: float = Field(default=0.5, ge=0, le=2)
+    """0: every sample counts the same; 0.5 resembles a pseudo-Huber loss; 1 takes the logarithm."""
+    constant: float = Field(default=1e-3, gt=0)
+    """What keeps the weight of a small residual finite."""
+
+
+def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+    """Mean over the event of the squared residual, in float32 at least."""
+    return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)
+
+
+def weigh(loss: Float[Tensor, " batch"], weight: Weight) -> Float[Tensor, " batch"]:
+    """The adaptive weight of Geng et al. 2025 (MeanFlow, arXiv 2505.13447, section 4.3) on each sample's loss."""
+    return loss * (loss.detach() + weight.constant) ** -weight.power

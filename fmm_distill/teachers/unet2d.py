@@ -1,0 +1,92 @@
+"""Unconditional pixel teachers: ``UNet2DModel`` with a discrete variance-preserving scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import diffusers
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.interpolant import PREDICTIONS, Schedule
+from fmm_distill.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fmm_distill.teachers.load import Found
+
+__all__ = ["SCHEDULERS", "load_unet2d"]
+
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+
+
+def load_unet2d(found: Found) -> Teacher:
+    """The teacher in a folder with a ``UNet2DModel`` and one of ``SCHEDULERS``.
+
+    Raises:
+        UserError: on a scheduler, a prediction or a network of the class that this adapter can't read exactly.
+    """
+    name = found.components["scheduler"][1]
+    if name not in SCHEDULERS:
+        raise UserError(
+            f"{found.source}: scheduler {name}; wanted one of {', '.join(SCHEDULERS)}: "
+            "save the pipeline with one of them if its schedule is the same, or add a teacher (docs/add-a-teacher.md)"
+        )
+    scheduler = getattr(diffusers, name).from_pretrained(found.component_folder("scheduler"))
+    prediction = scheduler.config.prediction_type
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{found.source}: prediction_type {prediction!r}; wanted one of {', '.join(PREDICTIONS)}")
+    folder = found.component_folder("unet")
+    _require_safetensors(folder, found.source)
+    network = diffusers.UNet2DModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    _check_network(network, found.source)
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Teacher(
+        network=network.eval().requires_grad_(False),
+        schedule=Schedule(scheduler.alphas_cumprod),
+        prediction=prediction,
+        event_shape=(network.config.in_channels, height, width),
+        source=found.source,
+        adapter="UNet2DModel, pixels, unconditional",
+        scheduler_config=dict(scheduler.config),
+        revision=found.revision,
+        licence=found.licence,
+    )
+
+
+def _require_safetensors(folder: Path, source: str) -> None:
+    if not list(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
+        raise UserError(
+            f"{source}: {folder.name} has {', '.join(others)} and no .safetensors; pickled weights are not opened: "
+            "save the pipeline again with save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def _check_network(network: diffusers.UNet2DModel, source: str) -> None:
+    config = network.config
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
+        raise UserError(f"{source}: the UNet2DModel is class-conditional; wanted an unconditional one (not yet)")
+    if config.time_embedding_type != "positional":
+        raise UserError(
+            f"{source}: time_embedding_type {config.time_embedding_type!r}; wanted 'positional', "
+            "the one that takes the fractional timesteps of this schedule"
+        )
+    if config.out_channels != config.in_channels:
+        raise UserError(
+            f"{source}: {config.in_channels} channels in, {config.out_channels} out (a learned variance?); "
+            "wanted the same number (not yet)"
+        )
+    if config.sample_size is None:
+        raise UserError(f"{source}: unet/config.json has no sample_size; wanted the image size: add it there")
+    for key, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {key} holds NaN or infinite numbers; wanted a trained network: fetch it again")

@@ -152,8 +152,8 @@ def _forward_mode(
 ) -> tuple[Tensor, Tensor]:
     """Value and directional derivative; autocast off, since half-precision tangents lose two digits."""
     with StockNetworks(), torch.autocast(at[0].device.type, enabled=False):
-        value, derivative = torch.func.jvp(function, at, along)
-    return value, derivative
+        result: tuple[Tensor, Tensor] = torch.func.jvp(function, at, along)
+    return result
 
 
 def choose_engine(

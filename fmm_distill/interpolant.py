@@ -112,7 +112,7 @@ class Schedule:
         t = t.double()
         times, slopes = self._times.to(t.device), self._slopes.to(t.device)
         # The interval is a piecewise constant of t: it carries no derivative, in forward mode either.
-        index = torch.searchsorted(times, t.detach(), right=True).clamp(1, self.num_timesteps) - 1
+        index = torch.searchsorted(times, t.detach().contiguous(), right=True).clamp(1, self.num_timesteps) - 1
         width = times[index + 1] - times[index]
         s = (t - times[index]) / width
         cubic = (slopes[index] + slopes[index + 1]) * width - 2

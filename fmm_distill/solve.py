@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -36,7 +37,7 @@ def solve(
     def at(position: Tensor, time: Tensor) -> Tensor:
         return velocity(position, time.expand(len(position)), cond)
 
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in pairwise(times):
         step = (r - t).to(x.dtype)
         k1 = at(x, t)
         if method == "euler":

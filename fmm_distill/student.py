@@ -25,7 +25,7 @@ __all__ = ["Student", "StudentPrediction", "fold", "make_student"]
 StudentPrediction = Literal["teacher", "v_prediction"]
 
 
-class Student(nn.Module, FlowMap):
+class Student(FlowMap, nn.Module):
     """A two-time network read as a flow map on the teacher's schedule.
 
     ``u`` is ``eps_hat - x0_hat`` of the network's output, so that a jump is a DDIM step (Song et al. 2021,
@@ -63,7 +63,7 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher") ->
     With ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be
     regressed on the teacher's velocity first (the trainer does, see ``student.regression_steps``).
     """
-    config = {key: value for key, value in teacher.network.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
     network = TwoTimeUNet2DModel.from_config(config)
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):

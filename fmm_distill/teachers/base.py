@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,6 +11,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.interpolant import expand, velocity_from_prediction
 
 if TYPE_CHECKING:
+    import diffusers
     from jaxtyping import Float
     from torch import Tensor, nn
 
@@ -58,6 +59,11 @@ class Teacher:
         timestep = self.schedule.timestep(t).clamp_min(0).to(precise)
         output = self.network(x_teacher, timestep).sample.to(x.dtype)
         return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of its diffusers network."""
+        return dict(cast("diffusers.ModelMixin", self.network).config)
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         """Where sampling starts, at t_max: the teacher's own x_T ~ N(0, I), in the coordinates of the axis."""

@@ -3,17 +3,115 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.unet2d import SCHEDULERS, load_unet2d
 
-__all__ = ["Found", "load_teacher"]
+__all__ = ["BUILTIN", "Found", "load_teacher"]
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
+_PREFIX = "builtin:"
+_TRAVELS = ["*.json", "*.safetensors", "README.md"]
+
+
+@dataclass
+class Found:
+    """A pipeline folder on this disk, before any weight is loaded.
+
+    Attributes:
+        components: name to (library, class) of every component that is not empty.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None = None
+    licence: str | None = None
+    components: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def component_folder(self, name: str) -> Path:
+        """Where a component's files stand: its own folder, or the root, as the oldest repositories have it."""
+        own = self.folder / name
+        return own if own.is_dir() else self.folder
+
+
+def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+    """A pretrained diffusers pipeline as a velocity field on the time axis.
+
+    Args:
+        source: a Hub id, a folder written by ``save_pretrained``, or ``builtin:<name>``.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: if it can't be found or no adapter opens it; the message says what was found.
+    """
+    found = find(source, revision)
+    described = ", ".join(f"{name}: {cls}" for name, (_, cls) in found.components.items())
+    if any(name.startswith("text_encoder") for name in found.components):
+        raise UserError(f"{source}: a text-to-image pipeline ({described}); wanted an unconditional one (not yet)")
+    if set(found.components) == {"unet", "scheduler"} and found.components["unet"][1] == "UNet2DModel":
+        return load_unet2d(found)
+    raise UserError(
+        f"{source}: no adapter for {described or 'an empty pipeline'}; known: unet: UNet2DModel with scheduler: "
+        f"{' | '.join(SCHEDULERS)}. To add one see docs/add-a-teacher.md"
+    )
+
+
+def find(source: str, revision: str | None = None) -> Found:
+    """The pipeline's folder and components; downloads it if ``source`` is a Hub id."""
+    folder, commit = _folder(source, revision)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: model_index.json is not JSON ({error}); fetch the pipeline again") from error
+    components = {
+        name: (value[0], value[1])
+        for name, value in entries.items()
+        if not name.startswith("_") and isinstance(value, list) and value[1] is not None
+    }
+    return Found(source, folder, commit, _licence(folder), components)
+
+
+def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
+    if source.startswith(_PREFIX):
+        name = source.removeprefix(_PREFIX)
+        known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
+        if name not in known:
+            raise UserError(f"{source}: no such built-in teacher; known: {', '.join(_PREFIX + n for n in known)}")
+        return BUILTIN / name, None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"{source}: no such folder; wanted a pipeline folder, a Hub id or builtin:digits")
+    try:
+        local = Path(snapshot_download(source, revision=revision, allow_patterns=_TRAVELS))
+    except HFValidationError as error:
+        raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
+    except OSError as error:
+        raise UserError(
+            f"{source}: no such folder here, and the Hub gave nothing ({_first_line(error)}); "
+            "check the name, the network and your token"
+        ) from error
+    return local, local.name
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    licence: str | None = ModelCard.load(card).data.license
+    return licence
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

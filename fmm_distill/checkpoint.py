@@ -1,0 +1,154 @@
+"""Checkpoints: a folder of safetensors that is complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fmm_distill.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "latest", "load", "save", "write_text", "writing"]
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on.
+
+    Attributes:
+        step: the number of steps done.
+        tensors: file stem to named tensors: student, ema, optimizer.
+        state: what is not a tensor.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns a full disk, a size limit or a missing permission while writing ``target`` into one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{target} could not be written ({reason}); what was there before is whole: "
+            "make room or choose another --output, then run the same command again"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that its old content stays until the new one is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint beside the older ones, then remove all but the newest ``keep``.
+
+    The folder gets its name only when every file in it is on the disk; a partial one is removed.
+    """
+    target = folder / f"step-{checkpoint.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".*.partial"):
+            shutil.rmtree(left_over)
+        try:
+            _write(partial, checkpoint)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            _sync_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    partial.mkdir()
+    for name, tensors in checkpoint.tensors.items():
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, partial / f"{name}.safetensors")
+    (partial / "state.json").write_text(json.dumps(checkpoint.state), encoding="utf-8")
+    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    manifest = {"step": checkpoint.step, "sha256": digests}
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(partial)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint, if there is one."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> Checkpoint:
+    """A checkpoint, checked against the digests written with it.
+
+    Raises:
+        UserError: if a file of it is missing or is not the one that was written.
+    """
+
+    def damaged(name: str, what: str) -> UserError:
+        return UserError(f"checkpoint {path}: {name} {what}; remove that folder to go on from the one before it")
+
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        digests, step = manifest["sha256"], manifest["step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(_MANIFEST, "is missing or unreadable") from error
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            raise damaged(name, "is missing")
+        if _digest(path / name) != digest:
+            raise damaged(name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(step, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))

@@ -1,0 +1,67 @@
+"""``fmm-distill --teacher ID --recipe NAME``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fmm_distill import __version__
+
+__all__ = ["distil"]
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fmm-distill")
+@click.option("--teacher", metavar="ID|FOLDER", help="Hub id, pipeline folder or builtin:digits [the recipe's].")
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe of `fmm-distill recipes`, or a YAML file.")
+@click.option("--data", metavar="SOURCE", help="none, a Hub dataset, a parquet file or folder, a folder of images.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. training.steps=200.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [runs/<recipe>].")
+@click.option("--resume/--fresh", default=True, show_default=True, help="Go on in the run folder, or remove it first.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would happen, and stop.")
+@click.pass_context
+def distil(
+    context: click.Context,
+    teacher: str | None,
+    recipe: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    r"""Turn a pretrained diffusers model into a few-step generator.
+
+    \b
+    fmm-distill --recipe digits
+    fmm-distill --teacher google/ddpm-cifar10-32 --recipe cifar10 --data uoft-cs/cifar10
+    accelerate launch -m fmm_distill --teacher ID --recipe cifar10
+
+    The same command goes on where it was stopped.
+    """
+    given = [teacher, recipe, data, output, *overrides]
+    if context.invoked_subcommand is not None:
+        if any(value is not None for value in given) or dry_run or not resume:
+            raise click.UsageError(
+                f"options before {context.invoked_subcommand} belong to the bare command; put its own behind it"
+            )
+        return
+    if recipe is None:
+        if any(value is not None for value in given):
+            raise click.UsageError("--recipe is missing; `fmm-distill recipes` lists them")
+        click.echo(context.get_help())
+        return
+    from fmm_distill.recipe import load_recipe
+
+    named = [f"{key}={value}" for key, value in (("teacher", teacher), ("data", data)) if value is not None]
+    resolved = load_recipe(recipe, [*named, *overrides])
+    folder = output or Path("runs") / Path(recipe).stem
+    if dry_run:
+        from fmm_distill.run import forecast
+
+        click.echo(forecast(resolved, folder))
+        return
+    from fmm_distill.run import distill
+
+    distill(resolved, folder, fresh=not resume, say=click.echo)

@@ -1,0 +1,16 @@
+"""``fmm-distill env``: what a bug report needs."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["env"]
+
+
+@click.command()
+def env() -> None:
+    """Print versions and device for a bug report."""
+    from fmm_distill.run import environment
+
+    for name, value in environment().items():
+        click.echo(f"{name}: {value}")

@@ -1,0 +1,28 @@
+"""Lists of step numbers on the command line."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["STEPS"]
+
+
+class _Steps(click.ParamType[tuple[int, ...]]):
+    name = "steps"
+
+    def convert(
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """``"1,2,4"`` as positive integers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: wanted whole numbers with commas between, e.g. 1,2,4", param, ctx)
+        if min(found) < 1:
+            self.fail(f"{value!r}: wanted numbers from 1 up", param, ctx)
+        return found
+
+
+STEPS = _Steps()

@@ -1,0 +1,34 @@
+"""``fmm-distill recipes``: list them, show one."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["recipes"]
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List the recipes that ship with the package."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_)
+
+
+@recipes.command("list")
+def list_() -> None:
+    """Names and purposes."""
+    from fmm_distill.recipe import find_recipe, recipe_names
+
+    for name in recipe_names():
+        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
+        click.echo(f"{name:<12}{first.removeprefix('#').strip().removeprefix('Purpose').strip()}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a recipe's file, to copy and edit."""
+    from fmm_distill.recipe import find_recipe
+
+    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)

@@ -1,0 +1,27 @@
+"""``fmm-distill sample RUN``: a grid of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fmm_distill.cli.numbers import STEPS
+
+__all__ = ["sample"]
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--steps", type=STEPS, default="4", show_default=True, metavar="N,...", help="Numbers of steps, one row each."
+)
+@click.option("--count", type=click.IntRange(1, 64), default=12, show_default=True, help="Images a row.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
+def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path) -> None:
+    """Draw images with the student of a run folder, the same noise in each column."""
+    from fmm_distill.run import draw_run
+
+    draw_run(run, steps, count, seed, output)
+    click.echo(f"{output}: {count} images of {', '.join(map(str, steps))} steps")

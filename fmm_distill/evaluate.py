@@ -1,0 +1,236 @@
+"""What the student loses and gains against its teacher: endpoint error, Fréchet distance, seconds per image."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from fmm_distill.errors import UserError
+from fmm_distill.features import load_digits_classifier
+from fmm_distill.sampling import sample
+from fmm_distill.solve import endpoint
+from fmm_distill.teachers.load import BUILTIN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float
+    from torch import Tensor, nn
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from fmm_distill.data import Images
+    from fmm_distill.recipe import EvaluationSettings
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["Evaluation", "Row", "check_features", "evaluate", "table"]
+
+NOISE_SEED = 20_240_607
+
+
+@dataclass
+class Row:
+    """One sampler at one number of steps."""
+
+    sampler: str
+    steps: int
+    calls: int
+    endpoint_error: float
+    frechet: float | None
+    seconds_per_image: float
+
+
+@dataclass
+class Evaluation:
+    """How it was measured, and what came out."""
+
+    protocol: dict[str, Any]
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain keys and values."""
+        return {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
+
+
+def check_features(settings: EvaluationSettings, event_shape: tuple[int, ...]) -> None:
+    """Refuse features that can't be had or don't fit, before anything long starts."""
+    if settings.features == "digits" and event_shape != (1, 8, 8):
+        raise UserError(
+            f"evaluation.features: digits looks at 1 x 8 x 8 images, the teacher makes "
+            f"{' x '.join(map(str, event_shape))}: take inception (with --data) or none"
+        )
+    if settings.features == "inception":
+        try:
+            import torch_fidelity  # noqa: F401 only whether it is there
+        except ImportError as error:
+            raise UserError(
+                "evaluation.features: inception needs `pip install fmm-distill[fid]` and its weights "
+                "(fetched at first use); features: none measures the endpoint error without them"
+            ) from error
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student, teacher: Teacher, settings: EvaluationSettings, reference: Images | None, device: torch.device
+) -> Evaluation:
+    """Measure student and teacher on the same noises.
+
+    The endpoint error is the root mean square, over samples and pixels, of the distance to where the teacher's
+    ODE takes the same noise (RK4, see ``solve.endpoint``).
+    """
+    count = max(settings.endpoint_samples, settings.samples if settings.features != "none" else 0)
+    noise = torch.randn(count, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    some = noise[: settings.endpoint_samples]
+    truth, solver_error = _truth(teacher, some, settings, device)
+    metric = _frechet_metric(settings, reference, device)
+    rows = []
+    for name, steps, sampler in _samplers(student, teacher, settings):
+        x, calls, seconds = _run(sampler, noise, (student.network, teacher.network), settings.batch_size, device)
+        error = (x[: len(some)] - truth).square().mean().sqrt().item()
+        rows.append(Row(name, steps, calls, error, _frechet(metric, x, settings), seconds))
+    protocol = _protocol(teacher, settings, reference, solver_error, device)
+    return Evaluation(protocol, rows)
+
+
+def _samplers(
+    student: Student, teacher: Teacher, settings: EvaluationSettings
+) -> list[tuple[str, int, Callable[[Tensor], Tensor]]]:
+    def student_at(steps: int) -> Callable[[Tensor], Tensor]:
+        return lambda noise: sample(student, noise, steps)
+
+    samplers = [("student", steps, student_at(steps)) for steps in settings.steps]
+    for name, kind, numbers in (
+        ("teacher-ddim", DDIMScheduler, settings.ddim_steps),
+        ("teacher-dpmsolver++", DPMSolverMultistepScheduler, settings.dpmsolver_steps),
+    ):
+        samplers += [(name, steps, _stock(teacher, kind, steps)) for steps in numbers]
+    return samplers
+
+
+def _stock(teacher: Teacher, kind: Any, steps: int) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 a scheduler class
+    """The teacher under a stock scheduler, as diffusers makes it from the teacher's own configuration."""
+
+    def run(noise: Tensor) -> Tensor:
+        scheduler = kind.from_config(teacher.scheduler_config, timestep_spacing="trailing")
+        scheduler.set_timesteps(steps, device=noise.device)
+        x = noise
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
+        return x
+
+    return run
+
+
+def _run(
+    sampler: Callable[[Tensor], Tensor],
+    noise: Tensor,
+    networks: tuple[nn.Module, ...],
+    batch: int,
+    device: torch.device,
+) -> tuple[Float[Tensor, "batch *event"], int, float]:
+    """Samples on the CPU, network calls, seconds an image (median over batches, after one warm-up batch)."""
+    calls = []
+    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
+    parts = [part.to(device) for part in noise.split(batch)]
+    sampler(parts[0])
+    counted = len(calls)
+    for hook in hooks:
+        hook.remove()
+    samples, seconds = [], []
+    for part in parts:
+        started = time.perf_counter()
+        samples.append(sampler(part).cpu())
+        seconds.append((time.perf_counter() - started) / len(part))
+    return torch.cat(samples), counted, statistics.median(seconds)
+
+
+def _truth(
+    teacher: Teacher, noise: Tensor, settings: EvaluationSettings, device: torch.device
+) -> tuple[Float[Tensor, "batch *event"], float]:
+    """Where the teacher's ODE ends, and the root mean square change when the solver's steps are halved."""
+
+    def solved(steps: int) -> Tensor:
+        parts = noise.split(settings.batch_size)
+        ends = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(part.to(device)), steps) for part in parts]
+        return torch.cat(ends).cpu()
+
+    fine = solved(settings.endpoint_solver_steps)
+    return fine, (fine - solved(max(1, settings.endpoint_solver_steps // 2))).square().mean().sqrt().item()
+
+
+def _frechet_metric(
+    settings: EvaluationSettings, reference: Images | None, device: torch.device
+) -> FrechetInceptionDistance | None:
+    """The metric with the reference images in it; None without features."""
+    if settings.features == "none" or reference is None:
+        return None
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    digits = settings.features == "digits"
+    feature = load_digits_classifier(BUILTIN / "digits") if digits else 2048
+    metric = FrechetInceptionDistance(feature=feature, normalize=True, reset_real_features=False).to(device)
+    metric.set_dtype(torch.float64)
+    for images in reference.batches(settings.batch_size):
+        metric.update(_for_features(images.to(device), settings), real=True)
+    return metric
+
+
+def _frechet(metric: FrechetInceptionDistance | None, x: Tensor, settings: EvaluationSettings) -> float | None:
+    if metric is None:
+        return None
+    metric.reset()
+    for part in x[: settings.samples].split(settings.batch_size):
+        metric.update(_for_features((part / 2 + 0.5).clamp(0, 1).to(metric.device), settings), real=False)
+    return float(metric.compute())
+
+
+def _for_features(images: Tensor, settings: EvaluationSettings) -> Tensor:
+    """Inception is shown three channels."""
+    return images.expand(-1, 3, -1, -1) if settings.features == "inception" and images.shape[1] == 1 else images
+
+
+def _protocol(
+    teacher: Teacher,
+    settings: EvaluationSettings,
+    reference: Images | None,
+    solver_error: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    features = {
+        "digits": "32 features of the classifier in builtin:digits; images clipped to [0, 1], not rounded",
+        "inception": "2048 Inception features (torchmetrics, torch-fidelity weights); rounded to uint8, resized to 299",
+        "none": "not measured (evaluation.features: none)",
+    }
+    measured = settings.features != "none" and reference is not None
+    return {
+        "endpoint_error": "root mean square over samples and pixels (range -1 to 1) of the distance to the teacher's "
+        "ODE solution from the same noise",
+        "endpoint_samples": settings.endpoint_samples,
+        "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
+        "ode_solver_error": solver_error,
+        "frechet": features[settings.features],
+        "frechet_samples": settings.samples if measured else None,
+        "frechet_reference": f"{len(reference)} images of {reference.source}" if measured and reference else None,
+        "noise_seed": NOISE_SEED,
+        "solvers": "diffusers' DDIMScheduler and DPMSolverMultistepScheduler (2M), timestep_spacing=trailing, the rest "
+        f"as in the teacher's configuration (clip_sample={teacher.scheduler_config.get('clip_sample', False)})",
+        "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
+        f"{torch.get_num_threads()} threads, float32",
+    }
+
+
+def table(evaluation: Evaluation) -> str:
+    """The rows as text, with the protocol below."""
+    lines = [f"{'sampler':<20}{'steps':>6}{'calls':>7}{'endpoint error':>16}{'Fréchet':>10}{'s/image':>11}"]
+    for row in evaluation.rows:
+        frechet = "-" if row.frechet is None else f"{row.frechet:.3f}"
+        lines.append(
+            f"{row.sampler:<20}{row.steps:>6}{row.calls:>7}{row.endpoint_error:>16.4f}{frechet:>10}"
+            f"{row.seconds_per_image:>11.5f}"
+        )
+    return "\n".join([*lines, *(f"  {key}: {value}" for key, value in evaluation.protocol.items())])

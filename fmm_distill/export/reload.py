@@ -1,0 +1,28 @@
+"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and keep their images.
+
+python reload.py FOLDER SEED BATCH OUTPUT.safetensors N [N ...]
+"""
+
+import sys
+
+# Any import of the package fails from here on: what opens below opens without it.
+sys.modules["fmm_distill"] = None
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+if __name__ == "__main__":
+    folder, seed, batch, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_grad_enabled(False)
+    any_step = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    any_step.set_progress_bar_config(disable=True)
+    images = {}
+    for steps in map(int, sys.argv[5:]):
+        folded = DiffusionPipeline.from_pretrained(f"{folder}/steps-{steps}")
+        folded.set_progress_bar_config(disable=True)
+        for name, pipeline in (("any", any_step), ("folded", folded)):
+            generator = torch.Generator().manual_seed(seed)
+            made = pipeline(batch, generator=generator, num_inference_steps=steps, output_type="pt").images
+            images[f"{name}-{steps}"] = made.float().cpu().contiguous()
+    save_file(images, output)

@@ -1,0 +1,225 @@
+"""A recipe: everything that a distillation run is, as one closed typed object, from YAML or from Python."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from fmm_distill.errors import UserError
+from fmm_distill.losses import AnyLossSettings, LagrangianSettings, Weight
+from fmm_distill.losses.base import Settings
+from fmm_distill.starts import Pairs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
+
+
+class StudentSettings(Settings):
+    """How the student starts."""
+
+    prediction: Literal["teacher", "v_prediction"] = "teacher"
+    """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
+    regression_steps: int = Field(default=0, ge=0)
+    """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
+
+
+class TrainingSettings(Settings):
+    """The loop."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimiser steps on the loss, after the student's regression steps."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples in one optimiser step, over all processes."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts that a process's share of the batch is split into, to save memory."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's averaging rates."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate grows from 0."""
+    decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does after its warm-up."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Rate of the exponential moving average that is evaluated and exported; it is shorter in the first steps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the student's forward pass; derivatives, weights and losses stay in float32."""
+    seed: int = Field(default=0, ge=0)
+    """Every draw is a function of it, the step and the place in the batch."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that stay on disk."""
+
+
+class EvaluationSettings(Settings):
+    """What is measured at the end."""
+
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of student steps."""
+    ddim_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50, 100)
+    """Numbers of DDIM steps of the teacher, to compare with."""
+    dpmsolver_steps: tuple[int, ...] = (1, 2, 4, 6, 8, 16)
+    """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
+    samples: int = Field(default=1024, ge=2)
+    """Images for the Fréchet distance."""
+    endpoint_samples: int = Field(default=256, ge=1)
+    """Noises for the endpoint error."""
+    endpoint_solver_steps: int = Field(default=64, ge=1)
+    """RK4 steps of the teacher's ODE solution; half as many are solved too, and the difference reported."""
+    features: Literal["digits", "inception", "none"] = "none"
+    """Features of the Fréchet distance: the built-in digits classifier, Inception (extra `fid`), or no distance."""
+    batch_size: int = Field(default=256, ge=1)
+    """Images at a time."""
+
+
+class ExportSettings(Settings):
+    """What is written for others to load."""
+
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
+
+
+class Recipe(Settings):
+    """A distillation run. ``distill(Recipe(...))`` is what the command line calls."""
+
+    teacher: str = "builtin:digits"
+    """Hub id, folder or builtin:<name>."""
+    revision: str | None = None
+    """Branch, tag or commit of a teacher on the Hub."""
+    data: str = "none"
+    """none (distil from noise alone), a Hub dataset, a parquet file or folder, or a folder of images."""
+    student: StudentSettings = StudentSettings()
+    """How the student starts."""
+    loss: AnyLossSettings = LagrangianSettings()
+    """Which loss, and its settings."""
+    weight: Weight = Weight()
+    """The weight of a sample."""
+    pairs: Pairs = Pairs()
+    """Where jumps start and end."""
+    training: TrainingSettings = TrainingSettings()
+    """The loop."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured at the end."""
+    export: ExportSettings = ExportSettings()
+    """What is written for others to load."""
+
+    @model_validator(mode="after")
+    def _reference_exists(self) -> Self:
+        if self.evaluation.features == "inception" and self.data == "none":
+            raise ValueError("evaluation.features: inception compares with a dataset; give data, or features: none")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _folders() -> list[Path]:
+    """Where recipes stand: inside an installed package, beside it in a checkout."""
+    inside = Path(str(importlib.resources.files("fmm_distill"))) / "recipes"
+    return [folder for folder in (inside, inside.parent.parent / "recipes") if folder.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe, by its name or its own path.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"recipe {name}: no such file")
+        return Path(name)
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise UserError(f"recipe {name!r} is unknown{_guess(name, recipe_names())}; known: {', '.join(recipe_names())}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or file, with ``key.path=value`` overrides in YAML's notation.
+
+    Raises:
+        UserError: with every mistake in one report, each with the path that a user can type.
+    """
+    path = find_recipe(name)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"recipe {path}: wanted keys and values, got {type(settings).__name__}")
+    for override in overrides:
+        _apply(settings, override)
+    return parse(settings, f"recipe {name}")
+
+
+def parse(settings: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain keys and values; all mistakes in one ``UserError``."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        mistakes = "; ".join(_mistake(item) for item in error.errors())
+        raise UserError(f"{where}: {mistakes}") from error
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: wanted key=value, e.g. --set training.steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    place = settings
+    for parent in parents:
+        below = place.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {override!r}: {parent} is not a group of settings")
+        place = below
+    place[last] = value
+
+
+def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
+    """One mistake, by the path that can be typed: the tag of a union is no part of it."""
+    tags = {"lagrangian", "eulerian"}
+    path = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in tags)) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict | Settings) else f" (got {item['input']!r})"
+    return f"{path}: {message}{got}"
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _paths(model: type[Settings], prefix: str = "") -> list[str]:
+    paths = []
+    for name, spec in model.model_fields.items():
+        paths.append(prefix + name)
+        kinds = getattr(spec.annotation, "__args__", (spec.annotation,))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Settings):
+                paths += _paths(kind, f"{prefix}{name}.")
+    return paths

@@ -1,0 +1,308 @@
+"""The main job: teacher, student, training, evaluation, export, in one folder that explains itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from fmm_distill import __version__, checkpoint
+from fmm_distill.data import load_images
+from fmm_distill.errors import UserError
+from fmm_distill.evaluate import NOISE_SEED, Evaluation, Row, check_features, evaluate, table
+from fmm_distill.export.card import write_card
+from fmm_distill.export.folder import check_steps, export_pipeline
+from fmm_distill.export.verify import verify
+from fmm_distill.pictures import draw_samples, draw_steps
+from fmm_distill.recipe import parse
+from fmm_distill.sampling import sample
+from fmm_distill.solve import endpoint
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trainer import Trainer, activation_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fmm_distill.data import Images
+    from fmm_distill.recipe import Recipe
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["Plan", "distill", "draw_run", "environment", "evaluate_run", "export_run", "forecast", "open_run", "plan"]
+
+COLUMNS = 12
+
+
+@dataclass
+class Plan:
+    """What a recipe needs, opened and checked before anything long starts."""
+
+    recipe: Recipe
+    teacher: Teacher
+    student: Student
+    images: Images | None
+    reference: Images | None
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Open the teacher and the data and check what can be checked.
+
+    Raises:
+        UserError: on anything in the recipe that this teacher or this machine can't do.
+    """
+    if recipe.training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+    teacher = load_teacher(recipe.teacher, revision=recipe.revision)
+    if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
+        raise UserError(
+            f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
+            "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
+        )
+    check_features(recipe.evaluation, teacher.event_shape)
+    check_steps(recipe.export.steps, teacher.schedule.num_timesteps)
+    images = None if recipe.data == "none" else load_images(recipe.data, teacher.event_shape)
+    reference = images
+    if reference is None and recipe.evaluation.features == "digits":
+        reference = load_images("builtin:digits", teacher.event_shape)
+    student = make_student(teacher, recipe.student.prediction)
+    return Plan(recipe, teacher, student, images, reference)
+
+
+def distill(
+    recipe: Recipe, output: Path | str, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> Evaluation:
+    """Distil, evaluate and export into the folder ``output``; the same call goes on where it was stopped.
+
+    Args:
+        fresh: remove what an earlier run left in ``output``.
+        say: takes each line that a user should read.
+
+    Raises:
+        UserError: on input that can't be used, a folder of another recipe, a damaged checkpoint or a full disk.
+        TrainingDivergedError: when the loss is no number any more.
+    """
+    folder = Path(output)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision),
+        gradient_accumulation_steps=recipe.training.accumulation,
+    )
+    line = say if accelerator.is_main_process else _silent
+    if accelerator.is_main_process:
+        _open_folder(folder, recipe, fresh)
+    accelerator.wait_for_everyone()
+    finished = _finished(folder)
+    if finished is not None:
+        line(f"{folder} is finished; --fresh starts again")
+        line(table(finished))
+        line(_how_to_load(folder, recipe))
+        return finished
+    job = plan(recipe)
+    line(_describe(job))
+    trainer = Trainer(job.student, job.teacher, recipe, job.images, folder, accelerator, line)
+    trainer.run()
+    job.student.network.load_state_dict(trainer.average.module.state_dict())
+    job.student.eval()
+    if accelerator.is_main_process:
+        evaluation = _finish(job, folder, accelerator.device, line)
+    accelerator.wait_for_everyone()
+    return evaluation if accelerator.is_main_process else _read(folder)
+
+
+def _silent(_: str) -> None:
+    """Processes other than the first say nothing."""
+
+
+def _open_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
+    """Make the run's folder, or check that it belongs to this recipe."""
+    written = folder / "recipe.yaml"
+    with checkpoint.writing(folder):
+        if fresh and written.is_file():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    if written.is_file():
+        there, here = (
+            _flat(yaml.safe_load(written.read_text(encoding="utf-8"))),
+            _flat(yaml.safe_load(recipe.to_yaml())),
+        )
+        different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        if different:
+            shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in different[:6])
+            raise UserError(
+                f"--output {folder} is a run of another recipe ({shown}); "
+                "choose another folder, or --fresh to remove it"
+            )
+    elif any(folder.iterdir()):
+        raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")
+    else:
+        checkpoint.write_text(written, recipe.to_yaml())
+        checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the run folder and for bug reports."""
+    packages = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "torchmetrics")
+    return {
+        "fmm_distill": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _describe(job: Plan) -> str:
+    teacher, training = job.teacher, job.recipe.training
+    parameters = sum(p.numel() for p in teacher.network.parameters())
+    added = sum(p.numel() for p in job.student.parameters()) - parameters
+    shape = " x ".join(map(str, teacher.event_shape))
+    steps = job.recipe.student.regression_steps + training.steps
+    data = "none (noise alone)" if job.images is None else f"{len(job.images)} images of {job.images.source}"
+    return (
+        f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} parameters)\n"
+        f"student: {job.student.prediction}, {added:,} new parameters for the second time\n"
+        f"data:    {data}\n"
+        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss.name}"
+    )
+
+
+def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> Evaluation:
+    say("evaluating")
+    settings = job.recipe.evaluation
+    evaluation = evaluate(job.student, job.teacher, settings, job.reference, device)
+    _draw(job, evaluation, folder, device)
+    say("exporting")
+    student = folder / "student"
+    steps = job.recipe.export.steps
+    export_pipeline(job.student, job.teacher, student, steps)
+    write_card(student, job.recipe, job.teacher, evaluation, folder)
+    differences = verify(job.student, student, steps)
+    evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
+    checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    say(table(evaluation))
+    say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
+    say(_how_to_load(folder, job.recipe))
+    return evaluation
+
+
+@torch.no_grad()
+def _rows(job: Plan, steps: tuple[int, ...], count: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Images of the teacher's ODE and of the student, from the same noises."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, *job.teacher.event_shape, generator=generator).to(device)
+    solver_steps = job.recipe.evaluation.endpoint_solver_steps
+    truth = endpoint(job.teacher.velocity, job.teacher.schedule, job.teacher.prior(noise), solver_steps)
+    rows = {"teacher's ODE": truth.cpu()}
+    return rows | {f"student, {n}": sample(job.student, noise, n).cpu() for n in steps}
+
+
+def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
+    rows = _rows(job, job.recipe.evaluation.steps, COLUMNS, NOISE_SEED + 1, device)
+    with checkpoint.writing(folder / "samples.png"):
+        draw_samples(rows, folder / "samples.png")
+        draw_steps(evaluation, folder / "steps.png")
+
+
+def _how_to_load(folder: Path, recipe: Recipe) -> str:
+    n = recipe.export.steps[-1] if recipe.export.steps else 0
+    lines = ["load it with diffusers alone:", "  from diffusers import DiffusionPipeline"]
+    if n:
+        lines += [
+            f'  images = DiffusionPipeline.from_pretrained("{folder / "student" / f"steps-{n}"}")'
+            f"(num_inference_steps={n}).images"
+        ]
+    lines += [
+        "or, for any number of steps:",
+        f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',
+    ]
+    return "\n".join(lines)
+
+
+def _read(folder: Path) -> Evaluation:
+    kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return Evaluation(kept["protocol"], [Row(**row) for row in kept["rows"]])
+
+
+def _finished(folder: Path) -> Evaluation | None:
+    """The evaluation of a run that came to its end: it is the last file that a run writes."""
+    return _read(folder) if (folder / "evaluation.json").is_file() else None
+
+
+def open_run(folder: Path | str) -> Plan:
+    """The teacher of a run and its averaged student at the newest checkpoint.
+
+    Raises:
+        UserError: if the folder is no run, or has no checkpoint yet.
+    """
+    folder = Path(folder)
+    written = folder / "recipe.yaml"
+    if not written.is_file():
+        raise UserError(f"{folder} is no run folder (no recipe.yaml); wanted what --output was given")
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
+    recipe = parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
+    job = plan(recipe)
+    average = checkpoint.load(newest).tensors["ema"]
+    weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
+    job.student.network.load_state_dict(weights)
+    return job
+
+
+def evaluate_run(folder: Path | str, steps: tuple[int, ...] | None = None, samples: int | None = None) -> Evaluation:
+    """Measure a run's averaged student again, at other numbers of steps or with another count of images."""
+    job = open_run(folder)
+    changes = {"steps": steps or job.recipe.evaluation.steps, "samples": samples or job.recipe.evaluation.samples}
+    settings = job.recipe.evaluation.model_copy(update=changes)
+    device = Accelerator().device
+    job.teacher.to(device)
+    return evaluate(job.student.to(device).eval(), job.teacher, settings, job.reference, device)
+
+
+def draw_run(folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path) -> None:
+    """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
+    job = open_run(folder)
+    rows = _rows(job, steps, count, seed, torch.device("cpu"))
+    with checkpoint.writing(picture):
+        draw_samples(rows, picture)
+
+
+def export_run(folder: Path | str, target: Path, steps: tuple[int, ...] | None = None) -> dict[str, float]:
+    """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
+    job = open_run(folder)
+    folded = job.recipe.export.steps if steps is None else steps
+    export_pipeline(job.student, job.teacher, target, folded)
+    return verify(job.student, target, folded)
+
+
+def forecast(recipe: Recipe, folder: Path) -> str:
+    """The resolved recipe and what a run of it would do, without doing it."""
+    job = plan(recipe)
+    state = sum(p.numel() for p in job.student.parameters()) * 5 + sum(
+        p.numel() for p in job.teacher.network.parameters()
+    )
+    activations = activation_bytes(job.student, job.teacher, recipe) * recipe.training.batch_size
+    activations //= recipe.training.accumulation
+    return (
+        f"{recipe.to_yaml()}\n{_describe(job)}\n"
+        f"memory:  {state * 4 / 2**30:.2f} GiB of weights, gradients, optimiser and average, "
+        f"{activations / 2**30:.2f} GiB of activations (one process, float32)\n"
+        f"output:  {folder}\nnothing was run (--dry-run)"
+    )

@@ -1,0 +1,1 @@
+"""Teachers: diffusers pipelines as velocity fields, one file a family; and closed forms."""

@@ -1,0 +1,256 @@
+"""The loop: one module whose forward computes the loss, stepped by accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fmm_distill import checkpoint
+from fmm_distill.derivatives import choose_engine
+from fmm_distill.ema import averaged
+from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.losses import LOSSES, weigh
+from fmm_distill.losses.base import squared_norm
+from fmm_distill.starts import draw, pair_times, points, teacher_jump
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from fmm_distill.data import Images
+    from fmm_distill.losses import AnyLossSettings
+    from fmm_distill.recipe import Recipe, TrainingSettings
+    from fmm_distill.starts import Draws
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
+
+
+class TrainingDivergedError(FmmDistillError):
+    """The loss or its gradient is no number any more."""
+
+
+class Objective(nn.Module):
+    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronised whole."""
+
+    def __init__(self, student: Student, teacher: Teacher, recipe: Recipe, settings: AnyLossSettings) -> None:
+        super().__init__()
+        self.student = student
+        # A list hides the frozen teacher from the wrapped module's parameters and state.
+        self._teacher = [teacher]
+        self.recipe = recipe
+        self.settings = settings
+
+    def forward(self, draws: Draws, images: Tensor | None, step: int) -> Tensor:
+        """Unweighted loss of each sample, shape ``[batch]``."""
+        teacher = self._teacher[0]
+        regression = self.recipe.student.regression_steps
+        if step < regression:
+            return self._regression(teacher, draws, images)
+        t, r = pair_times(self.recipe.pairs, teacher.schedule, draws)
+        x_t = points(teacher, self.student, draws, t, images)
+        settings = self.settings.at_step(step - regression)
+        loss: Callable[..., Tensor] = LOSSES[settings.name]
+        return loss(self.student, teacher.velocity, x_t, t, r, settings=settings)
+
+    def _regression(self, teacher: Teacher, draws: Draws, images: Tensor | None) -> Tensor:
+        """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches."""
+        t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws)
+        x_t = points(teacher, teacher_jump(teacher), draws, t, images)
+        with torch.no_grad():
+            v = teacher.velocity(x_t, t)
+        return squared_norm(self.student.mean_velocity(x_t, t, t) - v)
+
+
+def activation_bytes(student: Student, teacher: Teacher, recipe: Recipe) -> int:
+    """Bytes that one sample's loss keeps for the backward pass, counted on one sample."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    draws = draw(0, 0, 1, teacher.event_shape)
+    objective = Objective(student, teacher, recipe, recipe.loss)
+    last = recipe.student.regression_steps + recipe.training.steps - 1
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(draws, None, last)
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+
+def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
+    """The rate of a step: linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / (training.warmup_steps + 1))
+    if training.decay == "constant":
+        return training.learning_rate * warm
+    return training.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
+
+
+class Trainer:
+    """A student, its moving average and its optimiser; ``run`` goes on from the newest checkpoint in ``folder``.
+
+    Args:
+        say: takes each line that a user should read.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        recipe: Recipe,
+        images: Images | None,
+        folder: Path,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ) -> None:
+        training = recipe.training
+        self.parts = accelerator.num_processes * training.accumulation
+        if training.batch_size % self.parts:
+            raise UserError(
+                f"training.batch_size {training.batch_size} does not split over {accelerator.num_processes} processes "
+                f"x {training.accumulation} accumulation steps: take a multiple of {self.parts}"
+            )
+        self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
+        self.accelerator, self.say = accelerator, say
+        self.total = recipe.student.regression_steps + training.steps
+        teacher.to(accelerator.device)
+        student.to(accelerator.device)
+        settings = self._settle_engine(student)
+        self.student = student
+        self.average = averaged(student.network, training.ema)
+        # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
+        objective = Objective(student, teacher, recipe, settings).eval()
+        optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=training.learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+        )
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+
+    def _settle_engine(self, student: Student) -> AnyLossSettings:
+        settings = self.recipe.loss
+        if settings.derivative != "auto":
+            return settings
+        shape = self.teacher.event_shape
+        x = torch.zeros(1, *shape, device=self.accelerator.device)
+        t = torch.full((1,), self.teacher.schedule.t_max, dtype=torch.float64, device=x.device)
+        engine, reason = choose_engine(student, x, t, t / 2)
+        student.zero_grad(set_to_none=True)
+        self.say(f"derivatives: {engine} ({reason})")
+        return settings.model_copy(update={"derivative": engine})
+
+    def run(self) -> None:
+        """Train to the last step; checkpoints and one JSON line a step on the way."""
+        first = self._resume()
+        if first >= self.total:
+            return
+        training = self.recipe.training
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=self.total, initial=first, unit="step", disable=not main, mininterval=1.0, desc="distil")
+        with (self.folder / "steps.jsonl").open("a", encoding="utf-8") as log, bar:
+            for step in range(first, self.total):
+                started = time.perf_counter()
+                record = self._step(step)
+                record["images_per_second"] = training.batch_size / (time.perf_counter() - started)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
+                bar.update()
+                done = step + 1
+                if main:
+                    with checkpoint.writing(self.folder / "steps.jsonl"):
+                        log.write(json.dumps(record) + "\n")
+                        log.flush()
+                if done % training.checkpoint_every == 0 or done == self.total:
+                    self._save(done)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        training = self.recipe.training
+        regression = step < self.recipe.student.regression_steps
+        rate = learning_rate(training, step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape)
+        size = training.batch_size // self.parts
+        first = self.accelerator.process_index * training.accumulation
+        sums = torch.zeros(2, device=self.accelerator.device)
+        norm = torch.zeros(())
+        for part in range(first, first + training.accumulation):
+            mine = draws.part(part * size, (part + 1) * size, self.accelerator.device)
+            images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
+            with self.accelerator.accumulate(self.objective):
+                losses = self.objective(mine, images, step)
+                weighted = weigh(losses, self.recipe.weight).mean()
+                self.accelerator.backward(weighted)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            sums += torch.stack([losses.detach().mean(), weighted.detach()]) / training.accumulation
+        self.average.update_parameters(self.student.network)
+        loss, weighted_loss = self.accelerator.reduce(sums, "mean").tolist()
+        if not math.isfinite(loss) or not bool(torch.as_tensor(norm).isfinite()):
+            raise TrainingDivergedError(
+                f"step {step}: loss {loss}, gradient norm {float(norm)}; the newest checkpoint is whole: "
+                "lower training.learning_rate or take precision: fp32 and start with --fresh"
+            )
+        phase = "regression" if regression else self.recipe.loss.name
+        record = {"step": step, "phase": phase, "loss": loss, "weighted": weighted_loss}
+        return record | {"gradient_norm": float(norm), "learning_rate": rate}
+
+    def _save(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            "student": dict(self.student.network.state_dict()),
+            "ema": dict(self.average.state_dict()),
+            "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+        }
+        scaler = self.accelerator.scaler
+        state = {"scaler": scaler.state_dict() if scaler is not None else None}
+        kept = checkpoint.Checkpoint(step, tensors, state)
+        checkpoint.save(self.folder / "checkpoints", kept, self.recipe.training.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, drop the log lines after it, and give the step to go on with."""
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        step = 0
+        if newest is not None:
+            kept = checkpoint.load(newest)
+            self.restore(kept)
+            step = kept.step
+            if step < self.total:
+                self.say(f"going on from {newest.name}")
+        log = self.folder / "steps.jsonl"
+        if self.accelerator.is_main_process and log.is_file():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            checkpoint.write_text(log, "".join(lines[:step]))
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def restore(self, kept: checkpoint.Checkpoint) -> None:
+        """Put a checkpoint's weights, average and optimiser state in place."""
+        self.student.network.load_state_dict(kept.tensors["student"])
+        self.average.load_state_dict(kept.tensors["ema"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in kept.tensors["optimizer"].items():
+            index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if kept.state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept.state["scaler"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from fmm_distill.losses.base import LossSettings, Weight, weigh
 from fmm_distill.losses.eulerian import EulerianSettings, eulerian
 from fmm_distill.losses.lagrangian import LagrangianSettings, lagrangian
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 __all__ = [
     "LOSSES",
@@ -22,5 +27,5 @@ __all__ = [
     "weigh",
 ]
 
-LOSSES = {"lagrangian": lagrangian, "eulerian": eulerian}
+LOSSES: dict[str, Callable[..., Tensor]] = {"lagrangian": lagrangian, "eulerian": eulerian}
 AnyLossSettings = Annotated[LagrangianSettings | EulerianSettings, Field(discriminator="name")]

@@ -30,6 +30,11 @@ class LossSettings(Settings):
         """The settings in force at a step; those with a warm-up differ from step to step."""
         return self
 
+    @property
+    def central_costs_less(self) -> bool:
+        """Whether ``auto`` takes central differences although forward mode runs."""
+        return False
+
 
 class Weight(Settings):
     """The weight of a sample: ``(d + constant)^-power`` with d its mean squared residual, gradient stopped."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.derivatives import derivative_along_flow
+from fmm_distill.derivatives import derivative_along_flow, value_and_derivative_along_flow
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import LossSettings, squared_norm
 
@@ -74,11 +74,14 @@ def eulerian(
     with torch.no_grad():
         v = velocity(x_t, t, cond)
     if settings.stop == "none":
-        u, du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+        u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
         return squared_norm(u - v + length * du)
     with torch.no_grad():
-        u, du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+        du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+    u = flow_map.mean_velocity(x_t, t, r, cond)
+    with torch.no_grad():
         g = u - v + settings.tangent_scale * length * du
         if settings.normalise_tangent:
             g = g / expand(g.flatten(1).norm(dim=1) + 0.1, g)
-    return squared_norm(flow_map.mean_velocity(x_t, t, r, cond) - (u - g))
+        target = u - g
+    return squared_norm(u - target)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from fmm_distill import checkpoint
+from tests.cli.runs import (
+    STEPS,
+    assert_same_run,
+    call,
+    checkpoints,
+    losses,
+    snapshot,
+    spawn,
+    training_only,
+)
+
+
+def kill_after(lines: int, *arguments: object) -> None:
+    """Start the command, and kill it as soon as it has logged so many steps."""
+    log = Path(arguments[-1]) / "steps.jsonl"
+    process = spawn(*arguments)
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+
+
+def test_a_run_that_is_killed_and_run_again_gives_the_same_numbers(tmp_path, tiny, finished):
+    command = ("--recipe", tiny, "--output", tmp_path / "run")
+    for lines in (2, 5, 10):
+        kill_after(lines, *command)
+        assert not (tmp_path / "run" / "evaluation.json").exists()
+    with training_only():
+        status, out, _ = call(*command)
+    assert status == 0
+    assert "going on from step-0000000" in out
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_whole_second_process_ends_with_the_same_student(tmp_path, stopped, tiny, finished):
+    shutil.copytree(stopped, tmp_path / "run")
+    process = spawn("--recipe", tiny, "--output", tmp_path / "run")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "going on from step-00000006" in out
+    assert_same_run(tmp_path / "run", finished[0])
+    for file in ("student/unet/diffusion_pytorch_model.safetensors", "student/steps-2/unet/config.json"):
+        assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 11])
+def test_a_run_that_is_interrupted_goes_on_with_the_same_numbers(tmp_path, tiny, finished, step):
+    command = ("--recipe", tiny, "--output", tmp_path / "run")
+    with training_only(stop_before=step):
+        assert call(*command)[0] == 130
+    assert len(losses(tmp_path / "run")) == step
+    with training_only():
+        assert call(*command)[0] == 0
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_half_a_line_in_the_log_is_dropped(tmp_path, tiny, stopped, finished):
+    shutil.copytree(stopped, tmp_path / "run")
+    with (tmp_path / "run" / "steps.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 7, "lo')
+    with training_only():
+        assert call("--recipe", tiny, "--output", tmp_path / "run")[0] == 0
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_only_the_newest_checkpoints_stay(finished, stopped):
+    assert checkpoints(stopped) == ["step-00000003", "step-00000006"]
+    assert checkpoints(finished[0]) == ["step-00000009", "step-00000012"]
+
+
+def test_a_finished_run_prints_its_table_again_and_changes_nothing(tiny, finished):
+    folder, printed = finished
+    before = snapshot(folder)
+    status, out, err = call("--recipe", tiny, "--output", folder)
+    assert (status, err) == (0, "")
+    table = printed[printed.index("sampler ") : printed.index("reloaded with")]
+    assert "is finished; --fresh starts again" in out
+    assert table in out
+    assert snapshot(folder) == before
+
+
+def test_fresh_starts_again(tmp_path, tiny, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    first = (tmp_path / "run" / "steps.jsonl").read_bytes()
+    with training_only():
+        status, out, _ = call("--recipe", tiny, "--output", tmp_path / "run", "--fresh")
+    assert status == 0
+    assert "going on" not in out
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert (tmp_path / "run" / "steps.jsonl").read_bytes() != first
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_fresh_takes_another_recipe(tmp_path, tiny, stopped):
+    shutil.copytree(stopped, tmp_path / "run")
+    with training_only():
+        command = ("--recipe", tiny, "--output", tmp_path / "run", "--set", "training.steps=2")
+        assert call(*command)[0] == 2
+        assert call(*command, "--fresh")[0] == 0
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_named(tmp_path, tiny, stopped, name):
+    shutil.copytree(stopped, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / name
+    file.write_bytes(file.read_bytes()[:-7])
+    before = snapshot(tmp_path)
+    status, _, err = call("--recipe", tiny, "--output", tmp_path / "run")
+    assert status == 2
+    assert err.splitlines() == [
+        f"error: checkpoint {file.parent}: {name} is truncated or changed ({file.stat().st_size} bytes); "
+        "remove that folder to go on from the one before it"
+    ]
+    assert snapshot(tmp_path) == before
+
+
+def test_without_the_damaged_checkpoint_the_run_goes_on_from_the_one_before(tmp_path, tiny, stopped, finished):
+    shutil.copytree(stopped, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    with training_only():
+        status, out, _ = call("--recipe", tiny, "--output", tmp_path / "run")
+    assert status == 0
+    assert "going on from step-00000003" in out
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def limit_files(size: int):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(tmp_path, tiny, stopped, finished):
+    shutil.copytree(stopped, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    before = snapshot(newest)
+    process = spawn("--recipe", tiny, "--output", tmp_path / "run", preexec_fn=limit_files(300_000))
+    out, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "going on from step-00000006" in out
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"error: {newest.with_name('step-00000009')} could not be written (")
+    assert last.endswith("make room or choose another --output, then run the same command again")
+    assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000006"]
+    assert snapshot(newest) == before
+    assert checkpoint.load(newest).step == 6
+    with training_only():
+        assert call("--recipe", tiny, "--output", tmp_path / "run")[0] == 0
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_full_disk_while_logging_is_one_line_too(tmp_path, tiny, stopped):
+    shutil.copytree(stopped, tmp_path / "run")
+    # Room for the six lines that stay and no more.
+    size = sum(len(line) for line in (stopped / "steps.jsonl").read_bytes().splitlines(keepends=True)[:6]) + 20
+    process = spawn("--recipe", tiny, "--output", tmp_path / "run", preexec_fn=limit_files(size))
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'run' / 'steps.jsonl'} could not be written (")
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints")).step == 6
+
+
+def test_the_log_has_one_line_a_step(finished):
+    assert [step for step, *_ in losses(finished[0])] == list(range(STEPS))

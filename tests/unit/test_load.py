@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.load import BUILTIN, find, load_teacher
+from tests.conftest import save_teacher, tiny_unet
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | changes))
+
+
+@pytest.fixture
+def folder(teacher_folder, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(teacher_folder, tmp_path / "pipeline")
+
+
+def refused(folder, match):
+    with pytest.raises(UserError, match=match) as caught:
+        load_teacher(str(folder))
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message
+
+
+def test_loads_a_saved_pipeline(teacher, teacher_folder):
+    assert teacher.event_shape == (1, 8, 8)
+    assert teacher.prediction == "v_prediction"
+    assert teacher.source == str(teacher_folder)
+    assert teacher.revision is None
+    assert teacher.licence is None
+    assert "UNet2DModel" in teacher.adapter
+    assert teacher.scheduler_config["beta_schedule"] == "linear"
+    assert teacher.config["block_out_channels"] in ([8, 16], (8, 16))
+    assert teacher.schedule.num_timesteps == 1000
+    assert not teacher.network.training
+
+
+def test_loads_the_weights(teacher):
+    expected = tiny_unet().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in teacher.network.state_dict().items())
+
+
+def test_loads_single_precision_from_half(tmp_path):
+    teacher = load_teacher(str(save_teacher(tmp_path, tiny_unet().half())))
+    assert {value.dtype for value in teacher.network.parameters()} == {torch.float32}
+
+
+def test_finds_the_licence(folder):
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    assert load_teacher(str(folder)).licence == "apache-2.0"
+
+
+def test_a_rectangle(tmp_path):
+    assert load_teacher(str(save_teacher(tmp_path, tiny_unet(sample_size=(8, 16))))).event_shape == (1, 8, 16)
+
+
+def test_layout_with_weights_at_the_root(folder, teacher):
+    # As google/ddpm-cifar10-32 has it: the unet's files, and the scheduler's, beside model_index.json.
+    for component in ("unet", "scheduler"):
+        for file in (folder / component).iterdir():
+            file.rename(folder / file.name)
+        (folder / component).rmdir()
+    loaded = load_teacher(str(folder))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    assert torch.equal(loaded.velocity(x, t), teacher.velocity(x, t))
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler]
+)
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_schedulers_of_one_schedule_are_one_teacher(tmp_path, scheduler, beta_schedule):
+    same = {"beta_schedule": beta_schedule, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
+    reference = load_teacher(str(save_teacher(tmp_path / "ddpm", scheduler=DDPMScheduler(**same))))
+    # DDPMPipeline takes only its own scheduler: name the other in the folder.
+    folder = save_teacher(tmp_path / "other", scheduler=DDPMScheduler(**same))
+    scheduler(**same).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler.__name__])
+    other = load_teacher(str(folder))
+    assert other.scheduler_config["_class_name"] == scheduler.__name__
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([reference.schedule.t_min, 0.5, reference.schedule.t_max], dtype=torch.float64)
+    assert torch.equal(other.velocity(x, t), reference.velocity(x, t))
+
+
+def test_missing_folder(tmp_path):
+    assert "no such folder" in refused(tmp_path / "nowhere", "wanted a pipeline folder")
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "~/nowhere", "a/b/c"])
+def test_missing_relative_folder(source):
+    with pytest.raises(UserError, match="no such folder"):
+        load_teacher(source)
+
+
+def test_hub_out_of_reach():
+    # Offline in these tests.
+    with pytest.raises(UserError, match=r"nobody/nothing: .*the Hub gave nothing.*check the name"):
+        load_teacher("nobody/nothing")
+
+
+def test_no_hub_id():
+    with pytest.raises(UserError, match="neither a folder nor a Hub id"):
+        load_teacher("no such id")
+
+
+def test_folder_without_index(folder):
+    (folder / "model_index.json").unlink()
+    refused(folder, "no model_index.json")
+
+
+def test_broken_index(folder):
+    (folder / "model_index.json").write_text('{"unet": [')
+    refused(folder, "model_index.json is not JSON")
+
+
+def test_pickled_weights(folder):
+    unet = folder / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
+    message = refused(folder, "diffusion_pytorch_model.bin")
+    assert "safe_serialization=True" in message
+
+
+def test_no_weights(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    refused(folder, "no weights")
+
+
+def test_unknown_scheduler(folder):
+    EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert "DDPMScheduler" in refused(folder, "scheduler EulerDiscreteScheduler")
+
+
+def test_unknown_prediction(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction")
+    assert "v_prediction" in refused(folder, "prediction_type 'flow_prediction'")
+
+
+def test_text_to_image(tmp_path):
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert "CLIPTextModel" in refused(tmp_path, "text-to-image")
+
+
+def test_unknown_pipeline(tmp_path):
+    index = {"_class_name": "Other", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    message = refused(tmp_path, "no adapter for transformer: DiTTransformer2DModel;")
+    assert "known: unet: UNet2DModel" in message
+    assert find(str(tmp_path)).components == {"transformer": ("diffusers", "DiTTransformer2DModel")}
+
+
+def test_empty_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    refused(tmp_path, "an empty pipeline")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_class_embeds": 10}, "class-conditional"),
+        ({"class_embed_type": "timestep"}, "class-conditional"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier'"),
+        ({"out_channels": 2}, "1 channels in, 2 out"),
+        ({"sample_size": None}, "no sample_size"),
+    ],
+    ids=str,
+)
+def test_networks_that_it_can_not_read(tmp_path, change, match):
+    refused(save_teacher(tmp_path, tiny_unet(**change)), match)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights(tmp_path, value):
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] = value
+    refused(save_teacher(tmp_path, unet), r"conv_in\.weight holds NaN")
+
+
+def test_zero_terminal_snr(tmp_path):
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
+        load_teacher(str(save_teacher(tmp_path, scheduler=scheduler)))
+
+
+def test_unknown_builtin():
+    with pytest.raises(UserError, match=r"builtin:letters: no such built-in teacher; known: .*builtin:digits"):
+        load_teacher("builtin:letters")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in BUILTIN.glob("*/model_index.json")))
+def test_builtin(name):
+    teacher = load_teacher(f"builtin:{name}")
+    x = torch.randn(1, *teacher.event_shape)
+    assert teacher.velocity(x, torch.full((1,), 0.5)).isfinite().all()

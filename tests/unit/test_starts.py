@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from pydantic import ValidationError
+
+from fmm_distill.interpolant import Schedule, expand
+from fmm_distill.starts import Draws, Pairs, draw, pair_times, points, teacher_jump
+
+NAMES = ("noise", "first", "second", "kind", "image")
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+MANY = draw(3, 7, 20000, (1,))
+
+
+def schedule_of(beta_schedule):
+    return Schedule(DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod)
+
+
+def equal(a: Draws, b: Draws) -> dict[str, bool]:
+    return {name: torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES}
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].abs()
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    torch.manual_seed(0)
+    first = draw(1, 2, 16, (1, 8, 8))
+    torch.manual_seed(1)
+    torch.rand(5)
+    assert all(equal(first, draw(1, 2, 16, (1, 8, 8))).values())
+
+
+@pytest.mark.parametrize(("seed", "step"), [(1, 3), (2, 2), (2, 1), (12, 2), (1, 22)])
+def test_other_seeds_and_steps_draw_other_numbers(seed, step):
+    assert not any(equal(draw(1, 2, 16, (1, 8, 8)), draw(seed, step, 16, (1, 8, 8))).values())
+
+
+def test_numbers_written_side_by_side_are_told_apart():
+    # "1" and "23" against "12" and "3".
+    assert not any(equal(draw(1, 23, 8, (4,)), draw(12, 3, 8, (4,))).values())
+
+
+def test_drawing_leaves_the_global_stream_alone():
+    before = torch.random.get_rng_state()
+    draw(0, 0, 8, (4,))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_sample_depends_on_its_place_alone():
+    few, many = draw(0, 5, 6, (1, 8, 8)), draw(0, 5, 32, (1, 8, 8))
+    assert all(equal(few, many.part(0, 6, "cpu")).values())
+
+
+def test_times_do_not_depend_on_the_event():
+    few, many = draw(0, 5, 16, (2,)), draw(0, 5, 16, (3, 16, 16))
+    same = equal(few, many)
+    assert not same.pop("noise")
+    assert all(same.values())
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(NAMES, 2)))
+def test_every_stream_is_its_own(one, other):
+    # Six standard deviations of 20000 draws.
+    assert correlation(getattr(MANY, one).flatten(), getattr(MANY, other).flatten()) < 0.042
+
+
+def test_distributions():
+    assert MANY.noise.mean().abs() < 0.03
+    assert MANY.noise.std() == pytest.approx(1, abs=0.03)
+    for name in NAMES[1:]:
+        values = getattr(MANY, name)
+        assert values.dtype == torch.float64
+        assert 0 <= values.min()
+        assert values.max() < 1
+        assert values.mean() == pytest.approx(0.5, abs=0.01)
+        assert values.var() == pytest.approx(1 / 12, abs=0.003)
+
+
+def test_part_slices_every_field():
+    whole = draw(0, 0, 12, (1, 4, 4))
+    part = whole.part(4, 8, "cpu")
+    for name in NAMES:
+        assert torch.equal(getattr(part, name), getattr(whole, name)[4:8])
+    pieces = [whole.part(i, i + 4, "cpu") for i in (0, 4, 8)]
+    assert torch.equal(torch.cat([piece.noise for piece in pieces]), whole.noise)
+
+
+@pytest.mark.parametrize("beta_schedule", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["timestep", "time"])
+@pytest.mark.parametrize(("prior", "diagonal"), [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.3, 0.5), (0.7, 0.3)])
+def test_pairs(beta_schedule, spacing, prior, diagonal):
+    schedule = schedule_of(beta_schedule)
+    t, r = pair_times(Pairs(prior=prior, diagonal=diagonal, spacing=spacing), schedule, MANY)
+    assert t.dtype == r.dtype == torch.float64
+    assert (t >= r).all()
+    assert r.min() >= schedule.t_min
+    assert t.max() <= schedule.t_max
+    assert (t == schedule.t_max).double().mean() == pytest.approx(prior, abs=0.015)
+    assert (t == r).double().mean() == pytest.approx(diagonal, abs=0.015)
+    assert not ((t == schedule.t_max) & (t == r)).any()
+
+
+@pytest.mark.parametrize("spacing", ["timestep", "time"])
+def test_what_pairs_are_uniform_in(spacing):
+    schedule = schedule_of("linear")
+    t, r = pair_times(Pairs(prior=0, spacing=spacing), schedule, MANY)
+    if spacing == "timestep":
+        t, r = schedule.timestep(t) / 999, schedule.timestep(r) / 999
+    else:
+        t, r = ((time - schedule.t_min) / (schedule.t_max - schedule.t_min) for time in (t, r))
+    # Maximum and minimum of two uniforms.
+    for quantile in (0.1, 0.5, 0.9):
+        assert (t < quantile).double().mean() == pytest.approx(quantile**2, abs=0.02)
+        assert (r < quantile).double().mean() == pytest.approx(1 - (1 - quantile) ** 2, abs=0.02)
+
+
+def test_ends_of_jumps_from_noise_are_uniform():
+    schedule = schedule_of("linear")
+    _, r = pair_times(Pairs(prior=1), schedule, MANY)
+    shares = schedule.timestep(r) / 999
+    for quantile in (0.1, 0.5, 0.9):
+        assert (shares < quantile).double().mean() == pytest.approx(quantile, abs=0.02)
+
+
+def test_start_and_length_are_not_one_number():
+    # One uniform used for both would make every jump from a time equally long.
+    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY)
+    assert 0.1 < correlation(t, t - r) < 0.9
+    assert correlation(t, r) < 0.9
+
+
+def test_noise_says_nothing_about_times():
+    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY)
+    assert correlation(MANY.noise.flatten(), t) < 0.042
+    assert correlation(MANY.noise.flatten(), t - r) < 0.042
+
+
+@pytest.mark.parametrize("change", [{"prior": 0.7, "diagonal": 0.4}, {"prior": -0.1}, {"diagonal": 1.1}, {"other": 1}])
+def test_impossible_pairs(change):
+    with pytest.raises(ValidationError):
+        Pairs(**change)
+
+
+@pytest.fixture
+def draws(teacher):
+    return draw(0, 0, 6, teacher.event_shape)
+
+
+def never(x, t, r):
+    raise AssertionError("no jump was needed")
+
+
+def shift(x, t, r):
+    """A mover that shows what it was asked."""
+    return x + expand(10 * t + r, x)
+
+
+def test_points_at_the_start_are_the_prior(teacher, draws):
+    t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
+    expected = teacher.prior(draws.noise)
+    assert torch.equal(points(teacher, never, draws, t, None), expected)
+    images = torch.ones(6, *teacher.event_shape)
+    assert torch.equal(points(teacher, never, draws, t, images), expected)
+
+
+def test_points_from_images_are_the_interpolant(teacher, draws):
+    t = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.02, teacher.schedule.t_max], dtype=torch.float64)
+    images = torch.rand(6, *teacher.event_shape)
+    x = points(teacher, never, draws, t, images)
+    s = expand(t, images)
+    torch.testing.assert_close(x[:5], ((1 - s) * images + s * draws.noise)[:5])
+    assert torch.equal(x[5], teacher.prior(draws.noise)[5])
+
+
+def test_points_without_images_are_jumps_from_the_prior(teacher, draws):
+    t_max = teacher.schedule.t_max
+    t = torch.tensor([0.1, t_max, 0.9, 0.3, t_max, 0.5], dtype=torch.float64)
+    prior = teacher.prior(draws.noise)
+    x = points(teacher, shift, draws, t, None)
+    assert torch.equal(x[[1, 4]], prior[[1, 4]])
+    rest = torch.tensor([0, 2, 3, 5])
+    torch.testing.assert_close(x[rest], prior[rest] + expand(10 * t_max + t[rest], prior))
+
+
+def test_points_carry_no_graph(teacher, draws):
+    weight = torch.ones((), requires_grad=True)
+    t = torch.full((6,), 0.5, dtype=torch.float64)
+    assert not points(teacher, lambda x, t, r: weight * x, draws, t, None).requires_grad
+
+
+def test_teacher_jump_is_its_ode(teacher, draws):
+    prior = teacher.prior(draws.noise)
+    t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
+    r = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    with torch.no_grad():
+        few, more, most = (teacher_jump(teacher, steps)(prior, t, r) for steps in (2, 8, 64))
+        one = teacher_jump(teacher, 1)(prior, t, r)
+        torch.testing.assert_close(one, prior - expand(t - r, prior) * teacher.velocity(prior, t))
+    assert (more - most).norm() < (few - most).norm()

@@ -66,7 +66,7 @@ def load_images(source: str, event_shape: tuple[int, ...]) -> Images:
         raise UserError(f"--data {source}: the teacher has {event_shape[0]} channels; images have 1 or 3: use none")
     pixels = torch.empty(len(rows), *event_shape, dtype=torch.uint8)
     for i, image in enumerate(rows[column]):
-        array = np.asarray(image.convert(mode)).reshape(image.height, image.width, event_shape[0])
+        array = np.array(image.convert(mode)).reshape(image.height, image.width, event_shape[0])
         _check_shape((event_shape[0], image.height, image.width), event_shape, f"{source}, image {i}")
         pixels[i] = torch.from_numpy(array).movedim(-1, 0)
     return Images(pixels, source)

@@ -75,7 +75,7 @@ def test_distributions():
     for name in NAMES[1:]:
         values = getattr(MANY, name)
         assert values.dtype == torch.float64
-        assert 0 <= values.min()
+        assert values.min() >= 0
         assert values.max() < 1
         assert values.mean() == pytest.approx(0.5, abs=0.01)
         assert values.var() == pytest.approx(1 / 12, abs=0.003)

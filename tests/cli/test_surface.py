@@ -1,0 +1,134 @@
+"""What users can type is frozen here: a change is a decision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+import fmm_distill
+from fmm_distill.cli import command
+from fmm_distill.recipe import Recipe, _paths, load_recipe, parse, recipe_names
+from tests.cli.runs import call
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_public_names():
+    assert fmm_distill.__all__ == [
+        "Recipe",
+        "__version__",
+        "distill",
+        "export_pipeline",
+        "load_teacher",
+        "make_student",
+        "sample",
+    ]
+    for name in fmm_distill.__all__:
+        assert getattr(fmm_distill, name)
+    with pytest.raises(AttributeError, match="no attribute 'destill'"):
+        fmm_distill.destill  # noqa: B018 the access is the test
+
+
+def test_verbs_and_options():
+    assert sorted(command.commands) == ["env", "evaluate", "export", "inspect", "recipes", "sample"]
+    options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
+    assert options == [
+        "--version",
+        "--teacher",
+        "--recipe",
+        "--data",
+        "--set",
+        "--output",
+        "--resume",
+        "--fresh",
+        "--dry-run",
+    ]
+
+
+def test_recipe_fields():
+    paths = _paths(Recipe)
+    assert len(paths) == len(set(paths)) or {"loss.name", "loss.stop"} <= set(paths)
+    for path in ("teacher", "student.prediction", "loss.stop", "pairs.prior", "training.steps", "export.steps"):
+        assert path in paths
+
+
+@pytest.mark.parametrize("code", ["import fmm_distill", "from fmm_distill.cli import command"])
+def test_torch_is_not_loaded(code):
+    check = f"import sys; {code}; assert not {{'torch', 'diffusers', 'pydantic'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_help_and_version(capsys):
+    status, out, _ = call("--help")
+    assert status == 0
+    assert "--recipe" in out
+    assert call("--version")[1].split()[-1] == fmm_distill.__version__
+    assert call()[1] == out
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("--recipe", "digits", "--set", "training.steps=7", "--dry-run")
+    assert status == 0
+    assert "teacher: builtin:digits (UNet2DModel" in out
+    assert "7 of 64 samples" in out
+    assert "GiB of activations" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_recipe_that_ships_is_whole():
+    assert recipe_names() == ["cifar10", "digits"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        import yaml
+
+        assert parse(yaml.safe_load(recipe.to_yaml()), name) == recipe
+        assert call("recipes", "show", name)[1] == (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert name in call("recipes")[1]
+
+
+def test_overrides_are_yaml_and_typed():
+    recipe = load_recipe("digits", ["training.learning_rate=1e-4", "evaluation.steps=[1,3]", "teacher=./here"])
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.evaluation.steps == (1, 3)
+    assert recipe.teacher == "./here"
+
+
+def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/fmm_distill/builtin/digits/unet/diffusion_pytorch_model.safetensors").is_file()
+    code = (
+        "import fmm_distill, fmm_distill.recipe as r; "
+        "print(fmm_distill.__file__); print(*r.recipe_names()); r.load_recipe('digits')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "elsewhere"), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    where, names = run.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert names == "cifar10 digits"
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## What is where")[1].split("## Results")[0]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("      ")}
+    there = {
+        path.name
+        for path in (ROOT / "fmm_distill").iterdir()
+        if not path.name.startswith("__") and path.name != "py.typed"
+    }
+    assert named == there - {"errors.py"}
+    assert len(named) > 15

@@ -1,0 +1,109 @@
+"""What is exported opens in stock diffusers and gives the student's images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipeline import FlowMapPipeline
+from fmm_distill.export.verify import TOLERANCE, verify
+from fmm_distill.sampling import sample
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from tests.conftest import save_teacher
+
+STEPS = (1, 2, 4, 8)
+
+
+def moved_student(teacher):
+    """A student whose jumps differ from its teacher's steps, and from one another."""
+    student = make_student(teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        torch.nn.init.normal_(student.network.jump_embedding.linear_2.weight, std=0.3)
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, teacher_folder):
+    teacher = load_teacher(str(teacher_folder))
+    student = moved_student(teacher)
+    folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("export") / "student", STEPS)
+    return student, folder, verify(student, folder, STEPS)
+
+
+def test_folded_and_any_step_pipelines_agree_with_the_sampler(exported):
+    _, folder, differences = exported
+    assert sorted(differences) == sorted(f"{kind}-{n}" for kind in ("any", "folded") for n in STEPS)
+    assert max(differences.values()) < 1e-4
+    kept = json.loads((folder / "verification.json").read_text())
+    assert kept == {"tolerance": TOLERANCE, "largest_pixel_difference": differences}
+
+
+def test_the_jump_matters(exported):
+    """Else the comparison above would hold for a student that forgot its second time."""
+    student, _, _ = exported
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    one = sample(student, noise, 2)
+    with torch.no_grad():
+        kept = student.network.jump_embedding.linear_2.weight.clone()
+        student.network.jump_embedding.linear_2.weight.zero_()
+        assert (sample(student, noise, 2) - one).abs().max() > 1e-2
+        student.network.jump_embedding.linear_2.weight.copy_(kept)
+
+
+def test_a_student_that_differs_from_its_export_is_noticed(exported, tmp_path):
+    student, folder, _ = exported
+    copy = shutil.copytree(folder, tmp_path / "student")
+    with torch.no_grad():
+        student.network.conv_out.bias += 0.01
+    try:
+        with pytest.raises(FmmDistillError, match="reloaded pipelines differ"):
+            verify(student, copy, (1,))
+    finally:
+        with torch.no_grad():
+            student.network.conv_out.bias -= 0.01
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 3, 7, 8])
+def test_any_number_of_steps_for_every_prediction(tmp_path, prediction, steps):
+    scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False)
+    teacher = load_teacher(str(save_teacher(tmp_path / "teacher", scheduler=scheduler)))
+    student = moved_student(teacher)
+    pipeline = FlowMapPipeline(unet=student.network, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(3, steps, torch.Generator().manual_seed(4), output_type="pt").images
+    own = sample(student, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(4)), steps)
+    # A tiny random network that predicts epsilon is amplified by 157 at the start, rounding included.
+    assert (made - (own / 2 + 0.5).clamp(0, 1)).abs().max() < (1e-3 if prediction == "epsilon" else 1e-4)
+
+
+def test_the_scheduler_of_an_export_clips_nothing(tmp_path):
+    folder = save_teacher(tmp_path / "teacher", scheduler=DDPMScheduler(clip_sample=True, thresholding=True))
+    teacher = load_teacher(str(folder))
+    target = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    for place in ("scheduler", "steps-2/scheduler"):
+        config = json.loads((target / place / "scheduler_config.json").read_text())
+        assert (config["clip_sample"], config["thresholding"]) == (False, False)
+        assert config["timestep_spacing"] == "trailing"
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path, teacher):
+    student = make_student(teacher)
+    target = export_pipeline(student, teacher, tmp_path / "student", (1, 2))
+    export_pipeline(student, teacher, target, (4,))
+    assert sorted(path.name for path in target.glob("steps-*")) == ["steps-4"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="holds something else"):
+        export_pipeline(student, teacher, tmp_path / "mine")
+    with pytest.raises(UserError, match=r"export\.steps 3: wanted divisors"):
+        export_pipeline(student, teacher, tmp_path / "new", (1, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "student"]

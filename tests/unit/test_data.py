@@ -1,0 +1,62 @@
+"""Images of every source are the same pixels."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fmm_distill.data import load_images
+from fmm_distill.ema import averaged
+from fmm_distill.errors import UserError
+
+
+def test_digits():
+    images = load_images("builtin:digits", (1, 8, 8))
+    assert len(images) == 1797
+    picked = images.pick(torch.tensor([0.0, 0.5, 0.9999999]))
+    assert picked.shape == (3, 1, 8, 8)
+    everything = torch.cat(list(images.batches(500)))
+    assert (float(everything.min()), float(everything.max())) == (0.0, 1.0)
+    assert picked[0].equal(everything[0] * 2 - 1)
+    assert picked[2].equal(everything[-1] * 2 - 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_and_parquet_hold_the_same_pixels(tmp_path, channels):
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 256, (6, 4, channels), dtype=np.uint8) for _ in range(5)]
+    pictures = [Image.fromarray(array.squeeze()) for array in arrays]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+    table = datasets.Dataset.from_dict({"img": pictures}, features=datasets.Features({"img": datasets.Image()}))
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    table.select([0]).to_parquet(str(tmp_path / "parquet" / "test-0.parquet"))
+    wanted = torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
+    for source in (folder, tmp_path / "parquet", tmp_path / "parquet" / "train-0.parquet"):
+        assert load_images(str(source), (channels, 6, 4)).pixels.equal(wanted)
+    with pytest.raises(UserError, match=f"{channels} x 6 x 4 .* the teacher makes {channels} x 8 x 8"):
+        load_images(str(folder), (channels, 8, 8))
+
+
+def test_four_channels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="4 channels"):
+        load_images(str(tmp_path), (4, 8, 8))
+
+
+def test_average_against_a_hand_computation():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = averaged(network, 0.25)
+    wanted = None
+    for n, value in enumerate((1.0, 3.0, -2.0, 5.0)):
+        network.weight.data.fill_(value)
+        average.update_parameters(network)
+        rate = min(0.25, (1 + n) / (10 + n))
+        wanted = value if wanted is None else rate * wanted + (1 - rate) * value
+    assert average.module.weight.item() == pytest.approx(wanted)

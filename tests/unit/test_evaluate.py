@@ -1,0 +1,83 @@
+"""What is measured is what is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from fmm_distill.data import load_images
+from fmm_distill.errors import UserError
+from fmm_distill.evaluate import _frechet, _frechet_metric, check_features, evaluate, table
+from fmm_distill.features import load_digits_classifier
+from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import BUILTIN
+
+SETTINGS = EvaluationSettings(
+    steps=(1, 2, 4),
+    ddim_steps=(1, 2, 4, 20),
+    dpmsolver_steps=(1, 4),
+    samples=16,
+    endpoint_samples=8,
+    endpoint_solver_steps=24,
+    batch_size=5,
+)
+
+
+@pytest.fixture
+def measured(teacher):
+    return evaluate(make_student(teacher), teacher, SETTINGS, None, torch.device("cpu"))
+
+
+def test_rows(measured):
+    rows = {(row.sampler, row.steps): row for row in measured.rows}
+    assert len(rows) == 9
+    assert all(row.calls == row.steps for row in measured.rows)
+    assert all(row.frechet is None and row.seconds_per_image > 0 for row in measured.rows)
+    errors = [rows["teacher-ddim", n].endpoint_error for n in (1, 2, 4, 20)]
+    assert errors == sorted(errors, reverse=True)
+    # A student that is its teacher makes the teacher's DDIM steps.
+    for n in (1, 2, 4):
+        assert rows["student", n].endpoint_error == pytest.approx(rows["teacher-ddim", n].endpoint_error, rel=1e-3)
+    assert measured.protocol["ode_solver_error"] < 0.1 * errors[-1]
+
+
+def test_json_and_table(measured):
+    kept = measured.to_json()
+    assert set(kept) == {"protocol", "rows"}
+    assert set(kept["rows"][0]) == {"sampler", "steps", "calls", "endpoint_error", "frechet", "seconds_per_image"}
+    printed = table(measured)
+    assert len(printed.splitlines()) == 1 + 9 + len(kept["protocol"])
+    assert "not measured" in printed
+
+
+def test_frechet_distance_against_scipy():
+    settings = EvaluationSettings(features="digits", samples=400, batch_size=128)
+    reference = load_images("builtin:digits", (1, 8, 8))
+    generated = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), generated, settings)
+    features = load_digits_classifier(BUILTIN / "digits")
+    a = features((generated / 2 + 0.5).clamp(0, 1)).double().numpy()
+    b = torch.cat([features(part) for part in reference.batches(500)]).double().numpy()
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours > 1
+
+
+def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
+    settings = EvaluationSettings(features="digits", samples=1797)
+    reference = load_images("builtin:digits", (1, 8, 8))
+    metric = _frechet_metric(settings, reference, torch.device("cpu"))
+    images = torch.cat(list(reference.batches(1000))) * 2 - 1
+    assert _frechet(metric, images, settings) == pytest.approx(0, abs=1e-3)
+    # Twice the same call gives the same number: the generated side is forgotten, the reference kept.
+    assert _frechet(metric, images[:900], settings) == _frechet(metric, images[:900], settings) > 0.01
+
+
+def test_features_that_do_not_fit():
+    with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
+        check_features(EvaluationSettings(features="digits"), (3, 32, 32))

@@ -1,0 +1,103 @@
+"""The loop: the same numbers for every split of the batch."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from fmm_distill import checkpoint
+from fmm_distill.recipe import Recipe, TrainingSettings
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
+
+SPLIT = Path(__file__).parent / "split_training.py"
+LOSSES = [
+    {"name": "lagrangian", "stop": "teacher"},
+    {"name": "lagrangian", "stop": "target"},
+    {"name": "eulerian", "stop": "none"},
+]
+
+
+def recipe_of(folder: Path, loss: dict, **training: object) -> Recipe:
+    settings = {"steps": 3, "batch_size": 8, "checkpoint_every": 100, "decay": "constant"} | training
+    return Recipe.model_validate({"teacher": str(folder), "loss": loss, "training": settings})
+
+
+def train(recipe: Recipe, folder: Path) -> Trainer:
+    teacher = load_teacher(recipe.teacher)
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
+    trainer = Trainer(make_student(teacher), teacher, recipe, None, folder, accelerator, lambda _: None)
+    trainer.run()
+    return trainer
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.latest(folder / "checkpoints") / "student.safetensors")
+
+
+def assert_close(ours: Path, theirs: Path, start: dict[str, torch.Tensor]) -> None:
+    """Equal to rounding, where rounding is small beside what training moved."""
+    a, b = weights(ours), weights(theirs)
+    moved = max((a[key] - start[key]).abs().max() for key in start)
+    assert moved > 1e-3
+    assert max((a[key] - b[key]).abs().max() for key in a) < 2e-2 * moved
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss['name']}-{loss['stop']}")
+def test_two_processes_and_accumulation_give_the_numbers_of_one(tmp_path, teacher_folder, loss):
+    start = load_teacher(str(teacher_folder)).network.state_dict()
+    train(recipe_of(teacher_folder, loss), tmp_path / "one")
+    train(recipe_of(teacher_folder, loss, accumulation=2), tmp_path / "accumulated")
+    assert_close(tmp_path / "accumulated", tmp_path / "one", start)
+
+    file = tmp_path / "recipe.json"
+    file.write_text(recipe_of(teacher_folder, loss).model_dump_json())
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(
+        [sys.executable, *command, str(file), str(tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "processes: 2" in run.stdout
+    assert_close(tmp_path / "two", tmp_path / "one", start)
+    gradients = [load_file(tmp_path / name / "gradients.safetensors") for name in ("two", "two-single")]
+    scale = max(value.abs().max() for value in gradients[1].values())
+    assert max((gradients[0][key] - gradients[1][key]).abs().max() for key in gradients[0]) < 1e-5 * scale
+
+
+def test_the_regression_phase_comes_first_and_changes_the_prediction(tmp_path, teacher_folder):
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, steps=2)
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"regression_steps": 2})})
+    train(recipe, tmp_path)
+    phases = [line.split('"phase": "')[1].split('"')[0] for line in (tmp_path / "steps.jsonl").open()]
+    assert phases == ["regression", "regression", "lagrangian", "lagrangian"]
+    first = float((tmp_path / "steps.jsonl").read_text().split('"loss": ')[1].split(",")[0])
+    # The student starts as the teacher, so there is nothing to regress: the phase measures what it says.
+    assert first < 1e-10
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, teacher_folder):
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, learning_rate=1e30, clip=1e30)
+    with pytest.raises(TrainingDivergedError, match="--fresh"):
+        train(recipe, tmp_path)
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_learning_rate():
+    settings = TrainingSettings(learning_rate=2.0, warmup_steps=3, decay="cosine")
+    assert learning_rate(settings, 0, 100) == pytest.approx(0.5)
+    assert learning_rate(settings, 50, 100) == pytest.approx(1.0)
+    assert learning_rate(settings, 99, 100) < 1e-3
+    constant = settings.model_copy(update={"decay": "constant"})
+    assert [learning_rate(constant, step, 100) for step in (1, 3, 99)] == [1.0, 2.0, 2.0]
+    assert math.isclose(learning_rate(constant, 0, 1), 0.5)

@@ -75,7 +75,7 @@ def plan(recipe: Recipe) -> Plan:
     reference = images
     if reference is None and recipe.evaluation.features == "digits":
         reference = load_images("builtin:digits", teacher.event_shape)
-    student = make_student(teacher, recipe.student.prediction)
+    student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     return Plan(recipe, teacher, student, images, reference)
 
 

@@ -57,14 +57,17 @@ class Student(FlowMap, nn.Module):
         return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
 
 
-def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher") -> Student:
+def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *, seed: int = 0) -> Student:
     """A student with the teacher's weights; equal to the teacher for every (t, r) where it keeps its prediction.
 
     With ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be
     regressed on the teacher's velocity first (the trainer does, see ``student.regression_steps``).
     """
     config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-    network = TwoTimeUNet2DModel.from_config(config)
+    # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = TwoTimeUNet2DModel.from_config(config)
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")

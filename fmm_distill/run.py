@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from fmm_distill import __version__, checkpoint
 from fmm_distill.data import load_images
@@ -61,8 +62,6 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
-    if recipe.training.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
     teacher = load_teacher(recipe.teacher, revision=recipe.revision)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
@@ -93,15 +92,12 @@ def distill(
         TrainingDivergedError: when the loss is no number any more.
     """
     folder = Path(output)
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision),
-        gradient_accumulation_steps=recipe.training.accumulation,
-    )
+    accelerator = _accelerator(recipe)
     line = say if accelerator.is_main_process else _silent
-    if accelerator.is_main_process:
-        _open_folder(folder, recipe, fresh)
+    _check_folder(folder, recipe, fresh)
+    # No process makes the folder before all have looked at it.
     accelerator.wait_for_everyone()
-    finished = _finished(folder)
+    finished = None if fresh else _finished(folder)
     if finished is not None:
         line(f"{folder} is finished; --fresh starts again")
         line(table(finished))
@@ -109,6 +105,9 @@ def distill(
         return finished
     job = plan(recipe)
     line(_describe(job))
+    if accelerator.is_main_process:
+        _make_folder(folder, recipe, fresh)
+    accelerator.wait_for_everyone()
     trainer = Trainer(job.student, job.teacher, recipe, job.images, folder, accelerator, line)
     trainer.run()
     job.student.network.load_state_dict(trainer.average.module.state_dict())
@@ -119,34 +118,50 @@ def distill(
     return evaluation if accelerator.is_main_process else _read(folder)
 
 
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = recipe.training.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+    wanted = {"fp32": "no"}.get(precision, precision)
+    before = AcceleratorState._shared_state.get("_mixed_precision", wanted)
+    if before != wanted:
+        raise UserError(
+            f"training.precision: {precision}, but this process has run in {before.replace('no', 'fp32')}, and "
+            "accelerate keeps one precision a process: start another"
+        )
+    return Accelerator(mixed_precision=wanted, gradient_accumulation_steps=recipe.training.accumulation)
+
+
 def _silent(_: str) -> None:
     """Processes other than the first say nothing."""
 
 
-def _open_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
-    """Make the run's folder, or check that it belongs to this recipe."""
+def _check_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
+    """Refuse a folder that is not this recipe's, before anything is opened or written."""
     written = folder / "recipe.yaml"
-    with checkpoint.writing(folder):
-        if fresh and written.is_file():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
     if written.is_file():
-        there, here = (
-            _flat(yaml.safe_load(written.read_text(encoding="utf-8"))),
-            _flat(yaml.safe_load(recipe.to_yaml())),
-        )
+        if fresh:
+            return
+        there = _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
+        here = _flat(yaml.safe_load(recipe.to_yaml()))
         different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
         if different:
             shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in different[:6])
             raise UserError(
-                f"--output {folder} is a run of another recipe ({shown}); "
-                "choose another folder, or --fresh to remove it"
+                f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove it"
             )
-    elif any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")
-    else:
-        checkpoint.write_text(written, recipe.to_yaml())
+
+
+def _make_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
+    with checkpoint.writing(folder):
+        if fresh and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "recipe.yaml").is_file():
         checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
 
 
 def environment() -> dict[str, Any]:

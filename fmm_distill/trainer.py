@@ -161,7 +161,8 @@ class Trainer:
         training = self.recipe.training
         main = self.accelerator.is_main_process
         bar = tqdm(total=self.total, initial=first, unit="step", disable=not main, mininterval=1.0, desc="distil")
-        with (self.folder / "steps.jsonl").open("a", encoding="utf-8") as log, bar:
+        # Unbuffered: a full disk fails at the write, and nothing is left over to fail again at the close.
+        with (self.folder / "steps.jsonl").open("ab", buffering=0) as log, bar:
             for step in range(first, self.total):
                 started = time.perf_counter()
                 record = self._step(step)
@@ -171,8 +172,7 @@ class Trainer:
                 done = step + 1
                 if main:
                     with checkpoint.writing(self.folder / "steps.jsonl"):
-                        log.write(json.dumps(record) + "\n")
-                        log.flush()
+                        log.write((json.dumps(record) + "\n").encode())
                 if done % training.checkpoint_every == 0 or done == self.total:
                     self._save(done)
 

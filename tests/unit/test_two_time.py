@@ -61,11 +61,13 @@ def test_h_acts_sample_by_sample(network, inputs):
 
 def test_h_is_forgotten_after_the_call(network, inputs):
     with torch.no_grad():
-        before = perturb(network)(*inputs).sample
+        waves = torch.ones(3, network.time_embedding.linear_1.in_features)
+        before = perturb(network).time_embedding(waves)
         network(*inputs, torch.ones(3))
+        assert torch.equal(network.time_embedding(waves), before)
         with pytest.raises(RuntimeError):
             network(torch.zeros(3, 2, 8, 8), inputs[1], torch.ones(3))
-        assert torch.equal(network(*inputs).sample, before)
+        assert torch.equal(network.time_embedding(waves), before)
 
 
 def test_copy_has_a_branch_of_its_own(network, inputs):

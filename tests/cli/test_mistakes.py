@@ -1,0 +1,250 @@
+"""A user's mistake is one line with what came and what was wanted, exit 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from tests.cli.runs import call, snapshot, spawn, write_recipe
+from tests.conftest import save_teacher, tiny_unet
+
+
+def rename_weights(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def add_text_encoder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    components = json.loads(index.read_text(encoding="utf-8"))
+    components["text_encoder"] = ["transformers", "CLIPTextModel"]
+    index.write_text(json.dumps(components), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """A folder with a recipe and with teachers and data of every wrong kind."""
+    root = tmp_path_factory.mktemp("mistakes")
+    write_recipe(root / "tiny.yaml", teacher_folder)
+    shutil.copytree(teacher_folder, root / "pickled")
+    rename_weights(root / "pickled")
+    save_teacher(root / "euler", scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"))
+    shutil.copytree(teacher_folder, root / "text")
+    add_text_encoder(root / "text")
+    broken = tiny_unet()
+    broken.conv_in.bias.data[3] = torch.nan
+    save_teacher(root / "nan", broken)
+    save_teacher(root / "zero-snr", scheduler=DDIMScheduler(rescale_betas_zero_snr=True))
+    (root / "images").mkdir()
+    Image.fromarray(np.zeros((12, 8), dtype=np.uint8)).save(root / "images" / "0.png")
+    (root / "other").mkdir()
+    (root / "other" / "thesis.tex").write_text("all of it", encoding="utf-8")
+    (root / "list.yaml").write_text("- teacher: builtin:digits\n", encoding="utf-8")
+    (root / "torn.yaml").write_text("training: {steps: 3\n", encoding="utf-8")
+    return root
+
+
+def tiny(*arguments: str) -> tuple[str, ...]:
+    return ("--recipe", "tiny.yaml", *arguments)
+
+
+RECIPE = {
+    "unknown recipe": (("--recipe", "digit"), ["recipe 'digit' is unknown, did you mean digits?", "known: "]),
+    "no such recipe file": (("--recipe", "nowhere.yaml"), ["recipe nowhere.yaml: no such file"]),
+    "not YAML": (("--recipe", "torn.yaml"), ["recipe torn.yaml: not YAML"]),
+    "no keys": (("--recipe", "list.yaml"), ["recipe list.yaml: wanted keys and values, got list"]),
+    "misspelled key": (
+        tiny("--set", "training.lerning_rate=1e-3"),
+        ["training.lerning_rate is not a setting, did you mean training.learning_rate?"],
+    ),
+    "misspelled key of a loss": (
+        tiny("--set", "loss.stp=teacher"),
+        ["loss.stp is not a setting, did you mean loss.st"],
+    ),
+    "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
+    "out of range": (
+        tiny("--set", "training.learning_rate=-1"),
+        ["training.learning_rate: Input should be greater than 0 (got -1)"],
+    ),
+    "no number": (tiny("--set", "training.steps=many"), ["training.steps: ", "(got 'many')"]),
+    "unknown loss": (tiny("--set", "loss.name=langrangian"), ["loss: ", "langrangian", "'lagrangian', 'eulerian'"]),
+    "shares": (tiny("--set", "pairs={prior: 0.7, diagonal: 0.5}"), ["pairs: ", "their sum is 1.2"]),
+    "two at once": (
+        tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),
+        [
+            "training.ema: Input should be less than 1 (got 2)",
+            "; ",
+            "export.stpes is not a setting, did you mean export.",
+        ],
+    ),
+    "no equals sign": (tiny("--set", "training.steps"), ["--set 'training.steps': wanted key=value"]),
+    "below a value": (tiny("--set", "teacher.name=x"), ["--set 'teacher.name=x': teacher is not a group of settings"]),
+    "no recipe": (("--teacher", "builtin:digits"), ["--recipe is missing"]),
+    "unknown option": (tiny("--stepz", "3"), ["No such option", "--stepz"]),
+    "option of another verb": (tiny("recipes"), ["options before recipes belong to the bare command"]),
+}
+
+OPENING = {
+    "no such teacher folder": (tiny("--teacher", "./nowhere"), ["./nowhere: no such folder; wanted a pipeline folder"]),
+    "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and the Hub gave"]),
+    "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: no such built-in", "builtin:digits"]),
+    "folder without a pipeline": (tiny("--teacher", "other"), ["other: no model_index.json in it"]),
+    "pickled weights": (
+        tiny("--teacher", "pickled"),
+        ["pickled: unet has diffusion_pytorch_model.bin and no .safetensors", "safe_serialization=True"],
+    ),
+    "unknown scheduler": (tiny("--teacher", "euler"), ["euler: scheduler EulerDiscreteScheduler; wanted one of DDPM"]),
+    "text to image": (tiny("--teacher", "text"), ["text: a text-to-image pipeline", "text_encoder: CLIPTextModel"]),
+    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["zero terminal SNR is not supported"]),
+    "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
+    "images of another size": (
+        tiny("--data", "images"),
+        ["--data images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8"],
+    ),
+    "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no images could be read"]),
+    "export off the grid": (
+        tiny("--set", "export.steps=[1, 3, 7]"),
+        ["export.steps 3, 7: wanted divisors of the teacher's 1000 timesteps"],
+    ),
+    "batch that does not split": (
+        tiny("--set", "training.accumulation=3"),
+        ["training.batch_size 8 does not split", "take a multiple of 3"],
+    ),
+    "fp16 without GPU": (tiny("--set", "training.precision=fp16"), ["training.precision: fp16 needs a GPU"]),
+    "more steps than timesteps": (tiny("--set", "evaluation.steps=[1, 1001]"), ["evaluation.steps", "1001"]),
+    "more steps of DDIM than timesteps": (tiny("--set", "evaluation.ddim_steps=[1001]"), ["ddim_steps", "1001"]),
+    "no steps of DDIM": (tiny("--set", "evaluation.ddim_steps=[0]"), ["evaluation.ddim_steps"]),
+    "another prediction without regression": (
+        tiny("--teacher", "epsilon", "--set", "student.prediction=v_prediction"),
+        ["student.prediction: v_prediction differs from the teacher's epsilon"],
+    ),
+}
+
+
+def check(status: int, err: str, wanted: list[str]) -> None:
+    assert status == 2, err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert all(part in lines[0] for part in wanted), lines[0]
+
+
+def skip_without(name: str) -> None:
+    if name == "fp16 without GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+
+@pytest.mark.parametrize("name", RECIPE | OPENING)
+def test_a_mistake_is_one_line_and_writes_nothing(place, monkeypatch, name):
+    skip_without(name)
+    arguments, wanted = (RECIPE | OPENING)[name]
+    if "epsilon" in arguments and not (place / "epsilon").exists():
+        save_teacher(place / "epsilon", scheduler=DDIMScheduler(prediction_type="epsilon"))
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    status, out, err = call(*arguments, *(() if "recipes" in arguments else ("--output", "out")))
+    shutil.rmtree(place / "out", ignore_errors=True) if (left := sorted(place.rglob("*"))) != before else None
+    check(status, err, wanted)
+    assert left == before
+    assert "%" not in out
+
+
+@pytest.mark.parametrize("name", ["misspelled key", "NaN", "batch that does not split", "images of another size"])
+def test_the_same_in_a_process_of_its_own(place, name):
+    arguments, wanted = (RECIPE | OPENING)[name]
+    process = spawn(*arguments, "--output", "out", cwd=place)
+    _, err = process.communicate()
+    left = (place / "out").exists()
+    shutil.rmtree(place / "out", ignore_errors=True)
+    check(process.returncode, err, wanted)
+    assert not left
+
+
+@pytest.mark.parametrize("name", [name for name in OPENING if name not in ("more steps than timesteps",)])
+def test_a_dry_run_finds_it_too(place, monkeypatch, name):
+    skip_without(name)
+    arguments, wanted = OPENING[name]
+    if "epsilon" in arguments and not (place / "epsilon").exists():
+        save_teacher(place / "epsilon", scheduler=DDIMScheduler(prediction_type="epsilon"))
+    monkeypatch.chdir(place)
+    status, _, err = call(*arguments, "--dry-run")
+    check(status, err, wanted)
+    assert not (place / "runs").exists()
+
+
+def test_a_corrected_command_runs_in_the_same_folder(place, tmp_path):
+    recipe = place / "tiny.yaml"
+    assert call("--recipe", recipe, "--output", tmp_path / "run", "--teacher", tmp_path / "nowhere")[0] == 2
+    status, _, err = call("--recipe", recipe, "--output", tmp_path / "run", "--set", "training.accumulation=3")
+    assert "does not split" in err, err
+    assert status == 2
+
+
+def test_the_folder_of_another_recipe_is_refused(tiny, finished):
+    before = snapshot(finished[0])
+    status, _, err = call("--recipe", tiny, "--output", finished[0], "--set", "training.steps=13")
+    check(status, err, [f"--output {finished[0]} is a run of another recipe (training.steps: 12 there, 13 here)"])
+    assert snapshot(finished[0]) == before
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)])
+def test_a_folder_that_holds_other_things_is_left_alone(place, tiny, fresh):
+    before = snapshot(place / "other")
+    status, _, err = call("--recipe", tiny, "--output", place / "other", *fresh)
+    check(status, err, ["other is not empty and holds no run (no recipe.yaml); choose another folder"])
+    assert snapshot(place / "other") == before
+
+
+def test_a_file_as_output_is_refused(place, tiny):
+    status, _, err = call("--recipe", tiny, "--output", place / "other" / "thesis.tex")
+    check(status, err, ["thesis.tex could not be written"])
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "a: b", "run #1", "[x]"])
+def test_a_teacher_may_have_any_name(place, teacher_folder, tmp_path, monkeypatch, name):
+    shutil.copytree(teacher_folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("--recipe", place / "tiny.yaml", "--teacher", name, "--dry-run")
+    assert status == 0, err
+    assert f"teacher: {name} (UNet2DModel" in out
+
+
+def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("teacher: 'modèle'\n".encode("latin-1"))
+    status, _, err = call("--recipe", tmp_path / "latin.yaml", "--dry-run")
+    check(status, err, ["latin.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("evaluate", "nowhere"), "nowhere is no run folder (no recipe.yaml)"),
+        (("sample", "other"), "other is no run folder (no recipe.yaml)"),
+        (("export", "other", "out"), "other is no run folder (no recipe.yaml)"),
+        (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
+        (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
+        (("inspect", "text"), "text: a text-to-image pipeline"),
+        (("recipes", "show", "digit"), "recipe 'digit' is unknown, did you mean digits?"),
+    ],
+)
+def test_mistakes_of_the_verbs(place, monkeypatch, arguments, wanted):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    status, _, err = call(*arguments)
+    check(status, err, [wanted])
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
+    status, _, err = call("--recipe", tiny, "--output", tmp_path / "run", "--set", "training.learning_rate=1e30")
+    assert status == 3
+    last = err.splitlines()[-1]
+    assert last.startswith("error: step ")
+    assert "lower training.learning_rate" in last

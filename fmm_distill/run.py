@@ -148,7 +148,8 @@ def _check_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
         if different:
             shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in different[:6])
             raise UserError(
-                f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove it"
+                f"--output {folder} is a run of another recipe ({shown}); choose another folder, "
+                "or --fresh to remove it"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")

@@ -23,6 +23,8 @@ __all__ = ["grid", "sample"]
 def grid(schedule: Schedule, steps: int) -> Float[Tensor, " points"]:
     """Times of a grid that is uniform in timesteps: the stock DDIM grid with trailing spacing, and data at its end.
 
+    Where ``steps`` does not divide the timesteps, halves are rounded to even; stock rounds some the other way.
+
     Shape ``[steps + 1]``, float64, decreasing.
 
     Raises:

@@ -66,7 +66,7 @@ class Draws:
 
 
 def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:
-    """The draws of a whole step: a function of the seed, the step and the place in the batch, drawn on the CPU."""
+    """The draws of a whole step: a function of the seed, the step and the place in a batch of this size."""
 
     def stream(name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{seed} {step} {name}".encode()).digest()

@@ -87,7 +87,9 @@ class TwoModes(FlowMap):
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
         """u from the quantile map; needs h > 0."""
         along = x @ self.direction
-        moved = self._quantile_map(along, t, t - h)
+        # The map is odd: on the negative side the distribution does not saturate at 1.
+        side = torch.where(along > 0, -1.0, 1.0)
+        moved = side * self._quantile_map(side * along, t, t - h)
         across = x - along.unsqueeze(1) * self.direction
         u_across = self.across.mean_velocity_of_jump(across, t, h)
         return u_across + ((along - moved) / h).unsqueeze(1) * self.direction

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -70,12 +71,14 @@ def find(source: str, revision: str | None = None) -> Found:
         raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{source}: model_index.json is not JSON ({error}); fetch the pipeline again") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{source}: model_index.json holds no components; fetch the pipeline again")
     components = {
         name: (value[0], value[1])
         for name, value in entries.items()
-        if not name.startswith("_") and isinstance(value, list) and value[1] is not None
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
     return Found(source, folder, commit, _licence(folder), components)
 
@@ -108,7 +111,10 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    licence: str | None = ModelCard.load(card).data.license
+    try:
+        licence: str | None = ModelCard.load(card).data.license
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{card}: the model card's metadata can't be read ({_first_line(error)}); mend it") from error
     return licence
 
 

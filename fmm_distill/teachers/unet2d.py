@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -39,13 +39,12 @@ def load_unet2d(found: Found) -> Teacher:
             f"{found.source}: scheduler {name}; wanted one of {', '.join(SCHEDULERS)}: "
             "save the pipeline with one of them if its schedule is the same, or add a teacher (docs/add-a-teacher.md)"
         )
-    scheduler = getattr(diffusers, name).from_pretrained(found.component_folder("scheduler"))
+    scheduler = _open(getattr(diffusers, name), found, "scheduler")
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTIONS:
         raise UserError(f"{found.source}: prediction_type {prediction!r}; wanted one of {', '.join(PREDICTIONS)}")
-    folder = found.component_folder("unet")
-    _require_safetensors(folder, found.source)
-    network = diffusers.UNet2DModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    _require_safetensors(found.component_folder("unet"), found.source)
+    network = _open(diffusers.UNet2DModel, found, "unet", use_safetensors=True, torch_dtype=torch.float32)
     _check_network(network, found.source)
     size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -62,12 +61,24 @@ def load_unet2d(found: Found) -> Teacher:
     )
 
 
+def _open(kind: Any, found: Found, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
+    """A component from its folder; whatever diffusers finds wrong with the files is the user's to mend."""
+    try:
+        return kind.from_pretrained(found.component_folder(component), **options)
+    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"{found.source}: its {component} does not open ({type(error).__name__}: {lines[0]}); wanted a whole "
+            "pipeline as save_pretrained writes it: fetch or save it again"
+        ) from error
+
+
 def _require_safetensors(folder: Path, source: str) -> None:
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("diffusion_pytorch_model*.safetensors")):
         others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(
-            f"{source}: {folder.name} has {', '.join(others)} and no .safetensors; pickled weights are not opened: "
-            "save the pipeline again with save_pretrained(folder, safe_serialization=True)"
+            f"{source}: {folder.name} has {', '.join(others)} and no diffusion_pytorch_model.safetensors; "
+            "pickled weights are not opened: save the pipeline again with save_pretrained(folder)"
         )
 
 
@@ -88,5 +99,7 @@ def _check_network(network: diffusers.UNet2DModel, source: str) -> None:
     if config.sample_size is None:
         raise UserError(f"{source}: unet/config.json has no sample_size; wanted the image size: add it there")
     for key, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"{source}: {key} is missing in the weights; wanted a whole network: fetch it again")
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {key} holds NaN or infinite numbers; wanted a trained network: fetch it again")

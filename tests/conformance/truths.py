@@ -60,9 +60,9 @@ class Exact(nn.Module):
 
     def alpha_sigma(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The schedule at a fractional timestep, by bisection: it never saw the t that the adapter had."""
-        low = torch.zeros_like(timestep)
-        high = torch.full_like(timestep, self.schedule.t_max)
-        for _ in range(50):
+        below = timestep.long()
+        low, high = self.schedule.time(below), self.schedule.time((below + 1).clamp_max(999))
+        for _ in range(36):
             middle = (low + high) / 2
             above = self.schedule.timestep(middle) > timestep
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)

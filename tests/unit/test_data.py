@@ -44,6 +44,27 @@ def test_folder_and_parquet_hold_the_same_pixels(tmp_path, channels):
         load_images(str(folder), (channels, 8, 8))
 
 
+def test_an_empty_dataset_is_refused(tmp_path):
+    table = datasets.Dataset.from_dict({"img": []}, features=datasets.Features({"img": datasets.Image()}))
+    table.to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(UserError, match="no images"):
+        load_images(str(tmp_path / "none.parquet"), (1, 8, 8))
+
+
+def test_a_dataset_without_images_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"label": [1, 2]}).to_parquet(str(tmp_path / "labels.parquet"))
+    with pytest.raises(UserError, match="no image column among label"):
+        load_images(str(tmp_path / "labels.parquet"), (1, 8, 8))
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere.parquet", "owner/never-cached"])
+def test_what_is_not_there_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--data {source}: no images could be read") as caught:
+        load_images(source, (1, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
 def test_four_channels_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="4 channels"):

@@ -1,0 +1,174 @@
+"""What others rely on: verbs, options, recipe fields, a run's files. A change here is a change of version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from fmm_distill.cli import command
+from fmm_distill.losses import EulerianSettings
+from fmm_distill.recipe import Recipe
+from tests.cli.runs import call
+
+OPTIONS = {
+    "": ["--data", "--dry-run", "--fresh", "--output", "--recipe", "--resume", "--set", "--teacher", "--version"],
+    "env": [],
+    "evaluate": ["--output", "--samples", "--steps", "run"],
+    "export": ["--steps", "folder", "run"],
+    "inspect": ["--revision", "teacher"],
+    "recipes": [],
+    "recipes list": [],
+    "recipes show": ["name"],
+    "sample": ["--count", "--output", "--seed", "--steps", "run"],
+}
+FIELDS = [
+    "teacher",
+    "revision",
+    "data",
+    "student.prediction",
+    "student.regression_steps",
+    "loss.derivative",
+    "loss.name",
+    "loss.stop",
+    "weight.power",
+    "weight.constant",
+    "pairs.prior",
+    "pairs.diagonal",
+    "pairs.spacing",
+    "training.steps",
+    "training.batch_size",
+    "training.accumulation",
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.betas",
+    "training.warmup_steps",
+    "training.decay",
+    "training.clip",
+    "training.ema",
+    "training.precision",
+    "training.seed",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "evaluation.steps",
+    "evaluation.ddim_steps",
+    "evaluation.dpmsolver_steps",
+    "evaluation.samples",
+    "evaluation.endpoint_samples",
+    "evaluation.endpoint_solver_steps",
+    "evaluation.features",
+    "evaluation.batch_size",
+    "export.steps",
+]
+
+
+def options(group, name=""):
+    found = {name: sorted(o for p in group.params for o in [*p.opts, *p.secondary_opts] if o not in ("-h", "--help"))}
+    for verb, below in getattr(group, "commands", {}).items():
+        found |= options(below, f"{name} {verb}".strip())
+    return found
+
+
+def flat(settings, prefix=""):
+    return [
+        path
+        for key, value in settings.items()
+        for path in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key])
+    ]
+
+
+def test_verbs_and_options():
+    assert options(command) == OPTIONS
+
+
+def test_recipe_fields():
+    assert flat(Recipe().model_dump()) == FIELDS
+
+
+def test_fields_of_the_eulerian_loss():
+    assert sorted(EulerianSettings.model_fields) == [
+        "derivative",
+        "name",
+        "normalise_tangent",
+        "stop",
+        "tangent_scale",
+        "tangent_warmup_steps",
+    ]
+
+
+def modules_after(code: str, **environment: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('MODULES', *sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+    return set(run.stdout.rsplit("MODULES", 1)[1].split())
+
+
+def test_help_loads_no_torch():
+    code = "import sys\nfrom fmm_distill.cli import main\n"
+    for arguments in ("'--help'", "'-h'", "", "'evaluate', '--help'", "'recipes', '--help'", "'--version'"):
+        code += f"sys.argv = ['fmm-distill', {arguments}]\nmain()\n"
+    loaded = modules_after(code)
+    assert "fmm_distill.cli" in loaded
+    assert not loaded & {"torch", "diffusers", "numpy"}
+
+
+def test_a_dry_run_prints_the_recipe_and_writes_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("--recipe", tiny, "--dry-run", "--set", "training.steps=7")
+    assert (status, err) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    recipe, _ = out.split("\nteacher: ", 1) if "\n\nteacher" not in out else out.split("\n\nteacher: ", 1)
+    printed = yaml.safe_load(recipe)
+    assert flat(printed) == FIELDS
+    assert printed["training"]["steps"] == 7
+    assert "steps:   7 of 8 samples, loss lagrangian" in out
+    assert f"output:  {Path('runs') / 'tiny'}" in out
+
+
+def test_a_dry_run_leaves_a_finished_run_alone(tiny, finished):
+    before = sorted(finished[0].rglob("*"))
+    assert call("--recipe", tiny, "--dry-run", "--fresh", "--output", finished[0])[0] == 0
+    assert sorted(finished[0].rglob("*")) == before
+
+
+def test_the_verbs_run_on_a_finished_run(finished, tmp_path):
+    folder, printed = finished
+    status, out, err = call("evaluate", folder, "--steps", "1,3", "--output", tmp_path / "numbers.json")
+    assert status == 0, err
+    rows = [
+        row for row in yaml.safe_load((tmp_path / "numbers.json").read_text())["rows"] if row["sampler"] == "student"
+    ]
+    assert [(row["steps"], row["calls"]) for row in rows] == [(1, 1), (3, 3)]
+    # The same student as at the run's end.
+    assert f"{'student':<20}{1:>6}{1:>7}{rows[0]['endpoint_error']:>16.4f}" in printed
+    status, out, err = call("sample", folder, "--steps", "1", "--count", "2", "--output", tmp_path / "x.png")
+    assert status == 0, err
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = call("inspect", yaml.safe_load((folder / "recipe.yaml").read_text())["teacher"])
+    assert status == 0, err
+    assert "v_prediction" in out
+    assert "1 x 8 x 8" in out
+
+
+def test_the_run_folder_explains_itself(finished):
+    folder, printed = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "environment.json",
+        "evaluation.json",
+        "recipe.yaml",
+        "samples.png",
+        "steps.jsonl",
+        "steps.png",
+        "student",
+    }
+    assert not list(folder.rglob("*.bin"))
+    assert not list(folder.rglob("*.pt"))
+    assert "load it with diffusers alone" in printed

@@ -1,0 +1,29 @@
+"""The whole command on two processes, from the folder to the export."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.runs import checkpoints, losses
+
+
+def test_a_run_on_two_processes_gives_the_numbers_of_one_process(tmp_path, tiny, finished):
+    # `accelerate launch --cpu` starts one process whatever it is told; on GPUs it does what is done here.
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fmm_distill"]
+    command += ["--recipe", str(tiny), "--output", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # Only the first process speaks and writes.
+    assert run.stdout.count("reloaded with stock diffusers") == 1
+    assert checkpoints(tmp_path / "run") == checkpoints(finished[0])
+    ours, theirs = losses(tmp_path / "run"), losses(finished[0])
+    assert [line[0] for line in ours] == [line[0] for line in theirs]
+    # Unequal in the last digits, or it was one process.
+    assert ours != theirs
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=2e-3)

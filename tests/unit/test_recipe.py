@@ -1,0 +1,108 @@
+"""Recipes: closed, typed, and every mistake told by the path that can be typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fmm_distill.errors import UserError
+from fmm_distill.losses import EulerianSettings
+from fmm_distill.recipe import Recipe, load_recipe, parse, recipe_names
+
+FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert len(FILES) >= 2
+    assert recipe_names() == [file.stem for file in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_recipe_parses_and_survives_a_round_trip(file):
+    recipe = load_recipe(file.stem)
+    assert load_recipe(str(file)) == recipe
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written != yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert parse(written, "again") == recipe
+
+
+def test_a_round_trip_keeps_what_is_not_the_default():
+    recipe = Recipe(loss=EulerianSettings(), revision="main", evaluation={"steps": (3,), "ddim_steps": ()})
+    again = parse(yaml.safe_load(recipe.to_yaml()), "again")
+    assert again == recipe
+    assert isinstance(again.loss, EulerianSettings)
+    assert again != Recipe()
+
+
+def test_numbers_as_people_write_them():
+    """YAML 1.1 reads 1e-4 as a string."""
+    assert isinstance(yaml.safe_load("1e-4"), str)
+    recipe = load_recipe(
+        "digits", ["training.learning_rate=1e-4", "weight.constant=1E-5", "training.betas=[0.9, 0.95]"]
+    )
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.weight.constant == 1e-5
+    assert recipe.training.betas == (0.9, 0.95)
+
+
+def test_overrides_win_in_order_and_leave_the_rest():
+    plain = load_recipe("digits")
+    recipe = load_recipe("digits", ["training.steps=5", "training.steps=7", "export.steps=[1]", "revision=null"])
+    assert recipe.training.steps == 7
+    assert recipe.export.steps == (1,)
+    assert recipe.revision is None
+    changed = recipe.model_copy(update={"training": plain.training, "export": plain.export})
+    assert changed == plain
+
+
+def test_an_override_of_the_whole_loss_changes_its_kind():
+    assert isinstance(load_recipe("digits", ["loss={name: eulerian}"]).loss, EulerianSettings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"loss": {"name": "lagrangian", "stop": "x"}}, "here: loss.stop: Input should be "),
+        ({"loss": {"name": "eulerian", "derivative": "x"}}, "here: loss.derivative: Input should be "),
+        (
+            {"loss": {"name": "eulerian", "derivativ": "exact"}},
+            "here: loss.derivativ is not a setting, did you mean loss.d",
+        ),
+        ({"loss": {"stop": "teacher"}}, "here: loss: "),
+        ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),
+        ({"training": None}, "here: training: "),
+        ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior and diagonal are shares"),
+        ({"evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception compares"),
+    ],
+)
+def test_mistakes_are_told_by_their_path(settings, wanted):
+    with pytest.raises(UserError) as caught:
+        parse(settings, "here")
+    assert str(caught.value).startswith(wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        parse({"trainin": {}, "training": {"steps": 0, "ema": 1}, "export": {"steps": ["x"]}}, "here")
+    parts = str(caught.value).removeprefix("here: ").split("; ")
+    assert [part.split(":")[0].split(" ")[0] for part in parts] == [
+        "training.steps",
+        "training.ema",
+        "export.steps.0",
+        "trainin",
+    ]
+
+
+@pytest.mark.parametrize("steps", [[0], [-1], [2.5]])
+@pytest.mark.parametrize("key", ["steps", "ddim_steps", "dpmsolver_steps"])
+def test_numbers_of_steps_are_positive(key, steps):
+    with pytest.raises(UserError, match=f"evaluation.{key}"):
+        parse({"evaluation": {key: steps}}, "here")
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().training.steps = 3

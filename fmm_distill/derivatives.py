@@ -89,7 +89,8 @@ class StockNetworks(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func in (F.group_norm, torch.group_norm):
-            x, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+            positional: tuple[Any, ...] = tuple(args)
+            x, rest = (positional[0], positional[1:]) if positional else (kwargs.pop("input"), ())
             x = x.contiguous()
             weight = rest[1] if len(rest) > 1 else kwargs.get("weight")
             if weight is not None and weight.dtype != x.dtype:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Evaluation", "Row", "check_features", "evaluate", "table"]
+__all__ = ["Evaluation", "Row", "check_evaluation_steps", "check_features", "evaluate", "table"]
 
 NOISE_SEED = 20_240_607
 
@@ -72,6 +72,16 @@ def check_features(settings: EvaluationSettings, event_shape: tuple[int, ...]) -
                 "evaluation.features: inception needs `pip install fmm-distill[fid]` and its weights "
                 "(fetched at first use); features: none measures the endpoint error without them"
             ) from error
+
+
+def check_evaluation_steps(name: str, steps: tuple[int, ...], teacher: Teacher) -> None:
+    """Refuse numbers of steps that no grid of this teacher has."""
+    wrong = [n for n in steps if not 1 <= n <= teacher.schedule.num_timesteps]
+    if wrong:
+        raise UserError(
+            f"{name} {', '.join(map(str, wrong))}: wanted 1 to {teacher.schedule.num_timesteps}, "
+            "the teacher's number of timesteps"
+        )
 
 
 @torch.no_grad()

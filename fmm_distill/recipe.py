@@ -129,7 +129,8 @@ class Recipe(Settings):
 def _folders() -> list[Path]:
     """Where recipes stand: inside an installed package, beside it in a checkout."""
     inside = Path(str(importlib.resources.files("fmm_distill"))) / "recipes"
-    return [folder for folder in (inside, inside.parent.parent / "recipes") if folder.is_dir()]
+    # An installed package has its own; what stands beside it there may be somebody else's.
+    return [inside] if inside.is_dir() else [inside.parent.parent / "recipes"]
 
 
 def recipe_names() -> list[str]:
@@ -153,7 +154,9 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"recipe {name!r} is unknown{_guess(name, recipe_names())}; known: {', '.join(recipe_names())}")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str, overrides: Sequence[str] = (), *, teacher: str | None = None, data: str | None = None
+) -> Recipe:
     """A recipe by name or file, with ``key.path=value`` overrides in YAML's notation.
 
     Raises:
@@ -162,10 +165,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(settings, dict):
         raise UserError(f"recipe {path}: wanted keys and values, got {type(settings).__name__}")
+    # Not by way of an override: a folder may be called 2024 or no.
+    settings |= {key: value for key, value in (("teacher", teacher), ("data", data)) if value is not None}
     for override in overrides:
         _apply(settings, override)
     return parse(settings, f"recipe {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from accelerate.state import AcceleratorState
 from fmm_distill import __version__, checkpoint
 from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import NOISE_SEED, Evaluation, Row, check_features, evaluate, table
+from fmm_distill.evaluate import NOISE_SEED, Evaluation, Row, check_evaluation_steps, check_features, evaluate, table
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folder import check_steps, export_pipeline
 from fmm_distill.export.verify import verify
@@ -62,6 +63,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
+    _check_training(recipe)
     teacher = load_teacher(recipe.teacher, revision=recipe.revision)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
@@ -69,6 +71,8 @@ def plan(recipe: Recipe) -> Plan:
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
         )
     check_features(recipe.evaluation, teacher.event_shape)
+    for name in ("steps", "ddim_steps", "dpmsolver_steps"):
+        check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
     check_steps(recipe.export.steps, teacher.schedule.num_timesteps)
     images = None if recipe.data == "none" else load_images(recipe.data, teacher.event_shape)
     reference = images
@@ -118,10 +122,22 @@ def distill(
     return evaluation if accelerator.is_main_process else _read(folder)
 
 
+def _check_training(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = processes * training.accumulation
+    if training.batch_size % parts:
+        raise UserError(
+            f"training.batch_size {training.batch_size} does not split over {processes} processes "
+            f"x {training.accumulation} accumulation steps: take a multiple of {parts}"
+        )
+
+
 def _accelerator(recipe: Recipe) -> Accelerator:
     precision = recipe.training.precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+    _check_training(recipe)
     wanted = {"fp32": "no"}.get(precision, precision)
     before = AcceleratorState._shared_state.get("_mixed_precision", wanted)
     if before != wanted:
@@ -129,7 +145,14 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             f"training.precision: {precision}, but this process has run in {before.replace('no', 'fp32')}, and "
             "accelerate keeps one precision a process: start another"
         )
-    return Accelerator(mixed_precision=wanted, gradient_accumulation_steps=recipe.training.accumulation)
+    accelerator = Accelerator(mixed_precision=wanted, gradient_accumulation_steps=recipe.training.accumulation)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: on CPU set "
+            "ACCELERATE_USE_CPU=true, so that they don't run side by side in one folder"
+        )
+    return accelerator
 
 
 def _silent(_: str) -> None:
@@ -151,7 +174,7 @@ def _check_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
                 f"--output {folder} is a run of another recipe ({shown}); choose another folder, "
                 "or --fresh to remove it"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.suffix != ".partial" for path in folder.iterdir())):
         raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")
 
 
@@ -160,9 +183,10 @@ def _make_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
         if fresh and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.yaml").is_file():
-        checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
+    texts = {"recipe.yaml": recipe.to_yaml(), "environment.json": json.dumps(environment(), indent=2) + "\n"}
+    for name, text in texts.items():
+        if not (folder / name).is_file():
+            checkpoint.write_text(folder / name, text)
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fmm_distill import checkpoint
 from fmm_distill.derivatives import choose_engine
 from fmm_distill.ema import averaged
-from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.errors import FmmDistillError
 from fmm_distill.losses import LOSSES, weigh
 from fmm_distill.losses.base import squared_norm
 from fmm_distill.starts import draw, pair_times, points, teacher_jump
@@ -116,11 +116,6 @@ class Trainer:
     ) -> None:
         training = recipe.training
         self.parts = accelerator.num_processes * training.accumulation
-        if training.batch_size % self.parts:
-            raise UserError(
-                f"training.batch_size {training.batch_size} does not split over {accelerator.num_processes} processes "
-                f"x {training.accumulation} accumulation steps: take a multiple of {self.parts}"
-            )
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
         self.accelerator, self.say = accelerator, say
         self.total = recipe.student.regression_steps + training.steps
@@ -201,7 +196,9 @@ class Trainer:
             sums += torch.stack([losses.detach().mean(), weighted.detach()]) / training.accumulation
         self.average.update_parameters(self.student.network)
         loss, weighted_loss = self.accelerator.reduce(sums, "mean").tolist()
-        if not math.isfinite(loss) or not bool(torch.as_tensor(norm).isfinite()):
+        # With a gradient scaler an infinite gradient is its way to find the scale: it skips that step.
+        scaled = self.accelerator.scaler is not None
+        if not math.isfinite(loss) or not (scaled or bool(torch.as_tensor(norm).isfinite())):
             raise TrainingDivergedError(
                 f"step {step}: loss {loss}, gradient norm {float(norm)}; the newest checkpoint is whole: "
                 "lower training.learning_rate or take precision: fp32 and start with --fresh"

@@ -54,8 +54,7 @@ def distil(
         return
     from fmm_distill.recipe import load_recipe
 
-    named = [f"{key}={value}" for key, value in (("teacher", teacher), ("data", data)) if value is not None]
-    resolved = load_recipe(recipe, [*named, *overrides])
+    resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
     folder = output or Path("runs") / Path(recipe).stem
     if dry_run:
         from fmm_distill.run import forecast

@@ -3,6 +3,7 @@
 python reload.py FOLDER SEED BATCH OUTPUT.safetensors N [N ...]
 """
 
+import os
 import sys
 
 # Any import of the package fails from here on: what opens below opens without it.
@@ -19,9 +20,11 @@ if __name__ == "__main__":
     any_step.set_progress_bar_config(disable=True)
     images = {}
     for steps in map(int, sys.argv[5:]):
-        folded = DiffusionPipeline.from_pretrained(f"{folder}/steps-{steps}")
-        folded.set_progress_bar_config(disable=True)
-        for name, pipeline in (("any", any_step), ("folded", folded)):
+        pipelines = {"any": any_step}
+        if os.path.isdir(f"{folder}/steps-{steps}"):
+            pipelines["folded"] = DiffusionPipeline.from_pretrained(f"{folder}/steps-{steps}")
+            pipelines["folded"].set_progress_bar_config(disable=True)
+        for name, pipeline in pipelines.items():
             generator = torch.Generator().manual_seed(seed)
             made = pipeline(batch, generator=generator, num_inference_steps=steps, output_type="pt").images
             images[f"{name}-{steps}"] = made.float().cpu().contiguous()

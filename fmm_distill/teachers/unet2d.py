@@ -78,7 +78,8 @@ def _require_safetensors(folder: Path, source: str) -> None:
         others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(
             f"{source}: {folder.name} has {', '.join(others)} and no diffusion_pytorch_model.safetensors; "
-            "pickled weights are not opened: save the pipeline again with save_pretrained(folder)"
+            "pickled weights are not opened: save the pipeline again with save_pretrained(folder, "
+            "safe_serialization=True)"
         )
 
 

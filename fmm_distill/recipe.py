@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
+
+
+Steps = Annotated[int, Field(ge=1)]
 
 
 class StudentSettings(Settings):
@@ -66,11 +69,11 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     """What is measured at the end."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[Steps, ...] = (1, 2, 4, 8)
     """Numbers of student steps."""
-    ddim_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50, 100)
+    ddim_steps: tuple[Steps, ...] = (1, 2, 4, 8, 16, 50, 100)
     """Numbers of DDIM steps of the teacher, to compare with."""
-    dpmsolver_steps: tuple[int, ...] = (1, 2, 4, 6, 8, 16)
+    dpmsolver_steps: tuple[Steps, ...] = (1, 2, 4, 6, 8, 16)
     """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
     samples: int = Field(default=1024, ge=2)
     """Images for the Fréchet distance."""
@@ -87,7 +90,7 @@ class EvaluationSettings(Settings):
 class ExportSettings(Settings):
     """What is written for others to load."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[Steps, ...] = (1, 2, 4, 8)
     """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
 
 

@@ -90,9 +90,9 @@ def test_engines_agree_along_the_flow(teacher, student, jumps):
     v = teacher.velocity(*jumps[:2])
     central, exact = (derivative_along_flow(student, *jumps, v, engine=engine) for engine in ("central", "exact"))
     assert exact.abs().max() > 0.1
-    # 2e-3 measured inside; at t_max there is one side alone, and it is 3.5 %.
+    # 2e-3 measured inside; at t_max there is one side alone, and it is 0.7 %.
     assert relative(central[1:], exact[1:]) < 1e-2
-    assert relative(central[:1], exact[:1]) < 5e-2
+    assert relative(central[:1], exact[:1]) < 2e-2
 
 
 def test_exact_in_r_is_the_reverse_mode_derivative(student, jumps):
@@ -153,7 +153,7 @@ def test_gradients_pass_through_the_derivative(student, jumps, engine):
 
 
 def test_central_stays_inside_the_interval():
-    """Never above t_max, where a schedule ends, nor past r, unless both are closer than a step."""
+    """Never above t_max, where a schedule ends, and with r where it is."""
     seen = []
 
     class Recorder(Polynomial):
@@ -164,10 +164,10 @@ def test_central_stays_inside_the_interval():
     x = torch.ones(3, 2, dtype=torch.float64)
     t, r = torch.tensor([1.0, 0.5, 1.0]).double(), torch.tensor([0.2, 0.5, 0.0]).double()
     derivative = derivative_along_flow(Recorder(), x, t, r, x, engine="central")
-    assert len(seen) == 2
+    assert len(seen) == 3
     for time, end in seen:
         assert (time <= 1).all()
-        assert (time >= r).all()
+        assert (time >= t - 2.1e-4).all()
         torch.testing.assert_close(end, r)
     assert derivative.isfinite().all()
 

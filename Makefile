@@ -16,7 +16,7 @@ check: $(VENV)/dev.stamp
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/dev.stamp
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site build dist

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,9 +56,11 @@ def draw_steps(evaluation: Evaluation, path: Path) -> None:
                 calls = [row.calls for row in rows]
                 axis.plot(calls, [getattr(row, quantity) for row in rows], color=colour, marker=marker, label=name)
         axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel=label)
-        axis.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-        axis.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_major_locator(FixedLocator(sorted({row.calls for row in evaluation.rows})))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(FormatStrFormatter("%g"))
+            side.set_minor_locator(NullLocator())
         axis.grid(visible=True, which="major", alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -36,21 +36,12 @@ def write_card(folder: Path, recipe: Recipe, teacher: Teacher, evaluation: Evalu
 
 
 def _card(recipe: Recipe, teacher: Teacher, evaluation: Evaluation) -> str:
-    metadata = {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["flow-map", "distillation", "fmm-distill"],
-    }
-    if teacher.licence:
-        metadata["license"] = teacher.licence
-    if teacher.revision:
-        metadata["base_model"] = teacher.source
     steps = recipe.export.steps
     folded = "\n".join(f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps)
     example = steps[-1] if steps else 4
     total = recipe.student.regression_steps + recipe.training.steps
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
+{yaml.safe_dump(_metadata(teacher), sort_keys=False).strip()}
 ---
 # A few-step student of {teacher.source}
 
@@ -97,6 +88,20 @@ Unconditional. It copies its teacher's ODE: what the teacher can't draw it can't
 {CITATION}
 ```
 """
+
+
+def _metadata(teacher: Teacher) -> dict[str, object]:
+    """What the Hub reads."""
+    metadata: dict[str, object] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["flow-map", "distillation", "fmm-distill"],
+    }
+    if teacher.licence:
+        metadata["license"] = teacher.licence
+    if teacher.revision:
+        metadata["base_model"] = teacher.source
+    return metadata
 
 
 def _table(evaluation: Evaluation) -> str:

@@ -54,7 +54,7 @@ def lagrangian(
     - ``stop="teacher"``: v is taken at the detached X; the gradient passes through d_r u (the stop-gradient rule
       of LSD, arXiv 2505.18825).
     - ``stop="target"``: u is regressed on ``v(X, r) + (t - r) d_r u``, all of it detached (as AYF-LMD,
-      arXiv 2506.14603): no graph of the derivative, half the time and a fifth of the memory.
+      arXiv 2506.14603): no graph of the derivative.
     """
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     length = expand(t - r, x_t)

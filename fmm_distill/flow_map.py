@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.interpolant import Clock
-    from fmm_distill.velocity import Conditioning
+    from fmm_distill.velocity import Conditioning, VelocityField
 
-__all__ = ["FlowMap"]
+__all__ = ["FlowMap", "diagonal"]
 
 
 class FlowMap(ABC):
@@ -56,3 +56,14 @@ class FlowMap(ABC):
     ) -> Float[Tensor, "batch *event"]:
         """``X(x, t, r)``."""
         return x - expand(t - r, x) * self.mean_velocity(x, t, r, cond)
+
+
+def diagonal(flow_map: FlowMap) -> VelocityField:
+    """The velocity that a map implies, ``u(x, t, t)``: what a self-distilled loss takes for its teacher's."""
+
+    def velocity(
+        x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
+    ) -> Float[Tensor, "batch *event"]:
+        return flow_map.mean_velocity(x, t, t, cond)
+
+    return velocity

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fmm_distill.errors import UserError
-from fmm_distill.losses import AnyLossSettings, LagrangianSettings, Weight
+from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings, Weight
 from fmm_distill.losses.base import Settings
 from fmm_distill.starts import Pairs
 
@@ -31,6 +31,17 @@ class StudentSettings(Settings):
     """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
     regression_steps: int = Field(default=0, ge=0)
     """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
+
+
+class Term(Settings):
+    """A further loss on a share of every batch."""
+
+    loss: AnyLossSettings
+    """Which loss, and its settings."""
+    share: float = Field(gt=0, lt=1)
+    """Share of the batch that goes to it."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor of its weighted loss."""
 
 
 class TrainingSettings(Settings):
@@ -107,6 +118,8 @@ class Recipe(Settings):
     """How the student starts."""
     loss: AnyLossSettings = LagrangianSettings()
     """Which loss, and its settings."""
+    also: tuple[Term, ...] = ()
+    """Further losses, each on a share of every batch; the main loss has the rest."""
     weight: Weight = Weight()
     """The weight of a sample."""
     pairs: Pairs = Pairs()
@@ -124,9 +137,52 @@ class Recipe(Settings):
             raise ValueError("evaluation.features: inception compares with a dataset; give data, or features: none")
         return self
 
+    @property
+    def losses(self) -> tuple[AnyLossSettings, ...]:
+        """The main loss and the further ones."""
+        return (self.loss, *(term.loss for term in self.also))
+
+    @model_validator(mode="after")
+    def _losses_can_be_computed(self) -> Self:
+        names = [loss.name for loss in self.losses]
+        for loss in self.losses:
+            if loss.velocity == "data" and self.data == "none":
+                raise ValueError(f"loss {loss.name} learns from data and there are none; {_without_data(loss)}")
+            if loss.sees_no_teacher and "flow_matching" not in names:
+                raise ValueError(
+                    f"loss {loss.name} alone sees no teacher with these settings; add to also: "
+                    "{loss: {name: flow_matching}, share: 0.5}"
+                )
+        if (share := sum(term.share for term in self.also)) >= 1:
+            raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
+        self._pairs_fit()
+        return self
+
+    def _pairs_fit(self) -> None:
+        wanted = {
+            "consistency": ("pairs.data", self.pairs.data, 1),
+            "operator_regression": ("pairs.prior", self.pairs.prior, 1),
+            "progressive_distillation": ("pairs.dyadic", self.pairs.dyadic, 3),
+        }
+        if self.loss.name not in wanted:
+            return
+        key, got, fit = wanted[self.loss.name]
+        if got < min(fit, 1):
+            raise ValueError(f"loss {self.loss.name} trains its own pairs of times only: set {key}={fit} (got {got:g})")
+
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _without_data(loss: AnyLossSettings) -> str:
+    """What comes nearest to a loss when there is no data."""
+    nearest = {
+        "flow_map_matching": "take lagrangian, or give --data",
+        "mean_flow": "take eulerian with stop: target, or give --data",
+        "terminal_velocity": "take lagrangian with velocity: self and flow_matching in also, or give --data",
+    }
+    return nearest.get(loss.name, "set its velocity: teacher, or give --data")
 
 
 def _folders() -> list[Path]:
@@ -208,9 +264,20 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
     """One mistake, by the path that can be typed: the tag of a union is no part of it."""
-    tags = {"lagrangian", "eulerian"}
-    path = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in tags)) or "recipe"
+    place = item["loc"]
+    tags = [i > 0 and place[i - 1] == "loss" and part in LOSSES for i, part in enumerate(place)]
+    path = ".".join(str(part) for part, tag in zip(place, tags, strict=True) if not tag) or "recipe"
+    if item["type"] == "union_tag_invalid":
+        name = item["ctx"]["tag"]
+        return f"{path}.name: loss {name!r} is unknown{_guess(name, LOSSES)} (fmm-distill losses lists them)"
+    if item["type"] == "union_tag_not_found":
+        return f"{path}: wanted a group with a name, e.g. {{name: lagrangian}} (got {item['input']!r})"
     if item["type"] == "extra_forbidden":
+        of = next((part for part, tag in zip(place, tags, strict=True) if tag), None)
+        if of is not None:
+            known = [f"{path.rpartition('.')[0]}.{name}" for name in SETTINGS[of].model_fields]
+            whole = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from that loss's own settings"
+            return f"{path} is not a setting of {of}{_guess(path, known)}; {whole}"
         return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | Settings) else f" (got {item['input']!r})"

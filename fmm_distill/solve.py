@@ -24,21 +24,22 @@ Method = Literal["euler", "heun", "rk4"]
 def solve(
     velocity: VelocityField,
     x: Float[Tensor, "batch *event"],
-    times: Float[Tensor, " points"],
+    times: Float[Tensor, "points *batch"],
     *,
     method: Method = "rk4",
     cond: Conditioning | None = None,
 ) -> Float[Tensor, "batch *event"]:
     """The solution of ``dx/dt = v(x, t)`` at ``times[-1]``, started from x at ``times[0]``.
 
-    Orders 1, 2 and 4; 1, 2 and 4 calls a step.
+    ``times`` holds one time for all samples in a row, or a row of one time a sample. Orders
+    1, 2 and 4; 1, 2 and 4 calls a step.
     """
 
     def at(position: Tensor, time: Tensor) -> Tensor:
         return velocity(position, time.expand(len(position)), cond)
 
     for t, r in pairwise(times):
-        step = (r - t).to(x.dtype)
+        step = expand(r - t, x)
         k1 = at(x, t)
         if method == "euler":
             x = x + step * k1

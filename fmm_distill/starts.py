@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from fmm_distill.interpolant import Schedule
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.velocity import Conditioning, VelocityField
 
     Mover = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-__all__ = ["Draws", "Pairs", "draw", "pair_times", "points", "teacher_jump"]
+__all__ = ["Draws", "Pairs", "draw", "interpolant_velocity", "pair_times", "points", "teacher_jump"]
 
 
 class Pairs(Settings):
@@ -31,15 +32,24 @@ class Pairs(Settings):
 
     prior: float = Field(default=0.5, ge=0, le=1)
     """Share of the jumps that start from pure noise at t_max: the ones that one-step sampling makes."""
+    data: float = Field(default=0.0, ge=0, le=1)
+    """Share of the jumps that end at t_min, next to data: the ones that consistency models make."""
     diagonal: float = Field(default=0.0, ge=0, le=1)
     """Share of the jumps of length 0, which regress the student's velocity on the teacher's."""
+    dyadic: int = Field(default=0, ge=0, le=10)
+    """Jumps of 1, 1/2, ... 2^-dyadic of the whole way, from multiples of their length; 0: anywhere in the triangle."""
+    band_steps: int = Field(default=0, ge=0)
+    """Steps over which the longest jump grows from a tenth of its length to the whole; 0: whole from the start."""
     spacing: Literal["timestep", "time"] = "timestep"
     """What t and r are uniform in: the teacher's timesteps, or the time axis itself."""
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
-        if self.prior + self.diagonal > 1:
-            raise ValueError(f"prior and diagonal are shares of one batch; their sum is {self.prior + self.diagonal}")
+        total = self.prior + self.data + self.diagonal
+        if total > 1:
+            raise ValueError(f"prior, data and diagonal are shares of one batch; their sum is {total}")
+        if self.dyadic and (total or self.band_steps):
+            raise ValueError("dyadic says where every jump starts and ends: set prior, data, diagonal, band_steps to 0")
         return self
 
 
@@ -52,6 +62,9 @@ class Draws:
         first, second: uniform on [0, 1], shape ``[batch]``: the two times.
         kind: uniform on [0, 1], shape ``[batch]``: what jump it is.
         image: uniform on [0, 1], shape ``[batch]``: which image of a dataset.
+        share: uniform on [0, 1], shape ``[batch]``: what a loss draws itself, such as a middle time.
+        place: in [0, 1), shape ``[batch]``: the sample's place, spread evenly in every part of a batch; which term
+            of a sum of losses it goes to.
     """
 
     noise: Float[Tensor, "batch *event"]
@@ -59,10 +72,16 @@ class Draws:
     second: Float[Tensor, " batch"]
     kind: Float[Tensor, " batch"]
     image: Float[Tensor, " batch"]
+    share: Float[Tensor, " batch"]
+    place: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
         """Samples ``start`` to ``stop`` of the batch, on ``device``."""
         return Draws(**{name: values[start:stop].to(device) for name, values in vars(self).items()})
+
+    def rows(self, index: Int[Tensor, " some"]) -> Draws:
+        """The samples at these rows."""
+        return Draws(**{name: values[index] for name, values in vars(self).items()})
 
 
 def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:
@@ -76,23 +95,45 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
         return torch.rand(batch, generator=stream(name), dtype=torch.float64)
 
     noise = torch.randn(batch, *event_shape, generator=stream("noise"))
-    return Draws(noise, uniform("first"), uniform("second"), uniform("kind"), uniform("image"))
+    names = ("first", "second", "kind", "image", "share")
+    # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
+    place = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
+    return Draws(noise, **{name: uniform(name) for name in names}, place=place)
 
 
-def pair_times(pairs: Pairs, schedule: Schedule, draws: Draws) -> tuple[Tensor, Tensor]:
+def pair_times(pairs: Pairs, schedule: Schedule, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
     """Times t >= r in [t_min, t_max] in float64, shape ``[batch]`` each.
 
-    The share that starts at t_max takes its r from one uniform, the rest is uniform on the triangle. Data itself
-    (r = 0) is no target of training: beyond t_min the map is the teacher's last step, a straight line.
+    The share that starts at t_max takes its r from one uniform, the share that ends at t_min its t, the rest is
+    uniform on the triangle. Data itself (r = 0) is no target of training: beyond t_min the map is the teacher's last
+    step, a straight line.
     """
-    t, r = torch.maximum(draws.first, draws.second), torch.minimum(draws.first, draws.second)
-    from_noise = draws.kind < pairs.prior
-    t, r = torch.where(from_noise, 1.0, t), torch.where(from_noise, draws.second, r)
-    r = torch.where(draws.kind >= 1 - pairs.diagonal, t, r)
+    t, r = _dyadic(pairs.dyadic, draws) if pairs.dyadic else _triangle(pairs, draws, step)
     if pairs.spacing == "time":
         span = schedule.t_max - schedule.t_min
         return schedule.t_min + span * t, schedule.t_min + span * r
     return _time_at(schedule, t), _time_at(schedule, r)
+
+
+def _triangle(pairs: Pairs, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+    """Shares of the way that t and r have from t_min."""
+    t, r = torch.maximum(draws.first, draws.second), torch.minimum(draws.first, draws.second)
+    from_noise = draws.kind < pairs.prior
+    t, r = torch.where(from_noise, 1.0, t), torch.where(from_noise, draws.second, r)
+    to_data = ~from_noise & (draws.kind < pairs.prior + pairs.data)
+    t, r = torch.where(to_data, draws.second, t), torch.where(to_data, 0.0, r)
+    r = torch.where(draws.kind >= 1 - pairs.diagonal, t, r)
+    if step < pairs.band_steps:
+        r = t - (t - r) * (0.1 + 0.9 * step / pairs.band_steps)
+    return t, r
+
+
+def _dyadic(levels: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Shares of the way: a level with equal chance, then one of its intervals."""
+    level = (draws.first * (levels + 1)).long().clamp_max(levels)
+    count = torch.exp2(level.double())
+    interval = (draws.second * count).floor().clamp_max(count - 1)
+    return (interval + 1) / count, interval / count
 
 
 def _time_at(schedule: Schedule, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -114,6 +155,15 @@ def teacher_jump(teacher: Teacher, steps: int = 8) -> Mover:
     return move
 
 
+def interpolant_velocity(noise: Float[Tensor, "batch *event"], images: Float[Tensor, "batch *event"]) -> VelocityField:
+    """The sample's own velocity ``eps - x_0``, the same at every time: what losses from data take for v."""
+
+    def velocity(x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+        return noise - images
+
+    return velocity
+
+
 @torch.no_grad()
 def points(
     teacher: Teacher,
@@ -121,11 +171,16 @@ def points(
     draws: Draws,
     t: Float[Tensor, " batch"],
     images: Float[Tensor, "batch *event"] | None,
+    *,
+    on_path: bool = False,
 ) -> Float[Tensor, "batch *event"]:
     """Where the jumps start, at their times t: noised images, or (without data) detached jumps of ``mover``.
 
-    At t_max it is the teacher's prior either way.
+    At t_max it is the teacher's prior either way, unless ``on_path`` asks for the image's own point, which the
+    sample's own velocity belongs to.
     """
+    if images is not None and on_path:
+        return expand(1 - t, images) * images + expand(t, images) * draws.noise
     prior = teacher.prior(draws.noise)
     at_start = t >= teacher.schedule.t_max
     if images is not None:

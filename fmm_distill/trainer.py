@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,22 +16,25 @@ from fmm_distill import checkpoint
 from fmm_distill.derivatives import choose_engine
 from fmm_distill.ema import averaged
 from fmm_distill.errors import FmmDistillError
+from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES, weigh
-from fmm_distill.losses.base import squared_norm
-from fmm_distill.starts import draw, pair_times, points, teacher_jump
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
+from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.student import Student
+from fmm_distill.two_time import TwoTimeUNet2DModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
     from torch import Tensor
 
     from fmm_distill.data import Images
+    from fmm_distill.flow_map import FlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe, TrainingSettings
     from fmm_distill.starts import Draws
-    from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
@@ -41,30 +45,74 @@ class TrainingDivergedError(FmmDistillError):
 
 
 class Objective(nn.Module):
-    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronised whole."""
+    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronised whole.
 
-    def __init__(self, student: Student, teacher: Teacher, recipe: Recipe, settings: AnyLossSettings) -> None:
+    Args:
+        losses: the recipe's losses, in its order, with their derivatives' engine settled.
+        average: the map of the student's moving average, for the losses that take its jumps as targets.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        recipe: Recipe,
+        losses: Sequence[AnyLossSettings],
+        average: FlowMap | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
-        # A list hides the frozen teacher from the wrapped module's parameters and state.
-        self._teacher = [teacher]
+        # A tuple hides the frozen teacher and the average from the wrapped module's parameters and state.
+        self._fixed = (teacher, average)
         self.recipe = recipe
-        self.settings = settings
+        self.losses = tuple(losses)
 
-    def forward(self, draws: Draws, images: Tensor | None, step: int) -> Tensor:
-        """Unweighted loss of each sample, shape ``[batch]``."""
-        teacher = self._teacher[0]
+    def forward(self, draws: Draws, images: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
+        """Loss of each sample, and the factor of its term; shape ``[batch]`` both."""
+        teacher, _ = self._fixed
         regression = self.recipe.student.regression_steps
         if step < regression:
-            return self._regression(teacher, draws, images)
-        t, r = pair_times(self.recipe.pairs, teacher.schedule, draws)
-        x_t = points(teacher, self.student, draws, t, images)
-        settings = self.settings.at_step(step - regression)
-        return LOSSES[settings.name](self.student, teacher.velocity, x_t, t, r, settings=settings)
+            losses = self._regression(teacher, draws, images)
+            return losses, torch.ones_like(losses)
+        step -= regression
+        if not self.recipe.also:
+            losses = self._term(self.losses[0], draws, images, step)
+            return losses, torch.ones_like(losses)
+        shares = [term.share for term in self.recipe.also]
+        ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
+        ends[-1] = 1.0
+        losses = draws.noise.new_zeros(len(draws.noise))
+        factors = torch.ones_like(losses)
+        for settings, factor, (low, high) in zip(
+            self.losses, [1.0, *(term.weight for term in self.recipe.also)], itertools.pairwise(ends), strict=True
+        ):
+            rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
+            if len(rows):
+                some = None if images is None else images[rows]
+                losses = losses.index_put((rows,), self._term(settings, draws.rows(rows), some, step).to(losses.dtype))
+                factors[rows] = factor
+        return losses, factors
+
+    def _term(self, settings: AnyLossSettings, draws: Draws, images: Tensor | None, step: int) -> Tensor:
+        """One loss of some samples."""
+        teacher, average = self._fixed
+        settings = settings.at_step(step)
+        t, r = pair_times(self.recipe.pairs, teacher.schedule, draws, step)
+        x_t = points(teacher, self.student, draws, t, images, on_path=settings.velocity == "data")
+        velocity = teacher.velocity
+        if settings.velocity == "self":
+            velocity = diagonal(self.student)
+        elif images is not None and settings.velocity == "data":
+            velocity = interpolant_velocity(draws.noise, images)
+        given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": None}
+        if settings.follows_average:
+            given["target_map"] = average
+        given = {name: given[name] for name in settings.takes}
+        return LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
 
     def _regression(self, teacher: Teacher, draws: Draws, images: Tensor | None) -> Tensor:
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches."""
-        t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws)
+        t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
         x_t = points(teacher, teacher_jump(teacher), draws, t, images)
         with torch.no_grad():
             v = teacher.velocity(x_t, t)
@@ -81,10 +129,10 @@ def activation_bytes(student: Student, teacher: Teacher, recipe: Recipe) -> int:
         return tensor
 
     draws = draw(0, 0, 1, teacher.event_shape)
-    objective = Objective(student, teacher, recipe, recipe.loss)
+    objective = Objective(student, teacher, recipe, recipe.losses)
     last = recipe.student.regression_steps + recipe.training.steps - 1
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective(draws, None, last)
+        objective(draws, torch.zeros_like(draws.noise), last)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
     return sum(size for pointer, size in saved.items() if pointer not in weights)
 
@@ -121,11 +169,14 @@ class Trainer:
         self.total = recipe.student.regression_steps + training.steps
         teacher.to(accelerator.device)
         student.to(accelerator.device)
-        settings = self._settle_engine(student)
+        losses = [self._settle_engine(student, settings) for settings in recipe.losses]
         self.student = student
         self.average = averaged(student.network, training.ema)
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
-        objective = Objective(student, teacher, recipe, settings).eval()
+        average = Student(
+            cast(TwoTimeUNet2DModel, self.average.module), student.schedule, student.prediction
+        ).requires_grad_(False)
+        objective = Objective(student, teacher, recipe, losses, average).eval()
         optimizer = torch.optim.AdamW(
             student.parameters(),
             lr=training.learning_rate,
@@ -134,9 +185,8 @@ class Trainer:
         )
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
-    def _settle_engine(self, student: Student) -> AnyLossSettings:
-        settings = self.recipe.loss
-        if settings.derivative != "auto":
+    def _settle_engine(self, student: Student, settings: AnyLossSettings) -> AnyLossSettings:
+        if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
             return settings
         shape = self.teacher.event_shape
         x = torch.zeros(1, *shape, device=self.accelerator.device)
@@ -186,8 +236,8 @@ class Trainer:
             mine = draws.part(part * size, (part + 1) * size, self.accelerator.device)
             images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
             with self.accelerator.accumulate(self.objective):
-                losses = self.objective(mine, images, step)
-                weighted = weigh(losses, self.recipe.weight).mean()
+                losses, factors = self.objective(mine, images, step)
+                weighted = (factors * weigh(losses, self.recipe.weight)).mean()
                 self.accelerator.backward(weighted)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)

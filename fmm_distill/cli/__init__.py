@@ -12,6 +12,7 @@ from fmm_distill.cli.env import env
 from fmm_distill.cli.evaluate import evaluate
 from fmm_distill.cli.export import export
 from fmm_distill.cli.inspect import inspect
+from fmm_distill.cli.losses import losses
 from fmm_distill.cli.recipes import recipes
 from fmm_distill.cli.sample import sample
 from fmm_distill.errors import FmmDistillError, UserError
@@ -19,7 +20,7 @@ from fmm_distill.errors import FmmDistillError, UserError
 __all__ = ["command", "main"]
 
 command = distil
-for verb in (inspect, sample, evaluate, export, recipes, env):
+for verb in (inspect, sample, evaluate, export, recipes, losses, env):
     command.add_command(verb)
 
 

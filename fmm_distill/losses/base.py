@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["LossSettings", "Weight", "squared_norm", "weigh"]
+__all__ = ["DerivativeSettings", "LossSettings", "Weight", "squared_norm", "weigh"]
 
 
 class Settings(BaseModel):
@@ -21,14 +21,40 @@ class Settings(BaseModel):
 
 
 class LossSettings(Settings):
-    """Settings that every loss has."""
+    """Settings that every loss has.
 
-    derivative: Literal["auto", "exact", "central"] = "auto"
-    """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
+    Attributes:
+        summary: one sentence for ``fmm-distill losses``.
+        paper: where the loss comes from.
+        takes: what the function takes besides the five arguments that all have: ``target_map``, a map whose outputs
+            are targets (the student's own moving average, a frozen copy), and ``share``, uniform on [0, 1], shape
+            ``[batch]``, which places a middle time.
+    """
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def follows_average(self) -> bool:
+        """Whether the targets are jumps of the student's moving average."""
+        return "target_map" in self.takes and getattr(self, "target", None) == "average"
+
+    @property
+    def sees_no_teacher(self) -> bool:
+        """Whether the loss only makes a map agree with itself, so that another one has to teach it the velocity."""
+        return False
 
     def at_step(self, step: int) -> Self:
         """The settings in force at a step; those with a warm-up differ from step to step."""
         return self
+
+
+class DerivativeSettings(LossSettings):
+    """Settings of a loss that differentiates the map."""
+
+    derivative: Literal["auto", "exact", "central"] = "auto"
+    """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
 
     @property
     def central_costs_less(self) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from fmm_distill.derivatives import derivative_along_flow, value_and_derivative_along_flow
 from fmm_distill.interpolant import expand
-from fmm_distill.losses.base import LossSettings, squared_norm
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -18,34 +18,55 @@ if TYPE_CHECKING:
     from fmm_distill.flow_map import FlowMap
     from fmm_distill.velocity import Conditioning, VelocityField
 
-__all__ = ["EulerianSettings", "eulerian"]
+__all__ = ["EulerianSettings", "TangentSettings", "eulerian", "steadied"]
 
 
-class EulerianSettings(LossSettings):
-    """Settings of the Eulerian loss."""
+class TangentSettings(DerivativeSettings):
+    """What keeps a detached Eulerian target steady."""
 
-    name: Literal["eulerian"] = "eulerian"
-    """Which loss this is."""
-    stop: Literal["none", "target"] = "target"
-    """Where gradients stop: nowhere in the student, or at a detached regression target."""
     normalise_tangent: bool = False
-    """Divide the target's step by its norm plus 0.1 (per sample); needs stop: target."""
+    """Divide the target's step by its norm plus 0.1 (per sample); needs a detached target."""
     tangent_warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the derivative's share of the target grows from 0 to 1; needs stop: target."""
+    """Steps over which the derivative's share of the target grows from 0 to 1; needs a detached target."""
     tangent_scale: float = Field(default=1.0, ge=0, le=1)
-    """The derivative's share of the target once warmed up; needs stop: target where it is not 1."""
-
-    @model_validator(mode="after")
-    def _acts_on_target(self) -> Self:
-        if self.stop == "none" and (self.normalise_tangent or self.tangent_warmup_steps or self.tangent_scale != 1):
-            raise ValueError("normalise_tangent, tangent_warmup_steps and tangent_scale act on stop: target only")
-        return self
+    """The derivative's share of the target once warmed up; needs a detached target where it is not 1."""
+    clamp_tangent: float | None = Field(default=None, gt=0)
+    """Largest step of the target in any one value, before the normalisation; needs a detached target."""
 
     def at_step(self, step: int) -> Self:
         """The tangent's share after ``step`` steps of its warm-up."""
         if step >= self.tangent_warmup_steps:
             return self
         return self.model_copy(update={"tangent_scale": self.tangent_scale * step / self.tangent_warmup_steps})
+
+
+class EulerianSettings(TangentSettings):
+    """Settings of the Eulerian loss."""
+
+    summary: ClassVar[str] = (
+        "a jump ends in the same place wherever on a trajectory it starts (EMD; velocity: self, ESD)"
+    )
+    paper: ClassVar[str] = "arXiv 2406.07507; ESD arXiv 2505.18825; detached arXiv 2506.14603"
+
+    name: Literal["eulerian"] = "eulerian"
+    """Which loss this is."""
+    velocity: Literal["teacher", "self"] = "teacher"
+    """Whose velocity the start follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
+    stop: Literal["none", "teacher", "target"] = "target"
+    """Where gradients stop: nowhere in the student, at the term that holds the velocity, or at a detached target."""
+
+    @property
+    def sees_no_teacher(self) -> bool:
+        """With the student's own velocity."""
+        return self.velocity == "self"
+
+    @model_validator(mode="after")
+    def _acts_on_target(self) -> Self:
+        steadied = self.normalise_tangent or self.tangent_warmup_steps or self.clamp_tangent is not None
+        if self.stop != "target" and (steadied or self.tangent_scale != 1):
+            names = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tangent"
+            raise ValueError(f"{names} act on stop: target only")
+        return self
 
 
 def eulerian(
@@ -65,23 +86,36 @@ def eulerian(
     distillation). The teacher sees only ``x_t``.
 
     - ``stop="none"``: the published loss, gradient through the derivative.
+    - ``stop="teacher"``: the gradient passes through ``d_t X`` but not through ``grad X . v`` (the rule of ESD,
+      arXiv 2505.18825, eq. 94).
     - ``stop="target"``: u is regressed on a detached ``u - g``, g the residual (AYF-EMD, arXiv 2506.14603;
       MeanFlow, arXiv 2505.13447, eq. 9 to 11, with the teacher's velocity). ``normalise_tangent`` takes
       ``g / (|g| + 0.1)`` with the norm over the event (sCM, arXiv 2410.11081, section 4).
     """
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     length = expand(t - r, x_t)
-    with torch.no_grad():
-        v = velocity(x_t, t, cond)
     if settings.stop == "none":
+        v = velocity(x_t, t, cond)
         u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
         return squared_norm(u - v + length * du)
     with torch.no_grad():
+        v = velocity(x_t, t, cond)
         du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+    if settings.stop == "teacher":
+        still = torch.zeros_like(x_t)
+        u, du_dt = value_and_derivative_along_flow(flow_map, x_t, t, r, still, cond=cond, engine=engine)
+        transport = (du - du_dt).detach()
+        return squared_norm(u - v + length * (du_dt + transport))
     u = flow_map.mean_velocity(x_t, t, r, cond)
     with torch.no_grad():
-        g = u - v + settings.tangent_scale * length * du
-        if settings.normalise_tangent:
-            g = g / expand(g.flatten(1).norm(dim=1) + 0.1, g)
-        target = u - g
+        target = u - steadied(u - v + settings.tangent_scale * length * du, settings)
     return squared_norm(u - target)
+
+
+def steadied(g: Float[Tensor, "batch *event"], settings: TangentSettings) -> Float[Tensor, "batch *event"]:
+    """The step of a detached target, clamped and normalised as the settings say."""
+    if settings.clamp_tangent is not None:
+        g = g.clamp(-settings.clamp_tangent, settings.clamp_tangent)
+    if settings.normalise_tangent:
+        g = g / expand(g.flatten(1).norm(dim=1) + 0.1, g)
+    return g

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from fmm_distill.derivatives import derivative_in_r, value_and_derivative_in_r
 from fmm_distill.interpolant import expand
-from fmm_distill.losses.base import LossSettings, squared_norm
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 __all__ = ["LagrangianSettings", "lagrangian"]
 
 
-class LagrangianSettings(LossSettings):
+class LagrangianSettings(DerivativeSettings):
     """Settings of the Lagrangian loss."""
+
+    summary: ClassVar[str] = "the end of a jump moves with the velocity there (LMD; with velocity: self, LSD)"
+    paper: ClassVar[str] = "arXiv 2406.07507; LSD arXiv 2505.18825"
 
     name: Literal["lagrangian"] = "lagrangian"
     """Which loss this is."""
+    velocity: Literal["teacher", "self"] = "teacher"
+    """Whose velocity the end follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
     stop: Literal["teacher", "none", "target"] = "teacher"
     """Where gradients stop: at the teacher's input, nowhere (as published), or at a detached regression target."""
+
+    @property
+    def sees_no_teacher(self) -> bool:
+        """With the student's own velocity."""
+        return self.velocity == "self"
 
     @property
     def central_costs_less(self) -> bool:

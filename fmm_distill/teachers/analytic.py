@@ -85,14 +85,17 @@ class TwoModes(FlowMap):
         return (s - (1 - s) * self.std**2) / spread.square() * (x - (1 - s) * mean) - mean
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """u from the quantile map; needs h > 0."""
+        """u from the quantile map; at h = 0 the velocity, whose derivative in h is not the map's."""
         along = x @ self.direction
         # The map is odd: on the negative side the distribution does not saturate at 1.
         side = torch.where(along > 0, -1.0, 1.0)
         moved = side * self._quantile_map(side * along, t, t - h)
         across = x - along.unsqueeze(1) * self.direction
         u_across = self.across.mean_velocity_of_jump(across, t, h)
-        return u_across + ((along - moved) / h).unsqueeze(1) * self.direction
+        diagonal = h == 0
+        quotient = (along - moved) / torch.where(diagonal, 1.0, h)
+        u_along = torch.where(diagonal, self.velocity(x, t) @ self.direction, quotient)
+        return u_across + u_along.unsqueeze(1) * self.direction
 
     def _distribution(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Cumulative distribution and density at t along the line."""

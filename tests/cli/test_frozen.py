@@ -20,6 +20,7 @@ OPTIONS = {
     "evaluate": ["--output", "--samples", "--steps", "run"],
     "export": ["--steps", "folder", "run"],
     "inspect": ["--revision", "teacher"],
+    "losses": [],
     "recipes": [],
     "recipes list": [],
     "recipes show": ["name"],
@@ -33,11 +34,16 @@ FIELDS = [
     "student.regression_steps",
     "loss.derivative",
     "loss.name",
+    "loss.velocity",
     "loss.stop",
+    "also",
     "weight.power",
     "weight.constant",
     "pairs.prior",
+    "pairs.data",
     "pairs.diagonal",
+    "pairs.dyadic",
+    "pairs.band_steps",
     "pairs.spacing",
     "training.steps",
     "training.batch_size",
@@ -90,12 +96,14 @@ def test_recipe_fields():
 
 def test_fields_of_the_eulerian_loss():
     assert sorted(EulerianSettings.model_fields) == [
+        "clamp_tangent",
         "derivative",
         "name",
         "normalise_tangent",
         "stop",
         "tangent_scale",
         "tangent_warmup_steps",
+        "velocity",
     ]
 
 

@@ -5,19 +5,74 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.flow_map import FlowMap
+from fmm_distill.flow_map import FlowMap, diagonal
 from fmm_distill.interpolant import expand
-from fmm_distill.losses import LOSSES, EulerianSettings, LagrangianSettings
-from tests.conformance.truths import TRUTHS, start
+from fmm_distill.losses import (
+    LOSSES,
+    ConsistencySettings,
+    ConsistencyTrajectorySettings,
+    EulerianSettings,
+    FlowMapMatchingSettings,
+    FlowMatchingSettings,
+    LagrangianSettings,
+    MeanFlowSettings,
+    OperatorRegressionSettings,
+    ProgressiveDistillationSettings,
+    ProgressiveSettings,
+    TerminalVelocitySettings,
+)
+from fmm_distill.starts import interpolant_velocity
+from tests.conformance.truths import TRUTHS, samples, start
 
+EXACT = {"derivative": "exact"}
 SETTINGS = {
-    "lagrangian-teacher": LagrangianSettings(stop="teacher", derivative="exact"),
-    "lagrangian-none": LagrangianSettings(stop="none", derivative="exact"),
-    "lagrangian-target": LagrangianSettings(stop="target", derivative="exact"),
-    "eulerian-none": EulerianSettings(stop="none", derivative="exact"),
-    "eulerian-target": EulerianSettings(stop="target", derivative="exact"),
-    "eulerian-normalised": EulerianSettings(stop="target", normalise_tangent=True, derivative="exact"),
+    "lagrangian-teacher": LagrangianSettings(stop="teacher", **EXACT),
+    "lagrangian-none": LagrangianSettings(stop="none", **EXACT),
+    "lagrangian-target": LagrangianSettings(stop="target", **EXACT),
+    "eulerian-none": EulerianSettings(stop="none", **EXACT),
+    "eulerian-teacher": EulerianSettings(stop="teacher", **EXACT),
+    "eulerian-target": EulerianSettings(stop="target", **EXACT),
+    "eulerian-normalised": EulerianSettings(stop="target", normalise_tangent=True, **EXACT),
+    "eulerian-clamped": EulerianSettings(stop="target", clamp_tangent=0.5, **EXACT),
+    "flow_matching": FlowMatchingSettings(),
+    "consistency-limit": ConsistencySettings(normalise_tangent=True, **EXACT),
+    "progressive-half": ProgressiveSettings(),
+    "progressive-three": ProgressiveSettings(pieces=3),
+    "progressive-uniform": ProgressiveSettings(middle="uniform"),
+    "progressive_distillation": ProgressiveDistillationSettings(target="student"),
 }
+SELF = {
+    **{
+        f"lagrangian-self-{stop}": LagrangianSettings(velocity="self", stop=stop, **EXACT)
+        for stop in ("teacher", "none", "target")
+    },
+    **{
+        f"eulerian-self-{stop}": EulerianSettings(velocity="self", stop=stop, **EXACT)
+        for stop in ("teacher", "none", "target")
+    },
+}
+# Solvers stand in the targets of these: what is left at the true map falls with the order of the solver.
+SOLVED = {
+    "progressive-euler": (lambda n: ProgressiveSettings(target="ode", solver="euler", pieces=n), 1),
+    "progressive-heun": (lambda n: ProgressiveSettings(target="ode", solver="heun", pieces=n), 2),
+    "consistency_trajectory": (lambda n: ConsistencyTrajectorySettings(target="student", solver_steps=n), 2),
+    "operator_regression": (lambda n: OperatorRegressionSettings(solver_steps=n), 4),
+}
+DATA = {
+    "flow_matching": FlowMatchingSettings(velocity="data"),
+    "mean_flow": MeanFlowSettings(**EXACT),
+    "mean_flow-improved": MeanFlowSettings(improved=True, **EXACT),
+    "flow_map_matching": FlowMapMatchingSettings(**EXACT),
+    "flow_map_matching-generate": FlowMapMatchingSettings(directions="generate", **EXACT),
+    "terminal_velocity": TerminalVelocitySettings(target="student", **EXACT),
+    "consistency-limit": ConsistencySettings(velocity="data", **EXACT),
+}
+SELF_DERIVED = list(SELF)
+SELF |= {
+    "progressive-own": ProgressiveSettings(middle="uniform"),
+    "progressive_distillation-own": ProgressiveDistillationSettings(target="student"),
+}
+DERIVED = [name for name, settings in SETTINGS.items() if "derivative" in type(settings).model_fields]
 EVERY = [pytest.mark.parametrize("setting", SETTINGS), pytest.mark.parametrize("name", TRUTHS)]
 
 
@@ -26,19 +81,35 @@ class Perturbed(FlowMap):
 
     def __init__(self, truth, theta):
         self.truth, self.clock, self.t_max = truth, truth.clock, truth.t_max
-        self.theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+        self.theta = torch.as_tensor(theta, dtype=torch.float64).clone().requires_grad_()
 
     def mean_velocity_of_jump(self, x, t, h, cond=None):
         push = torch.sin(x + expand(t, x)) + expand(h, x) * torch.cos(2 * x) + 0.3
-        return self.truth.mean_velocity_of_jump(x, t, h, cond) + self.theta * push
+        return self.truth.mean_velocity_of_jump(x, t, h, cond) + expand(self.theta, x) * push
 
 
 def loss_of(flow_map, truth, setting, x, t, r):
-    settings = SETTINGS[setting]
-    return LOSSES[settings.name](flow_map, truth.velocity, x, t, r, settings=settings)
+    # What a frozen map teaches is the truth's; beside it a map's own jumps agree with themselves no worse.
+    frozen = truth if setting in SETTINGS else None
+    return value_of((SETTINGS | SELF)[setting], flow_map, truth.velocity, x, t, r, frozen)
 
 
-@EVERY[0]
+def value_of(settings, flow_map, velocity, x, t, r, frozen=None):
+    if settings.velocity == "self":
+        velocity = diagonal(flow_map)
+    share = torch.linspace(0.1, 0.9, len(t), dtype=t.dtype)
+    given = {name: value for name, value in (("share", share), ("target_map", frozen)) if name in settings.takes}
+    return LOSSES[settings.name](flow_map, velocity, x, t, r, settings=settings, **given)
+
+
+def test_every_loss_stands_in_a_table():
+    solved = [make(2) for make, _ in SOLVED.values()]
+    named = {settings.name for table in (SETTINGS, SELF, DATA) for settings in table.values()}
+    assert named | {settings.name for settings in solved} == set(LOSSES)
+    assert len(LOSSES) == 11
+
+
+@pytest.mark.parametrize("setting", SETTINGS | SELF)
 @EVERY[1]
 def test_vanishes_at_the_truth(name, setting):
     truth, x, t, _, r = start(name)
@@ -97,10 +168,89 @@ def test_stopping_at_the_teacher_keeps_the_loss_and_drops_its_input_from_the_gra
     assert len({round(gradient, 6) for gradient in gradients}) == 3
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", DERIVED)
 def test_central_differences_give_the_same_loss(setting):
     truth, x, t, _, r = start("modes-plane")
     settings = SETTINGS[setting].model_copy(update={"derivative": "central"})
     flow_map = Perturbed(truth, 0.1)
     central = LOSSES[settings.name](flow_map, truth.velocity, x, t, r, settings=settings)
     torch.testing.assert_close(central, loss_of(flow_map, truth, setting, x, t, r), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [*DERIVED, *SELF_DERIVED])
+def test_central_differences_vanish_at_the_truth_to_their_accuracy(setting):
+    truth, x, t, _, r = start("modes-plane")
+    settings = (SETTINGS | SELF)[setting]
+    central = settings.model_copy(update={"derivative": "central"})
+    assert value_of(central, Perturbed(truth, 0.0), truth.velocity, x, t, r).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["gaussian-narrow", "modes-plane"])
+@pytest.mark.parametrize("setting", SOLVED)
+def test_what_a_solver_leaves_at_the_truth_falls_with_its_order(name, setting):
+    make, order = SOLVED[setting]
+    truth, x, t, _, r = start(name, batch=64)
+    few, many = (
+        value_of(make(n), Perturbed(truth, 0.0), truth.velocity, x, t, r).sqrt().mean().item() for n in (32, 64)
+    )
+    assert few / many == pytest.approx(2**order, rel=0.15)
+    flow_map = Perturbed(truth, 0.0)
+    (gradient,) = torch.autograd.grad(value_of(make(256), flow_map, truth.velocity, x, t, r).mean(), flow_map.theta)
+    away = Perturbed(truth, 0.1)
+    (restoring,) = torch.autograd.grad(value_of(make(256), away, truth.velocity, x, t, r).mean(), away.theta)
+    assert restoring > 1e-3
+    assert gradient.abs() < 0.05 * restoring
+
+
+def expected_gradient(loss_of_map, truth, batch):
+    """Mean and standard error of the gradient in theta at the true map, from the samples' own gradients."""
+    flow_map = Perturbed(truth, torch.zeros(batch))
+    (each,) = torch.autograd.grad(loss_of_map(flow_map).sum(), flow_map.theta)
+    return each.mean().item(), each.std().item() / batch**0.5
+
+
+@pytest.mark.parametrize("name", ["gaussian-narrow", "gaussian-unit", "modes-plane"])
+@pytest.mark.parametrize("setting", DATA)
+def test_losses_from_data_are_stationary_at_the_truth_in_expectation(name, setting):
+    batch = 20000
+    truth, data, noise, t, r = samples(name, batch)
+    x = expand(1 - t, data) * data + expand(t, data) * noise
+    velocity = interpolant_velocity(noise, data)
+    mean, error = expected_gradient(lambda m: value_of(DATA[setting], m, velocity, x, t, r), truth, batch)
+    assert abs(mean) < 4 * error
+    # A wrong sign of v, or a derivative left out, moves the mean by more than this.
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("form", ["right", "derivative-at-the-end", "eulerian-right", "eulerian-mixed-times"])
+def test_the_two_published_errors_fail_where_the_right_formulas_hold(form):
+    """The residuals that public codes had wrong do not vanish in expectation at the true map of a Gaussian."""
+    batch = 20000
+    truth, data, noise, t, r = samples("gaussian-narrow", batch)
+    at = {time: expand(1 - s, data) * data + expand(s, data) * noise for time, s in (("t", t), ("r", r))}
+    c = noise - data
+
+    def in_target(x, start, end):
+        return torch.func.jvp(lambda s: truth(x, start, s), (end,), (torch.ones_like(end),))[1]
+
+    def in_source(x, start, end):
+        return torch.func.jvp(lambda s: truth(x, s, end), (start,), (torch.ones_like(start),))[1]
+
+    def push(x, start, end, along):
+        return torch.func.jvp(lambda y: truth(y, start, end), (x,), (along,))[1]
+
+    z, y = truth(at["t"], t, r), truth(at["r"], r, t)
+    residual = {
+        "right": lambda: in_target(at["t"], t, r) - truth.velocity(z, r),
+        "derivative-at-the-end": lambda: in_target(z, t, r) - truth.velocity(z, r),
+        "eulerian-right": lambda: push(y, t, r, in_source(at["r"], r, t)) + c,
+        "eulerian-mixed-times": lambda: push(at["r"], t, r, in_source(z, r, t)) + c,
+    }[form]()
+    # Against functions of the point that a residual may depend on: its conditional mean, not its mean alone.
+    where = at["t"] if form in ("right", "derivative-at-the-end") else at["r"]
+    product = (residual * torch.sin(3 * where + expand(t, where))).mean(1)
+    mean, error = product.mean().item(), product.std().item() / batch**0.5
+    if form in ("right", "eulerian-right"):
+        assert abs(mean) < 4 * error + 1e-9
+    else:
+        assert abs(mean) > 8 * error

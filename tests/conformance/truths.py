@@ -32,6 +32,13 @@ TRUTHS = {
 
 def start(name: str, batch: int = 8, seed: int = 0, low: float = 0.05) -> tuple[FlowMap, torch.Tensor, ...]:
     """A field, points x_t of its own path and times t > r, with the interval's middle: truth, x, t, m, r."""
+    truth, data, noise, t, r = samples(name, batch, seed, low)
+    time = t.reshape(-1, *[1] * (data.ndim - 1))
+    return truth, (1 - time) * data + time * noise, t, (t + r) / 2, r
+
+
+def samples(name: str, batch: int, seed: int = 0, low: float = 0.05) -> tuple[FlowMap, torch.Tensor, ...]:
+    """A field with samples of its data and noise, and times t > r: truth, data, noise, t, r."""
     truth, shape = TRUTHS[name]
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,8 +54,7 @@ def start(name: str, batch: int = 8, seed: int = 0, low: float = 0.05) -> tuple[
     else:
         sign = torch.where(uniform() < 0.5, -1.0, 1.0)
         data = sign.unsqueeze(1) * truth.centre + spread
-    time = t.reshape(-1, *[1] * len(shape))
-    return truth, (1 - time) * data + time * noise, t, (t + r) / 2, r
+    return truth, data, noise, t, r
 
 
 class Exact(nn.Module):

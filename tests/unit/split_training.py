@@ -18,7 +18,7 @@ from fmm_distill.trainer import Objective, Trainer
 
 def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> dict[str, torch.Tensor]:
     draws = draw(9, 0, recipe.training.batch_size, (1, 8, 8)).part(rows.start, rows.stop, "cpu")
-    objective(draws, None, 0).mean().backward()
+    objective(draws, None, 0)[0].mean().backward()
     return {
         name.removeprefix("module."): parameter.grad.clone()
         for name, parameter in objective.named_parameters()
@@ -34,12 +34,12 @@ if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     teacher = load_teacher(recipe.teacher)
     # Settings with exact derivatives, as the trainer settles on for this network.
-    loss = recipe.loss.model_copy(update={"derivative": "exact"})
-    wrapped = accelerator.prepare(Objective(make_student(teacher), teacher, recipe, loss).eval())
+    losses = [loss.model_copy(update={"derivative": "exact"}) for loss in recipe.losses]
+    wrapped = accelerator.prepare(Objective(make_student(teacher), teacher, recipe, losses).eval())
     rank, half = accelerator.process_index, recipe.training.batch_size // 2
     mine = gradient(wrapped, recipe, slice(rank * half, (rank + 1) * half))
     whole = gradient(
-        Objective(make_student(teacher), teacher, recipe, loss).eval(), recipe, slice(0, recipe.training.batch_size)
+        Objective(make_student(teacher), teacher, recipe, losses).eval(), recipe, slice(0, recipe.training.batch_size)
     )
     if rank == 0:
         folder.with_name("two-single").mkdir()

@@ -68,12 +68,12 @@ def test_an_override_of_the_whole_loss_changes_its_kind():
         ({"loss": {"name": "eulerian", "derivative": "x"}}, "here: loss.derivative: Input should be "),
         (
             {"loss": {"name": "eulerian", "derivativ": "exact"}},
-            "here: loss.derivativ is not a setting, did you mean loss.d",
+            "here: loss.derivativ is not a setting of lagrangian, did you mean loss.d",
         ),
         ({"loss": {"stop": "teacher"}}, "here: loss: "),
         ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),
         ({"training": None}, "here: training: "),
-        ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior and diagonal are shares"),
+        ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior, data and diagonal are shares"),
         ({"evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception compares"),
     ],
 )
@@ -106,3 +106,40 @@ def test_numbers_of_steps_are_positive(key, steps):
 def test_recipes_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Recipe().training.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["loss.name=lagrangain"], "'lagrangain' is unknown, did you mean lagrangian?"),
+        (["loss={name: mean_flow}"], "learns from data and there are none; take eulerian with stop: target"),
+        (["loss={name: terminal_velocity}"], "take lagrangian with velocity: self"),
+        (["loss={name: consistency, velocity: data}"], "set its velocity: teacher, or give --data"),
+        (["loss.name=eulerian", "loss.clam_tangent=1"], "loss.clam_tangent is not a setting of eulerian, did you mean"),
+        (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from that loss's own settings"),
+        (["loss={name: progressive}"], "alone sees no teacher"),
+        (["loss.velocity=self"], "alone sees no teacher"),
+        (["loss={name: consistency}"], "set pairs.data=1 (got 0)"),
+        (["loss={name: operator_regression}"], "set pairs.prior=1 (got 0.5)"),
+        (["loss={name: progressive_distillation, target: ode}"], "set pairs.dyadic=3 (got 0)"),
+        (
+            ["also=[{loss: {name: flow_matching}, share: 0.5}, {loss: {name: eulerian}, share: 0.5}]"],
+            "shares come to 1",
+        ),
+        (["also=[{loss: {nam: flow_matching}, share: 0.5}]"], "also.0.loss: wanted a group with a name"),
+        (["also=[{loss: {name: flow_matching}, share: 2}]"], "also.0.share: Input should be less than 1 (got 2)"),
+    ],
+)
+def test_a_loss_that_can_not_be_computed_is_refused_before_anything_loads(overrides, says):
+    with pytest.raises(UserError) as error:
+        load_recipe("digits", overrides)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sums_of_losses():
+    recipe = load_recipe(
+        "digits", ["loss.velocity=self", "also=[{loss: {name: flow_matching}, share: 0.75, weight: 2.0}]"]
+    )
+    assert [loss.name for loss in recipe.losses] == ["lagrangian", "flow_matching"]
+    assert load_recipe("digits", ["loss={name: mean_flow}"], data="somewhere").loss.velocity == "data"

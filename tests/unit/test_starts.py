@@ -8,9 +8,10 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
 from fmm_distill.interpolant import Schedule, expand
-from fmm_distill.starts import Draws, Pairs, draw, pair_times, points, teacher_jump
+from fmm_distill.starts import Draws, Pairs, draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.teachers.load import load_teacher
 
-NAMES = ("noise", "first", "second", "kind", "image")
+NAMES = ("noise", "first", "second", "kind", "image", "share")
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 MANY = draw(3, 7, 20000, (1,))
 
@@ -95,7 +96,7 @@ def test_part_slices_every_field():
 @pytest.mark.parametrize(("prior", "diagonal"), [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.3, 0.5), (0.7, 0.3)])
 def test_pairs(beta_schedule, spacing, prior, diagonal):
     schedule = schedule_of(beta_schedule)
-    t, r = pair_times(Pairs(prior=prior, diagonal=diagonal, spacing=spacing), schedule, MANY)
+    t, r = pair_times(Pairs(prior=prior, diagonal=diagonal, spacing=spacing), schedule, MANY, 0)
     assert t.dtype == r.dtype == torch.float64
     assert (t >= r).all()
     assert r.min() >= schedule.t_min
@@ -108,7 +109,7 @@ def test_pairs(beta_schedule, spacing, prior, diagonal):
 @pytest.mark.parametrize("spacing", ["timestep", "time"])
 def test_what_pairs_are_uniform_in(spacing):
     schedule = schedule_of("linear")
-    t, r = pair_times(Pairs(prior=0, spacing=spacing), schedule, MANY)
+    t, r = pair_times(Pairs(prior=0, spacing=spacing), schedule, MANY, 0)
     if spacing == "timestep":
         t, r = schedule.timestep(t) / 999, schedule.timestep(r) / 999
     else:
@@ -121,7 +122,7 @@ def test_what_pairs_are_uniform_in(spacing):
 
 def test_ends_of_jumps_from_noise_are_uniform():
     schedule = schedule_of("linear")
-    _, r = pair_times(Pairs(prior=1), schedule, MANY)
+    _, r = pair_times(Pairs(prior=1), schedule, MANY, 0)
     shares = schedule.timestep(r) / 999
     for quantile in (0.1, 0.5, 0.9):
         assert (shares < quantile).double().mean() == pytest.approx(quantile, abs=0.02)
@@ -129,18 +130,82 @@ def test_ends_of_jumps_from_noise_are_uniform():
 
 def test_start_and_length_are_not_one_number():
     # One uniform used for both would make every jump from a time equally long.
-    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY)
+    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY, 0)
     assert 0.1 < correlation(t, t - r) < 0.9
     assert correlation(t, r) < 0.9
 
 
 def test_noise_says_nothing_about_times():
-    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY)
+    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY, 0)
     assert correlation(MANY.noise.flatten(), t) < 0.042
     assert correlation(MANY.noise.flatten(), t - r) < 0.042
 
 
-@pytest.mark.parametrize("change", [{"prior": 0.7, "diagonal": 0.4}, {"prior": -0.1}, {"diagonal": 1.1}, {"other": 1}])
+def test_jumps_to_data_end_at_t_min():
+    schedule = schedule_of("linear")
+    t, r = pair_times(Pairs(prior=0.2, data=0.5), schedule, MANY, 0)
+    assert (r == schedule.t_min).double().mean() == pytest.approx(0.5, abs=0.015)
+    assert (t == schedule.t_max).double().mean() == pytest.approx(0.2, abs=0.015)
+    shares = schedule.timestep(t[r == schedule.t_min]) / 999
+    for quantile in (0.1, 0.5, 0.9):
+        assert (shares < quantile).double().mean() == pytest.approx(quantile, abs=0.03)
+
+
+def test_dyadic_jumps_start_at_multiples_of_their_length():
+    schedule = schedule_of("linear")
+    t, r = pair_times(Pairs(prior=0, dyadic=3, spacing="time"), schedule, MANY, 0)
+    span = schedule.t_max - schedule.t_min
+    length, end = (t - r) / span, (r - schedule.t_min) / span
+    levels, counts = (1 / length).round().unique(return_counts=True)
+    assert levels.tolist() == [1, 2, 4, 8]
+    assert (counts / 20000 - 0.25).abs().max() < 0.02
+    torch.testing.assert_close(end / length, (end / length).round(), rtol=0, atol=1e-9)
+    assert {int(i) for i in (end / length)[length < 0.2].round()} == set(range(8))
+
+
+def test_the_band_grows_to_the_whole_triangle():
+    schedule = schedule_of("linear")
+    pairs = Pairs(prior=0.5, band_steps=100, spacing="time")
+    lengths = [(lambda t, r: (t - r).max().item())(*pair_times(pairs, schedule, MANY, step)) for step in (0, 50, 100)]
+    span = schedule.t_max - schedule.t_min
+    assert lengths == pytest.approx([0.1 * span, 0.55 * span, span], rel=0.01)
+    grown, whole = (
+        pair_times(pairs, schedule, MANY, 100),
+        pair_times(Pairs(prior=0.5, spacing="time"), schedule, MANY, 0),
+    )
+    assert torch.equal(grown[1], whole[1])
+
+
+def test_terms_get_their_share_of_every_part_of_a_batch():
+    for part in (MANY.part(0, 64, "cpu"), MANY.part(64, 128, "cpu")):
+        assert (part.place < 0.25).double().mean() == pytest.approx(0.25, abs=0.02)
+    assert correlation(MANY.place, MANY.first) < 0.03
+
+
+def test_points_on_the_path_of_their_own_image(teacher_folder):
+    teacher = load_teacher(str(teacher_folder))
+    draws = draw(0, 0, 6, teacher.event_shape)
+    images = torch.rand(6, *teacher.event_shape)
+    t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
+    x = points(teacher, teacher_jump(teacher), draws, t, images, on_path=True)
+    v = interpolant_velocity(draws.noise, images)(x, t)
+    torch.testing.assert_close(x - float(t[0]) * v, images, rtol=0, atol=1e-5)
+    from_prior = points(teacher, teacher_jump(teacher), draws, t, images)
+    assert torch.equal(from_prior, teacher.prior(draws.noise))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dyadic": 2},
+        {"prior": 0, "dyadic": 2, "band_steps": 5},
+        {"prior": 0.6, "data": 0.5},
+        {"prior": 0.7, "diagonal": 0.4},
+        {"prior": -0.1},
+        {"diagonal": 1.1},
+        {"other": 1},
+    ],
+)
 def test_impossible_pairs(change):
     with pytest.raises(ValidationError):
         Pairs(**change)

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from fmm_distill import checkpoint
+from fmm_distill.data import Images
+from fmm_distill.losses import SETTINGS
 from fmm_distill.recipe import Recipe, TrainingSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
@@ -25,6 +27,22 @@ LOSSES = [
     {"name": "lagrangian", "stop": "teacher"},
     {"name": "lagrangian", "stop": "target"},
     {"name": "eulerian", "stop": "none"},
+]
+BESIDE = ({"loss": {"name": "flow_matching"}, "share": 0.5},)
+# A loss, its pairs, and what stands beside it.
+EVERY_LOSS = [
+    ({"name": "lagrangian", "velocity": "self"}, {}, BESIDE),
+    ({"name": "eulerian", "velocity": "self", "stop": "teacher"}, {}, BESIDE),
+    ({"name": "progressive", "target": "average", "middle": "uniform"}, {"band_steps": 4}, BESIDE),
+    ({"name": "progressive", "target": "ode"}, {}, ()),
+    ({"name": "flow_matching", "velocity": "data"}, {}, ()),
+    ({"name": "flow_map_matching"}, {}, ()),
+    ({"name": "mean_flow", "improved": True}, {}, ()),
+    ({"name": "consistency", "step": 0.05, "target": "average"}, {"prior": 0, "data": 1}, ()),
+    ({"name": "consistency_trajectory"}, {}, ()),
+    ({"name": "progressive_distillation"}, {"prior": 0, "dyadic": 3}, BESIDE),
+    ({"name": "operator_regression"}, {"prior": 1}, ()),
+    ({"name": "terminal_velocity"}, {}, ()),
 ]
 
 
@@ -62,6 +80,25 @@ def assert_close(ours: Path, theirs: Path, start: dict[str, torch.Tensor]) -> No
 
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("loss", "pairs", "also"), EVERY_LOSS, ids=[row[0]["name"] for row in EVERY_LOSS])
+def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs, also):
+    from_data = SETTINGS[loss["name"]].model_validate(loss).velocity == "data"
+    plain = recipe_of(teacher_folder, LOSSES[0], steps=2).model_dump()
+    data = "a folder" if from_data else "none"
+    recipe = Recipe.model_validate(plain | {"loss": loss, "pairs": pairs, "also": also, "data": data})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    teacher = load_teacher(recipe.teacher)
+    pixels = torch.randint(0, 256, (10, *teacher.event_shape), dtype=torch.uint8)
+    images = Images(pixels, "noise") if from_data else None
+    student = make_student(teacher)
+    before = flat(student.network.state_dict()).clone()
+    Trainer(student, teacher, recipe, images, folder, Accelerator(cpu=True), lambda _: None).run()
+    assert (flat(student.network.state_dict()) - before).norm() > 1e-3
+    assert len(losses(folder)) == 2
+    assert all(math.isfinite(value) for value in losses(folder))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss['name']}-{loss['stop']}")

@@ -1,0 +1,22 @@
+"""``fmm-distill losses``: what can be trained, by which paper, and what each needs."""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+
+__all__ = ["losses"]
+
+
+@click.command()
+def losses() -> None:
+    """List the losses: a sentence, the paper, what each needs."""
+    from fmm_distill.losses import SETTINGS
+
+    for name, settings in SETTINGS.items():
+        choices = settings.model_fields["velocity"].annotation.__args__  # type: ignore[union-attr]
+        needs = {"teacher": "a teacher", "self": "flow_matching beside it", "data": "data"}
+        click.echo(f"{name}\n{textwrap.indent(textwrap.fill(settings.summary, 96), '    ')}")
+        click.echo(f"    paper: {settings.paper}")
+        click.echo(f"    needs: {' or '.join(needs[choice] for choice in choices)}")

@@ -277,7 +277,7 @@ def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
         if of is not None:
             known = [f"{path.rpartition('.')[0]}.{name}" for name in SETTINGS[of].model_fields]
             whole = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from that loss's own settings"
-            return f"{path} is not a setting of {of}{_guess(path, known)}; {whole}"
+            return f"{path} is not a setting of {of}{_guess(path, known)} ({whole})"
         return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | Settings) else f" (got {item['input']!r})"

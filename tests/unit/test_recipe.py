@@ -68,7 +68,7 @@ def test_an_override_of_the_whole_loss_changes_its_kind():
         ({"loss": {"name": "eulerian", "derivative": "x"}}, "here: loss.derivative: Input should be "),
         (
             {"loss": {"name": "eulerian", "derivativ": "exact"}},
-            "here: loss.derivativ is not a setting of lagrangian, did you mean loss.d",
+            "here: loss.derivativ is not a setting of eulerian, did you mean loss.d",
         ),
         ({"loss": {"stop": "teacher"}}, "here: loss: "),
         ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),

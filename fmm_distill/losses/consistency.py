@@ -89,7 +89,7 @@ def consistency(
         v = velocity(x_t, t, cond)
         if settings.solver == "heun":
             v = (v + velocity(x_t - step * v, s, cond)) / 2
-        later = (target_map or flow_map).mean_velocity(x_t - step * v, s, r, cond)
+        later = (flow_map if target_map is None else target_map).mean_velocity(x_t - step * v, s, r, cond)
         # Where t = r nothing is left after the step, and g is u - v.
         rest = (s - r) / (t - s).clamp_min(torch.finfo(t.dtype).tiny)
         target = u - steadied(u - v + expand(rest, x_t) * (u - later), settings)

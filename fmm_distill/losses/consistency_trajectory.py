@@ -57,7 +57,7 @@ def consistency_trajectory(
     without the GAN and the denoising term). The gradient passes through Y at r to the jump X, not to Y's weights.
     The solver's error, of second order in its step, is the target's.
     """
-    source = target_map or flow_map
+    source = flow_map if target_map is None else target_map
     zero = torch.zeros_like(r)
     with torch.no_grad():
         s = r + share * (t - r)

@@ -74,7 +74,7 @@ def progressive(
     progressive flow map matching of arXiv 2406.07507 with a frozen ``target_map``). ``share`` places the middle
     time when ``middle="uniform"``. The target is stopped; without ``target_map`` it is the map's own.
     """
-    source = target_map or flow_map
+    source = flow_map if target_map is None else target_map
     if settings.middle == "uniform":
         ends = torch.stack([torch.ones_like(share), share, torch.zeros_like(share)])
     else:

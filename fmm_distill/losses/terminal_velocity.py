@@ -53,7 +53,9 @@ def terminal_velocity(
     with ``stop="teacher"``, the second flow matching at the terminal time on the same sample's point.
     """
     follow = LagrangianSettings(stop="teacher", derivative=settings.derivative)
-    moved = lagrangian(flow_map, diagonal(target_map or flow_map), x_t, t, r, cond=cond, settings=follow)
+    moved = lagrangian(
+        flow_map, diagonal(flow_map if target_map is None else target_map), x_t, t, r, cond=cond, settings=follow
+    )
     with torch.no_grad():
         v = velocity(x_t, t, cond)
         x_r = x_t - expand(t - r, x_t) * v

@@ -75,15 +75,15 @@ def lagrangian_as_written(settings, live, still, average, x, t, r, share):
 
 
 def eulerian_as_written(settings, live, still, average, x, t, r, share):
-    field = diagonal(live if getattr(settings, "stop", "target") == "none" else still)
-    v = field(x, t) if settings.velocity == "self" else teacher(x, t)
-    if getattr(settings, "stop", "target") == "none":
+    stop = getattr(settings, "stop", "target")
+    v = diagonal(live if stop == "none" else still)(x, t) if settings.velocity == "self" else teacher(x, t)
+    if stop == "none":
         return [moving_start(live, x, t, r, v)]
-    if getattr(settings, "stop", "target") == "teacher":
+    if stop == "teacher":
         return [moving_start(live, x, t, r, torch.zeros_like(x)) + moving_start(still, x, t, r, v, rate=0)]
     u, u_still = live.mean_velocity(x, t, r), still.mean_velocity(x, t, r)
-    full, none = -moving_start(still, x, t, r, v), u_still - v
-    return [u - u_still + steady(none + settings.tangent_scale * (full - none), settings)]
+    whole, unscaled = -moving_start(still, x, t, r, v), u_still - v
+    return [u - u_still + steady(unscaled + settings.tangent_scale * (whole - unscaled), settings)]
 
 
 def progressive_as_written(settings, live, still, average, x, t, r, share):

@@ -1,13 +1,367 @@
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
+from typing import Literal, get_args, get_origin
+
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import LinearClock
-from fmm_distill.losses import LOSSES, AnyLossSettings, EulerianSettings, LagrangianSettings, Weight, eulerian, weigh
-from fmm_distill.losses.base import squared_norm
+from fmm_distill.flow_map import FlowMap, diagonal
+from fmm_distill.interpolant import LinearClock, expand
+from fmm_distill.losses import (
+    LOSSES,
+    SETTINGS,
+    ConsistencySettings,
+    ConsistencyTrajectorySettings,
+    EulerianSettings,
+    FlowMapMatchingSettings,
+    FlowMatchingSettings,
+    LagrangianSettings,
+    MeanFlowSettings,
+    OperatorRegressionSettings,
+    ProgressiveDistillationSettings,
+    ProgressiveSettings,
+    TerminalVelocitySettings,
+    eulerian,
+)
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
+from fmm_distill.solve import solve
+from tests.unit.losses_as_written import AS_WRITTEN, Net, teacher
+
+VARIANTS = {
+    "lagrangian": LagrangianSettings(),
+    "lagrangian-none": LagrangianSettings(stop="none"),
+    "lagrangian-target": LagrangianSettings(stop="target"),
+    "lagrangian-self": LagrangianSettings(velocity="self"),
+    "lagrangian-self-none": LagrangianSettings(velocity="self", stop="none"),
+    "lagrangian-self-target": LagrangianSettings(velocity="self", stop="target"),
+    "eulerian": EulerianSettings(),
+    "eulerian-none": EulerianSettings(stop="none"),
+    "eulerian-teacher": EulerianSettings(stop="teacher"),
+    "eulerian-scaled": EulerianSettings(tangent_scale=0.25),
+    "eulerian-clamped": EulerianSettings(clamp_tangent=0.3),
+    "eulerian-normalised": EulerianSettings(normalise_tangent=True),
+    "eulerian-clamped-normalised": EulerianSettings(clamp_tangent=0.3, normalise_tangent=True),
+    "eulerian-self": EulerianSettings(velocity="self"),
+    "eulerian-self-none": EulerianSettings(velocity="self", stop="none"),
+    "eulerian-self-teacher": EulerianSettings(velocity="self", stop="teacher"),
+    "progressive": ProgressiveSettings(),
+    "progressive-three": ProgressiveSettings(pieces=3),
+    "progressive-uniform": ProgressiveSettings(middle="uniform"),
+    "progressive-average": ProgressiveSettings(target="average", middle="uniform"),
+    "progressive-ode": ProgressiveSettings(target="ode", middle="uniform"),
+    "progressive-ode-euler": ProgressiveSettings(target="ode", solver="euler", pieces=4),
+    "flow_map_matching": FlowMapMatchingSettings(),
+    "flow_map_matching-generate": FlowMapMatchingSettings(directions="generate"),
+    "flow_matching": FlowMatchingSettings(),
+    "flow_matching-data": FlowMatchingSettings(velocity="data"),
+    "mean_flow": MeanFlowSettings(),
+    "mean_flow-clamped-normalised": MeanFlowSettings(clamp_tangent=0.3, normalise_tangent=True),
+    "mean_flow-improved": MeanFlowSettings(improved=True),
+    "mean_flow-improved-scaled": MeanFlowSettings(improved=True, tangent_scale=0.5),
+    "consistency": ConsistencySettings(),
+    "consistency-data": ConsistencySettings(velocity="data"),
+    "consistency-normalised": ConsistencySettings(normalise_tangent=True, tangent_scale=0.5),
+    "consistency-step": ConsistencySettings(step=0.1),
+    "consistency-step-data": ConsistencySettings(step=0.1, velocity="data"),
+    "consistency-step-heun": ConsistencySettings(step=0.1, solver="heun"),
+    "consistency-step-average": ConsistencySettings(step=0.1, target="average"),
+    "consistency-step-normalised": ConsistencySettings(step=0.1, clamp_tangent=0.3, normalise_tangent=True),
+    "consistency_trajectory": ConsistencyTrajectorySettings(),
+    "consistency_trajectory-student": ConsistencyTrajectorySettings(target="student", solver_steps=3),
+    "progressive_distillation": ProgressiveDistillationSettings(),
+    "progressive_distillation-student": ProgressiveDistillationSettings(target="student"),
+    "progressive_distillation-ode": ProgressiveDistillationSettings(target="ode"),
+    "operator_regression": OperatorRegressionSettings(solver_steps=3),
+    "terminal_velocity": TerminalVelocitySettings(),
+    "terminal_velocity-student": TerminalVelocitySettings(target="student"),
+}
+EVERY = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+
+
+def those(condition):
+    """Parametrised over the variants of which it is true."""
+    chosen = {name: settings for name, settings in VARIANTS.items() if condition(settings)}
+    return pytest.mark.parametrize("settings", chosen.values(), ids=chosen)
+
+
+def differentiates(settings):
+    return isinstance(settings, DerivativeSettings) and not getattr(settings, "step", 0)
+
+
+def batch():
+    """Points, times and shares: jumps longer and shorter than the steps of the variants, shares on either side."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.9, 0.95, 0.7, 0.45, 0.5], dtype=torch.float64)
+    r = torch.tensor([0.2, 0.6, 0.65, 0.3, 0.1], dtype=torch.float64)
+    share = torch.tensor([0.2, 0.6, 0.5, 0.9, 0.35], dtype=torch.float64)
+    return x, t, r, share
+
+
+def call(settings, flow_map, x, t, r, share, *, velocity=teacher, target_map=None, **given):
+    """The loss, given what the trainer gives it; the average is another net unless one is named."""
+    if "share" in settings.takes:
+        given["share"] = share
+    if settings.follows_average:
+        given["target_map"] = target_map or Net(1)
+    if settings.velocity == "self":
+        velocity = diagonal(flow_map)
+    return LOSSES[settings.name](flow_map, velocity, x, t, r, settings=settings, **given)
+
+
+def gradient(loss, flow_map):
+    """All weights' gradients in one vector."""
+    found = torch.autograd.grad(loss.sum(), list(flow_map.parameters()), retain_graph=True)
+    return torch.cat([value.flatten() for value in found])
+
+
+def same(a, b, flow_map, **tolerance):
+    """Value and gradient are the same."""
+    torch.testing.assert_close(a, b, **tolerance)
+    torch.testing.assert_close(gradient(a, flow_map), gradient(b, flow_map), **tolerance)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_choice_of_every_loss_is_among_the_variants(name):
+    for field, info in SETTINGS[name].model_fields.items():
+        tried = {getattr(settings, field) for settings in VARIANTS.values() if settings.name == name}
+        choices = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        choices = (True, False) if info.annotation is bool else choices
+        if field != "derivative":
+            assert tried >= set(choices), field
+
+
+@EVERY
+def test_value_and_gradient_are_as_written(settings):
+    live, average = Net(), Net(1)
+    still = copy.deepcopy(live).requires_grad_(False)
+    expected = sum(squared_norm(part) for part in AS_WRITTEN[settings.name](settings, live, still, average, *batch()))
+    loss = call(settings, live, *batch(), target_map=average)
+    assert gradient(loss, live).norm() > 1e-3
+    same(loss, expected, live, rtol=1e-5, atol=1e-7)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("dtype", "returned"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_is_one_number_a_sample_in_single_precision_or_the_samples(settings, dtype, returned):
+    x, t, r, share = batch()
+    loss = call(settings, Net().to(dtype), x.to(dtype), t, r, share, target_map=Net(1).to(dtype))
+    assert loss.shape == (5,)
+    assert loss.dtype == returned
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(loss.double(), call(settings, Net(), *batch()), rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_batch_is_its_samples_one_by_one(settings):
+    flow_map = Net()
+    # One of them on the diagonal.
+    x, t, r, share = batch()
+    r = torch.where(t == 0.5, t, r)
+    alone = [call(settings, flow_map, *(value[i : i + 1] for value in (x, t, r, share))) for i in range(5)]
+    same(call(settings, flow_map, x, t, r, share), torch.cat(alone), flow_map)
+
+
+@EVERY
+def test_condition_reaches_all_that_are_asked(settings):
+    seen = []
+
+    class Told(Net):
+        def __init__(self, who, seed):
+            super().__init__(seed)
+            self.who = who
+
+        def mean_velocity_of_jump(self, x, t, h, cond=None):
+            seen.append((self.who, cond))
+            return super().mean_velocity_of_jump(x, t, h)
+
+    def told(x, t, cond=None):
+        seen.append(("teacher", cond))
+        return teacher(x, t)
+
+    call(settings, Told("map", 0), *batch(), velocity=told, target_map=Told("average", 1), cond="this")
+    asked = {"map", *(["average"] * settings.follows_average), *(["teacher"] * (not settings.sees_no_teacher))}
+    assert {who for who, _ in seen} == asked
+    assert {what for _, what in seen} == {"this"}
+
+
+@those(differentiates)
+def test_engines_agree(settings):
+    flow_map = Net()
+    loss = {
+        engine: call(settings.model_copy(update={"derivative": engine}), flow_map, *batch(), target_map=Net(1))
+        for engine in ("auto", "exact", "central")
+    }
+    assert torch.equal(loss["auto"], loss["exact"])
+    assert not torch.equal(loss["central"], loss["exact"])
+    same(loss["central"], loss["exact"], flow_map, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_of_a_jump_of_length_0_is_finite(settings):
+    x, t, _, share = batch()
+    flow_map = Net()
+    loss = call(settings, flow_map, x, t, t, share)
+    assert loss.isfinite().all()
+    assert gradient(loss, flow_map).isfinite().all()
+
+
+@those(lambda settings: settings.follows_average)
+def test_no_gradient_reaches_the_average(settings):
+    average = Net(1)
+    call(settings, Net(), *batch(), target_map=average).sum().backward()
+    assert all(weight.grad is None for weight in average.parameters())
+
+
+@those(lambda settings: "target_map" in settings.takes)
+def test_without_an_average_the_map_is_its_own_target_and_as_good_as_frozen(settings):
+    flow_map = Net()
+    x, t, r, share = batch()
+    given = {"share": share} if "share" in settings.takes else {}
+    loss = [
+        LOSSES[settings.name](flow_map, teacher, x, t, r, settings=settings, **given, **more)
+        for more in ({}, {"target_map": flow_map}, {"target_map": copy.deepcopy(flow_map).requires_grad_(False)})
+    ]
+    same(loss[0], loss[1], flow_map, rtol=0, atol=0)
+    same(loss[0], loss[2], flow_map, rtol=1e-12, atol=1e-14)
+
+
+@EVERY
+def test_teacher_is_asked_for_a_graph_only_where_nothing_stops(settings):
+    graphs = []
+
+    def asked(x, t, cond=None):
+        graphs.append(torch.is_grad_enabled())
+        return teacher(x, t)
+
+    call(settings, Net(), *batch(), velocity=asked)
+    assert graphs == [getattr(settings, "stop", None) == "none"] * len(graphs)
+
+
+@EVERY
+def test_leaves_no_gradient_behind_and_runs_without_a_graph(settings):
+    flow_map = Net()
+    loss = call(settings, flow_map, *batch())
+    assert all(weight.grad is None for weight in flow_map.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(call(settings, flow_map, *batch()), loss)
+
+
+# Where one loss is a setting of another.
+
+
+@pytest.mark.parametrize("name", ["lagrangian", "eulerian", "consistency"])
+@pytest.mark.parametrize("target", [{}, {"stop": "target"}], ids=str)
+def test_diagonal_is_flow_matching(name, target):
+    x, t, _, share = batch()
+    flow_map = Net()
+    settings = SETTINGS[name](**(target if name != "consistency" else {"step": 0.1} if target else {}))
+    expected = call(FlowMatchingSettings(), flow_map, x, t, t, share)
+    same(call(settings, flow_map, x, t, t, share), expected, flow_map)
+
+
+STEADIED = [{}, {"normalise_tangent": True}, {"clamp_tangent": 0.3, "tangent_scale": 0.5}]
+
+
+@pytest.mark.parametrize("steadied", STEADIED, ids=str)
+@pytest.mark.parametrize("name", ["mean_flow", "consistency"])
+def test_mean_flow_and_continuous_consistency_are_eulerian(name, steadied):
+    flow_map = Net()
+    expected = call(EulerianSettings(**steadied), flow_map, *batch())
+    same(call(SETTINGS[name](**steadied), flow_map, *batch()), expected, flow_map, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("target", ["student", "average"])
+def test_progressive_distillation_is_progressive_by_halves(target):
+    flow_map = Net()
+    expected = call(ProgressiveSettings(target=target), flow_map, *batch())
+    same(call(ProgressiveDistillationSettings(target=target), flow_map, *batch()), expected, flow_map, rtol=0, atol=0)
+
+
+def test_progressive_distillation_of_a_solver_is_progressive_by_euler_steps():
+    flow_map = Net()
+    expected = call(ProgressiveSettings(target="ode", solver="euler"), flow_map, *batch())
+    same(call(ProgressiveDistillationSettings(target="ode"), flow_map, *batch()), expected, flow_map, rtol=0, atol=0)
+
+
+def test_terminal_velocity_is_lagrangian_on_the_averages_diagonal_and_flow_matching_at_the_end():
+    flow_map, average = Net(), Net(1)
+    x, t, r, share = batch()
+    v = teacher(x, t)
+    moved = call(LagrangianSettings(), flow_map, x, t, r, share, velocity=diagonal(average))
+    x_r = x - expand(t - r, x) * v
+    taught = call(FlowMatchingSettings(), flow_map, x_r, r, r, share, velocity=lambda *_: v)
+    same(call(TerminalVelocitySettings(), flow_map, x, t, r, share, target_map=average), moved + taught, flow_map)
+
+
+@those(lambda settings: getattr(settings, "step", 0) and not settings.normalise_tangent)
+def test_gradient_of_consistency_is_the_published_ones_by_the_weight_it_says(settings):
+    flow_map, average = Net(), Net(1)
+    x, t, r, share = batch()
+    s = torch.maximum(t - settings.step, r)
+    x_s = solve(teacher, x, torch.stack([t, s]), method=settings.solver)
+    ends = (average if settings.target == "average" else flow_map)(x_s, s, r).detach()
+    published = squared_norm(flow_map(x, t, r) - ends)
+    ours = (t - s) * (t - r) * call(settings, flow_map, x, t, r, share, target_map=average)
+    torch.testing.assert_close(gradient(ours, flow_map), gradient(published, flow_map))
+
+
+# Limits, with the order in which they are reached.
+
+
+def orders(errors):
+    return [torch.log2(before.norm() / after.norm()).item() for before, after in pairwise(errors)]
+
+
+@pytest.mark.parametrize("steadied", [{}, {"normalise_tangent": True}], ids=str)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_consistency_tends_to_eulerian_with_its_step(solver, steadied):
+    flow_map = Net()
+    limit = call(EulerianSettings(**steadied), flow_map, *batch())
+    losses = [
+        call(ConsistencySettings(step=step, solver=solver, **steadied), flow_map, *batch())
+        for step in (2e-3, 1e-3, 5e-4)
+    ]
+    assert orders([loss - limit for loss in losses]) == pytest.approx([1, 1], abs=0.05)
+    slopes = [gradient(loss, flow_map) - gradient(limit, flow_map) for loss in losses]
+    assert orders(slopes) == pytest.approx([1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [(EulerianSettings(velocity="self"), lambda e: 1 - e), (LagrangianSettings(velocity="self", stop="target"), float)],
+    ids=["first-piece-vanishes", "last-piece-vanishes"],
+)
+def test_progressive_tends_to_the_self_distilled_losses_as_a_piece_vanishes(settings, share):
+    flow_map = Net()
+    x, t, r, _ = batch()
+    limit = call(settings, flow_map, x, t, r, None)
+    values, slopes = [], []
+    for e in (2e-3, 1e-3, 5e-4):
+        loss = call(ProgressiveSettings(middle="uniform"), flow_map, x, t, r, torch.full_like(t, share(e)))
+        values.append(loss / e**2 - limit)
+        slopes.append(gradient(loss, flow_map) / e - gradient(limit, flow_map))
+    assert orders(values) == pytest.approx([1, 1], abs=0.05)
+    assert orders(slopes) == pytest.approx([1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"), [(OperatorRegressionSettings, 4), (ConsistencyTrajectorySettings, 2)], ids=["rk4", "heun"]
+)
+def test_error_of_the_solvers_target_falls_at_their_order(settings, order):
+    flow_map = Net()
+    x, t, r, _ = batch()
+    losses = [call(settings(solver_steps=n), flow_map, x, t, r, torch.full_like(t, 0.1)) for n in (8, 16, 32, 512)]
+    assert orders([loss - losses[-1] for loss in losses[:-1]]) == pytest.approx([order] * 2, abs=0.25)
+
+
+# Worked out on paper.
 
 
 class Constant(FlowMap):
@@ -30,41 +384,49 @@ class Linear(Constant):
         return self.weight * x
 
 
-def velocity(x, t, cond=None):
+def two(x, t, cond=None):
     return torch.full_like(x, 2.0)
 
 
 X = torch.tensor([[1.0, 3.0], [2.0, -1.0]], dtype=torch.float64)
 T, R = torch.tensor([0.9, 0.6], dtype=torch.float64), torch.tensor([0.4, 0.6], dtype=torch.float64)
+S = torch.tensor([0.2, 0.7], dtype=torch.float64)
 
 
 def parameter(value):
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("stop", ["none", "target"])
-def test_of_a_constant_field(name, stop):
+@those(
+    lambda settings: not getattr(settings, "normalise_tangent", None) and not getattr(settings, "clamp_tangent", None)
+)
+def test_of_a_constant_field(settings):
+    # The residual is u - v = 3, times a length of time where ends of jumps are compared; a map agrees with itself.
+    one = torch.ones_like(T)
+    jump, apart = {
+        "operator_regression": (T - R, T - R),
+        "consistency_trajectory": (T - R, (1 - S) * (T - R)),
+    }.get(settings.name, (one, one))
+    residual = 0 if settings.sees_no_teacher else 3 * apart
     weight = parameter(5.0)
-    settings = TypeAdapter(AnyLossSettings).validate_python({"name": name, "stop": stop, "derivative": "exact"})
-    loss = LOSSES[name](Constant(weight), velocity, X, T, R, settings=settings)
-    torch.testing.assert_close(loss, torch.full((2,), 9.0, dtype=torch.float64))
-    loss.mean().backward()
-    assert weight.grad.item() == pytest.approx(6)
+    loss = call(settings, Constant(weight), X, T, R, S, velocity=two, target_map=Constant(parameter(5.0)))
+    torch.testing.assert_close(loss, residual**2 * one)
+    loss.sum().backward()
+    torch.testing.assert_close(weight.grad, (2 * residual * jump).sum())
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.25, 1.0])
 def test_eulerian_tangent_scale(scale):
     # u - v + scale (t - r) weight v, with weight 0.5 and v 2.
     settings = EulerianSettings(tangent_scale=scale, derivative="exact")
-    loss = eulerian(Linear(parameter(0.5)), velocity, X, T, R, settings=settings)
+    loss = eulerian(Linear(parameter(0.5)), two, X, T, R, settings=settings)
     residual = 0.5 * X - 2 + scale * (T - R).unsqueeze(1)
     torch.testing.assert_close(loss, residual.square().mean(1))
 
 
 def test_eulerian_normalised_tangent():
     settings = EulerianSettings(normalise_tangent=True, derivative="exact")
-    loss = eulerian(Linear(parameter(0.5)), velocity, X, T, R, settings=settings)
+    loss = eulerian(Linear(parameter(0.5)), two, X, T, R, settings=settings)
     residual = 0.5 * X - 2 + (T - R).unsqueeze(1)
     norm = residual.norm(dim=1)
     torch.testing.assert_close(loss, (norm / (norm + 0.1)).square() / 2)
@@ -75,115 +437,8 @@ def test_eulerian_without_a_stop_takes_the_gradient_through_the_derivative():
     for stop in ("none", "target"):
         weight = parameter(0.5)
         settings = EulerianSettings(stop=stop, derivative="exact")
-        eulerian(Linear(weight), velocity, X, T, R, settings=settings).sum().backward()
+        eulerian(Linear(weight), two, X, T, R, settings=settings).sum().backward()
         gradients[stop] = weight.grad
     residual = 0.5 * X - 2 + (T - R).unsqueeze(1)
     torch.testing.assert_close(gradients["target"], (residual * X).sum())
     torch.testing.assert_close(gradients["none"], (residual * (X + 2 * (T - R).unsqueeze(1))).sum())
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("stop", ["none", "target"])
-def test_diagonal_is_regression_on_the_velocity(name, stop):
-    settings = TypeAdapter(AnyLossSettings).validate_python({"name": name, "stop": stop, "derivative": "exact"})
-    loss = LOSSES[name](Linear(parameter(0.5)), velocity, X, T, T, settings=settings)
-    torch.testing.assert_close(loss, (0.5 * X - 2).square().mean(1))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_condition_reaches_map_and_teacher(name):
-    seen = []
-
-    class Told(Linear):
-        def mean_velocity_of_jump(self, x, t, h, cond=None):
-            seen.append(("map", cond))
-            return super().mean_velocity_of_jump(x, t, h)
-
-    def told(x, t, cond=None):
-        seen.append(("teacher", cond))
-        return velocity(x, t)
-
-    settings = TypeAdapter(AnyLossSettings).validate_python({"name": name, "derivative": "exact"})
-    LOSSES[name](Told(parameter(0.5)), told, X, T, R, cond="this", settings=settings)
-    assert {who for who, _ in seen} == {"map", "teacher"}
-    assert {what for _, what in seen} == {"this"}
-
-
-@pytest.mark.parametrize(("step", "share"), [(0, 0), (1, 0.08), (5, 0.4), (9, 0.72), (10, 0.8), (11, 0.8), (1000, 0.8)])
-def test_eulerian_warm_up(step, share):
-    settings = EulerianSettings(tangent_warmup_steps=10, tangent_scale=0.8)
-    assert settings.at_step(step).tangent_scale == pytest.approx(share)
-    assert settings.tangent_scale == 0.8
-
-
-@pytest.mark.parametrize("settings", [EulerianSettings(), LagrangianSettings()])
-def test_without_warm_up_every_step_is_alike(settings):
-    assert settings.at_step(0) == settings
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"name": "eulerian", "stop": "none", "normalise_tangent": True},
-        {"name": "eulerian", "stop": "none", "tangent_warmup_steps": 5},
-        {"name": "eulerian", "stop": "none", "tangent_scale": 0.5},
-        {"name": "eulerian", "stop": "teacher"},
-        {"name": "eulerian", "tangent_warmup_steps": -1},
-        {"name": "eulerian", "tangent_scale": 1.5},
-        {"name": "lagrangian", "normalise_tangent": True},
-        {"name": "lagrangian", "stop": "nowhere"},
-        {"name": "lagrangian", "derivative": "symbolic"},
-        {"name": "lagrange"},
-        {"stop": "none"},
-    ],
-    ids=str,
-)
-def test_invalid_settings(values):
-    with pytest.raises(ValidationError):
-        TypeAdapter(AnyLossSettings).validate_python(values)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_settings_are_found_by_name_and_frozen(name):
-    settings = TypeAdapter(AnyLossSettings).validate_python({"name": name})
-    assert settings.name == name
-    with pytest.raises(ValidationError):
-        settings.derivative = "exact"
-
-
-@pytest.mark.parametrize("settings", [EulerianSettings, LagrangianSettings, Weight])
-def test_every_setting_is_described(settings):
-    assert all(field.description for field in settings.model_fields.values())
-
-
-@pytest.mark.parametrize(("power", "constant"), [(0.5, 1e-3), (1, 0.1), (2, 1)])
-def test_weigh(power, constant):
-    loss = parameter([0.01, 0.5, 4.0])
-    weighed = weigh(loss, Weight(power=power, constant=constant))
-    expected = loss / (loss + constant) ** power
-    torch.testing.assert_close(weighed, expected)
-    # The weight itself is a constant to the gradient.
-    (gradient,) = torch.autograd.grad(weighed.sum(), loss)
-    torch.testing.assert_close(gradient, (loss.detach() + constant) ** -power)
-
-
-def test_power_0_is_no_weight():
-    loss = parameter([0.0, 0.5, 4.0])
-    assert torch.equal(weigh(loss, Weight(power=0)), loss)
-
-
-def test_weight_of_a_vanished_residual_is_finite():
-    assert weigh(torch.zeros(2), Weight(power=2)).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("values", [{"power": -1}, {"power": 3}, {"constant": 0}, {"scale": 1}])
-def test_invalid_weights(values):
-    with pytest.raises(ValidationError):
-        Weight(**values)
-
-
-def test_squared_norm_is_a_mean_in_single_precision():
-    residual = torch.full((2, 3, 4, 4), 300.0, dtype=torch.float16)
-    # 90000 is infinite in half precision.
-    assert squared_norm(residual).tolist() == [90000, 90000]
-    assert squared_norm(residual.double()).dtype == torch.float64

@@ -69,7 +69,11 @@ RECIPE = {
         ["training.learning_rate: Input should be greater than 0 (got -1)"],
     ),
     "no number": (tiny("--set", "training.steps=many"), ["training.steps: ", "(got 'many')"]),
-    "unknown loss": (tiny("--set", "loss.name=langrangian"), ["loss: ", "langrangian", "'lagrangian', 'eulerian'"]),
+    "unknown loss": (
+        tiny("--set", "loss.name=langrangian"),
+        ["loss.name: ", "'langrangian' is unknown, did you mean lagrangian?"],
+    ),
+    "a loss without its data": (tiny("--set", "loss={name: mean_flow}"), ["there are none; take eulerian"]),
     "no equals sign": (tiny("--set", "training.steps"), ["--set 'training.steps': wanted key=value"]),
     "no recipe": (("--teacher", "builtin:digits"), ["--recipe is missing"]),
     "unknown option": (tiny("--stepz", "3"), ["No such option", "--stepz"]),
@@ -81,7 +85,7 @@ RECIPE = {
     ),
     "misspelled key of a loss": (
         tiny("--set", "loss.stp=teacher"),
-        ["loss.stp is not a setting, did you mean loss.st"],
+        ["loss.stp is not a setting of lagrangian, did you mean loss.st"],
     ),
     "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
     "shares": (tiny("--set", "pairs={prior: 0.7, diagonal: 0.5}"), ["pairs: ", "their sum is 1.2"]),

@@ -142,6 +142,11 @@ class Recipe(Settings):
         """The main loss and the further ones."""
         return (self.loss, *(term.loss for term in self.also))
 
+    @property
+    def loss_names(self) -> str:
+        """The names of all losses, to be read by people."""
+        return " and ".join(loss.name for loss in self.losses)
+
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
         names = [loss.name for loss in self.losses]
@@ -160,15 +165,17 @@ class Recipe(Settings):
 
     def _pairs_fit(self) -> None:
         wanted = {
-            "consistency": ("pairs.data", self.pairs.data, 1),
-            "operator_regression": ("pairs.prior", self.pairs.prior, 1),
-            "progressive_distillation": ("pairs.dyadic", self.pairs.dyadic, 3),
+            "consistency": ("data", self.pairs.data, "{prior: 0, data: 1}"),
+            "operator_regression": ("prior", self.pairs.prior, "{prior: 1}"),
+            "progressive_distillation": ("dyadic", self.pairs.dyadic, "{prior: 0, dyadic: 3}"),
         }
         if self.loss.name not in wanted:
             return
         key, got, fit = wanted[self.loss.name]
-        if got < min(fit, 1):
-            raise ValueError(f"loss {self.loss.name} trains its own pairs of times only: set {key}={fit} (got {got:g})")
+        if got < 1:
+            raise ValueError(
+                f"loss {self.loss.name} trains its own pairs of times only: --set 'pairs={fit}' (got {key}: {got:g})"
+            )
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""

@@ -219,7 +219,7 @@ def _describe(job: Plan) -> str:
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} parameters)\n"
         f"student: {job.student.prediction}, {added:,} new parameters for the second time\n"
         f"data:    {data}\n"
-        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss.name}"
+        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}"
     )
 
 

@@ -119,9 +119,9 @@ def test_recipes_are_frozen():
         (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from that loss's own settings"),
         (["loss={name: progressive}"], "alone sees no teacher"),
         (["loss.velocity=self"], "alone sees no teacher"),
-        (["loss={name: consistency}"], "set pairs.data=1 (got 0)"),
-        (["loss={name: operator_regression}"], "set pairs.prior=1 (got 0.5)"),
-        (["loss={name: progressive_distillation, target: ode}"], "set pairs.dyadic=3 (got 0)"),
+        (["loss={name: consistency}"], "--set 'pairs={prior: 0, data: 1}' (got data: 0)"),
+        (["loss={name: operator_regression}"], "--set 'pairs={prior: 1}' (got prior: 0.5)"),
+        (["loss={name: progressive_distillation, target: ode}"], "--set 'pairs={prior: 0, dyadic: 3}' (got dyadic: 0)"),
         (
             ["also=[{loss: {name: flow_matching}, share: 0.5}, {loss: {name: eulerian}, share: 0.5}]"],
             "shares come to 1",
@@ -142,4 +142,5 @@ def test_sums_of_losses():
         "digits", ["loss.velocity=self", "also=[{loss: {name: flow_matching}, share: 0.75, weight: 2.0}]"]
     )
     assert [loss.name for loss in recipe.losses] == ["lagrangian", "flow_matching"]
+    assert recipe.loss_names == "lagrangian and flow_matching"
     assert load_recipe("digits", ["loss={name: mean_flow}"], data="somewhere").loss.velocity == "data"

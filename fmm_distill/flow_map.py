@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from fmm_distill.interpolant import expand
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from fmm_distill.interpolant import Clock
     from fmm_distill.velocity import Conditioning, VelocityField
 
-__all__ = ["FlowMap", "diagonal"]
+__all__ = ["FlowMap", "LearnedFlowMap", "diagonal"]
 
 
 class FlowMap(ABC):
@@ -56,6 +58,10 @@ class FlowMap(ABC):
     ) -> Float[Tensor, "batch *event"]:
         """``X(x, t, r)``."""
         return x - expand(t - r, x) * self.mean_velocity(x, t, r, cond)
+
+
+class LearnedFlowMap(FlowMap, nn.Module):
+    """A flow map with parameters: what a trainer trains."""
 
 
 def diagonal(flow_map: FlowMap) -> VelocityField:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["Clock", "LinearClock", "Prediction", "Schedule", "expand", "velocity_from_prediction"]
+__all__ = ["Clock", "LinearClock", "Prediction", "Schedule", "TimeAxis", "expand", "velocity_from_prediction"]
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -60,8 +60,26 @@ class Clock(Protocol):
         ...
 
 
+class TimeAxis(Clock, Protocol):
+    """A clock with ends: the stretch of time that a teacher is trained on."""
+
+    t_min: float
+    t_max: float
+
+    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The time at a share of the way from t_min to t_max, equal steps of the teacher's own count."""
+        ...
+
+
 class LinearClock:
-    """``position(t) = t``: closed-form maps and flow models without shift."""
+    """``position(t) = t``: closed-form maps and flow models without shift, on the stretch [t_min, t_max]."""
+
+    def __init__(self, t_min: float = 0.0, t_max: float = 1.0) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The time at a share of the way from t_min to t_max."""
+        return self.t_min + (self.t_max - self.t_min) * share
 
     def position(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The time itself."""
@@ -106,6 +124,12 @@ class Schedule:
     def time(self, timestep: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """t of whole timesteps from -1 (data) to N - 1, in float64."""
         return self._times.to(timestep.device)[timestep + 1]
+
+    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The time at a share of the way from the first timestep to the last, linear between timesteps."""
+        place = share * (self.num_timesteps - 1)
+        below: Int[Tensor, " batch"] = place.long().clamp_max(self.num_timesteps - 2)
+        return torch.lerp(self.time(below), self.time(below + 1), place - below)
 
     def timestep(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The timestep at t in [0, t_max], from -1 to N - 1; exact at the schedule's own times."""

@@ -114,7 +114,7 @@ def distill(
     accelerator.wait_for_everyone()
     trainer = Trainer(job.student, job.teacher, recipe, job.images, folder, accelerator, line)
     trainer.run()
-    job.student.network.load_state_dict(trainer.average.module.state_dict())
+    job.student.load_state_dict(trainer.average.module.state_dict())
     job.student.eval()
     if accelerator.is_main_process:
         evaluation = _finish(job, folder, accelerator.device, line)
@@ -302,7 +302,7 @@ def open_run(folder: Path | str) -> Plan:
     job = plan(recipe)
     average = checkpoint.load(newest).tensors["ema"]
     weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
-    job.student.network.load_state_dict(weights)
+    job.student.load_state_dict(weights)
     return job
 
 

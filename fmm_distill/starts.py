@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from fmm_distill.interpolant import Schedule
-    from fmm_distill.teachers.base import Teacher
+    from fmm_distill.interpolant import TimeAxis
+    from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning, VelocityField
 
     Mover = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
     return Draws(noise, **{name: uniform(name) for name in names}, place=place)
 
 
-def pair_times(pairs: Pairs, schedule: Schedule, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+def pair_times(pairs: Pairs, axis: TimeAxis, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
     """Times t >= r in [t_min, t_max] in float64, shape ``[batch]`` each.
 
     The share that starts at t_max takes its r from one uniform, the share that ends at t_min its t, the rest is
@@ -110,9 +110,9 @@ def pair_times(pairs: Pairs, schedule: Schedule, draws: Draws, step: int) -> tup
     """
     t, r = _dyadic(pairs.dyadic, draws) if pairs.dyadic else _triangle(pairs, draws, step)
     if pairs.spacing == "time":
-        span = schedule.t_max - schedule.t_min
-        return schedule.t_min + span * t, schedule.t_min + span * r
-    return _time_at(schedule, t), _time_at(schedule, r)
+        span = axis.t_max - axis.t_min
+        return axis.t_min + span * t, axis.t_min + span * r
+    return axis.time_at(t), axis.time_at(r)
 
 
 def _triangle(pairs: Pairs, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
@@ -136,14 +136,7 @@ def _dyadic(levels: int, draws: Draws) -> tuple[Tensor, Tensor]:
     return (interval + 1) / count, interval / count
 
 
-def _time_at(schedule: Schedule, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """The time at a share of the way from the first timestep to the last, linear between timesteps."""
-    place = share * (schedule.num_timesteps - 1)
-    below: Int[Tensor, " batch"] = place.long().clamp_max(schedule.num_timesteps - 2)
-    return torch.lerp(schedule.time(below), schedule.time(below + 1), place - below)
-
-
-def teacher_jump(teacher: Teacher, steps: int = 8) -> Mover:
+def teacher_jump(teacher: Distillable, steps: int = 8) -> Mover:
     """The teacher's own map by ``steps`` Euler steps, equal in time: where a student can't be asked yet."""
 
     def move(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -166,7 +159,7 @@ def interpolant_velocity(noise: Float[Tensor, "batch *event"], images: Float[Ten
 
 @torch.no_grad()
 def points(
-    teacher: Teacher,
+    teacher: Distillable,
     mover: Mover,
     draws: Draws,
     t: Float[Tensor, " batch"],

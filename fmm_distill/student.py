@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers import UNet2DModel
-from torch import nn
 
-from fmm_distill.flow_map import FlowMap
+from fmm_distill.flow_map import LearnedFlowMap
 from fmm_distill.interpolant import expand, velocity_from_prediction
 from fmm_distill.two_time import TwoTimeUNet2DModel
 
@@ -25,7 +24,7 @@ __all__ = ["Student", "StudentPrediction", "fold", "make_student"]
 StudentPrediction = Literal["teacher", "v_prediction"]
 
 
-class Student(FlowMap, nn.Module):
+class Student(LearnedFlowMap):
     """A two-time network read as a flow map on the teacher's schedule.
 
     ``u`` is ``eps_hat - x0_hat`` of the network's output, so that a jump is a DDIM step (Song et al. 2021,

@@ -20,8 +20,6 @@ from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES, weigh
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
-from fmm_distill.student import Student
-from fmm_distill.two_time import TwoTimeUNet2DModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,11 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.data import Images
-    from fmm_distill.flow_map import FlowMap
+    from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe, TrainingSettings
     from fmm_distill.starts import Draws
-    from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.base import Distillable
 
 __all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
 
@@ -54,8 +52,8 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        student: Student,
-        teacher: Teacher,
+        student: LearnedFlowMap,
+        teacher: Distillable,
         recipe: Recipe,
         losses: Sequence[AnyLossSettings],
         average: FlowMap | None = None,
@@ -110,7 +108,7 @@ class Objective(nn.Module):
         given = {name: given[name] for name in settings.takes}
         return LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
 
-    def _regression(self, teacher: Teacher, draws: Draws, images: Tensor | None) -> Tensor:
+    def _regression(self, teacher: Distillable, draws: Draws, images: Tensor | None) -> Tensor:
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches."""
         t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
         x_t = points(teacher, teacher_jump(teacher), draws, t, images)
@@ -119,7 +117,7 @@ class Objective(nn.Module):
         return squared_norm(self.student.mean_velocity(x_t, t, t) - v)
 
 
-def activation_bytes(student: Student, teacher: Teacher, recipe: Recipe) -> int:
+def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:
     """Bytes that one sample's loss keeps for the backward pass, counted on one sample."""
     saved: dict[int, int] = {}
 
@@ -154,8 +152,8 @@ class Trainer:
 
     def __init__(
         self,
-        student: Student,
-        teacher: Teacher,
+        student: LearnedFlowMap,
+        teacher: Distillable,
         recipe: Recipe,
         images: Images | None,
         folder: Path,
@@ -171,11 +169,9 @@ class Trainer:
         student.to(accelerator.device)
         losses = [self._settle_engine(student, settings) for settings in recipe.losses]
         self.student = student
-        self.average = averaged(student.network, training.ema)
+        self.average = averaged(student, training.ema).requires_grad_(False)
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
-        average = Student(
-            cast(TwoTimeUNet2DModel, self.average.module), student.schedule, student.prediction
-        ).requires_grad_(False)
+        average = cast("LearnedFlowMap", self.average.module.eval())
         objective = Objective(student, teacher, recipe, losses, average).eval()
         optimizer = torch.optim.AdamW(
             student.parameters(),
@@ -185,7 +181,7 @@ class Trainer:
         )
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
-    def _settle_engine(self, student: Student, settings: AnyLossSettings) -> AnyLossSettings:
+    def _settle_engine(self, student: LearnedFlowMap, settings: AnyLossSettings) -> AnyLossSettings:
         if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
             return settings
         shape = self.teacher.event_shape
@@ -244,7 +240,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += torch.stack([losses.detach().mean(), weighted.detach()]) / training.accumulation
-        self.average.update_parameters(self.student.network)
+        self.average.update_parameters(self.student)
         loss, weighted_loss = self.accelerator.reduce(sums, "mean").tolist()
         # With a gradient scaler an infinite gradient is its way to find the scale: it skips that step.
         scaled = self.accelerator.scaler is not None
@@ -263,7 +259,7 @@ class Trainer:
             return
         moments = self.optimizer.state_dict()["state"]
         tensors = {
-            "student": dict(self.student.network.state_dict()),
+            "student": dict(self.student.state_dict()),
             "ema": dict(self.average.state_dict()),
             "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
         }
@@ -292,7 +288,7 @@ class Trainer:
 
     def restore(self, kept: checkpoint.Checkpoint) -> None:
         """Put a checkpoint's weights, average and optimiser state in place."""
-        self.student.network.load_state_dict(kept.tensors["student"])
+        self.student.load_state_dict(kept.tensors["student"])
         self.average.load_state_dict(kept.tensors["ema"])
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in kept.tensors["optimizer"].items():

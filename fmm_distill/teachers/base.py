@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 
@@ -15,10 +15,39 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.interpolant import Prediction, Schedule
+    from fmm_distill.interpolant import Prediction, Schedule, TimeAxis
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["Teacher"]
+__all__ = ["Distillable", "Teacher"]
+
+
+class Distillable(Protocol):
+    """What training needs of a teacher, wherever it comes from.
+
+    Attributes:
+        event_shape: shape of one sample.
+    """
+
+    event_shape: tuple[int, ...]
+
+    @property
+    def schedule(self) -> TimeAxis:
+        """The times that it is trained on."""
+        ...
+
+    def velocity(
+        self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
+    ) -> Float[Tensor, "batch *event"]:
+        """Its velocity at x and t."""
+        ...
+
+    def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Where sampling starts, at t_max, from N(0, I)."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same teacher on ``device``."""
+        ...
 
 
 @dataclass
@@ -70,7 +99,7 @@ class Teacher:
         t = torch.full((len(noise),), self.schedule.t_max, dtype=torch.float64, device=noise.device)
         return noise / expand(self.schedule.scale(t), noise)
 
-    def to(self, device: torch.device | str) -> Teacher:
+    def to(self, device: torch.device | str) -> Self:
         """The same teacher with its network on ``device``."""
         self.network.to(device)
         return self

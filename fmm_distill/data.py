@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor
 
-__all__ = ["Images", "load_images"]
+__all__ = ["Images", "Samples", "load_images"]
+
+
+class Samples(Protocol):
+    """Data that jumps may start from."""
+
+    def pick(self, places: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
+        """The samples at these places, uniform in [0, 1)."""
+        ...
 
 
 class Images:

@@ -11,9 +11,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fmm_distill.errors import UserError
-from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings, Weight
+from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings
 from fmm_distill.losses.base import Settings
 from fmm_distill.starts import Pairs
+from fmm_distill.weights import Metric, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,6 +43,8 @@ class Term(Settings):
     """Share of the batch that goes to it."""
     weight: float = Field(default=1.0, gt=0)
     """Factor of its weighted loss."""
+    pairs: Pairs | None = None
+    """Its own pairs of times; none: those of the recipe."""
 
 
 class TrainingSettings(Settings):
@@ -120,8 +123,10 @@ class Recipe(Settings):
     """Which loss, and its settings."""
     also: tuple[Term, ...] = ()
     """Further losses, each on a share of every batch; the main loss has the rest."""
+    metric: Metric = Metric()
+    """How large a residual is."""
     weight: Weight = Weight()
-    """The weight of a sample."""
+    """How much a sample counts."""
     pairs: Pairs = Pairs()
     """Where jumps start and end."""
     training: TrainingSettings = TrainingSettings()
@@ -165,17 +170,16 @@ class Recipe(Settings):
 
     def _pairs_fit(self) -> None:
         wanted = {
-            "consistency": ("data", self.pairs.data, "{prior: 0, data: 1}"),
-            "operator_regression": ("prior", self.pairs.prior, "{prior: 1}"),
-            "progressive_distillation": ("dyadic", self.pairs.dyadic, "{prior: 0, dyadic: 3}"),
+            "consistency": ("data", "{prior: 0, data: 1}"),
+            "operator_regression": ("prior", "{prior: 1}"),
+            "progressive_distillation": ("dyadic", "{prior: 0, dyadic: 3}"),
         }
-        if self.loss.name not in wanted:
-            return
-        key, got, fit = wanted[self.loss.name]
-        if got < 1:
-            raise ValueError(
-                f"loss {self.loss.name} trains its own pairs of times only: --set 'pairs={fit}' (got {key}: {got:g})"
-            )
+        places = [self.pairs, *(term.pairs or self.pairs for term in self.also)]
+        for i, (loss, pairs) in enumerate(zip(self.losses, places, strict=True)):
+            key, fit = wanted.get(loss.name, ("spacing", ""))
+            if fit and (got := getattr(pairs, key)) < 1:
+                cure = f"in also give it pairs: {fit}" if i else f"--set 'pairs={fit}'"
+                raise ValueError(f"loss {loss.name} trains its own pairs of times only: {cure} (got {key}: {got:g})")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""

@@ -17,9 +17,10 @@ from fmm_distill.derivatives import choose_engine
 from fmm_distill.ema import averaged
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.flow_map import diagonal
-from fmm_distill.losses import LOSSES, weigh
+from fmm_distill.losses import LOSSES
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from fmm_distill.data import Images
+    from fmm_distill.data import Samples
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe, TrainingSettings
-    from fmm_distill.starts import Draws
+    from fmm_distill.starts import Draws, Pairs
     from fmm_distill.teachers.base import Distillable
 
 __all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
@@ -64,38 +65,40 @@ class Objective(nn.Module):
         self._fixed = (teacher, average)
         self.recipe = recipe
         self.losses = tuple(losses)
+        self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
 
     def forward(self, draws: Draws, images: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
-        """Loss of each sample, and the factor of its term; shape ``[batch]`` both."""
-        teacher, _ = self._fixed
+        """Mean squared residual of each sample, and what is minimised: its metric, weighted; shape ``[batch]`` both."""
         regression = self.recipe.student.regression_steps
         if step < regression:
-            losses = self._regression(teacher, draws, images)
-            return losses, torch.ones_like(losses)
+            return self._regression(draws, images)
         step -= regression
         if not self.recipe.also:
-            losses = self._term(self.losses[0], draws, images, step)
-            return losses, torch.ones_like(losses)
+            return self._term(self.losses[0], self.recipe.pairs, draws, images, step)
         shares = [term.share for term in self.recipe.also]
         ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
         ends[-1] = 1.0
-        losses = draws.noise.new_zeros(len(draws.noise))
-        factors = torch.ones_like(losses)
-        for settings, factor, (low, high) in zip(
-            self.losses, [1.0, *(term.weight for term in self.recipe.also)], itertools.pairwise(ends), strict=True
+        both = draws.noise.new_zeros(2, len(draws.noise))
+        factors = [1.0, *(term.weight for term in self.recipe.also)]
+        pairs = [self.recipe.pairs, *(term.pairs or self.recipe.pairs for term in self.recipe.also)]
+        for settings, where, factor, (low, high) in zip(
+            self.losses, pairs, factors, itertools.pairwise(ends), strict=True
         ):
             rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
             if len(rows):
                 some = None if images is None else images[rows]
-                losses = losses.index_put((rows,), self._term(settings, draws.rows(rows), some, step).to(losses.dtype))
-                factors[rows] = factor
-        return losses, factors
+                losses, weighted = self._term(settings, where, draws.rows(rows), some, step)
+                both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
+        losses, weighted = both
+        return losses, weighted
 
-    def _term(self, settings: AnyLossSettings, draws: Draws, images: Tensor | None, step: int) -> Tensor:
-        """One loss of some samples."""
+    def _term(
+        self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, images: Tensor | None, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """One loss of some samples, and the same weighted."""
         teacher, average = self._fixed
         settings = settings.at_step(step)
-        t, r = pair_times(self.recipe.pairs, teacher.schedule, draws, step)
+        t, r = pair_times(pairs, teacher.schedule, draws, step)
         x_t = points(teacher, self.student, draws, t, images, on_path=settings.velocity == "data")
         velocity = teacher.velocity
         if settings.velocity == "self":
@@ -106,15 +109,26 @@ class Objective(nn.Module):
         if settings.follows_average:
             given["target_map"] = average
         given = {name: given[name] for name in settings.takes}
-        return LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
+        losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
+        return losses, self._weighted(losses, t, r)
 
-    def _regression(self, teacher: Distillable, draws: Draws, images: Tensor | None) -> Tensor:
-        """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches."""
+    def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        values = measure(losses, self.recipe.metric)
+        if self.weight is None:
+            return weigh(values, self.recipe.weight)
+        clock = self.student.clock
+        weighted: Tensor = self.weight(values, clock.position(t), clock.position(r))
+        return weighted
+
+    def _regression(self, draws: Draws, images: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
+        teacher, _ = self._fixed
         t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
         x_t = points(teacher, teacher_jump(teacher), draws, t, images)
         with torch.no_grad():
             v = teacher.velocity(x_t, t)
-        return squared_norm(self.student.mean_velocity(x_t, t, t) - v)
+        losses = squared_norm(self.student.mean_velocity(x_t, t, t) - v)
+        return losses, self._weighted(losses, t, t)
 
 
 def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:
@@ -155,7 +169,7 @@ class Trainer:
         student: LearnedFlowMap,
         teacher: Distillable,
         recipe: Recipe,
-        images: Images | None,
+        images: Samples | None,
         folder: Path,
         accelerator: Accelerator,
         say: Callable[[str], None],
@@ -173,8 +187,9 @@ class Trainer:
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         average = cast("LearnedFlowMap", self.average.module.eval())
         objective = Objective(student, teacher, recipe, losses, average).eval()
+        self.weight = objective.weight
         optimizer = torch.optim.AdamW(
-            student.parameters(),
+            objective.parameters(),
             lr=training.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
@@ -232,8 +247,8 @@ class Trainer:
             mine = draws.part(part * size, (part + 1) * size, self.accelerator.device)
             images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
             with self.accelerator.accumulate(self.objective):
-                losses, factors = self.objective(mine, images, step)
-                weighted = (factors * weigh(losses, self.recipe.weight)).mean()
+                losses, each = self.objective(mine, images, step)
+                weighted = each.mean()
                 self.accelerator.backward(weighted)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
@@ -263,6 +278,8 @@ class Trainer:
             "ema": dict(self.average.state_dict()),
             "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
         }
+        if self.weight is not None:
+            tensors["weight"] = dict(self.weight.state_dict())
         scaler = self.accelerator.scaler
         state = {"scaler": scaler.state_dict() if scaler is not None else None}
         kept = checkpoint.Checkpoint(step, tensors, state)
@@ -290,6 +307,8 @@ class Trainer:
         """Put a checkpoint's weights, average and optimiser state in place."""
         self.student.load_state_dict(kept.tensors["student"])
         self.average.load_state_dict(kept.tensors["ema"])
+        if self.weight is not None:
+            self.weight.load_state_dict(kept.tensors["weight"])
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in kept.tensors["optimizer"].items():
             index, name = key.split(".")

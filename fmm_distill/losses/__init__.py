@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fmm_distill.losses.base import LossSettings, Weight, weigh
+from fmm_distill.losses.base import LossSettings
 from fmm_distill.losses.consistency import ConsistencySettings, consistency
 from fmm_distill.losses.consistency_trajectory import ConsistencyTrajectorySettings, consistency_trajectory
 from fmm_distill.losses.eulerian import EulerianSettings, eulerian
@@ -40,7 +40,6 @@ __all__ = [
     "ProgressiveDistillationSettings",
     "ProgressiveSettings",
     "TerminalVelocitySettings",
-    "Weight",
     "consistency",
     "consistency_trajectory",
     "eulerian",
@@ -52,7 +51,6 @@ __all__ = [
     "progressive",
     "progressive_distillation",
     "terminal_velocity",
-    "weigh",
 ]
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -1,17 +1,17 @@
-"""What every loss shares: its settings' base, the pairs of times, the weight of a sample."""
+"""What every loss shares: the base of its settings, and the mean square of a residual."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["DerivativeSettings", "LossSettings", "Weight", "squared_norm", "weigh"]
+__all__ = ["DerivativeSettings", "LossSettings", "squared_norm"]
 
 
 class Settings(BaseModel):
@@ -62,20 +62,6 @@ class DerivativeSettings(LossSettings):
         return False
 
 
-class Weight(Settings):
-    """The weight of a sample: ``(d + constant)^-power`` with d its mean squared residual, gradient stopped."""
-
-    power: float = Field(default=0.5, ge=0, le=2)
-    """0: every sample counts the same; 0.5 resembles a pseudo-Huber loss; 1 takes the logarithm."""
-    constant: float = Field(default=1e-3, gt=0)
-    """What keeps the weight of a small residual finite."""
-
-
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """Mean over the event of the squared residual, in float32 at least."""
     return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)
-
-
-def weigh(loss: Float[Tensor, " batch"], weight: Weight) -> Float[Tensor, " batch"]:
-    """The adaptive weight of Geng et al. 2025 (MeanFlow, arXiv 2505.13447, section 4.3) on each sample's loss."""
-    return loss * (loss.detach() + weight.constant) ** -weight.power

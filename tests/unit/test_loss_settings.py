@@ -18,8 +18,6 @@ from fmm_distill.losses import (
     LagrangianSettings,
     MeanFlowSettings,
     ProgressiveSettings,
-    Weight,
-    weigh,
 )
 from fmm_distill.losses.base import DerivativeSettings, LossSettings, squared_norm
 
@@ -85,7 +83,7 @@ def test_derivative_is_set_where_one_is_taken(name):
     assert ("derivative" in settings.model_fields) == (name in differentiates)
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS.values(), Weight], ids=lambda settings: settings.__name__)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=lambda settings: settings.__name__)
 def test_every_setting_is_described(settings):
     assert all(field.description for field in settings.model_fields.values())
 
@@ -216,37 +214,11 @@ def test_settings_that_go_together(values):
     assert ANY.validate_python(values).model_dump(include=set(values)) == values
 
 
-@pytest.mark.parametrize(("power", "constant"), [(0.5, 1e-3), (1, 0.1), (2, 1)])
-def test_weigh(power, constant):
-    loss = torch.tensor([0.01, 0.5, 4.0], requires_grad=True)
-    weighed = weigh(loss, Weight(power=power, constant=constant))
-    expected = loss / (loss + constant) ** power
-    torch.testing.assert_close(weighed, expected)
-    # The weight itself is a constant to the gradient.
-    (gradient,) = torch.autograd.grad(weighed.sum(), loss)
-    torch.testing.assert_close(gradient, (loss.detach() + constant) ** -power)
-
-
-def test_power_0_is_no_weight():
-    loss = torch.tensor([0.0, 0.5, 4.0])
-    assert torch.equal(weigh(loss, Weight(power=0)), loss)
-
-
-def test_weight_of_a_vanished_residual_is_finite():
-    assert weigh(torch.zeros(2), Weight(power=2)).tolist() == [0, 0]
-
-
 def test_squared_norm_is_a_mean_in_single_precision():
     residual = torch.full((2, 3, 4, 4), 300.0, dtype=torch.float16)
     # 90000 is infinite in half precision.
     assert squared_norm(residual).tolist() == [90000, 90000]
     assert squared_norm(residual.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("values", [{"power": -1}, {"power": 3}, {"constant": 0}, {"scale": 1}])
-def test_invalid_weights(values):
-    with pytest.raises(ValidationError):
-        Weight(**values)
 
 
 def test_base_takes_nothing():

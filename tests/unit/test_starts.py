@@ -267,3 +267,54 @@ def test_teacher_jump_is_its_ode(teacher, draws):
         one = teacher_jump(teacher, 1)(prior, t, r)
         torch.testing.assert_close(one, prior - expand(t - r, prior) * teacher.velocity(prior, t))
     assert (more - most).norm() < (few - most).norm()
+
+
+def test_logit_normal_times_are_drawn_before_they_are_sorted():
+    schedule = schedule_of("linear")
+    pairs = Pairs(prior=0.2, data=0.2, spacing="time", distribution="logit_normal", logit_mean=-0.4, logit_std=1.5)
+    t, r = pair_times(pairs, schedule, MANY, 0)
+    shares = torch.stack([t, r])
+    shares = (shares - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    inside = (t < schedule.t_max) & (r > schedule.t_min)
+    normal = torch.distributions.Normal(-0.4, 1.5)
+    for quantile in (0.1, 0.5, 0.9):
+        # Maximum and minimum of two draws; the draw itself where the other end is fixed.
+        at = torch.sigmoid(normal.icdf(torch.tensor(quantile, dtype=torch.float64)))
+        assert (shares[0][inside] < at).double().mean() == pytest.approx(quantile**2, abs=0.02)
+        assert (shares[1][inside] < at).double().mean() == pytest.approx(1 - (1 - quantile) ** 2, abs=0.02)
+        assert (shares[1][t == schedule.t_max] < at).double().mean() == pytest.approx(quantile, abs=0.03)
+        assert (shares[0][r == schedule.t_min] < at).double().mean() == pytest.approx(quantile, abs=0.03)
+
+
+@pytest.mark.parametrize("spacing", ["timestep", "time"])
+def test_jumps_on_a_grid_cover_the_jumps_they_come_from(spacing):
+    schedule = schedule_of("linear")
+    free = pair_times(Pairs(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing), schedule, MANY, 0)
+    pairs = Pairs(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing, grid=9)
+    t, r = pair_times(pairs, schedule, MANY, 0)
+    points = pair_times(pairs, schedule, MANY.rows((MANY.kind < 0.9).nonzero()[:, 0]), 0)
+    grid = schedule.time_at(torch.linspace(0, 1, 10, dtype=torch.float64))
+    if spacing == "time":
+        grid = torch.linspace(schedule.t_min, schedule.t_max, 10, dtype=torch.float64)
+    assert (torch.cat(points)[:, None] - grid).abs().min(1).values.max() < 1e-12
+    assert (points[0] > points[1]).all()
+    jumps = t > r
+    assert (t >= free[0] - 1e-12)[jumps].all()
+    assert (r <= free[1] + 1e-12)[jumps].all()
+    assert jumps.double().mean() == pytest.approx(0.9, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prior": 0, "dyadic": 3, "grid": 8},
+        {"prior": 0, "dyadic": 3, "distribution": "logit_normal"},
+        {"logit_mean": -0.4},
+        {"logit_std": 2.0},
+        {"distribution": "logit_normal", "logit_std": 0},
+    ],
+    ids=str,
+)
+def test_settings_of_pairs_that_do_nothing_or_clash(values):
+    with pytest.raises(ValidationError):
+        Pairs(**values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ from fmm_distill import checkpoint
 from fmm_distill.data import Images
 from fmm_distill.losses import SETTINGS
 from fmm_distill.recipe import Recipe, TrainingSettings
-from fmm_distill.student import make_student
+from fmm_distill.starts import draw
+from fmm_distill.student import Student, make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
+from fmm_distill.trainer import Objective, Trainer, TrainingDivergedError, learning_rate
+from fmm_distill.weights import Weight
 
 SPLIT = Path(__file__).parent / "split_training.py"
 LOSSES = [
@@ -99,6 +102,58 @@ def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs
     assert (flat(student.network.state_dict()) - before).norm() > 1e-3
     assert len(losses(folder)) == 2
     assert all(math.isfinite(value) for value in losses(folder))
+
+
+def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
+    plain = recipe_of(teacher_folder, LOSSES[0], batch_size=64).model_dump()
+    also = {"loss": {"name": "flow_matching"}, "share": 0.5, "weight": 3.0, "pairs": {"prior": 0, "diagonal": 1}}
+    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "pairs": {"prior": 1}}
+    recipe = Recipe.model_validate(plain | main | {"also": [also], "weight": {"kind": "none"}})
+    teacher = load_teacher(recipe.teacher)
+    asked = []
+
+    class Watched(Student):
+        def mean_velocity(self, x, t, r, cond=None):
+            asked.append((t, r))
+            return super().mean_velocity(x, t, r, cond)
+
+    student = make_student(teacher)
+    watched = Watched(student.network, student.schedule, student.prediction)
+    draws = draw(0, 0, 64, teacher.event_shape)
+    losses, weighted = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
+    (from_noise, _), diagonal = asked[0], asked[-1]
+    assert (from_noise == teacher.schedule.t_max).all()
+    assert torch.equal(*diagonal)
+    assert (diagonal[0] < teacher.schedule.t_max).all()
+    beside = draws.place >= 0.5
+    assert len(diagonal[0]) == beside.sum()
+    torch.testing.assert_close(weighted, torch.where(beside, 3.0, 1.0) * losses)
+
+
+def test_the_metric_comes_before_the_weight(teacher_folder):
+    plain = recipe_of(teacher_folder, LOSSES[0]).model_dump()
+    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "pairs": {"prior": 1}}
+    metric = {"kind": "pseudo_huber", "constant": 0.1}
+    recipe = Recipe.model_validate(plain | main | {"metric": metric, "weight": {"power": 1.0}})
+    teacher = load_teacher(recipe.teacher)
+    losses, weighted = Objective(make_student(teacher), teacher, recipe, recipe.losses)(
+        draw(0, 0, 8, teacher.event_shape), None, 0
+    )
+    huber = (losses + 0.01).sqrt() - 0.1
+    assert losses.min() > 0
+    torch.testing.assert_close(weighted, huber / (huber + 1e-3))
+
+
+def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_folder):
+    plain = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, steps=4, checkpoint_every=2)
+    recipe = plain.model_copy(update={"weight": Weight(kind="learned")})
+    whole = train(recipe, tmp_path / "whole")
+    assert whole.weight.linear.weight.abs().max() > 1e-4
+    train(recipe, tmp_path / "halved")
+    shutil.rmtree(checkpoint.latest(tmp_path / "halved" / "checkpoints"))
+    resumed = train(recipe, tmp_path / "halved")
+    assert torch.equal(resumed.weight.linear.weight, whole.weight.linear.weight)
+    assert torch.equal(flat(weights(tmp_path / "halved")), flat(weights(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss['name']}-{loss['stop']}")

@@ -8,32 +8,56 @@ and writes ``checkerboard.md``, ``checkerboard.json`` and ``checkerboard.png``. 
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
-from dataclasses import dataclass
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.plane import Board, Perceptron, PlaneTeacher
+from benchmarks.checkerboard_report import draw_curves, draw_densities, markdown
+from benchmarks.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, sample, solved
 from fmm_distill import checkpoint
+from fmm_distill.flow_map import LearnedFlowMap, diagonal
+from fmm_distill.interpolant import LinearClock
 from fmm_distill.recipe import Recipe, load_recipe, parse
 from fmm_distill.trainer import Trainer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fmm_distill.flow_map import FlowMap
+    from fmm_distill.velocity import Conditioning
+
 STEPS = (1, 2, 4, 8, 16)
 BINS = (50, 48)
+CURVE_STEPS = (1, 4)
 NOISE_SEED = 2026
+TEACHER_RATE = 3e-3
+NETWORK_OPERATIONS = ("aten::addmm", "aten::mm", "aten::gelu", "aten::gelu_backward")
 UNIFORM = {"prior": 0, "data": 1}
 # The velocity, for a loss that alone teaches the student none or not at every time.
 BESIDE = {"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": UNIFORM}
+# A weight that depends on a sample's own loss moves the conditional mean that data teach.
+FROM_DATA = {"weight": {"kind": "none"}}
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lagrangian": {"loss": {"name": "lagrangian", "stop": "target"}},
-    "lagrangian-teacher": {"loss": {"name": "lagrangian", "stop": "teacher"}},
+    "lagrangian": {"loss": {"name": "lagrangian"}},
+    "lagrangian-target": {"loss": {"name": "lagrangian", "stop": "target"}},
     "lagrangian-none": {"loss": {"name": "lagrangian", "stop": "none"}},
     "lagrangian-self": {"loss": {"name": "lagrangian", "velocity": "self"}, "also": [BESIDE]},
     "eulerian": {"loss": {"name": "eulerian"}},
-    "eulerian-none": {"loss": {"name": "eulerian", "stop": "none"}},
     "progressive-half": {"loss": {"name": "progressive"}, "also": [BESIDE]},
     "progressive-uniform": {"loss": {"name": "progressive", "middle": "uniform"}, "also": [BESIDE]},
     "progressive_distillation": {
@@ -48,10 +72,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "also": [BESIDE],
         "pairs": {"prior": 1},
     },
-    "mean_flow": {"loss": {"name": "mean_flow"}},
-    "flow_map_matching": {"loss": {"name": "flow_map_matching"}},
-    "terminal_velocity": {"loss": {"name": "terminal_velocity"}},
-    "flow_matching": {"loss": {"name": "flow_matching"}, "pairs": UNIFORM},
+    "mean_flow": FROM_DATA | {"loss": {"name": "mean_flow"}},
+    "flow_map_matching": FROM_DATA | {"loss": {"name": "flow_map_matching"}},
+    "terminal_velocity": FROM_DATA | {"loss": {"name": "terminal_velocity"}},
+    "flow_matching": FROM_DATA | {"loss": {"name": "flow_matching", "velocity": "data"}, "pairs": UNIFORM},
 }
 
 
@@ -66,17 +90,17 @@ class Budget:
         seeds: students of each loss.
         solver_steps: Heun steps of the teacher's ODE, the reference.
         points: samples in a histogram.
-        curve: how many times a student is measured on its way.
+        curve: how many times a long run is measured on its way.
     """
 
     width: int = 512
-    teacher_steps: int = 6000
-    steps: int = 1000
-    long_steps: int = 8000
+    teacher_steps: int = 5000
+    steps: int = 400
+    long_steps: int = 7000
     seeds: int = 3
     solver_steps: int = 200
     points: int = 64_000
-    curve: int = 4
+    curve: int = 7
 
 
 QUICK = Budget(width=128, teacher_steps=1500, steps=300, long_steps=1200, seeds=1, solver_steps=50)
@@ -113,9 +137,185 @@ def averages(folder: Path, width: int) -> dict[int, Perceptron]:
     return students
 
 
-def measure(student: Perceptron, noise: Tensor, ends: Tensor, steps: tuple[int, ...]) -> dict[str, dict[int, float]]:
+def measure(student: FlowMap, noise: Tensor, ends: Tensor, steps: tuple[int, ...]) -> dict[str, dict[int, float]]:
     """KL divergences and the endpoint error (root mean square, in data's standard deviations) at numbers of steps."""
     points = {n: sample(student, noise, n) for n in steps}
     found = {f"kl_{bins}": {n: divergence(x, bins) for n, x in points.items()} for bins in BINS}
     found["endpoint"] = {n: (x - ends).square().mean().sqrt().item() for n, x in points.items()}
     return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one student."""
+
+    changes: dict[str, Any]
+    steps: int
+    seed: int = 0
+    curve: int = 1
+
+
+class Benchmark:
+    """All runs of one budget, each in a folder of its own with its result."""
+
+    def __init__(self, budget: Budget, folder: Path) -> None:
+        self.budget, self.folder = budget, folder
+        self.noise = torch.randn(budget.points, 2, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+    def teacher(self) -> tuple[Perceptron, dict[str, Any]]:
+        """The trained teacher, and what its solver and its single Euler steps make of the noise."""
+        folder = self.folder / "teacher"
+        recipe = recipe_for(METHODS["flow_matching"], self.budget.teacher_steps, 0, 1)
+        training = recipe.training.model_copy(update={"learning_rate": TEACHER_RATE, "ema": 0.995})
+        recipe = recipe.model_copy(update={"training": training})
+        # Only the closed form's prior and stretch of time play a part: data say what the velocity is.
+        network = Perceptron(0, width=self.budget.width)
+        trained = train(network, PlaneTeacher(closed_form().velocity, LinearClock()), recipe, folder)
+        network = averages(folder, self.budget.width)[self.budget.teacher_steps]
+        found = self.reference("teacher", PlaneTeacher(diagonal(network), LinearClock()))
+        return network, trained | found
+
+    def reference(self, name: str, teacher: PlaneTeacher) -> dict[str, Any]:
+        """A teacher's converged ends of the noise, kept in a file, and their divergences."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            save_file({"ends": solved(teacher, self.noise, self.budget.solver_steps)}, file)
+        ends = load_file(file)["ends"]
+        return {"ends": ends} | {f"kl_{bins}": divergence(ends, bins) for bins in BINS}
+
+    def student(self, name: str, run: Run, network: Perceptron, teacher: PlaneTeacher, ends: Tensor) -> dict[str, Any]:
+        """One trained and measured student; from its file, where it is finished."""
+        folder = self.folder / name
+        if (folder / "result.json").is_file():
+            return _read(folder / "result.json")
+        recipe = recipe_for(run.changes, run.steps, run.seed, run.curve)
+        trained = train(copy.deepcopy(network).requires_grad_(), teacher, recipe, folder)
+        kept = averages(folder, self.budget.width)
+        batch = recipe.training.batch_size
+        curve = [
+            {"samples": step * batch} | measure(student, self.noise, ends, CURVE_STEPS)
+            for step, student in kept.items()
+        ]
+        last = measure(kept[run.steps], self.noise, ends, STEPS)
+        save_file(kept[run.steps].state_dict(), folder / "average.safetensors")
+        checkpoint.write_text(
+            folder / "result.json", json.dumps(trained | last | {"samples": run.steps * batch, "curve": curve})
+        )
+        shutil.rmtree(folder / "checkpoints")
+        return _read(folder / "result.json")
+
+    def finished(self, name: str) -> Perceptron:
+        """The averaged student of a finished run."""
+        student = Perceptron(0, width=self.budget.width).requires_grad_(False)
+        student.load_state_dict(load_file(self.folder / name / "average.safetensors"))
+        return student
+
+
+def outside(changes: dict[str, Any], network: Perceptron, teacher: PlaneTeacher, steps: int = 20) -> float:
+    """Share of the time of training steps that is spent outside the networks' matrix products and activations."""
+    recipe = recipe_for(changes, steps, 0, 1)
+    student = copy.deepcopy(network).requires_grad_()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(student, teacher, recipe, Board(), Path(folder), Accelerator(cpu=True), print)
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            started = time.perf_counter()
+            trainer.run()
+            seconds = time.perf_counter() - started
+    inside = sum(event.self_cpu_time_total for event in record.key_averages() if event.key in NETWORK_OPERATIONS)
+    return 1 - inside / 1e6 / seconds
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def benchmark(budget: Budget, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Run what is missing and gather everything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "budget.json"
+    if written.is_file() and _read(written) != asdict(budget):
+        sys.exit(f"{folder} holds runs of another budget ({_read(written)}): choose another --output or remove it")
+    checkpoint.write_text(written, json.dumps(asdict(budget)))
+    bench = Benchmark(budget, folder)
+    network, about = bench.teacher()
+    teacher = PlaneTeacher(diagonal(network), LinearClock())
+    ends = about.pop("ends")
+    # The long run first: one that is cut short has the figure that matters most.
+    long = Run(METHODS["lagrangian"], budget.long_steps, curve=budget.curve)
+    results: dict[str, Any] = {
+        "budget": asdict(budget),
+        "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "steps": STEPS,
+        "batch_size": load_recipe("checkerboard").training.batch_size,
+        "teacher": about | {"euler": measure(Euler(network), bench.noise, ends, STEPS)},
+        "long": bench.student("long", long, network, teacher, ends) | {"teacher": about},
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for seed in range(budget.seeds):
+        for name in names:
+            run = Run(METHODS[name], budget.steps, seed)
+            runs[name].append(bench.student(f"{name}-{seed}", run, network, teacher, ends))
+            print(f"{name}, seed {seed}: KL at {STEPS}: {[round(v, 3) for v in runs[name][-1]['kl_50'].values()]}")
+    exact = bench.reference("exact", closed_form())
+    true_ends = exact.pop("ends")
+    results["exact"] = bench.student("exact-teacher", long, network, closed_form(), true_ends) | {"teacher": exact}
+    results["runs"] = runs
+    results["outside"] = {name: outside(METHODS[name], network, teacher) for name in names}
+    # As a file would have it: numbers of steps are keys of text.
+    plain: dict[str, Any] = json.loads(json.dumps(results))
+    return plain
+
+
+class Euler(LearnedFlowMap):
+    """The teacher's own velocity as a map: one Euler step a jump."""
+
+    def __init__(self, network: Perceptron) -> None:
+        super().__init__()
+        self.network, self.clock, self.t_max = network, network.clock, network.t_max
+
+    def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """The velocity at the jump's start."""
+        return self.network.mean_velocity_of_jump(x, t, torch.zeros_like(h), cond)
+
+
+def pictures(results: dict[str, Any], folder: Path) -> None:
+    """Densities of every method, and the way there against samples seen."""
+    bench = Benchmark(Budget(**results["budget"]), folder)
+    network, about = bench.teacher()
+    n = bench.budget.solver_steps
+    rows = {
+        "teacher": {f"{n} Heun steps": about["ends"]}
+        | {f"{n} Euler": sample(Euler(network), bench.noise, n) for n in STEPS[:-1]}
+    }
+    names = {"long run": "long"} | {name: f"{name}-0" for name in results["runs"]}
+    for title, name in names.items():
+        student = bench.finished(name)
+        rows[title] = {f"{n} step{'s' * (n > 1)}": sample(student, bench.noise, n) for n in STEPS}
+    draw_densities(rows, folder / "checkerboard.png")
+    curves = {"lagrangian, long run": results["long"], "the same, closed-form teacher": results["exact"]}
+    draw_curves(
+        {name: run["curve"] for name, run in curves.items()},
+        {name: run["teacher"]["kl_50"] for name, run in curves.items()},
+        folder / "checkerboard-curve.png",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/checkerboard"), help="folder of runs and results")
+    parser.add_argument("--quick", action="store_true", help="a narrower network and fewer steps: ten minutes")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
+    arguments = parser.parse_args()
+    folder, started = arguments.output, time.perf_counter()
+    results = benchmark(QUICK if arguments.quick else Budget(), folder, arguments.only)
+    results["minutes"] = (time.perf_counter() - started) / 60
+    checkpoint.write_text(folder / "checkerboard.json", json.dumps(results, indent=1))
+    checkpoint.write_text(folder / "checkerboard.md", markdown(results))
+    pictures(results, folder)
+    print(markdown(results))
+    print(f"tables and pictures in {folder}; {results['minutes']:.1f} minutes in this call")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ Everything is in units of the data's standard deviation, so that noise is N(0, I
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Self
@@ -34,8 +35,9 @@ CLOSED_FORM_T_MIN = 0.02
 class Perceptron(LearnedFlowMap):
     """``u(x, t, h)`` by four hidden layers of GELU units (the network of arXiv 2505.18825's checkerboard).
 
-    It is told sines and cosines of x, t and h beside the numbers themselves: the squares' edges are narrow beside the
-    noise. What comes from h has weight zero at first, so that every jump begins with the diagonal's velocity.
+    It is told sines and cosines of x and t beside the numbers themselves: the squares' edges are narrow beside the
+    noise. What it is told of h is slow, as a derivative in h stands in the losses, and zero at h = 0; its weights are
+    zero at first, so that every jump begins with the diagonal's velocity.
     """
 
     t_max = 1.0
@@ -44,20 +46,22 @@ class Perceptron(LearnedFlowMap):
     def __init__(self, seed: int, *, width: int = 512) -> None:
         super().__init__()
         self.clock = LinearClock()
-        inputs = 4 * (1 + 2 * self.octaves)
+        inputs = 3 * (1 + 2 * self.octaves) + 3
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             hidden = [(nn.Linear(a, b), nn.GELU()) for a, b in pairwise([inputs, *[width] * 4])]
             self.layers = nn.Sequential(*(layer for pair in hidden for layer in pair), nn.Linear(width, 2))
         with torch.no_grad():
-            next(self.layers.parameters())[:, 3::4] = 0
+            next(self.layers.parameters())[:, -3:] = 0
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
         """u, shape ``[batch, 2]``."""
-        place = torch.cat([x / HALF_WIDTH, torch.stack([t, h], 1).to(x.dtype)], 1)
+        place = torch.cat([x / HALF_WIDTH, t.to(x.dtype)[:, None]], 1)
         angles = [math.pi * 2**octave * place for octave in range(self.octaves)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
-        velocity: Tensor = self.layers(torch.cat([place, *waves], 1))
+        length = h.to(x.dtype)[:, None]
+        jump = [length, (math.pi * length).sin(), (math.pi * length).cos() - 1]
+        velocity: Tensor = self.layers(torch.cat([place, *waves, *jump], 1))
         return velocity
 
 
@@ -118,7 +122,8 @@ def divergence(points: Tensor, bins: int) -> float:
     counts = torch.bincount((place[:, 0] * bins + place[:, 1])[inside], minlength=bins * bins)
     square = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins * 4).long()
     white = ((square[:, None] + square) % 2 == 0).flatten()
-    share = counts[white].clamp_min(1).double() / len(points)
+    filled = counts[white].clamp_min(1).double()
+    share = filled / (len(points) + int((counts[white] == 0).sum()))
     return float(-(share * int(white.sum())).log().mean())
 
 

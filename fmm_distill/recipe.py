@@ -70,6 +70,8 @@ class TrainingSettings(Settings):
     """Largest norm of the gradient."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Rate of the exponential moving average that is evaluated and exported; it is shorter in the first steps."""
+    refresh_steps: int = Field(default=0, ge=0)
+    """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student's forward pass; derivatives, weights and losses stay in float32."""
     seed: int = Field(default=0, ge=0)
@@ -165,6 +167,8 @@ class Recipe(Settings):
                 )
         if (share := sum(term.share for term in self.also)) >= 1:
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
+        if self.training.refresh_steps and all(loss.follows != "frozen" for loss in self.losses):
+            raise ValueError("training.refresh_steps acts on losses with target: frozen only")
         self._pairs_fit()
         return self
 

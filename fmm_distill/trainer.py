@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, t
 from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -48,7 +49,7 @@ class Objective(nn.Module):
 
     Args:
         losses: the recipe's losses, in its order, with their derivatives' engine settled.
-        average: the map of the student's moving average, for the losses that take its jumps as targets.
+        copies: the student's moving average and a frozen copy, for the losses that take their jumps as targets.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Objective(nn.Module):
         teacher: Distillable,
         recipe: Recipe,
         losses: Sequence[AnyLossSettings],
-        average: FlowMap | None = None,
+        copies: Mapping[str, FlowMap] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        # A tuple hides the frozen teacher and the average from the wrapped module's parameters and state.
-        self._fixed = (teacher, average)
+        # A tuple hides the teacher and the copies from the wrapped module's parameters and state.
+        self._fixed = (teacher, copies or {})
         self.recipe = recipe
         self.losses = tuple(losses)
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
@@ -96,7 +97,7 @@ class Objective(nn.Module):
         self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, images: Tensor | None, step: int
     ) -> tuple[Tensor, Tensor]:
         """One loss of some samples, and the same weighted."""
-        teacher, average = self._fixed
+        teacher, copies = self._fixed
         settings = settings.at_step(step)
         t, r = pair_times(pairs, teacher.schedule, draws, step)
         x_t = points(teacher, self.student, draws, t, images, on_path=settings.velocity == "data")
@@ -105,9 +106,8 @@ class Objective(nn.Module):
             velocity = diagonal(self.student)
         elif images is not None and settings.velocity == "data":
             velocity = interpolant_velocity(draws.noise, images)
-        given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": None}
-        if settings.follows_average:
-            given["target_map"] = average
+        followed = None if settings.follows is None else copies[settings.follows]
+        given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
         given = {name: given[name] for name in settings.takes}
         losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
         return losses, self._weighted(losses, t, r)
@@ -141,7 +141,7 @@ def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Reci
         return tensor
 
     draws = draw(0, 0, 1, teacher.event_shape)
-    objective = Objective(student, teacher, recipe, recipe.losses)
+    objective = Objective(student, teacher, recipe, recipe.losses, {"average": student, "frozen": student})
     last = recipe.student.regression_steps + recipe.training.steps - 1
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         objective(draws, torch.zeros_like(draws.noise), last)
@@ -185,8 +185,11 @@ class Trainer:
         self.student = student
         self.average = averaged(student, training.ema).requires_grad_(False)
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
-        average = cast("LearnedFlowMap", self.average.module.eval())
-        objective = Objective(student, teacher, recipe, losses, average).eval()
+        copies: dict[str, FlowMap] = {"average": cast("LearnedFlowMap", self.average.module.eval())}
+        self.frozen: LearnedFlowMap | None = None
+        if any(loss.follows == "frozen" for loss in losses):
+            self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
+        objective = Objective(student, teacher, recipe, losses, copies).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -235,6 +238,7 @@ class Trainer:
     def _step(self, step: int) -> dict[str, Any]:
         training = self.recipe.training
         regression = step < self.recipe.student.regression_steps
+        self._refresh(step - self.recipe.student.regression_steps)
         rate = learning_rate(training, step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -268,6 +272,13 @@ class Trainer:
         record = {"step": step, "phase": phase, "loss": loss, "weighted": weighted_loss}
         return record | {"gradient_norm": float(norm), "learning_rate": rate}
 
+    def _refresh(self, step: int) -> None:
+        """The frozen copy becomes the average: after the regression, and every so many steps of the loss."""
+        every = self.recipe.training.refresh_steps
+        regressed = step == 0 and self.recipe.student.regression_steps > 0
+        if self.frozen is not None and (regressed or (every and step > 0 and step % every == 0)):
+            self.frozen.load_state_dict(self.average.module.state_dict())
+
     def _save(self, step: int) -> None:
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
@@ -278,6 +289,8 @@ class Trainer:
             "ema": dict(self.average.state_dict()),
             "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
         }
+        if self.frozen is not None:
+            tensors["frozen"] = dict(self.frozen.state_dict())
         if self.weight is not None:
             tensors["weight"] = dict(self.weight.state_dict())
         scaler = self.accelerator.scaler
@@ -307,6 +320,8 @@ class Trainer:
         """Put a checkpoint's weights, average and optimiser state in place."""
         self.student.load_state_dict(kept.tensors["student"])
         self.average.load_state_dict(kept.tensors["ema"])
+        if self.frozen is not None:
+            self.frozen.load_state_dict(kept.tensors["frozen"])
         if self.weight is not None:
             self.weight.load_state_dict(kept.tensors["weight"])
         moments: dict[int, dict[str, Tensor]] = {}

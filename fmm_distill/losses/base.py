@@ -36,9 +36,12 @@ class LossSettings(Settings):
     takes: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def follows_average(self) -> bool:
-        """Whether the targets are jumps of the student's moving average."""
-        return "target_map" in self.takes and getattr(self, "target", None) == "average"
+    def follows(self) -> Literal["average", "frozen"] | None:
+        """Which copy of the student makes the target's jumps, where one does."""
+        target = getattr(self, "target", None) if "target_map" in self.takes else None
+        if target == "average":
+            return "average"
+        return "frozen" if target == "frozen" else None
 
     @property
     def sees_no_teacher(self) -> bool:

@@ -32,8 +32,8 @@ class ProgressiveSettings(LossSettings):
     """Which loss this is."""
     velocity: Literal["teacher"] = "teacher"
     """Whose velocity the solver's steps take (target: ode)."""
-    target: Literal["student", "average", "ode"] = "student"
-    """Whose shorter jumps: the student's (PSD; add flow_matching), its moving average's, or the teacher's solver's."""
+    target: Literal["student", "average", "frozen", "ode"] = "student"
+    """Whose shorter jumps: the student's (PSD; add flow_matching), its average's, a frozen copy's, or the teacher's."""
     pieces: int = Field(default=2, ge=2)
     """How many shorter jumps."""
     middle: Literal["half", "uniform"] = "half"
@@ -43,8 +43,8 @@ class ProgressiveSettings(LossSettings):
 
     @property
     def sees_no_teacher(self) -> bool:
-        """With the jumps of a map that is the student's."""
-        return self.target != "ode"
+        """With its own jumps or its average's; a frozen copy starts as the teacher."""
+        return self.target in ("student", "average")
 
     @model_validator(mode="after")
     def _settings_act(self) -> Self:

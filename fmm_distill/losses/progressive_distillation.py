@@ -30,13 +30,13 @@ class ProgressiveDistillationSettings(LossSettings):
     """Which loss this is."""
     velocity: Literal["teacher"] = "teacher"
     """Whose velocity the solver's steps take (target: ode)."""
-    target: Literal["student", "average", "ode"] = "average"
-    """Whose half jumps: the student's own, its moving average's, or the teacher's DDIM steps."""
+    target: Literal["student", "average", "frozen", "ode"] = "average"
+    """Whose half jumps: the student's own, its moving average's, a frozen copy's, or the teacher's DDIM steps."""
 
     @property
     def sees_no_teacher(self) -> bool:
-        """With the jumps of a map that is the student's."""
-        return self.target != "ode"
+        """With its own jumps or its average's; a frozen copy starts as the teacher."""
+        return self.target in ("student", "average")
 
 
 def progressive_distillation(

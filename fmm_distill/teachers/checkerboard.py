@@ -44,11 +44,10 @@ class Checkerboard:
         precise, time = x.double(), expand(t.double(), x.double())
         early = time.clamp_max(_NEAR_NOISE)
         centre, spread = precise / (1 - early), early * self.scale / (1 - early)
-        mass, moment = _intervals(centre, spread)
-        weight = torch.einsum("bi,ij,bj->b", mass[:, 0], _WHITE.to(x.device), mass[:, 1])
-        first = torch.einsum("bi,ij,bj->b", moment[:, 0], _WHITE.to(x.device), mass[:, 1])
-        second = torch.einsum("bi,ij,bj->b", mass[:, 0], _WHITE.to(x.device), moment[:, 1])
-        inside = torch.stack([first, second], 1) / weight[:, None]
+        log_mass, mean = _intervals(centre, spread)
+        logits = log_mass[:, 0, :, None] + log_mass[:, 1, None, :] + _WHITE.log().to(x.device)
+        share = logits.flatten(1).softmax(1).unflatten(1, (4, 4))
+        inside = torch.stack([(share.sum(2) * mean[:, 0]).sum(1), (share.sum(1) * mean[:, 1]).sum(1)], 1)
         far = (1 - time) / (time * self.scale).square() * (precise @ _COVARIANCE.to(x.device))
         return torch.where(time > _NEAR_NOISE, far, inside).clamp(-1, 1).to(x.dtype)
 
@@ -63,13 +62,19 @@ class Checkerboard:
 
 
 def _intervals(centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass and first moment of N(centre, spread^2) on each of the board's four intervals, one more axis at the end."""
+    """Logarithm of the mass and mean of N(centre, spread^2) cut to each of the board's four intervals (a last axis).
+
+    In logarithms, so that a point far off the board still has its nearest square.
+    """
     edges = _EDGES.to(centre.device)
     z = (edges - centre[..., None]) / spread[..., None]
     low, high = z[..., :-1], z[..., 1:]
-    # In the upper tail the complement keeps the digits that 1 - 1e-17 has lost.
-    upper = torch.special.ndtr(-low) - torch.special.ndtr(-high)
-    mass = torch.where(low > 0, upper, torch.special.ndtr(high) - torch.special.ndtr(low))
-    density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
-    moment = centre[..., None] * mass - spread[..., None] * (density[..., 1:] - density[..., :-1])
-    return mass, moment
+    # An interval in the upper tail is taken as its mirror image, where the distribution keeps its digits.
+    upper = low > 0
+    near, far = torch.where(upper, -low, high), torch.where(upper, -high, low)
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    log_mass = log_near + torch.log1p(-(log_far - log_near).exp())
+    log_density = -z.square() / 2 - math.log(math.sqrt(2 * math.pi))
+    slope = (log_density[..., :-1] - log_mass).exp() - (log_density[..., 1:] - log_mass).exp()
+    mean = centre[..., None] + spread[..., None] * slope
+    return log_mass, torch.minimum(torch.maximum(mean, edges[:-1]), edges[1:])

@@ -61,3 +61,13 @@ def test_its_ode_carries_noise_to_the_white_squares():
     data = BOARD.denoise(end, torch.full((2000,), 0.02, dtype=torch.float64))
     assert data.isfinite().all()
     assert white(data).double().mean() > 0.97
+
+
+def test_a_point_far_off_the_board_has_its_nearest_square():
+    """Where every square's mass is less than the smallest number."""
+    x = torch.tensor([[-1.4, -0.3], [30.0, 0.1], [0.9, -500.0]], dtype=torch.float64)
+    t = torch.full((3,), 0.02, dtype=torch.float64)
+    nearest = torch.tensor([[-1.0, -0.5], [1.0, 0.0], [0.5, -1.0]], dtype=torch.float64)
+    torch.testing.assert_close(BOARD.denoise(x, t), nearest, rtol=0, atol=0.02)
+    for dtype in (torch.float32, torch.float64):
+        assert BOARD.velocity(x.to(dtype), t).isfinite().all()

@@ -155,7 +155,7 @@ def network_of(seed):
 def loss_of(network, average, settings, data, noise, t, r, share):
     sample = expand(1 - t, data) * data + expand(t, data) * noise
     velocity = {"teacher": TRUTH.velocity, "data": lambda x, t, cond=None: noise - data, "self": diagonal(network)}
-    given = {"share": share, "target_map": average if settings.follows_average else None}
+    given = {"share": share, "target_map": average if settings.follows == "average" else None}
     given = {name: given[name] for name in settings.takes}
     return LOSSES[settings.name](network, velocity[settings.velocity], sample, t, r, settings=settings, **given)
 

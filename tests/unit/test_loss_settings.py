@@ -89,15 +89,16 @@ def test_every_setting_is_described(settings):
 
 
 def test_follows_the_average_where_the_target_is_its_jump():
-    follows = {name for name, settings in SETTINGS.items() if settings().follows_average}
+    follows = {name for name, settings in SETTINGS.items() if settings().follows == "average"}
     assert follows == {"consistency_trajectory", "progressive_distillation", "terminal_velocity"}
     for name, settings in SETTINGS.items():
         if "target" in settings.model_fields:
             more = {"step": 0.1} if name == "consistency" else {}
-            assert settings(target="average", **more).follows_average
-            assert not settings(target="student", **more).follows_average
-    assert not ProgressiveSettings(target="ode").follows_average
-    assert not LagrangianSettings(stop="target").follows_average
+            assert settings(target="average", **more).follows == "average"
+            assert settings(target="student", **more).follows is None
+    assert ProgressiveSettings(target="frozen").follows == "frozen"
+    assert ProgressiveSettings(target="ode").follows is None
+    assert LagrangianSettings(stop="target").follows is None
 
 
 @pytest.mark.parametrize("name", ["lagrangian", "eulerian"])

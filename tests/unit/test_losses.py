@@ -104,7 +104,7 @@ def call(settings, flow_map, x, t, r, share, *, velocity=teacher, target_map=Non
     """The loss, given what the trainer gives it; the average is another net unless one is named."""
     if "share" in settings.takes:
         given["share"] = share
-    if settings.follows_average:
+    if settings.follows == "average":
         given["target_map"] = target_map or Net(1)
     if settings.velocity == "self":
         velocity = diagonal(flow_map)
@@ -186,7 +186,7 @@ def test_condition_reaches_all_that_are_asked(settings):
         return teacher(x, t)
 
     call(settings, Told("map", 0), *batch(), velocity=told, target_map=Told("average", 1), cond="this")
-    asked = {"map", *(["average"] * settings.follows_average), *(["teacher"] * (not settings.sees_no_teacher))}
+    asked = {"map", *(["average"] * (settings.follows == "average")), *(["teacher"] * (not settings.sees_no_teacher))}
     assert {who for who, _ in seen} == asked
     assert {what for _, what in seen} == {"this"}
 
@@ -212,7 +212,7 @@ def test_of_a_jump_of_length_0_is_finite(settings):
     assert gradient(loss, flow_map).isfinite().all()
 
 
-@those(lambda settings: settings.follows_average)
+@those(lambda settings: settings.follows == "average")
 def test_no_gradient_reaches_the_average(settings):
     average = Net(1)
     call(settings, Net(), *batch(), target_map=average).sum().backward()

@@ -38,6 +38,7 @@ EVERY_LOSS = [
     ({"name": "eulerian", "velocity": "self", "stop": "teacher"}, {}, BESIDE),
     ({"name": "progressive", "target": "average", "middle": "uniform"}, {"band_steps": 4}, BESIDE),
     ({"name": "progressive", "target": "ode"}, {}, ()),
+    ({"name": "progressive", "target": "frozen", "pieces": 4}, {}, ()),
     ({"name": "flow_matching", "velocity": "data"}, {}, ()),
     ({"name": "flow_map_matching"}, {}, ()),
     ({"name": "mean_flow", "improved": True}, {}, ()),
@@ -154,6 +155,31 @@ def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_
     resumed = train(recipe, tmp_path / "halved")
     assert torch.equal(resumed.weight.linear.weight, whole.weight.linear.weight)
     assert torch.equal(flat(weights(tmp_path / "halved")), flat(weights(tmp_path / "whole")))
+
+
+def test_the_frozen_copy_is_the_average_of_the_last_refresh(tmp_path, teacher_folder):
+    plain = recipe_of(teacher_folder, LOSSES[0], steps=5, checkpoint_every=3).model_dump()
+    plain["training"] |= {"refresh_steps": 2}
+    recipe = Recipe.model_validate(plain | {"loss": {"name": "progressive", "target": "frozen"}})
+    whole = train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "halved")
+    shutil.rmtree(checkpoint.latest(tmp_path / "halved" / "checkpoints"))
+    resumed = train(recipe, tmp_path / "halved")
+    four = train(
+        recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 4})}), tmp_path / "4"
+    )
+    frozen, average = flat(whole.frozen.state_dict()), flat(four.average.module.state_dict())
+    assert torch.equal(frozen, average)
+    assert not torch.equal(frozen, flat(four.frozen.state_dict()))
+    assert torch.equal(flat(resumed.frozen.state_dict()), frozen)
+    assert torch.equal(flat(weights(tmp_path / "halved")), flat(weights(tmp_path / "whole")))
+
+
+def test_a_frozen_copy_that_is_never_refreshed_is_the_start(tmp_path, teacher_folder):
+    trained = train(recipe_of(teacher_folder, {"name": "progressive", "target": "frozen"}), tmp_path)
+    start = flat(make_student(load_teacher(str(teacher_folder))).state_dict())
+    assert torch.equal(flat(trained.frozen.state_dict()), start)
+    assert not torch.equal(flat(trained.student.state_dict()), start)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss['name']}-{loss['stop']}")

@@ -86,6 +86,11 @@ def find(source: str, revision: str | None = None) -> Found:
 def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
     if source.startswith(_PREFIX):
         name = source.removeprefix(_PREFIX)
+        if name == "checkerboard":
+            raise UserError(
+                f"{source} is a velocity field on the plane, not a diffusers pipeline; in a checkout of the project run "
+                "python -m benchmarks.checkerboard"
+            )
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:
             raise UserError(f"{source}: no such built-in teacher; known: {', '.join(_PREFIX + n for n in known)}")

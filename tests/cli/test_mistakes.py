@@ -267,6 +267,7 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
         (("inspect", "text"), "text: a text-to-image pipeline"),
+        (("--recipe", "checkerboard", "--data", "none"), "run python -m benchmarks.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit' is unknown, did you mean digits?"),
     ],
 )

@@ -82,7 +82,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_every_recipe_that_ships_is_whole():
-    assert recipe_names() == ["cifar10", "digits"]
+    assert recipe_names() == ["checkerboard", "cifar10", "digits"]
     for name in recipe_names():
         recipe = load_recipe(name)
         import yaml

@@ -118,7 +118,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     )
     where, names = run.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert names == "cifar10 digits"
+    assert names == "checkerboard cifar10 digits"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():

@@ -49,6 +49,9 @@ EVERY_LOSS = [
     ({"name": "terminal_velocity"}, {}, ()),
 ]
 
+# What is independent of the loss.
+OTHER_PARTS = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}}
+
 
 def recipe_of(folder: Path, loss: dict, **training: object) -> Recipe:
     settings = {"steps": 3, "batch_size": 8, "checkpoint_every": 100, "decay": "constant"} | training
@@ -86,12 +89,15 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("parts", [{}, OTHER_PARTS], ids=["plain", "other-parts"])
 @pytest.mark.parametrize(("loss", "pairs", "also"), EVERY_LOSS, ids=[row[0]["name"] for row in EVERY_LOSS])
-def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs, also):
+def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs, also, parts):
     from_data = SETTINGS[loss["name"]].model_validate(loss).velocity == "data"
     plain = recipe_of(teacher_folder, LOSSES[0], steps=2).model_dump()
     data = "a folder" if from_data else "none"
-    recipe = Recipe.model_validate(plain | {"loss": loss, "pairs": pairs, "also": also, "data": data})
+    if parts and "dyadic" not in pairs:
+        pairs = pairs | {"distribution": "logit_normal", "grid": 8}
+    recipe = Recipe.model_validate(plain | parts | {"loss": loss, "pairs": pairs, "also": also, "data": data})
     folder = tmp_path / "run"
     folder.mkdir()
     teacher = load_teacher(recipe.teacher)

@@ -99,20 +99,20 @@ class Schedule:
     where an interpolant in log-SNR is not. alpha and sigma need no interpolation: they are functions of t.
 
     Args:
-        alphas_cumprod: ``alpha_k^2``, shape ``[N]``, strictly decreasing, in (0, 1).
+        alphas_cumprod: ``alpha_k^2``, shape ``[N]``, strictly decreasing, in (0, 1); the last may be 0 (zero terminal
+            SNR, Lin et al. 2023, arXiv 2305.08891).
 
     Raises:
-        UserError: on a schedule that does not decrease or reaches 0 (zero terminal SNR) or 1.
+        UserError: on a schedule that does not decrease, or leaves (0, 1) before its end.
     """
 
     def __init__(self, alphas_cumprod: Float[Tensor, " timesteps"]) -> None:
         products = alphas_cumprod.detach().double().cpu()
         decreasing = bool((products[1:] < products[:-1]).all())
-        if not (decreasing and len(products) >= 2 and bool(((products > 0) & (products < 1)).all())):
+        if not (decreasing and len(products) >= 2 and products[0] < 1 and products[-1] >= 0):
             raise UserError(
-                f"the scheduler's alphas_cumprod run from {products[0]:.3g} to {products[-1]:.3g}; wanted numbers "
-                "strictly between 1 and 0 that decrease (zero terminal SNR is not supported yet): "
-                "take a teacher without rescale_betas_zero_snr"
+                f"the scheduler's alphas_cumprod run from {products[0]:.3g} to {products[-1]:.3g}; wanted at least two "
+                "numbers between 1 and 0 that decrease: check the scheduler's betas"
             )
         alpha, sigma = products.sqrt(), (1 - products).sqrt()
         self.num_timesteps = len(products)

@@ -88,8 +88,8 @@ def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
         name = source.removeprefix(_PREFIX)
         if name == "checkerboard":
             raise UserError(
-                f"{source} is a velocity field on the plane, not a diffusers pipeline; in a checkout of the project run "
-                "python -m benchmarks.checkerboard"
+                f"{source} is a velocity field on the plane, not a diffusers pipeline; in a checkout of the project "
+                "run python -m benchmarks.checkerboard"
             )
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:

@@ -20,11 +20,25 @@ __all__ = ["SCHEDULERS", "load_unet2d"]
 
 SCHEDULERS = (
     "DDPMScheduler",
+    "DDPMParallelScheduler",
     "DDIMScheduler",
+    "DDIMParallelScheduler",
     "PNDMScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+    # These walk in x / alpha and hand the network x again, at the same timesteps.
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
 )
+# Settings under which the network is told something else than whole timesteps of the schedule.
+_OTHER_TIMES = {"use_flow_sigmas": True, "timestep_type": "continuous"}
 
 
 def load_unet2d(found: Found) -> Teacher:
@@ -43,6 +57,19 @@ def load_unet2d(found: Found) -> Teacher:
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTIONS:
         raise UserError(f"{found.source}: prediction_type {prediction!r}; wanted one of {', '.join(PREDICTIONS)}")
+    for key, value in _OTHER_TIMES.items():
+        if scheduler.config.get(key) == value:
+            raise UserError(f"{found.source}: {name} with {key}: {value}; wanted a discrete schedule (not yet)")
+    products = scheduler.alphas_cumprod.clone()
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        # Some schedulers keep a small number here, larger than the one before it.
+        products[-1] = 0
+    schedule = Schedule(products)
+    if prediction == "epsilon" and schedule.t_max == 1:
+        raise UserError(
+            f"{found.source}: its schedule ends in pure noise (rescale_betas_zero_snr), where a noise prediction says "
+            "nothing; wanted v_prediction or sample"
+        )
     _require_safetensors(found.component_folder("unet"), found.source)
     network = _open(diffusers.UNet2DModel, found, "unet", use_safetensors=True, torch_dtype=torch.float32)
     _check_network(network, found.source)
@@ -50,7 +77,7 @@ def load_unet2d(found: Found) -> Teacher:
     height, width = (size, size) if isinstance(size, int) else size
     return Teacher(
         network=network.eval().requires_grad_(False),
-        schedule=Schedule(scheduler.alphas_cumprod),
+        schedule=schedule,
         prediction=prediction,
         event_shape=(network.config.in_channels, height, width),
         source=found.source,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, ScoreSdeVeScheduler
 from PIL import Image
 
 from tests.cli.runs import call, snapshot, spawn, training_only, write_recipe
@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Pat
     write_recipe(root / "tiny.yaml", teacher_folder)
     shutil.copytree(teacher_folder, root / "pickled")
     rename_weights(root / "pickled")
-    save_teacher(root / "euler", scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"))
+    save_teacher(root / "ve", scheduler=ScoreSdeVeScheduler())
     shutil.copytree(teacher_folder, root / "text")
     add_text_encoder(root / "text")
     broken = tiny_unet()
@@ -110,9 +110,9 @@ OPENING = {
         tiny("--teacher", "pickled"),
         ["pickled: unet has diffusion_pytorch_model.bin and no ", "pickled weights are not opened"],
     ),
-    "unknown scheduler": (tiny("--teacher", "euler"), ["euler: scheduler EulerDiscreteScheduler; wanted one of DDPM"]),
+    "unknown scheduler": (tiny("--teacher", "ve"), ["ve: scheduler ScoreSdeVeScheduler; wanted one of DDPM"]),
     "text to image": (tiny("--teacher", "text"), ["text: a text-to-image pipeline", "text_encoder: CLIPTextModel"]),
-    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["zero terminal SNR is not supported"]),
+    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["a noise prediction says nothing"]),
     "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
     "images of another size": (
         tiny("--data", "images"),

@@ -16,6 +16,7 @@ from fmm_distill.export.verify import TOLERANCE, verify
 from fmm_distill.sampling import sample
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
+from tests.conformance.test_teachers import saved
 from tests.conftest import save_teacher
 
 STEPS = (1, 2, 4, 8)
@@ -107,3 +108,19 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path, teacher):
     with pytest.raises(UserError, match=r"export\.steps 3: wanted divisors"):
         export_pipeline(student, teacher, tmp_path / "new", (1, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "student"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+        ("UniPCMultistepScheduler", {"prediction_type": "epsilon"}),
+    ],
+    ids=["euler", "zero-snr", "unipc"],
+)
+def test_students_of_other_schedulers_export_too(tmp_path, name, settings):
+    teacher = load_teacher(saved(tmp_path / "teacher", name, **settings))
+    student = moved_student(teacher)
+    folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
+    assert max(verify(student, folder, (1, 4)).values()) < 1e-4

@@ -104,18 +104,28 @@ def test_short_schedules(count):
     "products",
     [
         torch.linspace(0.1, 0.9, 10),
-        torch.linspace(0.9, 0.0, 10),
+        torch.linspace(0.9, -0.1, 10),
         torch.linspace(1.0, 0.1, 10),
         torch.tensor([0.9, 0.5, 0.5, 0.1]),
         torch.tensor([0.9, float("nan"), 0.1]),
         torch.tensor([0.5]),
-        DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod,
     ],
-    ids=["increasing", "zero", "one", "flat", "nan", "single", "zero-snr"],
+    ids=["increasing", "negative", "one", "flat", "nan", "single"],
 )
 def test_unusable_schedules_are_refused(products):
     with pytest.raises(UserError, match="alphas_cumprod"):
         Schedule(products)
+
+
+def test_zero_terminal_snr_ends_in_pure_noise():
+    schedule = Schedule(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
+    assert schedule.t_max == 1
+    end = torch.ones(1, dtype=torch.float64)
+    assert [float(value) for value in schedule.alpha_sigma(end)] == [0, 1]
+    assert schedule.scale(end) == 1
+    timesteps = torch.arange(-1, 1000)
+    torch.testing.assert_close(schedule.timestep(schedule.time(timesteps)), timesteps.double(), rtol=0, atol=1e-9)
+    assert schedule.rate(end).isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])

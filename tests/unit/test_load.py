@@ -12,6 +12,8 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
 )
 
 from fmm_distill.errors import UserError
@@ -144,9 +146,9 @@ def test_no_weights(folder):
 
 
 def test_unknown_scheduler(folder):
-    EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
-    assert "DDPMScheduler" in refused(folder, "scheduler EulerDiscreteScheduler")
+    ScoreSdeVeScheduler().save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "ScoreSdeVeScheduler"])
+    assert "DDPMScheduler" in refused(folder, "scheduler ScoreSdeVeScheduler")
 
 
 def test_unknown_prediction(folder):
@@ -202,9 +204,31 @@ def test_broken_weights(tmp_path, value):
 
 
 def test_zero_terminal_snr(tmp_path):
-    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
-        load_teacher(str(save_teacher(tmp_path, scheduler=scheduler)))
+    for prediction in ("v_prediction", "sample"):
+        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction)
+        teacher = load_teacher(str(save_teacher(tmp_path / prediction, scheduler=scheduler)))
+        assert teacher.schedule.t_max == 1
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="epsilon")
+    with pytest.raises(UserError, match="a noise prediction says nothing"):
+        load_teacher(str(save_teacher(tmp_path / "epsilon", scheduler=scheduler)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "match"),
+    [
+        (UniPCMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "epsilon"}, "use_flow_sigmas"),
+        (EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "continuous"),
+        (EulerDiscreteScheduler, {"prediction_type": "flow_prediction"}, "flow_prediction"),
+    ],
+    ids=["flow sigmas", "continuous", "flow"],
+)
+def test_schedulers_that_tell_the_network_other_times(tmp_path, kind, settings, match):
+    folder = save_teacher(tmp_path)
+    kind(**settings).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMScheduler", kind.__name__))
+    with pytest.raises(UserError, match=match):
+        load_teacher(str(folder))
 
 
 def test_unknown_builtin():

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkerboard_report import draw_curves, draw_densities, markdown
-from benchmarks.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, sample, solved
+from benchmarks.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, endpoint_error, sample, solved
 from fmm_distill import checkpoint
 from fmm_distill.flow_map import LearnedFlowMap, diagonal
 from fmm_distill.interpolant import LinearClock
 from fmm_distill.recipe import Recipe, load_recipe, parse
-from fmm_distill.trainer import Trainer
+from fmm_distill.trainer import Trainer, TrainingDivergedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class Budget:
     Attributes:
         width: units in each of the four hidden layers.
         teacher_steps, steps: optimiser steps of the teacher and of each student.
-        long_steps: of the one long Lagrangian run; half as many with the closed-form teacher.
+        long_steps: of the one long Lagrangian run; a quarter with the closed-form teacher.
         seeds: students of each loss.
         solver_steps: Heun steps of the teacher's ODE, the reference.
         points: samples in a histogram.
@@ -103,7 +103,7 @@ class Budget:
     curve: int = 7
 
 
-QUICK = Budget(width=128, teacher_steps=1500, steps=300, long_steps=1200, seeds=1, solver_steps=50)
+QUICK = Budget(width=128, teacher_steps=1500, steps=200, long_steps=1200, seeds=2, solver_steps=50)
 
 
 def recipe_for(changes: dict[str, Any], steps: int, seed: int, curve: int) -> Recipe:
@@ -115,10 +115,22 @@ def recipe_for(changes: dict[str, Any], steps: int, seed: int, curve: int) -> Re
     return parse(base | changes | {"training": training, "pairs": pairs}, "checkerboard")
 
 
-def train(student: Perceptron, teacher: PlaneTeacher, recipe: Recipe, folder: Path) -> dict[str, float]:
-    """Train to the last step, from the newest checkpoint in ``folder``; gives the time that the steps took."""
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the settings of a run beside it, or refuse to mix it with one of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    if file.is_file() and file.read_text(encoding="utf-8") != recipe.to_yaml():
+        sys.exit(f"{folder} holds a run with other settings: remove it or choose another --output")
+    checkpoint.write_text(file, recipe.to_yaml())
+
+
+def train(student: Perceptron, teacher: PlaneTeacher, recipe: Recipe, folder: Path) -> None:
+    """Train to the last step, from the newest checkpoint in ``folder``."""
     Trainer(student, teacher, recipe, Board(), folder, Accelerator(cpu=True), print).run()
+
+
+def speed(folder: Path, recipe: Recipe) -> dict[str, float]:
+    """How long the steps of a run took, all in all and in the median."""
     records = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
     rates = [record["images_per_second"] for record in records]
     seconds = sum(recipe.training.batch_size / rate for rate in rates)
@@ -137,11 +149,14 @@ def averages(folder: Path, width: int) -> dict[int, Perceptron]:
     return students
 
 
-def measure(student: FlowMap, noise: Tensor, ends: Tensor, steps: tuple[int, ...]) -> dict[str, dict[int, float]]:
-    """KL divergences and the endpoint error (root mean square, in data's standard deviations) at numbers of steps."""
-    points = {n: sample(student, noise, n) for n in steps}
+def measure(
+    student: FlowMap | None, noise: Tensor, ends: Tensor, steps: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """KL divergences and endpoint errors at numbers of steps; without a student those of samples that are lost."""
+    lost = torch.full_like(noise, torch.inf)
+    points = {n: lost if student is None else sample(student, noise, n) for n in steps}
     found = {f"kl_{bins}": {n: divergence(x, bins) for n, x in points.items()} for bins in BINS}
-    found["endpoint"] = {n: (x - ends).square().mean().sqrt().item() for n, x in points.items()}
+    found["endpoint"] = {n: endpoint_error(x, ends) for n, x in points.items()}
     return found
 
 
@@ -170,10 +185,11 @@ class Benchmark:
         recipe = recipe.model_copy(update={"training": training})
         # Only the closed form's prior and stretch of time play a part: data say what the velocity is.
         network = Perceptron(0, width=self.budget.width)
-        trained = train(network, PlaneTeacher(closed_form().velocity, LinearClock()), recipe, folder)
+        keep_recipe(recipe, folder)
+        train(network, PlaneTeacher(closed_form().velocity, LinearClock()), recipe, folder)
         network = averages(folder, self.budget.width)[self.budget.teacher_steps]
         found = self.reference("teacher", PlaneTeacher(diagonal(network), LinearClock()))
-        return network, trained | found
+        return network, speed(folder, recipe) | found
 
     def reference(self, name: str, teacher: PlaneTeacher) -> dict[str, Any]:
         """A teacher's converged ends of the noise, kept in a file, and their divergences."""
@@ -186,22 +202,27 @@ class Benchmark:
     def student(self, name: str, run: Run, network: Perceptron, teacher: PlaneTeacher, ends: Tensor) -> dict[str, Any]:
         """One trained and measured student; from its file, where it is finished."""
         folder = self.folder / name
+        recipe = recipe_for(run.changes, run.steps, run.seed, run.curve)
+        keep_recipe(recipe, folder)
         if (folder / "result.json").is_file():
             return _read(folder / "result.json")
-        recipe = recipe_for(run.changes, run.steps, run.seed, run.curve)
-        trained = train(copy.deepcopy(network).requires_grad_(), teacher, recipe, folder)
+        try:
+            train(copy.deepcopy(network).requires_grad_(), teacher, recipe, folder)
+        except TrainingDivergedError as error:
+            print(f"{name}: {error}")
         kept = averages(folder, self.budget.width)
+        last = kept.get(run.steps)
+        found: dict[str, Any] = speed(folder, recipe) | measure(last, self.noise, ends, STEPS)
         batch = recipe.training.batch_size
-        curve = [
-            {"samples": step * batch} | measure(student, self.noise, ends, CURVE_STEPS)
-            for step, student in kept.items()
-        ]
-        last = measure(kept[run.steps], self.noise, ends, STEPS)
-        save_file(kept[run.steps].state_dict(), folder / "average.safetensors")
-        checkpoint.write_text(
-            folder / "result.json", json.dumps(trained | last | {"samples": run.steps * batch, "curve": curve})
-        )
-        shutil.rmtree(folder / "checkpoints")
+        if run.curve > 1:
+            found["curve"] = [
+                {"samples": step * batch} | measure(student, self.noise, ends, CURVE_STEPS)
+                for step, student in kept.items()
+            ]
+        if last is not None:
+            save_file(last.state_dict(), folder / "average.safetensors")
+        checkpoint.write_text(folder / "result.json", json.dumps(found | {"samples": run.steps * batch}))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _read(folder / "result.json")
 
     def finished(self, name: str) -> Perceptron:
@@ -259,8 +280,8 @@ def benchmark(budget: Budget, folder: Path, names: list[str]) -> dict[str, Any]:
             print(f"{name}, seed {seed}: KL at {STEPS}: {[round(v, 3) for v in runs[name][-1]['kl_50'].values()]}")
     exact = bench.reference("exact", closed_form())
     true_ends = exact.pop("ends")
-    half = Run(METHODS["lagrangian"], budget.long_steps // 2, curve=budget.curve)
-    results["exact"] = bench.student("exact-teacher", half, network, closed_form(), true_ends) | {"teacher": exact}
+    short = Run(METHODS["lagrangian"], budget.long_steps // 4, curve=budget.curve)
+    results["exact"] = bench.student("exact-teacher", short, network, closed_form(), true_ends) | {"teacher": exact}
     results["runs"] = runs
     results["outside"] = {name: outside(METHODS[name], network, teacher) for name in names}
     # As a file would have it: numbers of steps are keys of text.

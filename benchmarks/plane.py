@@ -23,9 +23,20 @@ if TYPE_CHECKING:
 
     from fmm_distill.velocity import Conditioning, VelocityField
 
-__all__ = ["Board", "Perceptron", "PlaneTeacher", "closed_form", "divergence", "sample", "solved"]
+__all__ = [
+    "WIDTH",
+    "Board",
+    "Perceptron",
+    "PlaneTeacher",
+    "closed_form",
+    "divergence",
+    "endpoint_error",
+    "sample",
+    "solved",
+]
 
 HALF_WIDTH = 1 / Checkerboard.scale
+WIDTH = 2 * HALF_WIDTH
 # Rows at a time: the activations of this many stay in the processor's cache.
 CHUNK = 2048
 # The closed form's rounding grows like 1/t at the squares' edges.
@@ -117,14 +128,24 @@ def divergence(points: Tensor, bins: int) -> float:
     The board is uniform on the bins whose centre lies on a white square (the published protocol with 50 bins). A white
     bin without a point counts as if it had one.
     """
-    place = ((points.double() / HALF_WIDTH + 1) / 2 * bins).floor().long()
-    inside = ((place >= 0) & (place < bins)).all(1)
-    counts = torch.bincount((place[:, 0] * bins + place[:, 1])[inside], minlength=bins * bins)
+    place = ((points.double() / HALF_WIDTH + 1) / 2 * bins).floor()
+    place = place[((place >= 0) & (place < bins)).all(1)].long()
+    counts = torch.bincount(place[:, 0] * bins + place[:, 1], minlength=bins * bins)
     square = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins * 4).long()
     white = ((square[:, None] + square) % 2 == 0).flatten()
     filled = counts[white].clamp_min(1).double()
     share = filled / (len(points) + int((counts[white] == 0).sum()))
     return float(-(share * int(white.sum())).log().mean())
+
+
+def endpoint_error(points: Tensor, ends: Tensor) -> float:
+    """Root mean square difference per coordinate; a sample that is lost counts as one a board's width away.
+
+    Without that limit a few samples off the board, where a short run has learned nothing, are the whole figure.
+    """
+    apart = (points - ends).square().mean(1)
+    lost = ~(apart < WIDTH**2)
+    return float(torch.where(lost, WIDTH**2, apart).mean().sqrt())
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class Checkpoint:
 
     Attributes:
         step: the number of steps done.
-        tensors: file stem to named tensors: student, ema, optimizer.
+        tensors: file stem to named tensors: student, ema, optimizer, and frozen and weight where there are any.
         state: what is not a tensor.
     """
 

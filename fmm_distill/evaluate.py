@@ -124,9 +124,12 @@ def _samplers(
 
 def _stock(teacher: Teacher, kind: Any, steps: int) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 a scheduler class
     """The teacher under a stock scheduler, as diffusers makes it from the teacher's own configuration."""
+    settings: dict[str, Any] = {"clip_sample": _clips(teacher)}
+    if kind is DPMSolverMultistepScheduler:
+        settings = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 
     def run(noise: Tensor) -> Tensor:
-        scheduler = kind.from_config(teacher.scheduler_config, timestep_spacing="trailing")
+        scheduler = kind.from_config(teacher.scheduler_config | settings, timestep_spacing="trailing")
         scheduler.set_timesteps(steps, device=noise.device)
         x = noise
         for timestep in scheduler.timesteps:
@@ -134,6 +137,11 @@ def _stock(teacher: Teacher, kind: Any, steps: int) -> Callable[[Tensor], Tensor
         return x
 
     return run
+
+
+def _clips(teacher: Teacher) -> bool:
+    """Whether the teacher's own scheduler clips its samples; schedulers that have no such setting don't."""
+    return bool(teacher.scheduler_config.get("clip_sample", False))
 
 
 def _run(
@@ -228,7 +236,7 @@ def _protocol(
         "frechet_reference": f"{len(reference)} images of {reference.source}" if measured and reference else None,
         "noise_seed": NOISE_SEED,
         "solvers": "diffusers' DDIMScheduler and DPMSolverMultistepScheduler (2M), timestep_spacing=trailing, the rest "
-        f"as in the teacher's configuration (clip_sample={teacher.scheduler_config.get('clip_sample', False)})",
+        f"as in the teacher's configuration (clip_sample={_clips(teacher)})",
         "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
         f"{torch.get_num_threads()} threads, float32",
     }

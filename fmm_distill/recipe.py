@@ -163,7 +163,7 @@ class Recipe(Settings):
             if loss.sees_no_teacher and "flow_matching" not in names:
                 raise ValueError(
                     f"loss {loss.name} alone sees no teacher with these settings; add to also: "
-                    "{loss: {name: flow_matching}, share: 0.5}"
+                    "{loss: {name: flow_matching}, share: 0.5, pairs: {prior: 0, data: 1}}"
                 )
         if (share := sum(term.share for term in self.also)) >= 1:
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")

@@ -65,6 +65,9 @@ def load_unet2d(found: Found) -> Teacher:
         # Some schedulers keep a small number here, larger than the one before it.
         products[-1] = 0
     schedule = Schedule(products)
+    # Without this list another class takes what is written, not its own defaults.
+    scheduler_config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    _check_stock(scheduler, scheduler_config, found.source)
     if prediction == "epsilon" and schedule.t_max == 1:
         raise UserError(
             f"{found.source}: its schedule ends in pure noise (rescale_betas_zero_snr), where a noise prediction says "
@@ -82,7 +85,7 @@ def load_unet2d(found: Found) -> Teacher:
         event_shape=(network.config.in_channels, height, width),
         source=found.source,
         adapter="UNet2DModel, pixels, unconditional",
-        scheduler_config=dict(scheduler.config),
+        scheduler_config=scheduler_config,
         revision=found.revision,
         licence=found.licence,
     )
@@ -107,6 +110,19 @@ def _require_safetensors(folder: Path, source: str) -> None:
             f"{source}: {folder.name} has {', '.join(others)} and no diffusion_pytorch_model.safetensors; "
             "pickled weights are not opened: save the pipeline again with save_pretrained(folder, "
             "safe_serialization=True)"
+        )
+
+
+def _check_stock(scheduler: Any, config: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class
+    """The stock DDIM scheduler must make the same schedule: students are evaluated beside it and exported with it."""
+    try:
+        stock = diffusers.DDIMScheduler.from_config(config)
+    except NotImplementedError as error:
+        raise UserError(f"{source}: {error}; wanted a schedule that the stock DDIM scheduler can make") from error
+    if not torch.allclose(stock.alphas_cumprod[:-1], scheduler.alphas_cumprod[:-1], rtol=1e-4, atol=0):
+        raise UserError(
+            f"{source}: the stock DDIM scheduler makes another schedule of this configuration "
+            f"(beta_schedule {config.get('beta_schedule')}); wanted one that it can make"
         )
 
 

@@ -8,7 +8,10 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.evaluate import evaluate
 from fmm_distill.interpolant import expand
+from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.unet2d import SCHEDULERS
 from tests.conftest import save_teacher
@@ -88,3 +91,21 @@ def test_zero_terminal_snr(tmp_path, name, prediction):
     teacher = load_teacher(saved(tmp_path, name, **settings))
     assert teacher.schedule.t_max == 1
     assert worst_difference(teacher, ddim_step) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_solvers_of_the_evaluation_take_every_configuration(tmp_path, name):
+    """They converge to the teacher's own ODE; with other betas, or clipped where it does not clip, they would not."""
+    teacher = load_teacher(saved(tmp_path, name, prediction_type="v_prediction"))
+    settings = EvaluationSettings(
+        steps=(1,), ddim_steps=(5, 100), dpmsolver_steps=(50,), samples=2, endpoint_samples=2, endpoint_solver_steps=100
+    )
+    evaluation = evaluate(make_student(teacher), teacher, settings, None, torch.device("cpu"))
+    clips = teacher.scheduler_config.get("clip_sample", False)
+    assert f"clip_sample={clips}" in evaluation.protocol["solvers"]
+    errors = {(row.sampler, row.steps): row.endpoint_error for row in evaluation.rows}
+    few = errors["teacher-ddim", 5]
+    assert errors["teacher-dpmsolver++", 50] < few / 5
+    if not clips:
+        assert errors["teacher-ddim", 100] < few / 5

@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
@@ -216,13 +217,14 @@ def test_zero_terminal_snr(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "match"),
     [
+        (HeunDiscreteScheduler, {"beta_schedule": "exp", "prediction_type": "epsilon"}, "exp is not implemented"),
         (UniPCMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "epsilon"}, "use_flow_sigmas"),
         (EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "continuous"),
         (EulerDiscreteScheduler, {"prediction_type": "flow_prediction"}, "flow_prediction"),
     ],
-    ids=["flow sigmas", "continuous", "flow"],
+    ids=["betas", "flow sigmas", "continuous", "flow"],
 )
-def test_schedulers_that_tell_the_network_other_times(tmp_path, kind, settings, match):
+def test_schedulers_that_are_not_read(tmp_path, kind, settings, match):
     folder = save_teacher(tmp_path)
     kind(**settings).save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"

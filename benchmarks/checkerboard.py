@@ -312,6 +312,9 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
     }
     names = {"long run": "long"} | {name: f"{name}-0" for name in results["runs"]}
     for title, name in names.items():
+        if not (folder / name / "average.safetensors").is_file():
+            print(f"{name} diverged and is not in the picture")
+            continue
         student = bench.finished(name)
         rows[title] = {f"{n} step{'s' * (n > 1)}": sample(student, bench.noise, n) for n in STEPS}
     draw_densities(rows, folder / "checkerboard.png")

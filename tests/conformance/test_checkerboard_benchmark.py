@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from benchmarks import checkerboard
-from benchmarks.plane import HALF_WIDTH, Board, Perceptron, PlaneTeacher, closed_form, divergence, sample, solved
+from benchmarks.plane import (
+    HALF_WIDTH,
+    WIDTH,
+    Board,
+    Perceptron,
+    PlaneTeacher,
+    closed_form,
+    divergence,
+    endpoint_error,
+    sample,
+    solved,
+)
 from fmm_distill.flow_map import diagonal
 from fmm_distill.interpolant import LinearClock
 from fmm_distill.losses import LOSSES
@@ -72,6 +83,41 @@ def test_the_closed_form_makes_the_board_of_noise():
     assert divergence(ends, 16) < 0.05
 
 
+def test_a_lost_sample_counts_as_a_boards_width_away():
+    ends = torch.zeros(4, 2)
+    points = torch.tensor([[0.3, 0.4], [torch.inf, 0.0], [1e12, 0.0], [torch.nan, 0.0]])
+    expected = ((0.5**2 / 2 + 3 * WIDTH**2) / 4) ** 0.5
+    assert endpoint_error(points, ends) == pytest.approx(expected)
+    assert divergence(points[[0, 0, 0, 1]], 4) != divergence(points[[1, 1, 2, 3]], 4)
+    assert divergence(points[1:], 4) == pytest.approx(torch.tensor((8 + 3) / 8).log().item())
+
+
+def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
+    hot = checkerboard.METHODS["lagrangian"] | {"loss": {"name": "lagrangian", "stop": "none"}}
+    base = checkerboard.recipe_for
+
+    def recipe_for(*arguments):
+        recipe = base(*arguments)
+        training = recipe.training.model_copy(update={"learning_rate": 1e30, "clip": 1e30})
+        return recipe.model_copy(update={"training": training})
+
+    monkeypatch.setattr(checkerboard, "recipe_for", recipe_for)
+    bench = checkerboard.Benchmark(TINY, tmp_path)
+    network = Perceptron(0, width=TINY.width)
+    teacher = PlaneTeacher(diagonal(network), LinearClock())
+    result = bench.student("hot", checkerboard.Run(hot, 4), network, teacher, torch.zeros_like(bench.noise))
+    assert list(result["endpoint"].values()) == [pytest.approx(WIDTH)] * 5
+    assert bench.student("hot", checkerboard.Run(hot, 4), network, teacher, bench.noise) == result
+
+
+def test_settings_of_a_run_are_not_mixed(tmp_path):
+    first, other = (checkerboard.recipe_for(checkerboard.METHODS[name], 4, 0, 1) for name in ("lagrangian", "eulerian"))
+    checkerboard.keep_recipe(first, tmp_path / "run")
+    checkerboard.keep_recipe(first, tmp_path / "run")
+    with pytest.raises(SystemExit, match="other settings"):
+        checkerboard.keep_recipe(other, tmp_path / "run")
+
+
 def test_chunks_change_nothing(monkeypatch):
     network, noise = Perceptron(1, width=16), torch.randn(37, 2)
     teacher = PlaneTeacher(diagonal(network), LinearClock())
@@ -95,7 +141,6 @@ def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     for runs in results["runs"].values():
         assert list(runs[0]["kl_50"]) == ["1", "2", "4", "8", "16"]
         assert runs[0]["endpoint"] != runs[1]["endpoint"]
-        assert [point["samples"] for point in runs[0]["curve"]] == [4 * 1024]
     assert all(0 < share < 1 for share in results["outside"].values())
     assert [point["samples"] for point in results["long"]["curve"]] == [2 * 1024, 4 * 1024]
     checkerboard.pictures(results, tmp_path)

@@ -69,8 +69,8 @@ class Perceptron(LearnedFlowMap):
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
         """u, shape ``[batch, 2]``."""
-        # Beyond what noise reaches it stays constant: were it to grow there, a student and a teacher that is asked at the
-        # student's own ends would drive each other away, and did (docs/results/checkerboard.md).
+        # Beyond what noise reaches it stays constant: were it to grow there, a student and a teacher that is asked at
+        # the student's own ends would drive each other away, and did (docs/results/checkerboard.md).
         place = torch.cat([(x / HALF_WIDTH).clamp(-REACH, REACH), t.to(x.dtype)[:, None]], 1)
         angles = [math.pi * 2**octave * place for octave in range(self.octaves)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]

@@ -68,6 +68,8 @@ def load_images(source: str, event_shape: tuple[int, ...]) -> Images:
         images = Images(load_file(BUILTIN / "digits" / "images.safetensors")["images"], source, levels=16)
         _check_shape(images.pixels.shape[1:], event_shape, source)
         return images
+    if source.startswith("builtin:"):
+        raise UserError(f"--data {source}: no such built-in images; known: builtin:digits")
     rows, column = _open(source)
     mode = {1: "L", 3: "RGB"}.get(event_shape[0])
     if mode is None:

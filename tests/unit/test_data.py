@@ -65,6 +65,11 @@ def test_what_is_not_there_is_refused(source, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_unknown_builtin_images_are_not_sought_on_the_hub():
+    with pytest.raises(UserError, match="known: builtin:digits"):
+        load_images("builtin:checkerboard", (1, 8, 8))
+
+
 def test_four_channels_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="4 channels"):

@@ -289,7 +289,7 @@ def open_run(folder: Path | str) -> Plan:
     """The teacher of a run and its averaged student at the newest checkpoint.
 
     Raises:
-        UserError: if the folder is no run, or has no checkpoint yet.
+        UserError: if the folder is no run, has no checkpoint yet, or holds other weights.
     """
     folder = Path(folder)
     written = folder / "recipe.yaml"
@@ -302,6 +302,11 @@ def open_run(folder: Path | str) -> Plan:
     job = plan(recipe)
     average = checkpoint.load(newest).tensors["ema"]
     weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
+    if weights.keys() != job.student.state_dict().keys():
+        raise UserError(
+            f"{newest} holds the weights of another network than this recipe's student, or those of an earlier version "
+            "of fmm_distill: distil again into another --output"
+        )
     job.student.load_state_dict(weights)
     return job
 

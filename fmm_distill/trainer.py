@@ -110,7 +110,7 @@ class Objective(nn.Module):
         given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
         given = {name: given[name] for name in settings.takes}
         losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
-        return losses, self._weighted(losses, t, t if settings.name == "flow_matching" else r)
+        return losses, self._weighted(losses, t, t if settings.diagonal else r)
 
     def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
         values = measure(losses, self.recipe.metric)

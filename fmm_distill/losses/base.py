@@ -26,6 +26,7 @@ class LossSettings(Settings):
     Attributes:
         summary: one sentence for ``fmm-distill losses``.
         paper: where the loss comes from.
+        diagonal: whether it trains jumps of length 0 alone, so that r plays no part.
         takes: what the function takes besides the five arguments that all have: ``target_map``, a map whose outputs
             are targets (the student's own moving average, a frozen copy), and ``share``, uniform on [0, 1], shape
             ``[batch]``, which places a middle time.
@@ -33,6 +34,7 @@ class LossSettings(Settings):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
+    diagonal: ClassVar[bool] = False
     takes: ClassVar[frozenset[str]] = frozenset()
 
     @property

@@ -23,6 +23,7 @@ class FlowMatchingSettings(LossSettings):
 
     summary: ClassVar[str] = "the diagonal u(x, t, t) is the velocity; trains no jump, so a term beside another loss"
     paper: ClassVar[str] = "arXiv 2210.02747; as a term arXiv 2505.18825"
+    diagonal: ClassVar[bool] = True
 
     name: Literal["flow_matching"] = "flow_matching"
     """Which loss this is."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
+from fmm_distill import checkpoint
 from fmm_distill.cli import command
 from fmm_distill.losses import EulerianSettings
 from fmm_distill.recipe import Recipe
@@ -171,6 +173,18 @@ def test_the_verbs_run_on_a_finished_run(finished, tmp_path):
     assert status == 0, err
     assert "v_prediction" in out
     assert "1 x 8 x 8" in out
+
+
+def test_weights_of_another_network_are_one_line(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    kept = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
+    ema = {key.replace("module.network.", "module."): value for key, value in kept.tensors["ema"].items()}
+    assert ema.keys() != kept.tensors["ema"].keys()
+    other = checkpoint.Checkpoint(kept.step + 1, kept.tensors | {"ema": ema}, kept.state)
+    checkpoint.save(folder / "checkpoints", other, 2)
+    status, _, err = call("evaluate", folder)
+    assert status == 2
+    assert "holds the weights of another network" in err.splitlines()[-1]
 
 
 def test_the_run_folder_explains_itself(finished):

@@ -10,6 +10,7 @@ import torch
 from benchmarks import checkerboard
 from benchmarks.plane import (
     HALF_WIDTH,
+    REACH,
     WIDTH,
     Board,
     Perceptron,
@@ -73,6 +74,15 @@ def test_a_jump_starts_as_an_euler_step():
         next(network.parameters()).add_(0.1)
     assert not torch.equal(network.mean_velocity(x, t, r), network.mean_velocity(x, t, t))
     assert not torch.equal(sample(network, x, 4), sample(checkerboard.Euler(network), x, 4))
+
+
+def test_the_network_is_bounded_where_no_sample_goes():
+    network = Perceptron(1, width=16)
+    t, r = torch.full((2,), 0.5), torch.zeros(2)
+    far = torch.tensor([[1e3, 0.3], [-0.2, -1e3]])
+    edge = torch.tensor([[REACH * HALF_WIDTH, 0.3], [-0.2, -REACH * HALF_WIDTH]])
+    torch.testing.assert_close(network.mean_velocity(far, t, r), network.mean_velocity(edge, t, r))
+    assert not torch.allclose(network.mean_velocity(far, t, r), network.mean_velocity(0.9 * edge, t, r))
 
 
 def test_the_closed_form_makes_the_board_of_noise():

@@ -19,7 +19,7 @@ from fmm_distill import checkpoint
 from fmm_distill.data import Images
 from fmm_distill.losses import SETTINGS
 from fmm_distill.recipe import Recipe, TrainingSettings
-from fmm_distill.starts import draw
+from fmm_distill.starts import draw, pair_times
 from fmm_distill.student import Student, make_student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Objective, Trainer, TrainingDivergedError, learning_rate
@@ -149,6 +149,19 @@ def test_the_metric_comes_before_the_weight(teacher_folder):
     huber = (losses + 0.01).sqrt() - 0.1
     assert losses.min() > 0
     torch.testing.assert_close(weighted, huber / (huber + 1e-3))
+
+
+@pytest.mark.parametrize(("name", "on_the_diagonal"), [("flow_matching", True), ("lagrangian", False)])
+def test_the_learned_weight_is_asked_at_the_jump_that_is_trained(teacher_folder, name, on_the_diagonal):
+    plain = recipe_of(teacher_folder, {"name": name}).model_copy(update={"weight": Weight(kind="learned")})
+    teacher = load_teacher(plain.teacher)
+    objective = Objective(make_student(teacher), teacher, plain, plain.losses)
+    torch.nn.init.normal_(objective.weight.linear.weight, generator=torch.Generator().manual_seed(0))
+    draws = draw(0, 0, 8, teacher.event_shape)
+    losses, weighted = objective(draws, None, 0)
+    t, r = pair_times(plain.pairs, teacher.schedule, draws, 0)
+    start, end = (teacher.schedule.position(time) for time in (t, t if on_the_diagonal else r))
+    torch.testing.assert_close(weighted, objective.weight(losses, start, end))
 
 
 def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_folder):

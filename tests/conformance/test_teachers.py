@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import diffusers
@@ -82,6 +83,17 @@ def test_one_euler_step_is_one_stock_step(tmp_path, name, prediction):
         # 6 in the first step of the cosine schedule: it is itself off by 2e-4 there.
         if prediction != "sample" and beta_schedule != "squaredcos_cap_v2":
             assert worst_difference(teacher, euler_step) < 1e-5
+
+
+def test_defaults_that_a_file_leaves_out_are_those_of_its_own_class(tmp_path):
+    folder = saved(tmp_path, "HeunDiscreteScheduler", prediction_type="v_prediction")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    kept = json.loads(file.read_text())
+    # 0.00085 to 0.012 here, 0.0001 to 0.02 in other classes.
+    file.write_text(json.dumps({key: kept[key] for key in kept if key not in ("beta_start", "beta_end")}))
+    teacher = load_teacher(folder)
+    assert teacher.scheduler_config["beta_end"] == 0.012
+    assert worst_difference(teacher, ddim_step) < 1e-5
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])

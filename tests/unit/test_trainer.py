@@ -125,6 +125,9 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
             return super().mean_velocity(x, t, r, cond)
 
     student = make_student(teacher)
+    # Away from its teacher, so that no loss is zero.
+    with torch.no_grad():
+        student.network.conv_out.bias += 0.3
     watched = Watched(student.network, student.schedule, student.prediction)
     draws = draw(0, 0, 64, teacher.event_shape)
     losses, weighted = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
@@ -134,6 +137,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
     assert (diagonal[0] < teacher.schedule.t_max).all()
     beside = draws.place >= 0.5
     assert len(diagonal[0]) == beside.sum()
+    assert (losses > 0).all()
     torch.testing.assert_close(weighted, torch.where(beside, 3.0, 1.0) * losses)
 
 

@@ -19,4 +19,5 @@ def losses() -> None:
         needs = {"teacher": "a teacher", "self": "flow_matching beside it", "data": "data"}
         click.echo(f"{name}\n{textwrap.indent(textwrap.fill(settings.summary, 96), '    ')}")
         click.echo(f"    paper: {settings.paper}")
-        click.echo(f"    needs: {' or '.join(needs[choice] for choice in choices)}")
+        beside = ", and flow_matching beside it with its default target" if settings().sees_no_teacher else ""
+        click.echo(f"    needs: {' or '.join(needs[choice] for choice in choices)}{beside}")

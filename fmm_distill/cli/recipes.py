@@ -20,9 +20,11 @@ def list_() -> None:
     """Names and purposes."""
     from fmm_distill.recipe import find_recipe, recipe_names
 
-    for name in recipe_names():
+    names = recipe_names()
+    width = max(map(len, names)) + 2
+    for name in names:
         first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
-        click.echo(f"{name:<12}{first.removeprefix('#').strip().removeprefix('Purpose').strip()}")
+        click.echo(f"{name:<{width}}{first.removeprefix('#').strip().removeprefix('Purpose').strip()}")
 
 
 @recipes.command()

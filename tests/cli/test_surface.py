@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 import fmm_distill
 from fmm_distill.cli import command
+from fmm_distill.losses import SETTINGS
 from fmm_distill.recipe import Recipe, _paths, load_recipe, parse, recipe_names
 from tests.cli.runs import call
 
@@ -90,6 +92,27 @@ def test_every_recipe_that_ships_is_whole():
         assert parse(yaml.safe_load(recipe.to_yaml()), name) == recipe
         assert call("recipes", "show", name)[1] == (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         assert name in call("recipes")[1]
+
+
+def test_the_losses_are_listed_with_what_each_needs():
+    status, out, _ = call("losses")
+    assert status == 0
+    entries = dict(zip(SETTINGS, re.split(r"^(?=\S)", out, flags=re.MULTILINE)[1:], strict=True))
+    for name, entry in entries.items():
+        assert entry.splitlines()[0] == name
+        assert "    paper: arXiv " in entry
+    assert entries["mean_flow"].rstrip().endswith("needs: data")
+    assert entries["flow_matching"].rstrip().endswith("needs: a teacher or data")
+    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching beside it")
+    assert [name for name, entry in entries.items() if "beside it with its default target" in entry] == [
+        "progressive",
+        "progressive_distillation",
+    ]
+
+
+def test_recipes_are_listed_in_columns():
+    lines = call("recipes")[1].splitlines()
+    assert [line.split("  ")[0] for line in lines] == recipe_names()
 
 
 def test_overrides_are_yaml_and_typed():

@@ -87,7 +87,7 @@ def eulerian_as_written(settings, live, still, average, x, t, r, share):
 
 
 def progressive_as_written(settings, live, still, average, x, t, r, share):
-    source = {"student": still, "average": average, "ode": teacher}[settings.target]
+    source = {"student": still, "average": average, "frozen": average, "ode": teacher}[settings.target]
     pieces, middle = getattr(settings, "pieces", 2), getattr(settings, "middle", "half")
     times = [r + share * (t - r)] if middle == "uniform" else [t + (r - t) * i / pieces for i in range(1, pieces)]
     end = x

@@ -50,6 +50,7 @@ VARIANTS = {
     "progressive-three": ProgressiveSettings(pieces=3),
     "progressive-uniform": ProgressiveSettings(middle="uniform"),
     "progressive-average": ProgressiveSettings(target="average", middle="uniform"),
+    "progressive-frozen": ProgressiveSettings(target="frozen", pieces=3),
     "progressive-ode": ProgressiveSettings(target="ode", middle="uniform"),
     "progressive-ode-euler": ProgressiveSettings(target="ode", solver="euler", pieces=4),
     "flow_map_matching": FlowMapMatchingSettings(),
@@ -72,6 +73,7 @@ VARIANTS = {
     "consistency_trajectory-student": ConsistencyTrajectorySettings(target="student", solver_steps=3),
     "progressive_distillation": ProgressiveDistillationSettings(),
     "progressive_distillation-student": ProgressiveDistillationSettings(target="student"),
+    "progressive_distillation-frozen": ProgressiveDistillationSettings(target="frozen"),
     "progressive_distillation-ode": ProgressiveDistillationSettings(target="ode"),
     "operator_regression": OperatorRegressionSettings(solver_steps=3),
     "terminal_velocity": TerminalVelocitySettings(),
@@ -101,10 +103,10 @@ def batch():
 
 
 def call(settings, flow_map, x, t, r, share, *, velocity=teacher, target_map=None, **given):
-    """The loss, given what the trainer gives it; the average is another net unless one is named."""
+    """The loss, given what the trainer gives it; a copy that it follows is another net unless one is named."""
     if "share" in settings.takes:
         given["share"] = share
-    if settings.follows == "average":
+    if settings.follows is not None:
         given["target_map"] = target_map or Net(1)
     if settings.velocity == "self":
         velocity = diagonal(flow_map)
@@ -185,8 +187,10 @@ def test_condition_reaches_all_that_are_asked(settings):
         seen.append(("teacher", cond))
         return teacher(x, t)
 
-    call(settings, Told("map", 0), *batch(), velocity=told, target_map=Told("average", 1), cond="this")
-    asked = {"map", *(["average"] * (settings.follows == "average")), *(["teacher"] * (not settings.sees_no_teacher))}
+    call(settings, Told("map", 0), *batch(), velocity=told, target_map=Told("copy", 1), cond="this")
+    # A frozen copy stands for the teacher that it was.
+    taught = not settings.sees_no_teacher and settings.follows != "frozen"
+    asked = {"map", *(["copy"] * (settings.follows is not None)), *(["teacher"] * taught)}
     assert {who for who, _ in seen} == asked
     assert {what for _, what in seen} == {"this"}
 
@@ -212,11 +216,11 @@ def test_of_a_jump_of_length_0_is_finite(settings):
     assert gradient(loss, flow_map).isfinite().all()
 
 
-@those(lambda settings: settings.follows == "average")
-def test_no_gradient_reaches_the_average(settings):
-    average = Net(1)
-    call(settings, Net(), *batch(), target_map=average).sum().backward()
-    assert all(weight.grad is None for weight in average.parameters())
+@those(lambda settings: settings.follows is not None)
+def test_no_gradient_reaches_the_copy(settings):
+    other = Net(1)
+    call(settings, Net(), *batch(), target_map=other).sum().backward()
+    assert all(weight.grad is None for weight in other.parameters())
 
 
 @those(lambda settings: "target_map" in settings.takes)
@@ -277,7 +281,7 @@ def test_mean_flow_and_continuous_consistency_are_eulerian(name, steadied):
     same(call(SETTINGS[name](**steadied), flow_map, *batch()), expected, flow_map, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("target", ["student", "average"])
+@pytest.mark.parametrize("target", ["student", "average", "frozen"])
 def test_progressive_distillation_is_progressive_by_halves(target):
     flow_map = Net()
     expected = call(ProgressiveSettings(target=target), flow_map, *batch())
@@ -407,7 +411,7 @@ def test_of_a_constant_field(settings):
         "operator_regression": (T - R, T - R),
         "consistency_trajectory": (T - R, (1 - S) * (T - R)),
     }.get(settings.name, (one, one))
-    residual = 0 if settings.sees_no_teacher else 3 * apart
+    residual = 0 if settings.sees_no_teacher or settings.follows == "frozen" else 3 * apart
     weight = parameter(5.0)
     loss = call(settings, Constant(weight), X, T, R, S, velocity=two, target_map=Constant(parameter(5.0)))
     torch.testing.assert_close(loss, residual**2 * one)

@@ -92,6 +92,7 @@ class PlaneTeacher:
     velocity: VelocityField
     schedule: LinearClock
     event_shape: tuple[int, ...] = (2,)
+    conditions: None = None
 
     def prior(self, noise: Tensor) -> Tensor:
         """The noise itself."""

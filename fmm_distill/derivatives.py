@@ -206,7 +206,11 @@ def _forward_mode(
 
 
 def choose_engine(
-    flow_map: FlowMap, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], r: Float[Tensor, " batch"]
+    flow_map: FlowMap,
+    x: Float[Tensor, "batch *event"],
+    t: Float[Tensor, " batch"],
+    r: Float[Tensor, " batch"],
+    cond: Conditioning | None = None,
 ) -> tuple[Engine, str]:
     """``exact`` where forward and reverse-over-forward mode run through this map, else ``central``; and the reason.
 
@@ -214,8 +218,8 @@ def choose_engine(
     """
     try:
         with torch.enable_grad():
-            derivative_in_r(flow_map, x, t, r).square().sum().backward()
-            derivative_along_flow(flow_map, x, t, r, x).square().sum().backward()
+            derivative_in_r(flow_map, x, t, r, cond=cond).square().sum().backward()
+            derivative_along_flow(flow_map, x, t, r, x, cond=cond).square().sum().backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:

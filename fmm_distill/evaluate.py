@@ -12,8 +12,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from fmm_distill.errors import UserError
 from fmm_distill.features import load_digits_classifier
+from fmm_distill.interpolant import expand
 from fmm_distill.sampling import sample
-from fmm_distill.solve import endpoint
+from fmm_distill.schedules import VariancePreserving
+from fmm_distill.solve import endpoint, solve
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
     from fmm_distill.recipe import EvaluationSettings
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.codec import Codec
+    from fmm_distill.velocity import Conditioning
 
-__all__ = ["Evaluation", "Row", "check_evaluation_steps", "check_features", "evaluate", "table"]
+    Sampler = Callable[[Tensor, Conditioning | None], Tensor]
+
+__all__ = ["Evaluation", "Row", "check_evaluation_steps", "check_features", "conditions_of", "evaluate", "table"]
 
 NOISE_SEED = 20_240_607
 
@@ -96,44 +102,68 @@ def evaluate(
     count = max(settings.endpoint_samples, settings.samples if settings.features != "none" else 0)
     noise = torch.randn(count, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
     some = noise[: settings.endpoint_samples]
-    truth, solver_error = _truth(teacher, some, settings, device)
+    cond = conditions_of(teacher, count, NOISE_SEED)
+    truth, solver_error = _truth(teacher, some, cond, settings, device)
     metric = _frechet_metric(settings, reference, device)
+    networks = (student.network, teacher.network)
     rows = []
     for name, steps, sampler in _samplers(student, teacher, settings):
-        x, calls, seconds = _run(sampler, noise, (student.network, teacher.network), settings.batch_size, device)
+        x, calls, seconds = _run(sampler, noise, cond, networks, settings.batch_size, device)
         error = (x[: len(some)] - truth).square().mean().sqrt().item()
-        rows.append(Row(name, steps, calls, error, _frechet(metric, x, settings), seconds))
+        rows.append(Row(name, steps, calls, error, _frechet(metric, teacher.codec, x, settings), seconds))
     protocol = _protocol(teacher, settings, reference, solver_error, device)
     return Evaluation(protocol, rows)
 
 
-def _samplers(
-    student: Student, teacher: Teacher, settings: EvaluationSettings
-) -> list[tuple[str, int, Callable[[Tensor], Tensor]]]:
-    def student_at(steps: int) -> Callable[[Tensor], Tensor]:
-        return lambda noise: sample(student, noise, steps)
+def conditions_of(teacher: Teacher, count: int, seed: int) -> Conditioning | None:
+    """What ``count`` samples of a conditional teacher are told, drawn from a seed."""
+    if teacher.conditions is None:
+        return None
+    return teacher.conditions.pick(torch.rand(count, generator=torch.Generator().manual_seed(seed)))
+
+
+def _samplers(student: Student, teacher: Teacher, settings: EvaluationSettings) -> list[tuple[str, int, Sampler]]:
+    def student_at(steps: int) -> Sampler:
+        return lambda noise, cond: sample(student, noise, steps, cond)
 
     samplers = [("student", steps, student_at(steps)) for steps in settings.steps]
+    if not isinstance(teacher.schedule, VariancePreserving):
+        return samplers + [("teacher-euler", steps, _euler(teacher, steps)) for steps in settings.ddim_steps]
     for name, kind, numbers in (
         ("teacher-ddim", DDIMScheduler, settings.ddim_steps),
         ("teacher-dpmsolver++", DPMSolverMultistepScheduler, settings.dpmsolver_steps),
     ):
-        samplers += [(name, steps, _stock(teacher, kind, steps)) for steps in numbers]
+        samplers += [(name, steps, _stock(teacher, teacher.schedule, kind, steps)) for steps in numbers]
     return samplers
 
 
-def _stock(teacher: Teacher, kind: Any, steps: int) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 a scheduler class
+def _euler(teacher: Teacher, steps: int) -> Sampler:
+    """Euler's method on the teacher's own grid: what the stock Euler scheduler of its kind does."""
+
+    def run(noise: Tensor, cond: Conditioning | None) -> Tensor:
+        times = teacher.schedule.grid(steps).to(noise.device)
+        return solve(teacher.velocity, teacher.prior(noise), times, method="euler", cond=cond)
+
+    return run
+
+
+def _stock(teacher: Teacher, schedule: VariancePreserving, kind: Any, steps: int) -> Sampler:  # noqa: ANN401 a class
     """The teacher under a stock scheduler, as diffusers makes it from the teacher's own configuration."""
     settings: dict[str, Any] = {"clip_sample": _clips(teacher)}
     if kind is DPMSolverMultistepScheduler:
         settings = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    # The guided teacher's denoised sample, whatever its network predicts.
+    settings |= {"prediction_type": "sample", "timestep_spacing": "trailing"}
 
-    def run(noise: Tensor) -> Tensor:
-        scheduler = kind.from_config(teacher.scheduler_config | settings, timestep_spacing="trailing")
+    def run(noise: Tensor, cond: Conditioning | None) -> Tensor:
+        scheduler = kind.from_config(teacher.scheduler_config | settings)
         scheduler.set_timesteps(steps, device=noise.device)
         x = noise
         for timestep in scheduler.timesteps:
-            x = scheduler.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
+            t = schedule.time(timestep.long()).to(x.device).expand(len(x))
+            on_axis = x / expand(schedule.scale(t), x)
+            denoised = on_axis - expand(t, x) * teacher.velocity(on_axis, t, cond)
+            x = scheduler.step(denoised, timestep, x).prev_sample
         return x
 
     return run
@@ -145,8 +175,9 @@ def _clips(teacher: Teacher) -> bool:
 
 
 def _run(
-    sampler: Callable[[Tensor], Tensor],
+    sampler: Sampler,
     noise: Tensor,
+    cond: Conditioning | None,
     networks: tuple[nn.Module, ...],
     batch: int,
     device: torch.device,
@@ -154,28 +185,39 @@ def _run(
     """Samples on the CPU, network calls, seconds an image (median over batches, after one warm-up batch)."""
     calls = []
     hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
-    parts = [part.to(device) for part in noise.split(batch)]
-    sampler(parts[0])
+    parts = _batches(noise, cond, batch, device)
+    sampler(*parts[0])
     counted = len(calls)
     for hook in hooks:
         hook.remove()
     samples, seconds = [], []
-    for part in parts:
+    for part, told in parts:
         started = time.perf_counter()
-        samples.append(sampler(part).cpu())
+        samples.append(sampler(part, told).cpu())
         seconds.append((time.perf_counter() - started) / len(part))
     return torch.cat(samples), counted, statistics.median(seconds)
 
 
+def _batches(
+    noise: Tensor, cond: Conditioning | None, size: int, device: torch.device
+) -> list[tuple[Tensor, Conditioning | None]]:
+    """Noises and what their samples are told, in parts of one size, on ``device``."""
+    starts = range(0, len(noise), size)
+    return [
+        (noise[i : i + size].to(device), None if cond is None else cond.part(i, min(i + size, len(noise))).to(device))
+        for i in starts
+    ]
+
+
 def _truth(
-    teacher: Teacher, noise: Tensor, settings: EvaluationSettings, device: torch.device
+    teacher: Teacher, noise: Tensor, cond: Conditioning | None, settings: EvaluationSettings, device: torch.device
 ) -> tuple[Float[Tensor, "batch *event"], float]:
     """Where the teacher's ODE ends, and the root mean square change when the solver's steps are halved."""
 
     def solved(steps: int) -> Tensor:
-        parts = noise.split(settings.batch_size)
-        ends = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(part.to(device)), steps) for part in parts]
-        return torch.cat(ends).cpu()
+        parts = _batches(noise, cond, settings.batch_size, device)
+        velocity, schedule = teacher.velocity, teacher.schedule
+        return torch.cat([endpoint(velocity, schedule, teacher.prior(x), steps, told) for x, told in parts]).cpu()
 
     fine = solved(settings.endpoint_solver_steps)
     return fine, (fine - solved(max(1, settings.endpoint_solver_steps // 2))).square().mean().sqrt().item()
@@ -198,12 +240,15 @@ def _frechet_metric(
     return metric
 
 
-def _frechet(metric: FrechetInceptionDistance | None, x: Tensor, settings: EvaluationSettings) -> float | None:
+def _frechet(
+    metric: FrechetInceptionDistance | None, codec: Codec, x: Tensor, settings: EvaluationSettings
+) -> float | None:
     if metric is None:
         return None
     metric.reset()
     for part in x[: settings.samples].split(settings.batch_size):
-        metric.update(_for_features((part / 2 + 0.5).clamp(0, 1).to(metric.device), settings), real=False)
+        images = (codec.decode(part) / 2 + 0.5).clamp(0, 1).to(metric.device)
+        metric.update(_for_features(images, settings), real=False)
     return float(metric.compute())
 
 
@@ -235,11 +280,19 @@ def _protocol(
         "frechet_samples": settings.samples if measured else None,
         "frechet_reference": f"{len(reference)} images of {reference.source}" if measured and reference else None,
         "noise_seed": NOISE_SEED,
-        "solvers": "diffusers' DDIMScheduler and DPMSolverMultistepScheduler (2M), timestep_spacing=trailing, the rest "
-        f"as in the teacher's configuration (clip_sample={_clips(teacher)})",
+        "solvers": _solvers(teacher),
         "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
         f"{torch.get_num_threads()} threads, float32",
     }
+
+
+def _solvers(teacher: Teacher) -> str:
+    if not isinstance(teacher.schedule, VariancePreserving):
+        return "Euler's method on equal steps of the teacher's own grid; no DPM-Solver++ on this schedule"
+    return (
+        "diffusers' DDIMScheduler and DPMSolverMultistepScheduler (2M), timestep_spacing=trailing, the rest as in the "
+        f"teacher's configuration (clip_sample={_clips(teacher)})"
+    )
 
 
 def table(evaluation: Evaluation) -> str:

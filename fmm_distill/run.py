@@ -19,9 +19,19 @@ from accelerate.state import AcceleratorState
 from fmm_distill import __version__, checkpoint
 from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import NOISE_SEED, Evaluation, Row, check_evaluation_steps, check_features, evaluate, table
+from fmm_distill.evaluate import (
+    NOISE_SEED,
+    Evaluation,
+    Row,
+    check_evaluation_steps,
+    check_features,
+    conditions_of,
+    evaluate,
+    table,
+)
 from fmm_distill.export.card import write_card
-from fmm_distill.export.folder import check_steps, export_pipeline
+from fmm_distill.export.folded import check_steps
+from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import verify
 from fmm_distill.pictures import draw_samples, draw_steps
 from fmm_distill.recipe import parse
@@ -73,7 +83,7 @@ def plan(recipe: Recipe) -> Plan:
     check_features(recipe.evaluation, teacher.event_shape)
     for name in ("steps", "ddim_steps", "dpmsolver_steps"):
         check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
-    check_steps(recipe.export.steps, teacher.schedule.num_timesteps)
+    check_steps(recipe.export.steps, teacher.schedule)
     images = None if recipe.data == "none" else load_images(recipe.data, teacher.event_shape)
     reference = images
     if reference is None and recipe.evaluation.features == "digits":
@@ -233,7 +243,7 @@ def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], 
     steps = job.recipe.export.steps
     export_pipeline(job.student, job.teacher, student, steps)
     write_card(student, job.recipe, job.teacher, evaluation, folder)
-    differences = verify(job.student, student, steps)
+    differences = verify(job.student, job.teacher, student, steps)
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     say(table(evaluation))
@@ -247,10 +257,12 @@ def _rows(job: Plan, steps: tuple[int, ...], count: int, seed: int, device: torc
     """Images of the teacher's ODE and of the student, from the same noises."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *job.teacher.event_shape, generator=generator).to(device)
-    solver_steps = job.recipe.evaluation.endpoint_solver_steps
-    truth = endpoint(job.teacher.velocity, job.teacher.schedule, job.teacher.prior(noise), solver_steps)
-    rows = {"teacher's ODE": truth.cpu()}
-    return rows | {f"student, {n}": sample(job.student, noise, n).cpu() for n in steps}
+    teacher, solver_steps = job.teacher, job.recipe.evaluation.endpoint_solver_steps
+    cond = conditions_of(teacher, count, seed)
+    cond = None if cond is None else cond.to(device)
+    truth = endpoint(teacher.velocity, teacher.schedule, teacher.prior(noise), solver_steps, cond)
+    rows = {"teacher's ODE": truth} | {f"student, {n}": sample(job.student, noise, n, cond) for n in steps}
+    return {name: teacher.codec.decode(x).cpu() for name, x in rows.items()}
 
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
@@ -334,7 +346,7 @@ def export_run(folder: Path | str, target: Path, steps: tuple[int, ...] | None =
     job = open_run(folder)
     folded = job.recipe.export.steps if steps is None else steps
     export_pipeline(job.student, job.teacher, target, folded)
-    return verify(job.student, target, folded)
+    return verify(job.student, job.teacher, target, folded)
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:

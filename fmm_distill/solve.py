@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.interpolant import Schedule
+    from fmm_distill.interpolant import TimeAxis
     from fmm_distill.velocity import Conditioning, VelocityField
 
 __all__ = ["Method", "endpoint", "solve"]
@@ -55,13 +55,17 @@ def solve(
 
 
 def endpoint(
-    velocity: VelocityField, schedule: Schedule, x: Float[Tensor, "batch *event"], steps: int
+    velocity: VelocityField,
+    schedule: TimeAxis,
+    x: Float[Tensor, "batch *event"],
+    steps: int,
+    cond: Conditioning | None = None,
 ) -> Float[Tensor, "batch *event"]:
-    """Where the teacher's ODE takes x from t_max: RK4 with equal steps in timesteps down to t_min, then x0_hat.
+    """Where the teacher's ODE takes x from t_max: RK4 with equal shares of the way down to t_min, then x0_hat.
 
-    The last stretch, from timestep 0 to data, is one Euler step, as in the stock DDIM sampler.
+    The last stretch, from t_min to data, is one Euler step, as in the stock DDIM sampler.
     """
-    timesteps = torch.linspace(schedule.num_timesteps - 1, 0, steps + 1, device=x.device).round().long()
-    x = solve(velocity, x, schedule.time(timesteps))
+    shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
+    x = solve(velocity, x, schedule.time_at(shares), cond=cond)
     last = torch.full((len(x),), schedule.t_min, dtype=torch.float64, device=x.device)
-    return x - expand(last, x) * velocity(x, last)
+    return x - expand(last, x) * velocity(x, last, cond)

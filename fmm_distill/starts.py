@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning, VelocityField
 
-    Mover = Callable[[Tensor, Tensor, Tensor], Tensor]
+    Mover = Callable[[Tensor, Tensor, Tensor, Conditioning | None], Tensor]
 
 __all__ = ["Draws", "Pairs", "draw", "interpolant_velocity", "pair_times", "points", "teacher_jump"]
 
@@ -77,6 +77,7 @@ class Draws:
         kind: uniform on [0, 1], shape ``[batch]``: what jump it is.
         image: uniform on [0, 1], shape ``[batch]``: which image of a dataset.
         share: uniform on [0, 1], shape ``[batch]``: what a loss draws itself, such as a middle time.
+        condition: uniform on [0, 1], shape ``[batch]``: what the network is told besides.
         place: in [0, 1), shape ``[batch]``: the sample's place, spread evenly in every part of a batch; which term
             of a sum of losses it goes to.
     """
@@ -87,6 +88,7 @@ class Draws:
     kind: Float[Tensor, " batch"]
     image: Float[Tensor, " batch"]
     share: Float[Tensor, " batch"]
+    condition: Float[Tensor, " batch"]
     place: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
@@ -109,7 +111,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
         return torch.rand(batch, generator=stream(name), dtype=torch.float64)
 
     noise = torch.randn(batch, *event_shape, generator=stream("noise"))
-    names = ("first", "second", "kind", "image", "share")
+    names = ("first", "second", "kind", "image", "share", "condition")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     place = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     return Draws(noise, **{name: uniform(name) for name in names}, place=place)
@@ -162,10 +164,10 @@ def _dyadic(levels: int, draws: Draws) -> tuple[Tensor, Tensor]:
 def teacher_jump(teacher: Distillable, steps: int = 8) -> Mover:
     """The teacher's own map by ``steps`` Euler steps, equal in time: where a student can't be asked yet."""
 
-    def move(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def move(x: Tensor, t: Tensor, r: Tensor, cond: Conditioning | None = None) -> Tensor:
         step = (t - r) / steps
         for i in range(steps):
-            x = x - expand(step, x) * teacher.velocity(x, t - i * step)
+            x = x - expand(step, x) * teacher.velocity(x, t - i * step, cond)
         return x
 
     return move
@@ -187,6 +189,7 @@ def points(
     draws: Draws,
     t: Float[Tensor, " batch"],
     images: Float[Tensor, "batch *event"] | None,
+    cond: Conditioning | None = None,
     *,
     on_path: bool = False,
 ) -> Float[Tensor, "batch *event"]:
@@ -207,5 +210,6 @@ def points(
         moved = prior.clone()
         rest = ~at_start
         start = torch.full_like(t, teacher.schedule.t_max)[rest]
-        moved[rest] = mover(prior[rest], start, t[rest])
+        told = None if cond is None else cond.rows(rest.nonzero()[:, 0])
+        moved[rest] = mover(prior[rest], start, t[rest], told)
     return torch.where(expand(at_start, prior).bool(), prior, moved)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from diffusers import UNet2DModel
 
+from fmm_distill.errors import UserError
 from fmm_distill.flow_map import LearnedFlowMap
-from fmm_distill.interpolant import expand, velocity_from_prediction
-from fmm_distill.two_time import TwoTimeUNet2DModel
+from fmm_distill.time_mlp import find_time_mlps
+from fmm_distill.two_time import two_time
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from fmm_distill.interpolant import Prediction, Schedule
+    from fmm_distill.interpolant import Prediction
+    from fmm_distill.parametrisation import Parametrisation
+    from fmm_distill.schedules import Schedule
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["Student", "StudentPrediction", "fold", "make_student"]
+__all__ = ["Student", "StudentPrediction", "fold", "make_student", "stock_part"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
 
@@ -31,13 +34,22 @@ class Student(LearnedFlowMap):
     arXiv 2010.02502, eq. 12 with sigma = 0) from t to r.
     """
 
-    def __init__(self, network: TwoTimeUNet2DModel, schedule: Schedule, prediction: Prediction) -> None:
+    def __init__(self, network: nn.Module, parametrisation: Parametrisation) -> None:
         super().__init__()
         self.network = network
-        self.schedule = schedule
-        self.prediction = prediction
-        self.clock = schedule
-        self.t_max = schedule.t_max
+        self.parametrisation = parametrisation
+        self.clock = parametrisation.schedule
+        self.t_max = parametrisation.schedule.t_max
+
+    @property
+    def schedule(self) -> Schedule:
+        """The teacher's noise levels."""
+        return self.parametrisation.schedule
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts."""
+        return self.parametrisation.prediction
 
     def mean_velocity_of_jump(
         self,
@@ -46,14 +58,8 @@ class Student(LearnedFlowMap):
         h: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """u of the jump of length h (a share of all timesteps) that starts at t."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        x_teacher = expand(alpha + sigma, x) * x
-        # Times are never cast below float32: 999 is 1000 in bfloat16.
-        precise = torch.promote_types(x.dtype, torch.float32)
-        timestep = self.schedule.timestep(t).clamp_min(0).to(precise)
-        output = self.network(x_teacher, timestep, h.to(precise)).sample.to(x.dtype)
-        return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
+        """u of the jump of length h (a share of the whole way) that starts at t."""
+        return self.parametrisation.velocity(self.network, x, t, cond, h)
 
 
 def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *, seed: int = 0) -> Student:
@@ -61,29 +67,92 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
 
     With ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be
     regressed on the teacher's velocity first (the trainer does, see ``student.regression_steps``).
+
+    Raises:
+        UserError: on a network without a time embedding to add the jump to, or a prediction that the teacher's schedule
+            does not have.
     """
-    config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+    kept = teacher.prediction if prediction == "teacher" else prediction
+    if kept != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
+        raise UserError(f"student.prediction: {kept} on a teacher of {teacher.prediction}; wanted teacher")
+    hosts = find_time_mlps(teacher)
     # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = TwoTimeUNet2DModel.from_config(config)
+        network = _open(two_time(cast("Any", type(teacher.network))), teacher.config | {"jump_hosts": hosts})
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
-    kept = teacher.prediction if prediction == "teacher" else prediction
-    return Student(network.eval(), teacher.schedule, kept)
+    return Student(network.eval(), replace(teacher.parametrisation, prediction=kept))
+
+
+def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a diffusers class
+    return cast("nn.Module", kind.from_config(config))
+
+
+def stock_part(network: nn.Module) -> nn.Module:
+    """A stock network of the same class with the weights of a two-time one, its jump embeddings left out."""
+    config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
+    config = {key: value for key, value in config.items() if key not in ("jump_hosts", "flow_map")}
+    stock = _open(type(network).__bases__[-1], config)
+    state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
+    stock.load_state_dict(state)
+    return stock.eval()
 
 
 @torch.no_grad()
-def fold(network: TwoTimeUNet2DModel, steps: int) -> UNet2DModel:
-    """The stock network that equals ``network`` on the uniform grid of ``steps`` jumps.
+def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) -> nn.Module:
+    """The stock network that equals the student's on the grid ``times``, one jump between neighbours.
 
-    There h is 1 / steps in every jump, so its embedding is one vector: it goes into the bias that it was added to.
+    On a uniform grid the jumps have one length h, so their embeddings are one vector: it goes into the bias that it was
+    added to. On another the smallest change of weight and bias that gives every jump its own vector at the time
+    where it starts (least squares; the times are fewer than the layer's inputs).
+
+    Raises:
+        UserError: on a grid with more different jumps than the layer can hold.
     """
-    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    stock = UNet2DModel.from_config(config)
-    state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
-    stock.load_state_dict(state)
-    h = torch.full((1,), 1 / steps, device=network.device)
-    stock.time_embedding.linear_2.bias += network.jump_embedding(h)[0].to(stock.device)
-    return stock.eval()
+    network = cast("Any", student.network)
+    stock = stock_part(student.network)
+    device = next(student.network.parameters()).device
+    starts, places = times[:-1].to(device), student.clock.position(times.to(device))
+    lengths = (places[:-1] - places[1:]).float()
+    for name, embedding in zip(network.config["jump_hosts"], network.jump_embedding, strict=True):
+        host = cast("nn.Linear", stock.get_submodule(name))
+        wanted = embedding(lengths).double()
+        mean = torch.zeros_like(wanted[0]) if host.bias is None else wanted.mean(0)
+        if host.bias is not None:
+            host.bias.add_(mean.to(host.bias))
+        rest = wanted - mean
+        if float(rest.abs().max()) > 1e-6 * float(wanted.abs().max()):
+            _tilt(host, _host_inputs(student, teacher, name, starts), rest)
+    return stock
+
+
+def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -> Tensor:
+    """What the layer that h is added to is given at these times: it depends on them alone."""
+    seen: list[Tensor] = []
+    host = student.network.get_submodule(name)
+    hook = host.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(times.device)
+    try:
+        for t in times:
+            x = torch.zeros(1, *teacher.event_shape, device=times.device)
+            student.mean_velocity_of_jump(x, t[None], torch.zeros(1, device=times.device), cond)
+    finally:
+        hook.remove()
+    return torch.cat([inputs.reshape(-1, inputs.shape[-1])[:1] for inputs in seen])
+
+
+def _tilt(host: nn.Linear, inputs: Tensor, wanted: Tensor) -> None:
+    """The smallest change of weight and bias (where there is one) that adds ``wanted`` at ``inputs``."""
+    constant = inputs.new_full((len(inputs), 1), float(host.bias is not None))
+    rows = torch.cat([inputs, constant], 1).double()
+    change = torch.linalg.pinv(rows) @ wanted
+    if float((rows @ change - wanted).abs().max()) > 1e-5 * float(wanted.abs().max()):
+        raise UserError(
+            f"a grid of {len(inputs)} different jumps does not fold into a layer of {host.in_features} inputs; wanted "
+            "fewer steps in export.steps"
+        )
+    host.weight.add_(change[:-1].T.to(host.weight))
+    if host.bias is not None:
+        host.bias.add_(change[-1].to(host.bias))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fmm_distill.recipe import Recipe, TrainingSettings
     from fmm_distill.starts import Draws, Pairs
     from fmm_distill.teachers.base import Distillable
+    from fmm_distill.velocity import Conditioning
 
 __all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
 
@@ -100,7 +101,8 @@ class Objective(nn.Module):
         teacher, copies = self._fixed
         settings = settings.at_step(step)
         t, r = pair_times(pairs, teacher.schedule, draws, step)
-        x_t = points(teacher, self.student, draws, t, images, on_path=settings.velocity == "data")
+        cond = _condition(teacher, draws)
+        x_t = points(teacher, self.student, draws, t, images, cond, on_path=settings.velocity == "data")
         velocity = teacher.velocity
         if settings.velocity == "self":
             velocity = diagonal(self.student)
@@ -109,7 +111,7 @@ class Objective(nn.Module):
         followed = None if settings.follows is None else copies[settings.follows]
         given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
         given = {name: given[name] for name in settings.takes}
-        losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, settings=settings, **given)
+        losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, cond=cond, settings=settings, **given)
         return losses, self._weighted(losses, t, t if settings.diagonal else r)
 
     def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -124,11 +126,19 @@ class Objective(nn.Module):
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
         teacher, _ = self._fixed
         t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
-        x_t = points(teacher, teacher_jump(teacher), draws, t, images)
+        cond = _condition(teacher, draws)
+        x_t = points(teacher, teacher_jump(teacher), draws, t, images, cond)
         with torch.no_grad():
-            v = teacher.velocity(x_t, t)
-        losses = squared_norm(self.student.mean_velocity(x_t, t, t) - v)
+            v = teacher.velocity(x_t, t, cond)
+        losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)
         return losses, self._weighted(losses, t, t)
+
+
+def _condition(teacher: Distillable, draws: Draws) -> Conditioning | None:
+    """What the samples' networks are told, on the samples' device."""
+    if teacher.conditions is None:
+        return None
+    return teacher.conditions.pick(draws.condition).to(draws.noise.device)
 
 
 def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:
@@ -205,7 +215,8 @@ class Trainer:
         shape = self.teacher.event_shape
         x = torch.zeros(1, *shape, device=self.accelerator.device)
         t = torch.full((1,), self.teacher.schedule.t_max, dtype=torch.float64, device=x.device)
-        engine, reason = choose_engine(student, x, t, t / 2)
+        cond = _condition(self.teacher, draw(0, 0, 1, shape).part(0, 1, x.device))
+        engine, reason = choose_engine(student, x, t, t / 2, cond)
         if settings.central_costs_less:
             engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"
         student.zero_grad(set_to_none=True)

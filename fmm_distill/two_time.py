@@ -1,9 +1,9 @@
 """A stock diffusers network with a second time. Imports only torch and diffusers: it travels with the student."""
 
+import functools
 import inspect
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
@@ -23,7 +23,7 @@ class JumpEmbedding(nn.Module):
         nn.init.zeros_(self.linear_2.weight)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Shape ``[batch]`` (the jump's length as a share of all timesteps) to ``[batch, width]``."""
+        """Shape ``[batch]`` (the jump's length as a share of the whole way) to ``[batch, width]``."""
         return self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
 
     def _hidden(self, h: torch.Tensor) -> torch.Tensor:
@@ -32,28 +32,56 @@ class JumpEmbedding(nn.Module):
         return nn.functional.silu(self.linear_1(waves.to(self.linear_1.weight.dtype)))
 
 
-class TwoTimeUNet2DModel(UNet2DModel):
-    """``UNet2DModel`` that is also told the length h of the jump: ``model(sample, timestep, h).sample``.
+class _TwoTime:
+    """What ``two_time`` mixes into a stock class."""
 
-    Without h it is the stock model. The state dict is the stock one's plus ``jump_embedding.*``.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: object, jump_hosts: list[str], flow_map: dict | None = None, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.jump_embedding = JumpEmbedding(self.time_embedding.linear_2.out_features)
+        self.register_to_config(jump_hosts=jump_hosts, flow_map=flow_map)
+        self.jump_embedding = nn.ModuleList()
         self._h = None
-        self.time_embedding.register_forward_hook(self._add_jump)
+        for index, name in enumerate(jump_hosts):
+            host = self.get_submodule(name)
+            self.jump_embedding.append(JumpEmbedding(host.out_features))
+            host.register_forward_hook(functools.partial(self._add_jump, index))
 
-    # diffusers reads a configuration's keys from here.
-    __init__.__signature__ = inspect.signature(UNet2DModel.__init__)
+    def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if self._h is None:
+            return output
+        jump = self.jump_embedding[index](self._h).to(output.dtype)
+        # A network that embeds a time for every token or frame has several rows a sample.
+        rows = output.numel() // output.shape[-1]
+        return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
 
-    def _add_jump(self, module: nn.Module, args: tuple, embedding: torch.Tensor) -> torch.Tensor:
-        return embedding if self._h is None else embedding + self.jump_embedding(self._h)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, h: torch.Tensor | None = None, return_dict=True):
-        """The stock forward; h has shape ``[batch]`` and is ``(timestep - r_timestep) / num_train_timesteps``."""
+    def forward(self, *args: object, h: torch.Tensor | None = None, **kwargs: object):
+        """The stock forward; h, shape ``[batch]``, is the length of the jump as a share of the whole way."""
         self._h = h
         try:
-            return super().forward(sample, timestep, return_dict=return_dict)
+            return super().forward(*args, **kwargs)
         finally:
             self._h = None
+
+
+@functools.cache
+def two_time(stock: type) -> type:
+    """``TwoTime<stock>``: the stock network class that is also told the length h of the jump, ``model(..., h=h)``.
+
+    Without h it is the stock model. Its configuration has two more entries: ``jump_hosts``, the linear layers at the
+    ends of the time embeddings that h is added to, and ``flow_map``, how a pipeline measures h. The state dict is the
+    stock one's plus ``jump_embedding.*``.
+    """
+    name = f"TwoTime{stock.__name__}"
+    made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
+    # diffusers reads a configuration's keys from the signature.
+    stock_parameters = [p for p in inspect.signature(stock.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
+    own = [
+        inspect.Parameter("jump_hosts", inspect.Parameter.KEYWORD_ONLY),
+        inspect.Parameter("flow_map", inspect.Parameter.KEYWORD_ONLY, default=None),
+    ]
+
+    def __init__(self, *args: object, **kwargs: object) -> None:  # noqa: N807 it becomes the class's own
+        _TwoTime.__init__(self, *args, **kwargs)
+
+    __init__.__signature__ = inspect.Signature([*stock_parameters, *own])
+    made.__init__ = __init__
+    return made

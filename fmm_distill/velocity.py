@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from collections.abc import Mapping
+
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 __all__ = ["Conditioning", "VelocityField"]
@@ -14,7 +18,42 @@ __all__ = ["Conditioning", "VelocityField"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told besides sample and time. No teacher of this version takes any."""
+    """What a network is told besides sample and time.
+
+    Attributes:
+        inputs: keyword of the network's call to its rows, one a sample; a dot leads into a nested dictionary
+            (``added_cond_kwargs.text_embeds``).
+        shared: keywords that are the same for every sample (position ids, sizes), as the network takes them.
+    """
+
+    inputs: Mapping[str, Tensor]
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def rows(self, index: Int[Tensor, " some"]) -> Conditioning:
+        """The samples at these rows."""
+        return replace(self, inputs={name: rows[index.to(rows.device)] for name, rows in self.inputs.items()})
+
+    def part(self, start: int, stop: int) -> Conditioning:
+        """The samples from ``start`` to ``stop``."""
+        return replace(self, inputs={name: rows[start:stop] for name, rows in self.inputs.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on ``device``."""
+        inputs = {name: rows.to(device) for name, rows in self.inputs.items()}
+        return Conditioning(inputs, {name: _moved(value, device) for name, value in self.shared.items()})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:  # noqa: ANN401 whatever a network takes
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
 
 
 class VelocityField(Protocol):

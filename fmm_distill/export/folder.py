@@ -6,14 +6,14 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from diffusers import DDIMPipeline, DDIMScheduler
+from typing import TYPE_CHECKING, Any, cast
 
 from fmm_distill import __version__
 from fmm_distill.checkpoint import writing
 from fmm_distill.errors import UserError
-from fmm_distill.student import fold
+from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
+from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
+from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,22 +21,10 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["check_steps", "export_pipeline"]
+__all__ = ["export_pipeline"]
 
 # Equally named files of two students share one namespace in a process, so the names carry the version.
 _SUFFIX = __version__.replace(".", "_")
-PIPELINE_MODULE = f"flow_map_pipeline_{_SUFFIX}"
-NETWORK_MODULE = f"two_time_{_SUFFIX}"
-
-
-def check_steps(steps: Iterable[int], num_timesteps: int) -> None:
-    """Refuse numbers of steps whose grid is not uniform in timesteps: the fold would not be exact."""
-    wrong = [n for n in steps if n < 1 or num_timesteps % n]
-    if wrong:
-        raise UserError(
-            f"export.steps {', '.join(map(str, wrong))}: wanted divisors of the teacher's {num_timesteps} timesteps "
-            "(the any-step pipeline takes every number)"
-        )
 
 
 def export_pipeline(
@@ -45,14 +33,15 @@ def export_pipeline(
     """Write the any-step pipeline and the folded ones ``steps-<n>/``; ``folder`` is replaced once all is written.
 
     ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens the first,
-    ``DiffusionPipeline.from_pretrained(folder / "steps-4")`` a folded one.
+    ``DiffusionPipeline.from_pretrained(folder / "steps-4")`` a folded one. Where no stock pipeline takes a folded
+    student (``why_not_folded``) only the first is written.
 
     Raises:
         UserError: on a number of steps that does not divide the timesteps, a folder that holds something else, or a
             disk that is full.
     """
     folder, steps = Path(folder), tuple(steps)
-    check_steps(steps, student.schedule.num_timesteps)
+    check_steps(steps, student.schedule)
     if folder.exists() and not _is_export(folder):
         raise UserError(f"{folder} holds something else than an exported student; choose a folder that is not there")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -60,10 +49,14 @@ def export_pipeline(
     with writing(folder):
         try:
             partial.mkdir(parents=True)
-            _write_any_step(student, teacher, partial)
-            for n in steps:
-                folded = DDIMPipeline(unet=fold(student.network, n), scheduler=_scheduler(student, teacher))
-                folded.save_pretrained(partial / f"steps-{n}", safe_serialization=True)
+            write = _write_any_step if teacher.folder is None else _write_any_step_stock
+            write(student, teacher, partial)
+            for n in () if why_not_folded(teacher) else steps:
+                if teacher.folder is None:
+                    folded = folded_pipeline(student, teacher, n)
+                    folded.save_pretrained(partial / f"steps-{n}", safe_serialization=True)
+                else:
+                    _write_folded_stock(student, teacher, partial / f"steps-{n}", n, partial)
             _swap(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -84,32 +77,68 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _scheduler(student: Student, teacher: Teacher) -> DDIMScheduler:
-    """The teacher's noise levels, read as the student's jumps: trailing grid, down to data, nothing clipped."""
-    return DDIMScheduler.from_config(
-        teacher.scheduler_config,
-        prediction_type=student.prediction,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        thresholding=False,
-        set_alpha_to_one=True,
-    )
-
-
 def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
-    unet, scheduler = folder / "unet", folder / "scheduler"
-    student.network.save_pretrained(unet, safe_serialization=True)
-    _scheduler(student, teacher).save_pretrained(scheduler)
-    package = files("fmm_distill")
-    (folder / f"{PIPELINE_MODULE}.py").write_bytes((package / "export" / "pipeline.py").read_bytes())
-    (unet / f"{NETWORK_MODULE}.py").write_bytes((package / "two_time.py").read_bytes())
-    config = json.loads((unet / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModel": f"{NETWORK_MODULE}.TwoTimeUNet2DModel"}
-    (unet / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    scheduler = jump_scheduler(student, teacher)
+    scheduler.save_pretrained(folder / "scheduler")
+    network = _write_network(student, folder / teacher.component)
+    pipeline = f"flow_map_pipeline_{_SUFFIX}"
+    (folder / f"{pipeline}.py").write_text(_source("export", "pipeline.py"), encoding="utf-8")
     index = {
-        "_class_name": [PIPELINE_MODULE, "FlowMapPipeline"],
-        "_diffusers_version": config["_diffusers_version"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": [NETWORK_MODULE, "TwoTimeUNet2DModel"],
+        "_class_name": [pipeline, "FlowMapPipeline"],
+        "_diffusers_version": network["_diffusers_version"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        teacher.component: network["auto_map"]["AutoModel"].split("."),
+    }
+    if isinstance(teacher.codec, LatentCodec):
+        teacher.codec.autoencoder.save_pretrained(folder / "vqvae", safe_serialization=True)
+        index["vqvae"] = ["diffusers", type(teacher.codec.autoencoder).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> None:
+    """The teacher's pipeline with the two-time network in it, of a class made from the stock one."""
+    index = copy_pipeline(teacher, folder)
+    scheduler = stock_scheduler(teacher, student.prediction)
+    scheduler.save_pretrained(folder / "scheduler")
+    network = cast("Any", student.network)
+    network.register_to_config(flow_map=any_step_settings(teacher))
+    config = _write_network(student, folder / teacher.component)
+    stock = index["_class_name"]
+    module = f"flow_map_{stock.lower()}_{_SUFFIX}"
+    lines = f"\n\nfrom diffusers import {stock}  # noqa: E402\n\nFlowMapPipeline = flow_map_pipeline({stock})\n"
+    (folder / f"{module}.py").write_text(_source("export", "stock_pipeline.py") + lines, encoding="utf-8")
+    index |= {
+        "_class_name": [module, "FlowMapPipeline"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        teacher.component: config["auto_map"]["AutoModel"].split("."),
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_folded_stock(student: Student, teacher: Teacher, folder: Path, steps: int, beside: Path) -> None:
+    """The teacher's pipeline with the folded network in it; what does not differ is linked to the copy ``beside``."""
+    folder.mkdir()
+    index = copy_pipeline(teacher, folder, beside)
+    network, scheduler, _ = folded_network(student, teacher, steps)
+    network.save_pretrained(folder / teacher.component, safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_network(student: Student, folder: Path) -> dict[str, Any]:
+    """The two-time network with the file that makes its class; gives its configuration."""
+    network = cast("Any", student.network)
+    network.save_pretrained(folder, safe_serialization=True)
+    name, stock = type(network).__name__, type(network).__bases__[-1].__name__
+    module = f"two_time_{stock.lower()}_{_SUFFIX}"
+    lines = f"\n\nfrom diffusers import {stock}  # noqa: E402\n\n{name} = two_time({stock})\n"
+    (folder / f"{module}.py").write_text(_source("two_time.py") + lines, encoding="utf-8")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModel": f"{module}.{name}"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _source(*parts: str) -> str:
+    return files("fmm_distill").joinpath(*parts).read_text(encoding="utf-8")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import expand, velocity_from_prediction
+from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import diffusers
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.interpolant import Prediction, Schedule, TimeAxis
+    from fmm_distill.interpolant import Prediction, TimeAxis
+    from fmm_distill.parametrisation import Parametrisation
+    from fmm_distill.schedules import Schedule
+    from fmm_distill.teachers.codec import Codec
+    from fmm_distill.teachers.conditions import Conditions
+    from fmm_distill.teachers.guidance import Guidance
     from fmm_distill.velocity import Conditioning
 
 __all__ = ["Distillable", "Teacher"]
@@ -29,6 +36,11 @@ class Distillable(Protocol):
     """
 
     event_shape: tuple[int, ...]
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """What it can be told; None: nothing."""
+        ...
 
     @property
     def schedule(self) -> TimeAxis:
@@ -52,52 +64,72 @@ class Distillable(Protocol):
 
 @dataclass
 class Teacher:
-    """A network and its schedule as a velocity field; what it is and where it comes from.
+    """A network and its parametrisation as a velocity field; what it is and where it comes from.
 
     Attributes:
-        network: ``network(x_teacher, timestep).sample`` is the prediction; frozen, in evaluation mode.
-        schedule: its variance-preserving schedule.
-        prediction: what the network predicts.
-        event_shape: shape of one sample, (channels, height, width).
+        network: frozen, in evaluation mode.
+        parametrisation: its schedule, what it predicts and how it is called.
+        event_shape: shape of one sample, (channels, height, width) of an image or its latent.
         source: the id or folder that it was loaded from.
+        adapter: the name of the rule that opened it.
+        scheduler_config: the configuration of its diffusers scheduler.
+        component: the network's name in the pipeline.
+        folder: where the pipeline stands on this disk, if students are exported into copies of it.
+        call: keywords of that pipeline's call besides prompt and guidance.
+        conditions: what it can be told; None: nothing.
+        guidance: how much it is drawn away from what it says untold; None: not at all.
+        codec: from its samples to images and back.
         revision: the commit on the Hub, where it comes from there.
         licence: as its model card says, where it says so.
-        scheduler_config: the configuration of its diffusers scheduler.
-        adapter: the name of the rule that opened it.
     """
 
     network: nn.Module
-    schedule: Schedule
-    prediction: Prediction
+    parametrisation: Parametrisation
     event_shape: tuple[int, ...]
     source: str
     adapter: str
     scheduler_config: dict[str, Any]
+    component: str = "unet"
+    folder: Path | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+    conditions: Conditions | None = None
+    guidance: Guidance | None = None
+    codec: Codec = field(default_factory=Pixels)
     revision: str | None = None
     licence: str | None = None
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
     ) -> Float[Tensor, "batch *event"]:
-        """``v(x, t)`` for t in [t_min, t_max]; below t_min the network is told timestep 0."""
-        if cond is not None:
-            raise UserError(f"{self.source} is unconditional, but a condition came: pass none")
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        x_teacher = expand(alpha + sigma, x) * x
-        precise = torch.promote_types(x.dtype, torch.float32)
-        timestep = self.schedule.timestep(t).clamp_min(0).to(precise)
-        output = self.network(x_teacher, timestep).sample.to(x.dtype)
-        return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
+        """``v(x, t)`` for t in [t_min, t_max], guided; below t_min the network is told what it is told there."""
+        if (cond is None) != (self.conditions is None):
+            wanted = "is unconditional, but a condition came" if self.conditions is None else "wants a condition"
+            raise UserError(f"{self.source} {wanted}: pass {'none' if self.conditions is None else 'one'}")
+        v = self.parametrisation.velocity(self.network, x, t, cond)
+        if self.guidance is None or self.conditions is None:
+            return v
+        null = self.conditions.null(len(x)).to(x.device)
+        return self.guidance.guided(v, lambda: self.parametrisation.velocity(self.network, x, t, null), t)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its noise levels on the time axis."""
+        return self.parametrisation.schedule
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts."""
+        return self.parametrisation.prediction
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of its diffusers network."""
-        return dict(cast("diffusers.ModelMixin", self.network).config)
+        """The configuration of its diffusers network, without the entries that diffusers keeps for itself."""
+        config = dict(cast("diffusers.ModelMixin", self.network).config)
+        return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """Where sampling starts, at t_max: the teacher's own x_T ~ N(0, I), in the coordinates of the axis."""
-        t = torch.full((len(noise),), self.schedule.t_max, dtype=torch.float64, device=noise.device)
-        return noise / expand(self.schedule.scale(t), noise)
+        """Where sampling starts, at t_max, from N(0, I); see ``Parametrisation.prior``."""
+        return self.parametrisation.prior(noise)
 
     def to(self, device: torch.device | str) -> Self:
         """The same teacher with its network on ``device``."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
@@ -12,55 +12,71 @@ from huggingface_hub.errors import HFValidationError
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.unet2d import SCHEDULERS, load_unet2d
+from fmm_distill.teachers.components import Found
+from fmm_distill.teachers.dit import load_dit
+from fmm_distill.teachers.prompted import load_prompted
+from fmm_distill.teachers.unet2d import load_unet2d
 
-__all__ = ["BUILTIN", "Found", "load_teacher"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fmm_distill.teachers.guidance import Guidance
+
+__all__ = ["BUILTIN", "find", "load_teacher"]
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 _PREFIX = "builtin:"
-_TRAVELS = ["*.json", "*.safetensors", "README.md"]
+# Tokenizers come as text and as sentencepiece models.
+_TRAVELS = ["*.json", "*.safetensors", "README.md", "*.txt", "*.model", "*.jinja"]
 
 
-@dataclass
-class Found:
-    """A pipeline folder on this disk, before any weight is loaded.
-
-    Attributes:
-        components: name to (library, class) of every component that is not empty.
-    """
-
-    source: str
-    folder: Path
-    revision: str | None = None
-    licence: str | None = None
-    components: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-    def component_folder(self, name: str) -> Path:
-        """Where a component's files stand: its own folder, or the root, as the oldest repositories have it."""
-        own = self.folder / name
-        return own if own.is_dir() else self.folder
-
-
-def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+def load_teacher(
+    source: str,
+    *,
+    revision: str | None = None,
+    prompts: Sequence[str] = (),
+    call: dict[str, Any] | None = None,
+    guidance: Guidance | None = None,
+) -> Teacher:
     """A pretrained diffusers pipeline as a velocity field on the time axis.
 
     Args:
         source: a Hub id, a folder written by ``save_pretrained``, or ``builtin:<name>``.
         revision: branch, tag or commit on the Hub.
+        prompts: what a teacher of prompts is told; none: the empty prompt.
+        call: keywords of such a pipeline's call, such as height and width.
+        guidance: classifier-free guidance of the velocity; None: none.
 
     Raises:
         UserError: if it can't be found or no adapter opens it; the message says what was found.
     """
     found = find(source, revision)
+    networks = {name: cls for name, (_, cls) in found.components.items() if name in ("unet", "transformer")}
+    if any(name.startswith("text_encoder") for name in found.components) and networks:
+        return load_prompted(found, prompts or ("",), call, guidance)
+    if prompts or call:
+        raise UserError(f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none")
+    if "scheduler" in found.components:
+        if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:
+            return _guided(load_unet2d(found), guidance)
+        if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in found.components:
+            return _guided(load_dit(found), guidance)
     described = ", ".join(f"{name}: {cls}" for name, (_, cls) in found.components.items())
-    if any(name.startswith("text_encoder") for name in found.components):
-        raise UserError(f"{source}: a text-to-image pipeline ({described}); wanted an unconditional one (not yet)")
-    if set(found.components) == {"unet", "scheduler"} and found.components["unet"][1] == "UNet2DModel":
-        return load_unet2d(found)
     raise UserError(
-        f"{source}: no adapter for {described or 'an empty pipeline'}; known: unet: UNet2DModel with scheduler: "
-        f"{' | '.join(SCHEDULERS)}. To add one see docs/add-a-teacher.md"
+        f"{source}: no adapter for {described or 'an empty pipeline'}; known: UNet2DModel (pixels, or latents of a "
+        "VQModel), DiTTransformer2DModel with a VAE, and pipelines with text encoders. To add one see "
+        "docs/add-a-teacher.md"
     )
+
+
+def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
+    if guidance is None or guidance.scale == 1:
+        return teacher
+    if teacher.conditions is None:
+        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} on an unconditional teacher; wanted 1")
+    teacher.conditions.null(1)
+    teacher.guidance = guidance
+    return teacher
 
 
 def find(source: str, revision: str | None = None) -> Found:
@@ -78,9 +94,10 @@ def find(source: str, revision: str | None = None) -> Found:
     components = {
         name: (value[0], value[1])
         for name, value in entries.items()
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1] is not None
+        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
-    return Found(source, folder, commit, _licence(folder), components)
+    pipeline = entries.get("_class_name", "")
+    return Found(source, folder, commit, _licence(folder), pipeline, components)
 
 
 def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:

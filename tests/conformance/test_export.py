@@ -27,7 +27,7 @@ def moved_student(teacher):
     student = make_student(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        torch.nn.init.normal_(student.network.jump_embedding.linear_2.weight, std=0.3)
+        torch.nn.init.normal_(student.network.jump_embedding[0].linear_2.weight, std=0.3)
     return student.eval()
 
 
@@ -36,11 +36,11 @@ def exported(tmp_path_factory, teacher_folder):
     teacher = load_teacher(str(teacher_folder))
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("export") / "student", STEPS)
-    return student, folder, verify(student, folder, STEPS)
+    return student, teacher, folder, verify(student, teacher, folder, STEPS)
 
 
 def test_folded_and_any_step_pipelines_agree_with_the_sampler(exported):
-    _, folder, differences = exported
+    _, _, folder, differences = exported
     assert sorted(differences) == sorted(f"{kind}-{n}" for kind in ("any", "folded") for n in STEPS)
     assert max(differences.values()) < 1e-4
     kept = json.loads((folder / "verification.json").read_text())
@@ -49,24 +49,24 @@ def test_folded_and_any_step_pipelines_agree_with_the_sampler(exported):
 
 def test_the_jump_matters(exported):
     """Else the comparison above would hold for a student that forgot its second time."""
-    student, _, _ = exported
+    student, *_ = exported
     noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     one = sample(student, noise, 2)
     with torch.no_grad():
-        kept = student.network.jump_embedding.linear_2.weight.clone()
-        student.network.jump_embedding.linear_2.weight.zero_()
+        kept = student.network.jump_embedding[0].linear_2.weight.clone()
+        student.network.jump_embedding[0].linear_2.weight.zero_()
         assert (sample(student, noise, 2) - one).abs().max() > 1e-2
-        student.network.jump_embedding.linear_2.weight.copy_(kept)
+        student.network.jump_embedding[0].linear_2.weight.copy_(kept)
 
 
 def test_a_student_that_differs_from_its_export_is_noticed(exported, tmp_path):
-    student, folder, _ = exported
+    student, teacher, folder, _ = exported
     copy = shutil.copytree(folder, tmp_path / "student")
     with torch.no_grad():
         student.network.conv_out.bias += 0.01
     try:
         with pytest.raises(FmmDistillError, match="reloaded pipelines differ"):
-            verify(student, copy, (1,))
+            verify(student, teacher, copy, (1,))
     finally:
         with torch.no_grad():
             student.network.conv_out.bias -= 0.01
@@ -123,4 +123,4 @@ def test_students_of_other_schedulers_export_too(tmp_path, name, settings):
     teacher = load_teacher(saved(tmp_path / "teacher", name, **settings))
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
-    assert max(verify(student, folder, (1, 4)).values()) < 1e-4
+    assert max(verify(student, teacher, folder, (1, 4)).values()) < 1e-4

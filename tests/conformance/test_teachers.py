@@ -14,7 +14,7 @@ from fmm_distill.interpolant import expand
 from fmm_distill.recipe import EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.teachers.unet2d import SCHEDULERS
+from fmm_distill.teachers.scheduler import DISCRETE as SCHEDULERS
 from tests.conftest import save_teacher
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")

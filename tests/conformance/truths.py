@@ -9,7 +9,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import Schedule
+from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.schedules import VariancePreserving
 from fmm_distill.teachers.analytic import Gaussian, TwoModes
 from fmm_distill.teachers.base import Teacher
 
@@ -60,7 +61,7 @@ def samples(name: str, batch: int, seed: int = 0, low: float = 0.05) -> tuple[Fl
 class Exact(nn.Module):
     """What a perfectly trained network of this prediction type returns: the posterior mean, in closed form."""
 
-    def __init__(self, truth: Gaussian | TwoModes, schedule: Schedule, prediction: str) -> None:
+    def __init__(self, truth: Gaussian | TwoModes, schedule: VariancePreserving, prediction: str) -> None:
         super().__init__()
         self.truth, self.schedule, self.prediction = truth, schedule, prediction
 
@@ -85,12 +86,12 @@ class Exact(nn.Module):
         return SimpleNamespace(sample=outputs[self.prediction])
 
 
-def schedule_of(beta_schedule: str) -> Schedule:
-    return Schedule(DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod)
+def schedule_of(beta_schedule: str) -> VariancePreserving:
+    return VariancePreserving(DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod)
 
 
 def exact_teacher(name: str, beta_schedule: str, prediction: str) -> Teacher:
     truth, shape = TRUTHS[name]
     schedule = schedule_of(beta_schedule)
     network = Exact(truth, schedule, prediction)
-    return Teacher(network, schedule, prediction, shape, name, "closed form", {})
+    return Teacher(network, Parametrisation(schedule, prediction), shape, name, "closed form", {})

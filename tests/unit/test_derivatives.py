@@ -33,7 +33,7 @@ class Polynomial(FlowMap):
 def student(teacher):
     student = make_student(teacher)
     with torch.no_grad():
-        student.network.jump_embedding.linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        student.network.jump_embedding[0].linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return student
 
 
@@ -137,7 +137,7 @@ def test_exact_along_the_flow_is_the_reverse_mode_derivative(teacher, student, j
 def test_gradients_pass_through_the_derivative(student, jumps, engine):
     student.double()
     x, t, r = jumps[0].double(), *jumps[1:]
-    weight = student.network.jump_embedding.linear_2.weight
+    weight = student.network.jump_embedding[0].linear_2.weight
     push = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     def value():

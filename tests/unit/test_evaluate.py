@@ -13,6 +13,7 @@ from fmm_distill.evaluate import _frechet, _frechet_metric, check_features, eval
 from fmm_distill.features import load_digits_classifier
 from fmm_distill.recipe import EvaluationSettings
 from fmm_distill.student import make_student
+from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.load import BUILTIN
 
 SETTINGS = EvaluationSettings(
@@ -57,7 +58,7 @@ def test_frechet_distance_against_scipy():
     settings = EvaluationSettings(features="digits", samples=400, batch_size=128)
     reference = load_images("builtin:digits", (1, 8, 8))
     generated = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), generated, settings)
+    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), Pixels(), generated, settings)
     features = load_digits_classifier(BUILTIN / "digits")
     a = features((generated / 2 + 0.5).clamp(0, 1)).double().numpy()
     b = torch.cat([features(part) for part in reference.batches(500)]).double().numpy()
@@ -73,9 +74,11 @@ def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
     reference = load_images("builtin:digits", (1, 8, 8))
     metric = _frechet_metric(settings, reference, torch.device("cpu"))
     images = torch.cat(list(reference.batches(1000))) * 2 - 1
-    assert _frechet(metric, images, settings) == pytest.approx(0, abs=1e-3)
+    assert _frechet(metric, Pixels(), images, settings) == pytest.approx(0, abs=1e-3)
     # Twice the same call gives the same number: the generated side is forgotten, the reference kept.
-    assert _frechet(metric, images[:900], settings) == _frechet(metric, images[:900], settings) > 0.01
+    assert (
+        _frechet(metric, Pixels(), images[:900], settings) == _frechet(metric, Pixels(), images[:900], settings) > 0.01
+    )
 
 
 def test_features_that_do_not_fit():

@@ -6,16 +6,17 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.interpolate import PchipInterpolator
 
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import LinearClock, Schedule, expand, velocity_from_prediction
+from fmm_distill.interpolant import LinearClock, expand, velocity_from_prediction
+from fmm_distill.schedules import VariancePreserving
 
 EVERY = pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 
 
-def schedule_of(beta_schedule: str, **changes: object) -> Schedule:
-    return Schedule(DDPMScheduler(beta_schedule=beta_schedule, **changes).alphas_cumprod)
+def schedule_of(beta_schedule: str, **changes: object) -> VariancePreserving:
+    return VariancePreserving(DDPMScheduler(beta_schedule=beta_schedule, **changes).alphas_cumprod)
 
 
-def inside(schedule: Schedule, count: int = 20001) -> torch.Tensor:
+def inside(schedule: VariancePreserving, count: int = 20001) -> torch.Tensor:
     return torch.linspace(0, schedule.t_max, count, dtype=torch.float64)
 
 
@@ -29,7 +30,7 @@ def test_knots_are_exact(beta_schedule):
 @EVERY
 def test_alpha_sigma_at_the_knots_are_the_schedulers(beta_schedule):
     scheduler = DDPMScheduler(beta_schedule=beta_schedule)
-    schedule = Schedule(scheduler.alphas_cumprod)
+    schedule = VariancePreserving(scheduler.alphas_cumprod)
     alpha, sigma = schedule.alpha_sigma(schedule.time(torch.arange(1000)))
     products = scheduler.alphas_cumprod.double()
     torch.testing.assert_close(alpha.square(), products, rtol=1e-10, atol=0)
@@ -114,11 +115,11 @@ def test_short_schedules(count):
 )
 def test_unusable_schedules_are_refused(products):
     with pytest.raises(UserError, match="alphas_cumprod"):
-        Schedule(products)
+        VariancePreserving(products)
 
 
 def test_zero_terminal_snr_ends_in_pure_noise():
-    schedule = Schedule(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
+    schedule = VariancePreserving(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
     assert schedule.t_max == 1
     end = torch.ones(1, dtype=torch.float64)
     assert [float(value) for value in schedule.alpha_sigma(end)] == [0, 1]

@@ -5,18 +5,19 @@ import torch
 from diffusers import DDIMScheduler
 
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import Schedule, expand
-from fmm_distill.sampling import grid, sample
+from fmm_distill.interpolant import expand
+from fmm_distill.sampling import sample
+from fmm_distill.schedules import VariancePreserving
 from fmm_distill.student import make_student
 
 STOCK = DDIMScheduler(timestep_spacing="trailing")
-SCHEDULE = Schedule(STOCK.alphas_cumprod)
+SCHEDULE = VariancePreserving(STOCK.alphas_cumprod)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000])
 def test_grid_that_divides_is_the_stock_one(steps):
     STOCK.set_timesteps(steps)
-    times = grid(SCHEDULE, steps)
+    times = SCHEDULE.grid(steps)
     assert torch.equal(times[:-1], SCHEDULE.time(STOCK.timesteps))
     assert times[-1] == 0
     # And its jumps are as long as one another, which the fold needs.
@@ -27,7 +28,7 @@ def test_grid_that_divides_is_the_stock_one(steps):
 @pytest.mark.parametrize("steps", [3, 6, 7, 9, 11, 12, 15, 16, 30, 32, 47, 64, 99, 128, 300, 999])
 def test_grid_that_does_not_divide_is_the_stock_one(steps):
     STOCK.set_timesteps(steps)
-    times = grid(SCHEDULE, steps)
+    times = SCHEDULE.grid(steps)
     assert torch.equal(times[:-1], SCHEDULE.time(STOCK.timesteps[:steps]))
     assert len(times) == steps + 1
     assert times[-1] == 0
@@ -38,7 +39,7 @@ def test_grid_where_the_stock_one_rounds_away(steps):
     # Stock counts down in steps of 1000 / N in floating point: 937.5 comes out below the half that it is, and now and
     # then there is an N + 1st timestep, -1. Ours stays within one timestep.
     STOCK.set_timesteps(steps)
-    times = grid(SCHEDULE, steps)
+    times = SCHEDULE.grid(steps)
     assert (SCHEDULE.timestep(times[:-1]) - STOCK.timesteps[:steps]).abs().max() <= 1 + 1e-9
     assert (times.diff() < 0).all()
 
@@ -46,14 +47,14 @@ def test_grid_where_the_stock_one_rounds_away(steps):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_wrong_number_of_steps(steps):
     with pytest.raises(UserError, match=f"{steps} sampling steps; wanted 1 to 1000"):
-        grid(SCHEDULE, steps)
+        SCHEDULE.grid(steps)
 
 
 @pytest.fixture
 def student(teacher):
     student = make_student(teacher)
     with torch.no_grad():
-        student.network.jump_embedding.linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        student.network.jump_embedding[0].linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return student
 
 

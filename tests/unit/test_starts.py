@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
-from fmm_distill.interpolant import Schedule, expand
+from fmm_distill.interpolant import expand
+from fmm_distill.schedules import VariancePreserving
 from fmm_distill.starts import Draws, Pairs, draw, interpolant_velocity, pair_times, points, teacher_jump
 from fmm_distill.teachers.load import load_teacher
 
@@ -17,7 +18,7 @@ MANY = draw(3, 7, 20000, (1,))
 
 
 def schedule_of(beta_schedule):
-    return Schedule(DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod)
+    return VariancePreserving(DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod)
 
 
 def equal(a: Draws, b: Draws) -> dict[str, bool]:
@@ -216,11 +217,11 @@ def draws(teacher):
     return draw(0, 0, 6, teacher.event_shape)
 
 
-def never(x, t, r):
+def never(x, t, r, cond=None):
     raise AssertionError("no jump was needed")
 
 
-def shift(x, t, r):
+def shift(x, t, r, cond=None):
     """A mover that shows what it was asked."""
     return x + expand(10 * t + r, x)
 
@@ -255,7 +256,7 @@ def test_points_without_images_are_jumps_from_the_prior(teacher, draws):
 def test_points_carry_no_graph(teacher, draws):
     weight = torch.ones((), requires_grad=True)
     t = torch.full((6,), 0.5, dtype=torch.float64)
-    assert not points(teacher, lambda x, t, r: weight * x, draws, t, None).requires_grad
+    assert not points(teacher, lambda x, t, r, cond: weight * x, draws, t, None).requires_grad
 
 
 def test_teacher_jump_is_its_ode(teacher, draws):

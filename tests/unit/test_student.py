@@ -15,7 +15,7 @@ from tests.conftest import save_teacher, tiny_unet
 def perturb(student, scale=0.3):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        student.network.jump_embedding.linear_2.weight.normal_(0, scale, generator=generator)
+        student.network.jump_embedding[0].linear_2.weight.normal_(0, scale, generator=generator)
     return student
 
 
@@ -70,7 +70,7 @@ def test_stays_the_teacher_on_the_diagonal(teacher, student, jumps):
 
 def test_mean_velocity_of_the_whole_jump_is_told_h_of_one(student, teacher):
     told = []
-    student.network.jump_embedding.register_forward_pre_hook(lambda module, args: told.append(args[0]))
+    student.network.jump_embedding[0].register_forward_pre_hook(lambda module, args: told.append(args[0]))
     t = torch.full((2,), teacher.schedule.t_max, dtype=torch.float64)
     student(torch.zeros(2, *teacher.event_shape), t, 0 * t)
     torch.testing.assert_close(told[0], torch.ones(2))
@@ -80,7 +80,7 @@ def test_mean_velocity_of_the_whole_jump_is_told_h_of_one(student, teacher):
 def test_times_reach_the_network_in_single_precision(student, teacher, dtype):
     told = []
 
-    def network(x, timestep, h):
+    def network(x, timestep, *, h):
         told.extend([timestep, h])
         return UNet2DModel.forward(student.network, x.float(), timestep)
 
@@ -102,11 +102,11 @@ def test_a_training_step_makes_it_depend_on_r(teacher, student, jumps):
         return lagrangian(student, teacher.velocity, x, t, r, settings=settings).mean()
 
     loss().backward()
-    assert student.network.jump_embedding.linear_2.weight.grad.abs().max() > 0
+    assert student.network.jump_embedding[0].linear_2.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
     optimizer.step()
     after = student.state_dict()
-    assert not torch.equal(after["network.jump_embedding.linear_2.weight"], torch.zeros(()))
+    assert not torch.equal(after["network.jump_embedding.0.linear_2.weight"], torch.zeros(()))
     assert not torch.equal(after["network.conv_in.weight"], before["network.conv_in.weight"])
     with torch.no_grad():
         moved = student.mean_velocity(x, t, r) - student.mean_velocity(x, t, t)
@@ -148,24 +148,24 @@ def test_prediction(tmp_path, asked, kept):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
-def test_fold_is_the_two_time_network_at_one_h(student, jumps, steps):
+def test_fold_is_the_two_time_network_at_one_h(teacher, student, jumps, steps):
     network = perturb(student).network
     x, _, _ = jumps
     timesteps = torch.linspace(0, 999, len(x))
-    stock = fold(network, steps)
+    stock = fold(student, teacher, student.schedule.grid(steps))
     assert type(stock) is UNet2DModel
     assert set(stock.state_dict()) == set(tiny_unet().state_dict())
     with torch.no_grad():
-        expected = network(x, timesteps, torch.full((len(x),), 1 / steps)).sample
+        expected = network(x, timesteps, h=torch.full((len(x),), 1 / steps)).sample
         unfolded = network(x, timesteps).sample
         folded = stock(x, timesteps).sample
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-5)
     assert (folded - unfolded).abs().max() > 1e-3
 
 
-def test_fold_leaves_the_network_alone(student):
+def test_fold_leaves_the_network_alone(teacher, student):
     before = copy.deepcopy(perturb(student).network.state_dict())
-    folded = fold(student.network, 2)
+    folded = fold(student, teacher, student.schedule.grid(2))
     assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
     assert not torch.equal(folded.time_embedding.linear_2.bias, before["time_embedding.linear_2.bias"])
     assert not folded.training

@@ -128,7 +128,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
     # Away from its teacher, so that no loss is zero.
     with torch.no_grad():
         student.network.conv_out.bias += 0.3
-    watched = Watched(student.network, student.schedule, student.prediction)
+    watched = Watched(student.network, student.parametrisation)
     draws = draw(0, 0, 64, teacher.event_shape)
     losses, weighted = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
     (from_noise, _), diagonal = asked[0], asked[-1]

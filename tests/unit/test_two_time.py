@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from fmm_distill.two_time import JumpEmbedding, TwoTimeUNet2DModel
+from fmm_distill.two_time import JumpEmbedding, two_time
 from tests.conftest import tiny_unet
 
 
@@ -15,7 +15,7 @@ from tests.conftest import tiny_unet
 def network():
     stock = tiny_unet()
     config = {key: value for key, value in stock.config.items() if not key.startswith("_")}
-    network = TwoTimeUNet2DModel.from_config(config).eval()
+    network = two_time(UNet2DModel).from_config(config | {"jump_hosts": ["time_embedding.linear_2"]}).eval()
     network.load_state_dict(stock.state_dict(), strict=False)
     return network
 
@@ -23,7 +23,7 @@ def network():
 def perturb(network, scale=0.3):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        network.jump_embedding.linear_2.weight.normal_(0, scale, generator=generator)
+        network.jump_embedding[0].linear_2.weight.normal_(0, scale, generator=generator)
     return network
 
 
@@ -37,7 +37,7 @@ def test_state_dict_is_the_stock_one_and_the_jump(network):
     stock = set(tiny_unet().state_dict())
     extra = set(network.state_dict()) - stock
     assert stock <= set(network.state_dict())
-    assert extra == {f"jump_embedding.{name}" for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight")}
+    assert extra == {f"jump_embedding.0.{name}" for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight")}
 
 
 def test_without_h_it_is_the_stock_network(network, inputs):
@@ -49,12 +49,12 @@ def test_without_h_it_is_the_stock_network(network, inputs):
 
 def test_h_of_zero_adds_nothing(network, inputs):
     with torch.no_grad():
-        assert torch.equal(perturb(network)(*inputs, torch.zeros(3)).sample, network(*inputs).sample)
+        assert torch.equal(perturb(network)(*inputs, h=torch.zeros(3)).sample, network(*inputs).sample)
 
 
 def test_h_acts_sample_by_sample(network, inputs):
     with torch.no_grad():
-        moved = perturb(network)(*inputs, torch.tensor([0.0, 0.5, 0.0])).sample - network(*inputs).sample
+        moved = perturb(network)(*inputs, h=torch.tensor([0.0, 0.5, 0.0])).sample - network(*inputs).sample
     assert moved[[0, 2]].abs().max() == 0
     assert moved[1].abs().max() > 1e-3
 
@@ -63,10 +63,10 @@ def test_h_is_forgotten_after_the_call(network, inputs):
     with torch.no_grad():
         waves = torch.ones(3, network.time_embedding.linear_1.in_features)
         before = perturb(network).time_embedding(waves)
-        network(*inputs, torch.ones(3))
+        network(*inputs, h=torch.ones(3))
         assert torch.equal(network.time_embedding(waves), before)
         with pytest.raises(RuntimeError):
-            network(torch.zeros(3, 2, 8, 8), inputs[1], torch.ones(3))
+            network(torch.zeros(3, 2, 8, 8), inputs[1], h=torch.ones(3))
         assert torch.equal(network.time_embedding(waves), before)
 
 
@@ -75,18 +75,18 @@ def test_copy_has_a_branch_of_its_own(network, inputs):
     h = torch.ones(3)
     twin = copy.deepcopy(network)
     with torch.no_grad():
-        before = network(*inputs, h).sample
-        assert not torch.equal(perturb(twin)(*inputs, h).sample, before)
-        assert torch.equal(network(*inputs, h).sample, before)
+        before = network(*inputs, h=h).sample
+        assert not torch.equal(perturb(twin)(*inputs, h=h).sample, before)
+        assert torch.equal(network(*inputs, h=h).sample, before)
 
 
 def test_save_and_load(network, inputs, tmp_path):
     perturb(network).save_pretrained(tmp_path)
-    loaded = TwoTimeUNet2DModel.from_pretrained(tmp_path)
+    loaded = two_time(UNet2DModel).from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "TwoTimeUNet2DModel"
     h = torch.tensor([0.2, 0.5, 1.0])
     with torch.no_grad():
-        assert torch.equal(loaded(*inputs, h).sample, network(*inputs, h).sample)
+        assert torch.equal(loaded(*inputs, h=h).sample, network(*inputs, h=h).sample)
     for key, value in network.config.items():
         # JSON has no tuples.
         assert key.startswith("_") or loaded.config[key] == (list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,91 @@
+"""The student for one number of steps as a stock pipeline: no code of ours, nothing left but the teacher's classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from fmm_distill.errors import UserError
+from fmm_distill.schedules import FlowMatching, VariancePreserving
+from fmm_distill.student import fold
+from fmm_distill.teachers.codec import LatentCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fmm_distill.schedules import Schedule
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["check_steps", "folded_pipeline", "jump_scheduler", "stock_times", "why_not_folded"]
+
+
+def why_not_folded(teacher: Teacher) -> str | None:
+    """Why no stock pipeline takes a folded student of this teacher; None where one does."""
+    if not isinstance(teacher.schedule, VariancePreserving | FlowMatching):
+        return "no stock pipeline walks a variance-exploding schedule by one step a jump"
+    if teacher.folder is None and teacher.config["out_channels"] != teacher.config["in_channels"]:
+        return "no stock pipeline of UNet2DModel leaves out a learned variance"
+    if teacher.folder is None and teacher.conditions is not None:
+        return "no stock pipeline gives UNet2DModel a class"
+    if isinstance(teacher.schedule, FlowMatching) and isinstance(teacher.codec, LatentCodec) and teacher.folder is None:
+        return "no stock pipeline decodes a VQModel after a flow"
+    return None
+
+
+def check_steps(steps: Iterable[int], schedule: Schedule) -> None:
+    """Refuse numbers of steps whose grid is not uniform: the fold would not be exact."""
+    wrong = [n for n in steps if not 1 <= n <= schedule.num_timesteps or not schedule.is_uniform(n)]
+    if wrong:
+        raise UserError(
+            f"export.steps {', '.join(map(str, wrong))}: wanted divisors of the teacher's {schedule.num_timesteps} "
+            "timesteps (the any-step pipeline takes every number)"
+        )
+
+
+def jump_scheduler(student: Student, teacher: Teacher, steps: int | None = None) -> Any:  # noqa: ANN401 diffusers
+    """A stock scheduler with the teacher's levels, whose steps are the student's jumps; nothing clipped.
+
+    For a flow model of ``steps`` the stock grid, which ends in an almost empty step, is stretched so that its last
+    level is that of equal steps.
+    """
+    config = teacher.scheduler_config
+    if isinstance(student.schedule, FlowMatching):
+        last = float(student.schedule.grid(steps)[-2]) if steps and steps > 1 else None
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=student.schedule.num_timesteps, shift=student.schedule.shift, shift_terminal=last
+        )
+    if not isinstance(student.schedule, VariancePreserving):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    return diffusers.DDIMScheduler.from_config(
+        config,
+        prediction_type=student.prediction,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        thresholding=False,
+        set_alpha_to_one=True,
+    )
+
+
+def stock_times(student: Student, scheduler: Any, steps: int) -> Float[Tensor, " points"]:  # noqa: ANN401 diffusers
+    """The times between which the stock scheduler's steps jump, data at the end."""
+    if isinstance(student.schedule, VariancePreserving):
+        return student.schedule.grid(steps)
+    scheduler.set_timesteps(steps)
+    times: Tensor = scheduler.sigmas.double()
+    return times
+
+
+def folded_pipeline(student: Student, teacher: Teacher, steps: int) -> Any:  # noqa: ANN401 a diffusers class
+    """The teacher's stock pipeline with the student of ``steps`` folded into its network."""
+    scheduler = jump_scheduler(student, teacher, steps)
+    network = fold(student, teacher, stock_times(student, scheduler, steps))
+    if isinstance(student.schedule, FlowMatching):
+        return diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
+    if isinstance(teacher.codec, LatentCodec):
+        return diffusers.LDMPipeline(unet=network, scheduler=scheduler, vqvae=teacher.codec.autoencoder)
+    return diffusers.DDIMPipeline(unet=network, scheduler=scheduler)

@@ -1,0 +1,42 @@
+"""``DiTTransformer2DModel`` teachers: latents of an autoencoder, told a class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.codec import LatentCodec
+from fmm_distill.teachers.components import open_network, open_scheduler
+from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.scheduler import read_scheduler
+
+if TYPE_CHECKING:
+    from fmm_distill.teachers.components import Found
+
+__all__ = ["load_dit"]
+
+
+def load_dit(found: Found) -> Teacher:
+    """The teacher in a folder as ``DiTPipeline`` saves it (Peebles and Xie 2022, arXiv 2212.09748).
+
+    The label after the last class stands for none. The channels of the learned variance are left out.
+    """
+    levels = read_scheduler(open_scheduler(found), found.source)
+    network = open_network(found, "transformer")
+    config = network.config
+    count = config.num_embeds_ada_norm
+    return Teacher(
+        network=network,
+        parametrisation=Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
+        event_shape=(config.in_channels, config.sample_size, config.sample_size),
+        source=found.source,
+        adapter="DiTTransformer2DModel, latents, class-conditional",
+        scheduler_config=levels.config,
+        component="transformer",
+        folder=found.folder,
+        conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
+        codec=LatentCodec(open_network(found, "vae")),
+        revision=found.revision,
+        licence=found.licence,
+    )

@@ -1,0 +1,165 @@
+"""Every family of pipelines that starts from prompts: found by running it, then asked as the pipeline asks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.interpolant import expand
+from fmm_distill.schedules import FlowMatching, VariancePreserving
+from fmm_distill.student import make_student
+from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.recording import record
+from tests.tiny import diffusion, flow, video
+
+FAMILIES = {
+    name: tiny
+    for module in (diffusion, flow, video)
+    for name, tiny in module.PIPELINES.items()
+    if name not in ("dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step")
+}
+# Their pipelines renormalise the guided answer, or have no guidance by two answers.
+UNGUIDED = {"lumina2", "qwen-image", "longcat-image", "flux2"}
+PROMPTS = ("a cat", "two dogs in the snow")
+
+
+def saved(name, folder):
+    tiny = FAMILIES[name]
+    tiny.build().save_pretrained(folder, safe_serialization=True)
+    return str(folder), dict(tiny.call)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def opened(request, tmp_path_factory):
+    source, call = saved(request.param, tmp_path_factory.mktemp("teacher"))
+    return request.param, call, load_teacher(source, prompts=PROMPTS, call=call)
+
+
+def test_the_table_has_as_many_rows_as_it_says():
+    assert len(FAMILIES) == 33
+
+
+def euler_of(pipeline, teacher):
+    """The stock scheduler of first order with the teacher's levels."""
+    config = teacher.scheduler_config
+    if isinstance(teacher.schedule, VariancePreserving):
+        if "CogVideoX" in config["_class_name"]:
+            return diffusers.CogVideoXDDIMScheduler.from_config(config, timestep_spacing="trailing")
+        return diffusers.DDIMScheduler.from_config(
+            config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        )
+    if isinstance(teacher.schedule, FlowMatching):
+        if type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+            return pipeline.scheduler
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=teacher.schedule.shift)
+    return diffusers.EDMEulerScheduler.from_config(config)
+
+
+def times_of(scheduler, schedule):
+    """The scheduler's levels on the axis, data last."""
+    if isinstance(schedule, VariancePreserving):
+        return [*schedule.time(scheduler.timesteps.long()).tolist(), 0.0]
+    sigmas = scheduler.sigmas.double()
+    if isinstance(schedule, FlowMatching):
+        return (1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas).tolist()
+    return (sigmas / (1 + sigmas)).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@torch.no_grad()
+def test_one_euler_step_is_one_stock_step(opened):
+    name, call, teacher = opened
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(teacher.folder)
+    pipeline.scheduler = euler_of(pipeline, teacher)
+    off = {"guidance_scale": 0.0 if name == "z-image" else 1.0, "output_type": "latent"}
+    seen = record(
+        pipeline,
+        teacher.component,
+        call | off | {"prompt": list(PROMPTS), "num_inference_steps": 10, "generator": torch.manual_seed(0)},
+    )
+    assert len(seen.steps) == 10
+    times, cond = times_of(pipeline.scheduler, teacher.schedule), teacher.conditions.prompts
+    frames = len(teacher.event_shape) + 1 - seen.steps[0].sample.ndim
+    for i, (t, r) in enumerate(pairwise(times[:-1])):
+        x, after = (seen.steps[k].sample for k in (i, i + 1))
+        if frames:
+            x, after = (y.unflatten(0, (2, -1)).transpose(1, 2) for y in (x, after))
+        start, end = (torch.full((2,), time, dtype=torch.float64) for time in (t, r))
+        on_axis = x.float() / expand(teacher.schedule.scale(start), x.float())
+        moved = on_axis - expand(start - end, on_axis) * teacher.velocity(on_axis, start, cond)
+        ours = moved * expand(teacher.schedule.scale(end), moved)
+        assert (ours - after).abs().max() < 1e-5 * after.abs().max().clamp_min(1)
+
+
+@torch.no_grad()
+def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
+    name, _, teacher = opened
+    student, cond = make_student(teacher), teacher.conditions.prompts
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = teacher.schedule.time_at(torch.tensor([0.4, 0.9], dtype=torch.float64))
+    v = teacher.velocity(x, t, cond)
+    at_start = student.mean_velocity(x, t, t, cond)
+    # Convolutions in time round by where in memory their weights lie.
+    assert torch.equal(at_start, v) or (name == "text-to-video" and (at_start - v).abs().max() < 1e-6 * v.abs().max())
+    assert (student.mean_velocity(x, t, 0 * t, cond) - v).abs().max() <= 1e-6 * v.abs().max()
+    # A prompt moves the answer, and a sample does not see its neighbour's.
+    other = teacher.velocity(x, t, cond.rows(torch.tensor([1, 0])))
+    assert ((other - v).flatten(1).norm(dim=1) > 1e-4 * v.flatten(1).norm(dim=1)).all()
+    alone = teacher.velocity(x[1:], t[1:], cond.rows(torch.tensor([1])))
+    assert (alone - v[1:]).abs().max() < 1e-4 * v.abs().max()
+
+
+@torch.no_grad()
+def test_guidance_is_the_pipelines_own(opened):
+    """With the pipeline's own guidance on, what it hands its scheduler is our guided prediction."""
+    name, _, teacher = opened
+    if name in UNGUIDED:
+        with pytest.raises(UserError, match=r"guidance: .* wanted scale 1"):
+            teacher.conditions.null(1)
+        return
+    null = teacher.conditions.null(2)
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = teacher.schedule.time_at(torch.tensor([0.5, 0.8], dtype=torch.float64))
+    v, nothing = (
+        teacher.parametrisation.velocity(teacher.network, x, t, c) for c in (teacher.conditions.prompts, null)
+    )
+    teacher.guidance = Guidance(3.0, (teacher.schedule.t_min, float(t[0])))
+    guided = teacher.velocity(x, t, teacher.conditions.prompts)
+    teacher.guidance = None
+    torch.testing.assert_close(guided[0], (nothing + 3 * (v - nothing))[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(guided[1], v[1])
+    assert (guided[0] - v[0]).abs().max() > 0
+
+
+@torch.no_grad()
+def test_samples_are_decoded_as_the_pipeline_decodes(opened):
+    name, _, teacher = opened
+    if name == "allegro":
+        pytest.skip("the stock autoencoder decodes tiles of a size that a tiny one has not")
+    images = teacher.codec.decode(torch.zeros(2, *teacher.event_shape))
+    assert len(images) == 2
+    assert images.isfinite().all()
+    if name != "stable-audio":
+        assert images.shape[1] == 3
+        assert images.abs().max() <= 1
+    assert (teacher.codec.decode(torch.ones(1, *teacher.event_shape)) - images[:1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "match"),
+    [
+        (diffusion, "sdxl-refiner", "refines an image that another model made"),
+        (flow, "hunyuan-image", "8 calls in 4 steps"),
+        (video, "ace-step", "told a second time already"),
+    ],
+)
+def test_what_is_refused(tmp_path, module, name, match):
+    tiny = module.PIPELINES[name]
+    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match=match):
+        load_teacher(str(tmp_path), call=dict(tiny.call))

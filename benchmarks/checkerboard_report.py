@@ -109,6 +109,8 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], floors: dict[str, float
             panel.axhline(floors[name], color=line.get_color(), linestyle="--", linewidth=1)
         panel.set(title=f"{n} step" + "s" * (n != "1"), xlabel="samples seen")
         panel.grid(alpha=0.3, which="both")
+        # Names of the ticks between powers of ten would run into one another.
+        panel.xaxis.set_minor_formatter("")
     panels[0].set_ylabel("KL divergence, 50 x 50 bins")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

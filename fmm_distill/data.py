@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor
 
-__all__ = ["Images", "Samples", "load_images"]
+    from fmm_distill.recipe import PromptSettings
+
+__all__ = ["Images", "Samples", "load_images", "load_prompts"]
 
 
 class Samples(Protocol):
@@ -92,12 +94,8 @@ def _check_shape(got: tuple[int, ...], wanted: tuple[int, ...], where: str) -> N
 
 def _open(source: str) -> tuple[Any, str]:
     """A dataset and the name of its image column; the test split is left alone."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"--data {source}: reading images needs `pip install fmm-distill[data]`") from error
+    datasets = _datasets(f"--data {source}")
     path = Path(source).expanduser()
-    datasets.disable_progress_bars()
     try:
         if path.is_file() or (path.is_dir() and list(path.rglob("*.parquet"))):
             files = [path] if path.is_file() else _training_files(path)
@@ -107,15 +105,61 @@ def _open(source: str) -> tuple[Any, str]:
         else:
             rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--data {source}: no images could be read ({line}); wanted none, a Hub dataset, a parquet file or "
+            f"--data {source}: no images could be read ({_line(error)}); wanted none, a Hub dataset, a parquet file or "
             "folder, or a folder of images"
         ) from error
     columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise UserError(f"--data {source}: no image column among {', '.join(rows.features)}; wanted one")
     return rows, columns[0]
+
+
+def load_prompts(settings: PromptSettings) -> tuple[str, ...]:
+    """Prompts, in the order of their source; none where the recipe names no source.
+
+    Raises:
+        UserError: if the source can't be read or holds no prompt.
+    """
+    if settings.file is not None:
+        path = Path(settings.file).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts.file {path}: can't be read ({error}); wanted text, one prompt a line") from error
+        found = tuple(line.strip() for line in lines if line.strip())
+        if not found:
+            raise UserError(f"prompts.file {path}: no line in it; wanted one prompt a line")
+        return found
+    return () if settings.dataset is None else _column(settings.dataset, settings.column)
+
+
+def _column(source: str, column: str) -> tuple[str, ...]:
+    datasets = _datasets(f"prompts.dataset {source}")
+    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix)
+    try:
+        if kind is None:
+            rows = datasets.load_dataset(source, split="train")
+        else:
+            rows = datasets.load_dataset(kind, data_files=[source], split="train")
+    except Exception as error:
+        raise UserError(f"prompts.dataset {source}: can't be read ({_line(error)}); wanted a dataset") from error
+    if column not in rows.features:
+        raise UserError(f"prompts.column {column}: {source} has {', '.join(rows.features)}; wanted one of them")
+    return tuple(str(text) for text in rows[column])
+
+
+def _datasets(what: str) -> Any:  # noqa: ANN401 a module
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{what}: reading it needs `pip install fmm-distill[data]`") from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _training_files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from fmm_distill.interpolant import expand
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import VariancePreserving
 from fmm_distill.solve import endpoint, solve
+from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _protocol(
     }
     measured = settings.features != "none" and reference is not None
     return {
-        "endpoint_error": "root mean square over samples and pixels (range -1 to 1) of the distance to the teacher's "
+        "endpoint_error": f"root mean square over samples and {_entries(teacher)} of the distance to the teacher's "
         "ODE solution from the same noise",
         "endpoint_samples": settings.endpoint_samples,
         "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
@@ -284,6 +285,10 @@ def _protocol(
         "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
         f"{torch.get_num_threads()} threads, float32",
     }
+
+
+def _entries(teacher: Teacher) -> str:
+    return "pixels (range -1 to 1)" if isinstance(teacher.codec, Pixels) else "entries of the latents"
 
 
 def _solvers(teacher: Teacher) -> str:

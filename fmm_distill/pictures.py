@@ -15,14 +15,22 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluate import Evaluation
 
-__all__ = ["draw_samples", "draw_steps"]
+__all__ = ["draw_samples", "draw_steps", "still"]
 
 # Okabe and Ito's palette: told apart by the colour-blind; markers differ too.
 STYLES = {
     "student": ("#D55E00", "o", "student"),
     "teacher-ddim": ("#0072B2", "s", "teacher, DDIM"),
+    "teacher-euler": ("#0072B2", "s", "teacher, Euler"),
     "teacher-dpmsolver++": ("#009E73", "^", "teacher, DPM-Solver++"),
 }
+
+
+def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
+    """One picture a sample: the middle frame of a video, a sound's waves as a grey band."""
+    if samples.ndim == 5:
+        return samples[:, :, samples.shape[2] // 2]
+    return samples if samples.ndim == 4 else samples.unsqueeze(1)
 
 
 def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:

@@ -34,6 +34,32 @@ class StudentSettings(Settings):
     """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
 
 
+class PromptSettings(Settings):
+    """What a teacher of prompts is told."""
+
+    file: str | None = None
+    """A text file with one prompt a line; without it and a dataset: the empty prompt alone."""
+    dataset: str | None = None
+    """A Hub dataset, a parquet or CSV file, whose column holds the prompts."""
+    column: str = "text"
+    """The dataset's column."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.file is not None and self.dataset is not None:
+            raise ValueError("prompts.file and prompts.dataset are two sources: give one")
+        return self
+
+
+class GuidanceSettings(Settings):
+    """Classifier-free guidance of the teacher; the student learns the guided velocity."""
+
+    scale: float = Field(default=1.0, ge=0)
+    """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which it acts."""
+
+
 class Term(Settings):
     """A further loss on a share of every batch."""
 
@@ -117,6 +143,12 @@ class Recipe(Settings):
     """Hub id, folder or builtin:<name>."""
     revision: str | None = None
     """Branch, tag or commit of a teacher on the Hub."""
+    pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Keywords of a teacher's pipeline's call besides prompt and guidance, such as height and width."""
+    prompts: PromptSettings = PromptSettings()
+    """What a teacher of prompts is told."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Classifier-free guidance of the teacher."""
     data: str = "none"
     """none (distil from noise alone), a Hub dataset, a parquet file or folder, or a folder of images."""
     student: StudentSettings = StudentSettings()

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from fmm_distill import __version__, checkpoint
-from fmm_distill.data import load_images
+from fmm_distill.data import load_images, load_prompts
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import (
     NOISE_SEED,
@@ -30,14 +30,16 @@ from fmm_distill.evaluate import (
     table,
 )
 from fmm_distill.export.card import write_card
-from fmm_distill.export.folded import check_steps
+from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import verify
-from fmm_distill.pictures import draw_samples, draw_steps
+from fmm_distill.pictures import draw_samples, draw_steps, still
 from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student
+from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer, activation_bytes
 
@@ -74,7 +76,7 @@ def plan(recipe: Recipe) -> Plan:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     _check_training(recipe)
-    teacher = load_teacher(recipe.teacher, revision=recipe.revision)
+    teacher = _teacher(recipe)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
@@ -90,6 +92,15 @@ def plan(recipe: Recipe) -> Plan:
         reference = load_images("builtin:digits", teacher.event_shape)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     return Plan(recipe, teacher, student, images, reference)
+
+
+def _teacher(recipe: Recipe) -> Teacher:
+    settings = recipe.guidance
+    guidance = None if settings.scale == 1 else Guidance(settings.scale, settings.interval)
+    prompts = load_prompts(recipe.prompts)
+    return load_teacher(
+        recipe.teacher, revision=recipe.revision, prompts=prompts, call=dict(recipe.pipeline), guidance=guidance
+    )
 
 
 def distill(
@@ -224,13 +235,20 @@ def _describe(job: Plan) -> str:
     added = sum(p.numel() for p in job.student.parameters()) - parameters
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
+    told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
     data = "none (noise alone)" if job.images is None else f"{len(job.images)} images of {job.images.source}"
     return (
-        f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} parameters)\n"
+        f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
+        f"parameters{told})\n"
         f"student: {job.student.prediction}, {added:,} new parameters for the second time\n"
         f"data:    {data}\n"
         f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}"
     )
+
+
+def _conditions_of(teacher: Teacher) -> str:
+    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
+    return kind if teacher.guidance is None else f"{kind}, guided by {teacher.guidance.scale:g}"
 
 
 def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> Evaluation:
@@ -239,6 +257,8 @@ def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], 
     evaluation = evaluate(job.student, job.teacher, settings, job.reference, device)
     _draw(job, evaluation, folder, device)
     say("exporting")
+    if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
+        say(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
     export_pipeline(job.student, job.teacher, student, steps)
@@ -262,7 +282,7 @@ def _rows(job: Plan, steps: tuple[int, ...], count: int, seed: int, device: torc
     cond = None if cond is None else cond.to(device)
     truth = endpoint(teacher.velocity, teacher.schedule, teacher.prior(noise), solver_steps, cond)
     rows = {"teacher's ODE": truth} | {f"student, {n}": sample(job.student, noise, n, cond) for n in steps}
-    return {name: teacher.codec.decode(x).cpu() for name, x in rows.items()}
+    return {name: still(teacher.codec.decode(x).cpu()) for name, x in rows.items()}
 
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
@@ -274,12 +294,11 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
 
 def _how_to_load(folder: Path, recipe: Recipe) -> str:
     n = recipe.export.steps[-1] if recipe.export.steps else 0
-    lines = ["load it with diffusers alone:", "  from diffusers import DiffusionPipeline"]
-    if n:
-        lines += [
-            f'  images = DiffusionPipeline.from_pretrained("{folder / "student" / f"steps-{n}"}")'
-            f"(num_inference_steps={n}).images"
-        ]
+    folded = folder / "student" / f"steps-{n}"
+    lines = ["load it with diffusers alone (README.md there has the whole call):"]
+    lines += ["  from diffusers import DiffusionPipeline"]
+    if folded.is_dir():
+        lines += [f'  pipeline = DiffusionPipeline.from_pretrained("{folded}")  # num_inference_steps={n}']
     lines += [
         "or, for any number of steps:",
         f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',

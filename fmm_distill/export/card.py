@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 
 from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
+from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.stock import unguided
+from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +40,6 @@ def write_card(folder: Path, recipe: Recipe, teacher: Teacher, evaluation: Evalu
 
 
 def _card(recipe: Recipe, teacher: Teacher, evaluation: Evaluation) -> str:
-    steps = recipe.export.steps
-    folded = "\n".join(f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps)
-    example = steps[-1] if steps else 4
     total = recipe.student.regression_steps + recipe.training.steps
     return f"""---
 {yaml.safe_dump(_metadata(teacher), sort_keys=False).strip()}
@@ -53,21 +54,14 @@ data: {recipe.data}. The whole recipe is in `recipe.yaml`.
 
 ## Load it
 
-A fixed number of steps, by stock diffusers, no code from this repository:
-
-```python
-from diffusers import DDIMPipeline
-images = DDIMPipeline.from_pretrained("<this folder>/steps-{example}")(num_inference_steps={example}).images
-```
-
-{folded}
+{_folded(recipe.export.steps, teacher)}
 
 Any number of steps; its code is two files of this repository:
 
 ```python
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)
-images = pipeline(batch_size=4, num_inference_steps=3).images
+{_example(teacher, "pipeline", 3)}
 ```
 
 ## What it loses, what it gains
@@ -80,7 +74,7 @@ images = pipeline(batch_size=4, num_inference_steps=3).images
 
 ## Limits
 
-Unconditional. It copies its teacher's ODE: what the teacher can't draw it can't either.
+{_limits(recipe, teacher)}
 
 ## Citation
 
@@ -90,11 +84,51 @@ Unconditional. It copies its teacher's ODE: what the teacher can't draw it can't
 """
 
 
+def _folded(steps: tuple[int, ...], teacher: Teacher) -> str:
+    """How to load a fixed number of steps, or why there is none to load."""
+    reason = why_not_folded(teacher)
+    if reason or not steps:
+        return f"There is no pipeline for a fixed number of steps{f': {reason}' if reason else ''}."
+    lines = "\n".join(f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps)
+    return f"""A fixed number of steps, by stock diffusers, no code from this repository:
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("<this folder>/steps-{steps[-1]}")
+{_example(teacher, "pipeline", steps[-1])}
+```
+
+{lines}"""
+
+
+def _example(teacher: Teacher, name: str, steps: int) -> str:
+    if teacher.conditions is None:
+        return f"images = {name}(batch_size=4, num_inference_steps={steps}).images"
+    if isinstance(teacher.conditions, Classes):
+        off = ", guidance_scale=1.0" if teacher.folder is not None else ""
+        return f"images = {name}(class_labels=[0, 1], num_inference_steps={steps}{off})[0]"
+    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | unguided(teacher)).items())
+    return f'samples = {name}("a prompt", num_inference_steps={steps}{keywords})[0]'
+
+
+def _limits(recipe: Recipe, teacher: Teacher) -> str:
+    copies = "It copies its teacher's ODE: what the teacher can't draw it can't either."
+    if teacher.conditions is None:
+        return f"Unconditional. {copies}"
+    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
+    scale = recipe.guidance.scale
+    baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
+    return (
+        f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. Turn the pipeline's own guidance off, as above: "
+        f"it would come on top. {copies}"
+    )
+
+
 def _metadata(teacher: Teacher) -> dict[str, object]:
     """What the Hub reads."""
     metadata: dict[str, object] = {
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": _task(teacher),
         "tags": ["flow-map", "distillation", "fmm-distill"],
     }
     if teacher.licence:
@@ -102,6 +136,14 @@ def _metadata(teacher: Teacher) -> dict[str, object]:
     if teacher.revision:
         metadata["base_model"] = teacher.source
     return metadata
+
+
+def _task(teacher: Teacher) -> str:
+    if not isinstance(teacher.conditions, Embeddings):
+        return "unconditional-image-generation"
+    return {5: "text-to-video", 3: "text-to-audio"}.get(
+        teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
+    )
 
 
 def _table(evaluation: Evaluation) -> str:

@@ -1,6 +1,9 @@
-"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and keep their images.
+"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and keep what they make.
 
-python reload.py FOLDER SEED CALL.json OUTPUT.safetensors N [N ...]
+python reload.py JOBS.json
+
+A job is {"folder", "call", "seed", "steps", "output"}: keywords of the call, numbers of steps, a safetensors file to
+write.
 """
 
 import copy
@@ -15,22 +18,26 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+
+def made_by(pipeline, job, steps):
+    """What a pipeline returns first, as a tensor."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(job["seed"])
+    # Some pipelines change the lists that they are given.
+    call = copy.deepcopy(job["call"]) | {"generator": generator, "num_inference_steps": steps, "return_dict": False}
+    return torch.as_tensor(pipeline(**call)[0]).float().contiguous()
+
+
 if __name__ == "__main__":
-    folder, seed, output = sys.argv[1], int(sys.argv[2]), sys.argv[4]
-    with open(sys.argv[3], encoding="utf-8") as file:
-        call = json.load(file)
     torch.set_grad_enabled(False)
-    any_step = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    any_step.set_progress_bar_config(disable=True)
-    images = {}
-    for steps in map(int, sys.argv[5:]):
-        pipelines = {"any": any_step}
-        if os.path.isdir(f"{folder}/steps-{steps}"):
-            pipelines["folded"] = DiffusionPipeline.from_pretrained(f"{folder}/steps-{steps}")
-            pipelines["folded"].set_progress_bar_config(disable=True)
-        for name, pipeline in pipelines.items():
-            generator = torch.Generator().manual_seed(seed)
-            # Some pipelines change the lists that they are given.
-            made = pipeline(**copy.deepcopy(call), generator=generator, num_inference_steps=steps, return_dict=False)
-            images[f"{name}-{steps}"] = torch.as_tensor(made[0]).float().contiguous()
-    save_file(images, output)
+    with open(sys.argv[1], encoding="utf-8") as file:
+        jobs = json.load(file)
+    for job in jobs:
+        any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
+        made = {}
+        for steps in job["steps"]:
+            made[f"any-{steps}"] = made_by(any_step, job, steps)
+            folded = f"{job['folder']}/steps-{steps}"
+            if os.path.isdir(folded):
+                made[f"folded-{steps}"] = made_by(DiffusionPipeline.from_pretrained(folded), job, steps)
+        save_file(made, job["output"])

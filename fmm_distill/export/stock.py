@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["any_step_settings", "any_step_times", "copy_pipeline", "folded_network", "start_of", "stock_scheduler", "verification_call"]
+__all__ = [
+    "any_step_settings",
+    "any_step_times",
+    "copy_pipeline",
+    "folded_network",
+    "start_of",
+    "stock_scheduler",
+    "verification_call",
+]
 
 
 def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) -> dict[str, Any]:

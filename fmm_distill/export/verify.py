@@ -1,4 +1,4 @@
-"""After each export: the folders are opened by stock diffusers, without this package, and their images compared."""
+"""After each export: the folders are opened by stock diffusers, without this package, and their samples compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,54 +23,68 @@ from fmm_distill.export.stock import any_step_times, folded_network, start_of, v
 from fmm_distill.sampling import sample
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["TOLERANCE", "verify"]
+__all__ = ["TOLERANCE", "Exported", "verify", "verify_all"]
 
 TOLERANCE = 1e-4
 SEED, BATCH = 5, 8
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A student, its teacher, and where it was exported to."""
+
+    student: Student
+    teacher: Teacher
+    folder: Path
+    steps: tuple[int, ...]
+
+
 def verify(student: Student, teacher: Teacher, folder: Path, steps: tuple[int, ...]) -> dict[str, float]:
-    """Largest difference of a pixel (range 0 to 1) between the reloaded pipelines and this package's sampler.
+    """Largest difference between what the reloaded pipelines make and this package's sampler.
 
-    A folded pipeline is compared on the times that its stock scheduler takes.
-
-    Kept in ``verification.json`` in the folder. Keys are ``any-<n>`` and ``folded-<n>``.
+    Of images a difference of pixels (range 0 to 1), of latents relative to the largest. A folded pipeline is compared
+    on the times that its stock scheduler takes. Kept in ``verification.json`` in the folder; keys are ``any-<n>`` and
+    ``folded-<n>``.
 
     Raises:
         FmmDistillError: if a pipeline does not open or differs by more than ``TOLERANCE``.
     """
-    student = student.to("cpu")
-    compare = _differences if teacher.folder is None else _stock_differences
     # Without folded pipelines the any-step one is still looked at.
-    differences = compare(student, teacher, folder, steps or (4,))
-    report = {"tolerance": TOLERANCE, "largest_pixel_difference": differences}
-    write_text(folder / "verification.json", json.dumps(report, indent=2) + "\n")
-    wrong = {key: value for key, value in differences.items() if not value <= TOLERANCE}
-    if wrong:
-        raise FmmDistillError(f"{folder}: reloaded pipelines differ from the student by {wrong}, above {TOLERANCE}")
-    return differences
+    return verify_all([Exported(student.to("cpu"), teacher, folder, steps or (4,))])[0]
 
 
-def _differences(student: Student, teacher: Teacher, folder: Path, steps: tuple[int, ...]) -> dict[str, float]:
-    """Of the pipelines that start from a count of images."""
-    generator = torch.Generator().manual_seed(SEED)
-    noise = randn_tensor((BATCH, *teacher.event_shape), generator=generator, dtype=torch.float32)
+def verify_all(exports: Sequence[Exported]) -> list[dict[str, float]]:
+    """``verify`` of several exports, opened in one process."""
+    calls = [_call(export.teacher) for export in exports]
+    found = []
+    for export, call, made in zip(exports, calls, _reload(exports, calls), strict=True):
+        compare = _differences if export.teacher.folder is None else _stock_differences
+        differences = compare(export, call, made)
+        report = {"tolerance": TOLERANCE, "largest_pixel_difference": differences}
+        write_text(export.folder / "verification.json", json.dumps(report, indent=2) + "\n")
+        wrong = {key: value for key, value in differences.items() if not value <= TOLERANCE}
+        if wrong:
+            raise FmmDistillError(
+                f"{export.folder}: reloaded pipelines differ from the student by {wrong}, above {TOLERANCE}"
+            )
+        found.append(differences)
+    return found
+
+
+def _call(teacher: Teacher) -> dict[str, Any]:
+    if teacher.folder is not None:
+        return verification_call(teacher, BATCH)
     call: dict[str, Any] = {"batch_size": BATCH, "output_type": "np"}
-    cond = None
-    if teacher.conditions is not None:
-        call["class_labels"], cond = _first_conditions(teacher)
-    differences = {}
-    for key, made in _reload(folder, call, steps).items():
-        kind, n = key.split("-")
-        times = stock_times(student, jump_scheduler(student, teacher, int(n)), int(n)) if kind == "folded" else int(n)
-        own = teacher.codec.decode(sample(student, noise, times, cond))
-        differences[key] = ((own / 2 + 0.5).clamp(0, 1).movedim(1, -1) - made).abs().max().item()
-    return differences
+    return call if teacher.conditions is None else call | {"class_labels": _first_conditions(teacher)[0]}
 
 
 def _first_conditions(teacher: Teacher) -> tuple[list[int], Conditioning]:
@@ -80,32 +95,57 @@ def _first_conditions(teacher: Teacher) -> tuple[list[int], Conditioning]:
     return numbers, conditions.pick((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count)
 
 
-def _stock_differences(student: Student, teacher: Teacher, folder: Path, steps: tuple[int, ...]) -> dict[str, float]:
-    """Of the pipelines that are copies of the teacher's: of their last latents, relative to the largest, or of images."""
-    call = verification_call(teacher, BATCH)
-    noise, (_, cond) = start_of(teacher, call, SEED), _first_conditions(teacher)
+def _differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, float]:
+    """Of the pipelines that start from a count of images."""
+    student, teacher = export.student, export.teacher
+    generator = torch.Generator().manual_seed(SEED)
+    noise = randn_tensor((BATCH, *teacher.event_shape), generator=generator, dtype=torch.float32)
+    cond = None if teacher.conditions is None else _first_conditions(teacher)[1]
     differences = {}
-    for key, made in _reload(folder, call, steps).items():
+    for key, images in made.items():
         kind, n = key.split("-")
-        times = folded_network(student, teacher, int(n))[2] if kind == "folded" else any_step_times(student, teacher, int(n))
-        own = sample(student, noise, times, cond)
-        if call["output_type"] == "np":
-            own = (teacher.codec.decode(own) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
-        size = 1.0 if call["output_type"] == "np" else own.abs().max().clamp_min(1)
-        differences[key] = float((own.reshape(made.shape) - made).abs().max() / size)
+        times = stock_times(student, jump_scheduler(student, teacher, int(n)), int(n)) if kind == "folded" else int(n)
+        own = teacher.codec.decode(sample(student, noise, times, cond))
+        differences[key] = ((own / 2 + 0.5).clamp(0, 1).movedim(1, -1) - images).abs().max().item()
     return differences
 
 
-def _reload(folder: Path, call: dict[str, Any], steps: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def _stock_differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, float]:
+    """Of the pipelines that are copies of the teacher's: of their last latents, or of images."""
+    student, teacher = export.student, export.teacher
+    noise, (_, cond) = start_of(teacher, call, SEED), _first_conditions(teacher)
+    differences = {}
+    for key, samples in made.items():
+        kind, n = key.split("-")
+        folded = kind == "folded"
+        times = folded_network(student, teacher, int(n))[2] if folded else any_step_times(student, teacher, int(n))
+        own, size = sample(student, noise, times, cond), 1.0
+        if call["output_type"] == "np":
+            own = (teacher.codec.decode(own) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+        else:
+            size = float(own.abs().max().clamp_min(1))
+        differences[key] = float((own.reshape(samples.shape) - samples).abs().max() / size)
+    return differences
+
+
+def _reload(exports: Sequence[Exported], calls: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
     with tempfile.TemporaryDirectory() as scratch:
-        output, keywords = Path(scratch) / "images.safetensors", Path(scratch) / "call.json"
-        keywords.write_text(json.dumps(call), encoding="utf-8")
-        script = str(files("fmm_distill") / "export" / "reload.py")
-        command = [sys.executable, "-P", script, str(folder.resolve()), str(SEED), str(keywords), str(output)]
+        jobs: list[dict[str, Any]] = [
+            {
+                "folder": str(export.folder.resolve()),
+                "call": call,
+                "seed": SEED,
+                "steps": export.steps,
+                "output": f"{scratch}/{i}.safetensors",
+            }
+            for i, (export, call) in enumerate(zip(exports, calls, strict=True))
+        ]
+        written = Path(scratch) / "jobs.json"
+        written.write_text(json.dumps(jobs), encoding="utf-8")
+        command = [sys.executable, "-P", str(files("fmm_distill") / "export" / "reload.py"), str(written)]
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run(
-            [*command, *map(str, steps)], env=environment, cwd=scratch, capture_output=True, text=True, check=False
-        )
+        run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise FmmDistillError(f"{folder}: stock diffusers does not open the export:\n{run.stderr}")
-        return load_file(output)
+            shown = ", ".join(str(export.folder) for export in exports)
+            raise FmmDistillError(f"{shown}: stock diffusers does not open the export:\n{run.stderr}")
+        return [load_file(job["output"]) for job in jobs]

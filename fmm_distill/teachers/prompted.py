@@ -68,7 +68,6 @@ class RecordedCall:
         given |= {self.sample: list(x.unbind()) if self.listed else x, self.time: self._told(time)}
         return self.sign * _cut(tensor_of(network(**given)), x)
 
-
     def _told(self, time: Tensor) -> Tensor:
         """In the pipeline's own order of operations: a product with 0.001 is rounded otherwise than a quotient."""
         inverse = round(1 / self.slope)

@@ -31,6 +31,11 @@ OPTIONS = {
 FIELDS = [
     "teacher",
     "revision",
+    "prompts.file",
+    "prompts.dataset",
+    "prompts.column",
+    "guidance.scale",
+    "guidance.interval",
     "data",
     "student.prediction",
     "student.regression_steps",

@@ -37,7 +37,7 @@ Engine = Literal["exact", "central"]
 
 # In units of the clock. h enters through frequencies of at most 10, so this step is far above the rounding of
 # float32 and far below a period.
-JUMP_STEP = 3e-3
+JUMP_STEP = 2e-3
 # The teacher's own embedding turns by one radian per timestep: a longer step aliases, a shorter one drowns in
 # the float32 that diffusers computes the embedding in. 0.1 of 1000 timesteps.
 TIME_STEP = 1e-4

@@ -32,3 +32,11 @@ def _update(rate: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
         torch._foreach_lerp_(average, current, 1 - min(rate, (1 + n) / (10 + n)))
 
     return update
+
+
+def share_frozen(model: nn.Module, average: nn.Module) -> None:
+    """Let an average hold the model's own tensors where these are not trained: one copy of them in memory."""
+    ours = dict(model.named_parameters())
+    for name, parameter in average.named_parameters():
+        if not ours[name].requires_grad:
+            parameter.data = ours[name].data

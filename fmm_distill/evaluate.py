@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from fmm_distill.errors import UserError
 from fmm_distill.features import load_digits_classifier
 from fmm_distill.interpolant import expand
+from fmm_distill.lora import AdaptersOff
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import VariancePreserving
 from fmm_distill.solve import endpoint, solve
@@ -106,7 +107,9 @@ def evaluate(
     cond = conditions_of(teacher, count, NOISE_SEED)
     truth, solver_error = _truth(teacher, some, cond, settings, device)
     metric = _frechet_metric(settings, reference, device)
-    networks = (student.network, teacher.network)
+    # A teacher that is its student without adapters asks the student's network: calls are counted there alone.
+    shared = isinstance(teacher.network, AdaptersOff)
+    networks = (student.network,) if shared else (student.network, teacher.network)
     rows = []
     for name, steps, sampler in _samplers(student, teacher, settings):
         x, calls, seconds = _run(sampler, noise, cond, networks, settings.batch_size, device)

@@ -25,6 +25,15 @@ __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 Steps = Annotated[int, Field(ge=1)]
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters in place of training every weight."""
+
+    rank: int = Field(default=0, ge=0)
+    """Of the adapters; 0: every weight is trained."""
+    targets: tuple[str, ...] = ()
+    """Endings of the layers' names that are adapted; none: the attention and feed-forward projections."""
+
+
 class StudentSettings(Settings):
     """How the student starts."""
 
@@ -32,6 +41,8 @@ class StudentSettings(Settings):
     """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
     regression_steps: int = Field(default=0, ge=0)
     """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
+    lora: LoraSettings = LoraSettings()
+    """Low-rank adapters."""
 
 
 class PromptSettings(Settings):

@@ -6,10 +6,10 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
@@ -31,13 +31,14 @@ from fmm_distill.evaluate import (
 )
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
+from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.pictures import draw_samples, draw_steps, still
 from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
-from fmm_distill.student import make_student
+from fmm_distill.student import make_student, stock_part
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -91,6 +92,8 @@ def plan(recipe: Recipe) -> Plan:
     if reference is None and recipe.evaluation.features == "digits":
         reference = load_images("builtin:digits", teacher.event_shape)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
+    if recipe.student.lora.rank:
+        add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)
 
 
@@ -231,8 +234,11 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _describe(job: Plan) -> str:
     teacher, training = job.teacher, job.recipe.training
-    parameters = sum(p.numel() for p in teacher.network.parameters())
-    added = sum(p.numel() for p in job.student.parameters()) - parameters
+    trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
+    jump = sum(p.numel() for p in cast("Any", job.student.network).jump_embedding.parameters())
+    adapters = trained - jump if job.recipe.student.lora.rank else 0
+    parameters = sum(p.numel() for p in job.student.parameters()) - jump - adapters
+    lora = f", {adapters:,} in adapters of rank {job.recipe.student.lora.rank}" if adapters else ""
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
     told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
@@ -240,7 +246,7 @@ def _describe(job: Plan) -> str:
     return (
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
         f"parameters{told})\n"
-        f"student: {job.student.prediction}, {added:,} new parameters for the second time\n"
+        f"student: {job.student.prediction}, {jump:,} new parameters for the second time{lora}\n"
         f"data:    {data}\n"
         f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}"
     )
@@ -261,15 +267,25 @@ def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], 
         say(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
-    export_pipeline(job.student, job.teacher, student, steps)
-    write_card(student, job.recipe, job.teacher, evaluation, folder)
-    differences = verify(job.student, job.teacher, student, steps)
+    differences = _export(job, student, steps, lambda: write_card(student, job.recipe, job.teacher, evaluation, folder))
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     say(table(evaluation))
     say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
     say(_how_to_load(folder, job.recipe))
     return evaluation
+
+
+def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[[], None]) -> dict[str, float]:
+    """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    adapted = has_lora(job.student.network)
+    student = merged(job.student) if adapted else job.student
+    teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
+    export_pipeline(student, teacher, target, steps)
+    if adapted:
+        write_lora(job.student, teacher, target)
+    describe()
+    return verify(student, teacher, target, steps)
 
 
 @torch.no_grad()
@@ -364,16 +380,15 @@ def export_run(folder: Path | str, target: Path, steps: tuple[int, ...] | None =
     """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
     job = open_run(folder)
     folded = job.recipe.export.steps if steps is None else steps
-    export_pipeline(job.student, job.teacher, target, folded)
-    return verify(job.student, job.teacher, target, folded)
+    return _export(job, target, folded, lambda: None)
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:
     """The resolved recipe and what a run of it would do, without doing it."""
     job = plan(recipe)
-    state = sum(p.numel() for p in job.student.parameters()) * 5 + sum(
-        p.numel() for p in job.teacher.network.parameters()
-    )
+    trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
+    weights = sum(p.numel() for p in [*job.student.parameters(), *job.teacher.network.parameters()])
+    state = weights + 4 * trained
     activations = activation_bytes(job.student, job.teacher, recipe) * recipe.training.batch_size
     activations //= recipe.training.accumulation
     return (

@@ -83,7 +83,18 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
-    return Student(network.eval(), replace(teacher.parametrisation, prediction=kept))
+    student = Student(network.eval(), replace(teacher.parametrisation, prediction=kept))
+    _fill_tables(student, teacher)
+    return student
+
+
+@torch.no_grad()
+def _fill_tables(student: Student, teacher: Teacher) -> None:
+    """One ordinary call: some networks keep tables of positions from their first, and forward mode would wrap them."""
+    device = next(student.parameters()).device
+    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(device)
+    t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+    student.mean_velocity(torch.zeros(1, *teacher.event_shape, device=device), t, t, cond)
 
 
 def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a diffusers class

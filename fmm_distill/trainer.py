@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fmm_distill import checkpoint
 from fmm_distill.derivatives import choose_engine
-from fmm_distill.ema import averaged
+from fmm_distill.ema import averaged, share_frozen
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES
@@ -194,6 +194,7 @@ class Trainer:
         losses = [self._settle_engine(student, settings) for settings in recipe.losses]
         self.student = student
         self.average = averaged(student, training.ema).requires_grad_(False)
+        share_frozen(student, cast("LearnedFlowMap", self.average.module))
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         copies: dict[str, FlowMap] = {"average": cast("LearnedFlowMap", self.average.module.eval())}
         self.frozen: LearnedFlowMap | None = None

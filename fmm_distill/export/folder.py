@@ -8,11 +8,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors.torch import save_file
+
 from fmm_distill import __version__
 from fmm_distill.checkpoint import writing
 from fmm_distill.errors import UserError
 from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
 from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
+from fmm_distill.lora import lora_state
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["export_pipeline"]
+__all__ = ["export_pipeline", "write_lora"]
 
 # Equally named files of two students share one namespace in a process, so the names carry the version.
 _SUFFIX = __version__.replace(".", "_")
@@ -61,6 +64,15 @@ def export_pipeline(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def write_lora(student: Student, teacher: Teacher, folder: Path) -> None:
+    """Write ``lora/``: the adapters as diffusers' ``load_lora_weights`` reads them, and the jump embeddings."""
+    adapters, jumps = lora_state(student, teacher.component)
+    with writing(folder / "lora"):
+        (folder / "lora").mkdir(exist_ok=True)
+        save_file(adapters, folder / "lora" / "pytorch_lora_weights.safetensors")
+        save_file(jumps, folder / "lora" / "jump_embedding.safetensors")
 
 
 def _is_export(folder: Path) -> bool:

@@ -34,6 +34,7 @@ __all__ = [
     "folded_network",
     "start_of",
     "stock_scheduler",
+    "unguided",
     "verification_call",
 ]
 

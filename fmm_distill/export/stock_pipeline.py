@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import types
 
 import torch
 from diffusers.utils import logging
@@ -50,12 +51,12 @@ def _equal_steps(self, num_inference_steps=None, device=None, sigmas=None, mu=No
     """The stock grid of a flow model, from equal steps where the pipeline does not say which."""
     if sigmas is None and timesteps is None:
         sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-    super(type(self), self).set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+    type(self).set_timesteps(self, num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
 
 def _equal_shares(self, num_inference_steps=None, device=None, sigmas=None):
     """Levels at equal shares of the way from sigma_max to sigma_min, then data."""
-    super(type(self), self).set_timesteps(num_inference_steps, device)
+    type(self).set_timesteps(self, num_inference_steps, device)
     levels = self.config
     warp, back = math.log, math.exp
     if levels.sigma_schedule == "karras":
@@ -71,7 +72,10 @@ def jumping(scheduler, levels: dict):
     """The same scheduler, its grid and steps those of a flow map's jumps."""
     own = {"discrete": ("step", _whole_jump), "flow": ("set_timesteps", _equal_steps)}
     name, method = own.get(levels["kind"], ("set_timesteps", _equal_shares))
-    return type(type(scheduler).__name__, (type(scheduler),), {name: method}).from_config(scheduler.config)
+    made = type(scheduler).from_config(scheduler.config)
+    # On the object: some pipelines compare the scheduler's class.
+    setattr(made, name, types.MethodType(method, made))
+    return made
 
 
 def flow_map_pipeline(stock: type) -> type:

@@ -39,6 +39,8 @@ FIELDS = [
     "data",
     "student.prediction",
     "student.regression_steps",
+    "student.lora.rank",
+    "student.lora.targets",
     "loss.derivative",
     "loss.name",
     "loss.velocity",

@@ -7,14 +7,18 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+from fmm_distill.derivatives import choose_engine, derivative_in_r
 from fmm_distill.errors import UserError
 from fmm_distill.interpolant import expand
+from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.schedules import FlowMatching, VariancePreserving
 from fmm_distill.student import make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import record
+from fmm_distill.velocity import Conditioning
 from tests.tiny import diffusion, flow, video
 
 FAMILIES = {
@@ -112,6 +116,63 @@ def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
     assert ((other - v).flatten(1).norm(dim=1) > 1e-4 * v.flatten(1).norm(dim=1)).all()
     alone = teacher.velocity(x[1:], t[1:], cond.rows(torch.tensor([1])))
     assert (alone - v[1:]).abs().max() < 1e-4 * v.abs().max()
+
+
+class InDouble(TorchFunctionMode):
+    """What a stock network casts to float32 in its forward stays in float64, so that differences have their digits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def test_the_derivative_in_r_and_its_gradient(opened):
+    """Exact forward mode is what central differences say in float64, and a step through it makes the map see r."""
+    _, _, teacher = opened
+    student = make_student(teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for embedding in student.network.jump_embedding:
+            torch.nn.init.normal_(embedding.linear_2.weight, std=0.3)
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
+    r = teacher.schedule.time_at(torch.tensor([0.2, 0.5], dtype=torch.float64))
+    cond = teacher.conditions.prompts
+    engine, reason = choose_engine(student, x, t, r, cond)
+    assert engine == "exact", reason
+    single = derivative_in_r(student, x, t, r, cond=cond)
+    with torch.no_grad():
+        differences = derivative_in_r(student, x, t, r, cond=cond, engine="central")
+    student.double()
+    wide = Conditioning({k: v.double() if v.is_floating_point() else v for k, v in cond.inputs.items()}, cond.shared)
+    with InDouble(), torch.no_grad():
+        exact = derivative_in_r(student, x.double(), t, r, cond=wide)
+        h = student.clock.position(t) - student.clock.position(r)
+        ends = [student.mean_velocity_of_jump(x.double(), t, h + step, wide) for step in (1e-5, -1e-5)]
+    central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.rate(r), x.double())
+    assert (exact - central).norm() < 1e-5 * exact.norm()
+    assert (single - exact).norm() < 1e-4 * exact.norm()
+    assert (differences - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_a_step_makes_the_map_depend_on_r(opened):
+    _, _, teacher = opened
+    student, cond = make_student(teacher), teacher.conditions.prompts
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
+    r = teacher.schedule.time_at(torch.tensor([0.2, 0.5], dtype=torch.float64))
+    optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
+    lagrangian(student, teacher.velocity, x, t, r, cond=cond, settings=LagrangianSettings()).sum().backward()
+    torch.nn.utils.clip_grad_norm_(student.network.jump_embedding.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        moved = student.mean_velocity(x, t, r, cond) - student.mean_velocity(x, t, t, cond)
+    assert 0 < moved.norm() < torch.inf
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def test_jump_embedding_is_a_difference_without_bias():
 
 
 def test_jump_embedding_is_slow():
-    # Central differences in h at a step of 3e-3 stand on it: nothing in it turns faster than 10 a unit.
+    # Central differences in h at a step of 2e-3 stand on it: nothing in it turns faster than 10 a unit.
     embedding = JumpEmbedding(16)
     h = torch.linspace(0, 1, 2001)
     with torch.no_grad():

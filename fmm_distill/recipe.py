@@ -288,9 +288,14 @@ def load_recipe(
         raise UserError(f"recipe {path}: wanted keys and values, got {type(settings).__name__}")
     # Not by way of an override: a folder may be called 2024 or no.
     settings |= {key: value for key, value in (("teacher", teacher), ("data", data)) if value is not None}
-    for override in overrides:
-        _apply(settings, override)
-    return parse(settings, f"recipe {name}")
+    return parse(override(settings, overrides), f"recipe {name}")
+
+
+def override(settings: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Plain settings with ``key.path=value`` changes applied to them in place."""
+    for change in changes:
+        _apply(settings, change)
+    return settings
 
 
 def parse(settings: dict[str, Any], where: str) -> Recipe:

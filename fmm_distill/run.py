@@ -54,7 +54,18 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Plan", "distill", "draw_run", "environment", "evaluate_run", "export_run", "forecast", "open_run", "plan"]
+__all__ = [
+    "Plan",
+    "distill",
+    "draw_run",
+    "environment",
+    "evaluate_run",
+    "export_run",
+    "forecast",
+    "open_run",
+    "open_teacher",
+    "plan",
+]
 
 COLUMNS = 12
 
@@ -77,7 +88,7 @@ def plan(recipe: Recipe) -> Plan:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     _check_training(recipe)
-    teacher = _teacher(recipe)
+    teacher = open_teacher(recipe)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
@@ -97,7 +108,8 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(recipe, teacher, student, images, reference)
 
 
-def _teacher(recipe: Recipe) -> Teacher:
+def open_teacher(recipe: Recipe) -> Teacher:
+    """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     guidance = None if settings.scale == 1 else Guidance(settings.scale, settings.interval)
     prompts = load_prompts(recipe.prompts)

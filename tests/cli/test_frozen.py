@@ -21,7 +21,7 @@ OPTIONS = {
     "env": [],
     "evaluate": ["--output", "--samples", "--steps", "run"],
     "export": ["--steps", "folder", "run"],
-    "inspect": ["--revision", "teacher"],
+    "inspect": ["--revision", "--set", "teacher"],
     "losses": [],
     "recipes": [],
     "recipes list": [],

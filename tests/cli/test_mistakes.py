@@ -110,8 +110,28 @@ OPENING = {
         tiny("--teacher", "pickled"),
         ["pickled: unet has diffusion_pytorch_model.bin and no ", "pickled weights are not opened"],
     ),
-    "unknown scheduler": (tiny("--teacher", "ve"), ["ve: scheduler ScoreSdeVeScheduler; wanted one of DDPM"]),
-    "text to image": (tiny("--teacher", "text"), ["text: a text-to-image pipeline", "text_encoder: CLIPTextModel"]),
+    "another network's scheduler": (
+        tiny("--teacher", "ve"),
+        ["ve: time_embedding_type 'positional'; wanted 'fourier'"],
+    ),
+    "missing text encoder": (tiny("--teacher", "text"), ["text: the pipeline does not open"]),
+    "prompts for a teacher that takes none": (
+        tiny("--set", "prompts.file=torn.yaml"),
+        ["prompts and pipeline are for pipelines with a text encoder"],
+    ),
+    "no file of prompts": (tiny("--set", "prompts.file=nowhere.txt"), ["prompts.file nowhere.txt: can't be read"]),
+    "two sources of prompts": (
+        tiny("--set", "prompts.file=a.txt", "--set", "prompts.dataset=b"),
+        ["prompts: prompts.file and prompts.dataset are two sources: give one"],
+    ),
+    "guidance of an unconditional teacher": (
+        tiny("--set", "guidance.scale=2"),
+        ["guidance.scale 2.0 on an unconditional teacher; wanted 1"],
+    ),
+    "adapters nowhere": (
+        tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
+        ["student.lora: no linear layer of TwoTimeUNet2DModel is nowhere; give student.lora.targets"],
+    ),
     "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["a noise prediction says nothing"]),
     "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
     "images of another size": (
@@ -266,7 +286,7 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
         (("export", "other", "out"), "other is no run folder (no recipe.yaml)"),
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
-        (("inspect", "text"), "text: a text-to-image pipeline"),
+        (("inspect", "text"), "text: the pipeline does not open"),
         (("--recipe", "checkerboard", "--data", "none"), "run python -m benchmarks.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit' is unknown, did you mean digits?"),
     ],

@@ -84,7 +84,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_every_recipe_that_ships_is_whole():
-    assert recipe_names() == ["checkerboard", "cifar10", "digits"]
+    assert recipe_names() == ["checkerboard", "cifar10", "digits", "text"]
     for name in recipe_names():
         recipe = load_recipe(name)
         import yaml
@@ -141,7 +141,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     )
     where, names = run.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert names == "checkerboard cifar10 digits"
+    assert names == "checkerboard cifar10 digits text"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():

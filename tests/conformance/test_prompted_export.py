@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -12,8 +14,10 @@ from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
+from fmm_distill.lora import default_targets
 from fmm_distill.sampling import sample
 from fmm_distill.student import make_student
+from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.tiny.diffusion import PIPELINES
@@ -129,3 +133,39 @@ def test_a_callback_sees_every_jump_and_may_change_the_latents(any_step):
     assert pipeline(PROMPTS[0], **call).images.abs().max() == 0
     assert seen == [999, 749, 499, 249]
     assert len(pipeline([*PROMPTS], **call, num_images_per_prompt=2).images) == 4
+
+
+def line(name, teacher, folds):
+    guided = isinstance(teacher.conditions, Classes) or teacher.conditions.empty is not None
+    pipeline = json.loads((teacher.folder / "model_index.json").read_text())["_class_name"]
+    scheduler = teacher.scheduler_config["_class_name"].removesuffix("Scheduler")
+    adapted = len(default_targets(teacher.network))
+    cells = [
+        name,
+        f"`{pipeline}`",
+        f"`{type(teacher.network).__name__}`",
+        f"{scheduler}, {teacher.prediction}",
+        "class" if isinstance(teacher.conditions, Classes) else "prompt",
+        "yes" if guided else "no",
+        "any grid" if folds else "no",
+        str(adapted),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def rows_of(exports):
+    head = ["tried", "pipeline", "network", "scheduler, prediction", "told", "guidance", "fold", "layers with LoRA"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [line(name, export.teacher, not why_not_folded(export.teacher)) for name, export in exports.items()]
+    return "\n".join(lines)
+
+
+def test_the_list_in_the_docs_is_what_was_tried(exports):
+    page = Path(__file__).parents[2] / "docs" / "teachers.md"
+    written = page.read_text(encoding="utf-8")
+    before, _, rest = written.partition("<!-- rows -->\n")
+    _, mark, after = rest.partition("<!-- end of rows -->")
+    expected = f"{before}<!-- rows -->\n{rows_of(exports[0])}\n{mark}{after}"
+    if os.environ.get("WRITE_DOCS"):
+        page.write_text(expected, encoding="utf-8")
+    assert written == expected, "WRITE_DOCS=1 writes the list anew"

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.recipe import PromptSettings
+    from fmm_distill.teachers.codec import Codec
 
-__all__ = ["Images", "Samples", "load_images", "load_prompts"]
+__all__ = ["Encoded", "Images", "Samples", "load_images", "load_prompts"]
 
 
 class Samples(Protocol):
@@ -55,6 +56,22 @@ class Images:
         """All images in order, in [0, 1]."""
         for part in self.pixels.split(size):
             yield part.float() / self.levels
+
+
+class Encoded:
+    """Images as a teacher's latents, encoded once and kept in memory.
+
+    Args:
+        images: pictures of the size that the codec decodes to.
+    """
+
+    def __init__(self, images: Images, codec: Codec, batch: int = 64) -> None:
+        parts = [codec.encode(part * 2 - 1) for part in images.batches(batch)]
+        self.latents = torch.cat(parts)
+
+    def pick(self, places: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
+        """The latents at shares of the way through the set, each in [0, 1)."""
+        return self.latents[(places.cpu() * len(self.latents)).long().clamp_max(len(self.latents) - 1)]
 
 
 def load_images(source: str, event_shape: tuple[int, ...]) -> Images:

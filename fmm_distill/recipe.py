@@ -69,6 +69,14 @@ class GuidanceSettings(Settings):
     """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which it acts."""
+    weaker: str | None = None
+    """Autoguidance: a weaker teacher of the same kind, whose velocity takes the place of v_null."""
+
+    @model_validator(mode="after")
+    def _weaker_acts(self) -> Self:
+        if self.weaker is not None and self.scale == 1:
+            raise ValueError("guidance.weaker acts with another guidance.scale than 1")
+        return self
 
 
 class Term(Settings):

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from fmm_distill import __version__, checkpoint
-from fmm_distill.data import load_images, load_prompts
+from fmm_distill.data import Encoded, load_images, load_prompts
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import (
     NOISE_SEED,
@@ -39,6 +39,7 @@ from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student, stock_part
+from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fmm_distill.data import Images
+    from fmm_distill.data import Images, Samples
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
@@ -79,6 +80,7 @@ class Plan:
     student: Student
     images: Images | None
     reference: Images | None
+    starts: Samples | None
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -98,24 +100,48 @@ def plan(recipe: Recipe) -> Plan:
     for name in ("steps", "ddim_steps", "dpmsolver_steps"):
         check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
     check_steps(recipe.export.steps, teacher.schedule)
-    images = None if recipe.data == "none" else load_images(recipe.data, teacher.event_shape)
+    images = _images(recipe, teacher)
     reference = images
     if reference is None and recipe.evaluation.features == "digits":
         reference = load_images("builtin:digits", teacher.event_shape)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
-    return Plan(recipe, teacher, student, images, reference)
+    starts = images if images is None or isinstance(teacher.codec, Pixels) else Encoded(images, teacher.codec)
+    return Plan(recipe, teacher, student, images, reference, starts)
+
+
+def _images(recipe: Recipe, teacher: Teacher) -> Images | None:
+    """The data of a recipe, of the size that its teacher's samples decode to."""
+    if recipe.data == "none":
+        return None
+    if teacher.conditions is not None:
+        raise UserError(
+            f"--data {recipe.data}: {teacher.source} is told a condition with every sample, and images come without "
+            "(not yet); wanted none"
+        )
+    if isinstance(teacher.codec, Pixels):
+        return load_images(recipe.data, teacher.event_shape)
+    return load_images(recipe.data, tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:]))
 
 
 def open_teacher(recipe: Recipe) -> Teacher:
     """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     guidance = None if settings.scale == 1 else Guidance(settings.scale, settings.interval)
-    prompts = load_prompts(recipe.prompts)
-    return load_teacher(
-        recipe.teacher, revision=recipe.revision, prompts=prompts, call=dict(recipe.pipeline), guidance=guidance
-    )
+    told: dict[str, Any] = {"prompts": load_prompts(recipe.prompts), "call": dict(recipe.pipeline)}
+    if settings.weaker is None:
+        return load_teacher(recipe.teacher, revision=recipe.revision, guidance=guidance, **told)
+    teacher = load_teacher(recipe.teacher, revision=recipe.revision, **told)
+    weaker = load_teacher(settings.weaker, **told)
+    here, there = ((t.event_shape, t.schedule.t_min, t.schedule.t_max) for t in (teacher, weaker))
+    if here != there:
+        raise UserError(
+            f"guidance.weaker {settings.weaker}: shape and range of time are {there}, the teacher's {here}; wanted the "
+            "same, such as an earlier or a smaller model on the same data"
+        )
+    teacher.guidance, teacher.weaker = guidance, weaker
+    return teacher
 
 
 def distill(
@@ -148,7 +174,7 @@ def distill(
     if accelerator.is_main_process:
         _make_folder(folder, recipe, fresh)
     accelerator.wait_for_everyone()
-    trainer = Trainer(job.student, job.teacher, recipe, job.images, folder, accelerator, line)
+    trainer = Trainer(job.student, job.teacher, recipe, job.starts, folder, accelerator, line)
     trainer.run()
     job.student.load_state_dict(trainer.average.module.state_dict())
     job.student.eval()

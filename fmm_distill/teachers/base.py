@@ -77,7 +77,8 @@ class Teacher:
         folder: where the pipeline stands on this disk, if students are exported into copies of it.
         call: keywords of that pipeline's call besides prompt and guidance.
         conditions: what it can be told; None: nothing.
-        guidance: how much it is drawn away from what it says untold; None: not at all.
+        guidance: how much it is drawn away from what it says untold, or from a weaker teacher; None: not at all.
+        weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
         codec: from its samples to images and back.
         revision: the commit on the Hub, where it comes from there.
         licence: as its model card says, where it says so.
@@ -94,6 +95,7 @@ class Teacher:
     call: dict[str, Any] = field(default_factory=dict)
     conditions: Conditions | None = None
     guidance: Guidance | None = None
+    weaker: Teacher | None = None
     codec: Codec = field(default_factory=Pixels)
     revision: str | None = None
     licence: str | None = None
@@ -106,9 +108,12 @@ class Teacher:
             wanted = "is unconditional, but a condition came" if self.conditions is None else "wants a condition"
             raise UserError(f"{self.source} {wanted}: pass {'none' if self.conditions is None else 'one'}")
         v = self.parametrisation.velocity(self.network, x, t, cond)
-        if self.guidance is None or self.conditions is None:
+        if self.guidance is None:
             return v
-        null = self.conditions.null(len(x)).to(x.device)
+        weaker = self.weaker
+        if weaker is not None:
+            return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t)
+        null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrisation.velocity(self.network, x, t, null), t)
 
     @property
@@ -132,6 +137,8 @@ class Teacher:
         return self.parametrisation.prior(noise)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same teacher with its network on ``device``."""
+        """The same teacher with its network, and that of a weaker one, on ``device``."""
         self.network.to(device)
+        if self.weaker is not None:
+            self.weaker.to(device)
         return self

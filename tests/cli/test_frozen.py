@@ -36,6 +36,7 @@ FIELDS = [
     "prompts.column",
     "guidance.scale",
     "guidance.interval",
+    "guidance.weaker",
     "data",
     "student.prediction",
     "student.regression_steps",

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.data import Encoded, Images
 from fmm_distill.evaluate import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
@@ -208,6 +209,11 @@ def test_latents_of_a_vq_model(tmp_path):
     images = teacher.codec.decode(torch.randn(2, *teacher.event_shape))
     assert images.shape[:2] == (2, 3)
     assert teacher.codec.encode(images).shape == (2, *teacher.event_shape)
+    pixels = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    starts = Encoded(Images(pixels, "here"), teacher.codec, batch=2)
+    picked = starts.pick(torch.tensor([0.99, 0.0]))
+    expected = teacher.codec.encode(pixels[[4, 0]].float() / 255 * 2 - 1)
+    torch.testing.assert_close(picked, expected)
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
     differences = verify(student, teacher, folder, (1, 4))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fmm_distill.data import load_images
+from fmm_distill.data import load_images, load_prompts
 from fmm_distill.ema import averaged
 from fmm_distill.errors import UserError
+from fmm_distill.recipe import PromptSettings
 
 
 def test_digits():
@@ -86,3 +87,24 @@ def test_average_against_a_hand_computation():
         rate = min(0.25, (1 + n) / (10 + n))
         wanted = value if wanted is None else rate * wanted + (1 - rate) * value
     assert average.module.weight.item() == pytest.approx(wanted)
+
+
+def test_prompts_are_the_lines_of_a_file_or_a_column(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  two dogs \n", encoding="utf-8")
+    assert load_prompts(PromptSettings(file=str(tmp_path / "prompts.txt"))) == ("a cat", "two dogs")
+    (tmp_path / "captions.csv").write_text('text,other\na cat,1\n"dogs, two",2\n', encoding="utf-8")
+    assert load_prompts(PromptSettings(dataset=str(tmp_path / "captions.csv"))) == ("a cat", "dogs, two")
+    other = PromptSettings(dataset=str(tmp_path / "captions.csv"), column="other")
+    assert load_prompts(other) == ("1", "2")
+    assert load_prompts(PromptSettings()) == ()
+
+
+def test_prompts_that_are_not_there(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no line in it"):
+        load_prompts(PromptSettings(file=str(tmp_path / "empty.txt")))
+    (tmp_path / "captions.csv").write_text("caption\na cat\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompts\.column text: .* has caption"):
+        load_prompts(PromptSettings(dataset=str(tmp_path / "captions.csv")))
+    with pytest.raises(UserError, match=r"prompts\.dataset .*nowhere\.csv: can't be read"):
+        load_prompts(PromptSettings(dataset=str(tmp_path / "nowhere.csv")))

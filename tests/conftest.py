@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
-# Before any library reads them.
+# Before any library reads them. Nothing is kept in the user's own caches.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fmm_distill_tests_")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

@@ -20,6 +20,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import check_weights
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.embedding import EACH, LENGTHS, cache_file, embed_all, told_apart
 from fmm_distill.teachers.recording import TIMES, record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.velocity import Conditioning
@@ -90,10 +91,6 @@ def _listed(given: dict[str, Any], batch: int) -> dict[str, Any]:
     return given
 
 
-LENGTHS = "lengths of"
-EACH = " of each"
-
-
 def load_prompted(
     found: Found, prompts: Sequence[str] = ("",), call: dict[str, Any] | None = None, guidance: Guidance | None = None
 ) -> Teacher:
@@ -117,7 +114,7 @@ def load_prompted(
     shift = _shift(probe, pipeline.scheduler.config)
     levels = read_scheduler(pipeline.scheduler, found.source, shift=shift, told_before=_told_before(probe))
     asked = _ask(probe, levels, found.source)
-    conditions = _conditions(pipeline, component, keys, asked, tuple(prompts), inverted=levels.inverted)
+    conditions = _conditions(pipeline, component, keys, asked, tuple(prompts), found, inverted=levels.inverted)
     _check_prediction(network, asked, probe, pipeline, component, keys, levels, found.source)
     width = tensor_of(probe.asked[0].given[asked.sample]).shape[1:]
     return Teacher(
@@ -274,64 +271,29 @@ def _line(own: Tensor, told: Tensor, source: str) -> tuple[float, float]:
     return slope, offset
 
 
-def _told(given: dict[str, Any], asked: RecordedCall, count: int, single: dict[str, Any]) -> Conditioning:
-    """The arguments besides sample and time, parted into rows and what all samples share.
-
-    A tensor is of rows if its length follows the number of samples: ``single`` is the same call with one.
-    """
-    inputs: dict[str, Tensor] = {}
-    shared: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in (asked.sample, asked.time, "return_dict"):
-            continue
-        one = single.get(name)
-        if isinstance(value, dict):
-            shared[name] = {}
-            for key, item in value.items():
-                if _is_rows(item, one[key] if one else None, count):
-                    inputs[f"{name}.{key}"] = item
-                else:
-                    shared[name][key] = item
-        elif _is_rows(value, one, count):
-            inputs[name] = value
-        elif isinstance(value, list) and len(value) == count and isinstance(one, list) and len(one) == 1:
-            if all(isinstance(row, torch.Tensor) for row in value):
-                inputs[name] = torch.nn.utils.rnn.pad_sequence(value, batch_first=True)
-                inputs[f"{LENGTHS}.{name}"] = torch.tensor([len(row) for row in value])
-            else:
-                shared[name + EACH] = value[0]
-        else:
-            shared[name] = value
-    return Conditioning(inputs, shared | {"return_dict": False})
-
-
-def _is_rows(value: Any, one: Any, count: int) -> bool:  # noqa: ANN401 whatever a network takes
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != count:
-        return False
-    # A mask may come with several prompts only, where shorter ones are padded.
-    return not isinstance(one, torch.Tensor) or len(one) == 1
-
-
-def _embed(pipeline: Any, component: str, keys: _Keys, asked: RecordedCall, prompts: Sequence[str]) -> Conditioning:  # noqa: ANN401
-    """What the network is told of these prompts, two or more; the network itself does not run."""
-    several = record(pipeline, component, keys.call(prompts, STEPS), first_only=True).asked[0].given
-    single = record(pipeline, component, keys.call(prompts[:1], STEPS), first_only=True).asked[0].given
-    return _told(several, asked, len(prompts), single)
-
-
 def _conditions(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keys: _Keys,
     asked: RecordedCall,
     prompts: tuple[str, ...],
+    found: Found,
     *,
     inverted: bool,
 ) -> Embeddings:
-    # One prompt is embedded twice: rows are told from what is shared by how many there are.
-    rows = _embed(pipeline, component, keys, asked, prompts if len(prompts) > 1 else prompts * 2)
-    index = torch.arange(len(prompts))
-    return Embeddings(prompts, rows.rows(index), *_null(pipeline, component, keys, asked, inverted=inverted))
+    def embed(some: Sequence[str]) -> Conditioning:
+        return _embed(pipeline, component, keys, asked, some)
+
+    place = cache_file(found, prompts, {name: repr(value) for name, value in sorted(keys.fixed.items())})
+    rows = embed_all(embed, prompts, place)
+    return Embeddings(prompts, rows, *_null(pipeline, component, keys, asked, inverted=inverted))
+
+
+def _embed(pipeline: Any, component: str, keys: _Keys, asked: RecordedCall, prompts: Sequence[str]) -> Conditioning:  # noqa: ANN401
+    """What the network is told of these prompts, two or more; the network itself does not run."""
+    several = record(pipeline, component, keys.call(prompts, STEPS), first_only=True).asked[0].given
+    single = record(pipeline, component, keys.call(prompts[:1], STEPS), first_only=True).asked[0].given
+    return told_apart(several, (asked.sample, asked.time), len(prompts), single)
 
 
 def _null(
@@ -360,7 +322,7 @@ def _null(
         parts = [{name: _half(value, count, second) for name, value in first.items()} for second in (False, True)]
     else:
         return None, f"{kind} has no classifier-free guidance"
-    told = [_told(part, asked, count, single) for part in parts]
+    told = [told_apart(part, (asked.sample, asked.time), count, single) for part in parts]
     null = told[0] if _same(told[1], cond) else told[1]
     if not _same(told[0], cond) and not _same(told[1], cond):
         return None, f"{kind} is told something else when it is guided"

@@ -15,6 +15,7 @@ import torch
 from fmm_distill.export.stock_pipeline import jumping
 from fmm_distill.schedules import FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.student import fold
+from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.prompted import RecordedCall
 from fmm_distill.teachers.recording import record, run_pipeline, tensor_of
 
@@ -120,9 +121,7 @@ def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
 
 def _opened(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffusers class
     given = {teacher.component: teacher.network, "scheduler": stock_scheduler(teacher, prediction)}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        teacher.folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    pipeline = open_pipeline(cast("Path", teacher.folder), **given)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

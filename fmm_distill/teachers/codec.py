@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import diffusers
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.recording import replaced, run_pipeline
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ class PipelineCodec:
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
         """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
         if self._pipeline is None:
-            given = {self.component: self.network}
-            self._pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                self.folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
+            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
         images = []
         for row in x.split(1):
             with (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,10 @@ import torch
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Found", "check_weights", "open_component", "open_network", "open_scheduler"]
+__all__ = ["Found", "check_weights", "open_component", "open_network", "open_pipeline", "open_scheduler"]
 
 
 @dataclass
@@ -52,6 +55,30 @@ def open_component(found: Found, component: str, **options: object) -> Any:  # n
             f"{found.source}: its {component} does not open ({type(error).__name__}: {lines[0]}); wanted a whole "
             "pipeline as save_pretrained writes it: fetch or save it again"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bar for every component that diffusers and transformers load."""
+    loggings = [diffusers.utils.logging]
+    if (transformers := sys.modules.get("transformers")) is not None:
+        loggings.append(transformers.utils.logging)
+    shown = [logging for logging in loggings if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
+
+
+def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffusers class
+    """A stock pipeline in float32 from a folder on this disk, safetensors alone, no code but diffusers' own."""
+    with quiet():
+        return diffusers.DiffusionPipeline.from_pretrained(
+            folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
 
 
 def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class

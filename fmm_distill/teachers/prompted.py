@@ -10,7 +10,6 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 
 from fmm_distill.errors import UserError
@@ -18,7 +17,7 @@ from fmm_distill.parametrisation import Parametrisation, keywords
 from fmm_distill.schedules import FlowMatching
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
-from fmm_distill.teachers.components import check_weights
+from fmm_distill.teachers.components import check_weights, open_pipeline
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.embedding import EACH, LENGTHS, cache_file, embed_all, told_apart
 from fmm_distill.teachers.recording import TIMES, record, tensor_of
@@ -145,10 +144,18 @@ def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording
 
 
 def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            found.folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    missing = [name for name in found.components if not (found.folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{found.source}: its {missing[0]} is missing (no folder of that name); wanted a whole pipeline as "
+            "save_pretrained writes it: fetch or save it again"
         )
+    try:
+        import transformers  # noqa: F401 only whether it is there
+    except ImportError as error:
+        raise UserError(f"{found.source} has text encoders: they need `pip install fmm-distill[text]`") from error
+    try:
+        return open_pipeline(found.folder)
     except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(

@@ -114,7 +114,7 @@ OPENING = {
         tiny("--teacher", "ve"),
         ["ve: time_embedding_type 'positional'; wanted 'fourier'"],
     ),
-    "missing text encoder": (tiny("--teacher", "text"), ["text: the pipeline does not open"]),
+    "missing text encoder": (tiny("--teacher", "text"), ["text: its text_encoder is missing (no folder of that name)"]),
     "prompts for a teacher that takes none": (
         tiny("--set", "prompts.file=torn.yaml"),
         ["prompts and pipeline are for pipelines with a text encoder"],
@@ -286,7 +286,7 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
         (("export", "other", "out"), "other is no run folder (no recipe.yaml)"),
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
-        (("inspect", "text"), "text: the pipeline does not open"),
+        (("inspect", "text"), "text: its text_encoder is missing"),
         (("--recipe", "checkerboard", "--data", "none"), "run python -m benchmarks.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit' is unknown, did you mean digits?"),
     ],

@@ -163,7 +163,10 @@ def _column(source: str, column: str) -> tuple[str, ...]:
         raise UserError(f"prompts.dataset {source}: can't be read ({_line(error)}); wanted a dataset") from error
     if column not in rows.features:
         raise UserError(f"prompts.column {column}: {source} has {', '.join(rows.features)}; wanted one of them")
-    return tuple(str(text) for text in rows[column])
+    found = tuple(str(text) for text in rows[column] if text not in (None, ""))
+    if not found:
+        raise UserError(f"prompts.dataset {source}: no prompt in its column {column}; wanted text")
+    return found
 
 
 def _datasets(what: str) -> Any:  # noqa: ANN401 a module

@@ -118,7 +118,8 @@ def derivative_in_r(
     if engine == "exact":
         du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))[1]
     else:
-        du_dh = (of_jump(h + JUMP_STEP) - of_jump(h - JUMP_STEP)) / (2 * JUMP_STEP)
+        with _precise(h):
+            du_dh = (of_jump(h + JUMP_STEP) - of_jump(h - JUMP_STEP)) / (2 * JUMP_STEP)
     return -expand(flow_map.clock.rate(r), x) * du_dh
 
 
@@ -169,7 +170,8 @@ def derivative_along_flow(
     step = TIME_STEP / flow_map.clock.rate(t)
     back = t + step > flow_map.t_max
     first, second = torch.where(back, -step, step), torch.where(back, -2 * step, -step)
-    here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
+    with _precise(x):
+        here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
     backward, central = 3 * here - 4 * near + far, near - far
     return torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
 
@@ -196,11 +198,16 @@ def _along(flow_map: FlowMap, r: Tensor, cond: Conditioning | None) -> Callable[
     return lambda x, t: flow_map.mean_velocity(x, t, r, cond)
 
 
+def _precise(like: Tensor) -> torch.autocast:
+    """Autocast off: in half precision a tangent loses two digits, and a difference is noise."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _forward_mode(
     function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Value and directional derivative; autocast off, since half-precision tangents lose two digits."""
-    with StockNetworks(), torch.autocast(at[0].device.type, enabled=False):
+    """Value and directional derivative."""
+    with StockNetworks(), _precise(at[0]):
         value, derivative = torch.func.jvp(function, at, along)[:2]
     return value, derivative
 

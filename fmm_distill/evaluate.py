@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 
 from fmm_distill.errors import UserError
 from fmm_distill.features import load_digits_classifier
@@ -133,12 +133,19 @@ def _samplers(student: Student, teacher: Teacher, settings: EvaluationSettings) 
     samplers = [("student", steps, student_at(steps)) for steps in settings.steps]
     if not isinstance(teacher.schedule, VariancePreserving):
         return samplers + [("teacher-euler", steps, _euler(teacher, steps)) for steps in settings.ddim_steps]
-    for name, kind, numbers in (
-        ("teacher-ddim", DDIMScheduler, settings.ddim_steps),
-        ("teacher-dpmsolver++", DPMSolverMultistepScheduler, settings.dpmsolver_steps),
-    ):
+    solvers: list[tuple[str, Any, tuple[int, ...]]] = [("teacher-ddim", DDIMScheduler, settings.ddim_steps)]
+    if _has_own_levels(teacher):
+        solvers = [("teacher-ddim", CogVideoXDDIMScheduler, settings.ddim_steps)]
+    else:
+        solvers += [("teacher-dpmsolver++", DPMSolverMultistepScheduler, settings.dpmsolver_steps)]
+    for name, kind, numbers in solvers:
         samplers += [(name, steps, _stock(teacher, teacher.schedule, kind, steps)) for steps in numbers]
     return samplers
+
+
+def _has_own_levels(teacher: Teacher) -> bool:
+    """Whether only the schedulers of CogVideoX make the teacher's noise levels."""
+    return str(teacher.scheduler_config.get("_class_name")).startswith("CogVideoX")
 
 
 def _euler(teacher: Teacher, steps: int) -> Sampler:
@@ -297,6 +304,8 @@ def _entries(teacher: Teacher) -> str:
 def _solvers(teacher: Teacher) -> str:
     if not isinstance(teacher.schedule, VariancePreserving):
         return "Euler's method on equal steps of the teacher's own grid; no DPM-Solver++ on this schedule"
+    if _has_own_levels(teacher):
+        return "diffusers' CogVideoXDDIMScheduler, timestep_spacing=trailing; no DPM-Solver++ makes these noise levels"
     return (
         "diffusers' DDIMScheduler and DPMSolverMultistepScheduler (2M), timestep_spacing=trailing, the rest as in the "
         f"teacher's configuration (clip_sample={_clips(teacher)})"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +118,8 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
     cast("Any", network).jump_embedding.requires_grad_(True)
     teacher.network = AdaptersOff(network).eval()
+    if isinstance(teacher.codec, PipelineCodec):
+        teacher.codec.network = network
 
 
 def merged(student: Student) -> Student:

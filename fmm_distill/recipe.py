@@ -74,6 +74,8 @@ class GuidanceSettings(Settings):
 
     @model_validator(mode="after")
     def _weaker_acts(self) -> Self:
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"guidance.interval {list(self.interval)}: wanted two times in [0, 1], the smaller first")
         if self.weaker is not None and self.scale == 1:
             raise ValueError("guidance.weaker acts with another guidance.scale than 1")
         return self

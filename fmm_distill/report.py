@@ -110,4 +110,8 @@ def _memory(teacher: Teacher, student: Student) -> str:
 
 def _exports(teacher: Teacher) -> str:
     reason = why_not_folded(teacher)
-    return "any number of steps; " + (f"no fixed number ({reason})" if reason else "any fixed number, stock diffusers")
+    if reason:
+        return f"any number of steps; no fixed number ({reason})"
+    total = teacher.schedule.num_timesteps
+    which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "every number"
+    return f"any number of steps; for fixed numbers stock diffusers alone ({which})"

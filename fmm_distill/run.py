@@ -40,7 +40,7 @@ from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student, stock_part
 from fmm_distill.teachers.codec import Pixels
-from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer, activation_bytes
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 COLUMNS = 12
+PROMPTS = "prompts.json"
 
 
 @dataclass
@@ -83,14 +84,17 @@ class Plan:
     starts: Samples | None
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Plan:
     """Open the teacher and the data and check what can be checked.
+
+    Args:
+        prompts: those of a run that was begun before; None: the recipe's.
 
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     _check_training(recipe)
-    teacher = open_teacher(recipe)
+    teacher = open_teacher(recipe, prompts)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
@@ -125,11 +129,12 @@ def _images(recipe: Recipe, teacher: Teacher) -> Images | None:
     return load_images(recipe.data, tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:]))
 
 
-def open_teacher(recipe: Recipe) -> Teacher:
+def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
     """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     guidance = None if settings.scale == 1 else Guidance(settings.scale, settings.interval)
-    told: dict[str, Any] = {"prompts": load_prompts(recipe.prompts), "call": dict(recipe.pipeline)}
+    prompts = load_prompts(recipe.prompts) if prompts is None else prompts
+    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     if settings.weaker is None:
         return load_teacher(recipe.teacher, revision=recipe.revision, guidance=guidance, **told)
     teacher = load_teacher(recipe.teacher, revision=recipe.revision, **told)
@@ -170,9 +175,12 @@ def distill(
         line(_how_to_load(folder, recipe))
         return finished
     job = plan(recipe)
+    _check_prompts(folder, job, fresh)
     line(_describe(job))
     if accelerator.is_main_process:
         _make_folder(folder, recipe, fresh)
+        if isinstance(job.teacher.conditions, Embeddings):
+            checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()
     trainer = Trainer(job.student, job.teacher, recipe, job.starts, folder, accelerator, line)
     trainer.run()
@@ -182,6 +190,21 @@ def distill(
         evaluation = _finish(job, folder, accelerator.device, line)
     accelerator.wait_for_everyone()
     return evaluation if accelerator.is_main_process else _read(folder)
+
+
+def _kept_prompts(folder: Path) -> tuple[str, ...] | None:
+    """The prompts of a run, which the recipe names by their file alone."""
+    kept = folder / PROMPTS
+    return tuple(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else None
+
+
+def _check_prompts(folder: Path, job: Plan, fresh: bool) -> None:
+    kept = None if fresh else _kept_prompts(folder)
+    if kept is not None and job.teacher.conditions is not None and kept != job.teacher.conditions.names:
+        raise UserError(
+            f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, "
+            "restore the file of prompts, or --fresh to begin anew"
+        )
 
 
 def _check_training(recipe: Recipe) -> None:
@@ -316,6 +339,9 @@ def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], 
 
 def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[[], None]) -> dict[str, float]:
     """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    # Pipelines are opened on the CPU, and this is the last that is done with the two.
+    job.teacher.to("cpu")
+    job.student.to("cpu")
     adapted = has_lora(job.student.network)
     student = merged(job.student) if adapted else job.student
     teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
@@ -384,7 +410,7 @@ def open_run(folder: Path | str) -> Plan:
     if newest is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     recipe = parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
-    job = plan(recipe)
+    job = plan(recipe, _kept_prompts(folder))
     average = checkpoint.load(newest).tensors["ema"]
     weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
     if weights.keys() != job.student.state_dict().keys():

@@ -146,8 +146,14 @@ def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Reci
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        size = tensor.numel() * tensor.element_size()
+        try:
+            storage = tensor.untyped_storage()
+            pointer, size = storage.data_ptr(), storage.nbytes()
+        except (RuntimeError, NotImplementedError):
+            # What forward mode wraps has no storage to be told by: every one counts.
+            pointer = -len(saved) - 1
+        saved[pointer] = size
         return tensor
 
     draws = draw(0, 0, 1, teacher.event_shape)

@@ -38,7 +38,7 @@ def why_not_folded(teacher: Teacher) -> str | None:
 
 
 def check_steps(steps: Iterable[int], schedule: Schedule) -> None:
-    """Refuse numbers of steps whose grid is not uniform: the fold would not be exact."""
+    """Refuse numbers of steps that the stock DDIM scheduler does not walk: it steps by whole parts of the timesteps."""
     wrong = [n for n in steps if not 1 <= n <= schedule.num_timesteps or not schedule.is_uniform(n)]
     if wrong:
         raise UserError(

@@ -16,6 +16,7 @@ from fmm_distill.export.stock_pipeline import jumping
 from fmm_distill.schedules import FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.student import fold
 from fmm_distill.teachers.components import open_pipeline
+from fmm_distill.teachers.embedding import told_apart
 from fmm_distill.teachers.prompted import RecordedCall
 from fmm_distill.teachers.recording import record, run_pipeline, tensor_of
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.velocity import Conditioning
 
 __all__ = [
     "any_step_settings",
@@ -52,10 +54,18 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
         if name.startswith("_") or not isinstance(value, list) or name in (teacher.component, "scheduler"):
             continue
         if source is not None and (source / name).is_dir():
-            shutil.copytree(source / name, target / name, copy_function=os.link)
+            shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (origin / name).is_dir():
             shutil.copytree(origin / name, target / name)
     return index
+
+
+def _linked(source: str, target: str) -> None:
+    """A hard link, or a copy where the disk has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def stock_scheduler(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffusers class
@@ -126,16 +136,26 @@ def _opened(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffuse
     return pipeline
 
 
-def start_of(teacher: Teacher, call: dict[str, Any], seed: int) -> Float[Tensor, "batch *event"]:
-    """The N(0, I) that the stock pipeline starts from with this seed."""
+def start_of(
+    teacher: Teacher, call: dict[str, Any], seed: int
+) -> tuple[Float[Tensor, "batch *event"], Conditioning | None]:
+    """The N(0, I) that the stock pipeline starts from with this seed, and what it tells its network of its prompts.
+
+    These may be padded otherwise than among all prompts of a run. None of a pipeline that is told classes.
+    """
     pipeline = _opened(teacher, teacher.prediction)
     count = next(len(value) for value in call.values() if isinstance(value, list))
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
     seen = record(pipeline, teacher.component, given)
     x = tensor_of(next(iter(seen.asked[0].given.values())))
+    ask, cond = teacher.parametrisation.call, None
+    if isinstance(ask, RecordedCall):
+        one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
+        single = record(pipeline, teacher.component, one, first_only=True).asked[0].given
+        cond = told_apart(seen.asked[0].given, (ask.sample, ask.time), count, single)
     if isinstance(teacher.schedule, VarianceExploding):
-        return seen.steps[0].sample / (teacher.schedule.sigma_max**2 + 1) ** 0.5
-    return x[:count]
+        return seen.steps[0].sample / (teacher.schedule.sigma_max**2 + 1) ** 0.5, cond
+    return x[:count], cond
 
 
 def folded_network(student: Student, teacher: Teacher, steps: int) -> tuple[Any, Any, Tensor]:

@@ -95,7 +95,7 @@ def flow_map_pipeline(stock: type) -> type:
             for name, value in levels["call"].items():
                 if name not in given:
                     kwargs[name] = value
-                elif name == levels["guidance"] and given[name] > value:
+                elif name == levels["guidance"] and (given[name] or 0.0) > value:
                     logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
             names = list(inspect.signature(type(network).__mro__[2].forward).parameters)
             time_name = next(name for name in names if name in ("timestep", "timesteps", "t"))
@@ -108,9 +108,9 @@ def flow_map_pipeline(stock: type) -> type:
                 # One length for all samples, however many the network is told a time for.
                 return inputs, keywords | {"h": torch.full((1,), length, device=module.device)}
 
+            scheduler, made = self.scheduler, jumping(self.scheduler, levels)
             hook = network.register_forward_pre_hook(tell, with_kwargs=True)
-            scheduler = self.scheduler
-            self.scheduler = jumping(scheduler, levels)
+            self.scheduler = made
             try:
                 return super().__call__(*args, **kwargs)
             finally:

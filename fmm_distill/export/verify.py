@@ -113,7 +113,8 @@ def _differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]
 def _stock_differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, float]:
     """Of the pipelines that are copies of the teacher's: of their last latents, or of images."""
     student, teacher = export.student, export.teacher
-    noise, (_, cond) = start_of(teacher, call, SEED), _first_conditions(teacher)
+    noise, cond = start_of(teacher, call, SEED)
+    cond = _first_conditions(teacher)[1] if cond is None else cond
     differences = {}
     for key, samples in made.items():
         kind, n = key.split("-")

@@ -90,8 +90,10 @@ class PipelineCodec:
         """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
         if self._pipeline is None:
             self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
+        device = next(self.network.parameters()).device
+        self._pipeline.to(device)
         images = []
-        for row in x.split(1):
+        for row in x.to(device).split(1):
             with (
                 replaced(self.network, "forward", self._silent),
                 replaced(self._pipeline.scheduler, "step", _ends(row)),

@@ -89,6 +89,8 @@ def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class
 def open_network(found: Found, component: str) -> Any:  # noqa: ANN401 a diffusers class
     """A network from safetensors, in float32, checked to be whole and finite; frozen, in evaluation mode."""
     folder = found.component_folder(component)
+    if not folder.is_dir() or (folder == found.folder and component not in ("unet", "scheduler")):
+        raise UserError(f"{found.source}: its {component} is missing (no folder of that name): fetch it again")
     if not list(folder.glob("diffusion_pytorch_model*.safetensors")):
         others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise UserError(

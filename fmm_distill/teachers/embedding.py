@@ -102,8 +102,8 @@ def embed_all(embed: Callable[[Sequence[str]], Conditioning], prompts: tuple[str
     with safe_open(place, "pt") as file:
         longest = file.metadata()["longest"]
     # What all samples share is no tensor of rows and is looked up again; it may depend on the longest prompt.
-    shared = embed((prompts[0], longest)).shared
-    return Conditioning(load_file(place), shared)
+    few = prompts if 1 < len(prompts) <= CHUNK else (prompts[0], longest)
+    return Conditioning(load_file(place), embed(few).shared)
 
 
 def _embed_in_parts(

@@ -94,9 +94,11 @@ def find(source: str, revision: str | None = None) -> Found:
     components = {
         name: (value[0], value[1])
         for name, value in entries.items()
-        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
     }
     pipeline = entries.get("_class_name", "")
+    if not isinstance(pipeline, str):
+        raise UserError(f"{source}: its pipeline is code of the repository ({pipeline}); wanted one of diffusers' own")
     return Found(source, folder, commit, _licence(folder), pipeline, components)
 
 

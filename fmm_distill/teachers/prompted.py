@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 
 from fmm_distill.errors import UserError
@@ -38,6 +39,17 @@ __all__ = ["RecordedCall", "load_prompted"]
 
 STEPS = 4
 PROBES = ("a red cat on a mat", "dogs")
+_OURS = (
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+)
 # Of a network's prediction, against what the pipeline itself got from it.
 TOLERANCE = 1e-4
 
@@ -110,6 +122,9 @@ def load_prompted(
     check_weights(network, found.source)
     keys = _Keys.of(pipeline, call or {}, 1.0 if guidance is None else guidance.scale)
     probe = record(pipeline, component, keys.call(PROBES, STEPS))
+    if keys.guidance == "guidance_scale" and _is_told_guidance(probe):
+        keys = _Keys(keys.fixed | {"guidance_scale": 1.0 if guidance is None else guidance.scale}, None, 1.0)
+        probe = record(pipeline, component, keys.call(PROBES, STEPS))
     shift = _shift(probe, pipeline.scheduler.config)
     levels = read_scheduler(pipeline.scheduler, found.source, shift=shift, told_before=_told_before(probe))
     asked = _ask(probe, levels, found.source)
@@ -134,9 +149,17 @@ def load_prompted(
     )
 
 
+def _is_told_guidance(probe: Recording) -> bool:
+    return probe.asked[0].given.get("guidance") is not None
+
+
 def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording) -> Guidance | None:
     """Guidance by two answers, or None where the network is told its guidance or there is none."""
-    if guidance is None or guidance.scale == 1 or probe.asked[0].given.get("guidance") is not None:
+    if guidance is None or guidance.scale == 1:
+        return None
+    if _is_told_guidance(probe):
+        if guidance.interval != (0.0, 1.0):
+            raise UserError("guidance.interval: this network is told its guidance, at every time; wanted [0, 1]")
         return None
     # Says why, where there is nothing to be guided away from.
     conditions.null(1)
@@ -154,9 +177,23 @@ def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
         import transformers  # noqa: F401 only whether it is there
     except ImportError as error:
         raise UserError(f"{found.source} has text encoders: they need `pip install fmm-distill[text]`") from error
+    if not hasattr(diffusers, found.pipeline):
+        raise UserError(
+            f"{found.source}: this diffusers has no {found.pipeline or 'class for it'}; install a newer one"
+        )
     try:
         return open_pipeline(found.folder)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
             f"{found.source}: the pipeline does not open ({type(error).__name__}: {lines[0]}); wanted a whole pipeline "
@@ -172,6 +209,8 @@ def _check_call(pipeline: Any, call: dict[str, Any], source: str) -> None:  # no
         raise UserError(
             f"{source}: {type(pipeline).__name__} refines an image that another model made; wanted the base model"
         )
+    for key in (key for key in call if key in _OURS):
+        raise UserError(f"pipeline.{key} is set by the program; wanted keywords such as height and width")
     wrong = [key for key in call if key not in taken]
     if wrong:
         raise UserError(

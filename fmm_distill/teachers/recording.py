@@ -146,7 +146,16 @@ def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a 
         return pipeline(**call)
     except _EnoughError:
         return None
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         lines = str(error).strip().splitlines() or [""]
         shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
         raise UserError(

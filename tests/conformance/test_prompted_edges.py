@@ -1,0 +1,145 @@
+"""Where teachers of prompts have gone wrong: told guidance, padding, other noise levels, half precision, old files."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from fmm_distill.derivatives import derivative_in_r
+from fmm_distill.errors import UserError
+from fmm_distill.evaluate import evaluate
+from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.verify import verify
+from fmm_distill.recipe import EvaluationSettings, parse
+from fmm_distill.run import distill, forecast, open_run
+from fmm_distill.student import make_student
+from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.load import load_teacher
+from tests.conformance.test_prompted import FAMILIES, PROMPTS, saved
+from tests.conformance.test_prompted_export import moved
+from tests.tiny.diffusion import PIPELINES
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "hunyuan-video"])
+def test_a_network_that_is_told_its_guidance_is_told_the_scale(tmp_path, name):
+    source, call = saved(name, tmp_path)
+    one, four = (load_teacher(source, prompts=PROMPTS, call=call, guidance=Guidance(scale)) for scale in (1.0, 4.0))
+    assert four.guidance is None
+    told = [teacher.conditions.prompts.inputs["guidance"] for teacher in (one, four)]
+    torch.testing.assert_close(told[1], 4 * told[0])
+    with pytest.raises(UserError, match=r"guidance\.interval: this network is told its guidance"):
+        load_teacher(source, prompts=PROMPTS, call=call, guidance=Guidance(4.0, (0.2, 0.6)))
+
+
+def test_prompts_padded_beside_a_long_one_are_verified_as_the_pipeline_pads_them(tmp_path):
+    source, call = saved("cogview4", tmp_path / "teacher")
+    prompts = (*"abcdefgh", "a prompt that is a good deal longer than all the others together")
+    teacher = load_teacher(source, prompts=prompts, call=call)
+    student = moved(make_student(teacher))
+    folder = export_pipeline(student, teacher, tmp_path / "student", (2,))
+    assert max(verify(student, teacher, folder, (2,)).values()) < 1e-4
+
+
+def test_cogvideox_is_measured_against_solvers_with_its_own_noise_levels(tmp_path):
+    pipeline = FAMILIES["cogvideox"].build()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, snr_shift_scale=3.0)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    teacher = load_teacher(str(tmp_path), prompts=PROMPTS, call=dict(FAMILIES["cogvideox"].call))
+    settings = EvaluationSettings(
+        steps=(50,), ddim_steps=(50,), dpmsolver_steps=(50,), samples=4, endpoint_samples=4, endpoint_solver_steps=100
+    )
+    rows = evaluate(make_student(teacher), teacher, settings, None, torch.device("cpu")).rows
+    # The untrained student is its teacher's DDIM.
+    assert [row.sampler for row in rows] == ["student", "teacher-ddim"]
+    assert rows[0].endpoint_error == pytest.approx(rows[1].endpoint_error, rel=1e-3)
+
+
+def test_central_differences_stay_in_single_precision_under_autocast(tmp_path):
+    source, call = saved("sd1", tmp_path)
+    teacher = load_teacher(source, prompts=PROMPTS, call=call)
+    student = moved(make_student(teacher))
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t, r = (teacher.schedule.time_at(torch.tensor(s, dtype=torch.float64)) for s in ([0.6, 0.9], [0.2, 0.5]))
+    with torch.no_grad():
+        exact = derivative_in_r(student, x, t, r, cond=teacher.conditions.prompts)
+        with torch.autocast("cpu", torch.bfloat16):
+            central = derivative_in_r(student, x, t, r, cond=teacher.conditions.prompts, engine="central")
+    assert (central - exact).norm() < 1e-3 * exact.norm()
+
+
+def recipe_of(source, prompts, **changes):
+    settings = {
+        "teacher": source,
+        "prompts": {"file": str(prompts)},
+        "training": {"steps": 2, "batch_size": 2, "checkpoint_every": 1},
+        "evaluation": {
+            "steps": [1],
+            "ddim_steps": [1],
+            "dpmsolver_steps": [1],
+            "samples": 2,
+            "endpoint_samples": 2,
+            "endpoint_solver_steps": 2,
+        },
+        "export": {"steps": [1]},
+    }
+    return parse(settings | changes, "here")
+
+
+def test_a_run_keeps_its_prompts(tmp_path):
+    source, _ = saved("sd1", tmp_path / "teacher")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    recipe = recipe_of(source, prompts)
+    assert "GiB of activations" in forecast(recipe, tmp_path / "run")
+    distill(recipe, tmp_path / "run", say=lambda line: None)
+    prompts.write_text("a cat\na dog\n")
+    assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
+    (tmp_path / "run" / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
+        distill(recipe, tmp_path / "run", say=lambda line: None)
+
+
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError("no hard links here")
+
+    PIPELINES["dit"].build().save_pretrained(tmp_path / "teacher")
+    teacher = load_teacher(str(tmp_path / "teacher"))
+    monkeypatch.setattr(os, "link", refused)
+    folder = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    assert (folder / "steps-2" / "vae" / "config.json").is_file()
+
+
+def test_a_pipeline_of_the_repositorys_own_code(tmp_path):
+    PIPELINES["dit"].build().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["mine", "MyPipeline"]}))
+    with pytest.raises(UserError, match=r"its pipeline is code of the repository .*MyPipeline"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_component_that_is_missing(tmp_path):
+    PIPELINES["dit"].build().save_pretrained(tmp_path)
+    (tmp_path / "vae").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="its vae is missing"):
+        load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["prompt", "guidance_scale", "num_inference_steps"])
+def test_keywords_that_are_the_programs_own(tmp_path, key):
+    source, call = saved("sd1", tmp_path)
+    with pytest.raises(UserError, match=rf"pipeline\.{key} is set by the program"):
+        load_teacher(source, call=call | {key: 3})
+    with pytest.raises(
+        UserError, match=r"pipeline\.hight: StableDiffusionPipeline takes no hight; it takes prompt, height"
+    ):
+        load_teacher(source, call=call | {"hight": 3})
+
+
+@pytest.mark.parametrize("interval", [[0.9, 0.1], [-0.1, 0.5], [0.5, 0.5]])
+def test_an_interval_that_holds_no_time(interval):
+    with pytest.raises(UserError, match=r"guidance\.interval .*: wanted two times in \[0, 1\], the smaller first"):
+        parse({"guidance": {"scale": 2.0, "interval": interval}}, "here")

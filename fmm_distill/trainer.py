@@ -144,16 +144,16 @@ def _condition(teacher: Distillable, draws: Draws) -> Conditioning | None:
 def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:
     """Bytes that one sample's loss keeps for the backward pass, counted on one sample."""
     saved: dict[int, int] = {}
+    sizes = {p.numel() for p in student.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
         try:
             storage = tensor.untyped_storage()
-            pointer, size = storage.data_ptr(), storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         except (RuntimeError, NotImplementedError):
-            # What forward mode wraps has no storage to be told by: every one counts.
-            pointer = -len(saved) - 1
-        saved[pointer] = size
+            # Forward mode hides the storage of some tensors, the weights among them: those are known by their size.
+            if tensor.numel() not in sizes:
+                saved[-len(saved) - 1] = tensor.numel() * tensor.element_size()
         return tensor
 
     draws = draw(0, 0, 1, teacher.event_shape)

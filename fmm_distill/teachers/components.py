@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Found", "check_weights", "open_component", "open_network", "open_pipeline", "open_scheduler"]
+__all__ = ["FAULTS", "Found", "check_weights", "open_component", "open_network", "open_pipeline", "open_scheduler"]
+
+
+# What a stock pipeline raises on files or keywords that it can't use.
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass

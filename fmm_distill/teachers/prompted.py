@@ -18,7 +18,7 @@ from fmm_distill.parametrisation import Parametrisation, keywords
 from fmm_distill.schedules import FlowMatching
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
-from fmm_distill.teachers.components import check_weights, open_pipeline
+from fmm_distill.teachers.components import FAULTS, check_weights, open_pipeline
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.embedding import EACH, LENGTHS, cache_file, embed_all, told_apart
 from fmm_distill.teachers.recording import TIMES, record, tensor_of
@@ -183,17 +183,7 @@ def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
         )
     try:
         return open_pipeline(found.folder)
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NameError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except FAULTS as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
             f"{found.source}: the pipeline does not open ({type(error).__name__}: {lines[0]}); wanted a whole pipeline "

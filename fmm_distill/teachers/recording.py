@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.components import FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,16 +147,7 @@ def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a 
         return pipeline(**call)
     except _EnoughError:
         return None
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NameError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except FAULTS as error:
         lines = str(error).strip().splitlines() or [""]
         shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiffusionPipeline
 
 
@@ -20,3 +21,18 @@ class Tiny:
 
     build: Callable[[], DiffusionPipeline]
     call: dict[str, object]
+
+
+def seeded(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    """A builder of the same pipeline every time, in evaluation mode, whatever the global random state."""
+
+    def build() -> DiffusionPipeline:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            pipeline = make()
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+        return pipeline
+
+    return build

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -47,7 +45,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.tiny.base import Tiny
+from tests.tiny.base import Tiny, seeded
 from tests.tiny.tokenizers import bert_tokenizer, clip_tokenizer, t5_tokenizer
 
 # The schedule of Stable Diffusion 1 and 2 and of SDXL.
@@ -385,21 +383,6 @@ def cogview3() -> DiffusionPipeline:
         transformer=redraw(transformer),
         scheduler=schedule,
     )
-
-
-def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-    """``build`` with the same weights every time, ready to run, and without touching the caller's random numbers."""
-
-    def made() -> DiffusionPipeline:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            pipeline = build()
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval()
-        return pipeline
-
-    return made
 
 
 # The sizes that a pipeline takes from its network by itself aren't repeated here.

@@ -40,7 +40,7 @@ from transformers import ByT5Tokenizer
 
 from tests.tiny import flow_more as parts
 from tests.tiny import tokenizers
-from tests.tiny.base import Tiny
+from tests.tiny.base import Tiny, seeded
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 # Of a head's 16 channels: the share of each axis in the rotary embedding.
@@ -367,21 +367,21 @@ SHORT = {"max_sequence_length": 32}
 SANA = SHORT | {"height": 32, "width": 32, "use_resolution_binning": False, "complex_human_instruction": None}
 
 PIPELINES: dict[str, Tiny] = {
-    "sd3": Tiny(parts.seeded(sd3), SHORT),
-    "flux": Tiny(parts.seeded(flux), SMALL | SHORT),
-    "flux-schnell": Tiny(parts.seeded(flux_schnell), SMALL | SHORT),
-    "sana": Tiny(parts.seeded(sana), SANA),
-    "sana-dpm": Tiny(parts.seeded(sana_dpm), SANA),
-    "auraflow": Tiny(parts.seeded(auraflow), SMALL | SHORT),
-    "lumina2": Tiny(parts.seeded(lumina2), {"max_sequence_length": 64, "system_prompt": ""}),
-    "qwen-image": Tiny(parts.seeded(qwen_image), SMALL),
-    "z-image": Tiny(parts.seeded(z_image), SMALL | {"max_sequence_length": 64}),
-    "cogview4": Tiny(parts.seeded(cogview4), {}),
-    "chroma": Tiny(parts.seeded(chroma), SMALL | SHORT),
-    "flux2": Tiny(parts.seeded(flux2), SMALL | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}),
-    "bria": Tiny(parts.seeded(bria), SMALL | SHORT),
-    "ovis-image": Tiny(parts.seeded(ovis_image), SMALL | SHORT),
-    "longcat-image": Tiny(parts.seeded(longcat_image), SMALL | {"enable_prompt_rewrite": False}),
+    "sd3": Tiny(seeded(sd3), SHORT),
+    "flux": Tiny(seeded(flux), SMALL | SHORT),
+    "flux-schnell": Tiny(seeded(flux_schnell), SMALL | SHORT),
+    "sana": Tiny(seeded(sana), SANA),
+    "sana-dpm": Tiny(seeded(sana_dpm), SANA),
+    "auraflow": Tiny(seeded(auraflow), SMALL | SHORT),
+    "lumina2": Tiny(seeded(lumina2), {"max_sequence_length": 64, "system_prompt": ""}),
+    "qwen-image": Tiny(seeded(qwen_image), SMALL),
+    "z-image": Tiny(seeded(z_image), SMALL | {"max_sequence_length": 64}),
+    "cogview4": Tiny(seeded(cogview4), {}),
+    "chroma": Tiny(seeded(chroma), SMALL | SHORT),
+    "flux2": Tiny(seeded(flux2), SMALL | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}),
+    "bria": Tiny(seeded(bria), SMALL | SHORT),
+    "ovis-image": Tiny(seeded(ovis_image), SMALL | SHORT),
+    "longcat-image": Tiny(seeded(longcat_image), SMALL | {"enable_prompt_rewrite": False}),
     # Its guider holds the scale of the guidance, the call takes none.
-    "hunyuan-image": Tiny(parts.seeded(hunyuan_image), SMALL),
+    "hunyuan-image": Tiny(seeded(hunyuan_image), SMALL),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,6 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
 )
 from transformers import (
@@ -49,21 +47,6 @@ DECODER = {
     "max_position_embeddings": 1024,
     "pad_token_id": 0,
 }
-
-
-def seeded(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-    """A builder of the same pipeline every time, in evaluation mode, whatever the global random state."""
-
-    def build() -> DiffusionPipeline:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            pipeline = make()
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.eval()
-        return pipeline
-
-    return build
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers import (
@@ -58,7 +57,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.tiny.base import Tiny
+from tests.tiny.base import Tiny, seeded
 from tests.tiny.tokenizers import clip_tokenizer, hunyuan_video_tokenizer, qwen_tokenizer, t5_tokenizer
 
 TEXT_WIDTH = 16
@@ -75,16 +74,15 @@ def redraw(network: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def seeded(make: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
-    """The same pipeline every time, whatever the state of the global generator, which it leaves alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+def redrawn(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    """The same pipeline every time, its transformer drawn anew."""
+
+    def build() -> DiffusionPipeline:
         pipeline = make()
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.eval()
         redraw(pipeline.transformer)
-    return pipeline
+        return pipeline
+
+    return seeded(build)
 
 
 def t5() -> T5EncoderModel:
@@ -405,7 +403,7 @@ def ace_step() -> AceStepPipeline:
 
 
 def _video(make: Callable[[], DiffusionPipeline], **call: object) -> Tiny:
-    return Tiny(partial(seeded, make), {"height": 32, "width": 32, **call})
+    return Tiny(redrawn(make), {"height": 32, "width": 32, **call})
 
 
 PIPELINES: dict[str, Tiny] = {
@@ -416,9 +414,9 @@ PIPELINES: dict[str, Tiny] = {
     "cogvideox-dpm": _video(cogvideox_5b, num_frames=5, max_sequence_length=TEXT_LENGTH),
     "hunyuan-video": _video(hunyuan_video, num_frames=5, max_sequence_length=64),
     "mochi": _video(mochi, num_frames=7, max_sequence_length=TEXT_LENGTH),
-    "stable-audio": Tiny(partial(seeded, stable_audio), {}),
+    "stable-audio": Tiny(redrawn(stable_audio), {}),
     "allegro": _video(allegro, num_frames=8, max_sequence_length=TEXT_LENGTH),
     "latte": _video(latte, video_length=2),
     # One text of lyrics is not repeated for several prompts; too many are no harm.
-    "ace-step": Tiny(partial(seeded, ace_step), {"audio_duration": 4.0, "lyrics": [""] * 8}),
+    "ace-step": Tiny(redrawn(ace_step), {"audio_duration": 4.0, "lyrics": [""] * 8}),
 }

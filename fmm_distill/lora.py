@@ -62,7 +62,6 @@ def has_lora(network: nn.Module) -> bool:
 @contextmanager
 def _switched_off(network: nn.Module) -> Iterator[None]:
     layers = _layers(network)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for _, layer in layers:
         layer.enable_adapters(False)
     try:
@@ -70,9 +69,6 @@ def _switched_off(network: nn.Module) -> Iterator[None]:
     finally:
         for _, layer in layers:
             layer.enable_adapters(True)
-        # Switching off also freezes.
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def default_targets(network: nn.Module) -> list[str]:

@@ -69,6 +69,13 @@ def test_all_but_one_family_folds(exports):
     assert [name for name, export in exports[0].items() if why_not_folded(export.teacher)] == ["stable-audio"]
 
 
+def test_the_second_time_goes_into_every_block_that_embeds_the_time(exports):
+    hosts = {name: export.student.network.config["jump_hosts"] for name, export in exports[0].items()}
+    blocks = len(exports[0]["dit"].teacher.network.transformer_blocks)
+    assert blocks > 1
+    assert {name: len(found) for name, found in hosts.items() if len(found) > 1} == {"dit": blocks}
+
+
 def test_folded_pipelines_are_stock_through_and_through(exports):
     for export in exports[0].values():
         for folder in export.folder.glob("steps-*"):

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from fmm_distill.data import load_images
+from fmm_distill.evaluate import _frechet, _frechet_metric
+from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.teachers.codec import LatentCodec, Pixels
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+@torch.no_grad()
+def test_latents_are_shifted_and_scaled_as_stock_pipelines_do(shift):
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.25,
+        shift_factor=shift,
+    )
+    codec = LatentCodec(autoencoder)
+    x, images = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(codec.decode(x), autoencoder.decode(x / 0.25 + (shift or 0)).sample)
+    mode = autoencoder.encode(images).latent_dist.mode()
+    torch.testing.assert_close(codec.encode(images), (mode - (shift or 0)) * 0.25)
+    assert not any(p.requires_grad for p in autoencoder.parameters())
+
+
+class Negative(Pixels):
+    """Samples are the images' negatives."""
+
+    def decode(self, x):
+        return -x
+
+
+def test_features_see_the_decoded_samples():
+    settings = EvaluationSettings(features="digits", samples=200)
+    digits = load_images("builtin:digits", (1, 8, 8))
+    metric = _frechet_metric(settings, digits, torch.device("cpu"))
+    some = digits.pick(torch.linspace(0, 0.999, 200))
+    assert _frechet(metric, Negative(), -some, settings) == pytest.approx(_frechet(metric, Pixels(), some, settings))
+    assert _frechet(metric, Negative(), some, settings) > 10

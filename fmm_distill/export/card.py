@@ -11,7 +11,7 @@ import yaml
 from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
 from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.stock import unguided
+from fmm_distill.export.stock import guidance_keyword, unguided
 from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ def _limits(recipe: Recipe, teacher: Teacher) -> str:
     kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
     scale = recipe.guidance.scale
     baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
-    return (
-        f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. Turn the pipeline's own guidance off, as above: "
-        f"it would come on top. {copies}"
-    )
+    call = "Turn the pipeline's own guidance off, as above: it would come on top."
+    if guidance_keyword(teacher) is None:
+        call = "Its network is told its guidance: call it with the keywords above."
+    return f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. {call} {copies}"
 
 
 def _metadata(teacher: Teacher) -> dict[str, object]:

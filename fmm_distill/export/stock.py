@@ -35,6 +35,7 @@ __all__ = [
     "any_step_times",
     "copy_pipeline",
     "folded_network",
+    "guidance_keyword",
     "start_of",
     "stock_scheduler",
     "unguided",
@@ -179,9 +180,7 @@ def folded_network(student: Student, teacher: Teacher, steps: int) -> tuple[Any,
 
 def any_step_times(student: Student, teacher: Teacher, steps: int) -> Tensor:
     """The times between which the any-step pipeline jumps."""
-    if isinstance(teacher.schedule, VariancePreserving):
-        return student.schedule.grid(steps)
-    if isinstance(teacher.schedule, VarianceExploding):
+    if not isinstance(teacher.schedule, FlowMatching):
         return student.schedule.grid(steps)
     scheduler = jumping(stock_scheduler(teacher, student.prediction), any_step_settings(teacher))
     return _stock_times(student, teacher, scheduler, steps)

@@ -93,6 +93,7 @@ class PlaneTeacher:
     schedule: LinearClock
     event_shape: tuple[int, ...] = (2,)
     conditions: None = None
+    guidance: None = None
 
     def prior(self, noise: Tensor) -> Tensor:
         """The noise itself."""

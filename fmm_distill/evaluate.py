@@ -123,7 +123,7 @@ def conditions_of(teacher: Teacher, count: int, seed: int) -> Conditioning | Non
     """What ``count`` samples of a conditional teacher are told, drawn from a seed."""
     if teacher.conditions is None:
         return None
-    return teacher.conditions.pick(torch.rand(count, generator=torch.Generator().manual_seed(seed)))
+    return teacher.told(torch.rand(count, generator=torch.Generator().manual_seed(seed)))
 
 
 def _samplers(student: Student, teacher: Teacher, settings: EvaluationSettings) -> list[tuple[str, int, Sampler]]:
@@ -291,6 +291,7 @@ def _protocol(
         "frechet_samples": settings.samples if measured else None,
         "frechet_reference": f"{len(reference)} images of {reference.source}" if measured and reference else None,
         "noise_seed": NOISE_SEED,
+        "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
         "solvers": _solvers(teacher),
         "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
         f"{torch.get_num_threads()} threads, float32",

@@ -40,10 +40,15 @@ class Call(Protocol):
 
 
 def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
-    """A condition and the jump's length as keywords of a call, dots led into dictionaries."""
+    """A condition and the jump's length as keywords of a call, dots led into dictionaries.
+
+    The scale of guidance goes with the length: a stock network is told neither.
+    """
     given: dict[str, Any] = {} if h is None else {"h": h}
     if cond is None:
         return given
+    if h is not None and cond.guidance is not None:
+        given["w"] = cond.guidance.to(h)
     given |= {name: dict(value) if isinstance(value, dict) else value for name, value in cond.shared.items()}
     for name, rows in cond.inputs.items():
         *groups, last = name.split(".")

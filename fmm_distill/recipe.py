@@ -67,6 +67,8 @@ class GuidanceSettings(Settings):
 
     scale: float = Field(default=1.0, ge=0)
     """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
+    range: tuple[float, float] | None = None
+    """Scales that become an input of the student; scale is then the one that is evaluated and folded."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which it acts."""
     weaker: str | None = None
@@ -76,7 +78,12 @@ class GuidanceSettings(Settings):
     def _weaker_acts(self) -> Self:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise ValueError(f"guidance.interval {list(self.interval)}: wanted two times in [0, 1], the smaller first")
-        if self.weaker is not None and self.scale == 1:
+        if self.range is not None and not 0 <= self.range[0] <= self.scale <= self.range[1] > self.range[0]:
+            raise ValueError(
+                f"guidance.range {list(self.range)} with guidance.scale {self.scale:g}: wanted two scales of at least "
+                "0, the smaller first, and guidance.scale between them: it is the one that is evaluated and folded"
+            )
+        if self.weaker is not None and self.scale == 1 and self.range is None:
             raise ValueError("guidance.weaker acts with another guidance.scale than 1")
         return self
 

@@ -132,7 +132,8 @@ def _images(recipe: Recipe, teacher: Teacher) -> Images | None:
 def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
     """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
-    guidance = None if settings.scale == 1 else Guidance(settings.scale, settings.interval)
+    alone = settings.scale == 1 and settings.range is None
+    guidance = None if alone else Guidance(settings.scale, settings.interval, settings.range)
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
     told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     if settings.weaker is None:
@@ -144,6 +145,11 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
         raise UserError(
             f"guidance.weaker {settings.weaker}: shape and range of time are {there}, the teacher's {here}; wanted the "
             "same, such as an earlier or a smaller model on the same data"
+        )
+    if settings.range is not None and (teacher.conditions is None or teacher.folder is None):
+        raise UserError(
+            f"guidance.range: {recipe.teacher} has no pipeline that is called with a guidance_scale; wanted none, and "
+            "the one guidance.scale"
         )
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
@@ -315,7 +321,11 @@ def _describe(job: Plan) -> str:
 
 def _conditions_of(teacher: Teacher) -> str:
     kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
-    return kind if teacher.guidance is None else f"{kind}, guided by {teacher.guidance.scale:g}"
+    if teacher.guidance is None:
+        return kind
+    low, high = teacher.guidance.range or (None, None)
+    span = "" if low is None else f" (an input: {low:g} to {high:g})"
+    return f"{kind}, guided by {teacher.guidance.scale:g}{span}"
 
 
 def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> Evaluation:
@@ -396,11 +406,14 @@ def _finished(folder: Path) -> Evaluation | None:
     return _read(folder) if (folder / "evaluation.json").is_file() else None
 
 
-def open_run(folder: Path | str) -> Plan:
+def open_run(folder: Path | str, guidance: float | None = None) -> Plan:
     """The teacher of a run and its averaged student at the newest checkpoint.
 
+    Args:
+        guidance: another scale of a run with ``guidance.range`` than its recipe's.
+
     Raises:
-        UserError: if the folder is no run, has no checkpoint yet, or holds other weights.
+        UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
     """
     folder = Path(folder)
     written = folder / "recipe.yaml"
@@ -409,7 +422,8 @@ def open_run(folder: Path | str) -> Plan:
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
-    recipe = parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
+    settings = yaml.safe_load(written.read_text(encoding="utf-8"))
+    recipe = _at_guidance(parse(settings, str(written)), guidance)
     job = plan(recipe, _kept_prompts(folder))
     average = checkpoint.load(newest).tensors["ema"]
     weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
@@ -422,9 +436,24 @@ def open_run(folder: Path | str) -> Plan:
     return job
 
 
-def evaluate_run(folder: Path | str, steps: tuple[int, ...] | None = None, samples: int | None = None) -> Evaluation:
+def _at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
+    if scale is None:
+        return recipe
+    scales = recipe.guidance.range
+    if scales is None or not scales[0] <= scale <= scales[1]:
+        learned = f"learned {scales[0]:g} to {scales[1]:g}" if scales else "has no guidance.range: it learned one scale"
+        raise UserError(f"--guidance {scale:g}: this run {learned}; wanted a scale that it has learned")
+    return recipe.model_copy(update={"guidance": recipe.guidance.model_copy(update={"scale": scale})})
+
+
+def evaluate_run(
+    folder: Path | str,
+    steps: tuple[int, ...] | None = None,
+    samples: int | None = None,
+    guidance: float | None = None,
+) -> Evaluation:
     """Measure a run's averaged student again, at other numbers of steps or with another count of images."""
-    job = open_run(folder)
+    job = open_run(folder, guidance)
     changes = {"steps": steps or job.recipe.evaluation.steps, "samples": samples or job.recipe.evaluation.samples}
     settings = job.recipe.evaluation.model_copy(update=changes)
     device = Accelerator().device
@@ -432,17 +461,21 @@ def evaluate_run(folder: Path | str, steps: tuple[int, ...] | None = None, sampl
     return evaluate(job.student.to(device).eval(), job.teacher, settings, job.reference, device)
 
 
-def draw_run(folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path) -> None:
+def draw_run(
+    folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
+) -> None:
     """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
-    job = open_run(folder)
+    job = open_run(folder, guidance)
     rows = _rows(job, steps, count, seed, torch.device("cpu"))
     with checkpoint.writing(picture):
         draw_samples(rows, picture)
 
 
-def export_run(folder: Path | str, target: Path, steps: tuple[int, ...] | None = None) -> dict[str, float]:
+def export_run(
+    folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
+) -> dict[str, float]:
     """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
-    job = open_run(folder)
+    job = open_run(folder, guidance)
     folded = job.recipe.export.steps if steps is None else steps
     return _export(job, target, folded, lambda: None)
 

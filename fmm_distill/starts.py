@@ -78,6 +78,7 @@ class Draws:
         image: uniform on [0, 1], shape ``[batch]``: which image of a dataset.
         share: uniform on [0, 1], shape ``[batch]``: what a loss draws itself, such as a middle time.
         condition: uniform on [0, 1], shape ``[batch]``: what the network is told besides.
+        guidance: uniform on [0, 1], shape ``[batch]``: the scale in its range, where students are told it.
         place: in [0, 1), shape ``[batch]``: the sample's place, spread evenly in every part of a batch; which term
             of a sum of losses it goes to.
     """
@@ -89,6 +90,7 @@ class Draws:
     image: Float[Tensor, " batch"]
     share: Float[Tensor, " batch"]
     condition: Float[Tensor, " batch"]
+    guidance: Float[Tensor, " batch"]
     place: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
@@ -111,7 +113,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
         return torch.rand(batch, generator=stream(name), dtype=torch.float64)
 
     noise = torch.randn(batch, *event_shape, generator=stream("noise"))
-    names = ("first", "second", "kind", "image", "share", "condition")
+    names = ("first", "second", "kind", "image", "share", "condition", "guidance")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     place = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     return Draws(noise, **{name: uniform(name) for name in names}, place=place)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Student", "StudentPrediction", "fold", "make_student", "stock_part"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
+# What the configuration of a two-time network holds more than the stock one's.
+_OWN = ("jump_hosts", "guidance_range", "flow_map")
 
 
 class Student(LearnedFlowMap):
@@ -79,7 +81,8 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
     # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _open(two_time(cast("Any", type(teacher.network))), teacher.config | {"jump_hosts": hosts})
+        own = {"jump_hosts": hosts, "guidance_range": None if teacher.guidance is None else teacher.guidance.range}
+        network = _open(two_time(cast("Any", type(teacher.network))), teacher.config | own)
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
@@ -92,9 +95,14 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
 def _fill_tables(student: Student, teacher: Teacher) -> None:
     """One ordinary call: some networks keep tables of positions from their first, and forward mode would wrap them."""
     device = next(student.parameters()).device
-    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(device)
+    cond = _some_condition(teacher, device)
     t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
     student.mean_velocity(torch.zeros(1, *teacher.event_shape, device=device), t, t, cond)
+
+
+def _some_condition(teacher: Teacher, device: torch.device) -> Conditioning | None:
+    cond = teacher.told(torch.zeros(1))
+    return None if cond is None else cond.to(device)
 
 
 def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a diffusers class
@@ -104,7 +112,7 @@ def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a dif
 def stock_part(network: nn.Module) -> nn.Module:
     """A stock network of the same class with the weights of a two-time one, its jump embeddings left out."""
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
-    config = {key: value for key, value in config.items() if key not in ("jump_hosts", "flow_map")}
+    config = {key: value for key, value in config.items() if key not in _OWN}
     stock = _open(type(network).__bases__[-1], config)
     state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
     stock.load_state_dict(state)
@@ -117,7 +125,8 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
 
     On a uniform grid the jumps have one length h, so their embeddings are one vector: it goes into the bias that it was
     added to. On another the smallest change of weight and bias that gives every jump its own vector at the time
-    where it starts (least squares; the times are fewer than the layer's inputs).
+    where it starts (least squares; the times are fewer than the layer's inputs). A range of guidance folds to the
+    teacher's scale.
 
     Raises:
         UserError: on a grid with more different jumps than the layer can hold.
@@ -127,9 +136,11 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     device = next(student.network.parameters()).device
     starts, places = times[:-1].to(device), student.clock.position(times.to(device))
     lengths = (places[:-1] - places[1:]).float()
+    scale = None if network.config["guidance_range"] is None else cast("Any", teacher.guidance).scale
+    share = network.guidance_share(None if scale is None else torch.full_like(lengths, scale))
     for name, embedding in zip(network.config["jump_hosts"], network.jump_embedding, strict=True):
         host = cast("nn.Linear", stock.get_submodule(name))
-        wanted = embedding(lengths).double()
+        wanted = embedding(lengths, share).double()
         mean = torch.zeros_like(wanted[0]) if host.bias is None else wanted.mean(0)
         if host.bias is not None:
             host.bias.add_(mean.to(host.bias))
@@ -144,7 +155,7 @@ def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -
     seen: list[Tensor] = []
     host = student.network.get_submodule(name)
     hook = host.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(times.device)
+    cond = _some_condition(teacher, times.device)
     try:
         for t in times:
             x = torch.zeros(1, *teacher.event_shape, device=times.device)

@@ -138,7 +138,10 @@ def _condition(teacher: Distillable, draws: Draws) -> Conditioning | None:
     """What the samples' networks are told, on the samples' device."""
     if teacher.conditions is None:
         return None
-    return teacher.conditions.pick(draws.condition).to(draws.noise.device)
+    cond = teacher.conditions.pick(draws.condition)
+    if teacher.guidance is not None:
+        cond = teacher.guidance.at(cond, draws.guidance.to("cpu"))
+    return cond.to(draws.noise.device)
 
 
 def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:

@@ -12,19 +12,22 @@ class JumpEmbedding(nn.Module):
     """``g(h) - g(0)``: a sinusoid of low frequency and two linear layers, the last one zero at the start.
 
     So h = 0 adds nothing, at any time of training. A bias of the last layer would cancel: there is none.
+    ``guided`` adds another such term of the guidance, a share of its range.
     """
 
     num_frequencies = 32
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, guided: bool = False) -> None:
         super().__init__()
+        self.guidance = JumpEmbedding(width) if guided else None
         self.linear_1 = nn.Linear(2 * self.num_frequencies, width)
         self.linear_2 = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.linear_2.weight)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
         """Shape ``[batch]`` (the jump's length as a share of the whole way) to ``[batch, width]``."""
-        return self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
+        jump = self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
+        return jump if self.guidance is None else jump + self.guidance(share)
 
     def _hidden(self, h: torch.Tensor) -> torch.Tensor:
         # Angular frequencies from 10 down to 0.1 on h in [0, 1]: smooth enough to be differentiated.
@@ -35,40 +38,61 @@ class JumpEmbedding(nn.Module):
 class _TwoTime:
     """What ``two_time`` mixes into a stock class."""
 
-    def __init__(self, *args: object, jump_hosts: list[str], flow_map: dict | None = None, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *args: object,
+        jump_hosts: list[str],
+        guidance_range: list[float] | None = None,
+        flow_map: dict | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.register_to_config(jump_hosts=jump_hosts, flow_map=flow_map)
+        self.register_to_config(jump_hosts=jump_hosts, guidance_range=guidance_range, flow_map=flow_map)
         self.jump_embedding = nn.ModuleList()
-        self._h = None
+        self._h = self._share = None
         for index, name in enumerate(jump_hosts):
             host = self.get_submodule(name)
-            self.jump_embedding.append(JumpEmbedding(host.out_features))
+            self.jump_embedding.append(JumpEmbedding(host.out_features, guidance_range is not None))
             host.register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if self._h is None:
             return output
-        jump = self.jump_embedding[index](self._h).to(output.dtype)
+        jump = self.jump_embedding[index](self._h, self._share).to(output.dtype)
         # A network that embeds a time for every token or frame has several rows a sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
 
-    def forward(self, *args: object, h: torch.Tensor | None = None, **kwargs: object):
-        """The stock forward; h, shape ``[batch]``, is the length of the jump as a share of the whole way."""
-        self._h = h
+    def guidance_share(self, w: torch.Tensor | None) -> torch.Tensor | None:
+        """The scale of guidance as a share of its range."""
+        if (w is None) != (self.config.guidance_range is None):
+            wanted = "takes no w" if w is not None else f"wants w in {self.config.guidance_range} with h"
+            raise ValueError(f"{type(self).__name__} {wanted}: the scale of guidance, one a sample")
+        if w is None:
+            return None
+        low, high = self.config.guidance_range
+        return (w - low) / (high - low)
+
+    def forward(self, *args: object, h: torch.Tensor | None = None, w: torch.Tensor | None = None, **kwargs: object):
+        """The stock forward; h, shape ``[batch]``, is the length of the jump as a share of the whole way.
+
+        w, shape ``[batch]``, goes with h where there is a ``guidance_range``: the scale of guidance.
+        """
+        if h is not None:
+            self._h, self._share = h, self.guidance_share(w)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._h = None
+            self._h = self._share = None
 
 
 @functools.cache
 def two_time(stock: type) -> type:
     """``TwoTime<stock>``: the stock network class that is also told the length h of the jump, ``model(..., h=h)``.
 
-    Without h it is the stock model. Its configuration has two more entries: ``jump_hosts``, the linear layers at the
-    ends of the time embeddings that h is added to, and ``flow_map``, how a pipeline measures h. The state dict is the
-    stock one's plus ``jump_embedding.*``.
+    Without h it is the stock model. Its configuration has three more entries: ``jump_hosts``, the linear layers at the
+    ends of the time embeddings that h is added to, ``guidance_range``, the scales of guidance that it can be told by
+    ``w=w``, and ``flow_map``, how a pipeline measures h. The state dict is the stock one's plus ``jump_embedding.*``.
     """
     name = f"TwoTime{stock.__name__}"
     made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
@@ -76,6 +100,7 @@ def two_time(stock: type) -> type:
     stock_parameters = [p for p in inspect.signature(stock.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
     own = [
         inspect.Parameter("jump_hosts", inspect.Parameter.KEYWORD_ONLY),
+        inspect.Parameter("guidance_range", inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("flow_map", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]
 

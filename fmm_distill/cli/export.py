@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fmm_distill.cli.numbers import STEPS
+from fmm_distill.cli.numbers import GUIDANCE, STEPS
 
 __all__ = ["export"]
 
@@ -15,11 +15,12 @@ __all__ = ["export"]
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of steps to fold [the recipe's].")
-def export(run: Path, folder: Path, steps: tuple[int, ...] | None) -> None:
+@GUIDANCE
+def export(run: Path, folder: Path, steps: tuple[int, ...] | None, guidance: float | None) -> None:
     """Write the student of a run folder as pipelines and open them again with stock diffusers."""
     from fmm_distill.run import export_run
 
-    differences = export_run(run, folder, steps)
+    differences = export_run(run, folder, steps, guidance)
     click.echo(
         f"{folder}: reloaded with stock diffusers, largest difference of a pixel {max(differences.values()):.1e}"
     )

@@ -1,10 +1,10 @@
-"""Lists of step numbers on the command line."""
+"""Numbers on the command line that several commands take."""
 
 from __future__ import annotations
 
 import click
 
-__all__ = ["STEPS"]
+__all__ = ["GUIDANCE", "STEPS"]
 
 
 class _Steps(click.ParamType[tuple[int, ...]]):
@@ -26,3 +26,6 @@ class _Steps(click.ParamType[tuple[int, ...]]):
 
 
 STEPS = _Steps()
+GUIDANCE = click.option(
+    "--guidance", type=float, metavar="SCALE", help="In a run's guidance.range [the recipe's scale]."
+)

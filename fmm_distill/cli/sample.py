@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fmm_distill.cli.numbers import STEPS
+from fmm_distill.cli.numbers import GUIDANCE, STEPS
 
 __all__ = ["sample"]
 
@@ -19,9 +19,10 @@ __all__ = ["sample"]
 @click.option("--count", type=click.IntRange(1, 64), default=12, show_default=True, help="Images a row.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
-def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path) -> None:
+@GUIDANCE
+def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path, guidance: float | None) -> None:
     """Draw images with the student of a run folder, the same noise in each column."""
     from fmm_distill.run import draw_run
 
-    draw_run(run, steps, count, seed, output)
+    draw_run(run, steps, count, seed, output, guidance)
     click.echo(f"{output}: {count} images of {', '.join(map(str, steps))} steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fmm_distill.evaluate import Evaluation
     from fmm_distill.recipe import Recipe
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.guidance import Guidance
 
 __all__ = ["write_card"]
 
@@ -61,7 +62,7 @@ Any number of steps; its code is two files of this repository:
 ```python
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)
-{_example(teacher, "pipeline", 3)}
+{_example(teacher, 3, any_step=True)}
 ```
 
 ## What it loses, what it gains
@@ -95,20 +96,27 @@ def _folded(steps: tuple[int, ...], teacher: Teacher) -> str:
 ```python
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("<this folder>/steps-{steps[-1]}")
-{_example(teacher, "pipeline", steps[-1])}
+{_example(teacher, steps[-1], any_step=False)}
 ```
 
 {lines}"""
 
 
-def _example(teacher: Teacher, name: str, steps: int) -> str:
+def _example(teacher: Teacher, steps: int, *, any_step: bool) -> str:
     if teacher.conditions is None:
-        return f"images = {name}(batch_size=4, num_inference_steps={steps}).images"
+        return f"images = pipeline(batch_size=4, num_inference_steps={steps}).images"
+    guidance = unguided(teacher) if teacher.folder is not None else {}
+    if any_step and _range(teacher) is not None:
+        guidance |= {str(guidance_keyword(teacher)): cast("Guidance", teacher.guidance).scale}
+    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | guidance).items())
     if isinstance(teacher.conditions, Classes):
-        off = ", guidance_scale=1.0" if teacher.folder is not None else ""
-        return f"images = {name}(class_labels=[0, 1], num_inference_steps={steps}{off})[0]"
-    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | unguided(teacher)).items())
-    return f'samples = {name}("a prompt", num_inference_steps={steps}{keywords})[0]'
+        return f"images = pipeline(class_labels=[0, 1], num_inference_steps={steps}{keywords})[0]"
+    return f'samples = pipeline("a prompt", num_inference_steps={steps}{keywords})[0]'
+
+
+def _range(teacher: Teacher) -> tuple[float, float] | None:
+    """The scales of guidance that are an input of the student."""
+    return None if teacher.guidance is None else teacher.guidance.range
 
 
 def _limits(recipe: Recipe, teacher: Teacher) -> str:
@@ -116,11 +124,17 @@ def _limits(recipe: Recipe, teacher: Teacher) -> str:
     if teacher.conditions is None:
         return f"Unconditional. {copies}"
     kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
-    scale = recipe.guidance.scale
+    scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
     baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
     call = "Turn the pipeline's own guidance off, as above: it would come on top."
     if guidance_keyword(teacher) is None:
         call = "Its network is told its guidance: call it with the keywords above."
+    if (scales := _range(teacher)) is not None:
+        baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
+        call = (
+            f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
+            "above, it would come on top."
+        )
     return f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. {call} {copies}"
 
 

@@ -2,8 +2,8 @@
 
 python reload.py JOBS.json
 
-A job is {"folder", "call", "seed", "steps", "output"}: keywords of the call, numbers of steps, a safetensors file to
-write.
+A job is {"folder", "call", "any_call", "seed", "steps", "output"}: keywords of the call of a folded and of an any-step
+pipeline, numbers of steps, a safetensors file to write.
 """
 
 import copy
@@ -19,12 +19,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 
-def made_by(pipeline, job, steps):
+def made_by(pipeline, call, job, steps):
     """What a pipeline returns first, as a tensor."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(job["seed"])
     # Some pipelines change the lists that they are given.
-    call = copy.deepcopy(job["call"]) | {"generator": generator, "num_inference_steps": steps, "return_dict": False}
+    call = copy.deepcopy(call) | {"generator": generator, "num_inference_steps": steps, "return_dict": False}
     return torch.as_tensor(pipeline(**call)[0]).float().contiguous()
 
 
@@ -36,8 +36,8 @@ if __name__ == "__main__":
         any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
         made = {}
         for steps in job["steps"]:
-            made[f"any-{steps}"] = made_by(any_step, job, steps)
+            made[f"any-{steps}"] = made_by(any_step, job["any_call"], job, steps)
             folded = f"{job['folder']}/steps-{steps}"
             if os.path.isdir(folded):
-                made[f"folded-{steps}"] = made_by(DiffusionPipeline.from_pretrained(folded), job, steps)
+                made[f"folded-{steps}"] = made_by(DiffusionPipeline.from_pretrained(folded), job["call"], job, steps)
         save_file(made, job["output"])

@@ -97,6 +97,7 @@ def any_step_settings(teacher: Teacher) -> dict[str, Any]:
     inverted = bool(teacher.scheduler_config.get("invert_sigmas"))
     own: dict[str, Any] = {"slope": slope, "offset": offset, "flip": schedule.num_timesteps if inverted else None}
     own |= {"call": teacher.call | unguided(teacher), "guidance": guidance_keyword(teacher)}
+    own |= {"scale": None if teacher.guidance is None else teacher.guidance.scale}
     if isinstance(schedule, VariancePreserving):
         return own | {"kind": "discrete", "total": schedule.num_timesteps}
     if isinstance(schedule, FlowMatching):

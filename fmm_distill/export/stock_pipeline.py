@@ -68,6 +68,18 @@ def _equal_shares(self, num_inference_steps=None, device=None, sigmas=None):
     self.sigmas = torch.cat([sigmas, torch.zeros(1)])
 
 
+def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
+    """The scale that a student with a range is told: what the call says, which the stock pipeline then does not see."""
+    if config.get("guidance_range") is None:
+        return None
+    (low, high), name = config["guidance_range"], levels["guidance"]
+    scale = given.pop(name, None)
+    scale = levels["scale"] if scale is None else scale
+    if not low <= scale <= high:
+        raise ValueError(f"{name} must be {low:g} to {high:g}, the range that this student has learned, got {scale}")
+    return scale
+
+
 def jumping(scheduler, levels: dict):
     """The same scheduler, its grid and steps those of a flow map's jumps."""
     own = {"discrete": ("step", _whole_jump), "flow": ("set_timesteps", _equal_steps)}
@@ -82,7 +94,7 @@ def flow_map_pipeline(stock: type) -> type:
     """``stock`` with a two-time network: everything is the stock pipeline's own, any number of steps is right.
 
     The jump's length is read from the scheduler's grid. What the student was guided by is in its weights: guidance is
-    off unless it is asked for, which is warned of.
+    off unless it is asked for, which is warned of. A student with a range of guidance is told the call's instead.
     """
 
     class FlowMapPipeline(stock):
@@ -91,10 +103,12 @@ def flow_map_pipeline(stock: type) -> type:
         def __call__(self, *args, **kwargs):
             network = self.transformer if getattr(self, "transformer", None) is not None else self.unet
             levels = network.config["flow_map"]
-            given = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs).arguments
+            bound = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs)
+            given = bound.arguments
+            scale = _chosen_guidance(network.config, levels, given)
             for name, value in levels["call"].items():
                 if name not in given:
-                    kwargs[name] = value
+                    given[name] = value
                 elif name == levels["guidance"] and (given[name] or 0.0) > value:
                     logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
             names = list(inspect.signature(type(network).__mro__[2].forward).parameters)
@@ -106,13 +120,15 @@ def flow_map_pipeline(stock: type) -> type:
                 time = torch.as_tensor(time).flatten()[:1].float()
                 _, length = min(_jumps(self.scheduler, levels), key=lambda jump: abs(jump[0] - float(time)))
                 # One length for all samples, however many the network is told a time for.
-                return inputs, keywords | {"h": torch.full((1,), length, device=module.device)}
+                told = {"h": torch.full((1,), length, device=module.device)}
+                told |= {} if scale is None else {"w": torch.full((1,), scale, device=module.device)}
+                return inputs, keywords | told
 
             scheduler, made = self.scheduler, jumping(self.scheduler, levels)
             hook = network.register_forward_pre_hook(tell, with_kwargs=True)
             self.scheduler = made
             try:
-                return super().__call__(*args, **kwargs)
+                return super().__call__(*bound.args[1:], **bound.kwargs)
             finally:
                 hook.remove()
                 self.scheduler = scheduler

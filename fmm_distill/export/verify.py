@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.export.folded import jump_scheduler, stock_times
-from fmm_distill.export.stock import any_step_times, folded_network, start_of, verification_call
+from fmm_distill.export.stock import any_step_times, folded_network, guidance_keyword, start_of, verification_call
 from fmm_distill.sampling import sample
 
 if TYPE_CHECKING:
@@ -87,12 +87,18 @@ def _call(teacher: Teacher) -> dict[str, Any]:
     return call if teacher.conditions is None else call | {"class_labels": _first_conditions(teacher)[0]}
 
 
+def _any_step_call(teacher: Teacher, call: dict[str, Any]) -> dict[str, Any]:
+    """A student with a range of guidance is called without a scale: its default is the teacher's."""
+    ranged = teacher.guidance is not None and teacher.guidance.range is not None
+    return {key: value for key, value in call.items() if not ranged or key != guidance_keyword(teacher)}
+
+
 def _first_conditions(teacher: Teacher) -> tuple[list[int], Conditioning]:
     """``BATCH`` conditions by their number, from the first on, and what the network is told of them."""
     conditions = cast("Conditions", teacher.conditions)
     count = len(conditions.names)
     numbers = [i % count for i in range(BATCH)]
-    return numbers, conditions.pick((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count)
+    return numbers, cast("Conditioning", teacher.told((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count))
 
 
 def _differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, float]:
@@ -115,6 +121,7 @@ def _stock_differences(export: Exported, call: dict[str, Any], made: dict[str, T
     student, teacher = export.student, export.teacher
     noise, cond = start_of(teacher, call, SEED)
     cond = _first_conditions(teacher)[1] if cond is None else cond
+    cond = cond if teacher.guidance is None else teacher.guidance.at(cond)
     differences = {}
     for key, samples in made.items():
         kind, n = key.split("-")
@@ -135,6 +142,7 @@ def _reload(exports: Sequence[Exported], calls: Sequence[dict[str, Any]]) -> lis
             {
                 "folder": str(export.folder.resolve()),
                 "call": call,
+                "any_call": _any_step_call(export.teacher, call),
                 "seed": SEED,
                 "steps": export.steps,
                 "output": f"{scratch}/{i}.safetensors",

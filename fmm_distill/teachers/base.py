@@ -43,6 +43,11 @@ class Distillable(Protocol):
         ...
 
     @property
+    def guidance(self) -> Guidance | None:
+        """How much its velocity is guided; None: not at all."""
+        ...
+
+    @property
     def schedule(self) -> TimeAxis:
         """The times that it is trained on."""
         ...
@@ -107,14 +112,22 @@ class Teacher:
         if (cond is None) != (self.conditions is None):
             wanted = "is unconditional, but a condition came" if self.conditions is None else "wants a condition"
             raise UserError(f"{self.source} {wanted}: pass {'none' if self.conditions is None else 'one'}")
+        scales, cond = (None, None) if cond is None else (cond.guidance, cond.unguided())
         v = self.parametrisation.velocity(self.network, x, t, cond)
         if self.guidance is None:
             return v
         weaker = self.weaker
         if weaker is not None:
-            return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t)
+            return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t, scales)
         null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
-        return self.guidance.guided(v, lambda: self.parametrisation.velocity(self.network, x, t, null), t)
+        return self.guidance.guided(v, lambda: self.parametrisation.velocity(self.network, x, t, null), t, scales)
+
+    def told(self, places: Float[Tensor, " batch"]) -> Conditioning | None:
+        """The conditions at these places, uniform in [0, 1), with the scale that is evaluated and folded."""
+        if self.conditions is None:
+            return None
+        cond = self.conditions.pick(places)
+        return cond if self.guidance is None else self.guidance.at(cond)
 
     @property
     def schedule(self) -> Schedule:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.velocity import Conditioning
+
 __all__ = ["Guidance"]
 
 
@@ -23,23 +25,35 @@ class Guidance:
     The same combination of noise predictions, of samples and of velocities: each is affine in the others.
 
     Attributes:
-        scale: 1 is the teacher unguided.
+        scale: 1 is the teacher unguided. Of a range: the one that is evaluated and folded.
         interval: times between which it acts, ends included; outside it the teacher is unguided (Kynkäänniemi et
             al. 2024, arXiv 2404.07724).
+        range: scales that students are told, every sample its own (Meng et al. 2023, arXiv 2210.03142); None: the one.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
+    range: tuple[float, float] | None = None
+
+    def at(self, cond: Conditioning, place: Float[Tensor, " batch"] | None = None) -> Conditioning:
+        """A condition with scales of the range: those at places in [0, 1), or the one; without a range as it is."""
+        if self.range is None:
+            return cond
+        low, high = self.range
+        return cond.guided(self.scale if place is None else low + (high - low) * place)
 
     def guided(
         self,
         v: Float[Tensor, "batch *event"],
         null: Callable[[], Float[Tensor, "batch *event"]],
         t: Float[Tensor, " batch"],
+        scales: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """The guided velocity; ``null`` is called where any sample is guided."""
+        """The guided velocity, by the one scale or by one a sample; ``null`` is called where any sample is guided."""
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        if self.scale == 1 or not bool(inside.any()):
+        alone = self.scale == 1 if scales is None else bool((scales == 1).all())
+        if alone or not bool(inside.any()):
             return v
-        guided = v + (self.scale - 1) * (v - null())
+        more = self.scale - 1 if scales is None else expand(scales - 1, v)
+        guided = v + more * (v - null())
         return guided.where(expand(inside, v).bool(), v)

@@ -70,7 +70,7 @@ def load_teacher(
 
 
 def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
-    if guidance is None or guidance.scale == 1:
+    if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return teacher
     if teacher.conditions is None:
         raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} on an unconditional teacher; wanted 1")

@@ -155,9 +155,11 @@ def _is_told_guidance(probe: Recording) -> bool:
 
 def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording) -> Guidance | None:
     """Guidance by two answers, or None where the network is told its guidance or there is none."""
-    if guidance is None or guidance.scale == 1:
+    if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return None
     if _is_told_guidance(probe):
+        if guidance.range is not None:
+            raise UserError("guidance.range: this network is told its guidance already; wanted one guidance.scale")
         if guidance.interval != (0.0, 1.0):
             raise UserError("guidance.interval: this network is told its guidance, at every time; wanted [0, 1]")
         return None

@@ -34,6 +34,7 @@ from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
 from fmm_distill.lora import add_lora, has_lora, merged
+from fmm_distill.memory import activation_bytes
 from fmm_distill.pictures import draw_samples, draw_steps, still
 from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
@@ -43,7 +44,7 @@ from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer, activation_bytes
+from fmm_distill.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,30 +1,26 @@
-"""The loop: one module whose forward computes the loss, stepped by accelerate."""
+"""The loop: an objective stepped by accelerate, its averages, its checkpoints."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import time
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from fmm_distill import checkpoint
 from fmm_distill.derivatives import choose_engine
 from fmm_distill.ema import averaged, share_frozen
 from fmm_distill.errors import FmmDistillError
-from fmm_distill.flow_map import diagonal
-from fmm_distill.losses import LOSSES
-from fmm_distill.losses.base import DerivativeSettings, squared_norm
-from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
-from fmm_distill.weights import LearnedWeight, measure, weigh
+from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.objective import Objective, condition_of
+from fmm_distill.starts import draw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -34,138 +30,13 @@ if TYPE_CHECKING:
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe, TrainingSettings
-    from fmm_distill.starts import Draws, Pairs
     from fmm_distill.teachers.base import Distillable
-    from fmm_distill.velocity import Conditioning
 
-__all__ = ["Objective", "Trainer", "TrainingDivergedError", "activation_bytes", "learning_rate"]
+__all__ = ["Trainer", "TrainingDivergedError", "learning_rate"]
 
 
 class TrainingDivergedError(FmmDistillError):
     """The loss or its gradient is no number any more."""
-
-
-class Objective(nn.Module):
-    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronised whole.
-
-    Args:
-        losses: the recipe's losses, in its order, with their derivatives' engine settled.
-        copies: the student's moving average and a frozen copy, for the losses that take their jumps as targets.
-    """
-
-    def __init__(
-        self,
-        student: LearnedFlowMap,
-        teacher: Distillable,
-        recipe: Recipe,
-        losses: Sequence[AnyLossSettings],
-        copies: Mapping[str, FlowMap] | None = None,
-    ) -> None:
-        super().__init__()
-        self.student = student
-        # A tuple hides the teacher and the copies from the wrapped module's parameters and state.
-        self._fixed = (teacher, copies or {})
-        self.recipe = recipe
-        self.losses = tuple(losses)
-        self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
-
-    def forward(self, draws: Draws, images: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
-        """Mean squared residual of each sample, and what is minimised: its metric, weighted; shape ``[batch]`` both."""
-        regression = self.recipe.student.regression_steps
-        if step < regression:
-            return self._regression(draws, images)
-        step -= regression
-        if not self.recipe.also:
-            return self._term(self.losses[0], self.recipe.pairs, draws, images, step)
-        shares = [term.share for term in self.recipe.also]
-        ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
-        ends[-1] = 1.0
-        both = draws.noise.new_zeros(2, len(draws.noise))
-        factors = [1.0, *(term.weight for term in self.recipe.also)]
-        pairs = [self.recipe.pairs, *(term.pairs or self.recipe.pairs for term in self.recipe.also)]
-        for settings, where, factor, (low, high) in zip(
-            self.losses, pairs, factors, itertools.pairwise(ends), strict=True
-        ):
-            rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
-            if len(rows):
-                some = None if images is None else images[rows]
-                losses, weighted = self._term(settings, where, draws.rows(rows), some, step)
-                both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
-        losses, weighted = both
-        return losses, weighted
-
-    def _term(
-        self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, images: Tensor | None, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """One loss of some samples, and the same weighted."""
-        teacher, copies = self._fixed
-        settings = settings.at_step(step)
-        t, r = pair_times(pairs, teacher.schedule, draws, step)
-        cond = _condition(teacher, draws)
-        x_t = points(teacher, self.student, draws, t, images, cond, on_path=settings.velocity == "data")
-        velocity = teacher.velocity
-        if settings.velocity == "self":
-            velocity = diagonal(self.student)
-        elif images is not None and settings.velocity == "data":
-            velocity = interpolant_velocity(draws.noise, images)
-        followed = None if settings.follows is None else copies[settings.follows]
-        given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
-        given = {name: given[name] for name in settings.takes}
-        losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, cond=cond, settings=settings, **given)
-        return losses, self._weighted(losses, t, t if settings.diagonal else r)
-
-    def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        values = measure(losses, self.recipe.metric)
-        if self.weight is None:
-            return weigh(values, self.recipe.weight)
-        clock = self.student.clock
-        weighted: Tensor = self.weight(values, clock.position(t), clock.position(r))
-        return weighted
-
-    def _regression(self, draws: Draws, images: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
-        teacher, _ = self._fixed
-        t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
-        cond = _condition(teacher, draws)
-        x_t = points(teacher, teacher_jump(teacher), draws, t, images, cond)
-        with torch.no_grad():
-            v = teacher.velocity(x_t, t, cond)
-        losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)
-        return losses, self._weighted(losses, t, t)
-
-
-def _condition(teacher: Distillable, draws: Draws) -> Conditioning | None:
-    """What the samples' networks are told, on the samples' device."""
-    if teacher.conditions is None:
-        return None
-    cond = teacher.conditions.pick(draws.condition)
-    if teacher.guidance is not None:
-        cond = teacher.guidance.at(cond, draws.guidance.to("cpu"))
-    return cond.to(draws.noise.device)
-
-
-def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:
-    """Bytes that one sample's loss keeps for the backward pass, counted on one sample."""
-    saved: dict[int, int] = {}
-    sizes = {p.numel() for p in student.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        try:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        except (RuntimeError, NotImplementedError):
-            # Forward mode hides the storage of some tensors, the weights among them: those are known by their size.
-            if tensor.numel() not in sizes:
-                saved[-len(saved) - 1] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    draws = draw(0, 0, 1, teacher.event_shape)
-    objective = Objective(student, teacher, recipe, recipe.losses, {"average": student, "frozen": student})
-    last = recipe.student.regression_steps + recipe.training.steps - 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective(draws, torch.zeros_like(draws.noise), last)
-    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
-    return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
 def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
@@ -225,7 +96,7 @@ class Trainer:
         shape = self.teacher.event_shape
         x = torch.zeros(1, *shape, device=self.accelerator.device)
         t = torch.full((1,), self.teacher.schedule.t_max, dtype=torch.float64, device=x.device)
-        cond = _condition(self.teacher, draw(0, 0, 1, shape).part(0, 1, x.device))
+        cond = condition_of(self.teacher, draw(0, 0, 1, shape).part(0, 1, x.device))
         engine, reason = choose_engine(student, x, t, t / 2, cond)
         if settings.central_costs_less:
             engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"

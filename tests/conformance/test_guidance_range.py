@@ -15,6 +15,7 @@ from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.stock import start_of, verification_call
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import lagrangian
+from fmm_distill.objective import Objective
 from fmm_distill.recipe import parse
 from fmm_distill.run import distill, open_run, open_teacher, plan
 from fmm_distill.sampling import sample
@@ -22,7 +23,6 @@ from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.student import fold, make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Objective
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.conftest import save_teacher, tiny_unet

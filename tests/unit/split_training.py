@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from fmm_distill.objective import Objective
 from fmm_distill.recipe import Recipe
 from fmm_distill.starts import draw
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Objective, Trainer
+from fmm_distill.trainer import Trainer
 
 
 def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> dict[str, torch.Tensor]:

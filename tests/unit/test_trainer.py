@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from fmm_distill import checkpoint
 from fmm_distill.data import Images
 from fmm_distill.losses import SETTINGS
+from fmm_distill.objective import Objective
 from fmm_distill.recipe import Recipe, TrainingSettings
 from fmm_distill.starts import draw, pair_times
 from fmm_distill.student import Student, make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Objective, Trainer, TrainingDivergedError, learning_rate
+from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
 from fmm_distill.weights import Weight
 
 SPLIT = Path(__file__).parent / "split_training.py"

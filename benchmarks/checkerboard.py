@@ -137,14 +137,14 @@ def speed(folder: Path, recipe: Recipe) -> dict[str, float]:
     return {"seconds": seconds, "samples_per_second": statistics.median(rates)}
 
 
-def averages(folder: Path, width: int) -> dict[int, Perceptron]:
-    """The averaged student at each checkpoint, by its step."""
+def averages(folder: Path, width: int, rate: float) -> dict[int, Perceptron]:
+    """The averaged student of a rate at each checkpoint, by its step."""
     students = {}
     for path in sorted((folder / "checkpoints").glob("step-*")):
         kept = checkpoint.load(path)
         student = Perceptron(0, width=width).requires_grad_(False)
-        ema = kept.tensors["ema"].items()
-        student.load_state_dict({key.removeprefix("module."): value for key, value in ema if key != "n_averaged"})
+        ema = kept.tensors[checkpoint.average_name(rate)].items()
+        student.load_state_dict({key: value for key, value in ema if key != "n_averaged"})
         students[kept.step] = student
     return students
 
@@ -187,7 +187,7 @@ class Benchmark:
         network = Perceptron(0, width=self.budget.width)
         keep_recipe(recipe, folder)
         train(network, PlaneTeacher(closed_form().velocity, LinearClock()), recipe, folder)
-        network = averages(folder, self.budget.width)[self.budget.teacher_steps]
+        network = averages(folder, self.budget.width, 0.995)[self.budget.teacher_steps]
         found = self.reference("teacher", PlaneTeacher(diagonal(network), LinearClock()))
         return network, speed(folder, recipe) | found
 
@@ -210,7 +210,7 @@ class Benchmark:
             train(copy.deepcopy(network).requires_grad_(), teacher, recipe, folder)
         except TrainingDivergedError as error:
             print(f"{name}: {error}")
-        kept = averages(folder, self.budget.width)
+        kept = averages(folder, self.budget.width, recipe.ema_rates[0])
         last = kept.get(run.steps)
         found: dict[str, Any] = speed(folder, recipe) | measure(last, self.noise, ends, STEPS)
         batch = recipe.training.batch_size

@@ -17,13 +17,28 @@ from safetensors.torch import load_file, save_file
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-__all__ = ["Checkpoint", "latest", "load", "save", "write_text", "writing"]
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpointError",
+    "append_line",
+    "average_name",
+    "load",
+    "newest",
+    "newest_whole",
+    "save",
+    "write_text",
+    "writing",
+]
 
 _MANIFEST = "manifest.json"
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not as it was written."""
 
 
 @dataclass
@@ -32,7 +47,8 @@ class Checkpoint:
 
     Attributes:
         step: the number of steps done.
-        tensors: file stem to named tensors: student, ema, optimizer, and frozen and weight where there are any.
+        tensors: file stem to named tensors: student, an average a rate, optimizer, and frozen and weight where there
+            are any.
         state: what is not a tensor.
     """
 
@@ -66,6 +82,17 @@ def write_text(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a log. Unbuffered: a full disk fails at the write, with nothing left over to fail again."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        file.write(text.encode() + b"\n")
+
+
+def average_name(rate: float) -> str:
+    """The file stem of a moving average in a checkpoint."""
+    return f"ema-{rate:g}"
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -124,21 +151,41 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
-def latest(folder: Path) -> Path | None:
+def newest(folder: Path) -> Path | None:
     """The newest checkpoint, if there is one."""
     found = _complete(folder)
     return found[-1] if found else None
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
+
+    Raises:
+        UserError: if there are checkpoints and all are damaged.
+    """
+    damaged: DamagedCheckpointError | None = None
+    for path in reversed(_complete(folder)):
+        try:
+            found = load(path)
+        except DamagedCheckpointError as error:
+            say(f"{error}; the one before it is taken")
+            damaged = error
+            continue
+        return path, found
+    if damaged is not None:
+        raise UserError(f"{damaged}, and there is none before it: start again with --fresh")
+    return None
 
 
 def load(path: Path) -> Checkpoint:
     """A checkpoint, checked against the digests written with it.
 
     Raises:
-        UserError: if a file of it is missing or is not the one that was written.
+        DamagedCheckpointError: if a file of it is missing or is not the one that was written.
     """
 
-    def damaged(name: str, what: str) -> UserError:
-        return UserError(f"checkpoint {path}: {name} {what}; remove that folder to go on from the one before it")
+    def damaged(name: str, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"checkpoint {path}: {name} {what}")
 
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))

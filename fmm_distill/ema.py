@@ -1,4 +1,4 @@
-"""The moving average of a student's weights that is evaluated and exported."""
+"""Moving averages of a student's weights: one of them is evaluated and exported."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 
     Tensors = tuple[Tensor, ...] | list[Tensor]
 
-__all__ = ["averaged"]
+__all__ = ["averaged", "load_trained", "trained_state"]
 
 
 def averaged(network: nn.Module, rate: float) -> AveragedModel:
     """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
 
-    The short start keeps the untrained weights out of the average of a short run.
+    The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
+    network's own: one copy of them in memory.
     """
-    return AveragedModel(network, multi_avg_fn=_update(rate), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=_update(rate), use_buffers=True)
+    for own, kept in zip(network.parameters(), average.module.parameters(), strict=True):
+        if not own.requires_grad:
+            kept.data = own.data
+    return average.requires_grad_(False).eval()
 
 
 def _update(rate: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
@@ -34,9 +39,24 @@ def _update(rate: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     return update
 
 
-def share_frozen(model: nn.Module, average: nn.Module) -> None:
-    """Let an average hold the model's own tensors where these are not trained: one copy of them in memory."""
-    ours = dict(model.named_parameters())
-    for name, parameter in average.named_parameters():
-        if not ours[name].requires_grad:
-            parameter.data = ours[name].data
+def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
+    """What training changes of a module's state: all but the frozen parameters.
+
+    Args:
+        like: a copy of ``student`` whose state is meant; none: the student's own.
+    """
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    state = (student if like is None else like).state_dict()
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def load_trained(module: nn.Module, student: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what ``trained_state`` gave.
+
+    Raises:
+        KeyError: if it is the state of another network.
+    """
+    wanted = trained_state(student).keys()
+    if state.keys() != wanted:
+        raise KeyError(", ".join(sorted(state.keys() ^ wanted)[:4]))
+    module.load_state_dict(state, strict=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
@@ -21,7 +21,7 @@ from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from jaxtyping import Float
     from torch import Tensor, nn
@@ -36,7 +36,16 @@ if TYPE_CHECKING:
 
     Sampler = Callable[[Tensor, Conditioning | None], Tensor]
 
-__all__ = ["Evaluation", "Row", "check_evaluation_steps", "check_features", "conditions_of", "evaluate", "table"]
+__all__ = [
+    "Evaluation",
+    "Row",
+    "check_evaluation_steps",
+    "check_features",
+    "choose",
+    "conditions_of",
+    "evaluate",
+    "table",
+]
 
 NOISE_SEED = 20_240_607
 
@@ -94,9 +103,16 @@ def check_evaluation_steps(name: str, steps: tuple[int, ...], teacher: Teacher) 
 
 @torch.no_grad()
 def evaluate(
-    student: Student, teacher: Teacher, settings: EvaluationSettings, reference: Images | None, device: torch.device
+    students: Mapping[str, Student],
+    teacher: Teacher,
+    settings: EvaluationSettings,
+    reference: Images | None,
+    device: torch.device,
 ) -> Evaluation:
-    """Measure student and teacher on the same noises.
+    """Measure students and their teacher on the same noises.
+
+    Args:
+        students: the name of their rows to each.
 
     The endpoint error is the root mean square, over samples and pixels, of the distance to where the teacher's
     ODE takes the same noise (RK4, see ``solve.endpoint``).
@@ -109,14 +125,43 @@ def evaluate(
     metric = _frechet_metric(settings, reference, device)
     # A teacher that is its student without adapters asks the student's network: calls are counted there alone.
     shared = isinstance(teacher.network, AdaptersOff)
-    networks = (student.network,) if shared else (student.network, teacher.network)
+    own = tuple(student.network for student in students.values())
+    networks = own if shared else (*own, teacher.network)
     rows = []
-    for name, steps, sampler in _samplers(student, teacher, settings):
+    for name, steps, sampler in _samplers(students, teacher, settings):
         x, calls, seconds = _run(sampler, noise, cond, networks, settings.batch_size, device)
         error = (x[: len(some)] - truth).square().mean().sqrt().item()
         rows.append(Row(name, steps, calls, error, _frechet(metric, teacher.codec, x, settings), seconds))
     protocol = _protocol(teacher, settings, reference, solver_error, device)
     return Evaluation(protocol, rows)
+
+
+def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, Evaluation]:
+    """The moving average of the lowest Fréchet distance, mean over the steps; of endpoint error where none is measured.
+
+    Args:
+        rates: the name of the rows of each average to its rate.
+
+    Returns:
+        Its rate, and the evaluation with its rows first, as those of the student, and the choice in the protocol.
+    """
+    measured = all(row.frechet is not None for row in evaluation.rows)
+    scores = {
+        name: statistics.mean(
+            cast("float", row.frechet) if measured else row.endpoint_error
+            for row in evaluation.rows
+            if row.sampler == name
+        )
+        for name in rates
+    }
+    best = min(scores, key=lambda name: scores[name])
+    first = [replace(row, sampler="student") for row in evaluation.rows if row.sampler == best]
+    protocol = evaluation.protocol | {"ema": rates[best]}
+    if len(rates) > 1:
+        quantity = "Fréchet distance" if measured else "endpoint error"
+        others = ", ".join(f"{rates[name]:g}: {score:.4g}" for name, score in scores.items())
+        protocol["ema_chosen"] = f"by the lowest mean {quantity} over the steps, on these samples ({others})"
+    return rates[best], Evaluation(protocol, first + [row for row in evaluation.rows if row.sampler != best])
 
 
 def conditions_of(teacher: Teacher, count: int, seed: int) -> Conditioning | None:
@@ -126,11 +171,13 @@ def conditions_of(teacher: Teacher, count: int, seed: int) -> Conditioning | Non
     return teacher.told(torch.rand(count, generator=torch.Generator().manual_seed(seed)))
 
 
-def _samplers(student: Student, teacher: Teacher, settings: EvaluationSettings) -> list[tuple[str, int, Sampler]]:
-    def student_at(steps: int) -> Sampler:
+def _samplers(
+    students: Mapping[str, Student], teacher: Teacher, settings: EvaluationSettings
+) -> list[tuple[str, int, Sampler]]:
+    def at(student: Student, steps: int) -> Sampler:
         return lambda noise, cond: sample(student, noise, steps, cond)
 
-    samplers = [("student", steps, student_at(steps)) for steps in settings.steps]
+    samplers = [(name, steps, at(student, steps)) for name, student in students.items() for steps in settings.steps]
     if not isinstance(teacher.schedule, VariancePreserving):
         return samplers + [("teacher-euler", steps, _euler(teacher, steps)) for steps in settings.ddim_steps]
     solvers: list[tuple[str, Any, tuple[int, ...]]] = [("teacher-ddim", DDIMScheduler, settings.ddim_steps)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from fmm_distill.recipe import Recipe
     from fmm_distill.teachers.base import Distillable
 
-__all__ = ["activation_bytes"]
+__all__ = ["activation_bytes", "peak_memory"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that the process has held at most: of the device's memory, on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts it in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> int:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning
 
+    # A loss, its pairs of times, its factor, and its samples' rows.
+    _Term = tuple[AnyLossSettings, Pairs, float, Tensor]
+
 __all__ = ["Objective", "condition_of"]
 
 
@@ -34,7 +37,7 @@ class Objective(nn.Module):
 
     Args:
         losses: the recipe's losses, in its order, with their derivatives' engine settled.
-        copies: the student's moving average and a frozen copy, for the losses that take their jumps as targets.
+        copies: the student's first moving average and a frozen copy, for the losses that take their jumps as targets.
     """
 
     def __init__(
@@ -55,28 +58,55 @@ class Objective(nn.Module):
 
     def forward(self, draws: Draws, images: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """Mean squared residual of each sample, and what is minimised: its metric, weighted; shape ``[batch]`` both."""
-        regression = self.recipe.student.regression_steps
-        if step < regression:
+        if step < self.recipe.student.regression_steps:
             return self._regression(draws, images)
-        step -= regression
+        terms, step = self._terms(draws, step)
         if not self.recipe.also:
-            return self._term(self.losses[0], self.recipe.pairs, draws, images, step)
-        shares = [term.share for term in self.recipe.also]
-        ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
-        ends[-1] = 1.0
+            ((settings, pairs, _, _),) = terms
+            return self._term(settings, pairs, draws, images, step)
         both = draws.noise.new_zeros(2, len(draws.noise))
-        factors = [1.0, *(term.weight for term in self.recipe.also)]
-        pairs = [self.recipe.pairs, *(term.pairs or self.recipe.pairs for term in self.recipe.also)]
-        for settings, where, factor, (low, high) in zip(
-            self.losses, pairs, factors, itertools.pairwise(ends), strict=True
-        ):
-            rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
-            if len(rows):
-                some = None if images is None else images[rows]
-                losses, weighted = self._term(settings, where, draws.rows(rows), some, step)
-                both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
+        for settings, pairs, factor, rows in terms:
+            some = None if images is None else images[rows]
+            losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
+            both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
         losses, weighted = both
         return losses, weighted
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        """The pairs (t, r) of the samples of a step, shape ``[batch]`` each, float64."""
+        schedule = self._fixed[0].schedule
+        if step < self.recipe.student.regression_steps:
+            t, _ = pair_times(self.recipe.pairs, schedule, draws, self.recipe.pairs.band_steps)
+            return t, t
+        terms, step = self._terms(draws, step)
+        both = draws.first.new_zeros(2, len(draws.first))
+        for settings, pairs, _, rows in terms:
+            t, r = pair_times(pairs, schedule, draws.rows(rows), step)
+            both[:, rows] = torch.stack([t, t if settings.diagonal else r])
+        t, r = both
+        return t, r
+
+    def _terms(self, draws: Draws, step: int) -> tuple[list[_Term], int]:
+        """The losses of a step with their samples, those without a sample left out; and the step within its stage."""
+        recipe = self.recipe
+        index, step = recipe.stage_at(step - recipe.student.regression_steps)
+        everywhere = torch.arange(len(draws.place), device=draws.place.device)
+        if index is not None:
+            settings = self.losses[1 + len(recipe.also) + index]
+            return [(settings, recipe.before[index].pairs or recipe.pairs, 1.0, everywhere)], step
+        if not recipe.also:
+            return [(self.losses[0], recipe.pairs, 1.0, everywhere)], step
+        shares = [term.share for term in recipe.also]
+        ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
+        ends[-1] = 1.0
+        factors = [1.0, *(term.weight for term in recipe.also)]
+        pairs = [recipe.pairs, *(term.pairs or recipe.pairs for term in recipe.also)]
+        terms: list[_Term] = []
+        for i, (low, high) in enumerate(itertools.pairwise(ends)):
+            rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
+            if len(rows):
+                terms.append((self.losses[i], pairs[i], factors[i], rows))
+        return terms, step
 
     def _term(
         self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, images: Tensor | None, step: int

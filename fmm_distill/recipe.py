@@ -101,6 +101,17 @@ class Term(Settings):
     """Its own pairs of times; none: those of the recipe."""
 
 
+class Stage(Settings):
+    """A loss that is trained alone before the main one."""
+
+    loss: AnyLossSettings
+    """Which loss, and its settings."""
+    share: float = Field(gt=0, lt=1)
+    """Share of training.steps that it lasts."""
+    pairs: Pairs | None = None
+    """Its own pairs of times; none: those of the recipe."""
+
+
 class TrainingSettings(Settings):
     """The loop."""
 
@@ -122,8 +133,12 @@ class TrainingSettings(Settings):
     """What the learning rate does after its warm-up."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = Field(default=0.999, ge=0, lt=1)
-    """Rate of the exponential moving average that is evaluated and exported; it is shorter in the first steps."""
+    ema: Annotated[float, Field(ge=0, lt=1)] | tuple[Annotated[float, Field(ge=0, lt=1)], ...] = 0.999
+    """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several
+    rates the evaluation chooses one, and targets of an average follow the first."""
+    bad_steps: int = Field(default=5, ge=1)
+    """Steps in a row with a loss or a gradient that is no number, each of which is left out, after which the run goes
+    back to its newest checkpoint with half the learning rate; the second time it stops."""
     refresh_steps: int = Field(default=0, ge=0)
     """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -185,6 +200,8 @@ class Recipe(Settings):
     """Which loss, and its settings."""
     also: tuple[Term, ...] = ()
     """Further losses, each on a share of every batch; the main loss has the rest."""
+    before: tuple[Stage, ...] = ()
+    """Losses that are trained alone, one after the other, before the main one and what is beside it."""
     metric: Metric = Metric()
     """How large a residual is."""
     weight: Weight = Weight()
@@ -206,17 +223,44 @@ class Recipe(Settings):
 
     @property
     def losses(self) -> tuple[AnyLossSettings, ...]:
-        """The main loss and the further ones."""
-        return (self.loss, *(term.loss for term in self.also))
+        """The main loss, those beside it, and those before it."""
+        return (self.loss, *(term.loss for term in self.also), *(stage.loss for stage in self.before))
 
     @property
     def loss_names(self) -> str:
         """The names of all losses, to be read by people."""
-        return " and ".join(loss.name for loss in self.losses)
+        beside = " and ".join([self.loss.name, *(term.loss.name for term in self.also)])
+        return ", then ".join([*(stage.loss.name for stage in self.before), beside])
+
+    @property
+    def ema_rates(self) -> tuple[float, ...]:
+        """The rates of the moving averages."""
+        rates = self.training.ema
+        return rates if isinstance(rates, tuple) else (rates,)
+
+    def stage_at(self, step: int) -> tuple[int | None, int]:
+        """Which of the stages before the main loss a step is in, None after them; and its number within the stage.
+
+        Args:
+            step: counted from the first after the student's regression.
+        """
+        start = 0
+        for index, stage in enumerate(self.before):
+            length = round(stage.share * self.training.steps)
+            if step < start + length:
+                return index, step - start
+            start += length
+        return None, step - start
 
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
-        names = [loss.name for loss in self.losses]
+        for stage in self.before:
+            if stage.loss.sees_no_teacher:
+                raise ValueError(
+                    f"before: loss {stage.loss.name} alone sees no teacher with these settings; make it the main loss, "
+                    "with flow_matching in also"
+                )
+        names = [self.loss.name, *(term.loss.name for term in self.also)]
         for loss in self.losses:
             if loss.velocity == "data" and self.data == "none":
                 raise ValueError(f"loss {loss.name} learns from data and there are none; {_without_data(loss)}")
@@ -227,6 +271,8 @@ class Recipe(Settings):
                 )
         if (share := sum(term.share for term in self.also)) >= 1:
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
+        if (share := sum(stage.share for stage in self.before)) >= 1:
+            raise ValueError(f"before: the shares come to {share:g}; the main loss needs a part of the steps")
         if self.training.refresh_steps and all(loss.follows != "frozen" for loss in self.losses):
             raise ValueError("training.refresh_steps acts on losses with target: frozen only")
         self._pairs_fit()
@@ -238,11 +284,13 @@ class Recipe(Settings):
             "operator_regression": ("prior", "{prior: 1}"),
             "progressive_distillation": ("dyadic", "{prior: 0, dyadic: 3}"),
         }
-        places = [self.pairs, *(term.pairs or self.pairs for term in self.also)]
+        own = [None, *(term.pairs for term in self.also), *(stage.pairs for stage in self.before)]
+        places = [pairs or self.pairs for pairs in own]
         for i, (loss, pairs) in enumerate(zip(self.losses, places, strict=True)):
             key, fit = wanted.get(loss.name, ("spacing", ""))
             if fit and (got := getattr(pairs, key)) < 1:
-                cure = f"in also give it pairs: {fit}" if i else f"--set 'pairs={fit}'"
+                group = "also" if i <= len(self.also) else "before"
+                cure = f"in {group} give it pairs: {fit}" if i else f"--set 'pairs={fit}'"
                 raise ValueError(f"loss {loss.name} trains its own pairs of times only: {cure} (got {key}: {got:g})")
 
     def to_yaml(self) -> str:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from fmm_distill import __version__, checkpoint
+from fmm_distill import checkpoint
 from fmm_distill.data import Encoded, load_images, load_prompts
+from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import (
     NOISE_SEED,
     Evaluation,
-    Row,
     check_evaluation_steps,
     check_features,
+    choose,
     conditions_of,
     evaluate,
     table,
@@ -36,7 +33,16 @@ from fmm_distill.export.verify import verify
 from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.memory import activation_bytes
 from fmm_distill.pictures import draw_samples, draw_steps, still
-from fmm_distill.recipe import parse
+from fmm_distill.run_folder import (
+    PROMPTS,
+    check_folder,
+    check_prompts,
+    kept_prompts,
+    kept_recipe,
+    make_folder,
+    read_evaluation,
+    take_changes,
+)
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student, stock_part
@@ -47,11 +53,12 @@ from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from fmm_distill.data import Images, Samples
+    from fmm_distill.flow_map import LearnedFlowMap
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
@@ -60,7 +67,6 @@ __all__ = [
     "Plan",
     "distill",
     "draw_run",
-    "environment",
     "evaluate_run",
     "export_run",
     "forecast",
@@ -70,7 +76,6 @@ __all__ = [
 ]
 
 COLUMNS = 12
-PROMPTS = "prompts.json"
 
 
 @dataclass
@@ -172,46 +177,33 @@ def distill(
     folder = Path(output)
     accelerator = _accelerator(recipe)
     line = say if accelerator.is_main_process else _silent
-    _check_folder(folder, recipe, fresh)
+    changes = check_folder(folder, recipe, fresh=fresh)
     # No process makes the folder before all have looked at it.
     accelerator.wait_for_everyone()
-    finished = None if fresh else _finished(folder)
+    finished = None if fresh or changes else read_evaluation(folder)
     if finished is not None:
         line(f"{folder} is finished; --fresh starts again")
         line(table(finished))
         line(_how_to_load(folder, recipe))
         return finished
     job = plan(recipe)
-    _check_prompts(folder, job, fresh)
+    check_prompts(folder, job.teacher, fresh=fresh)
     line(_describe(job))
+    for change in changes:
+        line(f"changed  {change}")
     if accelerator.is_main_process:
-        _make_folder(folder, recipe, fresh)
+        make_folder(folder, recipe, fresh=fresh)
+        if changes:
+            take_changes(folder, recipe)
         if isinstance(job.teacher.conditions, Embeddings):
             checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()
     trainer = Trainer(job.student, job.teacher, recipe, job.starts, folder, accelerator, line)
     trainer.run()
-    job.student.load_state_dict(trainer.average.module.state_dict())
-    job.student.eval()
     if accelerator.is_main_process:
-        evaluation = _finish(job, folder, accelerator.device, line)
+        _finish(job, {rate: trainer.averaged_student(rate) for rate in trainer.averages}, folder, line)
     accelerator.wait_for_everyone()
-    return evaluation if accelerator.is_main_process else _read(folder)
-
-
-def _kept_prompts(folder: Path) -> tuple[str, ...] | None:
-    """The prompts of a run, which the recipe names by their file alone."""
-    kept = folder / PROMPTS
-    return tuple(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else None
-
-
-def _check_prompts(folder: Path, job: Plan, fresh: bool) -> None:
-    kept = None if fresh else _kept_prompts(folder)
-    if kept is not None and job.teacher.conditions is not None and kept != job.teacher.conditions.names:
-        raise UserError(
-            f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, "
-            "restore the file of prompts, or --fresh to begin anew"
-        )
+    return cast("Evaluation", read_evaluation(folder))
 
 
 def _check_training(recipe: Recipe) -> None:
@@ -251,55 +243,6 @@ def _silent(_: str) -> None:
     """Processes other than the first say nothing."""
 
 
-def _check_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
-    """Refuse a folder that is not this recipe's, before anything is opened or written."""
-    written = folder / "recipe.yaml"
-    if written.is_file():
-        if fresh:
-            return
-        there = _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
-        here = _flat(yaml.safe_load(recipe.to_yaml()))
-        different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-        if different:
-            shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in different[:6])
-            raise UserError(
-                f"--output {folder} is a run of another recipe ({shown}); choose another folder, "
-                "or --fresh to remove it"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(path.suffix != ".partial" for path in folder.iterdir())):
-        raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")
-
-
-def _make_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
-    with checkpoint.writing(folder):
-        if fresh and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    texts = {"recipe.yaml": recipe.to_yaml(), "environment.json": json.dumps(environment(), indent=2) + "\n"}
-    for name, text in texts.items():
-        if not (folder / name).is_file():
-            checkpoint.write_text(folder / name, text)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and device, for the run folder and for bug reports."""
-    packages = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "torchmetrics")
-    return {
-        "fmm_distill": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _describe(job: Plan) -> str:
     teacher, training = job.teacher, job.recipe.training
     trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
@@ -329,10 +272,16 @@ def _conditions_of(teacher: Teacher) -> str:
     return f"{kind}, guided by {teacher.guidance.scale:g}{span}"
 
 
-def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], None]) -> Evaluation:
+def _finish(job: Plan, averages: Mapping[float, LearnedFlowMap], folder: Path, say: Callable[[str], None]) -> None:
+    """Evaluate the averages, export the best; the student has its weights then."""
     say("evaluating")
-    settings = job.recipe.evaluation
-    evaluation = evaluate(job.student, job.teacher, settings, job.reference, device)
+    device = next(job.student.parameters()).device
+    names = {f"student, ema {rate:g}": rate for rate in averages}
+    students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)
+    rate, evaluation = choose(measured, names)
+    job.student.load_state_dict(averages[rate].state_dict())
+    job.student.eval()
     _draw(job, evaluation, folder, device)
     say("exporting")
     if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
@@ -345,7 +294,6 @@ def _finish(job: Plan, folder: Path, device: torch.device, say: Callable[[str], 
     say(table(evaluation))
     say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
     say(_how_to_load(folder, job.recipe))
-    return evaluation
 
 
 def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[[], None]) -> dict[str, float]:
@@ -397,18 +345,10 @@ def _how_to_load(folder: Path, recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _read(folder: Path) -> Evaluation:
-    kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return Evaluation(kept["protocol"], [Row(**row) for row in kept["rows"]])
-
-
-def _finished(folder: Path) -> Evaluation | None:
-    """The evaluation of a run that came to its end: it is the last file that a run writes."""
-    return _read(folder) if (folder / "evaluation.json").is_file() else None
-
-
-def open_run(folder: Path | str, guidance: float | None = None) -> Plan:
+def open_run(folder: Path | str, guidance: float | None = None, say: Callable[[str], None] = print) -> Plan:
     """The teacher of a run and its averaged student at the newest checkpoint.
+
+    Of several averages the one that the run's evaluation chose; before that the first.
 
     Args:
         guidance: another scale of a run with ``guidance.range`` than its recipe's.
@@ -417,23 +357,24 @@ def open_run(folder: Path | str, guidance: float | None = None) -> Plan:
         UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
     """
     folder = Path(folder)
-    written = folder / "recipe.yaml"
-    if not written.is_file():
-        raise UserError(f"{folder} is no run folder (no recipe.yaml); wanted what --output was given")
-    newest = checkpoint.latest(folder / "checkpoints")
-    if newest is None:
+    recipe = _at_guidance(kept_recipe(folder), guidance)
+    # Before the teacher is opened, which takes long.
+    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
-    settings = yaml.safe_load(written.read_text(encoding="utf-8"))
-    recipe = _at_guidance(parse(settings, str(written)), guidance)
-    job = plan(recipe, _kept_prompts(folder))
-    average = checkpoint.load(newest).tensors["ema"]
-    weights = {key.removeprefix("module."): value for key, value in average.items() if key.startswith("module.")}
-    if weights.keys() != job.student.state_dict().keys():
+    path, kept = found
+    job = plan(recipe, kept_prompts(folder))
+    evaluation = read_evaluation(folder)
+    rate = recipe.ema_rates[0] if evaluation is None else evaluation.protocol["ema"]
+    average = kept.tensors.get(checkpoint.average_name(rate), {})
+    try:
+        weights = {name: value for name, value in average.items() if name != "n_averaged"}
+        load_trained(job.student, job.student, weights)
+    except KeyError as error:
         raise UserError(
-            f"{newest} holds the weights of another network than this recipe's student, or those of an earlier version "
+            f"{path} holds the weights of another network than this recipe's student, or those of an earlier version "
             "of fmm_distill: distil again into another --output"
-        )
-    job.student.load_state_dict(weights)
+        ) from error
     return job
 
 
@@ -459,7 +400,8 @@ def evaluate_run(
     settings = job.recipe.evaluation.model_copy(update=changes)
     device = Accelerator().device
     job.teacher.to(device)
-    return evaluate(job.student.to(device).eval(), job.teacher, settings, job.reference, device)
+    student = {"student": job.student.to(device).eval()}
+    return evaluate(student, job.teacher, settings, job.reference, device)
 
 
 def draw_run(

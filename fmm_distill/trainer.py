@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 import time
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from fmm_distill import checkpoint
 from fmm_distill.derivatives import choose_engine
-from fmm_distill.ema import averaged, share_frozen
+from fmm_distill.ema import averaged, load_trained, trained_state
 from fmm_distill.errors import FmmDistillError
+from fmm_distill.faults import Faults
 from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.memory import peak_memory
 from fmm_distill.objective import Objective, condition_of
 from fmm_distill.starts import draw
+from fmm_distill.stopping import TrainingStoppedError, stop_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +36,19 @@ if TYPE_CHECKING:
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe, TrainingSettings
+    from fmm_distill.starts import Draws
+    from fmm_distill.stopping import StopRequest
     from fmm_distill.teachers.base import Distillable
 
-__all__ = ["Trainer", "TrainingDivergedError", "learning_rate"]
+__all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "learning_rate"]
 
 
 class TrainingDivergedError(FmmDistillError):
-    """The loss or its gradient is no number any more."""
+    """Too many losses or gradients in a row are no numbers."""
+
+
+class OutOfMemoryError(FmmDistillError):
+    """A step does not fit into the device's memory."""
 
 
 def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
@@ -48,7 +60,7 @@ def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
 
 
 class Trainer:
-    """A student, its moving average and its optimiser; ``run`` goes on from the newest checkpoint in ``folder``.
+    """A student, its moving averages and its optimiser; ``run`` goes on from the newest checkpoint in ``folder``.
 
     Args:
         say: takes each line that a user should read.
@@ -69,14 +81,14 @@ class Trainer:
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
         self.accelerator, self.say = accelerator, say
         self.total = recipe.student.regression_steps + training.steps
+        self.faults = Faults(training.bad_steps)
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         losses = [self._settle_engine(student, settings) for settings in recipe.losses]
         self.student = student
-        self.average = averaged(student, training.ema).requires_grad_(False)
-        share_frozen(student, cast("LearnedFlowMap", self.average.module))
+        self.averages = {rate: averaged(student, rate) for rate in recipe.ema_rates}
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
-        copies: dict[str, FlowMap] = {"average": cast("LearnedFlowMap", self.average.module.eval())}
+        copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.ema_rates[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in losses):
             self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
@@ -88,7 +100,12 @@ class Trainer:
             betas=training.betas,
             weight_decay=training.weight_decay,
         )
+        self.times = objective.times
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+
+    def averaged_student(self, rate: float) -> LearnedFlowMap:
+        """The student with the moving average of this rate as its weights."""
+        return cast("LearnedFlowMap", self.averages[rate].module)
 
     def _settle_engine(self, student: LearnedFlowMap, settings: AnyLossSettings) -> AnyLossSettings:
         if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
@@ -105,115 +122,212 @@ class Trainer:
         return settings.model_copy(update={"derivative": engine})
 
     def run(self) -> None:
-        """Train to the last step; checkpoints and one JSON line a step on the way."""
-        first = self._resume()
-        if first >= self.total:
+        """Train to the last step; checkpoints and one JSON line a step on the way.
+
+        Raises:
+            TrainingDivergedError: if losses or gradients are no numbers, after one return to a checkpoint.
+            TrainingStoppedError: after SIGTERM or Ctrl-C, when what was reached is saved.
+            OutOfMemoryError: if a step does not fit.
+        """
+        step = self._resume()
+        if step >= self.total:
             return
         training = self.recipe.training
         main = self.accelerator.is_main_process
-        bar = tqdm(total=self.total, initial=first, unit="step", disable=not main, mininterval=1.0, desc="distil")
-        # Unbuffered: a full disk fails at the write, and nothing is left over to fail again at the close.
-        with (self.folder / "steps.jsonl").open("ab", buffering=0) as log, bar:
-            for step in range(first, self.total):
+        bar = tqdm(total=self.total, initial=step, unit="step", disable=not main, mininterval=1.0, desc="distil")
+        log = self.folder / "steps.jsonl"
+        with stop_requests() as request, bar:
+            while step < self.total:
                 started = time.perf_counter()
-                record = self._step(step)
+                record, stop = self._step(step, request)
                 record["images_per_second"] = training.batch_size / (time.perf_counter() - started)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
-                bar.update()
-                done = step + 1
+                record["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
                 if main:
-                    with checkpoint.writing(self.folder / "steps.jsonl"):
-                        log.write((json.dumps(record) + "\n").encode())
-                if done % training.checkpoint_every == 0 or done == self.total:
-                    self._save(done)
+                    checkpoint.append_line(log, json.dumps(record))
+                self._show(bar, record)
+                step += 1
+                if self.faults.too_many:
+                    step = self._go_back(step)
+                    bar.n = step
+                elif step % training.checkpoint_every == 0 or step == self.total or stop:
+                    self._save(step)
+                if stop and step < self.total:
+                    raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
+        if self.faults.skipped:
+            self.say(f"{self.faults.skipped} of {self.total} steps were left out: loss or gradient was no number")
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _show(self, bar: Any, record: dict[str, Any]) -> None:  # noqa: ANN401 tqdm
+        loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
+        rate, memory = f"{record['images_per_second']:.0f}", f"{record['peak_memory_gib']:.1f}"
+        bar.set_postfix(phase=record["phase"], loss=loss, images_s=rate, GiB=memory)
+        bar.update()
+
+    def _step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
+        """One optimiser step, left out if it is no number; its record, and whether any process was asked to stop."""
         training = self.recipe.training
-        regression = step < self.recipe.student.regression_steps
         self._refresh(step - self.recipe.student.regression_steps)
-        rate = learning_rate(training, step, self.total)
+        rate = learning_rate(training, step, self.total) * self.faults.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape)
+        try:
+            losses, weighted, norm = self._gradient(draws, step)
+        except RuntimeError as error:
+            raise _memory_error(error, step) from error
+        means = torch.stack([losses.mean(), weighted, torch.tensor(float(request.signal > 0)).to(losses)])
+        loss, weighted_loss, stop = self.accelerator.reduce(means, "mean").tolist()
+        overflow = self._is_overflow(norm)
+        good = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+        if good:
+            # With a gradient scaler an infinite gradient is its way to find the scale: it leaves that step out itself.
+            self.optimizer.step()
+        if good and not overflow:
+            for average in self.averages.values():
+                average.update_parameters(self.student)
+        self.optimizer.zero_grad()
+        record = {"step": step} | self._phase(step)
+        record |= {"loss": _number(loss), "weighted": _number(weighted_loss), "gradient_norm": _number(norm)}
+        record["learning_rate"] = rate
+        if overflow and good:
+            return record | {"skipped": "the gradient scaler looks for its scale"}, stop > 0
+        if not good:
+            record["skipped"] = self._worst(draws, losses, step)
+        first = self.faults.count(good)
+        if first:
+            self.say(
+                f"step {step}: loss {loss:g}, gradient norm {norm:g}: the step is left out (steps.jsonl has the pairs "
+                "of times; further ones are counted)"
+            )
+        return record, stop > 0
+
+    def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, float]:
+        """This process's losses, shape ``[part]``, their weighted mean, and the norm of the gradient of all."""
+        training, accelerator = self.recipe.training, self.accelerator
         size = training.batch_size // self.parts
-        first = self.accelerator.process_index * training.accumulation
-        sums = torch.zeros(2, device=self.accelerator.device)
-        norm = torch.zeros(())
+        first = accelerator.process_index * training.accumulation
+        found, sums, norm = [], torch.zeros((), device=accelerator.device), torch.zeros(())
         for part in range(first, first + training.accumulation):
-            mine = draws.part(part * size, (part + 1) * size, self.accelerator.device)
+            mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
-            with self.accelerator.accumulate(self.objective):
+            with accelerator.accumulate(self.objective):
                 losses, each = self.objective(mine, images, step)
                 weighted = each.mean()
-                self.accelerator.backward(weighted)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            sums += torch.stack([losses.detach().mean(), weighted.detach()]) / training.accumulation
-        self.average.update_parameters(self.student)
-        loss, weighted_loss = self.accelerator.reduce(sums, "mean").tolist()
-        # With a gradient scaler an infinite gradient is its way to find the scale: it skips that step.
-        scaled = self.accelerator.scaler is not None
-        if not math.isfinite(loss) or not (scaled or bool(torch.as_tensor(norm).isfinite())):
+                accelerator.backward(weighted)
+                if accelerator.sync_gradients:
+                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.objective.parameters(), training.clip))
+            found.append(losses.detach())
+            sums += weighted.detach() / training.accumulation
+        return torch.cat(found), sums, float(norm)
+
+    def _is_overflow(self, norm: float) -> bool:
+        """Whether a gradient scaler is still on its way down to a scale that fits."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+
+    def _phase(self, step: int) -> dict[str, Any]:
+        """What is trained in a step, and how far its warm-ups are."""
+        recipe = self.recipe
+        regression = recipe.student.regression_steps
+        if step < regression:
+            return {"phase": "regression"}
+        index, step = recipe.stage_at(step - regression)
+        stage = None if index is None else recipe.before[index]
+        loss, pairs = (recipe.loss, recipe.pairs) if stage is None else (stage.loss, stage.pairs or recipe.pairs)
+        now: dict[str, Any] = {"phase": loss.name}
+        if step < pairs.band_steps:
+            now["longest_jump"] = 0.1 + 0.9 * step / pairs.band_steps
+        settled = loss.at_step(step)
+        if settled != loss:
+            now["tangent_scale"] = cast("Any", settled).tangent_scale
+        return now
+
+    def _worst(self, draws: Draws, losses: Tensor, step: int) -> list[dict[str, float | None]]:
+        """Up to four samples of all processes, those without a finite loss first, then by its size: t, r and loss."""
+        size = len(losses)
+        first = self.accelerator.process_index * size
+        t, r = self.times(draws.part(first, first + size, "cpu"), step)
+        rows = zip(t.tolist(), r.tolist(), losses.tolist(), strict=True)
+        found = [{"t": start, "r": end, "loss": _number(loss)} for start, end, loss in rows]
+        found = gather_object(found)
+        return sorted(found, key=lambda row: -math.inf if row["loss"] is None else -row["loss"])[:4]
+
+    def _go_back(self, step: int) -> int:
+        """The newest checkpoint with half the learning rate; the step to go on with."""
+        if self.faults.rate < 1:
             raise TrainingDivergedError(
-                f"step {step}: loss {loss}, gradient norm {float(norm)}; the newest checkpoint is whole: "
-                "lower training.learning_rate or take precision: fp32 and start with --fresh"
+                f"step {step - 1}: {self.faults.limit} steps in a row without a finite loss and gradient, at half the "
+                "learning rate too; the newest checkpoint is whole. Lower training.learning_rate, take "
+                "training.precision: fp32, or see at which (t, r) it happens (steps.jsonl), and start with --fresh"
             )
-        phase = "regression" if regression else self.recipe.loss.name
-        record = {"step": step, "phase": phase, "loss": loss, "weighted": weighted_loss}
-        return record | {"gradient_norm": float(norm), "learning_rate": rate}
+        found = checkpoint.newest_whole(self.folder / "checkpoints", self.say)
+        skipped = self.faults.skipped
+        if found is not None:
+            self.restore(found[1])
+            step = found[1].step
+        self._cut_log(step)
+        self.faults = replace(self.faults, rate=0.5, skipped=skipped, in_a_row=0)
+        where = "from here" if found is None else f"from {found[0].name}"
+        self.say(
+            f"{self.faults.limit} steps in a row without a finite loss and gradient: going on {where}, at half the rate"
+        )
+        return step
 
     def _refresh(self, step: int) -> None:
         """The frozen copy becomes the average: after the regression, and every so many steps of the loss."""
         every = self.recipe.training.refresh_steps
         regressed = step == 0 and self.recipe.student.regression_steps > 0
         if self.frozen is not None and (regressed or (every and step > 0 and step % every == 0)):
-            self.frozen.load_state_dict(self.average.module.state_dict())
+            self.frozen.load_state_dict(self.averaged_student(self.recipe.ema_rates[0]).state_dict())
 
     def _save(self, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            self.accelerator.wait_for_everyone()
-            return
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {
-            "student": dict(self.student.state_dict()),
-            "ema": dict(self.average.state_dict()),
-            "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
-        }
-        if self.frozen is not None:
-            tensors["frozen"] = dict(self.frozen.state_dict())
-        if self.weight is not None:
-            tensors["weight"] = dict(self.weight.state_dict())
-        scaler = self.accelerator.scaler
-        state = {"scaler": scaler.state_dict() if scaler is not None else None}
-        kept = checkpoint.Checkpoint(step, tensors, state)
-        checkpoint.save(self.folder / "checkpoints", kept, self.recipe.training.keep_checkpoints)
+        if self.accelerator.is_main_process:
+            moments = self.optimizer.state_dict()["state"]
+            tensors = {
+                "student": trained_state(self.student),
+                "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+            }
+            for rate, average in self.averages.items():
+                updates = {"n_averaged": average.n_averaged}
+                tensors[checkpoint.average_name(rate)] = trained_state(self.student, average.module) | updates
+            if self.frozen is not None:
+                tensors["frozen"] = trained_state(self.student, self.frozen)
+            if self.weight is not None:
+                tensors["weight"] = dict(self.weight.state_dict())
+            scaler = self.accelerator.scaler
+            state = {"scaler": scaler.state_dict() if scaler is not None else None, "faults": asdict(self.faults)}
+            kept = checkpoint.Checkpoint(step, tensors, state)
+            checkpoint.save(self.folder / "checkpoints", kept, self.recipe.training.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
-        """Load the newest checkpoint, drop the log lines after it, and give the step to go on with."""
-        newest = checkpoint.latest(self.folder / "checkpoints")
+        """Load the newest whole checkpoint, drop the log lines after it, and give the step to go on with."""
+        found = checkpoint.newest_whole(self.folder / "checkpoints", self.say)
         step = 0
-        if newest is not None:
-            kept = checkpoint.load(newest)
+        if found is not None:
+            path, kept = found
             self.restore(kept)
             step = kept.step
             if step < self.total:
-                self.say(f"going on from {newest.name}")
-        log = self.folder / "steps.jsonl"
-        if self.accelerator.is_main_process and log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            checkpoint.write_text(log, "".join(lines[:step]))
-        self.accelerator.wait_for_everyone()
+                self.say(f"going on from {path.name}")
+        self._cut_log(step)
         return step
 
+    def _cut_log(self, step: int) -> None:
+        log = self.folder / "steps.jsonl"
+        if self.accelerator.is_main_process:
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+            checkpoint.write_text(log, "".join(lines[:step]))
+        self.accelerator.wait_for_everyone()
+
     def restore(self, kept: checkpoint.Checkpoint) -> None:
-        """Put a checkpoint's weights, average and optimiser state in place."""
-        self.student.load_state_dict(kept.tensors["student"])
-        self.average.load_state_dict(kept.tensors["ema"])
+        """Put a checkpoint's weights, averages, optimiser state and counts in place."""
+        load_trained(self.student, self.student, kept.tensors["student"])
+        for rate, average in self.averages.items():
+            state = dict(kept.tensors[checkpoint.average_name(rate)])
+            average.n_averaged.copy_(state.pop("n_averaged"))
+            load_trained(average.module, self.student, state)
         if self.frozen is not None:
-            self.frozen.load_state_dict(kept.tensors["frozen"])
+            load_trained(self.frozen, self.student, kept.tensors["frozen"])
         if self.weight is not None:
             self.weight.load_state_dict(kept.tensors["weight"])
         moments: dict[int, dict[str, Tensor]] = {}
@@ -224,3 +338,20 @@ class Trainer:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if kept.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(kept.state["scaler"])
+        self.faults = Faults(**kept.state["faults"])
+
+
+def _number(value: float) -> float | None:
+    """JSON has no other numbers than finite ones."""
+    return value if math.isfinite(value) else None
+
+
+def _memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in text:
+        return error
+    return OutOfMemoryError(
+        f"step {step} does not fit into memory ({text.splitlines()[0]}). Change first: training.accumulation (twice as "
+        "much halves the batch in memory), student.lora.rank (16 in place of every weight), the loss's derivative: "
+        "central (no tangents kept); the run goes on from its newest checkpoint"
+    )

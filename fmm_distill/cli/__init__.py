@@ -16,6 +16,7 @@ from fmm_distill.cli.losses import losses
 from fmm_distill.cli.recipes import recipes
 from fmm_distill.cli.sample import sample
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.stopping import TrainingStoppedError
 
 __all__ = ["command", "main"]
 
@@ -38,6 +39,9 @@ def main() -> None:
     except click.Abort:
         click.echo("stopped; the same command goes on from the newest checkpoint", err=True)
         sys.exit(130)
+    except TrainingStoppedError as error:
+        click.echo(str(error), err=True)
+        sys.exit(128 + error.signal)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

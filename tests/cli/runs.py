@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fmm_distill.cli import main
+from fmm_distill.stopping import StopRequest
 from fmm_distill.trainer import Trainer
 
 STEPS = 12
@@ -66,10 +67,10 @@ def training_only(stop_before: int | None = None):
     """Runs end after training, or are interrupted (Ctrl-C) as a step begins."""
     step_of = Trainer._step
 
-    def step(self: Trainer, number: int) -> dict:
+    def step(self: Trainer, number: int, request: StopRequest) -> tuple[dict, bool]:
         if number == stop_before:
             raise KeyboardInterrupt
-        return step_of(self, number)
+        return step_of(self, number, request)
 
     with patch("fmm_distill.run._finish"), patch.object(Trainer, "_step", step):
         yield
@@ -87,7 +88,7 @@ def checkpoints(folder: Path) -> list[str]:
 def assert_same_run(folder: Path, reference: Path) -> None:
     """Bit-equal losses, weights, averages and moments."""
     assert losses(folder) == losses(reference)
-    for name in ("student", "ema", "optimizer"):
+    for name in ("student", "ema-0.999", "optimizer"):
         file = Path("checkpoints") / f"step-{STEPS:08d}" / f"{name}.safetensors"
         ours, theirs = load_file(folder / file), load_file(reference / file)
         assert ours.keys() == theirs.keys()

@@ -185,10 +185,11 @@ def test_the_verbs_run_on_a_finished_run(finished, tmp_path):
 
 def test_weights_of_another_network_are_one_line(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    kept = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
-    ema = {key.replace("module.network.", "module."): value for key, value in kept.tensors["ema"].items()}
-    assert ema.keys() != kept.tensors["ema"].keys()
-    other = checkpoint.Checkpoint(kept.step + 1, kept.tensors | {"ema": ema}, kept.state)
+    kept = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
+    own = kept.tensors["ema-0.999"]
+    ema = {key.replace("network.", ""): value for key, value in own.items()}
+    assert ema.keys() != own.keys()
+    other = checkpoint.Checkpoint(kept.step + 1, kept.tensors | {"ema-0.999": ema}, kept.state)
     checkpoint.save(folder / "checkpoints", other, 2)
     status, _, err = call("evaluate", folder)
     assert status == 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import signal
@@ -7,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fmm_distill import checkpoint
+from fmm_distill.stopping import stop_requests
 from tests.cli.runs import (
     STEPS,
     assert_same_run,
@@ -66,6 +69,70 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_numbers(tmp_path, tiny,
     assert_same_run(tmp_path / "run", finished[0])
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, finished, name):
+    command = ("--recipe", tiny, "--output", tmp_path / "run")
+    process = spawn(*command)
+    log = tmp_path / "run" / "steps.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.002)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number, err
+    done = len(losses(tmp_path / "run"))
+    assert 4 <= done < STEPS
+    assert (
+        err.splitlines()[-1]
+        == f"stopped by {name} after step {done}, which is saved; the same command goes on from there"
+    )
+    assert checkpoints(tmp_path / "run")[-1] == f"step-{done:08d}"
+    with training_only():
+        assert call(*command)[0] == 0
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_second_request_interrupts_at_once():
+    with stop_requests() as request:
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_does_not_touch_the_steps_made_may_change(tmp_path, tiny, stopped, finished):
+    shutil.copytree(stopped, tmp_path / "run")
+    command = ("--recipe", tiny, "--output", tmp_path / "run", "--set", "training.steps=14")
+    with training_only():
+        status, out, err = call(*command, "--set", "training.checkpoint_every=5", "--set", "evaluation.steps=[1]")
+    assert status == 0, err
+    for line in (
+        "changed  evaluation.steps: [1, 2] until step 6, [1] from there",
+        "changed  training.checkpoint_every: 3 until step 6, 5 from there",
+        "changed  training.steps: 12 until step 6, 14 from there",
+    ):
+        assert line in out
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "recipe-until-6.yaml").read_text())["training"]["steps"] == 12
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["steps"] == 14
+    assert checkpoints(run) == ["step-00000010", "step-00000014"]
+    # The steps made stay; the learning rate of the later ones falls to the new end.
+    assert losses(run)[:6] == losses(finished[0])[:6]
+    assert losses(run)[8] != losses(finished[0])[8]
+
+
+def test_a_finished_run_with_more_steps_goes_on_and_is_unfinished_until_then(tmp_path, tiny, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    command = ("--recipe", tiny, "--output", tmp_path / "run")
+    with training_only(stop_before=13):
+        assert call(*command, "--set", "training.steps=15")[0] == 130
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    status, _, err = call(*command, "--set", "training.steps=11")
+    assert status == 2
+    assert err.startswith(f"error: training.steps 11: the run in {tmp_path / 'run'} has done 12 steps already")
+
+
 def test_half_a_line_in_the_log_is_dropped(tmp_path, tiny, stopped, finished):
     shutil.copytree(stopped, tmp_path / "run")
     with (tmp_path / "run" / "steps.jsonl").open("a", encoding="utf-8") as log:
@@ -107,23 +174,42 @@ def test_fresh_takes_another_recipe(tmp_path, tiny, stopped):
     shutil.copytree(stopped, tmp_path / "run")
     with training_only():
         command = ("--recipe", tiny, "--output", tmp_path / "run", "--set", "training.steps=2")
-        assert call(*command)[0] == 2
+        command = (*command, "--set", "training.batch_size=4")
+        status, _, err = call(*command)
+        assert status == 2
+        assert "is a run of another recipe (training.batch_size: 8 there, 4 here); choose another folder" in err
         assert call(*command, "--fresh")[0] == 0
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_truncated_checkpoint_is_named(tmp_path, tiny, stopped, name):
+@pytest.mark.parametrize(
+    "name", ["student.safetensors", "ema-0.999.safetensors", "optimizer.safetensors", "state.json"]
+)
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, tiny, stopped, finished, name):
     shutil.copytree(stopped, tmp_path / "run")
     file = tmp_path / "run" / "checkpoints" / "step-00000006" / name
     file.write_bytes(file.read_bytes()[:-7])
+    with training_only():
+        status, out, _ = call("--recipe", tiny, "--output", tmp_path / "run")
+    assert status == 0
+    size = file.stat().st_size if file.exists() else "[0-9]+"
+    assert re.search(
+        rf"checkpoint {file.parent}: {name} is truncated or changed \({size} bytes\); the one before it is taken\n", out
+    )
+    assert "going on from step-00000003" in out
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_touched(tmp_path, tiny, stopped):
+    shutil.copytree(stopped, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
     before = snapshot(tmp_path)
     status, _, err = call("--recipe", tiny, "--output", tmp_path / "run")
     assert status == 2
-    assert err.splitlines() == [
-        f"error: checkpoint {file.parent}: {name} is truncated or changed ({file.stat().st_size} bytes); "
-        "remove that folder to go on from the one before it"
-    ]
+    assert err.splitlines()[-1].endswith(
+        "step-00000003: manifest.json is missing or unreadable, and there is none before it: start again with --fresh"
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -173,7 +259,7 @@ def test_a_full_disk_while_logging_is_one_line_too(tmp_path, tiny, stopped):
     assert process.returncode == 2, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'run' / 'steps.jsonl'} could not be written (")
-    assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints")).step == 6
+    assert checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints")).step == 6
 
 
 def test_the_log_has_one_line_a_step(finished):

@@ -51,7 +51,7 @@ def test_cogvideox_is_measured_against_solvers_with_its_own_noise_levels(tmp_pat
     settings = EvaluationSettings(
         steps=(50,), ddim_steps=(50,), dpmsolver_steps=(50,), samples=4, endpoint_samples=4, endpoint_solver_steps=100
     )
-    rows = evaluate(make_student(teacher), teacher, settings, None, torch.device("cpu")).rows
+    rows = evaluate({"student": make_student(teacher)}, teacher, settings, None, torch.device("cpu")).rows
     # The untrained student is its teacher's DDIM.
     assert [row.sampler for row in rows] == ["student", "teacher-ddim"]
     assert rows[0].endpoint_error == pytest.approx(rows[1].endpoint_error, rel=1e-3)

@@ -113,7 +113,7 @@ def test_solvers_of_the_evaluation_take_every_configuration(tmp_path, name):
     settings = EvaluationSettings(
         steps=(1,), ddim_steps=(5, 100), dpmsolver_steps=(50,), samples=2, endpoint_samples=2, endpoint_solver_steps=100
     )
-    evaluation = evaluate(make_student(teacher), teacher, settings, None, torch.device("cpu"))
+    evaluation = evaluate({"student": make_student(teacher)}, teacher, settings, None, torch.device("cpu"))
     clips = teacher.scheduler_config.get("clip_sample", False)
     assert f"clip_sample={clips}" in evaluation.protocol["solvers"]
     errors = {(row.sampler, row.steps): row.endpoint_error for row in evaluation.rows}

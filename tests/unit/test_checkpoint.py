@@ -32,11 +32,11 @@ def test_round_trip(tmp_path):
 
 
 def test_the_newest_stay(tmp_path):
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert checkpoint.newest(tmp_path / "none") is None
     for step in (3, 12, 7, 99_999_999):
         checkpoint.save(tmp_path, at(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000012", "step-99999999"]
-    assert checkpoint.latest(tmp_path).name == "step-99999999"
+    assert checkpoint.newest(tmp_path).name == "step-99999999"
 
 
 def test_a_save_over_the_same_step_replaces_it(tmp_path):
@@ -44,7 +44,7 @@ def test_a_save_over_the_same_step_replaces_it(tmp_path):
     other = at(3)
     other.tensors["student"]["a.weight"] += 1
     checkpoint.save(tmp_path, other, keep=2)
-    loaded = checkpoint.load(checkpoint.latest(tmp_path))
+    loaded = checkpoint.load(checkpoint.newest(tmp_path))
     assert loaded.tensors["student"]["a.weight"].equal(other.tensors["student"]["a.weight"])
 
 
@@ -52,7 +52,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_away(tmp_path):
     saved = checkpoint.save(tmp_path, at(3), keep=2)
     (tmp_path / ".step-00000006.partial").mkdir()
     (tmp_path / ".step-00000006.partial" / "student.safetensors").write_bytes(b"half")
-    assert checkpoint.latest(tmp_path) == saved
+    assert checkpoint.newest(tmp_path) == saved
     checkpoint.save(tmp_path, at(9), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000009"]
 

@@ -29,7 +29,7 @@ SETTINGS = EvaluationSettings(
 
 @pytest.fixture
 def measured(teacher):
-    return evaluate(make_student(teacher), teacher, SETTINGS, None, torch.device("cpu"))
+    return evaluate({"student": make_student(teacher)}, teacher, SETTINGS, None, torch.device("cpu"))
 
 
 def test_rows(measured):

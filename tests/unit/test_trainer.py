@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 
 from fmm_distill import checkpoint
 from fmm_distill.data import Images
-from fmm_distill.losses import SETTINGS
+from fmm_distill.errors import UserError
+from fmm_distill.faults import Faults
+from fmm_distill.losses import SETTINGS, flow_matching
 from fmm_distill.objective import Objective
-from fmm_distill.recipe import Recipe, TrainingSettings
-from fmm_distill.starts import draw, pair_times
+from fmm_distill.recipe import Recipe, TrainingSettings, parse
+from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.student import Student, make_student
+from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
 from fmm_distill.weights import Weight
@@ -69,7 +72,7 @@ def train(recipe: Recipe, folder: Path) -> Trainer:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.latest(folder / "checkpoints") / "student.safetensors")
+    return load_file(checkpoint.newest(folder / "checkpoints") / "student.safetensors")
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -175,7 +178,7 @@ def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_
     whole = train(recipe, tmp_path / "whole")
     assert whole.weight.linear.weight.abs().max() > 1e-4
     train(recipe, tmp_path / "halved")
-    shutil.rmtree(checkpoint.latest(tmp_path / "halved" / "checkpoints"))
+    shutil.rmtree(checkpoint.newest(tmp_path / "halved" / "checkpoints"))
     resumed = train(recipe, tmp_path / "halved")
     assert torch.equal(resumed.weight.linear.weight, whole.weight.linear.weight)
     assert torch.equal(flat(weights(tmp_path / "halved")), flat(weights(tmp_path / "whole")))
@@ -187,12 +190,12 @@ def test_the_frozen_copy_is_the_average_of_the_last_refresh(tmp_path, teacher_fo
     recipe = Recipe.model_validate(plain | {"loss": {"name": "progressive", "target": "frozen"}})
     whole = train(recipe, tmp_path / "whole")
     train(recipe, tmp_path / "halved")
-    shutil.rmtree(checkpoint.latest(tmp_path / "halved" / "checkpoints"))
+    shutil.rmtree(checkpoint.newest(tmp_path / "halved" / "checkpoints"))
     resumed = train(recipe, tmp_path / "halved")
     four = train(
         recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 4})}), tmp_path / "4"
     )
-    frozen, average = flat(whole.frozen.state_dict()), flat(four.average.module.state_dict())
+    frozen, average = flat(whole.frozen.state_dict()), flat(four.averaged_student(0.999).state_dict())
     assert torch.equal(frozen, average)
     assert not torch.equal(frozen, flat(four.frozen.state_dict()))
     assert torch.equal(flat(resumed.frozen.state_dict()), frozen)
@@ -240,10 +243,11 @@ def test_the_regression_phase_comes_first_and_changes_the_prediction(tmp_path, t
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, teacher_folder):
-    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, learning_rate=1e30, clip=1e30)
-    with pytest.raises(TrainingDivergedError, match="--fresh"):
+    changes = {"learning_rate": 1e30, "clip": 1e30, "bad_steps": 1}
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, **changes)
+    with pytest.raises(TrainingDivergedError, match=r"1 steps in a row .* at half the learning rate too.* --fresh"):
         train(recipe, tmp_path)
-    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
 
 
 def test_learning_rate():
@@ -254,3 +258,86 @@ def test_learning_rate():
     constant = settings.model_copy(update={"decay": "constant"})
     assert [learning_rate(constant, step, 100) for step in (1, 3, 99)] == [1.0, 2.0, 2.0]
     assert math.isclose(learning_rate(constant, 0, 1), 0.5)
+
+
+class Sick(Teacher):
+    """A teacher whose answers are no numbers for some of its calls."""
+
+    def velocity(self, x, t, cond=None):
+        self.asked = getattr(self, "asked", 0) + 1
+        v = super().velocity(x, t, cond)
+        return v * float("nan") if self.asked in self.sick else v
+
+
+def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rate(tmp_path, teacher_folder):
+    changes = {"steps": 8, "checkpoint_every": 3, "bad_steps": 2}
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
+    teacher = Sick(**vars(load_teacher(str(teacher_folder))))
+    # The fifth and the sixth step.
+    teacher.sick = (5, 6)
+    said = []
+    trainer = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
+    trainer.run()
+    assert "2 steps in a row without a finite loss and gradient: going on from step-00000003, at half the rate" in said
+    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(8))
+    assert [record["learning_rate"] for record in records] == [1e-3] * 3 + [5e-4] * 5
+    assert all(record["loss"] is not None for record in records)
+    assert teacher.asked == 6 + 5
+    # The half rate and the count survive an interruption.
+    shutil.rmtree(checkpoint.newest(tmp_path / "checkpoints"))
+    resumed = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
+    resumed.run()
+    assert torch.equal(flat(resumed.student.state_dict()), flat(trainer.student.state_dict()))
+    assert resumed.faults == trainer.faults == Faults(2, 0.5, 2, 0)
+
+
+def test_several_averages_of_one_run(tmp_path, teacher_folder):
+    loss = {"name": "lagrangian", "stop": "target"}
+    trainer = train(recipe_of(teacher_folder, loss, steps=6, ema=[0.9, 0.1]), tmp_path / "both")
+    slow, fast = (flat(trainer.averaged_student(rate).state_dict()) for rate in (0.9, 0.1))
+    for rate, ours in ((0.9, slow), (0.1, fast)):
+        alone = train(recipe_of(teacher_folder, loss, steps=6, ema=rate), tmp_path / str(rate))
+        assert torch.equal(flat(alone.averaged_student(rate).state_dict()), ours)
+    assert not torch.equal(slow, fast)
+
+
+def test_losses_one_after_the_other(tmp_path, teacher_folder):
+    settings = recipe_of(teacher_folder, {"name": "eulerian", "tangent_warmup_steps": 2}, steps=10).model_dump()
+    settings["before"] = [
+        {"loss": {"name": "flow_matching"}, "share": 0.2, "pairs": {"prior": 0}},
+        {"loss": {"name": "lagrangian", "stop": "target"}, "share": 0.5, "pairs": {"band_steps": 3}},
+    ]
+    recipe = Recipe.model_validate(settings)
+    assert recipe.loss_names == "flow_matching, then lagrangian, then eulerian"
+    trainer = train(recipe, tmp_path / "whole")
+    records = [json.loads(line) for line in (tmp_path / "whole" / "steps.jsonl").read_text().splitlines()]
+    assert [record["phase"] for record in records] == ["flow_matching"] * 2 + ["lagrangian"] * 5 + ["eulerian"] * 3
+    # Every stage counts its own steps.
+    assert [record.get("longest_jump") for record in records[2:7]] == [pytest.approx(x) for x in (0.1, 0.4, 0.7)] + [
+        None
+    ] * 2
+    assert [record.get("tangent_scale") for record in records[7:]] == [0.0, 0.5, None]
+    objective = Objective(trainer.student, trainer.teacher, recipe, trainer.objective.losses)
+    draws = draw(3, 0, 8, trainer.teacher.event_shape)
+    losses, _ = objective(draws, None, 1)
+    t, r = objective.times(draws, 1)
+    assert torch.equal(t, r)
+    v = trainer.teacher.velocity
+    x_t = points(trainer.teacher, trainer.student, draws, t, None)
+    alone = flow_matching(trainer.student, v, x_t, t, t, settings=recipe.before[0].loss)
+    torch.testing.assert_close(losses, alone)
+
+
+def test_stages_that_can_not_be(teacher_folder):
+    def refused(before):
+        with pytest.raises(UserError) as caught:
+            parse({"loss": {"name": "lagrangian"}, "before": before}, "here")
+        return str(caught.value)
+
+    assert "before: the shares come to 1.2" in refused([{"loss": {"name": "eulerian"}, "share": 0.6}] * 2)
+    alone = [{"loss": {"name": "lagrangian", "velocity": "self"}, "share": 0.5}]
+    assert "before: loss lagrangian alone sees no teacher" in refused(alone)
+    data = [{"loss": {"name": "consistency", "velocity": "teacher"}, "share": 0.5}]
+    assert "in before give it pairs: {prior: 0, data: 1}" in refused(data)
+    assert "loss flow_map_matching learns from data" in refused([{"loss": {"name": "flow_map_matching"}, "share": 0.5}])

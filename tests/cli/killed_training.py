@@ -1,0 +1,75 @@
+"""Run by ``test_kills``: a run in forked processes, each killed at a random moment, until one comes to its end.
+
+python killed_training.py RECIPE FOLDER KILLS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+import fmm_distill.run  # noqa: F401 once, not in every process
+from fmm_distill.cli import main
+
+
+def train(recipe: str, folder: str, dies_at_call: int) -> None:
+    """The command line up to the end of training; at a call of what makes files durable the process dies."""
+    calls = 0
+
+    def deadly(function):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == dies_at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return call
+
+    sys.argv = ["fmm-distill", "--recipe", recipe, "--output", folder]
+    with (
+        patch("fmm_distill.run._finish"),
+        patch("os.fsync", deadly(os.fsync)),
+        patch("os.rename", deadly(os.rename)),
+        patch("os.replace", deadly(os.replace)),
+        patch("os.rmdir", deadly(os.rmdir)),
+        patch("os.unlink", deadly(os.unlink)),
+    ):
+        main()
+
+
+def forked(recipe: str, folder: str, seconds: float | None, dies_at_call: int) -> int:
+    """The exit status of one try: minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            train(recipe, folder, dies_at_call)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    recipe, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    draw = random.Random(0)
+    statuses, steps = [], []
+    for kill in range(kills):
+        by_time = kill % 2 == 0
+        seconds, call = (draw.uniform(0.5, 1.5), 0) if by_time else (None, draw.randint(1, 40))
+        statuses.append(forked(recipe, folder, seconds, call))
+        found = sorted(Path(folder, "checkpoints").glob("step-*"))
+        steps.append(int(found[-1].name.removeprefix("step-")) if found else 0)
+    statuses.append(forked(recipe, folder, None, 0))
+    print(json.dumps({"statuses": statuses, "steps": steps}))

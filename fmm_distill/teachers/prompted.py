@@ -43,6 +43,8 @@ _OURS = (
     "prompt",
     "negative_prompt",
     "num_inference_steps",
+    "timesteps",
+    "sigmas",
     "guidance_scale",
     "true_cfg_scale",
     "generator",

@@ -1,5 +1,6 @@
 """A stock pipeline whose network is a student flow map. Imports only torch and diffusers: it travels along."""
 
+import functools
 import inspect
 import math
 import types
@@ -145,9 +146,27 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
     made.told_before = levels["kind"] == "flow" and levels["told_before"]
     grids = {"discrete": _timesteps, "flow": _flow_levels, "exploding": _noise_levels}
     made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
-    if levels["kind"] == "discrete":
-        made.step = types.MethodType(_whole_jump, made)
+    step = types.MethodType(_whole_jump, made) if levels["kind"] == "discrete" else made.step
+    made.steps_done = 0
+
+    # With its signature: pipelines look at the parameters.
+    @functools.wraps(step)
+    def counted(*args, **kwargs):
+        made.steps_done += 1
+        return step(*args, **kwargs)
+
+    made.step = counted
     return made
+
+
+def _length(scheduler, levels: dict, time: torch.Tensor) -> float:
+    """The length of the jump that starts where the network is told ``time``, of shape ``[]``."""
+    told, jumps = float(time), _jumps(scheduler, levels)
+    distances = [abs(start - told) for start, _ in jumps]
+    # In half precision neighbours are told one time: of those the jump that is next.
+    rounding = 2 * torch.finfo(time.dtype).eps * abs(told) if time.is_floating_point() else 0.0
+    near = [i for i, distance in enumerate(distances) if distance <= min(distances) + rounding]
+    return jumps[min(near, key=lambda i: abs(i - scheduler.steps_done))][1]
 
 
 def flow_map_pipeline(stock: type) -> type:
@@ -181,8 +200,7 @@ def flow_map_pipeline(stock: type) -> type:
 
             def tell(module, inputs, keywords):
                 time = keywords[time_name] if time_name in keywords else inputs[time_index]
-                time = torch.as_tensor(time).flatten()[:1].float()
-                _, length = min(_jumps(self.scheduler, levels), key=lambda jump: abs(jump[0] - float(time)))
+                length = _length(self.scheduler, levels, torch.as_tensor(time).flatten()[0])
                 # One length for all samples, however many the network is told a time for.
                 return inputs, keywords | {"h": torch.full((1,), length, device=module.device)}
 

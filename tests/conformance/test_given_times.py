@@ -102,6 +102,19 @@ def test_latents_of_a_level_go_on_from_it(any_step):
     assert (x - made).abs().max() < 1e-4
 
 
+def test_neighbours_that_half_precision_does_not_tell_apart(any_step):
+    family, lengths = any_step("flux"), []
+    network = family.student.network
+    hook = network.jump_embedding[0].register_forward_pre_hook(lambda _, inputs: lengths.append(float(inputs[0])))
+    family.pipeline.to(torch.bfloat16)
+    try:
+        made_by(family, sigmas=[1.0, 0.999, 0.998, 0.5])
+    finally:
+        hook.remove()
+        family.pipeline.to(torch.float32)
+    assert lengths == pytest.approx([0.001, 0.001, 0.498, 0.5], abs=1e-4)
+
+
 def test_the_scheduler_is_left_as_it_was(any_step):
     family = any_step("sd3")
     scheduler, before = family.pipeline.scheduler, made_by(family, num_inference_steps=3)

@@ -101,7 +101,7 @@ def any_step_settings(teacher: Teacher) -> dict[str, Any]:
     if isinstance(schedule, VariancePreserving):
         return own | {"kind": "discrete", "total": schedule.num_timesteps}
     if isinstance(schedule, FlowMatching):
-        return own | {"kind": "flow", "shift": schedule.shift}
+        return own | {"kind": "flow", "shift": schedule.shift, "told_before": schedule.told_before}
     exploding = cast("VarianceExploding", schedule)
     rho = None if math.isinf(exploding.rho) else exploding.rho
     return own | {"kind": "exploding", "sigma_min": exploding.sigma_min, "sigma_max": exploding.sigma_max, "rho": rho}

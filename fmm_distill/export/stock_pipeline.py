@@ -1,8 +1,10 @@
 """A stock pipeline whose network is a student flow map. Imports only torch and diffusers: it travels along."""
 
+import functools
 import inspect
 import math
 import types
+from itertools import pairwise
 
 import torch
 from diffusers.utils import logging
@@ -47,23 +49,45 @@ def _whole_jump(self, model_output, timestep, sample, eta=0.0, generator=None, r
     return (moved, x_0) if not return_dict else type("Step", (), {"prev_sample": moved, "pred_original_sample": x_0})()
 
 
-def _equal_steps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-    """The stock grid of a flow model, from equal steps where the pipeline does not say which."""
-    if sigmas is None and timesteps is None:
+def _timesteps(self, num_inference_steps=None, device=None):
+    """The stock grid of a discrete schedule, or the user's own."""
+    type(self).set_timesteps(self, num_inference_steps, device)
+    if self.given:
+        self.timesteps = torch.tensor(self.given["timesteps"], dtype=torch.int64, device=self.timesteps.device)
+
+
+def _flow_levels(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+    """The stock grid of a flow model, from equal steps where the pipeline does not say which, or the user's own.
+
+    The user's sigmas are those before the shift, as in stock diffusers; their timesteps are what the network is told.
+    """
+    own, total = self.given, self.config.num_train_timesteps
+    if own:
+        num_inference_steps = None
+        sigmas = own.get("sigmas") or [t / total for t in own["timesteps"]]
+        timesteps = [sigma * total for sigma in sigmas] if self.told_before else None
+    elif sigmas is None and timesteps is None:
         sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
     type(self).set_timesteps(self, num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+    if "timesteps" in own and not self.told_before:
+        # Stock tells the network these and shifts the levels.
+        levels = torch.tensor([*sigmas, 0.0], device=self.sigmas.device)
+        self.sigmas = 1 - levels if self.config.invert_sigmas else levels
+        self.timesteps = self.sigmas[:-1] * total
 
 
-def _equal_shares(self, num_inference_steps=None, device=None, sigmas=None):
-    """Levels at equal shares of the way from sigma_max to sigma_min, then data."""
+def _noise_levels(self, num_inference_steps=None, device=None, sigmas=None):
+    """Levels at equal shares of the way from sigma_max to sigma_min, or the user's own, then data."""
     type(self).set_timesteps(self, num_inference_steps, device)
-    levels = self.config
-    warp, back = math.log, math.exp
-    if levels.sigma_schedule == "karras":
-        warp, back = (lambda s: s ** (1 / levels.rho)), (lambda s: s**levels.rho)
-    low, high = warp(levels.sigma_min), warp(levels.sigma_max)
-    shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-    sigmas = torch.tensor([back(low + (high - low) * share) for share in shares])
+    sigmas, levels = self.given.get("sigmas"), self.config
+    if sigmas is None:
+        warp, back = math.log, math.exp
+        if levels.sigma_schedule == "karras":
+            warp, back = (lambda s: s ** (1 / levels.rho)), (lambda s: s**levels.rho)
+        low, high = warp(levels.sigma_min), warp(levels.sigma_max)
+        shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        sigmas = [back(low + (high - low) * share) for share in shares]
+    sigmas = torch.tensor(sigmas)
     self.timesteps = self.precondition_noise(sigmas).to(self.timesteps.device)
     self.sigmas = torch.cat([sigmas, torch.zeros(1)])
 
@@ -80,21 +104,90 @@ def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
     return scale
 
 
-def jumping(scheduler, levels: dict):
-    """The same scheduler, its grid and steps those of a flow map's jumps."""
-    own = {"discrete": ("step", _whole_jump), "flow": ("set_timesteps", _equal_steps)}
-    name, method = own.get(levels["kind"], ("set_timesteps", _equal_shares))
+def _ends(levels: dict, name: str, total: int) -> tuple[float, float]:
+    """The lowest and the highest time at which a jump can start, of those that a user names so."""
+    kind = levels["kind"]
+    if (kind, name) == ("discrete", "sigmas"):
+        raise ValueError("sigmas: this student's noise schedule is discrete; wanted timesteps")
+    if (kind, name) == ("exploding", "timesteps"):
+        raise ValueError("timesteps: this student's noise schedule is continuous; wanted sigmas")
+    if kind == "discrete":
+        return 0, total - 1
+    if kind == "exploding":
+        return levels["sigma_min"], levels["sigma_max"]
+    if name == "sigmas":
+        return 1 / total, 1
+    first = 1 / total
+    if not levels["told_before"]:
+        first = levels["shift"] * first / (1 + (levels["shift"] - 1) * first)
+    return total * first, total
+
+
+def _checked(given: dict, levels: dict, total: int) -> dict:
+    """The times that a user gave, as numbers; ValueError where no jump can start there."""
+    if len(given) > 1:
+        raise ValueError("timesteps and sigmas are both given; give one of them")
+    checked = {}
+    for name, values in given.items():
+        low, high = _ends(levels, name, total)
+        numbers = [float(value) for value in values]
+        wanted = f"numbers that decrease, from at most {high:g} to at least {low:g}"
+        right = bool(numbers) and all(before > after for before, after in pairwise(numbers))
+        right = right and low <= numbers[-1] and numbers[0] <= high
+        if levels["kind"] == "discrete":
+            wanted = f"whole {wanted}"
+            right = right and all(number.is_integer() for number in numbers)
+        if levels["kind"] == "exploding":
+            # The pipeline scales its noise to the highest level.
+            wanted = f"{wanted}, the first of them {high:g}"
+            right = right and numbers[0] == high
+        if not right:
+            raise ValueError(f"{name}={numbers}: wanted {wanted}")
+        checked[name] = numbers
+    return checked
+
+
+def jumping(scheduler, levels: dict, given: dict | None = None):
+    """The same scheduler, its grid and steps those of a flow map's jumps.
+
+    ``given``: the starts of the jumps, as ``timesteps`` or ``sigmas``, whatever a pipeline asks of the scheduler.
+    """
     made = type(scheduler).from_config(scheduler.config)
     # On the object: some pipelines compare the scheduler's class.
-    setattr(made, name, types.MethodType(method, made))
+    made.given = _checked(given or {}, levels, made.config.num_train_timesteps)
+    made.told_before = levels["kind"] == "flow" and levels["told_before"]
+    grids = {"discrete": _timesteps, "flow": _flow_levels, "exploding": _noise_levels}
+    made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
+    step = types.MethodType(_whole_jump, made) if levels["kind"] == "discrete" else made.step
+    made.steps_done = 0
+
+    # With its signature: pipelines look at the parameters.
+    @functools.wraps(step)
+    def counted(*args, **kwargs):
+        made.steps_done += 1
+        return step(*args, **kwargs)
+
+    made.step = counted
     return made
+
+
+def _length(scheduler, levels: dict, time: torch.Tensor) -> float:
+    """The length of the jump that starts where the network is told ``time``, of shape ``[]``."""
+    told, jumps = float(time), _jumps(scheduler, levels)
+    distances = [abs(start - told) for start, _ in jumps]
+    # In half precision neighbours are told one time: of those the jump that is next.
+    rounding = 2 * torch.finfo(time.dtype).eps * abs(told) if time.is_floating_point() else 0.0
+    near = [i for i, distance in enumerate(distances) if distance <= min(distances) + rounding]
+    return jumps[min(near, key=lambda i: abs(i - scheduler.steps_done))][1]
 
 
 def flow_map_pipeline(stock: type) -> type:
     """``stock`` with a two-time network: everything is the stock pipeline's own, any number of steps is right.
 
-    The jump's length is read from the scheduler's grid. What the student was guided by is in its weights: guidance is
-    off unless it is asked for, which is warned of. A student with a range of guidance is told the call's instead.
+    The jump's length is read from the scheduler's grid. Where the stock pipeline takes ``timesteps`` or ``sigmas`` they
+    are the starts of the jumps, ValueError where none can start there. What the student was guided by is in its
+    weights: guidance is off unless it is asked for, which is warned of. A student with a range of guidance is told the
+    call's instead.
     """
 
     class FlowMapPipeline(stock):
@@ -106,29 +199,32 @@ def flow_map_pipeline(stock: type) -> type:
             bound = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs)
             given = bound.arguments
             scale = _chosen_guidance(network.config, levels, given)
+            # Handed to the scheduler: some stock pipelines refuse them, or tell the network others than they step by.
+            own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
             for name, value in levels["call"].items():
                 if name not in given:
                     given[name] = value
                 elif name == levels["guidance"] and (given[name] or 0.0) > value:
                     logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
+            if own:
+                given["num_inference_steps"] = len(next(iter(own.values())))
             names = list(inspect.signature(type(network).__mro__[2].forward).parameters)
             time_name = next(name for name in names if name in ("timestep", "timesteps", "t"))
             time_index = names.index(time_name) - 1
 
             def tell(module, inputs, keywords):
                 time = keywords[time_name] if time_name in keywords else inputs[time_index]
-                time = torch.as_tensor(time).flatten()[:1].float()
-                _, length = min(_jumps(self.scheduler, levels), key=lambda jump: abs(jump[0] - float(time)))
+                length = _length(self.scheduler, levels, torch.as_tensor(time).flatten()[0])
                 # One length for all samples, however many the network is told a time for.
                 told = {"h": torch.full((1,), length, device=module.device)}
                 told |= {} if scale is None else {"w": torch.full((1,), scale, device=module.device)}
                 return inputs, keywords | told
 
-            scheduler, made = self.scheduler, jumping(self.scheduler, levels)
+            scheduler, made = self.scheduler, jumping(self.scheduler, levels, own)
             hook = network.register_forward_pre_hook(tell, with_kwargs=True)
             self.scheduler = made
             try:
-                return super().__call__(*bound.args[1:], **bound.kwargs)
+                return stock.__call__(*bound.args, **bound.kwargs)
             finally:
                 hook.remove()
                 self.scheduler = scheduler

@@ -52,9 +52,10 @@ def load_teacher(
     """
     found = find(source, revision)
     networks = {name: cls for name, (_, cls) in found.components.items() if name in ("unet", "transformer")}
-    if any(name.startswith("text_encoder") for name in found.components) and networks:
+    has_text = any(name.startswith("text_encoder") for name in found.components)
+    if has_text and networks:
         return load_prompted(found, prompts or ("",), call, guidance)
-    if prompts or call:
+    if (prompts or call) and not has_text:
         raise UserError(f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none")
     if "scheduler" in found.components:
         if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:

@@ -43,6 +43,8 @@ _OURS = (
     "prompt",
     "negative_prompt",
     "num_inference_steps",
+    "timesteps",
+    "sigmas",
     "guidance_scale",
     "true_cfg_scale",
     "generator",
@@ -115,8 +117,9 @@ def load_prompted(
     Raises:
         UserError: if the pipeline can't be opened or run, or what its network is given can't be told apart.
     """
-    pipeline = _open(found)
     component = "transformer" if "transformer" in found.components else "unet"
+    _check_one_network(found, component)
+    pipeline = _open(found)
     _check_call(pipeline, call or {}, found.source)
     network = getattr(pipeline, component)
     check_weights(network, found.source)
@@ -166,6 +169,17 @@ def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording
     # Says why, where there is nothing to be guided away from.
     conditions.null(1)
     return guidance
+
+
+def _check_one_network(found: Found, component: str) -> None:
+    """A pipeline may change to a second network at a time that the few steps of the recording don't reach."""
+    kind = found.components[component][1]
+    others = [name for name, (_, cls) in found.components.items() if cls == kind and name != component]
+    if others:
+        raise UserError(
+            f"{found.source}: its {others[0]} is a second {kind} for a part of the times; wanted one network for all "
+            "of them: choose a checkpoint that has one"
+        )
 
 
 def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class

@@ -25,7 +25,7 @@ FAMILIES = {
     name: tiny
     for module in (diffusion, flow, video)
     for name, tiny in module.PIPELINES.items()
-    if name not in ("dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step")
+    if name not in ("dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step", "wan-two")
 }
 # Their pipelines renormalise the guided answer, or have no guidance by two answers.
 UNGUIDED = {"lumina2", "qwen-image", "longcat-image", "flux2"}
@@ -45,7 +45,7 @@ def opened(request, tmp_path_factory):
 
 
 def test_the_table_has_as_many_rows_as_it_says():
-    assert len(FAMILIES) == 33
+    assert len(FAMILIES) == 34
 
 
 def euler_of(pipeline, teacher):
@@ -217,10 +217,30 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
         (diffusion, "sdxl-refiner", "refines an image that another model made"),
         (flow, "hunyuan-image", "8 calls in 4 steps"),
         (video, "ace-step", "told a second time already"),
+        (video, "wan-two", "its transformer_2 is a second WanTransformer3DModel for a part of the times"),
     ],
 )
 def test_what_is_refused(tmp_path, module, name, match):
     tiny = module.PIPELINES[name]
     tiny.build().save_pretrained(tmp_path, safe_serialization=True)
     with pytest.raises(UserError, match=match):
+        load_teacher(str(tmp_path), call=dict(tiny.call))
+
+
+@pytest.mark.parametrize("boundary", [0.1, None])
+def test_a_second_network_that_the_recording_does_not_reach(tmp_path, boundary):
+    tiny = video.PIPELINES["wan-two"]
+    pipeline = tiny.build()
+    pipeline.register_to_config(boundary_ratio=boundary)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match="wanted one network for all of them"):
+        load_teacher(str(tmp_path), call=dict(tiny.call))
+
+
+def test_the_second_network_alone(tmp_path):
+    tiny = video.PIPELINES["wan-two"]
+    pipeline = tiny.build()
+    pipeline.register_modules(transformer=None)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match=r"no adapter for .*transformer_2: WanTransformer3DModel"):
         load_teacher(str(tmp_path), call=dict(tiny.call))

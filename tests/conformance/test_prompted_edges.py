@@ -128,7 +128,7 @@ def test_a_component_that_is_missing(tmp_path):
         load_teacher(str(tmp_path))
 
 
-@pytest.mark.parametrize("key", ["prompt", "guidance_scale", "num_inference_steps"])
+@pytest.mark.parametrize("key", ["prompt", "guidance_scale", "num_inference_steps", "timesteps", "sigmas"])
 def test_keywords_that_are_the_programs_own(tmp_path, key):
     source, call = saved("sd1", tmp_path)
     with pytest.raises(UserError, match=rf"pipeline\.{key} is set by the program"):

@@ -156,6 +156,20 @@ def wan_euler() -> WanPipeline:
     return wan(FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
+def wan_ti2v() -> WanPipeline:
+    pipeline = wan(UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0))
+    pipeline.register_to_config(expand_timesteps=True)
+    return pipeline
+
+
+def wan_two() -> WanPipeline:
+    """One network for the high noise levels and one for the low."""
+    pipeline = wan_unipc()
+    pipeline.register_modules(transformer_2=wan_unipc().transformer)
+    pipeline.register_to_config(boundary_ratio=0.875)
+    return pipeline
+
+
 def wan_unipc() -> WanPipeline:
     return wan(UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
 
@@ -409,6 +423,10 @@ def _video(make: Callable[[], DiffusionPipeline], **call: object) -> Tiny:
 PIPELINES: dict[str, Tiny] = {
     "wan": _video(wan_euler, num_frames=5, max_sequence_length=TEXT_LENGTH),
     "wan-unipc": _video(wan_unipc, num_frames=5, max_sequence_length=TEXT_LENGTH),
+    # Wan 2.2 TI2V 5B: the network is told a time for every token.
+    "wan-ti2v": _video(wan_ti2v, num_frames=5, max_sequence_length=TEXT_LENGTH),
+    # Wan 2.2 A14B.
+    "wan-two": _video(wan_two, num_frames=5, max_sequence_length=TEXT_LENGTH),
     "ltx": _video(ltx, num_frames=9, max_sequence_length=TEXT_LENGTH),
     "cogvideox": _video(cogvideox_2b, num_frames=5, max_sequence_length=TEXT_LENGTH),
     "cogvideox-dpm": _video(cogvideox_5b, num_frames=5, max_sequence_length=TEXT_LENGTH),

@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.flow_map import LearnedFlowMap
-from fmm_distill.time_mlp import find_time_mlps
+from fmm_distill.time_mlp import find_jump_hosts
 from fmm_distill.two_time import two_time
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
     kept = teacher.prediction if prediction == "teacher" else prediction
     if kept != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
         raise UserError(f"student.prediction: {kept} on a teacher of {teacher.prediction}; wanted teacher")
-    hosts = find_time_mlps(teacher)
+    hosts = find_jump_hosts(teacher)
+    config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
     # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _open(two_time(cast("Any", type(teacher.network))), teacher.config | {"jump_hosts": hosts})
+        network = _open(two_time(cast("Any", type(teacher.network))), config)
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
@@ -104,7 +105,7 @@ def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a dif
 def stock_part(network: nn.Module) -> nn.Module:
     """A stock network of the same class with the weights of a two-time one, its jump embeddings left out."""
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
-    config = {key: value for key, value in config.items() if key not in ("jump_hosts", "flow_map")}
+    config = {key: value for key, value in config.items() if key not in ("jump_hosts", "jump_widths", "flow_map")}
     stock = _open(type(network).__bases__[-1], config)
     state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
     stock.load_state_dict(state)

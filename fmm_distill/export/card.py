@@ -12,6 +12,7 @@ from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.stock import guidance_keyword, unguided
+from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ pipeline = DiffusionPipeline.from_pretrained("<this folder>/steps-{steps[-1]}")
 
 def _example(teacher: Teacher, name: str, steps: int) -> str:
     if teacher.conditions is None:
-        return f"images = {name}(batch_size=4, num_inference_steps={steps}).images"
+        made = "audios" if isinstance(teacher.codec, Waves) else "images"
+        return f"{made} = {name}(batch_size=4, num_inference_steps={steps}).{made}"
     if isinstance(teacher.conditions, Classes):
         off = ", guidance_scale=1.0" if teacher.folder is not None else ""
         return f"images = {name}(class_labels=[0, 1], num_inference_steps={steps}{off})[0]"
@@ -126,11 +128,11 @@ def _limits(recipe: Recipe, teacher: Teacher) -> str:
 
 def _metadata(teacher: Teacher) -> dict[str, object]:
     """What the Hub reads."""
-    metadata: dict[str, object] = {
-        "library_name": "diffusers",
-        "pipeline_tag": _task(teacher),
-        "tags": ["flow-map", "distillation", "fmm-distill"],
-    }
+    metadata: dict[str, object] = {"library_name": "diffusers"}
+    # The Hub has no task of sounds without a condition.
+    if not isinstance(teacher.codec, Waves):
+        metadata["pipeline_tag"] = _task(teacher)
+    metadata["tags"] = ["flow-map", "distillation", "fmm-distill"]
     if teacher.licence:
         metadata["license"] = teacher.licence
     if teacher.revision:

@@ -23,7 +23,10 @@ def _jumps(scheduler, levels: dict) -> list[tuple[float, float]]:
     """Of every step: what the network is told, and the length of the jump."""
     timesteps = [float(timestep) for timestep in scheduler.timesteps]
     told = [levels["slope"] * (levels["flip"] - t if levels["flip"] else t) + levels["offset"] for t in timesteps]
-    if levels["kind"] == "discrete":
+    if levels["kind"] == "angular":
+        # The levels of IPNDM are equal steps of what a jump is measured in.
+        places = [1 - i / len(timesteps) for i in range(len(timesteps) + 1)]
+    elif levels["kind"] == "discrete":
         places = [(t + 1) / levels["total"] for t in timesteps] + [0.0]
     else:
         sigmas = [float(sigma) for sigma in scheduler.sigmas[: len(timesteps) + 1]]
@@ -45,6 +48,15 @@ def _whole_jump(self, model_output, timestep, sample, eta=0.0, generator=None, r
         eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
     moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
     return (moved, x_0) if not return_dict else type("Step", (), {"prev_sample": moved, "pred_original_sample": x_0})()
+
+
+def _angular_jump(self, model_output, timestep, sample, return_dict=True):
+    """The same between two levels of ``IPNDMScheduler``, whose own steps look back and divide by alpha, 0 at first."""
+    index = int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
+    (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[i]), float(self.betas[i])) for i in (index, index + 1))
+    eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
+    moved = alpha_end * x_0 + sigma_end * eps
+    return (moved,) if not return_dict else type("Step", (), {"prev_sample": moved})()
 
 
 def _equal_steps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -70,7 +82,11 @@ def _equal_shares(self, num_inference_steps=None, device=None, sigmas=None):
 
 def jumping(scheduler, levels: dict):
     """The same scheduler, its grid and steps those of a flow map's jumps."""
-    own = {"discrete": ("step", _whole_jump), "flow": ("set_timesteps", _equal_steps)}
+    own = {
+        "discrete": ("step", _whole_jump),
+        "angular": ("step", _angular_jump),
+        "flow": ("set_timesteps", _equal_steps),
+    }
     name, method = own.get(levels["kind"], ("set_timesteps", _equal_shares))
     made = type(scheduler).from_config(scheduler.config)
     # On the object: some pipelines compare the scheduler's class.

@@ -17,7 +17,7 @@ from fmm_distill.lora import AdaptersOff
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import VariancePreserving
 from fmm_distill.solve import endpoint, solve
-from fmm_distill.teachers.codec import Pixels
+from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
@@ -346,6 +346,8 @@ def _protocol(
 
 
 def _entries(teacher: Teacher) -> str:
+    if isinstance(teacher.codec, Waves):
+        return "entries of the waves (range -1 to 1)"
     return "pixels (range -1 to 1)" if isinstance(teacher.codec, Pixels) else "entries of the latents"
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.lora import default_targets
-from fmm_distill.schedules import FlowMatching, VariancePreserving
+from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.student import make_student
+from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted import RecordedCall
 
@@ -60,13 +61,15 @@ def _schedule(teacher: Teacher) -> str:
         return f"{kind}: variance preserving, {schedule.num_timesteps} timesteps, {span}"
     if isinstance(schedule, FlowMatching):
         return f"{kind}: flow matching, shift {schedule.shift:.4g}, {span}"
+    if isinstance(schedule, Angular):
+        return f"{kind}: variance preserving, told an angle, {span}"
     return f"{kind}: variance exploding, {span}"
 
 
 def _shape_means(teacher: Teacher) -> str:
     if isinstance(teacher.parametrisation.call, RecordedCall):
         return " (as the pipeline gives it to the network)"
-    return " (channels x height x width)"
+    return " (channels x length)" if isinstance(teacher.codec, Waves) else " (channels x height x width)"
 
 
 def _conditions(teacher: Teacher) -> str:

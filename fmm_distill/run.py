@@ -46,7 +46,7 @@ from fmm_distill.run_folder import (
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student, stock_part
-from fmm_distill.teachers.codec import Pixels
+from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -129,6 +129,10 @@ def _images(recipe: Recipe, teacher: Teacher) -> Images | None:
         raise UserError(
             f"--data {recipe.data}: {teacher.source} is told a condition with every sample, and images come without "
             "(not yet); wanted none"
+        )
+    if isinstance(teacher.codec, Waves):
+        raise UserError(
+            f"--data {recipe.data}: {teacher.source} makes sounds, and data are images (not yet); wanted none"
         )
     if isinstance(teacher.codec, Pixels):
         return load_images(recipe.data, teacher.event_shape)

@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.flow_map import LearnedFlowMap
-from fmm_distill.time_mlp import find_time_mlps
+from fmm_distill.time_mlp import find_jump_hosts
 from fmm_distill.two_time import two_time
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = ["Student", "StudentPrediction", "fold", "make_student", "stock_part"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
 # What the configuration of a two-time network holds more than the stock one's.
-_OWN = ("jump_hosts", "guidance_range", "flow_map")
+_OWN = ("jump_hosts", "jump_widths", "guidance_range", "flow_map")
 
 
 class Student(LearnedFlowMap):
@@ -77,12 +77,13 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
     kept = teacher.prediction if prediction == "teacher" else prediction
     if kept != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
         raise UserError(f"student.prediction: {kept} on a teacher of {teacher.prediction}; wanted teacher")
-    hosts = find_time_mlps(teacher)
+    hosts = find_jump_hosts(teacher)
+    config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
+    config["guidance_range"] = None if teacher.guidance is None else teacher.guidance.range
     # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own = {"jump_hosts": hosts, "guidance_range": None if teacher.guidance is None else teacher.guidance.range}
-        network = _open(two_time(cast("Any", type(teacher.network))), teacher.config | own)
+        network = _open(two_time(cast("Any", type(teacher.network))), config)
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")

@@ -10,48 +10,71 @@ from torch import nn
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["find_time_mlps"]
+    Outputs = dict[str, list[Tensor]]
+
+__all__ = ["find_jump_hosts"]
 
 
 @torch.no_grad()
-def find_time_mlps(teacher: Teacher) -> list[str]:
-    """Names of the linear layers that end the time embeddings of a teacher's network.
+def find_jump_hosts(teacher: Teacher) -> dict[str, int]:
+    """The layers that end the time embeddings of a teacher's network, by name, and how many features each gives.
 
     An embedding's end is the second linear layer, in the order of the call, whose output moves with the time and not
-    with the sample; with it stand the layers of the same name in repeated blocks, where every block embeds the time
-    anew.
+    with the sample. Where no linear layer does, the time is embedded by fixed functions alone, and their end is the
+    last layer of any kind that does. With it stand the layers of the same name in repeated blocks, where every block
+    embeds the time anew.
 
     Raises:
-        UserError: if no two such layers are found.
+        UserError: if there is one such linear layer alone, or no such layer at all.
     """
+    linear = _told(teacher, lambda module: isinstance(module, nn.Linear))
+    told = linear or _told(teacher, lambda module: not any(module.children()))
+    if not told or len(linear) == 1:
+        raise UserError(
+            f"{teacher.source}: no time embedding found in {type(teacher.network).__name__} (layers that move with the "
+            f"time alone: {', '.join(told) or 'none'}); wanted two linear ones in a row to add the jump to, or none "
+            "and a layer of another kind"
+        )
+    names = list(told)
+    end = _place(names[1] if linear else names[-1])
+    return {name: width for name, width in told.items() if _place(name) == end}
+
+
+def _told(teacher: Teacher, of_kind: Callable[[nn.Module], bool]) -> dict[str, int]:
+    """The layers of a kind, in the order of the call, that move with the time and not with the sample; their widths."""
     times, shape = torch.tensor([0.7, 0.55], dtype=torch.float64) * teacher.schedule.t_max, teacher.event_shape
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 1, *shape, generator=generator)
     device = next(teacher.network.parameters()).device
     runs = [
-        _outputs(teacher, x.to(device), t.to(device))
+        _outputs(teacher, of_kind, x.to(device), t.to(device))
         for x, t in ((first, times[:1]), (first, times[1:]), (second, times[:1]))
     ]
-    told = [name for name in runs[0] if _moves(runs[0], runs[1], name) and not _moves(runs[0], runs[2], name)]
-    if len(told) < 2:
-        raise UserError(
-            f"{teacher.source}: no time embedding found in {type(teacher.network).__name__} (linear layers that move "
-            f"with the time alone: {', '.join(told) or 'none'}); wanted two such layers in a row to add the jump to"
-        )
-    return [name for name in told if _place(name) == _place(told[1])]
+    return {
+        name: outputs[0].shape[-1]
+        for name, outputs in runs[0].items()
+        if _moves(runs[0], runs[1], name) and not _moves(runs[0], runs[2], name)
+    }
 
 
-def _outputs(teacher: Teacher, x: Tensor, t: Tensor) -> dict[str, list[Tensor]]:
-    """What every linear layer gave, in the order of the first calls."""
-    seen: dict[str, list[Tensor]] = {}
+def _outputs(teacher: Teacher, of_kind: Callable[[nn.Module], bool], x: Tensor, t: Tensor) -> Outputs:
+    """What every layer of a kind gave, in the order of the first calls."""
+    seen: Outputs = {}
+
+    def keep(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.setdefault(name, []).append(output.clone())
+
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.setdefault(name, []).append(output.clone()))
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
         for name, module in teacher.network.named_modules()
-        if isinstance(module, nn.Linear)
+        if of_kind(module)
     ]
     cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(x.device)
     try:
@@ -62,7 +85,7 @@ def _outputs(teacher: Teacher, x: Tensor, t: Tensor) -> dict[str, list[Tensor]]:
     return seen
 
 
-def _moves(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]], name: str) -> bool:
+def _moves(one: Outputs, other: Outputs, name: str) -> bool:
     pairs = zip(one[name], other.get(name, []), strict=False)
     return len(one[name]) != len(other.get(name, [])) or any(not torch.equal(a, b) for a, b in pairs)
 

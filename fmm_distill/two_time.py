@@ -42,18 +42,18 @@ class _TwoTime:
         self,
         *args: object,
         jump_hosts: list[str],
+        jump_widths: list[int],
         guidance_range: list[float] | None = None,
         flow_map: dict | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.register_to_config(jump_hosts=jump_hosts, guidance_range=guidance_range, flow_map=flow_map)
-        self.jump_embedding = nn.ModuleList()
+        own = {"jump_widths": jump_widths, "guidance_range": guidance_range, "flow_map": flow_map}
+        self.register_to_config(jump_hosts=jump_hosts, **own)
+        self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
         self._h = self._share = None
         for index, name in enumerate(jump_hosts):
-            host = self.get_submodule(name)
-            self.jump_embedding.append(JumpEmbedding(host.out_features, guidance_range is not None))
-            host.register_forward_hook(functools.partial(self._add_jump, index))
+            self.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if self._h is None:
@@ -90,9 +90,10 @@ class _TwoTime:
 def two_time(stock: type) -> type:
     """``TwoTime<stock>``: the stock network class that is also told the length h of the jump, ``model(..., h=h)``.
 
-    Without h it is the stock model. Its configuration has three more entries: ``jump_hosts``, the linear layers at the
-    ends of the time embeddings that h is added to, ``guidance_range``, the scales of guidance that it can be told by
-    ``w=w``, and ``flow_map``, how a pipeline measures h. The state dict is the stock one's plus ``jump_embedding.*``.
+    Without h it is the stock model. Its configuration has four more entries: ``jump_hosts``, the layers at the ends of
+    the time embeddings that h is added to, ``jump_widths``, how many features each gives, ``guidance_range``, the
+    scales of guidance that it can be told by ``w=w``, and ``flow_map``, how a pipeline measures h. The state dict is
+    the stock one's plus ``jump_embedding.*``.
     """
     name = f"TwoTime{stock.__name__}"
     made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
@@ -100,6 +101,7 @@ def two_time(stock: type) -> type:
     stock_parameters = [p for p in inspect.signature(stock.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
     own = [
         inspect.Parameter("jump_hosts", inspect.Parameter.KEYWORD_ONLY),
+        inspect.Parameter("jump_widths", inspect.Parameter.KEYWORD_ONLY),
         inspect.Parameter("guidance_range", inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("flow_map", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]

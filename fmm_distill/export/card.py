@@ -12,6 +12,7 @@ from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.stock import guidance_keyword, unguided
+from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ pipeline = DiffusionPipeline.from_pretrained("<this folder>/steps-{steps[-1]}")
 
 def _example(teacher: Teacher, steps: int, *, any_step: bool) -> str:
     if teacher.conditions is None:
-        return f"images = pipeline(batch_size=4, num_inference_steps={steps}).images"
+        made = "audios" if isinstance(teacher.codec, Waves) else "images"
+        return f"{made} = pipeline(batch_size=4, num_inference_steps={steps}).{made}"
     guidance = unguided(teacher) if teacher.folder is not None else {}
     if any_step and _range(teacher) is not None:
         guidance |= {str(guidance_keyword(teacher)): cast("Guidance", teacher.guidance).scale}
@@ -140,11 +142,11 @@ def _limits(recipe: Recipe, teacher: Teacher) -> str:
 
 def _metadata(teacher: Teacher) -> dict[str, object]:
     """What the Hub reads."""
-    metadata: dict[str, object] = {
-        "library_name": "diffusers",
-        "pipeline_tag": _task(teacher),
-        "tags": ["flow-map", "distillation", "fmm-distill"],
-    }
+    metadata: dict[str, object] = {"library_name": "diffusers"}
+    # The Hub has no task of sounds without a condition.
+    if not isinstance(teacher.codec, Waves):
+        metadata["pipeline_tag"] = _task(teacher)
+    metadata["tags"] = ["flow-map", "distillation", "fmm-distill"]
     if teacher.licence:
         metadata["license"] = teacher.licence
     if teacher.revision:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import FlowMatching, VariancePreserving
+from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.student import fold
 from fmm_distill.teachers.codec import LatentCodec
 
@@ -26,6 +26,8 @@ __all__ = ["check_steps", "folded_pipeline", "jump_scheduler", "stock_times", "w
 
 def why_not_folded(teacher: Teacher) -> str | None:
     """Why no stock pipeline takes a folded student of this teacher; None where one does."""
+    if isinstance(teacher.schedule, Angular):
+        return "of the stock schedulers IPNDM alone has these noise levels, and its steps mix several calls: no jumps"
     if not isinstance(teacher.schedule, VariancePreserving | FlowMatching):
         return "no stock pipeline walks a variance-exploding schedule by one step a jump"
     if teacher.folder is None and teacher.config["out_channels"] != teacher.config["in_channels"]:

@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from fmm_distill.export.stock_pipeline import jumping
-from fmm_distill.schedules import FlowMatching, VarianceExploding, VariancePreserving
+from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.student import fold
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.embedding import told_apart
@@ -70,12 +70,14 @@ def _linked(source: str, target: str) -> None:
 
 
 def stock_scheduler(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffusers class
-    """A stock scheduler of first order with the teacher's levels, nothing clipped."""
+    """A stock scheduler with the teacher's levels, of first order where there is one; nothing clipped."""
     config, kind = teacher.scheduler_config, teacher.scheduler_config["_class_name"]
     if isinstance(teacher.schedule, VariancePreserving):
         stock = diffusers.CogVideoXDDIMScheduler if kind.startswith("CogVideoX") else diffusers.DDIMScheduler
         changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "set_alpha_to_one": True}
         return stock.from_config(config, **changes, clip_sample=False, **_no_thresholding(stock))
+    if isinstance(teacher.schedule, Angular):
+        return diffusers.IPNDMScheduler.from_config(config)
     if isinstance(teacher.schedule, VarianceExploding):
         return diffusers.EDMEulerScheduler.from_config(config)
     if kind == "FlowMatchEulerDiscreteScheduler":
@@ -100,6 +102,8 @@ def any_step_settings(teacher: Teacher) -> dict[str, Any]:
     own |= {"scale": None if teacher.guidance is None else teacher.guidance.scale}
     if isinstance(schedule, VariancePreserving):
         return own | {"kind": "discrete", "total": schedule.num_timesteps}
+    if isinstance(schedule, Angular):
+        return own | {"kind": "angular"}
     if isinstance(schedule, FlowMatching):
         return own | {"kind": "flow", "shift": schedule.shift, "told_before": schedule.told_before}
     exploding = cast("VarianceExploding", schedule)
@@ -109,12 +113,16 @@ def any_step_settings(teacher: Teacher) -> dict[str, Any]:
 
 def guidance_keyword(teacher: Teacher) -> str | None:
     """The keyword of the pipeline's own classifier-free guidance."""
+    if teacher.conditions is None:
+        return None
     keys = getattr(teacher.codec, "keys", None)
     return keys.guidance if keys is not None else "guidance_scale"
 
 
 def unguided(teacher: Teacher) -> dict[str, Any]:
     """The keywords that turn the pipeline's own guidance off, and tell a guided network its guidance."""
+    if teacher.conditions is None:
+        return {}
     keys = getattr(teacher.codec, "keys", None)
     if keys is None:
         return {"guidance_scale": 1.0}
@@ -123,7 +131,9 @@ def unguided(teacher: Teacher) -> dict[str, Any]:
 
 
 def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
-    """Keywords under which stock pipelines make ``count`` samples of the teacher's first conditions."""
+    """Keywords under which stock pipelines make ``count`` samples, of the teacher's first conditions if it has any."""
+    if teacher.conditions is None:
+        return {"batch_size": count}
     names = cast("Any", teacher.conditions).names
     some = [names[i % len(names)] for i in range(count)]
     if isinstance(teacher.parametrisation.call, RecordedCall):
@@ -143,10 +153,10 @@ def start_of(
 ) -> tuple[Float[Tensor, "batch *event"], Conditioning | None]:
     """The N(0, I) that the stock pipeline starts from with this seed, and what it tells its network of its prompts.
 
-    These may be padded otherwise than among all prompts of a run. None of a pipeline that is told classes.
+    These may be padded otherwise than among all prompts of a run. None of a pipeline that is told classes or nothing.
     """
     pipeline = _opened(teacher, teacher.prediction)
-    count = next(len(value) for value in call.values() if isinstance(value, list))
+    count = next((len(value) for value in call.values() if isinstance(value, list)), call.get("batch_size", 1))
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
     seen = record(pipeline, teacher.component, given)
     x = tensor_of(next(iter(seen.asked[0].given.values())))

@@ -25,7 +25,10 @@ def _jumps(scheduler, levels: dict) -> list[tuple[float, float]]:
     """Of every step: what the network is told, and the length of the jump."""
     timesteps = [float(timestep) for timestep in scheduler.timesteps]
     told = [levels["slope"] * (levels["flip"] - t if levels["flip"] else t) + levels["offset"] for t in timesteps]
-    if levels["kind"] == "discrete":
+    if levels["kind"] == "angular":
+        # The levels of IPNDM are equal steps of what a jump is measured in.
+        places = [1 - i / len(timesteps) for i in range(len(timesteps) + 1)]
+    elif levels["kind"] == "discrete":
         places = [(t + 1) / levels["total"] for t in timesteps] + [0.0]
     else:
         sigmas = [float(sigma) for sigma in scheduler.sigmas[: len(timesteps) + 1]]
@@ -47,6 +50,15 @@ def _whole_jump(self, model_output, timestep, sample, eta=0.0, generator=None, r
         eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
     moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
     return (moved, x_0) if not return_dict else type("Step", (), {"prev_sample": moved, "pred_original_sample": x_0})()
+
+
+def _angular_jump(self, model_output, timestep, sample, return_dict=True):
+    """The same between two levels of ``IPNDMScheduler``, whose own steps look back and divide by alpha, 0 at first."""
+    index = int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
+    (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[i]), float(self.betas[i])) for i in (index, index + 1))
+    eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
+    moved = alpha_end * x_0 + sigma_end * eps
+    return (moved,) if not return_dict else type("Step", (), {"prev_sample": moved})()
 
 
 def _timesteps(self, num_inference_steps=None, device=None):
@@ -157,8 +169,10 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
     made.given = _checked(given or {}, levels, made.config.num_train_timesteps)
     made.told_before = levels["kind"] == "flow" and levels["told_before"]
     grids = {"discrete": _timesteps, "flow": _flow_levels, "exploding": _noise_levels}
-    made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
-    step = types.MethodType(_whole_jump, made) if levels["kind"] == "discrete" else made.step
+    if levels["kind"] in grids:
+        made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
+    jumps = {"discrete": _whole_jump, "angular": _angular_jump}
+    step = types.MethodType(jumps[levels["kind"]], made) if levels["kind"] in jumps else made.step
     made.steps_done = 0
 
     # With its signature: pipelines look at the parameters.

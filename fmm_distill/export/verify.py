@@ -21,6 +21,7 @@ from fmm_distill.errors import FmmDistillError
 from fmm_distill.export.folded import jump_scheduler, stock_times
 from fmm_distill.export.stock import any_step_times, folded_network, guidance_keyword, start_of, verification_call
 from fmm_distill.sampling import sample
+from fmm_distill.teachers.codec import Waves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,18 +118,23 @@ def _differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]
 
 
 def _stock_differences(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, float]:
-    """Of the pipelines that are copies of the teacher's: of their last latents, or of images."""
+    """Of the pipelines that are copies of the teacher's: of their last latents, or of images, or of sounds."""
     student, teacher = export.student, export.teacher
     noise, cond = start_of(teacher, call, SEED)
-    cond = _first_conditions(teacher)[1] if cond is None else cond
-    cond = cond if teacher.guidance is None else teacher.guidance.at(cond)
+    if cond is None and teacher.conditions is not None:
+        cond = _first_conditions(teacher)[1]
+    if cond is not None and teacher.guidance is not None:
+        cond = teacher.guidance.at(cond)
     differences = {}
     for key, samples in made.items():
         kind, n = key.split("-")
         folded = kind == "folded"
         times = folded_network(student, teacher, int(n))[2] if folded else any_step_times(student, teacher, int(n))
         own, size = sample(student, noise, times, cond), 1.0
-        if call["output_type"] == "np":
+        if isinstance(teacher.codec, Waves):
+            # A length that its blocks don't halve evenly is filled up and cut.
+            own = teacher.codec.decode(own).clamp(-1, 1)[..., : samples.shape[-1]]
+        elif call["output_type"] == "np":
             own = (teacher.codec.decode(own) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
         else:
             size = float(own.abs().max().clamp_min(1))

@@ -1,4 +1,4 @@
-"""From a teacher's samples to images and back."""
+"""From a teacher's samples to images or sounds and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels"]
+__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves"]
 
 
 class Codec(Protocol):
@@ -43,6 +43,22 @@ class Pixels:
     def encode(self, images: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         """The images themselves."""
         return images
+
+
+class Waves:
+    """A teacher whose samples are sounds, shape ``[batch, channels, length]``, in [-1, 1]."""
+
+    def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """The samples themselves."""
+        return x
+
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
+        """Not known.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("--data: the teacher makes sounds, and data are images (not yet); take none")
 
 
 class LatentCodec:

@@ -100,8 +100,12 @@ def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class
     return open_component(found, "scheduler")
 
 
-def open_network(found: Found, component: str) -> Any:  # noqa: ANN401 a diffusers class
-    """A network from safetensors, in float32, checked to be whole and finite; frozen, in evaluation mode."""
+def open_network(found: Found, component: str, **missing: object) -> Any:  # noqa: ANN401 a diffusers class
+    """A network from safetensors, in float32, checked to be whole and finite; frozen, in evaluation mode.
+
+    Args:
+        missing: entries that its configuration has not.
+    """
     folder = found.component_folder(component)
     if not folder.is_dir() or (folder == found.folder and component not in ("unet", "scheduler")):
         raise UserError(f"{found.source}: its {component} is missing (no folder of that name): fetch it again")
@@ -112,7 +116,7 @@ def open_network(found: Found, component: str) -> Any:  # noqa: ANN401 a diffuse
             "pickled weights are not opened: save the pipeline again with save_pretrained(folder, "
             "safe_serialization=True)"
         )
-    network = open_component(found, component, use_safetensors=True, torch_dtype=torch.float32)
+    network = open_component(found, component, use_safetensors=True, torch_dtype=torch.float32, **missing)
     check_weights(network, found.source)
     return network.eval().requires_grad_(False)
 

@@ -15,6 +15,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.prompted import load_prompted
+from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def load_teacher(
     if (prompts or call) and not has_text:
         raise UserError(f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none")
     if "scheduler" in found.components:
+        if networks == {"unet": "UNet1DModel"}:
+            return _guided(load_unet1d(found), guidance)
         if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:
             return _guided(load_unet2d(found), guidance)
         if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in found.components:
@@ -65,8 +68,8 @@ def load_teacher(
     described = ", ".join(f"{name}: {cls}" for name, (_, cls) in found.components.items())
     raise UserError(
         f"{source}: no adapter for {described or 'an empty pipeline'}; known: UNet2DModel (pixels, or latents of a "
-        "VQModel), DiTTransformer2DModel with a VAE, and pipelines with text encoders. To add one see "
-        "docs/add-a-teacher.md"
+        "VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, and pipelines with text encoders. "
+        "To add one see docs/add-a-teacher.md"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import FlowMatching, VarianceExploding
+from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding
 
 SCHEDULES = {
     "karras": VarianceExploding(0.002, 80.0),
@@ -18,6 +18,7 @@ SCHEDULES = {
     "flow": FlowMatching(),
     "shifted": FlowMatching(3.0),
     "told before": FlowMatching(6.0, told_before=True),
+    "angular": Angular(),
 }
 
 

@@ -10,12 +10,14 @@ from diffusers import UNet2DModel
 from fmm_distill.two_time import JumpEmbedding, two_time
 from tests.conftest import tiny_unet
 
+HOSTS = {"jump_hosts": ["time_embedding.linear_2"], "jump_widths": [32]}
+
 
 @pytest.fixture
 def network():
     stock = tiny_unet()
     config = {key: value for key, value in stock.config.items() if not key.startswith("_")}
-    network = two_time(UNet2DModel).from_config(config | {"jump_hosts": ["time_embedding.linear_2"]}).eval()
+    network = two_time(UNet2DModel).from_config(config | HOSTS).eval()
     network.load_state_dict(stock.state_dict(), strict=False)
     return network
 

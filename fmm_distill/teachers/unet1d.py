@@ -1,0 +1,122 @@
+"""``UNet1DModel`` teachers: sound by Dance Diffusion, whose network is told an angle."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.schedules import Angular
+from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.codec import Waves
+from fmm_distill.teachers.components import open_network, open_scheduler
+
+if TYPE_CHECKING:
+    from fmm_distill.teachers.components import Found
+
+__all__ = ["load_unet1d"]
+
+# The other uses of the class (value functions and plans in reinforcement learning) differ in one of these.
+_WANTED = {"time_embedding_type": "fourier", "use_timestep_embedding": False, "out_block_type": None}
+
+
+def load_unet1d(found: Found) -> Teacher:
+    """The teacher in a folder as ``DanceDiffusionPipeline`` saves it: ``UNet1DModel`` and ``IPNDMScheduler``.
+
+    ``IPNDMScheduler`` has ``sigma = sin(pi s / 2)^2``, ``alpha = sqrt(1 - sigma^2)``, a network that is told
+    ``2 atan2(sigma, alpha) / pi`` and predicts ``v``.
+
+    Raises:
+        UserError: on another scheduler, or a network of the class that is built for something else.
+    """
+    others = sorted(set(found.components) - {"unet", "scheduler"})
+    if others:
+        raise UserError(
+            f"{found.source}: UNet1DModel beside {', '.join(others)}; wanted a network and a scheduler alone, as "
+            "DanceDiffusionPipeline has them"
+        )
+    scheduler = open_scheduler(found)
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    if type(scheduler).__name__ != "IPNDMScheduler" or config["trained_betas"] is not None:
+        betas = " with trained_betas" if config.get("trained_betas") is not None else ""
+        raise UserError(
+            f"{found.source}: UNet1DModel with {type(scheduler).__name__}{betas}; wanted IPNDMScheduler with levels of "
+            "its own, whose angle the network is told"
+        )
+    network = open_network(found, "unet", **_width(found))
+    _check_network(network, found.source)
+    teacher = Teacher(
+        network=network,
+        parametrisation=Parametrisation(Angular(config["num_train_timesteps"]), "v_prediction"),
+        event_shape=(network.config.in_channels, network.config.sample_size),
+        source=found.source,
+        adapter="UNet1DModel, sound, unconditional",
+        scheduler_config=config,
+        folder=found.folder,
+        codec=Waves(),
+        revision=found.revision,
+        licence=found.licence,
+    )
+    _check_output(teacher)
+    return teacher
+
+
+def _width(found: Found) -> dict[str, int]:
+    """The width of the time embedding where the configuration lacks it, as the oldest do.
+
+    It was 16 in every network once; diffusers' default is another number now, and such a folder does not open in it.
+    The first block says how many channels it has for it.
+    """
+    file = found.component_folder("unet") / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{found.source}: {file.name} of its unet can't be read ({error}); fetch it again") from error
+    lacks = config.get("time_embedding_dim") is None and config.get("extra_in_channels")
+    return {"time_embedding_dim": config["extra_in_channels"]} if lacks else {}
+
+
+def _check_network(network: Any, source: str) -> None:  # noqa: ANN401 a diffusers class
+    config = network.config
+    for name, wanted in _WANTED.items():
+        if config[name] != wanted:
+            raise UserError(
+                f"{source}: UNet1DModel with {name} {config[name]!r}; wanted {wanted!r}, a network of sounds as "
+                "DanceDiffusionPipeline has it"
+            )
+    first, width = config.down_block_types[0], 2 * len(network.time_proj.weight)
+    if first != "DownBlock1DNoSkip" or config.extra_in_channels != width:
+        raise UserError(
+            f"{source}: UNet1DModel with first block {first} and {config.extra_in_channels} extra_in_channels; wanted "
+            f"DownBlock1DNoSkip and {width}, the channels of its time embedding"
+        )
+    if config.out_channels != config.in_channels:
+        raise UserError(
+            f"{source}: {config.in_channels} channels in, {config.out_channels} out; wanted the same number"
+        )
+    part = 2 ** len(config.up_block_types)
+    if not config.sample_rate or not config.sample_size or config.sample_size % part or config.sample_size < 3 * part:
+        raise UserError(
+            f"{source}: unet/config.json has sample_size {config.sample_size} and sample_rate {config.sample_rate}; "
+            f"wanted a multiple of {part} from {3 * part} on, its blocks halve it, and a rate: set them there"
+        )
+
+
+@torch.no_grad()
+def _check_output(teacher: Teacher) -> None:
+    """Refuse blocks that do not fit together, or that make their own scheduler's ends of time infinite."""
+    ends = torch.tensor([teacher.schedule.t_min, teacher.schedule.t_max], dtype=torch.float64)
+    try:
+        velocity = teacher.velocity(torch.zeros(2, *teacher.event_shape), ends)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{teacher.source}: its UNet1DModel does not take {' x '.join(map(str, teacher.event_shape))} "
+            f"({str(error).splitlines()[0]}); wanted blocks that fit together"
+        ) from error
+    if not velocity.isfinite().all():
+        raise UserError(
+            f"{teacher.source}: the network's output is not finite at the ends of time; wanted a trained one"
+        )

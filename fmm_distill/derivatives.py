@@ -218,15 +218,22 @@ def choose_engine(
     t: Float[Tensor, " batch"],
     r: Float[Tensor, " batch"],
     cond: Conditioning | None = None,
+    *,
+    with_gradient: bool = True,
 ) -> tuple[Engine, str]:
-    """``exact`` where forward and reverse-over-forward mode run through this map, else ``central``; and the reason.
+    """``exact`` where forward mode runs through this map, else ``central``; and the reason.
 
     Leaves gradients behind on the map's parameters.
+
+    Args:
+        with_gradient: reverse over forward mode has to run too.
     """
     try:
-        with torch.enable_grad():
-            derivative_in_r(flow_map, x, t, r, cond=cond).square().sum().backward()
-            derivative_along_flow(flow_map, x, t, r, x, cond=cond).square().sum().backward()
+        with torch.set_grad_enabled(with_gradient):
+            in_r = derivative_in_r(flow_map, x, t, r, cond=cond)
+            along = derivative_along_flow(flow_map, x, t, r, x, cond=cond)
+        if with_gradient:
+            (in_r.square().sum() + along.square().sum()).backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:

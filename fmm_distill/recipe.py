@@ -143,6 +143,10 @@ class TrainingSettings(Settings):
     """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student's forward pass; derivatives, weights and losses stay in float32."""
+    gradient_checkpointing: bool = False
+    """Compute the student's blocks again in the backward pass: less memory; derivatives with gradients are central."""
+    compile: Literal["none", "inductor", "eager"] = "none"
+    """Compile teacher and student with torch.compile (eager: trace them only); derivatives are central then."""
     seed: int = Field(default=0, ge=0)
     """Every draw is a function of it, the step and the place in the batch."""
     checkpoint_every: int = Field(default=500, ge=1)

@@ -76,6 +76,8 @@ __all__ = [
 ]
 
 COLUMNS = 12
+# Averages, checkpoints and the fold take whole weights.
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 @dataclass
@@ -234,6 +236,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             "accelerate keeps one precision a process: start another"
         )
     accelerator = Accelerator(mixed_precision=wanted, gradient_accumulation_steps=recipe.training.accumulation)
+    if accelerator.distributed_type.value in _SHARDED:
+        raise UserError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which splits the student's weights over "
+            "processes: not supported; wanted plain multi-GPU (accelerate config). To fit a large student take "
+            "student.lora.rank, training.gradient_checkpointing, training.accumulation or training.precision: bf16"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

@@ -15,9 +15,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from fmm_distill import checkpoint
+from fmm_distill.acceleration import accelerate_networks
 from fmm_distill.derivatives import choose_engine
 from fmm_distill.ema import averaged, load_trained, trained_state
-from fmm_distill.errors import FmmDistillError
+from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.faults import Faults
 from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.memory import peak_memory
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fmm_distill.starts import Draws
     from fmm_distill.stopping import StopRequest
     from fmm_distill.teachers.base import Distillable
+    from fmm_distill.velocity import Conditioning
 
 __all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "learning_rate"]
 
@@ -84,14 +86,17 @@ class Trainer:
         self.faults = Faults(training.bad_steps)
         teacher.to(accelerator.device)
         student.to(accelerator.device)
-        losses = [self._settle_engine(student, settings) for settings in recipe.losses]
         self.student = student
+        # Before the networks are compiled: an average is a plain copy.
         self.averages = {rate: averaged(student, rate) for rate in recipe.ema_rates}
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.ema_rates[0])}
         self.frozen: LearnedFlowMap | None = None
-        if any(loss.follows == "frozen" for loss in losses):
+        if any(loss.follows == "frozen" for loss in recipe.losses):
             self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
+        at = self._somewhere()
+        accelerate_networks(training, student, teacher, at, say)
+        losses = [self._settle_engine(settings, at) for settings in recipe.losses]
         objective = Objective(student, teacher, recipe, losses, copies).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
@@ -107,17 +112,34 @@ class Trainer:
         """The student with the moving average of this rate as its weights."""
         return cast("LearnedFlowMap", self.averages[rate].module)
 
-    def _settle_engine(self, student: LearnedFlowMap, settings: AnyLossSettings) -> AnyLossSettings:
-        if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
+    def _somewhere(self) -> tuple[Tensor, Tensor, Tensor, Conditioning | None]:
+        """A jump of two samples from pure noise, to try networks on."""
+        draws = draw(0, 0, 2, self.teacher.event_shape).part(0, 2, self.accelerator.device)
+        t = torch.full((2,), self.teacher.schedule.t_max, dtype=torch.float64, device=draws.noise.device)
+        return self.teacher.prior(draws.noise), t, t / 2, condition_of(self.teacher, draws)
+
+    def _settle_engine(
+        self, settings: AnyLossSettings, at: tuple[Tensor, Tensor, Tensor, Conditioning | None]
+    ) -> AnyLossSettings:
+        if not isinstance(settings, DerivativeSettings):
             return settings
-        shape = self.teacher.event_shape
-        x = torch.zeros(1, *shape, device=self.accelerator.device)
-        t = torch.full((1,), self.teacher.schedule.t_max, dtype=torch.float64, device=x.device)
-        cond = condition_of(self.teacher, draw(0, 0, 1, shape).part(0, 1, x.device))
-        engine, reason = choose_engine(student, x, t, t / 2, cond)
+        training = self.recipe.training
+        # Without gradients blocks are not computed again.
+        options = ["gradient_checkpointing"] if training.gradient_checkpointing and settings.keeps_graph else []
+        options += ["compile"] if training.compile != "none" else []
+        if settings.derivative != "auto":
+            if settings.derivative == "exact" and options:
+                raise UserError(
+                    f"derivative: exact of loss {settings.name} does not go with training.{options[0]}: forward mode "
+                    "does not run through it; wanted central, or auto"
+                )
+            return settings
+        engine, reason = "central", f"forward mode does not run through training.{' and '.join(options)}"
+        if not options:
+            engine, reason = choose_engine(self.student, *at, with_gradient=settings.keeps_graph)
+            self.student.zero_grad(set_to_none=True)
         if settings.central_costs_less:
             engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"
-        student.zero_grad(set_to_none=True)
         self.say(f"derivatives: {engine} ({reason})")
         return settings.model_copy(update={"derivative": engine})
 

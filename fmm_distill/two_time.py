@@ -1,5 +1,6 @@
 """A stock diffusers network with a second time. Imports only torch and diffusers: it travels with the student."""
 
+import contextlib
 import functools
 import inspect
 
@@ -51,17 +52,28 @@ class _TwoTime:
         own = {"jump_widths": jump_widths, "guidance_range": guidance_range, "flow_map": flow_map}
         self.register_to_config(jump_hosts=jump_hosts, **own)
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
-        self._h = self._share = None
+        # The jump's length and the guidance's share that are being told.
+        self.jump = (None, None)
         for index, name in enumerate(jump_hosts):
             self.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if self._h is None:
+        h, share = self.jump
+        if h is None:
             return output
-        jump = self.jump_embedding[index](self._h, self._share).to(output.dtype)
+        jump = self.jump_embedding[index](h, share).to(output.dtype)
         # A network that embeds a time for every token or frame has several rows a sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
+
+    @contextlib.contextmanager
+    def jumping(self, jump: tuple):
+        """Inside of it the network is told this jump."""
+        before, self.jump = self.jump, jump
+        try:
+            yield
+        finally:
+            self.jump = before
 
     def guidance_share(self, w: torch.Tensor | None) -> torch.Tensor | None:
         """The scale of guidance as a share of its range."""
@@ -78,12 +90,8 @@ class _TwoTime:
 
         w, shape ``[batch]``, goes with h where there is a ``guidance_range``: the scale of guidance.
         """
-        if h is not None:
-            self._h, self._share = h, self.guidance_share(w)
-        try:
+        with self.jumping((None, None) if h is None else (h, self.guidance_share(w))):
             return super().forward(*args, **kwargs)
-        finally:
-            self._h = self._share = None
 
 
 @functools.cache

@@ -62,6 +62,11 @@ class DerivativeSettings(LossSettings):
     """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
 
     @property
+    def keeps_graph(self) -> bool:
+        """Whether gradients pass through the derivative."""
+        return True
+
+    @property
     def central_costs_less(self) -> bool:
         """Whether ``auto`` takes central differences although forward mode runs."""
         return False

@@ -33,6 +33,11 @@ class TangentSettings(DerivativeSettings):
     clamp_tangent: float | None = Field(default=None, gt=0)
     """Largest step of the target in any one value, before the normalisation; needs a detached target."""
 
+    @property
+    def keeps_graph(self) -> bool:
+        """Where the target is not detached."""
+        return getattr(self, "stop", "target") != "target"
+
     def at_step(self, step: int) -> Self:
         """The tangent's share after ``step`` steps of its warm-up."""
         if step >= self.tangent_warmup_steps:

@@ -39,6 +39,11 @@ class LagrangianSettings(DerivativeSettings):
         return self.velocity == "self"
 
     @property
+    def keeps_graph(self) -> bool:
+        """Where the target is not detached."""
+        return self.stop != "target"
+
+    @property
     def central_costs_less(self) -> bool:
         """Two calls without a graph against forward mode's four; with a graph the two engines cost alike."""
         return self.stop == "target"

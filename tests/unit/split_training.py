@@ -1,14 +1,20 @@
-"""Run by ``test_trainer`` under torchrun: train on two processes, and compare one gradient with the whole batch's."""
+"""Run by ``test_split`` under torchrun: train on two processes, and compare each first gradient with the whole batch's.
+
+split_training.py RECIPES.json FOLDER
+
+A run a recipe in FOLDER/<number>; the printed line has the largest relative difference of the gradients.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
+from fmm_distill.data import Images
 from fmm_distill.objective import Objective
 from fmm_distill.recipe import Recipe
 from fmm_distill.starts import draw
@@ -17,35 +23,49 @@ from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer
 
 
-def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> dict[str, torch.Tensor]:
+def images_of(recipe: Recipe) -> Images | None:
+    if recipe.data == "none":
+        return None
+    return Images(torch.arange(10 * 64).reshape(10, 1, 8, 8).remainder(251).byte(), "numbers")
+
+
+def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> torch.Tensor:
     draws = draw(9, 0, recipe.training.batch_size, (1, 8, 8)).part(rows.start, rows.stop, "cpu")
-    objective(draws, None, 0)[0].mean().backward()
-    return {
-        name.removeprefix("module."): parameter.grad.clone()
-        for name, parameter in objective.named_parameters()
-        if parameter.grad is not None
-    }
+    data = images_of(recipe)
+    objective(draws, None if data is None else data.pick(draws.image), 0)[1].mean().backward()
+    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+
+def difference(recipe: Recipe, accelerator: Accelerator) -> float:
+    """Between the gradient of two halves of a batch and that of the whole; relative to the largest entry."""
+    teacher = load_teacher(recipe.teacher)
+    # Settings with exact derivatives, as the trainer settles on for this network.
+    losses = [
+        loss.model_copy(update={"derivative": "exact"}) if hasattr(loss, "derivative") else loss
+        for loss in recipe.losses
+    ]
+
+    def objective() -> Objective:
+        copies = {name: make_student(teacher).requires_grad_(False).eval() for name in ("average", "frozen")}
+        return Objective(make_student(teacher), teacher, recipe, losses, copies).eval()
+
+    rank, half = accelerator.process_index, recipe.training.batch_size // 2
+    mine = gradient(accelerator.prepare(objective()), recipe, slice(rank * half, (rank + 1) * half))
+    whole = gradient(objective(), recipe, slice(0, recipe.training.batch_size))
+    return float((mine - whole).abs().max() / whole.abs().max())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
-    folder = Path(sys.argv[2])
-    folder.mkdir(exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    teacher = load_teacher(recipe.teacher)
-    # Settings with exact derivatives, as the trainer settles on for this network.
-    losses = [loss.model_copy(update={"derivative": "exact"}) for loss in recipe.losses]
-    wrapped = accelerator.prepare(Objective(make_student(teacher), teacher, recipe, losses).eval())
-    rank, half = accelerator.process_index, recipe.training.batch_size // 2
-    mine = gradient(wrapped, recipe, slice(rank * half, (rank + 1) * half))
-    whole = gradient(
-        Objective(make_student(teacher), teacher, recipe, losses).eval(), recipe, slice(0, recipe.training.batch_size)
-    )
-    if rank == 0:
-        folder.with_name("two-single").mkdir()
-        save_file(mine, folder / "gradients.safetensors")
-        save_file(whole, folder.with_name("two-single") / "gradients.safetensors")
-        print("processes:", accelerator.num_processes)
-    Trainer(make_student(teacher), teacher, recipe, None, folder, accelerator, lambda _: None).run()
+    differences = []
+    for number, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        recipe, folder = Recipe.model_validate(settings), Path(sys.argv[2]) / str(number)
+        folder.mkdir(exist_ok=True, parents=True)
+        differences.append(difference(recipe, accelerator))
+        teacher = load_teacher(recipe.teacher)
+        student, data = make_student(teacher), images_of(recipe)
+        Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None).run()
+    if accelerator.is_main_process:
+        print(json.dumps({"processes": accelerator.num_processes, "differences": differences}))
     accelerator.end_training()

@@ -1,0 +1,83 @@
+"""However a batch is split over processes and parts, losses and weights are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from fmm_distill import checkpoint
+from fmm_distill.recipe import Recipe
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trainer import Trainer
+from tests.unit.split_training import images_of
+from tests.unit.test_trainer import EVERY_LOSS, LOSSES, flat, losses
+
+SPLIT = Path(__file__).parent / "split_training.py"
+CASES = [*((loss, {}, ()) for loss in LOSSES), *EVERY_LOSS]
+IDS = [f"{i}-{loss['name']}" for i, (loss, _, _) in enumerate(CASES)]
+# Gradients through a derivative, and targets of an average: these for long.
+LONG = {0: 20, 5: 20}
+
+
+def settings_of(folder, number):
+    loss, pairs, also = CASES[number]
+    training = {"steps": LONG.get(number, 3), "batch_size": 8, "checkpoint_every": 100, "decay": "constant"}
+    data = "builtin:digits" if loss["name"] in ("flow_map_matching", "mean_flow", "terminal_velocity") else "none"
+    data = "builtin:digits" if loss.get("velocity") == "data" else data
+    parts = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}} if number % 2 else {}
+    settings = {"teacher": str(folder), "loss": loss, "pairs": pairs, "also": also, "data": data, "training": training}
+    return settings | parts
+
+
+def train(settings, folder):
+    recipe = Recipe.model_validate(settings)
+    folder.mkdir(parents=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
+    teacher, data = load_teacher(recipe.teacher), images_of(recipe)
+    Trainer(make_student(teacher), teacher, recipe, data, folder, accelerator, lambda _: None).run()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, teacher_folder):
+    """Every case on two processes, under one start of torch."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "recipes.json").write_text(json.dumps([settings_of(teacher_folder, i) for i in range(len(CASES))]))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    arguments = [str(folder / "recipes.json"), str(folder)]
+    run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["processes"] == 2
+    return folder, found["differences"]
+
+
+def weights(folder):
+    return flat(load_file(checkpoint.newest(folder / "checkpoints") / "student.safetensors"))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
+def test_two_processes_and_two_parts_give_the_numbers_of_one(tmp_path, teacher_folder, two, number):
+    settings = settings_of(teacher_folder, number)
+    train(settings, tmp_path / "one")
+    settings["training"]["accumulation"] = 2
+    train(settings, tmp_path / "parts")
+    start = flat(make_student(load_teacher(str(teacher_folder))).state_dict())
+    whole = weights(tmp_path / "one")
+    moved = (whole - start).norm()
+    assert moved > 0.05
+    folder, differences = two
+    assert differences[number] < 1e-5
+    for other in (tmp_path / "parts", folder / str(number)):
+        # Equal but for rounding, which Adam's first steps blow up where a gradient is next to nothing.
+        assert (weights(other) - whole).norm() < 1e-2 * moved
+        for mine, theirs in zip(losses(other), losses(tmp_path / "one"), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-7)

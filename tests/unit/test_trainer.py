@@ -305,3 +305,18 @@ def test_stages_that_can_not_be(teacher_folder):
     data = [{"loss": {"name": "consistency", "velocity": "teacher"}, "share": 0.5}]
     assert "in before give it pairs: {prior: 0, data: 1}" in refused(data)
     assert "loss flow_map_matching learns from data" in refused([{"loss": {"name": "flow_map_matching"}, "share": 0.5}])
+
+
+def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teacher_folder):
+    changes = {"steps": 6, "bad_steps": 2}
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
+    teacher = Sick(**vars(load_teacher(str(teacher_folder))))
+    teacher.sick = (2, 3, 5)
+    said = []
+    trainer = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
+    trainer.run()
+    assert "2 steps in a row without a finite loss and gradient: going on from here, at half the rate" in said
+    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [record["loss"] is None for record in records] == [False, True, True, False, True, False]
+    assert [record["learning_rate"] for record in records] == [1e-3] * 3 + [5e-4] * 3
+    assert trainer.faults == Faults(2, 0.5, 3, 0)

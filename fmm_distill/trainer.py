@@ -141,7 +141,7 @@ class Trainer:
         norm = torch.zeros(())
         for part in range(first, first + training.accumulation):
             mine = draws.part(part * size, (part + 1) * size, self.accelerator.device)
-            images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
+            images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
             with self.accelerator.accumulate(self.objective):
                 losses, each = self.objective(mine, images, step)
                 weighted = each.mean()

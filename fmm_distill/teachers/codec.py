@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.components import open_pipeline
+from fmm_distill.teachers.components import FAULTS, open_pipeline
 from fmm_distill.teachers.recording import replaced, run_pipeline
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels"]
+__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "encoder_of"]
+
+# Of a decoded image, between a pipeline and its autoencoder alone.
+_TOLERANCE = 1e-3
 
 
 class Codec(Protocol):
@@ -70,8 +74,24 @@ class LatentCodec:
         """The most likely latents of images."""
         own = next(self.autoencoder.parameters())
         encoded = self.autoencoder.encode(images.to(own.device, own.dtype))
-        latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        if hasattr(encoded, "latent_dist"):
+            latents: Tensor = encoded.latent_dist.mode()
+        else:
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return ((latents - self.shift) * self.factor).to(images)
+
+    def to(self, device: torch.device | str) -> LatentCodec:
+        """The same with its autoencoder on ``device``."""
+        self.autoencoder.to(device)
+        return self
+
+    def digest(self) -> str:
+        """Of its weights and factors: the same where images have the same latents."""
+        digest = hashlib.sha256(f"{type(self.autoencoder).__name__} {self.factor} {self.shift}".encode())
+        for name, tensor in sorted(self.autoencoder.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 class PipelineCodec:
@@ -88,27 +108,57 @@ class PipelineCodec:
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
         """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
-        if self._pipeline is None:
-            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
         device = next(self.network.parameters()).device
-        self._pipeline.to(device)
+        pipeline = self._opened().to(device)
         images = []
         for row in x.to(device).split(1):
             with (
                 replaced(self.network, "forward", self._silent),
-                replaced(self._pipeline.scheduler, "step", _ends(row)),
+                replaced(pipeline.scheduler, "step", _ends(row)),
             ):
-                made = run_pipeline(self._pipeline, self.call | {"generator": None})[0]
+                made = run_pipeline(pipeline, self.call | {"generator": None})[0]
             images.append(torch.as_tensor(made).movedim(-1, 1).float() * 2 - 1)
         return torch.cat(images).to(x.device)
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """Not known: a pipeline that starts from prompts has no way back.
+        """Samples of images, by the pipeline's autoencoder alone; see ``encoder``."""
+        return self.encoder(tuple(images.shape[1:])).encode(images)
+
+    @torch.no_grad()
+    def encoder(self, shape: tuple[int, ...]) -> LatentCodec:
+        """The pipeline's autoencoder, checked: what it encodes, the pipeline decodes as the autoencoder alone does.
+
+        Args:
+            shape: of an image, (channels, height, width).
 
         Raises:
-            UserError: always.
+            UserError: where the pipeline has no such autoencoder, or packs, scales or moves its latents otherwise.
         """
-        raise UserError("--data: a pipeline that starts from prompts has no way from images to its samples; take none")
+        vae = getattr(self._opened(), "vae", None)
+        kind = type(self._opened()).__name__
+
+        def no_way_back(reason: str) -> UserError:
+            return UserError(f"--data: {kind} gives no way from images to its samples ({reason}); take none or teacher")
+
+        if vae is None or vae.config.get("scaling_factor") is None:
+            raise no_way_back("no autoencoder named vae with one scaling_factor")
+        codec = LatentCodec(vae)
+        height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
+        probe = ((height[:, None] + width).sin() * torch.tensor([1.0, 0.5, -0.8])[:, None, None])[None]
+        try:
+            latents = codec.encode(probe)
+            decoded = codec.decode(latents).clamp(-1, 1)
+            wanted = self.decode(latents).to(decoded)
+        except FAULTS as error:
+            raise no_way_back(f"its latents are not the autoencoder's: {str(error).strip().splitlines()[0]}") from error
+        if wanted.shape != decoded.shape or (wanted - decoded).abs().max() > _TOLERANCE:
+            raise no_way_back("it scales, shifts or packs its latents otherwise than by one factor")
+        return codec
+
+    def _opened(self) -> Any:  # noqa: ANN401 a diffusers class
+        if self._pipeline is None:
+            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
+        return self._pipeline
 
     def _silent(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The network's answer of the right shape, without asking it."""
@@ -122,6 +172,19 @@ class PipelineCodec:
             return _Both(torch.cat([torch.zeros_like(x)] * (2 if learned else 1), 1))
 
         return forward
+
+
+def encoder_of(codec: Codec, shape: tuple[int, ...]) -> LatentCodec:
+    """The autoencoder behind a teacher's samples, for images of this shape (channels, height, width).
+
+    Raises:
+        UserError: if there is none that leads from images to samples.
+    """
+    if isinstance(codec, PipelineCodec):
+        return codec.encoder(shape)
+    if isinstance(codec, LatentCodec):
+        return codec
+    raise UserError(f"--data: {type(codec).__name__} has no autoencoder to encode images with; wanted none")
 
 
 class _Both(tuple[Any, Any]):

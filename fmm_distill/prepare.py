@@ -11,7 +11,7 @@ from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
 from fmm_distill.latents import Latents, encode_images, latent_layout
 from fmm_distill.parts import mebibytes
-from fmm_distill.teachers.codec import Pixels, encoder_of
+from fmm_distill.teachers.codec import PipelineCodec, Pixels, encoder_of
 from fmm_distill.trajectories import Trajectories, solve_trajectories, trajectory_layout
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def prepare_samples(
     layout.check_room("data: latents")
     say(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
     encode_images(images, encoder, layout, accelerator.device, **share)
+    if isinstance(teacher.codec, PipelineCodec):
+        teacher.codec.release()
     accelerator.wait_for_everyone()
     return Latents(images, layout)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.components import FAULTS, open_pipeline
+from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.recording import replaced, run_pipeline
 
 if TYPE_CHECKING:
@@ -54,12 +54,20 @@ class LatentCodec:
 
     Args:
         autoencoder: ``AutoencoderKL``, ``AutoencoderDC``, ``VQModel`` or another whose ``decode`` gives ``.sample``.
+        event_shape: of the teacher's samples, where they have further axes of length 1; None: that of the latents.
+        shifted: whether the shift of its configuration is applied; some pipelines leave it out.
     """
 
-    def __init__(self, autoencoder: Any) -> None:  # noqa: ANN401 a diffusers class
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+    def __init__(
+        self,
+        autoencoder: Any,  # noqa: ANN401 a diffusers class
+        event_shape: tuple[int, ...] | None = None,
+        *,
+        shifted: bool = True,
+    ) -> None:
+        self.autoencoder, self.event_shape = autoencoder.eval().requires_grad_(False), event_shape
         self.factor = float(autoencoder.config.scaling_factor)
-        self.shift = float(autoencoder.config.get("shift_factor") or 0.0)
+        self.shift = float(autoencoder.config.get("shift_factor") or 0.0) if shifted else 0.0
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels height width"]:
@@ -78,7 +86,8 @@ class LatentCodec:
             latents: Tensor = encoded.latent_dist.mode()
         else:
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-        return ((latents - self.shift) * self.factor).to(images)
+        latents = ((latents - self.shift) * self.factor).to(images)
+        return latents if self.event_shape is None else latents.reshape(-1, *self.event_shape)
 
     def to(self, device: torch.device | str) -> LatentCodec:
         """The same with its autoencoder on ``device``."""
@@ -100,8 +109,10 @@ class PipelineCodec:
     It is opened when it is first needed: until then its encoders take no memory.
     """
 
-    def __init__(self, folder: Path, component: str, network: nn.Module, call: dict[str, Any], keys: Any) -> None:  # noqa: ANN401
-        self.folder, self.component, self.network, self.keys = folder, component, network, keys
+    def __init__(
+        self, folder: Path, component: str, network: nn.Module, call: dict[str, Any], event_shape: tuple[int, ...]
+    ) -> None:
+        self.folder, self.component, self.network, self.event_shape = folder, component, network, event_shape
         self.call = call | {"output_type": "np", "return_dict": False}
         self._pipeline: Any = None
 
@@ -135,25 +146,42 @@ class PipelineCodec:
             UserError: where the pipeline has no such autoencoder, or packs, scales or moves its latents otherwise.
         """
         vae = getattr(self._opened(), "vae", None)
-        kind = type(self._opened()).__name__
+        reason = self._no_encoder(vae, shape)
+        if reason is None:
+            height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
+            probe = ((height[:, None] + width).sin() * torch.linspace(-1, 1, shape[0])[:, None, None])[None]
+            plain = tuple(LatentCodec(vae).encode(probe).shape[1:])
+            if [n for n in plain if n > 1] != [n for n in self.event_shape if n > 1]:
+                own, theirs = (" x ".join(map(str, axes)) for axes in (self.event_shape, plain))
+                reason = f"its samples are {own}, its autoencoder's latents {theirs}: it packs them"
+            else:
+                reason = "it decodes its samples otherwise than by its autoencoder's factor and shift"
+                for shifted in (True, False):
+                    codec = LatentCodec(vae, self.event_shape, shifted=shifted)
+                    if self._agrees(codec, probe, plain):
+                        return codec
+        raise UserError(
+            f"--data: {type(self._opened()).__name__} gives no way from images to its samples ({reason}); take none or "
+            "teacher"
+        )
 
-        def no_way_back(reason: str) -> UserError:
-            return UserError(f"--data: {kind} gives no way from images to its samples ({reason}); take none or teacher")
-
+    @staticmethod
+    def _no_encoder(vae: Any, shape: tuple[int, ...]) -> str | None:  # noqa: ANN401 a diffusers class
+        if len(shape) != 3:
+            return f"it makes samples of {' x '.join(map(str, shape))}, no images"
         if vae is None or vae.config.get("scaling_factor") is None:
-            raise no_way_back("no autoencoder named vae with one scaling_factor")
-        codec = LatentCodec(vae)
-        height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
-        probe = ((height[:, None] + width).sin() * torch.tensor([1.0, 0.5, -0.8])[:, None, None])[None]
-        try:
-            latents = codec.encode(probe)
-            decoded = codec.decode(latents).clamp(-1, 1)
-            wanted = self.decode(latents).to(decoded)
-        except FAULTS as error:
-            raise no_way_back(f"its latents are not the autoencoder's: {str(error).strip().splitlines()[0]}") from error
-        if wanted.shape != decoded.shape or (wanted - decoded).abs().max() > _TOLERANCE:
-            raise no_way_back("it scales, shifts or packs its latents otherwise than by one factor")
-        return codec
+            return "it has no autoencoder named vae with one scaling_factor"
+        return None
+
+    def _agrees(self, codec: LatentCodec, images: Tensor, plain: tuple[int, ...]) -> bool:
+        """Whether the pipeline decodes as the autoencoder does, whose latents are of shape ``plain``."""
+        latents = codec.encode(images)
+        decoded, wanted = codec.decode(latents.reshape(-1, *plain)).clamp(-1, 1), self.decode(latents)
+        return wanted.shape == decoded.shape and bool((wanted.to(decoded) - decoded).abs().max() <= _TOLERANCE)
+
+    def release(self) -> None:
+        """Let the pipeline go until it is needed again: its text encoders are large."""
+        self._pipeline = None
 
     def _opened(self) -> Any:  # noqa: ANN401 a diffusers class
         if self._pipeline is None:

@@ -55,7 +55,10 @@ def load_teacher(
     if any(name.startswith("text_encoder") for name in found.components) and networks:
         return load_prompted(found, prompts or ("",), call, guidance)
     if prompts or call:
-        raise UserError(f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none")
+        raise UserError(
+            f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none "
+            "(a data.condition of text is prompts)"
+        )
     if "scheduler" in found.components:
         if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:
             return _guided(load_unet2d(found), guidance)

@@ -251,6 +251,16 @@ def test_conditions_belong_to_images(tmp_path):
         load(place, (3, 6, 4), CLASSES, condition="label")
 
 
+def test_folders_of_images_are_classes(tmp_path):
+    for name, grey in (("cat", 100), ("ape", 0), ("dog", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            (tmp_path / name / f"{i}.png").write_bytes(png(np.full((6, 4, 1), grey + i, np.uint8)))
+    images = load(tmp_path, (1, 6, 4), CLASSES, condition="label")
+    told = CLASSES.pick(images.conditions).inputs["class_labels"]
+    assert told.tolist() == (images.pixels[:, 0, 0, 0] // 100).tolist()
+
+
 @pytest.mark.parametrize(("value", "shown"), [(4, "4"), (-1, "-1"), (None, "None"), ("cat", "'cat'"), (True, "True")])
 def test_what_is_no_class_is_refused(value, shown):
     with pytest.raises(UserError, match=f"here: row 1 has {shown}; wanted a class of the teacher, 0 to 3"):

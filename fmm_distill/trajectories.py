@@ -138,8 +138,8 @@ class PickedPoints:
 
     def told(self, draws: Draws) -> Draws:
         """The draws with the trajectories' own conditions and scales of guidance."""
-        read = self.trajectories.parts.rows
-        return replace(draws, condition=read("condition", self.index), guidance=read("guidance", self.index))
+        places = {name: self.trajectories.parts.rows(name, self.index) for name in ("condition", "guidance")}
+        return replace(draws, **{name: values.to(draws.noise.device) for name, values in places.items()})
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """The teacher's own x_t."""

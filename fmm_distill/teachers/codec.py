@@ -110,9 +110,16 @@ class PipelineCodec:
     """
 
     def __init__(
-        self, folder: Path, component: str, network: nn.Module, call: dict[str, Any], event_shape: tuple[int, ...]
+        self,
+        folder: Path,
+        component: str,
+        network: nn.Module,
+        call: dict[str, Any],
+        keys: Any,  # noqa: ANN401 the keywords of the pipeline's call, for exports
+        event_shape: tuple[int, ...],
     ) -> None:
-        self.folder, self.component, self.network, self.event_shape = folder, component, network, event_shape
+        self.folder, self.component, self.network, self.keys = folder, component, network, keys
+        self.event_shape = event_shape
         self.call = call | {"output_type": "np", "return_dict": False}
         self._pipeline: Any = None
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Latents", "encode_images", "latent_layout"]
 
 _BATCH = 64
+_PART = 4096
 
 
 def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, ...]) -> Layout:
@@ -36,7 +37,7 @@ def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, 
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     folder = Path(constants.HF_HOME) / "fmm_distill" / f"latents-{digest[:32]}"
     numbers = torch.Size(event_shape).numel()
-    return Layout(folder, len(images), 4 * numbers * (2 if images.flip else 1) + 8)
+    return Layout(folder, len(images), 4 * numbers * (2 if images.flip else 1) + 8, _PART)
 
 
 def encode_images(

@@ -35,16 +35,18 @@ class Layout:
     Attributes:
         count: rows in all.
         row_bytes: of one row, over all its tensors.
+        most: rows of a part at most: what a kill can cost, and what processes share.
     """
 
     folder: Path
     count: int
     row_bytes: int
+    most: int
 
     @property
     def size(self) -> int:
         """Rows of a part; the last one has what is left."""
-        return max(1, min(self.count, PART_BYTES // self.row_bytes))
+        return max(1, min(self.count, self.most, PART_BYTES // self.row_bytes))
 
     @property
     def total_bytes(self) -> int:

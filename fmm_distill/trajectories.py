@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["PickedPoints", "Trajectories", "solve_trajectories", "trajectory_layout"]
 
 
+_PART = 256
+
+
 def trajectory_layout(folder: Path, settings: TrajectorySettings, event_shape: tuple[int, ...]) -> Layout:
     """Where trajectories stand in a folder: states and velocities in float32, places of condition and guidance."""
-    return Layout(folder, settings.count, 2 * settings.points * 4 * torch.Size(event_shape).numel() + 16)
+    return Layout(folder, settings.count, 2 * settings.points * 4 * torch.Size(event_shape).numel() + 16, _PART)
 
 
 def trajectory_times(axis: TimeAxis, points: int) -> Float[Tensor, " points"]:

@@ -66,7 +66,7 @@ class Layout:
         """
         with checkpoint.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        there = sum(file.stat().st_size for file in self.files if file.is_file())
+        there = sum(file.stat().st_size for file in self.folder.glob("part-*.safetensors"))
         free = shutil.disk_usage(self.folder).free
         if self.total_bytes - there > free:
             raise UserError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from fmm_distill.data import PickedImages
 from fmm_distill.flow_map import FlowMap, LearnedFlowMap
 from fmm_distill.interpolant import LinearClock
 from fmm_distill.solve import solve
@@ -21,6 +22,7 @@ from fmm_distill.teachers.checkerboard import Checkerboard
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fmm_distill.starts import Draws
     from fmm_distill.velocity import Conditioning, VelocityField
 
 __all__ = [
@@ -117,7 +119,11 @@ def closed_form() -> PlaneTeacher:
 class Board:
     """The checkerboard as a dataset without end: the places of one uniform each become a point."""
 
-    def pick(self, places: Tensor) -> Tensor:
+    def pick(self, draws: Draws) -> PickedImages:
+        """The points at the samples' places."""
+        return PickedImages(self.at(draws.image))
+
+    def at(self, places: Tensor) -> Tensor:
         """Points at float64 uniforms, shape ``[batch, 2]``: 3 bits say which square, 24 each where in it."""
         square = (places * 8).floor()
         across = (places * 8 - square) * 2**24

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from fmm_distill.data import load_images
+from fmm_distill.recipe import DataSettings
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = load_images(arguments.data, (3, arguments.size, arguments.size))
+    images = load_images(DataSettings(source=arguments.data), (3, arguments.size, arguments.size))
     levels = len(arguments.channels)
     network = UNet2DModel(
         sample_size=arguments.size,
@@ -50,7 +51,7 @@ def main() -> None:
     optimiser = torch.optim.AdamW(network.parameters(), lr=arguments.lr)
     started = time.monotonic()
     for step in range(arguments.steps):
-        x_0 = images.pick(torch.rand(arguments.batch)).to(device)
+        x_0 = images.take(torch.randint(len(images), (arguments.batch,)))[0].to(device)
         noise = torch.randn_like(x_0)
         timestep = torch.randint(1000, (arguments.batch,), device=device)
         loss = F.mse_loss(network(scheduler.add_noise(x_0, noise, timestep), timestep).sample, noise)

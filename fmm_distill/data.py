@@ -1,135 +1,362 @@
-"""Images to compare with, and (as an option) to start jumps from. Distilling itself needs none."""
+"""Data that jumps may start from, and images to compare with. Distilling itself needs none."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from fmm_distill.errors import UserError
+from fmm_distill.interpolant import expand
+from fmm_distill.tables import Unreadable, check_shape, datasets_library, first_line, open_table
+from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int, UInt8
     from torch import Tensor
 
-    from fmm_distill.recipe import PromptSettings
-    from fmm_distill.teachers.codec import Codec
+    from fmm_distill.recipe import DataSettings, PromptSettings
+    from fmm_distill.starts import Draws
+    from fmm_distill.tables import Table
+    from fmm_distill.teachers.conditions import Conditions
 
-__all__ = ["Encoded", "Images", "Samples", "load_images", "load_prompts"]
+__all__ = [
+    "Images",
+    "LazyPixels",
+    "Picked",
+    "PickedImages",
+    "Samples",
+    "captions_of",
+    "load_images",
+    "load_prompts",
+    "places_of",
+]
+
+# Images that take more bytes stay where they are and are decoded again each time.
+IN_MEMORY = 2 * 2**30
+_BATCH = 256
+
+
+class Picked(Protocol):
+    """The data of some samples of a batch.
+
+    Attributes:
+        images: x_0 of the samples, shape ``[batch, *event]``; None: the data are points on trajectories.
+    """
+
+    @property
+    def images(self) -> Float[Tensor, "batch *event"] | None:
+        """See the class."""
+        ...
+
+    def told(self, draws: Draws) -> Draws:
+        """The draws, with what belongs to the data (its condition) in place of what was drawn by itself."""
+        ...
+
+    def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
+        """x_t of the samples, for t below t_max."""
+        ...
+
+    def rows(self, index: Int[Tensor, " some"]) -> Picked:
+        """The samples at these rows."""
+        ...
+
+    def to(self, device: torch.device | str) -> Picked:
+        """The same on ``device``."""
+        ...
 
 
 class Samples(Protocol):
     """Data that jumps may start from."""
 
-    def pick(self, places: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """The samples at these places, uniform in [0, 1)."""
+    def pick(self, draws: Draws) -> Picked:
+        """The data at the samples' places ``draws.image``, uniform in [0, 1)."""
         ...
+
+
+@dataclass(frozen=True)
+class PickedImages:
+    """Images (or their latents) of some samples of a batch: jumps start from them, noised.
+
+    Attributes:
+        images: x_0, shape ``[batch, *event]``.
+        conditions: places of their conditions in [0, 1), shape ``[batch]``; None: they have none.
+    """
+
+    images: Float[Tensor, "batch *event"]
+    conditions: Float[Tensor, " batch"] | None = None
+
+    def told(self, draws: Draws) -> Draws:
+        """The draws with the images' own conditions."""
+        return draws if self.conditions is None else replace(draws, condition=self.conditions)
+
+    def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
+        """``(1 - t) x_0 + t eps``."""
+        return expand(1 - t, self.images) * self.images + expand(t, self.images) * draws.noise
+
+    def rows(self, index: Int[Tensor, " some"]) -> Self:
+        """The samples at these rows."""
+        return self._each(lambda values: values[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on ``device``."""
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        conditions = None if self.conditions is None else change(self.conditions)
+        return type(self)(change(self.images), conditions)
+
+
+class LazyPixels:
+    """Images of a table that are decoded each time they are asked for.
+
+    One that can't be read is replaced by the next that can, so that a place stands for the same image everywhere.
+
+    Args:
+        shape: channels, height and width of each.
+        say: takes the line on the first unreadable image.
+    """
+
+    def __init__(self, table: Table, shape: tuple[int, ...], say: Callable[[str], None]) -> None:
+        self.table, self.shape, self.say = table, shape, say
+        self.unreadable: dict[int, Unreadable] = {}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(self, index: Int[Tensor, " batch"]) -> tuple[UInt8[Tensor, "batch channels height width"], Tensor]:
+        """The images at these rows and the rows that they really are of.
+
+        Raises:
+            UserError: when more than ``data.max_corrupt`` of all images were found unreadable.
+        """
+        real = index.clone()
+        found: list[Tensor | None] = [None] * len(index)
+        missing = list(range(len(index)))
+        while missing:
+            rows = [int(real[k]) for k in missing]
+            pictures = self.table.pictures(rows, self.shape)
+            for k, row, picture in zip(missing, rows, pictures, strict=True):
+                if isinstance(picture, Unreadable):
+                    self._note(row, picture)
+                    real[k] = (row + 1) % len(self)
+                else:
+                    found[k] = picture
+            missing = [k for k in missing if found[k] is None]
+        return torch.stack([picture for picture in found if picture is not None]), real
+
+    def _note(self, row: int, picture: Unreadable) -> None:
+        if not self.unreadable:
+            self.say(
+                f"data: {picture.name} can't be read ({picture.reason}); the next image takes its place, as for others"
+            )
+        self.unreadable[row] = picture
+        _check_readable(self.unreadable, self.table)
 
 
 class Images:
     """A set of images of one shape, as floats in [-1, 1].
 
     Args:
-        pixels: uint8, shape ``[count, channels, height, width]``.
+        pixels: uint8, shape ``[count, channels, height, width]``; or images that are decoded when they are asked for.
         levels: the number that stands for white.
         source: where they come from, for messages and protocols.
+        conditions: places of their conditions in [0, 1), shape ``[count]``; None: they have none.
+        flip: whether each picked image is mirrored (left and right) with chance 1/2.
     """
 
-    def __init__(self, pixels: UInt8[Tensor, "count channels height width"], source: str, levels: int = 255) -> None:
+    def __init__(
+        self,
+        pixels: UInt8[Tensor, "count channels height width"] | LazyPixels,
+        source: str,
+        levels: int = 255,
+        conditions: Float[Tensor, " count"] | None = None,
+        *,
+        flip: bool = False,
+    ) -> None:
         self.pixels, self.levels, self.source = pixels, levels, source
+        self.conditions, self.flip = conditions, flip
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def pick(self, places: Float[Tensor, " batch"]) -> Float[Tensor, "batch channels height width"]:
-        """The images at shares of the way through the set, each in [0, 1)."""
-        index = (places.cpu() * len(self)).long().clamp_max(len(self) - 1)
-        return self.pixels[index].float() / self.levels * 2 - 1
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one image."""
+        return self.pixels.shape if isinstance(self.pixels, LazyPixels) else tuple(self.pixels.shape[1:])
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these images from others: a digest of the pixels, or what decoded ones are a function of."""
+        if isinstance(self.pixels, LazyPixels):
+            return f"{self.pixels.table.fingerprint} {self.shape}"
+        digest = hashlib.sha256(self.pixels.contiguous().numpy().data)
+        return f"{digest.hexdigest()} {tuple(self.pixels.shape)} {self.levels}"
+
+    def take(self, index: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch channels height width"], Tensor]:
+        """The images at these rows, in [-1, 1], and the rows that they really are of (see ``LazyPixels``)."""
+        grey, index = self._unit(index)
+        return grey * 2 - 1, index
+
+    def _unit(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``take``, in [0, 1]."""
+        if isinstance(self.pixels, LazyPixels):
+            pixels, index = self.pixels.take(index)
+        else:
+            pixels = self.pixels[index]
+        return pixels.float() / self.levels, index
+
+    def pick(self, draws: Draws) -> PickedImages:
+        """The images at shares of the way through the set, mirrored where ``draws.flip`` says so."""
+        images, index = self.take(row_of(draws.image, len(self)))
+        if self.flip:
+            images = torch.where(expand(mirrored(draws).cpu(), images).bool(), images.flip(-1), images)
+        return PickedImages(images, None if self.conditions is None else self.conditions[index])
 
     def batches(self, size: int) -> Iterator[Float[Tensor, "batch channels height width"]]:
         """All images in order, in [0, 1]."""
-        for part in self.pixels.split(size):
-            yield part.float() / self.levels
+        for index in torch.arange(len(self)).split(size):
+            yield self._unit(index)[0]
 
 
-class Encoded:
-    """Images as a teacher's latents, encoded once and kept in memory.
-
-    Args:
-        images: pictures of the size that the codec decodes to.
-    """
-
-    def __init__(self, images: Images, codec: Codec, batch: int = 64) -> None:
-        parts = [codec.encode(part * 2 - 1) for part in images.batches(batch)]
-        self.latents = torch.cat(parts)
-
-    def pick(self, places: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """The latents at shares of the way through the set, each in [0, 1)."""
-        return self.latents[(places.cpu() * len(self.latents)).long().clamp_max(len(self.latents) - 1)]
+def row_of(places: Float[Tensor, " batch"], count: int) -> Int[Tensor, " batch"]:
+    """The rows at shares of the way through a set, each in [0, 1)."""
+    return (places.cpu() * count).long().clamp_max(count - 1)
 
 
-def load_images(source: str, event_shape: tuple[int, ...]) -> Images:
+def mirrored(draws: Draws) -> Tensor:
+    """Which samples' images are mirrored."""
+    return draws.flip < 0.5
+
+
+def load_images(
+    settings: DataSettings,
+    event_shape: tuple[int, ...],
+    conditions: Conditions | None = None,
+    *,
+    table: Table | None = None,
+    say: Callable[[str], None] = print,
+    in_memory: int = IN_MEMORY,
+) -> Images:
     """Every image of a dataset, checked against the teacher's shape (channels, height, width).
 
     Args:
-        source: ``builtin:digits``, a parquet file, a folder of parquet files or images, or a Hub dataset.
+        conditions: what the teacher can be told, if the column ``data.condition`` is read.
+        table: the dataset, where it is open already.
+        say: takes the line on images that can't be read.
+        in_memory: bytes that the images may take decoded; more are decoded each time they are asked for.
 
     Raises:
-        UserError: if it can't be found, has no images, or images of another size. Nothing is resized in silence.
+        UserError: if it can't be found, has no images, images of another size or too many that can't be read, or if a
+            condition is none of the teacher's. Nothing is resized in silence.
     """
-    if source == "builtin:digits":
-        images = Images(load_file(BUILTIN / "digits" / "images.safetensors")["images"], source, levels=16)
-        _check_shape(images.pixels.shape[1:], event_shape, source)
-        return images
-    if source.startswith("builtin:"):
-        raise UserError(f"--data {source}: no such built-in images; known: builtin:digits")
-    rows, column = _open(source)
-    mode = {1: "L", 3: "RGB"}.get(event_shape[0])
-    if mode is None:
-        raise UserError(f"--data {source}: the teacher has {event_shape[0]} channels; images have 1 or 3: use none")
-    pixels = torch.empty(len(rows), *event_shape, dtype=torch.uint8)
-    for i, image in enumerate(rows[column]):
-        array = np.array(image.convert(mode)).reshape(image.height, image.width, event_shape[0])
-        _check_shape((event_shape[0], image.height, image.width), event_shape, f"{source}, image {i}")
-        pixels[i] = torch.from_numpy(array).movedim(-1, 0)
-    return Images(pixels, source)
+    if settings.source.startswith("builtin:"):
+        return _builtin(settings, event_shape, conditions)
+    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
+        shown = " x ".join(map(str, event_shape))
+        raise UserError(f"--data {settings.source}: the teacher makes {shown}; images have 1 or 3 channels: use none")
+    table = open_table(settings) if table is None else table
+    places = None
+    if settings.condition is not None and conditions is not None:
+        where = f"data.condition {settings.condition}"
+        places = places_of(table.values(settings.condition), conditions, where)
+    if len(table) * event_shape[0] * event_shape[1] * event_shape[2] > in_memory:
+        pixels = LazyPixels(table, event_shape, say)
+        return Images(pixels, settings.source, conditions=places, flip=settings.flip)
+    decoded, kept = _decode(table, event_shape, say)
+    places = None if places is None else places[kept]
+    return Images(decoded, settings.source, conditions=places, flip=settings.flip)
 
 
-def _check_shape(got: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
-    if tuple(got) != tuple(wanted):
+def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: Conditions | None) -> Images:
+    if settings.source != "builtin:digits":
+        raise UserError(f"--data {settings.source}: no such built-in images; known: builtin:digits")
+    file = load_file(BUILTIN / "digits" / "images.safetensors")
+    check_shape(tuple(file["images"].shape[1:]), event_shape, settings.source)
+    places = None
+    if settings.condition is not None and conditions is not None:
+        if settings.condition not in file or settings.condition == "images":
+            raise UserError(f"data.condition {settings.condition}: builtin:digits has no such column; it has labels")
+        places = places_of(file[settings.condition].tolist(), conditions, f"data.condition {settings.condition}")
+    return Images(file["images"], settings.source, levels=16, conditions=places, flip=settings.flip)
+
+
+def _decode(table: Table, shape: tuple[int, ...], say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    """All images that can be read, and their rows."""
+    pixels = torch.empty(len(table), *shape, dtype=torch.uint8)
+    kept: list[int] = []
+    unreadable: dict[int, Unreadable] = {}
+    for start in range(0, len(table), _BATCH):
+        rows = range(start, min(start + _BATCH, len(table)))
+        for row, picture in zip(rows, table.pictures(rows, shape), strict=True):
+            if isinstance(picture, Unreadable):
+                unreadable[row] = picture
+                continue
+            pixels[len(kept)] = picture
+            kept.append(row)
+    if unreadable:
+        _check_readable(unreadable, table)
+        first = next(iter(unreadable.values()))
+        say(
+            f"data: {len(unreadable)} of {len(table)} images can't be read and are skipped, the first of them "
+            f"{first.name} ({first.reason})"
+        )
+    return pixels[: len(kept)], torch.tensor(kept)
+
+
+def _check_readable(unreadable: dict[int, Unreadable], table: Table) -> None:
+    limit = table.settings.max_corrupt
+    if len(unreadable) > limit * len(table) or len(unreadable) == len(table):
+        first = next(iter(unreadable.values()))
         raise UserError(
-            f"--data {where}: {' x '.join(map(str, got))} (channels x height x width); the teacher makes "
-            f"{' x '.join(map(str, wanted))}: bring images of that size, or use --data none"
+            f"--data {table.settings.source}: {len(unreadable)} of {len(table)} images can't be read, the first of "
+            f"them {first.name} ({first.reason}); wanted at most a share of {limit:g}: mend them, or raise "
+            "data.max_corrupt"
         )
 
 
-def _open(source: str) -> tuple[Any, str]:
-    """A dataset and the name of its image column; the test split is left alone."""
-    datasets = _datasets(f"--data {source}")
-    path = Path(source).expanduser()
-    try:
-        if path.is_file() or (path.is_dir() and list(path.rglob("*.parquet"))):
-            files = [path] if path.is_file() else _training_files(path)
-            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        elif path.is_dir():
-            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(source, split="train")
-    except Exception as error:
-        raise UserError(
-            f"--data {source}: no images could be read ({_line(error)}); wanted none, a Hub dataset, a parquet file or "
-            "folder, or a folder of images"
-        ) from error
-    columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    if not columns:
-        raise UserError(f"--data {source}: no image column among {', '.join(rows.features)}; wanted one")
-    return rows, columns[0]
+def places_of(values: Sequence[Any], conditions: Conditions, where: str) -> Float[Tensor, " count"]:
+    """The places in [0, 1) of the conditions that a column names: class numbers, or captions among the prompts.
+
+    Raises:
+        UserError: on a value that is no condition of the teacher.
+    """
+    count = len(conditions.names)
+    if isinstance(conditions, Classes):
+        for row, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+                raise UserError(f"{where}: row {row} has {value!r}; wanted a class of the teacher, 0 to {count - 1}")
+        index = torch.tensor(values, dtype=torch.float64)
+    else:
+        known = {name: i for i, name in enumerate(conditions.names)}
+        for row, value in enumerate(values):
+            if value not in known:
+                raise UserError(f"{where}: row {row} has {value!r}, which is none of the run's prompts; wanted text")
+        index = torch.tensor([known[value] for value in values], dtype=torch.float64)
+    # In the middle of a condition's stretch: rounding does not move it to a neighbour.
+    return (index + 0.5) / count
+
+
+def captions_of(table: Table, column: str) -> tuple[str, ...]:
+    """The captions of a column, each once, in the order of the rows; none where the column holds no text.
+
+    Raises:
+        UserError: if some rows have text and others none.
+    """
+    values = table.values(column)
+    if not any(isinstance(value, str) for value in values):
+        return ()
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UserError(f"data.condition {column}: row {row} has {value!r}; wanted a caption, which may be empty")
+    return tuple(dict.fromkeys(values))
 
 
 def load_prompts(settings: PromptSettings) -> tuple[str, ...]:
@@ -152,7 +379,7 @@ def load_prompts(settings: PromptSettings) -> tuple[str, ...]:
 
 
 def _column(source: str, column: str) -> tuple[str, ...]:
-    datasets = _datasets(f"prompts.dataset {source}")
+    datasets = datasets_library(f"prompts.dataset {source}")
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix)
     try:
         if kind is None:
@@ -160,28 +387,10 @@ def _column(source: str, column: str) -> tuple[str, ...]:
         else:
             rows = datasets.load_dataset(kind, data_files=[source], split="train")
     except Exception as error:
-        raise UserError(f"prompts.dataset {source}: can't be read ({_line(error)}); wanted a dataset") from error
+        raise UserError(f"prompts.dataset {source}: can't be read ({first_line(error)}); wanted a dataset") from error
     if column not in rows.features:
         raise UserError(f"prompts.column {column}: {source} has {', '.join(rows.features)}; wanted one of them")
     found = tuple(str(text) for text in rows[column] if text not in (None, ""))
     if not found:
         raise UserError(f"prompts.dataset {source}: no prompt in its column {column}; wanted text")
     return found
-
-
-def _datasets(what: str) -> Any:  # noqa: ANN401 a module
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{what}: reading it needs `pip install fmm-distill[data]`") from error
-    datasets.disable_progress_bars()
-    return datasets
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _training_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.parquet"))
-    return [file for file in files if "train" in file.name] or files

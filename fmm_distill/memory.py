@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fmm_distill.data import PickedImages
 from fmm_distill.objective import Objective
 from fmm_distill.starts import draw
 
@@ -47,6 +48,6 @@ def activation_bytes(student: LearnedFlowMap, teacher: Distillable, recipe: Reci
     objective = Objective(student, teacher, recipe, recipe.losses, {"average": student, "frozen": student})
     last = recipe.student.regression_steps + recipe.training.steps - 1
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective(draws, torch.zeros_like(draws.noise), last)
+        objective(draws, PickedImages(torch.zeros_like(draws.noise)), last)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
     return sum(size for pointer, size in saved.items() if pointer not in weights)

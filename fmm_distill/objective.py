@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fmm_distill.data import Picked
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe
@@ -53,20 +54,22 @@ class Objective(nn.Module):
         # A tuple hides the teacher and the copies from the wrapped module's parameters and state.
         self._fixed = (teacher, copies or {})
         self.recipe = recipe
+        self.on_policy = recipe.data.on_policy or 0.0
         self.losses = tuple(losses)
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
 
-    def forward(self, draws: Draws, images: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, draws: Draws, data: Picked | None, step: int) -> tuple[Tensor, Tensor]:
         """Mean squared residual of each sample, and what is minimised: its metric, weighted; shape ``[batch]`` both."""
+        draws = draws if data is None else data.told(draws)
         if step < self.recipe.student.regression_steps:
-            return self._regression(draws, images)
+            return self._regression(draws, data)
         terms, step = self._terms(draws, step)
         if not self.recipe.also:
             ((settings, pairs, _, _),) = terms
-            return self._term(settings, pairs, draws, images, step)
+            return self._term(settings, pairs, draws, data, step)
         both = draws.noise.new_zeros(2, len(draws.noise))
         for settings, pairs, factor, rows in terms:
-            some = None if images is None else images[rows]
+            some = None if data is None else data.rows(rows)
             losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
             both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
         losses, weighted = both
@@ -109,19 +112,20 @@ class Objective(nn.Module):
         return terms, step
 
     def _term(
-        self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, images: Tensor | None, step: int
+        self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, data: Picked | None, step: int
     ) -> tuple[Tensor, Tensor]:
         """One loss of some samples, and the same weighted."""
         teacher, copies = self._fixed
         settings = settings.at_step(step)
         t, r = pair_times(pairs, teacher.schedule, draws, step)
         cond = condition_of(teacher, draws)
-        x_t = points(teacher, self.student, draws, t, images, cond, on_path=settings.velocity == "data")
+        on_path = settings.velocity == "data"
+        x_t = points(teacher, self.student, draws, t, data, cond, on_path=on_path, on_policy=self.on_policy)
         velocity = teacher.velocity
         if settings.velocity == "self":
             velocity = diagonal(self.student)
-        elif images is not None and settings.velocity == "data":
-            velocity = interpolant_velocity(draws.noise, images)
+        elif on_path and data is not None and data.images is not None:
+            velocity = interpolant_velocity(draws.noise, data.images)
         followed = None if settings.follows is None else copies[settings.follows]
         given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
         given = {name: given[name] for name in settings.takes}
@@ -136,12 +140,12 @@ class Objective(nn.Module):
         weighted: Tensor = self.weight(values, clock.position(t), clock.position(r))
         return weighted
 
-    def _regression(self, draws: Draws, images: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _regression(self, draws: Draws, data: Picked | None) -> tuple[Tensor, Tensor]:
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
         teacher, _ = self._fixed
         t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
         cond = condition_of(teacher, draws)
-        x_t = points(teacher, teacher_jump(teacher), draws, t, images, cond)
+        x_t = points(teacher, teacher_jump(teacher), draws, t, data, cond, on_policy=self.on_policy)
         with torch.no_grad():
             v = teacher.velocity(x_t, t, cond)
         losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
 
+# Groups of which a plain value is one of their fields.
+PLAIN = {"data": "source"}
+
 Steps = Annotated[int, Field(ge=1)]
 
 
@@ -59,6 +62,74 @@ class PromptSettings(Settings):
     def _one_source(self) -> Self:
         if self.file is not None and self.dataset is not None:
             raise ValueError("prompts.file and prompts.dataset are two sources: give one")
+        return self
+
+
+class TrajectorySettings(Settings):
+    """Trajectories that the teacher solves before training."""
+
+    count: int = Field(default=4096, ge=1)
+    """Trajectories, each from a noise of its own."""
+    points: int = Field(default=9, ge=2)
+    """Times at which each is kept, from t_max to t_min, equally far apart in the teacher's timesteps."""
+    solver_steps: int = Field(default=64, ge=1)
+    """RK4 steps of each; a multiple of points - 1."""
+
+    @model_validator(mode="after")
+    def _steps_end_at_points(self) -> Self:
+        if self.solver_steps % (self.points - 1):
+            raise ValueError(
+                f"solver_steps {self.solver_steps} does not split over the {self.points - 1} stretches between points "
+                f"{self.points}: wanted a multiple"
+            )
+        return self
+
+
+class DataSettings(Settings):
+    """What jumps start from besides noise. A string in its place is the source alone."""
+
+    source: str = "none"
+    """none (noise alone), teacher (trajectories), a Hub dataset, a parquet file or folder, or a folder of images."""
+    split: str = "train"
+    """Of a Hub dataset or a folder."""
+    image: str | None = None
+    """The column of images; none: the one that there is."""
+    condition: str | None = None
+    """The column of classes or captions, for a teacher that is told one."""
+    fit: Literal["none", "crop"] = "none"
+    """Images of another size are refused, or resized (antialiased) to cover the teacher's size and centre-cropped."""
+    flip: bool = False
+    """Mirror each picked image, left and right, with chance 1/2."""
+    max_corrupt: float = Field(default=0.01, ge=0, le=1)
+    """Share of the images that may be unreadable; they are skipped, and it is said."""
+    on_policy: float | None = Field(default=None, ge=0, le=1)
+    """Share of samples that start from the student's own jump all the same; none: 0 with data, 1 without."""
+    trajectories: TrajectorySettings = TrajectorySettings()
+    """Of source: teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: object) -> object:
+        return {PLAIN["data"]: value} if isinstance(value, str) else value
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images: something to noise, and to compare with."""
+        return self.source not in ("none", "teacher")
+
+    @model_validator(mode="after")
+    def _settings_act(self) -> Self:
+        idle = [
+            name
+            for name in ("split", "image", "condition", "fit", "flip", "max_corrupt")
+            if not self.has_images and getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if idle:
+            raise ValueError(f"{idle[0]} is of images, and source {self.source} has none: leave it out")
+        if self.source != "teacher" and self.trajectories != TrajectorySettings():
+            raise ValueError("trajectories act with source: teacher only")
+        if self.source == "none" and self.on_policy not in (None, 1.0):
+            raise ValueError("on_policy below 1 acts with data or source: teacher; without, every jump starts from one")
         return self
 
 
@@ -196,8 +267,8 @@ class Recipe(Settings):
     """What a teacher of prompts is told."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Classifier-free guidance of the teacher."""
-    data: str = "none"
-    """none (distil from noise alone), a Hub dataset, a parquet file or folder, or a folder of images."""
+    data: DataSettings = DataSettings()
+    """What jumps start from besides noise."""
     student: StudentSettings = StudentSettings()
     """How the student starts."""
     loss: AnyLossSettings = LagrangianSettings()
@@ -221,8 +292,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:
-        if self.evaluation.features == "inception" and self.data == "none":
+        if self.evaluation.features == "inception" and not self.data.has_images:
             raise ValueError("evaluation.features: inception compares with a dataset; give data, or features: none")
+        if self.data.condition is not None and (self.prompts.file, self.prompts.dataset) != (None, None):
+            raise ValueError("data.condition and prompts are two sources of what the teacher is told: give one")
         return self
 
     @property
@@ -266,13 +339,15 @@ class Recipe(Settings):
                 )
         names = [self.loss.name, *(term.loss.name for term in self.also)]
         for loss in self.losses:
-            if loss.velocity == "data" and self.data == "none":
+            if loss.velocity == "data" and not self.data.has_images:
                 raise ValueError(f"loss {loss.name} learns from data and there are none; {_without_data(loss)}")
             if loss.sees_no_teacher and "flow_matching" not in names:
                 raise ValueError(
                     f"loss {loss.name} alone sees no teacher with these settings; add to also: "
                     "{loss: {name: flow_matching}, share: 0.5, pairs: {prior: 0, data: 1}}"
                 )
+        if self.data.on_policy and self.data.has_images and all(loss.velocity == "data" for loss in self.losses):
+            raise ValueError("data.on_policy: a loss that learns from data starts on the way to its image; wanted 0")
         if (share := sum(term.share for term in self.also)) >= 1:
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
         if (share := sum(stage.share for stage in self.before)) >= 1:
@@ -356,7 +431,10 @@ def load_recipe(
     if not isinstance(settings, dict):
         raise UserError(f"recipe {path}: wanted keys and values, got {type(settings).__name__}")
     # Not by way of an override: a folder may be called 2024 or no.
-    settings |= {key: value for key, value in (("teacher", teacher), ("data", data)) if value is not None}
+    if teacher is not None:
+        settings["teacher"] = teacher
+    if data is not None:
+        _group(settings, "data")["source"] = data
     return parse(override(settings, overrides), f"recipe {name}")
 
 
@@ -387,11 +465,19 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place = settings
     for parent in parents:
-        below = place.setdefault(parent, {})
+        below = _group(place, parent) if place is settings else place.setdefault(parent, {})
         if not isinstance(below, dict):
             raise UserError(f"--set {override!r}: {parent} is not a group of settings")
         place = below
     place[last] = value
+
+
+def _group(settings: dict[str, Any], name: str) -> Any:  # noqa: ANN401 whatever stands there
+    """A group of a recipe, to change something in it; a plain value becomes its field first."""
+    there = settings.setdefault(name, {})
+    if name in PLAIN and isinstance(there, str):
+        there = settings[name] = {PLAIN[name]: there}
+    return there
 
 
 def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from fmm_distill import checkpoint
-from fmm_distill.data import Encoded, load_images, load_prompts
+from fmm_distill.data import captions_of, load_images, load_prompts
 from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import (
@@ -32,7 +32,10 @@ from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
 from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.memory import activation_bytes
+from fmm_distill.parts import mebibytes
 from fmm_distill.pictures import draw_samples, draw_steps, still
+from fmm_distill.prepare import describe_data, disk_bytes, open_images, prepare_samples
+from fmm_distill.recipe import DataSettings
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
@@ -46,7 +49,7 @@ from fmm_distill.run_folder import (
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 from fmm_distill.student import make_student, stock_part
-from fmm_distill.teachers.codec import Pixels, Waves
+from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fmm_distill.data import Images, Samples
+    from fmm_distill.data import Images
     from fmm_distill.flow_map import LearnedFlowMap
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
@@ -89,19 +92,23 @@ class Plan:
     student: Student
     images: Images | None
     reference: Images | None
-    starts: Samples | None
 
 
-def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Plan:
+def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Plan:
     """Open the teacher and the data and check what can be checked.
 
     Args:
         prompts: those of a run that was begun before; None: the recipe's.
+        say: takes the line on images that can't be read.
 
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     _check_training(recipe)
+    data = recipe.data
+    table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
+    if prompts is None and table is not None and data.condition is not None:
+        prompts = captions_of(table, data.condition)
     teacher = open_teacher(recipe, prompts)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
@@ -112,33 +119,14 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Plan:
     for name in ("steps", "ddim_steps", "dpmsolver_steps"):
         check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
     check_steps(recipe.export.steps, teacher.schedule)
-    images = _images(recipe, teacher)
+    images = open_images(data, teacher, table, say)
     reference = images
     if reference is None and recipe.evaluation.features == "digits":
-        reference = load_images("builtin:digits", teacher.event_shape)
+        reference = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
-    starts = images if images is None or isinstance(teacher.codec, Pixels) else Encoded(images, teacher.codec)
-    return Plan(recipe, teacher, student, images, reference, starts)
-
-
-def _images(recipe: Recipe, teacher: Teacher) -> Images | None:
-    """The data of a recipe, of the size that its teacher's samples decode to."""
-    if recipe.data == "none":
-        return None
-    if teacher.conditions is not None:
-        raise UserError(
-            f"--data {recipe.data}: {teacher.source} is told a condition with every sample, and images come without "
-            "(not yet); wanted none"
-        )
-    if isinstance(teacher.codec, Waves):
-        raise UserError(
-            f"--data {recipe.data}: {teacher.source} makes sounds, and data are images (not yet); wanted none"
-        )
-    if isinstance(teacher.codec, Pixels):
-        return load_images(recipe.data, teacher.event_shape)
-    return load_images(recipe.data, tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:]))
+    return Plan(recipe, teacher, student, images, reference)
 
 
 def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
@@ -192,7 +180,7 @@ def distill(
         line(table(finished))
         line(_how_to_load(folder, recipe))
         return finished
-    job = plan(recipe)
+    job = plan(recipe, say=line)
     check_prompts(folder, job.teacher, fresh=fresh)
     line(_describe(job))
     for change in changes:
@@ -204,7 +192,8 @@ def distill(
         if isinstance(job.teacher.conditions, Embeddings):
             checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()
-    trainer = Trainer(job.student, job.teacher, recipe, job.starts, folder, accelerator, line)
+    samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
+    trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
     trainer.run()
     if accelerator.is_main_process:
         _finish(job, {rate: trainer.averaged_student(rate) for rate in trainer.averages}, folder, line)
@@ -265,12 +254,11 @@ def _describe(job: Plan) -> str:
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
     told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
-    data = "none (noise alone)" if job.images is None else f"{len(job.images)} images of {job.images.source}"
     return (
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
         f"parameters{told})\n"
         f"student: {job.student.prediction}, {jump:,} new parameters for the second time{lora}\n"
-        f"data:    {data}\n"
+        f"data:    {describe_data(job.recipe.data, job.images)}\n"
         f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}"
     )
 
@@ -443,9 +431,11 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     state = weights + 4 * trained
     activations = activation_bytes(job.student, job.teacher, recipe) * recipe.training.batch_size
     activations //= recipe.training.accumulation
+    needed = disk_bytes(recipe, job.teacher, job.images)
+    disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
     return (
         f"{recipe.to_yaml()}\n{_describe(job)}\n"
         f"memory:  {state * 4 / 2**30:.2f} GiB of weights, gradients, optimiser and average, "
         f"{activations / 2**30:.2f} GiB of activations (one process, float32)\n"
-        f"output:  {folder}\nnothing was run (--dry-run)"
+        f"{disk}output:  {folder}\nnothing was run (--dry-run)"
     )

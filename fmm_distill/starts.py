@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from fmm_distill.data import Picked
     from fmm_distill.interpolant import TimeAxis
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning, VelocityField
@@ -79,6 +80,9 @@ class Draws:
         share: uniform on [0, 1], shape ``[batch]``: what a loss draws itself, such as a middle time.
         condition: uniform on [0, 1], shape ``[batch]``: what the network is told besides.
         guidance: uniform on [0, 1], shape ``[batch]``: the scale in its range, where students are told it.
+        flip: uniform on [0, 1], shape ``[batch]``: whether its image is mirrored.
+        policy: uniform on [0, 1], shape ``[batch]``: whether it starts from the student's own jump although there is
+            data.
         place: in [0, 1), shape ``[batch]``: the sample's place, spread evenly in every part of a batch; which term
             of a sum of losses it goes to.
     """
@@ -91,6 +95,8 @@ class Draws:
     share: Float[Tensor, " batch"]
     condition: Float[Tensor, " batch"]
     guidance: Float[Tensor, " batch"]
+    flip: Float[Tensor, " batch"]
+    policy: Float[Tensor, " batch"]
     place: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
@@ -113,7 +119,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
         return torch.rand(batch, generator=stream(name), dtype=torch.float64)
 
     noise = torch.randn(batch, *event_shape, generator=stream("noise"))
-    names = ("first", "second", "kind", "image", "share", "condition", "guidance")
+    names = ("first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     place = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     return Draws(noise, **{name: uniform(name) for name in names}, place=place)
@@ -190,28 +196,31 @@ def points(
     mover: Mover,
     draws: Draws,
     t: Float[Tensor, " batch"],
-    images: Float[Tensor, "batch *event"] | None,
+    data: Picked | None,
     cond: Conditioning | None = None,
     *,
     on_path: bool = False,
+    on_policy: float = 0.0,
 ) -> Float[Tensor, "batch *event"]:
-    """Where the jumps start, at their times t: noised images, or (without data) detached jumps of ``mover``.
+    """Where the jumps start, at their times t: the data's own points, or detached jumps of ``mover`` from noise.
 
     At t_max it is the teacher's prior either way, unless ``on_path`` asks for the image's own point, which the
     sample's own velocity belongs to.
+
+    Args:
+        on_policy: share of the samples that start from a jump of ``mover`` although there is data.
     """
-    if images is not None and on_path:
-        return expand(1 - t, images) * images + expand(t, images) * draws.noise
-    prior = teacher.prior(draws.noise)
-    at_start = t >= teacher.schedule.t_max
-    if images is not None:
-        moved = expand(1 - t, images) * images + expand(t, images) * draws.noise
-    elif bool(at_start.all()):
-        return prior
-    else:
-        moved = prior.clone()
-        rest = ~at_start
-        start = torch.full_like(t, teacher.schedule.t_max)[rest]
-        told = None if cond is None else cond.rows(rest.nonzero()[:, 0])
-        moved[rest] = mover(prior[rest], start, t[rest], told)
-    return torch.where(expand(at_start, prior).bool(), prior, moved)
+    if data is not None and on_path:
+        return data.points(draws, t)
+    x = teacher.prior(draws.noise)
+    inside = t < teacher.schedule.t_max
+    jumps = inside if data is None else inside & (draws.policy.to(t.device) < on_policy)
+    if bool(jumps.any()):
+        rows = jumps.nonzero()[:, 0]
+        start = torch.full_like(t[rows], teacher.schedule.t_max)
+        told = None if cond is None else cond.rows(rows)
+        x = x.index_copy(0, rows, mover(x[rows], start, t[rows], told).to(x.dtype))
+    rows = (inside & ~jumps).nonzero()[:, 0]
+    if data is not None and len(rows):
+        x = x.index_copy(0, rows, data.rows(rows).points(draws.rows(rows), t[rows]).to(x.dtype))
+    return x

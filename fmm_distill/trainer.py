@@ -230,7 +230,7 @@ class Trainer:
         found, sums, norm = [], torch.zeros((), device=accelerator.device), torch.zeros(())
         for part in range(first, first + training.accumulation):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
-            images = None if self.images is None else self.images.pick(mine.image).to(mine.noise.device)
+            images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
             with accelerator.accumulate(self.objective):
                 losses, each = self.objective(mine, images, step)
                 weighted = each.mean()

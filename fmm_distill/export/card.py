@@ -50,7 +50,7 @@ def _card(recipe: Recipe, teacher: Teacher, evaluation: Evaluation) -> str:
 
 A flow map (arXiv 2406.07507) distilled from {teacher.source}{f" at {teacher.revision}" if teacher.revision else ""}
 by fmm_distill {__version__}: loss {recipe.loss_names}, {total} steps of {recipe.training.batch_size} samples,
-data: {recipe.data}. The whole recipe is in `recipe.yaml`.
+data: {recipe.data.source}. The whole recipe is in `recipe.yaml`.
 
 ![samples](samples.png)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves"]
+__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "encoder_of"]
+
+# Of a decoded image, between a pipeline and its autoencoder alone.
+_TOLERANCE = 1e-3
 
 
 class Codec(Protocol):
@@ -66,12 +70,20 @@ class LatentCodec:
 
     Args:
         autoencoder: ``AutoencoderKL``, ``AutoencoderDC``, ``VQModel`` or another whose ``decode`` gives ``.sample``.
+        event_shape: of the teacher's samples, where they have further axes of length 1; None: that of the latents.
+        shifted: whether the shift of its configuration is applied; some pipelines leave it out.
     """
 
-    def __init__(self, autoencoder: Any) -> None:  # noqa: ANN401 a diffusers class
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+    def __init__(
+        self,
+        autoencoder: Any,  # noqa: ANN401 a diffusers class
+        event_shape: tuple[int, ...] | None = None,
+        *,
+        shifted: bool = True,
+    ) -> None:
+        self.autoencoder, self.event_shape = autoencoder.eval().requires_grad_(False), event_shape
         self.factor = float(autoencoder.config.scaling_factor)
-        self.shift = float(autoencoder.config.get("shift_factor") or 0.0)
+        self.shift = float(autoencoder.config.get("shift_factor") or 0.0) if shifted else 0.0
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels height width"]:
@@ -86,8 +98,25 @@ class LatentCodec:
         """The most likely latents of images."""
         own = next(self.autoencoder.parameters())
         encoded = self.autoencoder.encode(images.to(own.device, own.dtype))
-        latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return ((latents - self.shift) * self.factor).to(images)
+        if hasattr(encoded, "latent_dist"):
+            latents: Tensor = encoded.latent_dist.mode()
+        else:
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        latents = ((latents - self.shift) * self.factor).to(images)
+        return latents if self.event_shape is None else latents.reshape(-1, *self.event_shape)
+
+    def to(self, device: torch.device | str) -> LatentCodec:
+        """The same with its autoencoder on ``device``."""
+        self.autoencoder.to(device)
+        return self
+
+    def digest(self) -> str:
+        """Of its weights and factors: the same where images have the same latents."""
+        digest = hashlib.sha256(f"{type(self.autoencoder).__name__} {self.factor} {self.shift}".encode())
+        for name, tensor in sorted(self.autoencoder.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 class PipelineCodec:
@@ -96,35 +125,91 @@ class PipelineCodec:
     It is opened when it is first needed: until then its encoders take no memory.
     """
 
-    def __init__(self, folder: Path, component: str, network: nn.Module, call: dict[str, Any], keys: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        folder: Path,
+        component: str,
+        network: nn.Module,
+        call: dict[str, Any],
+        keys: Any,  # noqa: ANN401 the keywords of the pipeline's call, for exports
+        event_shape: tuple[int, ...],
+    ) -> None:
         self.folder, self.component, self.network, self.keys = folder, component, network, keys
+        self.event_shape = event_shape
         self.call = call | {"output_type": "np", "return_dict": False}
         self._pipeline: Any = None
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
         """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
-        if self._pipeline is None:
-            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
         device = next(self.network.parameters()).device
-        self._pipeline.to(device)
+        pipeline = self._opened().to(device)
         images = []
         for row in x.to(device).split(1):
             with (
                 replaced(self.network, "forward", self._silent),
-                replaced(self._pipeline.scheduler, "step", _ends(row)),
+                replaced(pipeline.scheduler, "step", _ends(row)),
             ):
-                made = run_pipeline(self._pipeline, self.call | {"generator": None})[0]
+                made = run_pipeline(pipeline, self.call | {"generator": None})[0]
             images.append(torch.as_tensor(made).movedim(-1, 1).float() * 2 - 1)
         return torch.cat(images).to(x.device)
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """Not known: a pipeline that starts from prompts has no way back.
+        """Samples of images, by the pipeline's autoencoder alone; see ``encoder``."""
+        return self.encoder(tuple(images.shape[1:])).encode(images)
+
+    @torch.no_grad()
+    def encoder(self, shape: tuple[int, ...]) -> LatentCodec:
+        """The pipeline's autoencoder, checked: what it encodes, the pipeline decodes as the autoencoder alone does.
+
+        Args:
+            shape: of an image, (channels, height, width).
 
         Raises:
-            UserError: always.
+            UserError: where the pipeline has no such autoencoder, or packs, scales or moves its latents otherwise.
         """
-        raise UserError("--data: a pipeline that starts from prompts has no way from images to its samples; take none")
+        vae = getattr(self._opened(), "vae", None)
+        reason = self._no_encoder(vae, shape)
+        if reason is None:
+            height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
+            probe = ((height[:, None] + width).sin() * torch.linspace(-1, 1, shape[0])[:, None, None])[None]
+            plain = tuple(LatentCodec(vae).encode(probe).shape[1:])
+            if [n for n in plain if n > 1] != [n for n in self.event_shape if n > 1]:
+                own, theirs = (" x ".join(map(str, axes)) for axes in (self.event_shape, plain))
+                reason = f"its samples are {own}, its autoencoder's latents {theirs}: it packs them"
+            else:
+                reason = "it decodes its samples otherwise than by its autoencoder's factor and shift"
+                for shifted in (True, False):
+                    codec = LatentCodec(vae, self.event_shape, shifted=shifted)
+                    if self._agrees(codec, probe, plain):
+                        return codec
+        raise UserError(
+            f"--data: {type(self._opened()).__name__} gives no way from images to its samples ({reason}); take none or "
+            "teacher"
+        )
+
+    @staticmethod
+    def _no_encoder(vae: Any, shape: tuple[int, ...]) -> str | None:  # noqa: ANN401 a diffusers class
+        if len(shape) != 3:
+            return f"it makes samples of {' x '.join(map(str, shape))}, no images"
+        if vae is None or vae.config.get("scaling_factor") is None:
+            return "it has no autoencoder named vae with one scaling_factor"
+        return None
+
+    def _agrees(self, codec: LatentCodec, images: Tensor, plain: tuple[int, ...]) -> bool:
+        """Whether the pipeline decodes as the autoencoder does, whose latents are of shape ``plain``."""
+        latents = codec.encode(images)
+        decoded, wanted = codec.decode(latents.reshape(-1, *plain)).clamp(-1, 1), self.decode(latents)
+        return wanted.shape == decoded.shape and bool((wanted.to(decoded) - decoded).abs().max() <= _TOLERANCE)
+
+    def release(self) -> None:
+        """Let the pipeline go until it is needed again: its text encoders are large."""
+        self._pipeline = None
+
+    def _opened(self) -> Any:  # noqa: ANN401 a diffusers class
+        if self._pipeline is None:
+            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
+        return self._pipeline
 
     def _silent(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The network's answer of the right shape, without asking it."""
@@ -138,6 +223,19 @@ class PipelineCodec:
             return _Both(torch.cat([torch.zeros_like(x)] * (2 if learned else 1), 1))
 
         return forward
+
+
+def encoder_of(codec: Codec, shape: tuple[int, ...]) -> LatentCodec:
+    """The autoencoder behind a teacher's samples, for images of this shape (channels, height, width).
+
+    Raises:
+        UserError: if there is none that leads from images to samples.
+    """
+    if isinstance(codec, PipelineCodec):
+        return codec.encoder(shape)
+    if isinstance(codec, LatentCodec):
+        return codec
+    raise UserError(f"--data: {type(codec).__name__} has no autoencoder to encode images with; wanted none")
 
 
 class _Both(tuple[Any, Any]):

@@ -57,7 +57,10 @@ def load_teacher(
     if has_text and networks:
         return load_prompted(found, prompts or ("",), call, guidance)
     if (prompts or call) and not has_text:
-        raise UserError(f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none")
+        raise UserError(
+            f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none "
+            "(a data.condition of text is prompts)"
+        )
     if "scheduler" in found.components:
         if networks == {"unet": "UNet1DModel"}:
             return _guided(load_unet1d(found), guidance)

@@ -146,7 +146,7 @@ def load_prompted(
         call=dict(call or {}),
         conditions=conditions,
         guidance=_checked(guidance, conditions, probe),
-        codec=PipelineCodec(found.folder, component, network, keys.call(("",), STEPS), keys),
+        codec=PipelineCodec(found.folder, component, network, keys.call(("",), STEPS), keys, tuple(width)),
         revision=found.revision,
         licence=found.licence,
     )

@@ -136,7 +136,10 @@ OPENING = {
     "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
     "images of another size": (
         tiny("--data", "images"),
-        ["--data images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8"],
+        [
+            "--data images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8",
+            "data.fit=crop",
+        ],
     ),
     "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no images could be read"]),
     "export off the grid": (

@@ -36,7 +36,7 @@ def places(count):
 
 
 def test_the_data_are_those_of_the_closed_form():
-    ours = Board().pick(places(200_000)) / HALF_WIDTH
+    ours = Board().at(places(200_000)) / HALF_WIDTH
     square = ((ours + 1) * 2).floor()
     assert ((square.sum(1) % 2) == 0).all()
     theirs = Checkerboard().sample(200_000, torch.Generator().manual_seed(1))
@@ -54,7 +54,7 @@ def test_the_data_are_those_of_the_closed_form():
 
 @pytest.mark.parametrize(("bins", "floor"), [(50, 0.065), (48, 0.009)])
 def test_perfect_samples_have_the_floor(bins, floor):
-    assert divergence(Board().pick(places(64_000)), bins) == pytest.approx(floor, abs=0.002)
+    assert divergence(Board().at(places(64_000)), bins) == pytest.approx(floor, abs=0.002)
 
 
 def test_divergence_of_what_can_be_counted():

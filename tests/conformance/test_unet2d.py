@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
 
-from fmm_distill.data import Encoded, Images
+from fmm_distill.data import Images
 from fmm_distill.evaluate import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.interpolant import expand
+from fmm_distill.latents import Latents, encode_images, latent_layout
 from fmm_distill.parametrisation import Parametrisation
 from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.starts import draw
 from fmm_distill.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.codec import encoder_of
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conformance.test_export import moved_student
@@ -210,10 +214,13 @@ def test_latents_of_a_vq_model(tmp_path):
     assert images.shape[:2] == (2, 3)
     assert teacher.codec.encode(images).shape == (2, *teacher.event_shape)
     pixels = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    starts = Encoded(Images(pixels, "here"), teacher.codec, batch=2)
-    picked = starts.pick(torch.tensor([0.99, 0.0]))
+    images, event = Images(pixels, "here"), teacher.event_shape
+    encoder = encoder_of(teacher.codec, images.shape)
+    layout = latent_layout(images, encoder, event)
+    encode_images(images, encoder, layout)
+    draws = replace(draw(0, 0, 2, event), image=torch.tensor([0.99, 0.0]))
     expected = teacher.codec.encode(pixels[[4, 0]].float() / 255 * 2 - 1)
-    torch.testing.assert_close(picked, expected)
+    torch.testing.assert_close(Latents(images, layout).pick(draws).images, expected)
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
     differences = verify(student, teacher, folder, (1, 4))

@@ -24,7 +24,7 @@ from fmm_distill.trainer import Trainer
 
 
 def images_of(recipe: Recipe) -> Images | None:
-    if recipe.data == "none":
+    if not recipe.data.has_images:
         return None
     return Images(torch.arange(10 * 64).reshape(10, 1, 8, 8).remainder(251).byte(), "numbers")
 
@@ -32,7 +32,7 @@ def images_of(recipe: Recipe) -> Images | None:
 def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> torch.Tensor:
     draws = draw(9, 0, recipe.training.batch_size, (1, 8, 8)).part(rows.start, rows.stop, "cpu")
     data = images_of(recipe)
-    objective(draws, None if data is None else data.pick(draws.image), 0)[1].mean().backward()
+    objective(draws, None if data is None else data.pick(draws), 0)[1].mean().backward()
     return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
 
 

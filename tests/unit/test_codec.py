@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 
 from fmm_distill.data import load_images
 from fmm_distill.evaluate import _frechet, _frechet_metric
-from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.recipe import DataSettings, EvaluationSettings
 from fmm_distill.teachers.codec import LatentCodec, Pixels
 
 
@@ -39,8 +39,8 @@ class Negative(Pixels):
 
 def test_features_see_the_decoded_samples():
     settings = EvaluationSettings(features="digits", samples=200)
-    digits = load_images("builtin:digits", (1, 8, 8))
+    digits = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     metric = _frechet_metric(settings, digits, torch.device("cpu"))
-    some = digits.pick(torch.linspace(0, 0.999, 200))
+    some, _ = digits.take(torch.linspace(0, 1796, 200).long())
     assert _frechet(metric, Negative(), -some, settings) == pytest.approx(_frechet(metric, Pixels(), some, settings))
     assert _frechet(metric, Negative(), some, settings) > 10

@@ -11,7 +11,7 @@ from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import _frechet, _frechet_metric, check_features, evaluate, table
 from fmm_distill.features import load_digits_classifier
-from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.recipe import DataSettings, EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.load import BUILTIN
@@ -56,7 +56,7 @@ def test_json_and_table(measured):
 
 def test_frechet_distance_against_scipy():
     settings = EvaluationSettings(features="digits", samples=400, batch_size=128)
-    reference = load_images("builtin:digits", (1, 8, 8))
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     generated = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
     ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), Pixels(), generated, settings)
     features = load_digits_classifier(BUILTIN / "digits")
@@ -71,7 +71,7 @@ def test_frechet_distance_against_scipy():
 
 def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
     settings = EvaluationSettings(features="digits", samples=1797)
-    reference = load_images("builtin:digits", (1, 8, 8))
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     metric = _frechet_metric(settings, reference, torch.device("cpu"))
     images = torch.cat(list(reference.batches(1000))) * 2 - 1
     assert _frechet(metric, Pixels(), images, settings) == pytest.approx(0, abs=1e-3)

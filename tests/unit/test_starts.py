@@ -7,12 +7,13 @@ import torch
 from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
+from fmm_distill.data import PickedImages
 from fmm_distill.interpolant import expand
 from fmm_distill.schedules import VariancePreserving
 from fmm_distill.starts import Draws, Pairs, draw, interpolant_velocity, pair_times, points, teacher_jump
 from fmm_distill.teachers.load import load_teacher
 
-NAMES = ("noise", "first", "second", "kind", "image", "share")
+NAMES = ("noise", "first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 MANY = draw(3, 7, 20000, (1,))
 
@@ -188,10 +189,10 @@ def test_points_on_the_path_of_their_own_image(teacher_folder):
     draws = draw(0, 0, 6, teacher.event_shape)
     images = torch.rand(6, *teacher.event_shape)
     t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
-    x = points(teacher, teacher_jump(teacher), draws, t, images, on_path=True)
+    x = points(teacher, teacher_jump(teacher), draws, t, PickedImages(images), on_path=True)
     v = interpolant_velocity(draws.noise, images)(x, t)
     torch.testing.assert_close(x - float(t[0]) * v, images, rtol=0, atol=1e-5)
-    from_prior = points(teacher, teacher_jump(teacher), draws, t, images)
+    from_prior = points(teacher, teacher_jump(teacher), draws, t, PickedImages(images))
     assert torch.equal(from_prior, teacher.prior(draws.noise))
 
 
@@ -231,13 +232,13 @@ def test_points_at_the_start_are_the_prior(teacher, draws):
     expected = teacher.prior(draws.noise)
     assert torch.equal(points(teacher, never, draws, t, None), expected)
     images = torch.ones(6, *teacher.event_shape)
-    assert torch.equal(points(teacher, never, draws, t, images), expected)
+    assert torch.equal(points(teacher, never, draws, t, PickedImages(images)), expected)
 
 
 def test_points_from_images_are_the_interpolant(teacher, draws):
     t = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.02, teacher.schedule.t_max], dtype=torch.float64)
     images = torch.rand(6, *teacher.event_shape)
-    x = points(teacher, never, draws, t, images)
+    x = points(teacher, never, draws, t, PickedImages(images))
     s = expand(t, images)
     torch.testing.assert_close(x[:5], ((1 - s) * images + s * draws.noise)[:5])
     assert torch.equal(x[5], teacher.prior(draws.noise)[5])

@@ -1,0 +1,75 @@
+"""The recipe's group of data: a string alone is its source, and what can't act is refused."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from fmm_distill.errors import UserError
+from fmm_distill.recipe import Recipe, load_recipe, parse
+
+
+@pytest.mark.parametrize(
+    ("settings", "source", "flip"),
+    [
+        ({}, "none", False),
+        ({"data": "somewhere"}, "somewhere", False),
+        ({"data": {"source": "somewhere", "flip": True}}, "somewhere", True),
+        ({"data": "teacher"}, "teacher", False),
+    ],
+)
+def test_a_string_is_the_source(settings, source, flip):
+    recipe = parse(settings, "here")
+    assert (recipe.data.source, recipe.data.flip) == (source, flip)
+    assert parse(yaml.safe_load(recipe.to_yaml()), "again") == recipe
+
+
+def test_the_source_of_a_python_recipe_may_be_a_string():
+    assert Recipe(data="somewhere").data.source == "somewhere"
+
+
+@pytest.mark.parametrize("group", ["data: here", "data: {source: here}", "data: {flip: true}", ""])
+def test_the_command_line_sets_the_source_and_leaves_the_rest(tmp_path, group):
+    (tmp_path / "mine.yaml").write_text(group, encoding="utf-8")
+    recipe = load_recipe(str(tmp_path / "mine.yaml"), ["data.condition=label"], data="2024")
+    assert (recipe.data.source, recipe.data.condition) == ("2024", "label")
+    assert recipe.data.flip == ("flip" in group)
+
+
+def test_the_source_can_be_set_before_and_after_a_field_of_its_group():
+    recipe = load_recipe("digits", ["data=there", "data.flip=true"])
+    assert (recipe.data.source, recipe.data.flip) == ("there", True)
+    assert load_recipe("digits", ["data.source=teacher", "data.on_policy=0.25"]).data.on_policy == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"data": 3}, "here: data: "),
+        ({"data": {"source": "x", "on_policy": 1.5}}, "here: data.on_policy: "),
+        ({"data": {"sourc": "x"}}, "here: data.sourc is not a setting, did you mean data.source?"),
+        ({"data": {"flip": True}}, "here: data: flip is of images, and source none has none"),
+        ({"data": {"source": "teacher", "condition": "label"}}, "here: data: condition is of images"),
+        ({"data": {"source": "x", "trajectories": {"count": 3}}}, "here: data: trajectories act with source: teacher"),
+        ({"data": {"on_policy": 0.5}}, "here: data: on_policy below 1 acts with data"),
+        (
+            {"data": {"source": "teacher", "trajectories": {"points": 6}}},
+            "here: data.trajectories: solver_steps 64 does not split over the 5 stretches",
+        ),
+        (
+            {"data": {"source": "x", "condition": "text"}, "prompts": {"file": "y"}},
+            "here: recipe: data.condition and prompts are two sources",
+        ),
+        ({"data": "teacher", "loss": {"name": "mean_flow"}}, "here: recipe: loss mean_flow learns from data"),
+        (
+            {"data": {"source": "x", "on_policy": 0.5}, "loss": {"name": "mean_flow"}},
+            "here: recipe: data.on_policy: a loss that learns from data",
+        ),
+        ({"data": "teacher", "evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception"),
+    ],
+)
+def test_what_can_not_act_is_refused(settings, wanted):
+    with pytest.raises(UserError) as caught:
+        parse(settings, "here")
+    assert str(caught.value).startswith(wanted)
+    assert "\n" not in str(caught.value)

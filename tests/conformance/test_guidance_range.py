@@ -212,3 +212,17 @@ def test_ranges_that_can_not_be(folders, tmp_path):
     flux.build().save_pretrained(tmp_path / "flux")
     with pytest.raises(UserError, match=r"guidance\.range: this network is told its guidance already"):
         load_teacher(str(tmp_path / "flux"), call=dict(flux.call), guidance=RANGE)
+
+
+@torch.no_grad()
+def test_away_from_a_weaker_teacher_too(folders, tmp_path):
+    pipeline = PIPELINES["dit"].build()
+    pipeline.transformer.proj_out_2.weight.mul_(0.5)
+    pipeline.save_pretrained(tmp_path / "weak")
+    guidance = {"scale": 3.0, "range": [1.0, 7.0], "weaker": str(tmp_path / "weak")}
+    teacher = open_teacher(parse({"teacher": str(folders["dit"]), "guidance": guidance}, "here"))
+    x, t, _, places = inputs(teacher)
+    cond, scales = teacher.conditions.pick(places), torch.tensor([1.0, 2.5, 6.0])
+    better, worse = (load_teacher(str(f)).velocity(x, t, cond) for f in (folders["dit"], tmp_path / "weak"))
+    wanted = worse + scales.reshape(-1, 1, 1, 1) * (better - worse)
+    torch.testing.assert_close(teacher.velocity(x, t, cond.guided(scales)), wanted, atol=1e-5, rtol=1e-4)

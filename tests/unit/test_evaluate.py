@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import _frechet, _frechet_metric, check_features, evaluate, table
+from fmm_distill.evaluate import Evaluation, Row, _frechet, _frechet_metric, check_features, choose, evaluate, table
 from fmm_distill.features import load_digits_classifier
 from fmm_distill.recipe import DataSettings, EvaluationSettings
 from fmm_distill.student import make_student
@@ -84,3 +84,25 @@ def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
 def test_features_that_do_not_fit():
     with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
         check_features(EvaluationSettings(features="digits"), (3, 32, 32))
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["frechet", "endpoint"])
+def test_of_several_averages_the_one_that_is_nearest(measured):
+    def rows(name, errors, distances):
+        found = zip((1, 2), errors, distances, strict=True)
+        return [Row(name, n, n, error, distance if measured else None, 0.1) for n, error, distance in found]
+
+    # The slow one has the lower errors, the fast one the lower distances, in the mean and not at every step.
+    slow, fast = rows("slow", (0.1, 0.3), (0.2, 0.9)), rows("fast", (0.2, 0.25), (0.5, 0.4))
+    teacher = rows("teacher-ddim", (0.0, 0.0), (0.0, 0.0))
+    rate, chosen = choose(Evaluation({"noise_seed": 1}, slow + fast + teacher), {"slow": 0.999, "fast": 0.9})
+    best, other = (fast, slow) if measured else (slow, fast)
+    assert rate == (0.9 if measured else 0.999)
+    assert [(row.sampler, row.endpoint_error) for row in chosen.rows] == [
+        *(("student", row.endpoint_error) for row in best),
+        *((row.sampler, row.endpoint_error) for row in other + teacher),
+    ]
+    assert chosen.protocol["ema"] == rate
+    said = "mean Fréchet distance over the steps, on these samples (0.999: 0.55, 0.9: 0.45)"
+    assert (said in chosen.protocol["ema_chosen"]) == measured
+    assert choose(Evaluation({}, slow), {"slow": 0.999})[1].protocol == {"ema": 0.999}

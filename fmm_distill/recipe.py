@@ -152,8 +152,10 @@ class TrainingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """What is measured at the end."""
+    """What is measured at the end, and on the way."""
 
+    every: int = Field(default=0, ge=0)
+    """Optimiser steps after which the first moving average is measured on the way; 0: only at the end."""
     steps: tuple[Steps, ...] = (1, 2, 4, 8)
     """Numbers of student steps."""
     ddim_steps: tuple[Steps, ...] = (1, 2, 4, 8, 16, 50, 100)
@@ -177,6 +179,13 @@ class ExportSettings(Settings):
 
     steps: tuple[Steps, ...] = (1, 2, 4, 8)
     """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
+
+
+class LoggingSettings(Settings):
+    """Where the numbers go besides the run folder."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that accelerate starts; none: the JSON lines alone."""
 
 
 class Recipe(Settings):
@@ -211,9 +220,11 @@ class Recipe(Settings):
     training: TrainingSettings = TrainingSettings()
     """The loop."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    """What is measured at the end."""
+    """What is measured at the end, and on the way."""
     export: ExportSettings = ExportSettings()
     """What is written for others to load."""
+    logging: LoggingSettings = LoggingSettings()
+    """Where the numbers go besides the run folder."""
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:

@@ -24,6 +24,7 @@ from fmm_distill.memory import peak_memory
 from fmm_distill.objective import Objective, condition_of
 from fmm_distill.starts import draw
 from fmm_distill.stopping import TrainingStoppedError, stop_requests
+from fmm_distill.tracking import log_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,8 +122,12 @@ class Trainer:
         self.say(f"derivatives: {engine} ({reason})")
         return settings.model_copy(update={"derivative": engine})
 
-    def run(self) -> None:
+    def run(self, reached: Callable[[int], None] | None = None) -> None:
         """Train to the last step; checkpoints and one JSON line a step on the way.
+
+        Args:
+            reached: told on every process how many steps are done: at the start, after each step and, then smaller,
+                after a return to a checkpoint. What it does may not change the student.
 
         Raises:
             TrainingDivergedError: if losses or gradients are no numbers, after one return to a checkpoint.
@@ -130,6 +135,8 @@ class Trainer:
             OutOfMemoryError: if a step does not fit.
         """
         step = self._resume()
+        if reached is not None:
+            reached(step)
         if step >= self.total:
             return
         training = self.recipe.training
@@ -144,6 +151,7 @@ class Trainer:
                 record["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
                 if main:
                     checkpoint.append_line(log, json.dumps(record))
+                log_step(self.accelerator, record)
                 self._show(bar, record)
                 step += 1
                 if self.faults.too_many:
@@ -153,6 +161,8 @@ class Trainer:
                     self._save(step)
                 if stop and step < self.total:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
+                if reached is not None:
+                    reached(step)
         if self.faults.skipped:
             self.say(f"{self.faults.skipped} of {self.total} steps were left out: loss or gradient was no number")
 

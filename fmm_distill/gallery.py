@@ -43,9 +43,7 @@ class Gallery:
         self.truth = endpoint(teacher.velocity, teacher.schedule, prior, solver_steps, self.cond)
 
     @torch.no_grad()
-    def rows(
-        self, student: Student, steps: tuple[int, ...]
-    ) -> dict[str, Float[Tensor, "count channels height width"]]:
+    def rows(self, student: Student, steps: tuple[int, ...]) -> dict[str, Float[Tensor, "count channels height width"]]:
         """The teacher's row, and one for each number of the student's steps; decoded, in [-1, 1], on the CPU."""
         rows = {"teacher's ODE": self.truth}
         rows |= {f"student, {n}": sample(student, self.noise, n, self.cond) for n in steps}

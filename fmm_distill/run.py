@@ -56,8 +56,6 @@ from fmm_distill.trainer import Trainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import Tensor
-
     from fmm_distill.data import Images, Samples
     from fmm_distill.flow_map import LearnedFlowMap
     from fmm_distill.recipe import Recipe

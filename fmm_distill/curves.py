@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from fmm_distill.pictures import STYLES as SAMPLERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +52,7 @@ def draw_curves(
     figure = Figure(figsize=(9, 0.6 + 1.25 * sum(heights)), dpi=130, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     done = _column(records, "step") + 1
-    width = max(1, len(records) // 50)
+    width = max(10, len(records) // 50)
     for axis, (key, label) in zip(
         axes,
         {
@@ -65,13 +67,13 @@ def draw_curves(
         if key == "learning_rate":
             axis.plot(done, values, color=SMOOTH, linewidth=1.5)
         else:
-            _noisy(axis, done, values, width)
+            _noisy(axis, records, values, width)
         axis.set_ylabel(label)
         if key in ("loss", "gradient_norm"):
             _logarithmic(axis, values)
         else:
             axis.set_ylim(bottom=0)
-            axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis, quantity in zip(axes[4:], quantities, strict=True):
         _evaluations(axis, evaluations, quantity)
     bad = [record["step"] + 1 for record in records if "skipped" in record]
@@ -96,11 +98,19 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> Float[ndarray, " 
     return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=float)
 
 
-def _noisy(axis: Axes, done: Float[ndarray, " steps"], values: Float[ndarray, " steps"], width: int) -> None:
-    """Every value in light, their running mean in dark."""
+def _noisy(axis: Axes, records: Sequence[Mapping[str, Any]], values: Float[ndarray, " steps"], width: int) -> None:
+    """Every value in light; in dark their running mean, anew in each phase: losses have scales of their own."""
+    done = _column(records, "step") + 1
     dots = "." if len(values) <= 60 else ""
     axis.plot(done, values, color=RAW, linewidth=0.8, alpha=0.7, marker=dots)
-    axis.plot(done, running_mean(values, width), color=SMOOTH, linewidth=1.5)
+    for first, last in pairwise(_edges(records)):
+        axis.plot(done[first:last], running_mean(values[first:last], width), color=SMOOTH, linewidth=1.5)
+
+
+def _edges(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where in the log each phase begins, and its length."""
+    changes = [i for i in range(1, len(records)) if records[i]["phase"] != records[i - 1]["phase"]]
+    return [0, *changes, len(records)]
 
 
 def _logarithmic(axis: Axes, values: Float[ndarray, " values"]) -> None:
@@ -111,8 +121,8 @@ def _logarithmic(axis: Axes, values: Float[ndarray, " values"]) -> None:
     axis.set_yscale("log")
     decades = np.log10(positive.max() / positive.min())
     if decades < 2.5:
-        subs = (1.0, 2.0, 5.0) if decades > 0.5 else tuple(np.arange(1.0, 10.0, 0.5))
-        axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        # Less than a decade has too few ticks of its own.
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades > 1 else MaxNLocator(5))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axis.yaxis.set_major_formatter(LogFormatterSciNotation())
@@ -132,7 +142,7 @@ def _evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], quantity:
     teacher = [row for _, row in rows if not row["sampler"].startswith("student")]
     if teacher:
         best = min(teacher, key=lambda row: row[quantity])
-        name = f"{best['sampler']}, {best['steps']}"
+        name = f"{SAMPLERS[best['sampler']][2]}, {best['steps']}"
         axis.axhline(best[quantity], color="#555555", linestyle="--", linewidth=1.0, label=name)
     _logarithmic(axis, np.array([row[quantity] for _, row in rows], dtype=float))
     axis.set_ylabel(QUANTITIES[quantity])
@@ -141,13 +151,14 @@ def _evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], quantity:
 
 def _phases(axes: Sequence[Axes], records: Sequence[Mapping[str, Any]]) -> None:
     """A thin line where a phase begins, every second one shaded, its name above the first axes."""
-    starts = [next(group) for _, group in groupby(records, key=lambda record: record["phase"])]
-    edges = [record["step"] for record in starts] + [records[-1]["step"] + 1]
-    for i, ((first, last), record) in enumerate(zip(pairwise(edges), starts, strict=True)):
+    for i, (first, last) in enumerate(pairwise(_edges(records))):
+        start, end = records[first]["step"], records[last - 1]["step"] + 1
         for axis in axes:
             if i % 2:
-                axis.axvspan(first, last, color="#000000", alpha=0.05, linewidth=0)
+                axis.axvspan(start, end, color="#000000", alpha=0.05, linewidth=0)
             if i:
-                axis.axvline(first, color="#777777", linewidth=0.8)
+                axis.axvline(start, color="#777777", linewidth=0.8)
         place = axes[0].get_xaxis_transform()
-        axes[0].text(first, 1.02, record["phase"], transform=place, fontsize=8, color="#333333", clip_on=False)
+        # Beside each other short phases would be written over each other.
+        height = 1.02 if i % 2 == 0 else 1.09
+        axes[0].text(start, height, records[first]["phase"], transform=place, fontsize=8, color="#333333")

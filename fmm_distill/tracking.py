@@ -89,9 +89,9 @@ def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
 def _failures(recipe: Recipe) -> tuple[type[Exception], ...]:
     """What a tracker raises that can't be started here."""
     if "wandb" not in recipe.logging.trackers:
-        return (OSError, RuntimeError, ValueError)
+        return (ImportError, OSError, RuntimeError, ValueError)
     wandb = importlib.import_module("wandb")
-    return (OSError, RuntimeError, ValueError, cast("type[Exception]", wandb.errors.Error))
+    return (ImportError, OSError, RuntimeError, ValueError, cast("type[Exception]", wandb.errors.Error))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -181,7 +181,7 @@ class Benchmark:
         """The trained teacher, and what its solver and its single Euler steps make of the noise."""
         folder = self.folder / "teacher"
         recipe = recipe_for(METHODS["flow_matching"], self.budget.teacher_steps, 0, 1)
-        training = recipe.training.model_copy(update={"learning_rate": TEACHER_RATE, "ema": 0.995})
+        training = recipe.training.model_copy(update={"learning_rate": TEACHER_RATE, "ema": (0.995,)})
         recipe = recipe.model_copy(update={"training": training})
         # Only the closed form's prior and stretch of time play a part: data say what the velocity is.
         network = Perceptron(0, width=self.budget.width)
@@ -210,7 +210,7 @@ class Benchmark:
             train(copy.deepcopy(network).requires_grad_(), teacher, recipe, folder)
         except TrainingDivergedError as error:
             print(f"{name}: {error}")
-        kept = averages(folder, self.budget.width, recipe.ema_rates[0])
+        kept = averages(folder, self.budget.width, recipe.training.ema[0])
         last = kept.get(run.steps)
         found: dict[str, Any] = speed(folder, recipe) | measure(last, self.noise, ends, STEPS)
         batch = recipe.training.batch_size

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from fmm_distill.data import load_images
-from fmm_distill.recipe import DataSettings
+from fmm_distill.settings import DataSettings
 
 
 def main() -> None:

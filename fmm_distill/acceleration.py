@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.flow_map import LearnedFlowMap
-    from fmm_distill.recipe import TrainingSettings
+    from fmm_distill.settings import TrainingSettings
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning
 

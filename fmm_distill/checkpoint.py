@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from fmm_distill.errors import UserError
 
@@ -28,6 +27,7 @@ __all__ = [
     "average_name",
     "load",
     "newest",
+    "newest_state",
     "newest_whole",
     "save",
     "write_text",
@@ -120,6 +120,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    # Here and below: where a run stands is read without torch.
+    from safetensors.torch import save_file
+
     partial.mkdir()
     for name, tensors in checkpoint.tensors.items():
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -183,19 +186,40 @@ def load(path: Path) -> Checkpoint:
     Raises:
         DamagedCheckpointError: if a file of it is missing or is not the one that was written.
     """
+    from safetensors.torch import load_file
 
-    def damaged(name: str, what: str) -> DamagedCheckpointError:
-        return DamagedCheckpointError(f"checkpoint {path}: {name} {what}")
+    step, digests = _manifest(path)
+    for name, digest in digests.items():
+        if _digest(path / name) != digest:
+            raise _damaged(path, name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(step, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
+
+def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint {path}: {name} {what}")
+
+
+def _manifest(path: Path) -> tuple[int, dict[str, str]]:
+    """The step of a checkpoint and the digest of each of its files, all of which are there."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         digests, step = manifest["sha256"], manifest["step"]
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(_MANIFEST, "is missing or unreadable") from error
-    for name, digest in digests.items():
+        raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
+    for name in digests:
         if not (path / name).is_file():
-            raise damaged(name, "is missing")
-        if _digest(path / name) != digest:
-            raise damaged(name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))
+            raise _damaged(path, name, "is missing")
+    return step, digests
+
+
+def newest_state(folder: Path) -> tuple[Path, int, dict[str, Any]] | None:
+    """The newest checkpoint whose files are all there, its step, and what in it is not a tensor. Reads no weights."""
+    # A second look: a run at work may put a newer one in the place of what was found.
+    for path in [*reversed(_complete(folder)), *reversed(_complete(folder))]:
+        try:
+            step, _ = _manifest(path)
+            return path, step, json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (DamagedCheckpointError, OSError, ValueError):
+            continue
+    return None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
     from torch import Tensor
 
-    from fmm_distill.recipe import DataSettings, PromptSettings
+    from fmm_distill.settings import DataSettings, PromptSettings
     from fmm_distill.starts import Draws
     from fmm_distill.tables import Table
     from fmm_distill.teachers.conditions import Conditions

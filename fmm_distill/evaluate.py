@@ -13,7 +13,6 @@ from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepS
 from fmm_distill.errors import UserError
 from fmm_distill.features import load_digits_classifier
 from fmm_distill.interpolant import expand
-from fmm_distill.lora import AdaptersOff
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import VariancePreserving
 from fmm_distill.solve import endpoint, solve
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     from fmm_distill.data import Images
-    from fmm_distill.recipe import EvaluationSettings
+    from fmm_distill.settings import EvaluationSettings
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.codec import Codec
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "Measure",
     "Row",
     "check_evaluation_steps",
     "check_features",
@@ -101,7 +101,6 @@ def check_evaluation_steps(name: str, steps: tuple[int, ...], teacher: Teacher) 
         )
 
 
-@torch.no_grad()
 def evaluate(
     students: Mapping[str, Student],
     teacher: Teacher,
@@ -117,23 +116,53 @@ def evaluate(
     The endpoint error is the root mean square, over samples and pixels, of the distance to where the teacher's
     ODE takes the same noise (RK4, see ``solve.endpoint``).
     """
-    count = max(settings.endpoint_samples, settings.samples if settings.features != "none" else 0)
-    noise = torch.randn(count, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
-    some = noise[: settings.endpoint_samples]
-    cond = conditions_of(teacher, count, NOISE_SEED)
-    truth, solver_error = _truth(teacher, some, cond, settings, device)
-    metric = _frechet_metric(settings, reference, device)
-    # A teacher that is its student without adapters asks the student's network: calls are counted there alone.
-    shared = isinstance(teacher.network, AdaptersOff)
-    own = tuple(student.network for student in students.values())
-    networks = own if shared else (*own, teacher.network)
-    rows = []
-    for name, steps, sampler in _samplers(students, teacher, settings):
-        x, calls, seconds = _run(sampler, noise, cond, networks, settings.batch_size, device)
-        error = (x[: len(some)] - truth).square().mean().sqrt().item()
-        rows.append(Row(name, steps, calls, error, _frechet(metric, teacher.codec, x, settings), seconds))
-    protocol = _protocol(teacher, settings, reference, solver_error, device)
-    return Evaluation(protocol, rows)
+    measure = Measure(teacher, settings, reference, device)
+    return Evaluation(measure.protocol, [*measure.of_students(students), *measure.of_teacher()])
+
+
+class Measure:
+    """The noises, their endpoints and the reference that samplers are measured with, made once.
+
+    Attributes:
+        protocol: how it is measured.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, teacher: Teacher, settings: EvaluationSettings, reference: Images | None, device: torch.device
+    ) -> None:
+        self.teacher, self.settings, self.device = teacher, settings, device
+        count = max(settings.endpoint_samples, settings.samples if settings.features != "none" else 0)
+        self.noise = torch.randn(count, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        self.cond = conditions_of(teacher, count, NOISE_SEED)
+        some = self.noise[: settings.endpoint_samples]
+        self.truth, solver_error = _truth(teacher, some, self.cond, settings, device)
+        self.metric = _frechet_metric(settings, reference, device)
+        self.protocol = _protocol(teacher, settings, reference, solver_error, device)
+
+    def of_students(self, students: Mapping[str, Student]) -> list[Row]:
+        """One row a student and number of steps.
+
+        Args:
+            students: the name of their rows to each.
+        """
+        return [
+            self._row(name, steps, _jumps(student, steps), student.network)
+            for name, student in students.items()
+            for steps in self.settings.steps
+        ]
+
+    def of_teacher(self) -> list[Row]:
+        """One row a solver of the teacher and number of steps."""
+        solvers = _solvers_of(self.teacher, self.settings)
+        return [self._row(name, steps, solver, self.teacher.network) for name, steps, solver in solvers]
+
+    @torch.no_grad()
+    def _row(self, name: str, steps: int, sampler: Sampler, network: nn.Module) -> Row:
+        x, calls, seconds = _run(sampler, self.noise, self.cond, network, self.settings.batch_size, self.device)
+        error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
+        frechet = _frechet(self.metric, self.teacher.codec, x, self.settings)
+        return Row(name, steps, calls, error, frechet, seconds)
 
 
 def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, Evaluation]:
@@ -171,23 +200,23 @@ def conditions_of(teacher: Teacher, count: int, seed: int) -> Conditioning | Non
     return teacher.told(torch.rand(count, generator=torch.Generator().manual_seed(seed)))
 
 
-def _samplers(
-    students: Mapping[str, Student], teacher: Teacher, settings: EvaluationSettings
-) -> list[tuple[str, int, Sampler]]:
-    def at(student: Student, steps: int) -> Sampler:
-        return lambda noise, cond: sample(student, noise, steps, cond)
+def _jumps(student: Student, steps: int) -> Sampler:
+    return lambda noise, cond: sample(student, noise, steps, cond)
 
-    samplers = [(name, steps, at(student, steps)) for name, student in students.items() for steps in settings.steps]
+
+def _solvers_of(teacher: Teacher, settings: EvaluationSettings) -> list[tuple[str, int, Sampler]]:
     if not isinstance(teacher.schedule, VariancePreserving):
-        return samplers + [("teacher-euler", steps, _euler(teacher, steps)) for steps in settings.ddim_steps]
+        return [("teacher-euler", steps, _euler(teacher, steps)) for steps in settings.ddim_steps]
     solvers: list[tuple[str, Any, tuple[int, ...]]] = [("teacher-ddim", DDIMScheduler, settings.ddim_steps)]
     if _has_own_levels(teacher):
         solvers = [("teacher-ddim", CogVideoXDDIMScheduler, settings.ddim_steps)]
     else:
         solvers += [("teacher-dpmsolver++", DPMSolverMultistepScheduler, settings.dpmsolver_steps)]
-    for name, kind, numbers in solvers:
-        samplers += [(name, steps, _stock(teacher, teacher.schedule, kind, steps)) for steps in numbers]
-    return samplers
+    return [
+        (name, steps, _stock(teacher, teacher.schedule, kind, steps))
+        for name, kind, numbers in solvers
+        for steps in numbers
+    ]
 
 
 def _has_own_levels(teacher: Teacher) -> bool:
@@ -236,18 +265,17 @@ def _run(
     sampler: Sampler,
     noise: Tensor,
     cond: Conditioning | None,
-    networks: tuple[nn.Module, ...],
+    network: nn.Module,
     batch: int,
     device: torch.device,
 ) -> tuple[Float[Tensor, "batch *event"], int, float]:
     """Samples on the CPU, network calls, seconds an image (median over batches, after one warm-up batch)."""
     calls = []
-    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
+    hook = network.register_forward_hook(lambda *_: calls.append(1))
     parts = _batches(noise, cond, batch, device)
     sampler(*parts[0])
     counted = len(calls)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     samples, seconds = [], []
     for part, told in parts:
         started = time.perf_counter()

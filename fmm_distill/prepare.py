@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fmm_distill.data import Images, Samples
-    from fmm_distill.recipe import DataSettings, Recipe
+    from fmm_distill.recipe import Recipe
+    from fmm_distill.settings import DataSettings
     from fmm_distill.tables import Table
     from fmm_distill.teachers.base import Teacher
 

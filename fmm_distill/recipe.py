@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -13,6 +13,19 @@ from pydantic import Field, ValidationError, model_validator
 from fmm_distill.errors import UserError
 from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings
 from fmm_distill.losses.base import Settings
+from fmm_distill.settings import (
+    PLAIN,
+    DataSettings,
+    EvaluationSettings,
+    ExportSettings,
+    GuidanceSettings,
+    LoggingSettings,
+    PromptSettings,
+    Stage,
+    StudentSettings,
+    Term,
+    TrainingSettings,
+)
 from fmm_distill.starts import Pairs
 from fmm_distill.weights import Metric, Weight
 
@@ -20,238 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
-
-
-# Groups of which a plain value is one of their fields.
-PLAIN = {"data": "source"}
-
-Steps = Annotated[int, Field(ge=1)]
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters in place of training every weight."""
-
-    rank: int = Field(default=0, ge=0)
-    """Of the adapters; 0: every weight is trained."""
-    targets: tuple[str, ...] = ()
-    """Endings of the layers' names that are adapted; none: the attention and feed-forward projections."""
-
-
-class StudentSettings(Settings):
-    """How the student starts."""
-
-    prediction: Literal["teacher", "v_prediction"] = "teacher"
-    """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
-    regression_steps: int = Field(default=0, ge=0)
-    """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
-    lora: LoraSettings = LoraSettings()
-    """Low-rank adapters."""
-
-
-class PromptSettings(Settings):
-    """What a teacher of prompts is told."""
-
-    file: str | None = None
-    """A text file with one prompt a line; without it and a dataset: the empty prompt alone."""
-    dataset: str | None = None
-    """A Hub dataset, a parquet or CSV file, whose column holds the prompts."""
-    column: str = "text"
-    """The dataset's column."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.file is not None and self.dataset is not None:
-            raise ValueError("prompts.file and prompts.dataset are two sources: give one")
-        return self
-
-
-class TrajectorySettings(Settings):
-    """Trajectories that the teacher solves before training."""
-
-    count: int = Field(default=4096, ge=1)
-    """Trajectories, each from a noise of its own."""
-    points: int = Field(default=9, ge=2)
-    """Times at which each is kept, from t_max to t_min, equally far apart in the teacher's timesteps."""
-    solver_steps: int = Field(default=64, ge=1)
-    """RK4 steps of each; a multiple of points - 1."""
-
-    @model_validator(mode="after")
-    def _steps_end_at_points(self) -> Self:
-        if self.solver_steps % (self.points - 1):
-            raise ValueError(
-                f"solver_steps {self.solver_steps} does not split over the {self.points - 1} stretches between points "
-                f"{self.points}: wanted a multiple"
-            )
-        return self
-
-
-class DataSettings(Settings):
-    """What jumps start from besides noise. A string in its place is the source alone."""
-
-    source: str = "none"
-    """none (noise alone), teacher (trajectories), a Hub dataset, a parquet file or folder, or a folder of images."""
-    split: str = "train"
-    """Of a Hub dataset or a folder."""
-    image: str | None = None
-    """The column of images; none: the one that there is."""
-    condition: str | None = None
-    """The column of classes or captions, for a teacher that is told one."""
-    fit: Literal["none", "crop"] = "none"
-    """Images of another size are refused, or resized (antialiased) to cover the teacher's size and centre-cropped."""
-    flip: bool = False
-    """Mirror each picked image, left and right, with chance 1/2."""
-    max_corrupt: float = Field(default=0.01, ge=0, le=1)
-    """Share of the images that may be unreadable; they are skipped, and it is said."""
-    on_policy: float | None = Field(default=None, ge=0, le=1)
-    """Share of samples that start from the student's own jump all the same; none: 0 with data, 1 without."""
-    trajectories: TrajectorySettings = TrajectorySettings()
-    """Of source: teacher."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _source_alone(cls, value: object) -> object:
-        return {PLAIN["data"]: value} if isinstance(value, str) else value
-
-    @property
-    def has_images(self) -> bool:
-        """Whether there are images: something to noise, and to compare with."""
-        return self.source not in ("none", "teacher")
-
-    @model_validator(mode="after")
-    def _settings_act(self) -> Self:
-        idle = [
-            name
-            for name in ("split", "image", "condition", "fit", "flip", "max_corrupt")
-            if not self.has_images and getattr(self, name) != type(self).model_fields[name].default
-        ]
-        if idle:
-            raise ValueError(f"{idle[0]} is of images, and source {self.source} has none: leave it out")
-        if self.source != "teacher" and self.trajectories != TrajectorySettings():
-            raise ValueError("trajectories act with source: teacher only")
-        if self.source == "none" and self.on_policy not in (None, 1.0):
-            raise ValueError("on_policy below 1 acts with data or source: teacher; without, every jump starts from one")
-        return self
-
-
-class GuidanceSettings(Settings):
-    """Classifier-free guidance of the teacher; the student learns the guided velocity."""
-
-    scale: float = Field(default=1.0, ge=0)
-    """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
-    range: tuple[float, float] | None = None
-    """Scales that become an input of the student; scale is then the one that is evaluated and folded."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which it acts."""
-    weaker: str | None = None
-    """Autoguidance: a weaker teacher of the same kind, whose velocity takes the place of v_null."""
-
-    @model_validator(mode="after")
-    def _weaker_acts(self) -> Self:
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"guidance.interval {list(self.interval)}: wanted two times in [0, 1], the smaller first")
-        if self.range is not None and not 0 <= self.range[0] <= self.scale <= self.range[1] > self.range[0]:
-            raise ValueError(
-                f"guidance.range {list(self.range)} with guidance.scale {self.scale:g}: wanted two scales of at least "
-                "0, the smaller first, and guidance.scale between them: it is the one that is evaluated and folded"
-            )
-        if self.weaker is not None and self.scale == 1 and self.range is None:
-            raise ValueError("guidance.weaker acts with another guidance.scale than 1")
-        return self
-
-
-class Term(Settings):
-    """A further loss on a share of every batch."""
-
-    loss: AnyLossSettings
-    """Which loss, and its settings."""
-    share: float = Field(gt=0, lt=1)
-    """Share of the batch that goes to it."""
-    weight: float = Field(default=1.0, gt=0)
-    """Factor of its weighted loss."""
-    pairs: Pairs | None = None
-    """Its own pairs of times; none: those of the recipe."""
-
-
-class Stage(Settings):
-    """A loss that is trained alone before the main one."""
-
-    loss: AnyLossSettings
-    """Which loss, and its settings."""
-    share: float = Field(gt=0, lt=1)
-    """Share of training.steps that it lasts."""
-    pairs: Pairs | None = None
-    """Its own pairs of times; none: those of the recipe."""
-
-
-class TrainingSettings(Settings):
-    """The loop."""
-
-    steps: int = Field(default=1000, ge=1)
-    """Optimiser steps on the loss, after the student's regression steps."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples in one optimiser step, over all processes."""
-    accumulation: int = Field(default=1, ge=1)
-    """Parts that a process's share of the batch is split into, to save memory."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's averaging rates."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate grows from 0."""
-    decay: Literal["constant", "cosine"] = "cosine"
-    """What the learning rate does after its warm-up."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
-    ema: Annotated[float, Field(ge=0, lt=1)] | tuple[Annotated[float, Field(ge=0, lt=1)], ...] = 0.999
-    """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several
-    rates the evaluation chooses one, and targets of an average follow the first."""
-    bad_steps: int = Field(default=5, ge=1)
-    """Steps in a row with a loss or a gradient that is no number, each of which is left out, after which the run goes
-    back to its newest checkpoint with half the learning rate; the second time it stops."""
-    refresh_steps: int = Field(default=0, ge=0)
-    """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the student's forward pass; derivatives, weights and losses stay in float32."""
-    gradient_checkpointing: bool = False
-    """Compute the student's blocks again in the backward pass: less memory; derivatives with gradients are central."""
-    compile: Literal["none", "inductor", "eager"] = "none"
-    """Compile teacher and student with torch.compile (eager: trace them only); derivatives are central then."""
-    seed: int = Field(default=0, ge=0)
-    """Every draw is a function of it, the step and the place in the batch."""
-    checkpoint_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints that stay on disk."""
-
-
-class EvaluationSettings(Settings):
-    """What is measured at the end."""
-
-    steps: tuple[Steps, ...] = (1, 2, 4, 8)
-    """Numbers of student steps."""
-    ddim_steps: tuple[Steps, ...] = (1, 2, 4, 8, 16, 50, 100)
-    """Numbers of DDIM steps of the teacher, to compare with."""
-    dpmsolver_steps: tuple[Steps, ...] = (1, 2, 4, 6, 8, 16)
-    """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
-    samples: int = Field(default=1024, ge=2)
-    """Images for the Fréchet distance."""
-    endpoint_samples: int = Field(default=256, ge=1)
-    """Noises for the endpoint error."""
-    endpoint_solver_steps: int = Field(default=64, ge=1)
-    """RK4 steps of the teacher's ODE solution; half as many are solved too, and the difference reported."""
-    features: Literal["digits", "inception", "none"] = "none"
-    """Features of the Fréchet distance: the built-in digits classifier, Inception (extra `fid`), or no distance."""
-    batch_size: int = Field(default=256, ge=1)
-    """Images at a time."""
-
-
-class ExportSettings(Settings):
-    """What is written for others to load."""
-
-    steps: tuple[Steps, ...] = (1, 2, 4, 8)
-    """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
 
 
 class Recipe(Settings):
@@ -286,9 +67,11 @@ class Recipe(Settings):
     training: TrainingSettings = TrainingSettings()
     """The loop."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    """What is measured at the end."""
+    """What is measured at the end, and on the way."""
     export: ExportSettings = ExportSettings()
     """What is written for others to load."""
+    logging: LoggingSettings = LoggingSettings()
+    """Where the numbers go besides the run folder."""
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:
@@ -308,12 +91,6 @@ class Recipe(Settings):
         """The names of all losses, to be read by people."""
         beside = " and ".join([self.loss.name, *(term.loss.name for term in self.also)])
         return ", then ".join([*(stage.loss.name for stage in self.before), beside])
-
-    @property
-    def ema_rates(self) -> tuple[float, ...]:
-        """The rates of the moving averages."""
-        rates = self.training.ema
-        return rates if isinstance(rates, tuple) else (rates,)
 
     def stage_at(self, step: int) -> tuple[int | None, int]:
         """Which of the stages before the main loss a step is in, None after them; and its number within the stage.

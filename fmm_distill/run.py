@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 
 from fmm_distill import checkpoint
 from fmm_distill.data import captions_of, load_images, load_prompts
 from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import (
-    NOISE_SEED,
     Evaluation,
     check_evaluation_steps,
     check_features,
     choose,
-    conditions_of,
     evaluate,
     table,
 )
@@ -30,12 +29,13 @@ from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
+from fmm_distill.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.memory import activation_bytes
+from fmm_distill.monitor import Monitor
 from fmm_distill.parts import mebibytes
-from fmm_distill.pictures import draw_samples, draw_steps, still
+from fmm_distill.pictures import draw_samples, draw_steps
 from fmm_distill.prepare import describe_data, disk_bytes, open_images, prepare_samples
-from fmm_distill.recipe import DataSettings
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
@@ -44,21 +44,20 @@ from fmm_distill.run_folder import (
     kept_recipe,
     make_folder,
     read_evaluation,
+    steps_done,
     take_changes,
 )
-from fmm_distill.sampling import sample
-from fmm_distill.solve import endpoint
+from fmm_distill.settings import DataSettings
 from fmm_distill.student import make_student, stock_part
 from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.tracking import check_trackers, log_picture, log_rows, tracked, tracker_folder
 from fmm_distill.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from torch import Tensor
 
     from fmm_distill.data import Images
     from fmm_distill.flow_map import LearnedFlowMap
@@ -78,9 +77,8 @@ __all__ = [
     "plan",
 ]
 
-COLUMNS = 12
 # Averages, checkpoints and the fold take whole weights.
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 @dataclass
@@ -169,7 +167,7 @@ def distill(
         TrainingDivergedError: when the loss is no number any more.
     """
     folder = Path(output)
-    accelerator = _accelerator(recipe)
+    accelerator = _accelerator(recipe, folder)
     line = say if accelerator.is_main_process else _silent
     changes = check_folder(folder, recipe, fresh=fresh)
     # No process makes the folder before all have looked at it.
@@ -194,15 +192,22 @@ def distill(
     accelerator.wait_for_everyone()
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
-    trainer.run()
-    if accelerator.is_main_process:
-        _finish(job, {rate: trainer.averaged_student(rate) for rate in trainer.averages}, folder, line)
-    accelerator.wait_for_everyone()
-    return cast("Evaluation", read_evaluation(folder))
+    average = cast("Student", trainer.averaged_student(recipe.training.ema[0]))
+    monitor = Monitor(average, job.teacher, recipe, job.reference, folder, accelerator)
+    with tracked(accelerator, recipe, folder, steps_done(folder)):
+        trainer.run(monitor.reached)
+        if accelerator.is_main_process:
+            _finish(job, {rate: trainer.averaged_student(rate) for rate in trainer.averages}, folder, line)
+        accelerator.wait_for_everyone()
+        evaluation = cast("Evaluation", read_evaluation(folder))
+        log_rows(accelerator, evaluation.to_json()["rows"], trainer.total)
+        log_picture(accelerator, folder / "samples.png", trainer.total)
+    return evaluation
 
 
 def _check_training(recipe: Recipe) -> None:
     training = recipe.training
+    check_trackers(recipe)
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -214,7 +219,7 @@ def _check_training(recipe: Recipe) -> None:
         )
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     precision = recipe.training.precision
     _check_training(recipe)
     wanted = {"fp32": "no"}.get(precision, precision)
@@ -224,7 +229,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             f"training.precision: {precision}, but this process has run in {before.replace('no', 'fp32')}, and "
             "accelerate keeps one precision a process: start another"
         )
-    accelerator = Accelerator(mixed_precision=wanted, gradient_accumulation_steps=recipe.training.accumulation)
+    accelerator = Accelerator(
+        mixed_precision=wanted,
+        gradient_accumulation_steps=recipe.training.accumulation,
+        log_with=list(recipe.logging.trackers) or None,
+        project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
+    )
     if accelerator.distributed_type.value in _SHARDED:
         raise UserError(
             f"accelerate is set up for {accelerator.distributed_type.value}, which splits the student's weights over "
@@ -311,21 +321,9 @@ def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[
     return verify(student, teacher, target, steps)
 
 
-@torch.no_grad()
-def _rows(job: Plan, steps: tuple[int, ...], count: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Images of the teacher's ODE and of the student, from the same noises."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, *job.teacher.event_shape, generator=generator).to(device)
-    teacher, solver_steps = job.teacher, job.recipe.evaluation.endpoint_solver_steps
-    cond = conditions_of(teacher, count, seed)
-    cond = None if cond is None else cond.to(device)
-    truth = endpoint(teacher.velocity, teacher.schedule, teacher.prior(noise), solver_steps, cond)
-    rows = {"teacher's ODE": truth} | {f"student, {n}": sample(job.student, noise, n, cond) for n in steps}
-    return {name: still(teacher.codec.decode(x).cpu()) for name, x in rows.items()}
-
-
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
-    rows = _rows(job, job.recipe.evaluation.steps, COLUMNS, NOISE_SEED + 1, device)
+    settings = job.recipe.evaluation
+    rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
     with checkpoint.writing(folder / "samples.png"):
         draw_samples(rows, folder / "samples.png")
         draw_steps(evaluation, folder / "steps.png")
@@ -365,7 +363,7 @@ def open_run(folder: Path | str, guidance: float | None = None, say: Callable[[s
     path, kept = found
     job = plan(recipe, kept_prompts(folder))
     evaluation = read_evaluation(folder)
-    rate = recipe.ema_rates[0] if evaluation is None else evaluation.protocol["ema"]
+    rate = recipe.training.ema[0] if evaluation is None else evaluation.protocol["ema"]
     average = kept.tensors.get(checkpoint.average_name(rate), {})
     try:
         weights = {name: value for name, value in average.items() if name != "n_averaged"}
@@ -409,7 +407,8 @@ def draw_run(
 ) -> None:
     """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
     job = open_run(folder, guidance)
-    rows = _rows(job, steps, count, seed, torch.device("cpu"))
+    solver_steps = job.recipe.evaluation.endpoint_solver_steps
+    rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
     with checkpoint.writing(picture):
         draw_samples(rows, picture)
 

@@ -30,13 +30,14 @@ __all__ = [
     "kept_recipe",
     "make_folder",
     "read_evaluation",
+    "steps_done",
     "take_changes",
 ]
 
 PROMPTS = "prompts.json"
 # What a run may go on with otherwise than it began: the steps already made stay what they are.
 _FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
-_FREE_GROUPS = ("evaluation.", "export.")
+_FREE_GROUPS = ("evaluation.", "export.", "logging.")
 
 
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
@@ -64,7 +65,7 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
         raise UserError(
             f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove it"
         )
-    done = _steps_done(folder)
+    done = steps_done(folder)
     total = recipe.student.regression_steps + recipe.training.steps
     if done > total:
         raise UserError(
@@ -74,7 +75,8 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
     return [f"{key}: {there.get(key)} until step {done}, {here.get(key)} from there" for key in different]
 
 
-def _steps_done(folder: Path) -> int:
+def steps_done(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 without any."""
     newest = checkpoint.newest(folder / "checkpoints")
     return 0 if newest is None else int(newest.name.removeprefix("step-"))
 
@@ -84,7 +86,7 @@ def take_changes(folder: Path, recipe: Recipe) -> None:
     # The evaluation is what makes a run finished: it goes first, so that a kill leaves no run that only seems so.
     (folder / "evaluation.json").unlink(missing_ok=True)
     old = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    checkpoint.write_text(folder / f"recipe-until-{_steps_done(folder)}.yaml", old)
+    checkpoint.write_text(folder / f"recipe-until-{steps_done(folder)}.yaml", old)
     checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
 
 

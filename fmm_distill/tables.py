@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from torch import Tensor
 
-    from fmm_distill.recipe import DataSettings
+    from fmm_distill.settings import DataSettings
 
 __all__ = ["Table", "Unreadable", "check_shape", "datasets_library", "first_line", "open_table"]
 

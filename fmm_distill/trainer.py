@@ -25,6 +25,7 @@ from fmm_distill.memory import peak_memory
 from fmm_distill.objective import Objective, condition_of
 from fmm_distill.starts import draw
 from fmm_distill.stopping import TrainingStoppedError, stop_requests
+from fmm_distill.tracking import log_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from fmm_distill.data import Samples
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
-    from fmm_distill.recipe import Recipe, TrainingSettings
+    from fmm_distill.recipe import Recipe
+    from fmm_distill.settings import TrainingSettings
     from fmm_distill.starts import Draws
     from fmm_distill.stopping import StopRequest
     from fmm_distill.teachers.base import Distillable
@@ -88,9 +90,9 @@ class Trainer:
         student.to(accelerator.device)
         self.student = student
         # Before the networks are compiled: an average is a plain copy.
-        self.averages = {rate: averaged(student, rate) for rate in recipe.ema_rates}
+        self.averages = {rate: averaged(student, rate) for rate in recipe.training.ema}
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
-        copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.ema_rates[0])}
+        copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in recipe.losses):
             self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
@@ -143,8 +145,12 @@ class Trainer:
         self.say(f"derivatives: {engine} ({reason})")
         return settings.model_copy(update={"derivative": engine})
 
-    def run(self) -> None:
+    def run(self, reached: Callable[[int], None] | None = None) -> None:
         """Train to the last step; checkpoints and one JSON line a step on the way.
+
+        Args:
+            reached: told on every process how many steps are done: at the start, after each step and, then smaller,
+                after a return to a checkpoint. What it does may not change the student.
 
         Raises:
             TrainingDivergedError: if losses or gradients are no numbers, after one return to a checkpoint.
@@ -152,6 +158,8 @@ class Trainer:
             OutOfMemoryError: if a step does not fit.
         """
         step = self._resume()
+        if reached is not None:
+            reached(step)
         if step >= self.total:
             return
         training = self.recipe.training
@@ -166,6 +174,7 @@ class Trainer:
                 record["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
                 if main:
                     checkpoint.append_line(log, json.dumps(record))
+                log_step(self.accelerator, record)
                 self._show(bar, record)
                 step += 1
                 if self.faults.too_many:
@@ -175,6 +184,8 @@ class Trainer:
                     self._save(step)
                 if stop and step < self.total:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
+                if reached is not None:
+                    reached(step)
         if self.faults.skipped:
             self.say(f"{self.faults.skipped} of {self.total} steps were left out: loss or gradient was no number")
 
@@ -299,7 +310,7 @@ class Trainer:
         every = self.recipe.training.refresh_steps
         regressed = step == 0 and self.recipe.student.regression_steps > 0
         if self.frozen is not None and (regressed or (every and step > 0 and step % every == 0)):
-            self.frozen.load_state_dict(self.averaged_student(self.recipe.ema_rates[0]).state_dict())
+            self.frozen.load_state_dict(self.averaged_student(self.recipe.training.ema[0]).state_dict())
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.interpolant import TimeAxis
-    from fmm_distill.recipe import TrajectorySettings
+    from fmm_distill.settings import TrajectorySettings
     from fmm_distill.starts import Draws
     from fmm_distill.teachers.base import Distillable
 

@@ -92,7 +92,7 @@ RECIPE = {
     "two at once": (
         tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),
         [
-            "training.ema: Input should be less than 1 (got 2)",
+            "training.ema.0: Input should be less than 1 (got 2)",
             "; ",
             "export.stpes is not a setting, did you mean export.",
         ],

@@ -37,7 +37,9 @@ def test_public_names():
 
 
 def test_verbs_and_options():
-    assert sorted(command.commands) == ["env", "evaluate", "export", "inspect", "losses", "recipes", "sample"]
+    assert sorted(command.commands) == [
+        *("env", "evaluate", "export", "inspect", "losses", "recipes", "sample", "status"),
+    ]
     options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
     assert options == [
         "--version",

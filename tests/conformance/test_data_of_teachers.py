@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from fmm_distill.errors import UserError
 from fmm_distill.prepare import open_images
-from fmm_distill.recipe import DataSettings, parse
+from fmm_distill.recipe import parse
 from fmm_distill.run import distill, open_run, plan
+from fmm_distill.settings import DataSettings
 from fmm_distill.teachers.codec import LatentCodec, encoder_of
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer

@@ -13,8 +13,9 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluate import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import verify
-from fmm_distill.recipe import EvaluationSettings, parse
+from fmm_distill.recipe import parse
 from fmm_distill.run import distill, forecast, open_run
+from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher

@@ -11,7 +11,7 @@ import torch
 
 from fmm_distill.evaluate import evaluate
 from fmm_distill.interpolant import expand
-from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import DISCRETE as SCHEDULERS

@@ -17,11 +17,12 @@ from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.recipe import EvaluationSettings, parse
+from fmm_distill.recipe import parse
 from fmm_distill.report import describe_teacher
 from fmm_distill.run import distill, draw_run, plan
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import Angular
+from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher

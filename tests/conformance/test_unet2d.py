@@ -17,7 +17,7 @@ from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.interpolant import expand
 from fmm_distill.latents import Latents, encode_images, latent_layout
 from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.recipe import EvaluationSettings
+from fmm_distill.settings import EvaluationSettings
 from fmm_distill.starts import draw
 from fmm_distill.student import make_student
 from fmm_distill.teachers.analytic import Gaussian

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from fmm_distill.acceleration import accelerate_networks
 from fmm_distill.errors import UserError
-from fmm_distill.recipe import TrainingSettings
+from fmm_distill.settings import TrainingSettings
 from fmm_distill.starts import Pairs
 from fmm_distill.student import make_student
 from fmm_distill.trainer import Trainer

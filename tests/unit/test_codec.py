@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 
 from fmm_distill.data import load_images
 from fmm_distill.evaluate import _frechet, _frechet_metric
-from fmm_distill.recipe import DataSettings, EvaluationSettings
+from fmm_distill.settings import DataSettings, EvaluationSettings
 from fmm_distill.teachers.codec import LatentCodec, Pixels
 
 

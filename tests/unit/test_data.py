@@ -14,7 +14,7 @@ from PIL import Image
 from fmm_distill.data import LazyPixels, captions_of, load_images, load_prompts, places_of
 from fmm_distill.ema import averaged
 from fmm_distill.errors import UserError
-from fmm_distill.recipe import DataSettings, PromptSettings
+from fmm_distill.settings import DataSettings, PromptSettings
 from fmm_distill.starts import draw
 from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes

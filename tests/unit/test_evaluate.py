@@ -11,7 +11,7 @@ from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluate import Evaluation, Row, _frechet, _frechet_metric, check_features, choose, evaluate, table
 from fmm_distill.features import load_digits_classifier
-from fmm_distill.recipe import DataSettings, EvaluationSettings
+from fmm_distill.settings import DataSettings, EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.codec import Pixels
 from fmm_distill.teachers.load import BUILTIN

@@ -90,7 +90,7 @@ def test_all_mistakes_are_told_at_once():
     parts = str(caught.value).removeprefix("here: ").split("; ")
     assert [part.split(":")[0].split(" ")[0] for part in parts] == [
         "training.steps",
-        "training.ema",
+        "training.ema.0",
         "export.steps.0",
         "trainin",
     ]
@@ -144,3 +144,14 @@ def test_sums_of_losses():
     assert [loss.name for loss in recipe.losses] == ["lagrangian", "flow_matching"]
     assert recipe.loss_names == "lagrangian and flow_matching"
     assert load_recipe("digits", ["loss={name: mean_flow}"], data="somewhere").loss.velocity == "data"
+
+
+def test_one_rate_of_averaging_or_several():
+    def ema(value):
+        return parse({"training": {"ema": value}}, "here").training.ema
+
+    assert ema(0.9) == (0.9,)
+    assert ema([0.9, 0.99]) == (0.9, 0.99)
+    for wrong in ([], [0.9, 0.9]):
+        with pytest.raises(UserError, match=r"training\.ema"):
+            ema(wrong)

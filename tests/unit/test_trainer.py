@@ -18,7 +18,8 @@ from fmm_distill.errors import UserError
 from fmm_distill.faults import Faults
 from fmm_distill.losses import SETTINGS, flow_matching
 from fmm_distill.objective import Objective
-from fmm_distill.recipe import Recipe, TrainingSettings, parse
+from fmm_distill.recipe import Recipe, parse
+from fmm_distill.settings import TrainingSettings
 from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.student import Student, make_student
 from fmm_distill.teachers.base import Teacher

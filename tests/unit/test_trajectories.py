@@ -13,7 +13,7 @@ from fmm_distill import parts
 from fmm_distill.errors import UserError
 from fmm_distill.flow_map import FlowMap
 from fmm_distill.interpolant import LinearClock
-from fmm_distill.recipe import TrajectorySettings
+from fmm_distill.settings import TrajectorySettings
 from fmm_distill.starts import draw, points
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance

@@ -1,0 +1,27 @@
+"""``fmm-distill status RUN``: where a run stands, and its curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["status"]
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), metavar="PNG", help="The curves [RUN/curves.png].")
+def status(run: Path, output: Path | None) -> None:
+    """Say where a run stands and draw its curves; it may be at work, killed or finished."""
+    from fmm_distill.errors import UserError
+    from fmm_distill.status import describe, draw, read_run
+
+    if output is not None and output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: wanted a name that ends in .png, for the curves")
+    found = read_run(run)
+    click.echo(describe(found))
+    if found.records:
+        picture = output or run / "curves.png"
+        draw(found, picture)
+        click.echo(f"{'curves':<12}{picture}")

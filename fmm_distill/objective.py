@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fmm_distill.derivatives import choose_engine
 from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES
-from fmm_distill.losses.base import squared_norm
-from fmm_distill.starts import interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
+from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
 from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     # A loss, its pairs of times, its factor, and its samples' rows.
     _Term = tuple[AnyLossSettings, Pairs, float, Tensor]
 
-__all__ = ["Objective", "condition_of"]
+__all__ = ["Objective", "condition_of", "settle_engine"]
 
 
 class Objective(nn.Module):
@@ -156,3 +157,24 @@ def condition_of(teacher: Distillable, draws: Draws) -> Conditioning | None:
     if teacher.guidance is not None:
         cond = teacher.guidance.at(cond, draws.guidance.to("cpu"))
     return cond.to(draws.noise.device)
+
+
+def settle_engine(
+    student: LearnedFlowMap, teacher: Distillable, settings: AnyLossSettings
+) -> tuple[AnyLossSettings, str | None]:
+    """A loss with the engine that ``derivative: auto`` comes to on these networks, and which it is and why.
+
+    Nothing is said (None) where the settings name it, or where the loss takes no derivative.
+    """
+    if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
+        return settings, None
+    if settings.central_costs_less:
+        engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"
+    else:
+        shape, device = teacher.event_shape, next(student.parameters()).device
+        x = torch.zeros(1, *shape, device=device)
+        t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+        cond = condition_of(teacher, draw(0, 0, 1, shape).part(0, 1, device))
+        engine, reason = choose_engine(student, x, t, t / 2, cond)
+        student.zero_grad(set_to_none=True)
+    return settings.model_copy(update={"derivative": engine}), f"derivatives: {engine} ({reason})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
@@ -15,13 +14,11 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from fmm_distill import checkpoint
-from fmm_distill.derivatives import choose_engine
-from fmm_distill.ema import averaged, load_trained, trained_state
+from fmm_distill.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.faults import Faults
-from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.memory import peak_memory
-from fmm_distill.objective import Objective, condition_of
+from fmm_distill.objective import Objective, settle_engine
 from fmm_distill.starts import draw
 from fmm_distill.stopping import TrainingStoppedError, stop_requests
 
@@ -91,7 +88,7 @@ class Trainer:
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.ema_rates[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in losses):
-            self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
+            self.frozen = copies["frozen"] = frozen_copy(student)
         objective = Objective(student, teacher, recipe, losses, copies).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
@@ -108,18 +105,10 @@ class Trainer:
         return cast("LearnedFlowMap", self.averages[rate].module)
 
     def _settle_engine(self, student: LearnedFlowMap, settings: AnyLossSettings) -> AnyLossSettings:
-        if not isinstance(settings, DerivativeSettings) or settings.derivative != "auto":
-            return settings
-        shape = self.teacher.event_shape
-        x = torch.zeros(1, *shape, device=self.accelerator.device)
-        t = torch.full((1,), self.teacher.schedule.t_max, dtype=torch.float64, device=x.device)
-        cond = condition_of(self.teacher, draw(0, 0, 1, shape).part(0, 1, x.device))
-        engine, reason = choose_engine(student, x, t, t / 2, cond)
-        if settings.central_costs_less:
-            engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"
-        student.zero_grad(set_to_none=True)
-        self.say(f"derivatives: {engine} ({reason})")
-        return settings.model_copy(update={"derivative": engine})
+        settled, reason = settle_engine(student, self.teacher, settings)
+        if reason is not None:
+            self.say(reason)
+        return settled
 
     def run(self) -> None:
         """Train to the last step; checkpoints and one JSON line a step on the way.

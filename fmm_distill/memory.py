@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fmm_distill.starts import Draws
     from fmm_distill.teachers.base import Distillable
 
-__all__ = ["Memory", "forecast_memory", "peak_memory"]
+__all__ = ["GIB", "Memory", "forecast_memory", "peak_memory"]
 
 GIB = 2**30
 # Samples that a trace is made of at most, where several losses share a batch.
@@ -35,7 +36,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that the process has held at most: of the device's memory, on a CPU of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts it in KiB.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # In KiB. getrusage counts what the parent held when it started this process, too.
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -44,7 +49,7 @@ class Memory:
     """Bytes of one process at the moment of a training step when its tensors take most; they add up to ``peak``.
 
     Attributes:
-        weights: of student, teacher and a weaker teacher, each tensor once.
+        weights: of student, teacher and a weaker teacher, each tensor once; without a GPU of an autoencoder too.
         gradients: that exist at that moment: where activations are most of the memory it comes before most of the
             gradients. Under several processes with the buckets in which they are exchanged.
         optimiser: the moments.
@@ -168,8 +173,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
     """Tensors of the networks that stay in the device's memory: a trainer's teacher may have none that can be seen."""
-    weaker = getattr(teacher, "weaker", None)
+    weaker, codec = (getattr(teacher, name, None) for name in ("weaker", "codec"))
     networks: list[nn.Module | None] = [student, getattr(teacher, "network", None), getattr(weaker, "network", None)]
+    if not torch.cuda.is_available():
+        # It stays on the CPU.
+        networks.append(getattr(codec, "autoencoder", None))
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LOSS = {"name": "lagrangian", "stop": "target", "derivative": "central"}
 # Samples a second of one and of two processes: steps that are timed, after one that is not.
-SPLIT_STEPS = 4
+SPLIT_STEPS = 3
 SPLIT_ROUNDS = 3
 
 

@@ -134,7 +134,8 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
     of the optimiser's step the largest counts. The student stays as it is.
 
     Not in it: what Python and its libraries take; scratch of kernels, and what an allocator keeps or loses between its
-    blocks (measured on a CPU at 10 to 25 %); the data; the evaluation, whose batch is ``evaluation.batch_size``.
+    blocks (docs/benchmarks.md: 7 to 33 % on a CPU); the data; the evaluation, whose batch is
+    ``evaluation.batch_size``.
 
     Args:
         processes: that share a batch; with more than one, gradients are exchanged in buckets of their size.

@@ -51,7 +51,10 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
     [
         {"loss": LAGRANGIAN | {"derivative": "central"}},
         {"loss": {"name": "lagrangian", "stop": "none", "derivative": "exact"}},
-        {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
+        pytest.param(
+            {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["central", "full-gradient", "lora"],
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
 
-__all__ = ["accelerate_networks"]
+__all__ = ["accelerate_networks", "checkpoint_blocks"]
 
 # Compiled float32 arithmetic is in another order; half precision compiles to the same number of digits.
 TOLERANCE = 1e-3
@@ -41,7 +41,7 @@ def accelerate_networks(
     """
     options: list[tuple[str, Callable[[], None]]] = []
     if training.gradient_checkpointing:
-        options.append(("training.gradient_checkpointing", lambda: _checkpoint_blocks(_network(student))))
+        options.append(("training.gradient_checkpointing", lambda: checkpoint_blocks(student)))
     if training.compile != "none":
         options.append((f"training.compile: {training.compile}", lambda: _compile(training.compile, student, teacher)))
     for name, switch_on in options:
@@ -98,12 +98,12 @@ def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((change / max(size, torch.finfo(torch.float64).tiny)) ** 0.5)
 
 
-def _checkpoint_blocks(network: nn.Module) -> None:
+def checkpoint_blocks(student: LearnedFlowMap) -> None:
     """Let the network's blocks be computed again in the backward pass, with the jump that they were computed with.
 
     The backward pass comes when other calls have been made, or none is under way.
     """
-    told = cast("Any", network)
+    told = cast("Any", _network(student))
 
     def checkpointed(block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 the network's own
         jump = told.jump

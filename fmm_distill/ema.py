@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     Tensors = tuple[Tensor, ...] | list[Tensor]
 
-__all__ = ["averaged", "load_trained", "trained_state"]
+__all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def frozen_copy(network: Network) -> Network:
+    """A copy in evaluation mode that is not trained; parameters that ``network`` does not train are its own.
+
+    So a student with adapters and all its copies hold the large weights once.
+    """
+    shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(network, shared).requires_grad_(False).eval()
 
 
 def averaged(network: nn.Module, rate: float) -> AveragedModel:
@@ -23,10 +36,9 @@ def averaged(network: nn.Module, rate: float) -> AveragedModel:
     The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
     network's own: one copy of them in memory.
     """
-    average = AveragedModel(network, multi_avg_fn=_update(rate), use_buffers=True)
-    for own, kept in zip(network.parameters(), average.module.parameters(), strict=True):
-        if not own.requires_grad:
-            kept.data = own.data
+    # It would copy the whole network, untrained weights too.
+    average = AveragedModel(nn.Identity(), multi_avg_fn=_update(rate), use_buffers=True)
+    average.module = frozen_copy(network)
     return average.requires_grad_(False).eval()
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fmm_distill.derivatives import choose_engine
+from fmm_distill.errors import UserError
 from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES
-from fmm_distill.losses.base import squared_norm
-from fmm_distill.starts import interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.losses.base import DerivativeSettings, squared_norm
+from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
 from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fmm_distill.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.losses import AnyLossSettings
     from fmm_distill.recipe import Recipe
+    from fmm_distill.settings import TrainingSettings
     from fmm_distill.starts import Draws, Pairs
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.velocity import Conditioning
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     # A loss, its pairs of times, its factor, and its samples' rows.
     _Term = tuple[AnyLossSettings, Pairs, float, Tensor]
 
-__all__ = ["Objective", "condition_of"]
+__all__ = ["Objective", "condition_of", "settle_engine", "somewhere"]
 
 
 class Objective(nn.Module):
@@ -160,3 +163,42 @@ def condition_of(teacher: Distillable, draws: Draws) -> Conditioning | None:
     if teacher.guidance is not None:
         cond = teacher.guidance.at(cond, draws.guidance.to("cpu"))
     return cond.to(draws.noise.device)
+
+
+def somewhere(teacher: Distillable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Conditioning | None]:
+    """x, t, r and the condition of a jump of two samples from pure noise, to try networks on."""
+    draws = draw(0, 0, 2, teacher.event_shape).part(0, 2, device)
+    t = torch.full((2,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+    return teacher.prior(draws.noise), t, t / 2, condition_of(teacher, draws)
+
+
+def settle_engine(
+    student: LearnedFlowMap, teacher: Distillable, settings: AnyLossSettings, training: TrainingSettings
+) -> tuple[AnyLossSettings, str | None]:
+    """A loss with the engine that ``derivative: auto`` comes to on these networks, and which it is and why.
+
+    Nothing is said (None) where the settings name it, or where the loss takes no derivative.
+
+    Raises:
+        UserError: if the settings name forward mode and an option of the training keeps it from running.
+    """
+    if not isinstance(settings, DerivativeSettings):
+        return settings, None
+    # Without gradients blocks are not computed again.
+    options = ["gradient_checkpointing"] if training.gradient_checkpointing and settings.keeps_graph else []
+    options += ["compile"] if training.compile != "none" else []
+    if settings.derivative == "exact" and options:
+        raise UserError(
+            f"derivative: exact of loss {settings.name} does not go with training.{options[0]}: forward mode "
+            "does not run through it; wanted central, or auto"
+        )
+    if settings.derivative != "auto":
+        return settings, None
+    engine, reason = "central", f"forward mode does not run through training.{' and '.join(options)}"
+    if settings.central_costs_less:
+        reason = "a detached target needs only two more calls, within 1e-3 of forward mode"
+    elif not options:
+        at = somewhere(teacher, next(student.parameters()).device)
+        engine, reason = choose_engine(student, *at, with_gradient=settings.keeps_graph)
+        student.zero_grad(set_to_none=True)
+    return settings.model_copy(update={"derivative": engine}), f"derivatives: {engine} ({reason})"

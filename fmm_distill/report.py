@@ -8,6 +8,7 @@ from torch import nn
 
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.lora import default_targets
+from fmm_distill.memory import GIB, forecast_memory
 from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.student import make_student
 from fmm_distill.teachers.codec import Waves
@@ -15,17 +16,20 @@ from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted import RecordedCall
 
 if TYPE_CHECKING:
+    from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["describe_teacher"]
 
-GIB = 2**30
 RANK = 16
 
 
-def describe_teacher(teacher: Teacher) -> str:
-    """One line a property; the student is made to say where the second time goes in.
+def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
+    """One line a property; the student is made to say where the second time goes in and how much memory it takes.
+
+    Args:
+        recipe: whose loss and training the memory is of.
 
     Raises:
         UserError: if no student can be made of it.
@@ -42,7 +46,7 @@ def describe_teacher(teacher: Teacher) -> str:
         "told": _conditions(teacher),
         "asked": _asked(teacher),
         "second time": _hosts(student),
-        "memory": _memory(teacher, student),
+        "memory": _memory(teacher, student, recipe),
         "exports": _exports(teacher),
         "licence": teacher.licence or "not stated: ask the teacher's authors before you publish a student",
     }
@@ -100,15 +104,23 @@ def _hosts(student: Student) -> str:
     return hosts[0] + (f" and {len(hosts) - 1} of the same name" if len(hosts) > 1 else "")
 
 
-def _memory(teacher: Teacher, student: Student) -> str:
-    """Weights, gradients, two moments and the average of a student in float32, beside the teacher's weights."""
-    weights = sum(p.numel() for p in teacher.network.parameters())
+def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> str:
+    """A training step of one sample with every weight trained, what each further sample adds, and the same with LoRA.
+
+    With adapters the weights stand once, and gradients, two moments and the averages are theirs; the rest is counted
+    as if every weight were trained.
+    """
+    alone = recipe.training.model_copy(update={"batch_size": 1, "accumulation": 1})
+    full = forecast_memory(student, teacher, recipe.model_copy(update={"training": alone}))
     jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
     layers = [cast("nn.Linear", teacher.network.get_submodule(name)) for name in default_targets(teacher.network)]
     adapters = sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
-    full, low = weights + 5 * (weights + jump), weights + 5 * (adapters + jump)
-    lora = f"{4 * low / GIB:.2f} GiB with LoRA of rank {RANK}" if layers else "LoRA has no layer of its own choice here"
-    return f"{4 * full / GIB:.2f} GiB for a full student, {lora}; activations come on top (--dry-run)"
+    weights = sum(p.numel() for p in teacher.network.parameters())
+    low = 4 * (weights + (4 + len(recipe.training.ema)) * (adapters + jump)) + full.activations
+    lora = f"{low / GIB:.2f} GiB with LoRA of rank {RANK}" if layers else "LoRA has no layer of its own choice here"
+    return (
+        f"{full}; {lora}; one sample at a time ({recipe.loss_names}), each further one {full.per_sample / GIB:.3f} GiB"
+    )
 
 
 def _exports(teacher: Teacher) -> str:

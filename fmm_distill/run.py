@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from fmm_distill import checkpoint
+from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.data import captions_of, load_images, load_prompts
 from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
@@ -31,7 +32,7 @@ from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
 from fmm_distill.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.lora import add_lora, has_lora, merged
-from fmm_distill.memory import activation_bytes
+from fmm_distill.memory import forecast_memory
 from fmm_distill.monitor import Monitor
 from fmm_distill.parts import mebibytes
 from fmm_distill.pictures import draw_samples, draw_steps
@@ -425,16 +426,15 @@ def export_run(
 def forecast(recipe: Recipe, folder: Path) -> str:
     """The resolved recipe and what a run of it would do, without doing it."""
     job = plan(recipe)
-    trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
-    weights = sum(p.numel() for p in [*job.student.parameters(), *job.teacher.network.parameters()])
-    state = weights + 4 * trained
-    activations = activation_bytes(job.student, job.teacher, recipe) * recipe.training.batch_size
-    activations //= recipe.training.accumulation
+    processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
+    if training.gradient_checkpointing:
+        checkpoint_blocks(job.student)
+    memory = forecast_memory(job.student, job.teacher, recipe, processes)
+    part = training.batch_size // (processes * training.accumulation)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
     return (
         f"{recipe.to_yaml()}\n{_describe(job)}\n"
-        f"memory:  {state * 4 / 2**30:.2f} GiB of weights, gradients, optimiser and average, "
-        f"{activations / 2**30:.2f} GiB of activations (one process, float32)\n"
+        f"memory:  {memory} ({part} samples at a time in each of {processes} processes)\n"
         f"{disk}output:  {folder}\nnothing was run (--dry-run)"
     )

@@ -230,7 +230,6 @@ class TrainingSettings(Settings):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints that stay on disk."""
 
-
     @field_validator("ema", mode="before")
     @classmethod
     def _one_rate(cls, value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
@@ -16,13 +15,11 @@ from tqdm import tqdm
 
 from fmm_distill import checkpoint
 from fmm_distill.acceleration import accelerate_networks
-from fmm_distill.derivatives import choose_engine
-from fmm_distill.ema import averaged, load_trained, trained_state
-from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.ema import averaged, frozen_copy, load_trained, trained_state
+from fmm_distill.errors import FmmDistillError
 from fmm_distill.faults import Faults
-from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.memory import peak_memory
-from fmm_distill.objective import Objective, condition_of
+from fmm_distill.objective import Objective, settle_engine, somewhere
 from fmm_distill.starts import draw
 from fmm_distill.stopping import TrainingStoppedError, stop_requests
 from fmm_distill.tracking import log_step
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
     from fmm_distill.starts import Draws
     from fmm_distill.stopping import StopRequest
     from fmm_distill.teachers.base import Distillable
-    from fmm_distill.velocity import Conditioning
 
 __all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "learning_rate"]
 
@@ -95,10 +91,9 @@ class Trainer:
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in recipe.losses):
-            self.frozen = copies["frozen"] = copy.deepcopy(student).requires_grad_(False).eval()
-        at = self._somewhere()
-        accelerate_networks(training, student, teacher, at, say)
-        losses = [self._settle_engine(settings, at) for settings in recipe.losses]
+            self.frozen = copies["frozen"] = frozen_copy(student)
+        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
+        losses = [self._settle_engine(settings) for settings in recipe.losses]
         objective = Objective(student, teacher, recipe, losses, copies).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
@@ -114,36 +109,11 @@ class Trainer:
         """The student with the moving average of this rate as its weights."""
         return cast("LearnedFlowMap", self.averages[rate].module)
 
-    def _somewhere(self) -> tuple[Tensor, Tensor, Tensor, Conditioning | None]:
-        """A jump of two samples from pure noise, to try networks on."""
-        draws = draw(0, 0, 2, self.teacher.event_shape).part(0, 2, self.accelerator.device)
-        t = torch.full((2,), self.teacher.schedule.t_max, dtype=torch.float64, device=draws.noise.device)
-        return self.teacher.prior(draws.noise), t, t / 2, condition_of(self.teacher, draws)
-
-    def _settle_engine(
-        self, settings: AnyLossSettings, at: tuple[Tensor, Tensor, Tensor, Conditioning | None]
-    ) -> AnyLossSettings:
-        if not isinstance(settings, DerivativeSettings):
-            return settings
-        training = self.recipe.training
-        # Without gradients blocks are not computed again.
-        options = ["gradient_checkpointing"] if training.gradient_checkpointing and settings.keeps_graph else []
-        options += ["compile"] if training.compile != "none" else []
-        if settings.derivative != "auto":
-            if settings.derivative == "exact" and options:
-                raise UserError(
-                    f"derivative: exact of loss {settings.name} does not go with training.{options[0]}: forward mode "
-                    "does not run through it; wanted central, or auto"
-                )
-            return settings
-        engine, reason = "central", f"forward mode does not run through training.{' and '.join(options)}"
-        if not options:
-            engine, reason = choose_engine(self.student, *at, with_gradient=settings.keeps_graph)
-            self.student.zero_grad(set_to_none=True)
-        if settings.central_costs_less:
-            engine, reason = "central", "a detached target needs only two more calls, within 1e-3 of forward mode"
-        self.say(f"derivatives: {engine} ({reason})")
-        return settings.model_copy(update={"derivative": engine})
+    def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
+        settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
+        if reason is not None:
+            self.say(reason)
+        return settled
 
     def run(self, reached: Callable[[int], None] | None = None) -> None:
         """Train to the last step; checkpoints and one JSON line a step on the way.

@@ -18,4 +18,5 @@ def inspect(teacher: str, revision: str | None, overrides: tuple[str, ...]) -> N
     from fmm_distill.run import open_teacher
 
     settings = override({"teacher": teacher, "revision": revision}, overrides)
-    click.echo(describe_teacher(open_teacher(parse(settings, "inspect"))))
+    recipe = parse(settings, "inspect")
+    click.echo(describe_teacher(open_teacher(recipe), recipe))

@@ -92,6 +92,7 @@ FIELDS = [
     "training.seed",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "evaluation.every",
     "evaluation.steps",
     "evaluation.ddim_steps",
     "evaluation.dpmsolver_steps",
@@ -101,6 +102,7 @@ FIELDS = [
     "evaluation.features",
     "evaluation.batch_size",
     "export.steps",
+    "logging.trackers",
 ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
+import weakref
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ from fmm_distill.recipe import parse
 from fmm_distill.run import distill, forecast, open_run
 from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student
+from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trainer import Trainer
 from tests.conformance.test_prompted import FAMILIES, PROMPTS, saved
 from tests.conformance.test_prompted_export import moved
 from tests.tiny.diffusion import PIPELINES
@@ -94,13 +99,46 @@ def test_a_run_keeps_its_prompts(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     recipe = recipe_of(source, prompts)
-    assert "GiB of activations" in forecast(recipe, tmp_path / "run")
+    assert re.search(r"GiB at peak: weights .*, activations ", forecast(recipe, tmp_path / "run"))
     distill(recipe, tmp_path / "run", say=lambda line: None)
     prompts.write_text("a cat\na dog\n")
     assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
     (tmp_path / "run" / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
         distill(recipe, tmp_path / "run", say=lambda line: None)
+
+
+def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monkeypatch):
+    source, _ = saved("sd1", tmp_path / "teacher")
+    opened, alive = [], []
+
+    def watched(*args, **kwargs):
+        pipeline = open_pipeline(*args, **kwargs)
+        opened.extend(weakref.ref(part) for part in (pipeline, pipeline.text_encoder, pipeline.vae))
+        return pipeline
+
+    def run(trainer):
+        alive.append([part() for part in opened if part() is not None])
+        train(trainer)
+
+    train = Trainer.run
+    monkeypatch.setattr("fmm_distill.teachers.prompted.open_pipeline", watched)
+    monkeypatch.setattr("fmm_distill.teachers.codec.open_pipeline", watched)
+    monkeypatch.setattr(Trainer, "run", run)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    recipe = recipe_of(source, prompts, student={"lora": {"rank": 2}})
+    # Without help of the garbage collector, which may come late.
+    gc.disable()
+    try:
+        distill(recipe, tmp_path / "run", say=lambda line: None)
+    finally:
+        gc.enable()
+    assert alive == [[]]
+    # The decoder's pipeline was opened since, and is gone as well.
+    assert len(opened) >= 6
+    gc.collect()
+    assert not [part() for part in opened if part() is not None]
 
 
 def test_a_disk_without_hard_links(tmp_path, monkeypatch):

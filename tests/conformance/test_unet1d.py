@@ -17,7 +17,7 @@ from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.recipe import parse
+from fmm_distill.recipe import Recipe, parse
 from fmm_distill.report import describe_teacher
 from fmm_distill.run import distill, draw_run, plan
 from fmm_distill.sampling import sample
@@ -212,7 +212,8 @@ def test_more_steps_of_the_teacher_come_closer_to_its_ode(teacher):
 
 
 def test_what_is_said_of_it(teacher):
-    said = describe_teacher(teacher)
+    said = describe_teacher(teacher, Recipe())
+    assert "GiB at peak: weights 0.00, gradients 0.00" in said
     for part in ("2 x 16 (channels x length)", "told an angle", "time_proj", "any number of steps; no fixed number"):
         assert part in said
 

@@ -1,0 +1,295 @@
+"""What a training step costs beside the network: shares, checkpoints, and a second process.
+
+    python -m benchmarks.training --output training.json
+
+Everything is timed on one thread in one process, one measurement after the other and again, so that a change of the
+machine's pace falls on all alike; numbers are medians, spreads are the middle half of the repeats. ``--repeats`` and
+``--batch`` change the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from fmm_distill.recipe import Recipe
+from fmm_distill.run import plan
+from fmm_distill.starts import draw, pair_times, points
+from fmm_distill.stopping import StopRequest
+from fmm_distill.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fmm_distill.starts import Draws
+
+LOSS = {"name": "lagrangian", "stop": "target", "derivative": "central"}
+# Samples a second of one and of two processes: steps that are timed, after one that is not.
+SPLIT_STEPS = 3
+SPLIT_ROUNDS = 3
+
+
+def save_teacher(folder: Path) -> Path:
+    """A ``UNet2DModel`` of 10.8 million random weights on 32x32 pixels."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(64, 128, 192, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+def recipe_of(folder: Path, batch: int) -> Recipe:
+    training = {"steps": 1000, "batch_size": batch, "checkpoint_every": 1000}
+    return Recipe.model_validate({"teacher": str(folder), "loss": LOSS, "training": training})
+
+
+def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
+    job = plan(recipe)
+    folder.mkdir(parents=True)
+    return Trainer(job.student, job.teacher, recipe, None, folder, Accelerator(cpu=True), lambda _: None)
+
+
+class Bare:
+    """The network calls that a step can't do without, on tensors made before."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.student, self.teacher, self.trainer = trainer.student, trainer.teacher, trainer
+
+    def set(self, draws: Draws, step: int) -> None:
+        """The tensors of a step: noise, times in the network's own units, and starts."""
+        axis = self.teacher.schedule
+        self.t, self.r = pair_times(self.trainer.recipe.pairs, axis, draws, step)
+        self.moving = self.t < axis.t_max
+        self.x = points(self.teacher, self.student, draws, self.t, None)
+        self.time, self.end = (axis.network_time(times).float() for times in (self.t, self.r))
+        self.length = (self.student.clock.position(self.t) - self.student.clock.position(self.r)).float()
+        self.noise = draws.noise
+
+    @torch.no_grad()
+    def starts(self) -> None:
+        """The student's jumps to where training starts."""
+        at = self.moving
+        if at.any():
+            self.student.network(self.noise[at], self.time[at], h=self.length[at])
+
+    @torch.no_grad()
+    def derivative(self) -> None:
+        """Two calls of the student."""
+        for step in (-2e-3, 2e-3):
+            self.student.network(self.x, self.time, h=self.length + step)
+
+    @torch.no_grad()
+    def velocity(self) -> None:
+        """One of the teacher."""
+        self.teacher.network(self.x, self.end)
+
+    def regression(self) -> None:
+        """One of the student, and back."""
+        self.student.network(self.x, self.time, h=self.length).sample.square().mean().backward()
+        self.trainer.optimizer.zero_grad()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measured(values: list[float]) -> dict[str, float]:
+    """Median and middle half."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object]]:
+    """What a step does beside the networks, each alone; gradients stand from before."""
+    training, teacher = trainer.recipe.training, trainer.teacher
+    log = folder / "parts.jsonl"
+    record = dict.fromkeys(("step", "loss", "weighted", "gradient_norm", "rate", "speed", "memory"), 0.123456789)
+
+    def line(_: int) -> None:
+        with log.open("ab", buffering=0) as file:
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def times(step: int) -> None:
+        draws = draw(training.seed, step, training.batch_size, (1,))
+        t, r = pair_times(trainer.recipe.pairs, teacher.schedule, draws, step)
+        for now in (t, r):
+            teacher.schedule.alpha_sigma(now)
+            teacher.schedule.network_time(now)
+
+    def average(_: int) -> None:
+        for kept in trainer.averages.values():
+            kept.update_parameters(trainer.student)
+
+    parameters = list(trainer.objective.parameters())
+    return {
+        "draws": lambda step: draw(training.seed, step, training.batch_size, teacher.event_shape),
+        "times and noise levels": times,
+        "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.clip),
+        "optimiser": lambda _: trainer.optimizer.step(),
+        "averages": average,
+        "log": line,
+    }
+
+
+def shares(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds of whole steps, of bare networks and of the other parts; and the share that is not network time."""
+    bare, others, training = Bare(trainer), parts_of(trainer, folder), trainer.recipe.training
+    calls = {name: getattr(bare, name) for name in ("starts", "derivative", "velocity", "regression")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("step", *calls, *others)}
+    trainer._step(0, StopRequest())
+    for step in range(1, repeats + 1):
+        # Every other repeat the other way round.
+        now = {"step": timed(lambda step=step: trainer._step(step, StopRequest()))} if step % 2 else {}
+        bare.set(draw(training.seed, step, training.batch_size, trainer.teacher.event_shape), step)
+        now |= {name: timed(call) for name, call in calls.items()}
+        for parameter in trainer.student.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-8)
+        now |= {name: timed(lambda call=call, step=step: call(step)) for name, call in others.items()}
+        trainer.optimizer.zero_grad()
+        if not step % 2:
+            now["step"] = timed(lambda step=step: trainer._step(step, StopRequest()))
+        for name, value in now.items():
+            seconds[name].append(value)
+    network = [sum(values) for values in zip(*(seconds[name] for name in calls), strict=True)]
+    share = [1 - alone / whole for alone, whole in zip(network, seconds["step"], strict=True)]
+    fixed = {
+        name: measured([part / step for part, step in zip(seconds[name], seconds["step"], strict=True)])
+        for name in others
+    }
+    return {
+        "seconds": {name: measured(values) for name, values in seconds.items()},
+        "share_not_network": measured(share),
+        "shares_of_a_step": fixed,
+    }
+
+
+def checkpoints(trainer: Trainer, step_seconds: float) -> dict[str, Any]:
+    """A checkpoint's writing and reading as multiples of a step, and its size beside the student's weights."""
+    saves, resumes = [], []
+    for step in range(1, 6):
+        saves.append(timed(lambda step=step: trainer._save(step)) / step_seconds)
+        resumes.append(timed(trainer._resume) / step_seconds)
+    newest = sorted((trainer.folder / "checkpoints").glob("step-*"))[-1]
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
+    return {
+        "save_steps": measured(saves),
+        "resume_steps": measured(resumes),
+        "bytes": size,
+        "bytes_by_weights": size / weights,
+    }
+
+
+def start(recipe_file: Path, processes: int) -> subprocess.Popen[str]:
+    """A run on so many processes, one thread each, that prints its images a second."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "benchmarks.training", "--worker", str(recipe_file)]
+    changes = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | changes, stdout=pipe, stderr=pipe, text=True)
+
+
+def images_a_second(*runs: subprocess.Popen[str]) -> float:
+    """Of runs at the same time, together."""
+    total = 0.0
+    for process in runs:
+        out, err = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"a process of the benchmark failed:\n{err}")
+        total += float(out.split()[-1])
+    return total
+
+
+def work(recipe_file: Path) -> None:
+    """One process of ``start``."""
+    torch.set_num_threads(1)
+    recipe = Recipe.model_validate_json(recipe_file.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(recipe, Path(folder) / "run")
+        trainer._step(0, StopRequest())
+        trainer.accelerator.wait_for_everyone()
+        steps = range(1, 1 + SPLIT_STEPS)
+        seconds = timed(lambda: [trainer._step(step, StopRequest()) for step in steps])
+        if trainer.accelerator.is_main_process:
+            print(SPLIT_STEPS * recipe.training.batch_size / seconds)
+        trainer.accelerator.end_training()
+
+
+def processes(recipe_file: Path) -> dict[str, Any]:
+    """Images a second of one process, of two in one run, and of two runs at once, in turn.
+
+    The last is what the machine gives two processes that wait for nothing.
+    """
+    rounds = [
+        {
+            "one": images_a_second(start(recipe_file, 1)),
+            "two": images_a_second(start(recipe_file, 2)),
+            "two_runs": images_a_second(start(recipe_file, 1), start(recipe_file, 1)),
+        }
+        for _ in range(SPLIT_ROUNDS)
+    ]
+    found: dict[str, Any] = {name: measured([now[name] for now in rounds]) for name in rounds[0]}
+    for name, other in (("two", "one"), ("two", "two_runs")):
+        found[f"{name}_by_{other}"] = measured([now[name] / now[other] for now in rounds])
+    return found | {"cores": os.cpu_count()}
+
+
+def run(repeats: int, batch: int) -> Mapping[str, Any]:
+    """All of it."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        recipe = recipe_of(save_teacher(folder / "teacher"), batch)
+        trainer = trainer_of(recipe, folder / "run")
+        shared = shares(trainer, folder, repeats)
+        kept = checkpoints(trainer, shared["seconds"]["step"]["median"])
+        file = folder / "recipe.json"
+        file.write_text(recipe.model_dump_json(), encoding="utf-8")
+        together = processes(file)
+        parameters = sum(p.numel() for p in trainer.teacher.network.parameters())
+    about = {"parameters": parameters, "batch": batch, "repeats": repeats, "loss": LOSS, "torch": torch.__version__}
+    about |= {"machine": platform.machine(), "threads": 1}
+    return {"about": about, "step": shared, "checkpoint": kept, "processes": together}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("training.json"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker is not None:
+        work(given.worker)
+        return
+    text = json.dumps(run(given.repeats, given.batch), indent=2) + "\n"
+    given.output.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The memory that is foretold, against the memory that is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmm_distill.ema import averaged, frozen_copy
+from fmm_distill.lora import add_lora
+from fmm_distill.memory import Memory, forecast_memory
+from fmm_distill.recipe import Recipe
+from fmm_distill.run import plan
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from tests.conftest import save_teacher, tiny_unet
+
+ROOT = Path(__file__).parents[2]
+# Most weights stand where images are small: large in memory, small in time.
+LARGE = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (32, 64, 320, 640),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 32,
+    "attention_head_dim": 64,
+}
+LAGRANGIAN = {"name": "lagrangian", "stop": "target"}
+STEPS = {"steps": 2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("large"), tiny_unet(**LARGE))
+
+
+def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
+    recipe = Recipe.model_validate(settings | {"teacher": str(folder)})
+    job = plan(recipe)
+    return forecast_memory(job.student, job.teacher, recipe, processes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": LAGRANGIAN | {"derivative": "central"}},
+        {"loss": {"name": "lagrangian", "stop": "none", "derivative": "exact"}},
+        pytest.param(
+            {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["central", "full-gradient", "lora"],
+)
+def test_the_peak_of_a_step(large, teacher_folder, tmp_path, settings):
+    settings = settings | {"training": settings.get("training", STEPS) | {"ema": (0.9, 0.99)}}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.unit.measured_memory",
+        teacher_folder,
+        large,
+        tmp_path,
+        json.dumps(settings),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    memory = foretold(large, settings)
+    assert memory.peak == pytest.approx(int(done.stdout), rel=0.25)
+
+
+def test_the_student_stays_as_it_is(teacher_folder):
+    recipe = Recipe.model_validate({"teacher": str(teacher_folder), "training": {"precision": "bf16"}})
+    job = plan(recipe)
+    before = {name: value.clone() for name, value in job.student.state_dict().items()}
+    forecast_memory(job.student, job.teacher, recipe)
+    assert all(value.equal(before[name]) for name, value in job.student.state_dict().items())
+    for parameter in job.student.parameters():
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+        assert parameter.requires_grad
+
+
+def test_what_is_counted(teacher_folder):
+    """Averages, copies, parts and processes each add what they hold."""
+    base = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS})
+    student = make_student(load_teacher(str(teacher_folder)))
+    trained = 4 * sum(p.numel() for p in student.parameters())
+    assert base.optimiser == 2 * trained
+    assert trained <= base.averages < 1.01 * trained
+    rates = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"ema": (0.9, 0.99, 0.999)}})
+    assert rates.peak - base.peak == 2 * base.averages
+    progressive = {"loss": {"name": "progressive", "target": "frozen"}, "training": STEPS}
+    assert foretold(teacher_folder, progressive).averages == 2 * base.averages
+    parts = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 4, "accumulation": 2}})
+    assert parts.gradients == trained
+    assert base.peak < parts.peak <= base.peak + trained
+    shared = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 4}}, processes=2)
+    assert shared.peak == base.peak + trained
+    more = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 64}})
+    assert more.peak - base.peak == pytest.approx(62 * more.per_sample, rel=0.1)
+
+
+def test_the_phase_that_takes_most_counts(teacher_folder):
+    light, heavy = {"name": "flow_matching"}, {"name": "lagrangian", "stop": "none", "derivative": "exact"}
+    least = foretold(teacher_folder, {"loss": light, "training": STEPS})
+    most = foretold(teacher_folder, {"loss": heavy, "training": STEPS})
+    first = [{"loss": heavy, "share": 0.5}]
+    assert foretold(teacher_folder, {"loss": light, "before": first, "training": STEPS}).peak == most.peak
+    beside = [{"loss": heavy, "share": 0.5}]
+    both = foretold(teacher_folder, {"loss": light, "also": beside, "training": STEPS | {"batch_size": 64}})
+    alone = [
+        foretold(teacher_folder, {"loss": loss, "training": STEPS | {"batch_size": 64}}) for loss in (light, heavy)
+    ]
+    assert least.peak < most.peak
+    assert both.peak == pytest.approx((alone[0].peak + alone[1].peak) / 2, rel=0.1)
+
+
+def test_copies_share_what_is_not_trained(teacher_folder):
+    teacher = load_teacher(str(teacher_folder))
+    student = make_student(teacher)
+    add_lora(student, teacher, 2)
+    for copied in (frozen_copy(student), averaged(student, 0.9).module):
+        for own, kept in zip(student.parameters(), copied.parameters(), strict=True):
+            assert (own.data_ptr() == kept.data_ptr()) == (not own.requires_grad)
+            assert not kept.requires_grad
+        assert not copied.training
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert 0 < len(trained) < len(list(student.parameters()))

@@ -198,12 +198,10 @@ def distill(
     with tracked(accelerator, recipe, folder, steps_done(folder)):
         trainer.run(monitor.reached)
         if accelerator.is_main_process:
-            _finish(job, {rate: trainer.averaged_student(rate) for rate in trainer.averages}, folder, line)
+            averages = {rate: trainer.averaged_student(rate) for rate in trainer.averages}
+            _finish(job, averages, folder, accelerator, line)
         accelerator.wait_for_everyone()
-        evaluation = cast("Evaluation", read_evaluation(folder))
-        log_rows(accelerator, evaluation.to_json()["rows"], trainer.total)
-        log_picture(accelerator, folder / "samples.png", trainer.total)
-    return evaluation
+    return cast("Evaluation", read_evaluation(folder))
 
 
 def _check_training(recipe: Recipe) -> None:
@@ -283,7 +281,13 @@ def _conditions_of(teacher: Teacher) -> str:
     return f"{kind}, guided by {teacher.guidance.scale:g}{span}"
 
 
-def _finish(job: Plan, averages: Mapping[float, LearnedFlowMap], folder: Path, say: Callable[[str], None]) -> None:
+def _finish(
+    job: Plan,
+    averages: Mapping[float, LearnedFlowMap],
+    folder: Path,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
     """Evaluate the averages, export the best; the student has its weights then."""
     say("evaluating")
     device = next(job.student.parameters()).device
@@ -302,6 +306,9 @@ def _finish(job: Plan, averages: Mapping[float, LearnedFlowMap], folder: Path, s
     differences = _export(job, student, steps, lambda: write_card(student, job.recipe, job.teacher, evaluation, folder))
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    steps_made = job.recipe.student.regression_steps + job.recipe.training.steps
+    log_rows(accelerator, evaluation.to_json()["rows"], steps_made)
+    log_picture(accelerator, folder / "samples.png", steps_made)
     say(table(evaluation))
     say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
     say(_how_to_load(folder, job.recipe))

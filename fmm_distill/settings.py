@@ -209,7 +209,7 @@ class TrainingSettings(Settings):
     """What the learning rate does after its warm-up."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(default=(0.999,), min_length=1)
+    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.999,)
     """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several
     rates the evaluation chooses one, and targets of an average follow the first."""
     bad_steps: int = Field(default=5, ge=1)
@@ -238,8 +238,8 @@ class TrainingSettings(Settings):
     @field_validator("ema")
     @classmethod
     def _rates_differ(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if len({f"{rate:g}" for rate in rates}) < len(rates):
-            raise ValueError(f"{list(rates)}: wanted rates that differ")
+        if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
+            raise ValueError(f"{list(rates)}: wanted at least one rate, and rates that differ")
         return rates
 
 

@@ -27,6 +27,7 @@ OPTIONS = {
     "recipes list": [],
     "recipes show": ["name"],
     "sample": ["--count", "--guidance", "--output", "--seed", "--steps", "run"],
+    "status": ["--output", "run"],
 }
 FIELDS = [
     "teacher",

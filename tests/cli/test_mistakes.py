@@ -240,8 +240,8 @@ def test_a_run_killed_while_its_folder_is_made_goes_on(place, tmp_path):
 
 def test_the_folder_of_another_recipe_is_refused(tiny, finished):
     before = snapshot(finished[0])
-    status, _, err = call("--recipe", tiny, "--output", finished[0], "--set", "training.steps=13")
-    check(status, err, [f"--output {finished[0]} is a run of another recipe (training.steps: 12 there, 13 here)"])
+    status, _, err = call("--recipe", tiny, "--output", finished[0], "--set", "training.batch_size=4")
+    check(status, err, [f"--output {finished[0]} is a run of another recipe (training.batch_size: 8 there, 4 here)"])
     assert snapshot(finished[0]) == before
 
 
@@ -307,4 +307,4 @@ def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
     assert status == 3
     last = err.splitlines()[-1]
     assert last.startswith("error: step ")
-    assert "lower training.learning_rate" in last
+    assert "Lower training.learning_rate" in last

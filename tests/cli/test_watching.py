@@ -205,7 +205,7 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
     found = status_of(tmp_path / "run", "--output", tmp_path / "here.png")
     assert snapshot(tmp_path / "run") == before
     assert found["step"] == "202 of 1,002 (20.2 %, written 2 h 5 min ago)"
-    assert found["loss"] == "1 (mean of the last 100 steps; of the 100 before 3.939, -74.6 %)"
+    assert found["loss"] == "1 (mean of the last 100 steps; of the 100 before 3.94, -74.6 %)"
     assert found["rate"] == "16.0 images per second, 0.5 s a step"
     assert found["time left"] == "6 min at that rate"
     assert found["checkpoint"].startswith("step 200, written 20")

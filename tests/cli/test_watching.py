@@ -100,6 +100,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_makes_it_again(t
         log.write('{"step": 10, "ro')
     # As if the run was killed while it measured: the checkpoint of that step is there, its line is not.
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(before[:2] + before[3:]) + '{"step": 10, "ro')
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000009")
     with training_only(stop_before=7):
         assert call(*command)[0] == 130
     after = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines(keepends=True)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from fmm_distill.data import load_images
 from fmm_distill.monitor import Monitor
 from fmm_distill.recipe import Recipe
+from fmm_distill.settings import DataSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
@@ -44,7 +45,7 @@ def test_generator_modes_and_weights_are_untouched(tmp_path, teacher_folder):
     state = {name: value.clone() for name, value in student.state_dict().items()}
     modes = [module.training for network in (student, teacher.network) for module in network.modules()]
     generator = torch.get_rng_state()
-    reference = load_images("builtin:digits", (1, 8, 8))
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     monitor = Monitor(student, teacher, recipe, reference, tmp_path, Accelerator(cpu=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         for step in range(10):

@@ -113,11 +113,11 @@ class Seen:
         self.picked = []
         step = Trainer._step
 
-        def watched(trainer, number):
+        def watched(trainer, number, request):
             pick = trainer.images.pick
             if not self.picked:
                 monkeypatch.setattr(trainer.images, "pick", lambda draws: self.keep(draws, pick(draws)))
-            return step(trainer, number)
+            return step(trainer, number, request)
 
         monkeypatch.setattr(Trainer, "_step", watched)
 
@@ -249,5 +249,5 @@ def test_a_run_from_teacher_data_goes_on_with_the_same_numbers(tmp_path, teacher
     assert first["loss"] != logs[0][0]
 
 
-def _interrupted(_):
+def _interrupted(*_):
     raise KeyboardInterrupt

@@ -42,6 +42,8 @@ class Recipe(Settings):
     """Hub id, folder or builtin:<name>."""
     revision: str | None = None
     """Branch, tag or commit of a teacher on the Hub."""
+    variant: str | None = None
+    """Of the teacher's weights, such as fp16; null: the plain ones. Opened in float32 either way."""
     pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Keywords of a teacher's pipeline's call besides prompt and guidance, such as height and width."""
     prompts: PromptSettings = PromptSettings()

@@ -48,7 +48,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "second time": _hosts(student),
         "memory": _memory(teacher, student, recipe),
         "exports": _exports(teacher),
-        "licence": teacher.licence or "not stated: ask the teacher's authors before you publish a student",
+        "licence": teacher.licence.get("license", "not stated: ask the teacher's authors before you publish a student"),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 

@@ -26,6 +26,7 @@ from fmm_distill.evaluate import (
     evaluate,
     table,
 )
+from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
@@ -41,9 +42,11 @@ from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
     check_prompts,
+    keep_commits,
     kept_prompts,
     kept_recipe,
     make_folder,
+    pinned,
     read_evaluation,
     steps_done,
     take_changes,
@@ -108,7 +111,7 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = open_teacher(recipe, prompts)
+    teacher = open_teacher(recipe, prompts, say)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
@@ -128,17 +131,18 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
     return Plan(recipe, teacher, student, images, reference)
 
 
-def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
+def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Teacher:
     """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     alone = settings.scale == 1 and settings.range is None
     guidance = None if alone else Guidance(settings.scale, settings.interval, settings.range)
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
+    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline), "say": say}
+    of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
-        return load_teacher(recipe.teacher, revision=recipe.revision, guidance=guidance, **told)
-    teacher = load_teacher(recipe.teacher, revision=recipe.revision, **told)
-    weaker = load_teacher(settings.weaker, **told)
+        return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **told)
+    teacher = load_teacher(recipe.teacher, **of_teacher, **told)
+    weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **told)
     here, there = ((t.event_shape, t.schedule.t_min, t.schedule.t_max) for t in (teacher, weaker))
     if here != there:
         raise UserError(
@@ -179,7 +183,7 @@ def distill(
         line(table(finished))
         line(_how_to_load(folder, recipe))
         return finished
-    job = plan(recipe, say=line)
+    job = plan(recipe if fresh else pinned(recipe, folder), say=line)
     check_prompts(folder, job.teacher, fresh=fresh)
     line(_describe(job))
     for change in changes:
@@ -188,6 +192,7 @@ def distill(
         make_folder(folder, recipe, fresh=fresh)
         if changes:
             take_changes(folder, recipe)
+        keep_commits(folder, job.teacher)
         if isinstance(job.teacher.conditions, Embeddings):
             checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()
@@ -303,7 +308,7 @@ def _finish(
         say(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
-    differences = _export(job, student, steps, lambda: write_card(student, job.recipe, job.teacher, evaluation, folder))
+    differences = _export(job, student, steps, folder, evaluation)
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     steps_made = job.recipe.student.regression_steps + job.recipe.training.steps
@@ -314,8 +319,11 @@ def _finish(
     say(_how_to_load(folder, job.recipe))
 
 
-def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[[], None]) -> dict[str, float]:
+def _export(
+    job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None
+) -> dict[str, float]:
     """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    about = about_student(job.student, job.teacher, job.recipe, steps, run)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
     job.teacher.to("cpu")
     job.student.to("cpu")
@@ -325,7 +333,7 @@ def _export(job: Plan, target: Path, steps: tuple[int, ...], describe: Callable[
     export_pipeline(student, teacher, target, steps)
     if adapted:
         write_lora(job.student, teacher, target)
-    describe()
+    write_card(target, about, evaluation, run)
     return verify(student, teacher, target, steps)
 
 
@@ -369,7 +377,7 @@ def open_run(folder: Path | str, guidance: float | None = None, say: Callable[[s
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
-    job = plan(recipe, kept_prompts(folder))
+    job = plan(pinned(recipe, folder), kept_prompts(folder), say)
     evaluation = read_evaluation(folder)
     rate = recipe.training.ema[0] if evaluation is None else evaluation.protocol["ema"]
     average = kept.tensors.get(checkpoint.average_name(rate), {})
@@ -427,7 +435,9 @@ def export_run(
     """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
     job = open_run(folder, guidance)
     folded = job.recipe.export.steps if steps is None else steps
-    return _export(job, target, folded, lambda: None)
+    # The run's numbers are of one scale of guidance.
+    evaluation = None if guidance is not None else read_evaluation(Path(folder))
+    return _export(job, target, folded, Path(folder), evaluation)
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:

@@ -26,15 +26,18 @@ __all__ = [
     "check_folder",
     "check_prompts",
     "environment",
+    "keep_commits",
     "kept_prompts",
     "kept_recipe",
     "make_folder",
+    "pinned",
     "read_evaluation",
     "steps_done",
     "take_changes",
 ]
 
 PROMPTS = "prompts.json"
+_COMMITS = "teacher.json"
 # What a run may go on with otherwise than it began: the steps already made stay what they are.
 _FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
@@ -100,6 +103,24 @@ def make_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
     for name, text in texts.items():
         if not (folder / name).is_file():
             checkpoint.write_text(folder / name, text)
+
+
+def keep_commits(folder: Path, teacher: Teacher) -> None:
+    """Write which commits of the Hub the run's teachers are, once; a folder's or a built-in teacher's is null."""
+    weaker = None if teacher.weaker is None else teacher.weaker.revision
+    if not (folder / _COMMITS).is_file():
+        kept = {"revision": teacher.revision, "guidance.weaker_revision": weaker}
+        checkpoint.write_text(folder / _COMMITS, json.dumps(kept, indent=2) + "\n")
+
+
+def pinned(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the commits that the run in ``folder`` began with, if there is one: a branch may have moved."""
+    if not (folder / _COMMITS).is_file():
+        return recipe
+    kept = json.loads((folder / _COMMITS).read_text(encoding="utf-8"))
+    weaker = kept["guidance.weaker_revision"] or recipe.guidance.weaker_revision
+    guidance = recipe.guidance.model_copy(update={"weaker_revision": weaker})
+    return recipe.model_copy(update={"revision": kept["revision"] or recipe.revision, "guidance": guidance})
 
 
 def environment() -> dict[str, Any]:

@@ -150,6 +150,9 @@ class GuidanceSettings(Settings):
     weaker: str | None = None
     """Autoguidance: a weaker teacher of the same kind, whose velocity takes the place of v_null."""
 
+    weaker_revision: str | None = None
+    """Branch, tag or commit of a weaker teacher on the Hub."""
+
     @model_validator(mode="after")
     def _weaker_acts(self) -> Self:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
@@ -161,6 +164,8 @@ class GuidanceSettings(Settings):
             )
         if self.weaker is not None and self.scale == 1 and self.range is None:
             raise ValueError("guidance.weaker acts with another guidance.scale than 1")
+        if self.weaker_revision is not None and self.weaker is None:
+            raise ValueError("guidance.weaker_revision is of guidance.weaker, and there is none: leave it out")
         return self
 
 

@@ -16,6 +16,7 @@ from fmm_distill.cli.evaluate import evaluate
 from fmm_distill.cli.export import export
 from fmm_distill.cli.inspect import inspect
 from fmm_distill.cli.losses import losses
+from fmm_distill.cli.publish import publish
 from fmm_distill.cli.recipes import recipes
 from fmm_distill.cli.sample import sample
 from fmm_distill.cli.status import status
@@ -25,7 +26,7 @@ from fmm_distill.stopping import TrainingStoppedError
 __all__ = ["command", "main"]
 
 command = distil
-for verb in (inspect, status, sample, evaluate, export, recipes, losses, env):
+for verb in (inspect, status, sample, evaluate, export, publish, recipes, losses, env):
     command.add_command(verb)
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         where = error.ctx.command_path if error.ctx is not None else "fmm-distill"
         _end(error_line.format(f"{error.format_message()} (see {where} --help)"), 2)
     except click.Abort:
-        _end("stopped; the same command goes on from the newest checkpoint" if first else None, 130)
+        _end("stopped; the same command goes on where it was" if first else None, 130)
     except TrainingStoppedError as error:
         # All processes stop together.
         _end(str(error) if first else None, 128 + error.signal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -9,6 +10,9 @@ import click
 from fmm_distill import __version__
 
 __all__ = ["distil"]
+
+# Of the processes that a launcher starts one talks to the Hub.
+_FIRST = os.environ.get("RANK", "0") == "0"
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,6 +22,8 @@ __all__ = ["distil"]
 @click.option("--data", metavar="SOURCE", help="none, a Hub dataset, a parquet file or folder, a folder of images.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. training.steps=200.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [runs/<recipe>].")
+@click.option("--push-to-hub", "repo", metavar="OWNER/NAME", help="Publish the student there at the end.")
+@click.option("--private", is_flag=True, help="Make that repository private, if it is new.")
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on in the run folder, or remove it first.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would happen, and stop.")
 @click.pass_context
@@ -28,6 +34,8 @@ def distil(
     data: str | None,
     overrides: tuple[str, ...],
     output: Path | None,
+    repo: str | None,
+    private: bool,
     resume: bool,
     dry_run: bool,
 ) -> None:
@@ -40,9 +48,9 @@ def distil(
 
     The same command goes on where it was stopped.
     """
-    given = [teacher, recipe, data, output, *overrides]
+    given = [teacher, recipe, data, output, repo, *overrides]
     if context.invoked_subcommand is not None:
-        if any(value is not None for value in given) or dry_run or not resume:
+        if any(value is not None for value in given) or dry_run or private or not resume:
             raise click.UsageError(
                 f"options before {context.invoked_subcommand} belong to the bare command; put its own behind it"
             )
@@ -52,6 +60,8 @@ def distil(
             raise click.UsageError("--recipe is missing; `fmm-distill recipes` lists them")
         click.echo(context.get_help())
         return
+    if private and repo is None:
+        raise click.UsageError("--private is of --push-to-hub, and that is missing")
     from fmm_distill.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
@@ -63,4 +73,21 @@ def distil(
         return
     from fmm_distill.run import distill
 
+    # A training of hours does not end at a name that may not be written to.
+    if repo is not None and _FIRST:
+        from fmm_distill.publish import check_target
+
+        check_target(repo, resolved.teacher)
     distill(resolved, folder, fresh=not resume, say=click.echo)
+    if repo is not None and _FIRST:
+        _publish(folder, repo, private)
+
+
+def _publish(folder: Path, repo: str, private: bool) -> None:
+    from fmm_distill.errors import UserError
+    from fmm_distill.publish import pack, publish
+
+    try:
+        publish(pack(folder, repo), repo, private=private, say=click.echo)
+    except UserError as error:
+        raise UserError(f"{error}; the run is whole: fmm-distill publish {folder} {repo} tries again") from error

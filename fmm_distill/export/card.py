@@ -1,29 +1,23 @@
-"""The model card that travels with a student."""
+"""The model card that travels with a student, from the facts and the numbers beside it."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
-from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.stock import guidance_keyword, unguided
-from fmm_distill.teachers.codec import Waves
-from fmm_distill.teachers.conditions import Classes, Embeddings
+from fmm_distill.export.about import read_about, write_about
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fmm_distill.evaluate import Evaluation
-    from fmm_distill.recipe import Recipe
-    from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.export.about import About
 
-__all__ = ["write_card"]
+__all__ = ["card", "write_card"]
 
 CITATION = """@article{boffi2025flowmap,
   title   = {Flow map matching with stochastic interpolants: a mathematical framework for consistency models},
@@ -32,147 +26,176 @@ CITATION = """@article{boffi2025flowmap,
   year    = {2025},
   note    = {arXiv:2406.07507}
 }"""
+_HERE = "<this folder>"
 
 
-def write_card(folder: Path, recipe: Recipe, teacher: Teacher, evaluation: Evaluation, run: Path) -> None:
-    """Write ``README.md`` into an exported folder and copy the run's two pictures and its recipe beside it."""
-    for name in ("samples.png", "steps.png", "recipe.yaml"):
+def write_card(folder: Path, about: About, evaluation: Evaluation | None, run: Path) -> None:
+    """Write ``README.md`` and what it is made of into an exported folder: facts, numbers, pictures and the recipe.
+
+    Args:
+        evaluation: None: its numbers are not those of this student, and the card says that there are none.
+        run: where the recipe and the pictures are.
+    """
+    pictures = () if evaluation is None else ("samples.png", "steps.png")
+    for name in (*pictures, "recipe.yaml"):
         shutil.copyfile(run / name, folder / name)
-    write_text(folder / "README.md", _card(recipe, teacher, evaluation))
+    write_about(folder, about)
+    if evaluation is not None:
+        write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    write_text(folder / "README.md", card(folder))
 
 
-def _card(recipe: Recipe, teacher: Teacher, evaluation: Evaluation) -> str:
-    total = recipe.student.regression_steps + recipe.training.steps
-    return f"""---
-{yaml.safe_dump(_metadata(teacher), sort_keys=False).strip()}
----
-# A few-step student of {teacher.source}
+def card(folder: Path, repo: str | None = None, branch: str | None = None, steps: tuple[int, ...] | None = None) -> str:
+    """The model card of an exported student.
 
-A flow map (arXiv 2406.07507) distilled from {teacher.source}{f" at {teacher.revision}" if teacher.revision else ""}
-by fmm_distill {__version__}: loss {recipe.loss_names}, {total} steps of {recipe.training.batch_size} samples,
-data: {recipe.data.source}. The whole recipe is in `recipe.yaml`.
+    Args:
+        repo: the Hub's name of where it is to be found, and ``branch`` there; None: in the folder.
+        steps: the numbers of steps whose folded pipelines are there; None: all that were exported.
 
-![samples](samples.png)
-
-## Load it
-
-{_folded(recipe.export.steps, teacher)}
-
-Any number of steps; its code is two files of this repository:
-
-```python
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)
-{_example(teacher, 3, any_step=True)}
-```
-
-## What it loses, what it gains
-
-{_table(evaluation)}
-
-![quality against network calls](steps.png)
-
-{_protocol(evaluation)}
-
-## Limits
-
-{_limits(recipe, teacher)}
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
+    Raises:
+        UserError: if the folder holds no exported student.
+    """
+    about = read_about(folder)
+    steps = about.steps if steps is None else steps
+    numbers = folder / "evaluation.json"
+    evaluation = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else None
+    revision = f" at {about.revision}" if about.revision else ""
+    name = about.teacher if repo is None else repo.split("/")[-1]
+    parts = [
+        f"---\n{_metadata(about, evaluation, name).to_yaml().strip()}\n---",
+        f"# A few-step student of {about.teacher}",
+        f"A flow map (arXiv 2406.07507) distilled from {about.teacher}{revision} with fmm_distill {about.fmm_distill}: "
+        "one network that jumps between any two times of its teacher's ODE, so that the number of steps is chosen when "
+        "it is called.",
+        *(["![samples: the same noise down each column](samples.png)"] if (folder / "samples.png").is_file() else []),
+        f"## Load it\n\n{_folded(about, steps, repo, branch)}\n\n{_any_step(about, repo, branch)}",
+        *([_LORA] if about.lora else []),
+        f"## What it loses, what it gains\n\n{_numbers(evaluation)}",
+        f"## How it was made\n\n{_made(about)}",
+        f"## Limits\n\n{about.limits}",
+        f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nIts losses are those of {'; '.join(about.made['papers'])}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _folded(steps: tuple[int, ...], teacher: Teacher) -> str:
+_LORA = """`lora/` holds what was trained: the adapters as `load_lora_weights` reads them, and the embedding of the
+jump's length, which stock diffusers has no place for. The pipelines here have both merged into their weights."""
+
+
+def _folded(about: About, steps: tuple[int, ...], repo: str | None, branch: str | None) -> str:
     """How to load a fixed number of steps, or why there is none to load."""
-    reason = why_not_folded(teacher)
-    if reason or not steps:
-        return f"There is no pipeline for a fixed number of steps{f': {reason}' if reason else ''}."
-    lines = "\n".join(f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps)
-    return f"""A fixed number of steps, by stock diffusers, no code from this repository:
+    if not steps:
+        reason = f": {about.not_folded}" if about.not_folded else ""
+        return f"There is no pipeline for a fixed number of steps{reason}."
+    last = steps[-1]
+    lines = [f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps]
+    if repo is None:
+        opened = f'pipeline = DiffusionPipeline.from_pretrained("{_HERE}/steps-{last}")'
+    else:
+        revision = "" if branch is None else f', revision="{branch}"'
+        opened = (
+            "from huggingface_hub import snapshot_download\n"
+            f'folder = snapshot_download("{repo}"{revision}, allow_patterns="steps-{last}/*")\n'
+            f'pipeline = DiffusionPipeline.from_pretrained(f"{{folder}}/steps-{last}")'
+        )
+    code = f"from diffusers import DiffusionPipeline\n{opened}\n{about.folded.replace('{steps}', str(last))}"
+    said = "A fixed number of steps, by stock diffusers, no code from this repository:"
+    return "\n\n".join([said, f"```python\n{code}\n```", "\n".join(lines)])
+
+
+def _any_step(about: About, repo: str | None, branch: str | None) -> str:
+    revision = "" if branch is None else f', revision="{branch}"'
+    return f"""Any number of steps; its code is two files of this repository:
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("<this folder>/steps-{steps[-1]}")
-{_example(teacher, steps[-1], any_step=False)}
-```
-
-{lines}"""
+pipeline = DiffusionPipeline.from_pretrained("{repo or _HERE}"{revision}, trust_remote_code=True)
+{about.any_step.replace("{steps}", "3")}
+```"""
 
 
-def _example(teacher: Teacher, steps: int, *, any_step: bool) -> str:
-    if teacher.conditions is None:
-        made = "audios" if isinstance(teacher.codec, Waves) else "images"
-        return f"{made} = pipeline(batch_size=4, num_inference_steps={steps}).{made}"
-    guidance = unguided(teacher) if teacher.folder is not None else {}
-    if any_step and _range(teacher) is not None:
-        guidance |= {str(guidance_keyword(teacher)): cast("Guidance", teacher.guidance).scale}
-    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | guidance).items())
-    if isinstance(teacher.conditions, Classes):
-        return f"images = pipeline(class_labels=[0, 1], num_inference_steps={steps}{keywords})[0]"
-    return f'samples = pipeline("a prompt", num_inference_steps={steps}{keywords})[0]'
+def _numbers(evaluation: dict[str, Any] | None) -> str:
+    if evaluation is None:
+        return "It was not evaluated."
+    parts = [_table(evaluation["rows"]), "![quality against network calls](steps.png)"]
+    parts.append("\n".join(f"- {key}: {value}" for key, value in evaluation["protocol"].items()))
+    return "\n\n".join(parts)
 
 
-def _range(teacher: Teacher) -> tuple[float, float] | None:
-    """The scales of guidance that are an input of the student."""
-    return None if teacher.guidance is None else teacher.guidance.range
-
-
-def _limits(recipe: Recipe, teacher: Teacher) -> str:
-    copies = "It copies its teacher's ODE: what the teacher can't draw it can't either."
-    if teacher.conditions is None:
-        return f"Unconditional. {copies}"
-    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
-    scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
-    baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
-    call = "Turn the pipeline's own guidance off, as above: it would come on top."
-    if guidance_keyword(teacher) is None:
-        call = "Its network is told its guidance: call it with the keywords above."
-    if (scales := _range(teacher)) is not None:
-        baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
-        call = (
-            f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
-            "above, it would come on top."
-        )
-    return f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. {call} {copies}"
-
-
-def _metadata(teacher: Teacher) -> dict[str, object]:
-    """What the Hub reads."""
-    metadata: dict[str, object] = {"library_name": "diffusers"}
-    # The Hub has no task of sounds without a condition.
-    if not isinstance(teacher.codec, Waves):
-        metadata["pipeline_tag"] = _task(teacher)
-    metadata["tags"] = ["flow-map", "distillation", "fmm-distill"]
-    if teacher.licence:
-        metadata["license"] = teacher.licence
-    if teacher.revision:
-        metadata["base_model"] = teacher.source
-    return metadata
-
-
-def _task(teacher: Teacher) -> str:
-    if not isinstance(teacher.conditions, Embeddings):
-        return "unconditional-image-generation"
-    return {5: "text-to-video", 3: "text-to-audio"}.get(
-        teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
-    )
-
-
-def _table(evaluation: Evaluation) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
     lines = ["| sampler | steps | network calls | endpoint error | Fréchet distance | seconds per image |"]
     lines.append("|---|---|---|---|---|---|")
-    for row in evaluation.rows:
-        frechet = "not measured" if row.frechet is None else f"{row.frechet:.3f}"
+    for row in rows:
+        frechet = "not measured" if row["frechet"] is None else f"{row['frechet']:.3f}"
         lines.append(
-            f"| {row.sampler} | {row.steps} | {row.calls} | {row.endpoint_error:.4f} | {frechet} "
-            f"| {row.seconds_per_image:.5f} |"
+            f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['endpoint_error']:.4f} | {frechet} "
+            f"| {row['seconds_per_image']:.5f} |"
         )
     return "\n".join(lines)
 
 
-def _protocol(evaluation: Evaluation) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in evaluation.protocol.items())
+def _made(about: About) -> str:
+    made = about.made
+    hours = "" if about.hours is None else f", {about.hours:.2g} hours"
+    lines = [
+        f"- {made['steps']} steps of {made['batch_size']} samples{hours}; loss {made['loss']}; seed {made['seed']}",
+        f"- data: {made['data']}",
+        "- every setting: `recipe.yaml`",
+    ]
+    if about.where is not None:
+        lines.append("- " + ", ".join(f"{name} {value}" for name, value in about.where.items()))
+    return "\n".join(lines)
+
+
+def _metadata(about: About, evaluation: dict[str, Any] | None, name: str) -> ModelCardData:
+    """What the Hub reads."""
+    results = [] if evaluation is None or about.pipeline_tag is None else _results(about.pipeline_tag, evaluation)
+    # A relation to a model that the Hub does not have is none.
+    base: dict[str, Any] = {"base_model": about.teacher, "base_model_relation": "finetune"} if about.revision else {}
+    licence: dict[str, Any] = about.licence
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=about.pipeline_tag,
+        tags=["flow-map", "distillation", "fmm-distill"],
+        datasets=None if about.dataset is None else [about.dataset],
+        model_name=name if results else None,
+        eval_results=results or None,
+        **licence,
+        **base,
+    )
+
+
+def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
+    """The student's rows in the metadata of the Hub, a dataset for each kind of reference."""
+    protocol, results = evaluation["protocol"], []
+    for row in evaluation["rows"]:
+        if row["sampler"] != "student":
+            continue
+        told = {"num_inference_steps": row["steps"], "network_calls": row["calls"]}
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type="teacher-endpoints",
+                dataset_name=f"{protocol['endpoint_samples']} endpoints of the teacher's ODE",
+                metric_type="endpoint-error",
+                metric_name=f"endpoint error at {row['steps']} steps",
+                metric_value=row["endpoint_error"],
+                metric_args=told,
+            )
+        )
+        if row["frechet"] is None:
+            continue
+        # Only the distance of Inception features goes by the name that everyone compares.
+        kind = "fid" if "Inception" in protocol["frechet"] else "frechet-distance"
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type="images",
+                dataset_name=str(protocol["frechet_reference"]),
+                metric_type=kind,
+                metric_name=f"{kind} of {protocol['frechet_samples']} samples at {row['steps']} steps",
+                metric_value=row["frechet"],
+                metric_args=told | {"features": protocol["frechet"]},
+            )
+        )
+    return results

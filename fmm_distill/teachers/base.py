@@ -86,7 +86,7 @@ class Teacher:
         weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
         codec: from its samples to images and back.
         revision: the commit on the Hub, where it comes from there.
-        licence: as its model card says, where it says so.
+        licence: ``license``, ``license_name`` and ``license_link`` of its model card, those that it has.
     """
 
     network: nn.Module
@@ -103,7 +103,7 @@ class Teacher:
     weaker: Teacher | None = None
     codec: Codec = field(default_factory=Pixels)
     revision: str | None = None
-    licence: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fmm_distill.teachers.download import Snapshot
+
 __all__ = ["FAULTS", "Found", "check_weights", "open_component", "open_network", "open_pipeline", "open_scheduler"]
 
 
@@ -40,14 +42,16 @@ class Found:
     Attributes:
         pipeline: its class.
         components: name to (library, class) of every component that is not empty.
+        snapshot: what it is on the Hub, if it is there; its index alone may be on this disk.
     """
 
     source: str
     folder: Path
     revision: str | None = None
-    licence: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
     pipeline: str = ""
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
 
     def component_folder(self, name: str) -> Path:
         """Where a component's files stand: its own folder, or the root, as the oldest repositories have it."""

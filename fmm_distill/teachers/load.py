@@ -3,76 +3,90 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import yaml
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
+from fmm_distill.teachers.download import Snapshot, find_on_hub
 from fmm_distill.teachers.prompted import load_prompted
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
+from fmm_distill.teachers.variant import as_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fmm_distill.teachers.guidance import Guidance
 
-__all__ = ["BUILTIN", "find", "load_teacher"]
+__all__ = ["BUILTIN", "fetched", "find", "load_teacher"]
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 _PREFIX = "builtin:"
-# Tokenizers come as text and as sentencepiece models.
-_TRAVELS = ["*.json", "*.safetensors", "README.md", "*.txt", "*.model", "*.jinja"]
 
 
 def load_teacher(
     source: str,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     prompts: Sequence[str] = (),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
+    say: Callable[[str], None] = print,
 ) -> Teacher:
     """A pretrained diffusers pipeline as a velocity field on the time axis.
 
     Args:
         source: a Hub id, a folder written by ``save_pretrained``, or ``builtin:<name>``.
         revision: branch, tag or commit on the Hub.
+        variant: of the weights, such as fp16; None: the plain ones. They are opened in float32 either way.
         prompts: what a teacher of prompts is told; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
         guidance: classifier-free guidance of the velocity; None: none.
+        say: takes the line that the Hub was not reached and the cache is taken.
 
     Raises:
         UserError: if it can't be found or no adapter opens it; the message says what was found.
     """
-    found = find(source, revision)
+    found = find(source, revision, say)
+    load = _adapter(found, prompts, call, guidance)
+    # Only what an adapter opens is fetched.
+    return load(fetched(found, variant))
+
+
+def _adapter(
+    found: Found, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
+) -> Callable[[Found], Teacher]:
+    """What opens a pipeline of these components."""
     networks = {name: cls for name, (_, cls) in found.components.items() if name in ("unet", "transformer")}
     has_text = any(name.startswith("text_encoder") for name in found.components)
     if has_text and networks:
-        return load_prompted(found, prompts or ("",), call, guidance)
+        return lambda whole: load_prompted(whole, prompts or ("",), call, guidance)
     if (prompts or call) and not has_text:
         raise UserError(
-            f"{source}: prompts and pipeline are for pipelines with a text encoder; it has none "
+            f"{found.source}: prompts and pipeline are for pipelines with a text encoder; it has none "
             "(a data.condition of text is prompts)"
         )
     if "scheduler" in found.components:
         if networks == {"unet": "UNet1DModel"}:
-            return _guided(load_unet1d(found), guidance)
+            return lambda whole: _guided(load_unet1d(whole), guidance)
         if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:
-            return _guided(load_unet2d(found), guidance)
+            return lambda whole: _guided(load_unet2d(whole), guidance)
         if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in found.components:
-            return _guided(load_dit(found), guidance)
+            return lambda whole: _guided(load_dit(whole), guidance)
     described = ", ".join(f"{name}: {cls}" for name, (_, cls) in found.components.items())
     raise UserError(
-        f"{source}: no adapter for {described or 'an empty pipeline'}; known: UNet2DModel (pixels, or latents of a "
-        "VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, and pipelines with text encoders. "
-        "To add one see docs/add-a-teacher.md"
+        f"{found.source}: no adapter for {described or 'an empty pipeline'}; known: UNet2DModel (pixels, or latents of "
+        "a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, and pipelines with text "
+        "encoders. To add one see docs/add-a-teacher.md"
     )
 
 
@@ -86,9 +100,10 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     return teacher
 
 
-def find(source: str, revision: str | None = None) -> Found:
-    """The pipeline's folder and components; downloads it if ``source`` is a Hub id."""
-    folder, commit = _folder(source, revision)
+def find(source: str, revision: str | None = None, say: Callable[[str], None] = print) -> Found:
+    """The pipeline's folder and components; of a Hub id the index alone is fetched, the rest by ``fetched``."""
+    place = _place(source, revision, say)
+    folder = place if isinstance(place, Path) else place.folder
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
@@ -106,10 +121,33 @@ def find(source: str, revision: str | None = None) -> Found:
     pipeline = entries.get("_class_name", "")
     if not isinstance(pipeline, str):
         raise UserError(f"{source}: its pipeline is code of the repository ({pipeline}); wanted one of diffusers' own")
-    return Found(source, folder, commit, _licence(folder), pipeline, components)
+    _check_code(source, components)
+    if isinstance(place, Path):
+        if revision is not None:
+            raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
+        return Found(source, folder, pipeline=pipeline, components=components)
+    return Found(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
 
 
-def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
+def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
+    """A component is of a library or a part of a stock pipeline, or code that travels with the repository."""
+    for name, (library, _) in components.items():
+        if library not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, library):
+            raise UserError(
+                f"{source}: its {name} is code of the repository ({library}.py), which is not run; wanted components "
+                "of diffusers and transformers"
+            )
+
+
+def fetched(found: Found, variant: str | None = None) -> Found:
+    """The same with all its files on this disk, its licence, and the weights of the variant as the plain ones."""
+    if found.snapshot is not None:
+        found.snapshot.fetch(variant)
+    found = replace(found, licence=_licence(found.folder))
+    return found if variant is None else replace(found, folder=as_plain(found.source, found.folder, variant))
+
+
+def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Path | Snapshot:
     if source.startswith(_PREFIX):
         name = source.removeprefix(_PREFIX)
         if name == "checkerboard":
@@ -120,33 +158,24 @@ def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:
             raise UserError(f"{source}: no such built-in teacher; known: {', '.join(_PREFIX + n for n in known)}")
-        return BUILTIN / name, None
+        return BUILTIN / name
     path = Path(source).expanduser()
     if path.is_dir():
-        return path, None
+        return path
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder; wanted a pipeline folder, a Hub id or builtin:digits")
-    try:
-        local = Path(snapshot_download(source, revision=revision, allow_patterns=_TRAVELS))
-    except HFValidationError as error:
-        raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
-    except OSError as error:
-        raise UserError(
-            f"{source}: no such folder here, and the Hub gave nothing ({_first_line(error)}); "
-            "check the name, the network and your token"
-        ) from error
-    return local, local.name
+    return find_on_hub(source, revision, say)
 
 
-def _licence(folder: Path) -> str | None:
+def _licence(folder: Path) -> dict[str, str]:
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return {}
     try:
-        licence: str | None = ModelCard.load(card).data.license
+        said = ModelCard.load(card).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{card}: the model card's metadata can't be read ({_first_line(error)}); mend it") from error
-    return licence
+    return {key: str(said[key]) for key in ("license", "license_name", "license_link") if said.get(key)}
 
 
 def _first_line(error: Exception) -> str:

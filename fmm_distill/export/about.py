@@ -1,0 +1,193 @@
+"""What an exported student is: the facts of its card, in ``student.json`` beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from fmm_distill import __version__
+from fmm_distill.checkpoint import write_text
+from fmm_distill.errors import UserError
+from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.stock import guidance_keyword, unguided
+from fmm_distill.lora import has_lora
+from fmm_distill.teachers.codec import Waves
+from fmm_distill.teachers.conditions import Classes, Embeddings
+
+if TYPE_CHECKING:
+    from fmm_distill.recipe import Recipe
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["ABOUT", "About", "about_student", "read_about", "write_about"]
+
+ABOUT = "student.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What people and programs have to know of an exported student.
+
+    Attributes:
+        fmm_distill: the version that wrote it.
+        teacher: the id or folder of its teacher; ``revision``: the commit, if it is on the Hub.
+        licence: what the Hub calls ``license``, and its name and link where it has them; empty: not stated.
+        pipeline_tag: the Hub's name of the task; None: it has none.
+        steps: the numbers of steps with a folded pipeline.
+        not_folded: why there are none, if there can be none.
+        any_step, folded: how the pipelines are called; ``{steps}`` stands for the number of steps.
+        limits: what it can't do, what guidance is in its weights.
+        lora: whether its adapters are beside it.
+        dataset: the Hub id of the images it was trained with, if there is one.
+        made: loss, papers, steps, batch size, seed and data of its training.
+        where: versions and device; None: not kept.
+        hours: of training; None: not kept.
+    """
+
+    fmm_distill: str
+    teacher: str
+    revision: str | None
+    licence: dict[str, str]
+    pipeline_tag: str | None
+    steps: tuple[int, ...]
+    not_folded: str | None
+    any_step: str
+    folded: str
+    limits: str
+    lora: bool
+    dataset: str | None
+    made: dict[str, Any]
+    where: dict[str, Any] | None
+    hours: float | None
+
+
+def about_student(
+    student: Student, teacher: Teacher, recipe: Recipe, steps: tuple[int, ...], run: Path | None = None
+) -> About:
+    """The facts of a student that is exported with ``steps`` folded pipelines.
+
+    Args:
+        run: the run's folder, for hardware and hours.
+    """
+    reason = why_not_folded(teacher)
+    return About(
+        fmm_distill=__version__,
+        teacher=teacher.source,
+        revision=teacher.revision,
+        licence=dict(teacher.licence or {}),
+        pipeline_tag=_task(teacher),
+        steps=() if reason else steps,
+        not_folded=reason,
+        any_step=_example(teacher, any_step=True),
+        folded=_example(teacher, any_step=False),
+        limits=_limits(recipe, teacher),
+        lora=has_lora(student.network),
+        dataset=_dataset(recipe),
+        made=_made(recipe),
+        where=_environment(run),
+        hours=_hours(run, recipe),
+    )
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Write ``student.json``."""
+    write_text(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
+
+
+def read_about(folder: Path) -> About:
+    """What ``write_about`` wrote.
+
+    Raises:
+        UserError: if the folder holds no student, or one of another version of fmm_distill.
+    """
+    file = folder / ABOUT
+    if not file.is_file():
+        raise UserError(f"{folder} holds no exported student (no {ABOUT}); wanted what fmm-distill export writes")
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept.keys() != {field.name for field in fields(About)}:
+            raise ValueError(f"written by fmm_distill {kept.get('fmm_distill')}")
+        return About(**(kept | {"steps": tuple(kept["steps"])}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} can't be read ({error}); export the student again with {__version__}") from error
+
+
+def _example(teacher: Teacher, *, any_step: bool) -> str:
+    if teacher.conditions is None:
+        made = "audios" if isinstance(teacher.codec, Waves) else "images"
+        return f"{made} = pipeline(batch_size=4, num_inference_steps={{steps}}).{made}"
+    guidance = unguided(teacher) if teacher.folder is not None else {}
+    if any_step and teacher.guidance is not None and teacher.guidance.range is not None:
+        guidance |= {str(guidance_keyword(teacher)): teacher.guidance.scale}
+    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | guidance).items())
+    if isinstance(teacher.conditions, Classes):
+        return f"images = pipeline(class_labels=[0, 1], num_inference_steps={{steps}}{keywords})[0]"
+    return f'samples = pipeline("a prompt", num_inference_steps={{steps}}{keywords})[0]'
+
+
+def _limits(recipe: Recipe, teacher: Teacher) -> str:
+    copies = "It copies its teacher's ODE: what the teacher can't draw it can't either."
+    if teacher.conditions is None:
+        return f"Unconditional. {copies}"
+    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
+    scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
+    baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
+    call = "Turn the pipeline's own guidance off, as above: it would come on top."
+    if guidance_keyword(teacher) is None:
+        call = "Its network is told its guidance: call it with the keywords above."
+    if teacher.guidance is not None and (scales := teacher.guidance.range) is not None:
+        baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
+        call = (
+            f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
+            "above, it would come on top."
+        )
+    return f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. {call} {copies}"
+
+
+def _task(teacher: Teacher) -> str | None:
+    # The Hub has no task of sounds without a condition.
+    if isinstance(teacher.codec, Waves):
+        return None
+    if not isinstance(teacher.conditions, Embeddings):
+        return "unconditional-image-generation"
+    return {5: "text-to-video", 3: "text-to-audio"}.get(
+        teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
+    )
+
+
+def _dataset(recipe: Recipe) -> str | None:
+    source = recipe.data.source
+    named = recipe.data.has_images and source.count("/") == 1 and not source.startswith((".", "/", "~", "builtin:"))
+    return source if named and not Path(source).exists() else None
+
+
+def _made(recipe: Recipe) -> dict[str, Any]:
+    losses = [*(stage.loss for stage in recipe.before), recipe.loss, *(term.loss for term in recipe.also)]
+    return {
+        "loss": recipe.loss_names,
+        "papers": list(dict.fromkeys(loss.paper for loss in losses)),
+        "steps": recipe.student.regression_steps + recipe.training.steps,
+        "batch_size": recipe.training.batch_size,
+        "seed": recipe.training.seed,
+        "data": recipe.data.source,
+    }
+
+
+def _environment(run: Path | None) -> dict[str, Any] | None:
+    kept = None if run is None else run / "environment.json"
+    if kept is None or not kept.is_file():
+        return None
+    return cast("dict[str, Any]", json.loads(kept.read_text(encoding="utf-8")))
+
+
+def _hours(run: Path | None, recipe: Recipe) -> float | None:
+    """Of the steps that were made, those that were made again after a kill included."""
+    log = None if run is None else run / "steps.jsonl"
+    if log is None or not log.is_file():
+        return None
+    rates = [json.loads(line)["images_per_second"] for line in log.read_text(encoding="utf-8").splitlines()]
+    return sum(recipe.training.batch_size / rate for rate in rates) / 3600

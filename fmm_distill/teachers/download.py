@@ -1,0 +1,151 @@
+"""A pipeline of the Hub in the cache: its index first, its weights when it is known that they can be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+from fmm_distill.errors import UserError
+from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Snapshot", "find_on_hub"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a repository.
+
+    Attributes:
+        cached: the Hub is not asked.
+    """
+
+    source: str
+    commit: str
+    cached: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are, or will be."""
+        return Path(
+            hf_hub_download(self.source, "model_index.json", revision=self.commit, local_files_only=True)
+        ).parent
+
+    def fetch(self, variant: str | None = None) -> Path:
+        """All that stock diffusers takes of it, in the cache and checked; the same call goes on where it was cut.
+
+        Raises:
+            UserError: if it can't be had, or if what came is not what the Hub has.
+        """
+        try:
+            folder = diffusers.DiffusionPipeline.download(
+                self.source,
+                revision=self.commit,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=self.cached,
+            )
+            self._fetch_card()
+        except EntryNotFoundError as error:
+            raise UserError(f"{self.source}: {hub_reason(error)}") from error
+        except (*HUB_FAULTS, ValueError) as error:
+            raise UserError(f"{self.source}: {_why_not(error)}") from error
+        _check_digests(self.source, Path(folder))
+        return Path(folder)
+
+    def _fetch_card(self) -> None:
+        """The licence stands in the card, which stock diffusers leaves; a model may have none."""
+        try:
+            hf_hub_download(self.source, "README.md", revision=self.commit, local_files_only=self.cached)
+        except EntryNotFoundError:
+            return
+
+
+def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -> Snapshot:
+    """The commit that a name and a revision stand for; its ``model_index.json`` is in the cache then.
+
+    Without the network, or with ``HF_HUB_OFFLINE=1``, the one in the cache.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision) and _index(source, revision, cached=True) is not None:
+        return Snapshot(source, revision, cached=constants.HF_HUB_OFFLINE)
+    try:
+        commit, cached = str(HfApi().model_info(source, revision=revision).sha), False
+    except HFValidationError as error:
+        raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
+    except HUB_FAULTS as error:
+        folder = _index(source, revision, cached=True) if no_answer(error) else None
+        if folder is None:
+            at = "" if revision is None else f" at {revision}"
+            raise UserError(f"{source}{at}: no such folder here, and of the Hub: {hub_reason(error)}") from error
+        say(f"{source}: {hub_reason(error)}; taken from the cache, commit {folder.name}")
+        commit, cached = folder.name, True
+    if _index(source, commit, cached=cached) is None:
+        raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
+    return Snapshot(source, commit, cached)
+
+
+def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
+    """The folder of the snapshot's index; None: it has none."""
+    try:
+        return Path(hf_hub_download(source, "model_index.json", revision=revision, local_files_only=cached)).parent
+    except LocalEntryNotFoundError as error:
+        if cached:
+            return None
+        raise UserError(f"{source}: {hub_reason(error)}") from error
+    except EntryNotFoundError:
+        return None
+    except HUB_FAULTS as error:
+        raise UserError(f"{source}: {hub_reason(error)}") from error
+
+
+def _why_not(error: Exception) -> str:
+    """Stock diffusers says in a ValueError or an EnvironmentError of its own that it will not take a repository."""
+    text = str(error)
+    if "safetensors" in text and "variant" not in text:
+        return (
+            "it has weights without a .safetensors file; pickled weights are not opened: save the pipeline again with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    return hub_reason(error)
+
+
+def _check_digests(source: str, folder: Path) -> None:
+    """Compare what was fetched with the digests that the cache names it by: the client looks at sizes alone.
+
+    What was compared before is not read again.
+    """
+    seen_in = Path(constants.HF_HOME) / "fmm_distill" / "fetched" / f"{folder.name}.json"
+    seen = set(json.loads(seen_in.read_text(encoding="utf-8"))) if seen_in.is_file() else set()
+    blobs = {path.resolve(): path for path in folder.rglob("*") if path.is_symlink()}
+    new = {blob: path for blob, path in blobs.items() if _SHA256.fullmatch(blob.name) and blob.name not in seen}
+    for blob, path in new.items():
+        with blob.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == blob.name:
+                continue
+        path.unlink()
+        blob.unlink()
+        raise UserError(
+            f"{source}: {path.relative_to(folder)} came with other bytes than the Hub has; it was removed from the "
+            "cache: run the same command again"
+        )
+    if new:
+        seen_in.parent.mkdir(parents=True, exist_ok=True)
+        partial = seen_in.with_suffix(".partial")
+        partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new})), encoding="utf-8")
+        partial.replace(seen_in)

@@ -272,6 +272,8 @@ OID = r"(?P<oid>[0-9a-f]{64})"
 
 # Patterns stand for paths as they travel, where a slash inside a name is quoted.
 ROUTES: list[tuple[str, str, Callable[[Call], Reply]]] = [
+    # What the client wants to know about where it runs, before its first request.
+    ("GET", "/api/agent-harnesses", lambda _: Reply({"standardEnvVars": [], "harnesses": {}})),
     ("GET", "/api/whoami-v2", whoami),
     ("POST", "/api/repos/create", create_repo),
     ("DELETE", "/api/repos/delete", delete_repo),

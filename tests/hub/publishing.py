@@ -1,0 +1,133 @@
+"""What happens to students that are published, in a process of its own (see ``tests.hub.alone``)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.hub.alone import said
+from tests.hub.server import Fault, Hub
+
+REPO = "tester/student"
+
+
+def _files(hub: Hub, repo: str = REPO) -> dict[str, bytes]:
+    return {name: file.content for name, file in hub.repos[repo].files().items()}
+
+
+def _commits(hub: Hub, repo: str = REPO) -> int:
+    return len(hub.repos[repo].commits)
+
+
+def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
+    """The same student again, then fewer steps of it, a branch, a private one."""
+    from fmm_distill.publish import pack, publish
+
+    source, lines, seen = Path(folder), [], {}
+    seen["address"] = publish(pack(source, REPO), REPO, say=lines.append)
+    sent = _files(hub)
+    here = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+    seen["names"] = sorted(sent)
+    seen["equal"] = all(sent[name] == path.read_bytes() for name, path in here.items() if name != "README.md")
+    seen["left_here"] = sorted(here.keys() - sent.keys())
+    seen["card"] = sent["README.md"].decode()
+    seen["commits"] = [_commits(hub)]
+    puts = len(hub.asked("PUT", "."))
+    publish(pack(source, REPO), REPO, say=lines.append)
+    seen["commits"].append(_commits(hub))
+    seen["puts_again"] = len(hub.asked("PUT", ".")) - puts
+    publish(pack(source, REPO, steps=(1,)), REPO, say=lines.append)
+    seen["commits"].append(_commits(hub))
+    seen["fewer"] = sorted({name.split("/")[0] for name in _files(hub) if name.startswith("steps-")})
+    seen["fewer_card"] = _files(hub)["README.md"].decode()
+    seen["branch"] = publish(pack(source, REPO, "next"), REPO, "next", say=lines.append)
+    repo = hub.repos[REPO]
+    seen["on_branch"] = "steps-4/model_index.json" in repo.at("next").files
+    seen["on_main"] = "steps-4/model_index.json" in repo.files()
+    seen["branch_card"] = repo.at("next").files["README.md"].content.decode()
+    publish(pack(source, "tester/hidden"), "tester/hidden", private=True, say=lines.append)
+    publish(pack(source, REPO), REPO, private=True, say=lines.append)
+    return seen | {"private": [hub.repos["tester/hidden"].private, repo.private], "lines": lines}
+
+
+def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
+    """Repositories that hold something else."""
+    from fmm_distill.publish import pack, publish
+
+    source = Path(folder)
+    hub.create("tester/else", {"weights.bin": b"1", "README.md": b"mine"})
+    hub.create("tester/cousin", {"student.json": b'{"teacher": "a/b"}', "unet/old.safetensors": b"2"})
+    hub.create("tester/empty")
+    refused = {repo: said(publish, pack(source, repo), repo) for repo in ("tester/else", "tester/cousin")}
+    untouched = [_commits(hub, repo) for repo in refused]
+    lines: list[str] = []
+    for repo in refused:
+        publish(pack(source, repo), repo, force=True, say=lines.append)
+    publish(pack(source, "tester/empty"), "tester/empty", say=lines.append)
+    return {
+        "refused": refused,
+        "untouched": untouched,
+        "lines": lines,
+        "kept": "weights.bin" in _files(hub, "tester/else"),
+        "card": "A few-step student" in _files(hub, "tester/else")["README.md"].decode(),
+        "old": "unet/old.safetensors" in _files(hub, "tester/cousin"),
+        "empty": "student.json" in _files(hub, "tester/empty"),
+    }
+
+
+def publish_without_right(hub: Hub, folder: str) -> dict[str, str]:
+    """Names and tokens that don't do."""
+    from fmm_distill.publish import check_target, pack, publish
+
+    source, outcomes = Path(folder), {}
+    for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
+        outcomes[name] = said(pack, source, name)
+    outcomes["other owner"] = said(check_target, "somebody/student", "t")
+    hub.faults.append(Fault("POST", "repos/create", status=403, body={"error": "no"}))
+    outcomes["forbidden"] = said(publish, pack(source, REPO), REPO)
+    for token in ("hf_wrong", "hf_reads", ""):
+        os.environ["HF_TOKEN"] = token
+        outcomes[token or "none"] = said(publish, pack(source, REPO), REPO)
+    outcomes["made"] = ", ".join(hub.repos)
+    return outcomes
+
+
+def publish_through_faults(hub: Hub, folder: str) -> dict[str, Any]:
+    """A cut in the middle, and answers that the Hub gives on a bad day."""
+    from unittest.mock import patch
+
+    from fmm_distill.publish import pack, publish
+
+    source, outcomes = Path(folder), {}
+    with patch("time.sleep"):
+        hub.create(REPO)
+        # The third large file does not arrive: the client tries again a few times.
+        puts = Fault("PUT", "lfs", status=500, times=0)
+        hub.faults.append(puts)
+        hub.faults.append(Fault("PUT", "lfs", cut_after=1000, times=1, reset=True))
+        outcomes["cut"] = said(publish, pack(source, REPO), REPO)
+        arrived = len(hub.blobs)
+        outcomes["half"] = len(_files(hub))
+        hub.faults.append(Fault("POST", "/commit/", status=403))
+        outcomes["refused commit"] = said(publish, pack(source, REPO), REPO)
+        outcomes["still"] = len(_files(hub))
+        before = len(hub.asked("PUT", "lfs"))
+        hub.faults.append(Fault("POST", "/preupload/", status=429, headers={"Retry-After": "1"}, times=1))
+        outcomes["busy"] = said(publish, pack(source, REPO), REPO)
+        outcomes["again"] = said(publish, pack(source, REPO), REPO)
+        outcomes["sent again"] = len(hub.asked("PUT", "lfs")) - before
+        outcomes["arrived"] = arrived
+        outcomes["whole"] = "README.md" in _files(hub)
+    return outcomes
+
+
+def publish_into_the_void(hub: Hub, folder: str) -> str:
+    """Nobody listens there."""
+    from unittest.mock import patch
+
+    from fmm_distill.publish import pack, publish
+
+    hub.faults.append(Fault("GET", ".", cut_after=0, reset=True, times=100))
+    with patch("time.sleep"):
+        return said(publish, pack(Path(folder), REPO), REPO)

@@ -1,0 +1,228 @@
+"""``fmm-distill publish`` against a Hub on loopback, by the real client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import EvalResult
+
+from fmm_distill.cli import command
+from fmm_distill.errors import UserError
+from fmm_distill.evaluate import Evaluation, Row
+from fmm_distill.export.about import about_student, read_about
+from fmm_distill.export.card import card, write_card
+from fmm_distill.export.folder import export_pipeline
+from fmm_distill.publish import pack
+from fmm_distill.recipe import parse
+from fmm_distill.student import make_student
+from tests.hub import publishing
+from tests.hub.alone import alone
+
+PROTOCOL = {"endpoint_samples": 16, "frechet": "32 features", "frechet_samples": 64, "frechet_reference": "7 images"}
+ROWS = [Row("student", 1, 1, 0.5, 3.0, 0.1), Row("student", 4, 4, 0.25, None, 0.4), Row("teacher-ddim", 4, 4, 0.3, 4, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, teacher_folder):
+    """An exported student with its card; its comparison is put there, not made."""
+    from fmm_distill.teachers.load import load_teacher
+
+    run = tmp_path_factory.mktemp("published") / "run"
+    run.mkdir()
+    teacher = load_teacher(str(teacher_folder))
+    student = make_student(teacher)
+    recipe = parse({"teacher": str(teacher_folder)}, "here")
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    (run / "environment.json").write_text('{"python": "3.11"}')
+    (run / "steps.jsonl").write_text('{"images_per_second": 64.0}\n' * 3600)
+    for picture in ("samples.png", "steps.png"):
+        (run / picture).write_bytes(b"\x89PNG" + picture.encode())
+    export_pipeline(student, teacher, run / "student", (1, 4))
+    about = about_student(student, teacher, recipe, (1, 4), run)
+    write_card(run / "student", about, Evaluation(dict(PROTOCOL), list(ROWS)), run)
+    compared = {"largest_pixel_difference": {"any-1": 1e-6, "folded-4": 1e-6}}
+    (run / "student" / "verification.json").write_text(json.dumps(compared))
+    (run / "student" / ".cache").mkdir()
+    (run / "student" / ".cache" / "left.lock").write_text("")
+    return run / "student"
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """One to break."""
+    return shutil.copytree(folder, tmp_path / "student")
+
+
+@pytest.fixture(scope="module")
+def often(folder, tmp_path_factory):
+    return alone(publishing.publish_often, tmp_path_factory.mktemp("home"), folder)
+
+
+def test_everything_goes_in_one_commit(often):
+    assert often["address"].endswith("/tester/student")
+    assert often["equal"]
+    assert often["left_here"] == [".cache/left.lock"]
+    assert {"student.json", "steps-4/unet/config.json", "recipe.yaml", "evaluation.json"} <= set(often["names"])
+    # The Hub's own first one, and this.
+    assert often["commits"][0] == 2
+    assert 'from_pretrained("tester/student", trust_remote_code=True)' in often["card"]
+    assert 'snapshot_download("tester/student", allow_patterns="steps-4/*")' in often["card"]
+
+
+def test_the_same_again_sends_nothing(often):
+    assert often["commits"][1] == often["commits"][0]
+    assert often["puts_again"] == 0
+    assert often["lines"][1].startswith("nothing new: ")
+
+
+def test_what_a_student_has_no_more_is_removed(often):
+    assert often["commits"][2] == often["commits"][1] + 1
+    assert often["fewer"] == ["steps-1"]
+    assert "steps-4" not in often["fewer_card"]
+    assert "num_inference_steps=1).images" in often["fewer_card"]
+
+
+def test_a_branch_is_made_and_named_in_the_card(often):
+    assert often["branch"].endswith("/tester/student/tree/next")
+    assert often["on_branch"]
+    assert not often["on_main"]
+    assert 'snapshot_download("tester/student", revision="next", allow' in often["branch_card"]
+    assert 'from_pretrained("tester/student", revision="next", trust' in often["branch_card"]
+
+
+def test_private_is_of_new_repositories(often):
+    assert often["private"] == [True, False]
+    assert sum("is there already and public" in line for line in often["lines"]) == 1
+
+
+def test_what_is_something_else_stays(folder, tmp_path):
+    seen = alone(publishing.publish_over_others, tmp_path, folder)
+    assert seen["refused"]["tester/else"].startswith("tester/else holds something else (README.md, weights.bin); ")
+    assert "tester/cousin holds a student of another teacher (a/b; " in seen["refused"]["tester/cousin"]
+    assert seen["untouched"] == [2, 2]
+    assert seen["lines"][0] == "tester/else: 1 files that are not of this student stay there"
+    assert seen["kept"]
+    assert seen["card"]
+    assert not seen["old"]
+    assert seen["empty"]
+
+
+def test_without_the_right_nothing_is_made(folder, tmp_path):
+    seen = alone(publishing.publish_without_right, tmp_path, folder)
+    assert seen.pop("made") == ""
+    assert all("\n" not in line for line in seen.values())
+    assert not [line for line in seen.values() if "hf_" in line.replace("hf_", "hf_", 1) and "hf_w" in line]
+    for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
+        assert seen[name].startswith(f"{name}: no name for a repository")
+    assert seen["other owner"].startswith("somebody/student: your token is of tester; wanted one of somebody")
+    assert "403" in seen["forbidden"]
+    assert "the Hub refuses your token; log in again" in seen["hf_wrong"]
+    assert "may only read" in seen["hf_reads"]
+    assert "no token for the Hub; log in" in seen["none"]
+
+
+def test_faults_leave_nothing_half(folder, tmp_path):
+    seen = alone(publishing.publish_through_faults, tmp_path, folder)
+    assert seen["half"] == seen["still"] == 1
+    assert seen["refused commit"].endswith("nothing of it was published")
+    assert seen["again"] == ""
+    assert seen["whole"]
+    # What had arrived is not sent again.
+    assert seen["sent again"] == 0
+
+
+def test_no_network_is_one_line(folder, tmp_path):
+    line = alone(publishing.publish_into_the_void, tmp_path, folder)
+    assert "could not be reached" in line
+    assert "\n" not in line
+
+
+def test_the_card_is_what_the_hub_reads(folder):
+    text = card(folder, "tester/student")
+    read = ModelCard(text).data
+    assert (read.library_name, read.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    assert read.get("base_model") is None
+    results = {(r.metric_type, r.metric_args["num_inference_steps"]): r for r in read.eval_results}
+    assert all(isinstance(result, EvalResult) for result in results.values())
+    assert {key: result.metric_value for key, result in results.items()} == {
+        ("endpoint-error", 1): 0.5,
+        ("endpoint-error", 4): 0.25,
+        ("frechet-distance", 1): 3.0,
+    }
+    assert read.model_name == "student"
+    assert "| student | 4 | 4 | 0.2500 | not measured | 0.40000 |" in text
+    # 3600 steps of a second.
+    assert ", 1 hours; loss lagrangian; seed 0" in text
+    assert "arXiv 2406.07507; LSD arXiv 2505.18825" in text
+    assert "samples.png" in text
+
+
+def test_a_teacher_of_the_hub_is_the_base_model(folder, copy):
+    about = json.loads((folder / "student.json").read_text())
+    known = {"teacher": "google/ddpm", "revision": "c" * 40, "licence": {"license": "mit"}, "dataset": "a/b"}
+    (copy / "student.json").write_text(json.dumps(about | known))
+    data = yaml.safe_load(card(copy).split("---")[1])
+    assert data["base_model"] == "google/ddpm"
+    assert data["base_model_relation"] == "finetune"
+    assert (data["license"], data["datasets"]) == ("mit", ["a/b"])
+    assert f"google/ddpm at {'c' * 40}" in card(copy)
+
+
+def test_numbers_of_another_student_are_not_said(copy):
+    (copy / "evaluation.json").unlink()
+    text = card(copy)
+    assert "It was not evaluated." in text
+    assert "model-index" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda folder: (folder / "student.json").unlink(), "holds no exported student"),
+        (lambda folder: (folder / "student.json").write_text('{"fmm_distill": "9"}'), "written by fmm_distill 9"),
+        (lambda folder: (folder / "student.json").write_text("{"), "can't be read"),
+        (lambda folder: (folder / "verification.json").unlink(), "was not opened and compared"),
+        (
+            lambda folder: (folder / "verification.json").write_text('{"largest_pixel_difference": {"any-1": NaN}}'),
+            "its pipelines differ",
+        ),
+    ],
+)
+def test_what_is_no_whole_student_is_refused(copy, change, wanted):
+    change(copy)
+    with pytest.raises(UserError, match=wanted) as caught:
+        pack(copy, "tester/student")
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_that_were_not_exported(folder):
+    with pytest.raises(UserError, match=r"--steps 2: .* has 1, 4; export the others first"):
+        pack(folder, "tester/student", steps=(1, 2))
+
+
+def test_a_run_without_a_student(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="has no student yet"):
+        pack(tmp_path, "tester/student")
+
+
+def test_a_dry_run_lists_and_shows(folder):
+    done = CliRunner().invoke(command, ["publish", str(folder.parent), "tester/student", "--dry-run", "--steps", "4"])
+    assert done.exit_code == 0
+    assert "  steps-4/unet/diffusion_pytorch_model.safetensors\n" in done.output
+    assert "steps-1/" not in done.output
+    assert "# A few-step student of" in done.output
+    assert done.output.endswith("nothing was sent (--dry-run)\n")
+
+
+def test_facts_come_back_as_they_were(folder):
+    about = read_about(folder)
+    assert about.steps == (1, 4)
+    assert about.hours == pytest.approx(1)
+    assert Path(about.teacher).is_dir()

@@ -131,6 +131,7 @@ def edit() -> dict[str, Any]:
     missing = [CommitOperationDelete("nothing.txt")]
     return {
         "oid": made.oid,
+        "sha": api.model_info("me/model", revision="try/1").sha,
         "main": api.list_repo_files("me/model"),
         "branch": api.list_repo_files("me/model", revision="try/1"),
         "refs": {branch.name: branch.target_commit for branch in api.list_repo_refs("me/model").branches},
@@ -153,6 +154,7 @@ def test_commits_and_branches(hub: Hub, owner: dict[str, str]):
     before = repo.branches["main"]
     edited = run(edit, owner)
     assert edited["refs"] == repo.branches == {"main": before, "try/1": edited["oid"]}
+    assert edited["sha"] == edited["oid"]
     assert repo.commits[edited["oid"]].parent == before
     assert set(edited["main"]) == {".gitattributes", *files}
     assert set(edited["branch"]) == {".gitattributes", "copy.bin", "new.txt"}

@@ -23,6 +23,7 @@ _BY_STATUS = {
     401: "the Hub refuses {token}; log in again (hf auth login)",
     403: "{token} may not do this; take one with the right to ({settings})",
     409: "another change came in between; run the same command again",
+    412: "another change came in between; run the same command again",
     413: "a file is larger than the Hub takes",
     429: "too many requests, and waiting did not help; run the same command again later",
 }

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Parcel", "check_target", "pack", "publish"]
 
-_MEBIBYTE = 2**20
 _SHOWN = 4
 
 
@@ -52,8 +51,8 @@ class Parcel:
         """Every file with its size, and the card."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         sizes["README.md"] = len(self.card.encode())
-        lines = [f"{size / _MEBIBYTE:>10.2f} MiB  {name}" for name, size in sorted(sizes.items())]
-        total = f"{sum(sizes.values()) / _MEBIBYTE:>10.2f} MiB  in {len(sizes)} files"
+        lines = [f"{size:>13,} bytes  {name}" for name, size in sorted(sizes.items())]
+        total = f"{sum(sizes.values()):>13,} bytes  in {len(sizes)} files"
         return "\n".join([*lines, total, "", self.card])
 
 
@@ -67,7 +66,9 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
         UserError: if there is no student there that was opened and compared, or the steps were not exported.
     """
     _check_name(repo)
-    folder = source / "student" if (source / "recipe.yaml").is_file() and not (source / ABOUT).is_file() else source
+    # Both hold a recipe, the exported one a pipeline as well.
+    is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
+    folder = source / "student" if is_run else source
     if folder != source and not folder.is_dir():
         raise UserError(f"{source} has no student yet; run the same distillation command to its end")
     about = read_about(folder)
@@ -234,8 +235,10 @@ def publish(
             revision=branch,
             parent_commit=target.commit,
         )
-    except (*HUB_FAULTS, ValueError) as error:
-        raise UserError(f"{repo}: {hub_reason(error)}; nothing of it was published") from error
+    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+        # Of a file that did not arrive the client says so in a RuntimeError, and why in its cause.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+        raise UserError(f"{repo}: {hub_reason(cause)}; nothing of it was published") from error
     address = f"{api.endpoint}/{repo}" + ("" if branch is None else f"/tree/{branch}")
     if made.oid == target.commit:
         say(f"nothing new: {address} holds all {len(names)} files as they are here")

@@ -178,8 +178,8 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
                 dataset_type="teacher-endpoints",
                 dataset_name=f"{protocol['endpoint_samples']} endpoints of the teacher's ODE",
                 metric_type="endpoint-error",
-                metric_name=f"endpoint error at {row['steps']} steps",
-                metric_value=row["endpoint_error"],
+                metric_name=f"endpoint error, num_inference_steps={row['steps']}",
+                metric_value=round(row["endpoint_error"], 5),
                 metric_args=told,
             )
         )
@@ -193,8 +193,8 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
                 dataset_type="images",
                 dataset_name=str(protocol["frechet_reference"]),
                 metric_type=kind,
-                metric_name=f"{kind} of {protocol['frechet_samples']} samples at {row['steps']} steps",
-                metric_value=row["frechet"],
+                metric_name=f"{kind} of {protocol['frechet_samples']} samples, num_inference_steps={row['steps']}",
+                metric_value=round(row["frechet"], 4),
                 metric_args=told | {"features": protocol["frechet"]},
             )
         )

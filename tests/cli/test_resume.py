@@ -92,6 +92,15 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, finished, name)
     assert_same_run(tmp_path / "run", finished[0])
 
 
+@pytest.fixture
+def interrupts():
+    """As of a program at a terminal; one in the background may have been told to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_request_interrupts_at_once():
     with stop_requests() as request:
         signal.raise_signal(signal.SIGTERM)

@@ -102,14 +102,14 @@ def test_one_euler_step_is_one_stock_step(opened):
 
 @torch.no_grad()
 def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
-    name, _, teacher = opened
+    _, _, teacher = opened
     student, cond = make_student(teacher), teacher.conditions.prompts
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.4, 0.9], dtype=torch.float64))
     v = teacher.velocity(x, t, cond)
     at_start = student.mean_velocity(x, t, t, cond)
-    # Convolutions in time round by where in memory their weights lie.
-    assert torch.equal(at_start, v) or (name == "text-to-video" and (at_start - v).abs().max() < 1e-6 * v.abs().max())
+    # The same sums, but kernels round by where in memory the weights lie.
+    assert (at_start - v).abs().max() <= 1e-6 * v.abs().max()
     assert (student.mean_velocity(x, t, 0 * t, cond) - v).abs().max() <= 1e-6 * v.abs().max()
     # A prompt moves the answer, and a sample does not see its neighbour's.
     other = teacher.velocity(x, t, cond.rows(torch.tensor([1, 0])))

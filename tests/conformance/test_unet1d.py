@@ -161,7 +161,8 @@ def test_the_student_is_its_teacher_at_the_start(teacher):
     student = make_student(teacher)
     x, t = some(teacher, 6), teacher.schedule.time_at(torch.linspace(0, 1, 6, dtype=torch.float64))
     v = teacher.velocity(x, t)
-    assert torch.equal(student.mean_velocity(x, t, t), v)
+    # The same sums, but kernels round by where in memory the weights lie.
+    assert (student.mean_velocity(x, t, t) - v).abs().max() <= 1e-6 * v.abs().max()
     assert (student.mean_velocity(x, t, 0 * t) - v).abs().max() < 1e-6 * v.abs().max()
     assert student.network.config["jump_hosts"] == ["time_proj"]
     # Every sample has a jump of its own.

@@ -213,8 +213,11 @@ def commit(call: Call) -> Reply:
     if call.revision not in repo.branches:
         raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {call.revision}")
     header, *operations = [json.loads(line) for line in call.body.splitlines()]
-    if call.query or header["key"] != "header" or not header["value"].keys() <= {"summary", "description"}:
-        raise Refusal(501, None, "pull requests and expected parents are not spoken here")
+    known = {"summary", "description", "parentCommit"}
+    if call.query or header["key"] != "header" or not header["value"].keys() <= known:
+        raise Refusal(501, None, "pull requests are not spoken here")
+    if header["value"].get("parentCommit", repo.at(call.revision).sha) != repo.at(call.revision).sha:
+        raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
     files = dict(repo.at(call.revision).files)
     for operation in operations:
         apply(files, operation["key"], operation["value"], call.hub.blobs)

@@ -84,20 +84,23 @@ def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -
     """
     if revision is not None and _COMMIT.fullmatch(revision) and _index(source, revision, cached=True) is not None:
         return Snapshot(source, revision, cached=constants.HF_HUB_OFFLINE)
+    cached = False
     try:
-        commit, cached = str(HfApi().model_info(source, revision=revision).sha), False
+        # The client's own way to a file takes what is in the cache, whatever the Hub says.
+        HfApi().model_info(source, revision=revision)
     except HFValidationError as error:
         raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
     except HUB_FAULTS as error:
-        folder = _index(source, revision, cached=True) if no_answer(error) else None
-        if folder is None:
+        cached = no_answer(error) and _index(source, revision, cached=True) is not None
+        if not cached:
             at = "" if revision is None else f" at {revision}"
             raise UserError(f"{source}{at}: no such folder here, and of the Hub: {hub_reason(error)}") from error
-        say(f"{source}: {hub_reason(error)}; taken from the cache, commit {folder.name}")
-        commit, cached = folder.name, True
-    if _index(source, commit, cached=cached) is None:
+        say(f"{source}: {hub_reason(error)}; what is in the cache is taken")
+    # By its name, not by its commit: so the cache keeps which commit the name stood for.
+    folder = _index(source, revision, cached=cached)
+    if folder is None:
         raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
-    return Snapshot(source, commit, cached)
+    return Snapshot(source, folder.name, cached)
 
 
 def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
@@ -117,7 +120,7 @@ def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
 def _why_not(error: Exception) -> str:
     """Stock diffusers says in a ValueError or an EnvironmentError of its own that it will not take a repository."""
     text = str(error)
-    if "safetensors" in text and "variant" not in text:
+    if "Could not find the necessary `safetensors`" in text:
         return (
             "it has weights without a .safetensors file; pickled weights are not opened: save the pipeline again with "
             "save_pretrained(folder, safe_serialization=True)"

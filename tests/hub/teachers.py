@@ -1,0 +1,185 @@
+"""What happens to teachers that are asked for by id, in a process of its own (see ``tests.hub.alone``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.hub.alone import said
+from tests.hub.server import Fault, Hub
+from tests.hub.state import File
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    """A folder as a repository has it."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def _first_weight(teacher: Any) -> float:
+    return float(next(teacher.network.parameters()).flatten()[0])
+
+
+def open_by_id(hub: Hub, folder: str, other: str) -> dict[str, Any]:
+    """The newest commit, an older one by a branch and by its hash, and one that is in the cache."""
+    from fmm_distill.teachers.load import load_teacher
+
+    card = {"README.md": b"---\nlicense: mit\n---\n# A teacher\n"}
+    repo = hub.create("tester/teacher", files_of(other) | card)
+    older = repo.at("main").sha
+    repo.branches["old"] = older
+    newer = {name: File(content, name == WEIGHTS) for name, content in (files_of(folder) | card).items()}
+    repo.commit(newer, "newer")
+    seen: dict[str, Any] = {"head": repo.at("main").sha, "older": older}
+    for name, revision in (("main", None), ("branch", "old"), ("commit", older)):
+        before = len(hub.requests)
+        teacher = load_teacher("tester/teacher", revision=revision)
+        seen[name] = [teacher.revision, _first_weight(teacher)]
+        seen[f"{name} fetched"] = [r.path for r in hub.requests[before:] if r.method == "GET" and "/resolve/" in r.path]
+    seen["licence"] = teacher.licence
+    here = load_teacher(folder)
+    seen["same as the folder"] = _first_weight(here) == seen["main"][1]
+    seen["unknown"] = said(load_teacher, "tester/teacher", revision="nowhere")
+    seen["folder at a revision"] = said(load_teacher, folder, revision="main")
+    return seen
+
+
+def not_for_everyone(hub: Hub, folder: str) -> dict[str, str]:
+    """Gated, private, missing, with a token that is refused, and no pipeline at all."""
+    import os
+
+    from fmm_distill.teachers.load import load_teacher
+
+    files = files_of(folder)
+    hub.create("somebody/gated", files, gated="manual")
+    hub.create("somebody/private", files, private=True)
+    hub.create("tester/teacher", files)
+    hub.create("tester/dataset", {"train.parquet": b"1"})
+    names = ("somebody/gated", "somebody/private", "somebody/nothing", "tester/dataset", "no such name", "a--b/c")
+    lines = {name: said(load_teacher, name) for name in names}
+    os.environ["HF_TOKEN"] = "hf_wrong"
+    return lines | {"wrong token": said(load_teacher, "tester/teacher")}
+
+
+def what_is_not_fetched(hub: Hub, folder: str, pickled: str) -> dict[str, Any]:
+    """Weights that no adapter opens, pickles, code, and what a pipeline has no use for."""
+    from fmm_distill.teachers.load import load_teacher
+
+    files = files_of(folder)
+    index = json.loads(files["model_index.json"])
+
+    def with_index(**changes: object) -> dict[str, bytes]:
+        return files | {"model_index.json": json.dumps(index | changes).encode()}
+
+    hub.create("tester/video", with_index(unet=["diffusers", "UNetSpatioTemporalConditionModel"]))
+    hub.create("tester/code", with_index(unet=["my_unet", "MyUNet"]) | {"unet/my_unet.py": b"raise SystemExit(9)"})
+    hub.create("tester/pipe", with_index(_class_name=["my_pipe", "Pipe"]) | {"my_pipe.py": b"raise SystemExit(9)"})
+    hub.create("tester/pickled", files_of(pickled))
+    hub.create("tester/much", files | {"whole.safetensors": b"1" * 100, "unet/model.bin": b"2", "picture.png": b"3"})
+    lines = {name: said(load_teacher, f"tester/{name}") for name in ("video", "code", "pipe", "pickled", "much")}
+    got = {
+        path.split("/resolve/")[0] + " " + path.split("/")[-1]
+        for path in (r.path for r in hub.asked("GET", "/resolve/"))
+    }
+    return {"lines": lines, "got": sorted(got)}
+
+
+def variants(hub: Hub, half: str, sharded: str) -> dict[str, Any]:
+    """Half precision alone, in one file and in shards, and one that is not there."""
+    from fmm_distill.teachers.load import load_teacher
+
+    hub.create("tester/half", files_of(half))
+    hub.create("tester/sharded", files_of(sharded))
+    seen: dict[str, Any] = {"half": _first_weight(load_teacher("tester/half", variant="fp16"))}
+    seen["sharded"] = _first_weight(load_teacher("tester/sharded", variant="fp16"))
+    seen["half again"] = _first_weight(load_teacher(half, variant="fp16"))
+    seen["plain of half"] = said(load_teacher, "tester/half")
+    seen["none"] = said(load_teacher, "tester/half", variant="bf16")
+    return seen
+
+
+def bad_days(hub: Hub, folder: str) -> dict[str, Any]:
+    """Bytes that are not the Hub's, connections that are cut, a Hub that is not well, none at all."""
+    from unittest.mock import patch
+
+    from fmm_distill.teachers.load import load_teacher
+
+    hub.create("tester/teacher", files_of(folder))
+    seen: dict[str, Any] = {}
+    with patch("time.sleep"):
+        hub.faults = [Fault("GET", WEIGHTS, wrong_bytes=True)]
+        seen["wrong bytes"] = said(load_teacher, "tester/teacher")
+        hub.faults = [Fault("GET", WEIGHTS, status=500)]
+        seen["not well"] = said(load_teacher, "tester/teacher")
+        hub.faults = [Fault("GET", WEIGHTS, cut_after=100, reset=True)]
+        seen["reset"] = said(load_teacher, "tester/teacher")
+        hub.faults = [Fault("GET", WEIGHTS, status=429, headers={"Retry-After": "1"})]
+        hub.faults += [Fault("GET", WEIGHTS, cut_after=100)]
+        seen["cut"] = said(load_teacher, "tester/teacher")
+        seen["faults left"] = sum(fault.times for fault in hub.faults)
+        teacher = load_teacher("tester/teacher")
+        seen["whole"] = _first_weight(teacher) == _first_weight(load_teacher(folder))
+        lines: list[str] = []
+        hub.faults = [Fault("GET", "/api/models", cut_after=0, reset=True, times=9)]
+        again = load_teacher("tester/teacher", say=lines.append)
+        seen["from the cache"] = [again.revision == teacher.revision, lines]
+        hub.faults = [Fault("GET", "/api/models", cut_after=0, reset=True, times=9)]
+        seen["never seen"] = said(load_teacher, "tester/other", say=lines.append)
+        hub.faults = [Fault("GET", "/api/models", status=503, times=9)]
+        seen["down"] = said(load_teacher, "tester/teacher")
+    return seen
+
+
+def offline(hub: Hub, folder: str) -> dict[str, Any]:
+    """``HF_HUB_OFFLINE=1``: what is in the cache opens, the rest is a line, and nobody is asked."""
+    from huggingface_hub import constants
+
+    from fmm_distill.teachers.load import load_teacher
+
+    repo = hub.create("tester/teacher", files_of(folder))
+    hub.create("tester/index", files_of(folder))
+    load_teacher("tester/teacher")
+    load = said(load_teacher, "tester/index", revision="nowhere")
+    asked, lines = len(hub.requests), []
+    constants.HF_HUB_OFFLINE = True
+    sha = load_teacher("tester/teacher", say=lines.append).revision
+    pinned = load_teacher("tester/teacher", revision=sha, say=lines.append).revision
+    seen = {"cached": [sha == repo.at("main").sha, pinned == sha], "lines": lines, "before": load}
+    seen["missing"] = said(load_teacher, "tester/index")
+    return seen | {"asked": len(hub.requests) - asked}
+
+
+def goes_on_at_its_commit(hub: Hub, folder: str, other: str, run: str) -> dict[str, Any]:
+    """A run whose teacher's repository has moved on."""
+    from fmm_distill.recipe import parse
+    from fmm_distill.run import distill, open_run
+
+    repo = hub.create("tester/teacher", files_of(folder))
+    begun = repo.at("main").sha
+    changes = {
+        "teacher": "tester/teacher",
+        "training": {"steps": 2, "batch_size": 2},
+        "evaluation": {"features": "none", "samples": 4, "endpoint_samples": 4, "steps": [1], "batch_size": 4},
+        "export": {"steps": [1]},
+    }
+    distill(parse(changes, "here"), run, say=lambda _: None)
+    repo.commit({name: File(content, name == WEIGHTS) for name, content in files_of(other).items()}, "moved")
+    more = changes | {"training": {"steps": 3, "batch_size": 2}}
+    distill(parse(more, "here"), run, say=lambda _: None)
+    kept = json.loads((Path(run) / "teacher.json").read_text())
+    card = (Path(run) / "student" / "README.md").read_text()
+    job = open_run(run)
+    del repo.commits[begun]
+    for path in Path(run).parent.glob("home/hub/models--tester--teacher"):
+        path.rename(path.with_name("gone"))
+    return {
+        "kept": kept["revision"] == begun,
+        "opened": job.teacher.revision == begun,
+        "card": begun in card and "base_model: tester/teacher" in card,
+        "digest": hashlib.sha256(card.encode()).hexdigest(),
+        "gone": said(open_run, run),
+    }

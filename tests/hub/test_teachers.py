@@ -1,0 +1,122 @@
+"""Teachers by the Hub's id: commits, variants, what is not fetched, and what a bad day brings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from tests.conftest import save_teacher, tiny_unet
+from tests.hub import teachers
+from tests.hub.alone import alone
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("pipeline") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The same with its first weight 1 more."""
+    unet = tiny_unet()
+    with torch.no_grad():
+        next(unet.parameters()).view(-1)[0].add_(1)
+    return save_teacher(tmp_path_factory.mktemp("pipeline") / "other", unet)
+
+
+def first_weight(unet=None):
+    return float(next((unet or tiny_unet()).parameters()).detach().flatten()[0])
+
+
+def test_a_teacher_is_the_commit_that_a_name_stands_for(folder, other, tmp_path):
+    seen = alone(teachers.open_by_id, tmp_path, folder, other)
+    assert seen["main"] == [seen["head"], pytest.approx(first_weight())]
+    assert seen["branch"] == seen["commit"] == [seen["older"], pytest.approx(first_weight() + 1)]
+    assert any(path.endswith(teachers.WEIGHTS) for path in seen["branch fetched"])
+    assert seen["commit fetched"] == []
+    assert seen["same as the folder"]
+    assert seen["licence"] == {"license": "mit"}
+    assert "tester/teacher at nowhere: " in seen["unknown"]
+    assert "no such branch, tag or commit" in seen["unknown"]
+    assert "is of a teacher on the Hub, this is a folder" in seen["folder at a revision"]
+
+
+def test_what_is_not_for_everyone(folder, tmp_path):
+    seen = alone(teachers.not_for_everyone, tmp_path, folder)
+    assert len(seen) == 7
+    assert not [line for line in seen.values() if "\n" in line or "hf_" in line]
+    assert "somebody/gated: it is gated: accept its terms on its page" in seen["somebody/gated"]
+    for name in ("somebody/private", "somebody/nothing"):
+        assert f"{name}: no such folder here, and of the Hub: no such repository, or a private one" in seen[name]
+    assert "no model_index.json in it; wanted a whole diffusers pipeline" in seen["tester/dataset"]
+    assert "neither a folder nor a Hub id" in seen["no such name"]
+    assert "neither a folder nor a Hub id" in seen["a--b/c"]
+    assert "the Hub refuses your token; log in again" in seen["wrong token"]
+
+
+def test_only_what_can_be_used_is_fetched(folder, tmp_path):
+    pickled = tmp_path / "pickled"
+    pipeline = DDPMPipeline(tiny_unet(), DDPMScheduler())
+    pipeline.save_pretrained(pickled, safe_serialization=False)
+    seen = alone(teachers.what_is_not_fetched, tmp_path / "home", folder, pickled)
+    lines = seen["lines"]
+    assert "no adapter for" in lines["video"]
+    assert "its unet is code of the repository (my_unet.py), which is not run" in lines["code"]
+    assert "its pipeline is code of the repository" in lines["pipe"]
+    assert "pickled weights are not opened" in lines["pickled"]
+    assert lines["much"] == ""
+    assert not [line for line in lines.values() if "\n" in line]
+    weights = [name for name in seen["got"] if not name.endswith(".json")]
+    assert weights == ["/tester/much diffusion_pytorch_model.safetensors"]
+
+
+def test_variants_stand_in_for_the_plain_weights(tmp_path):
+    unet = tiny_unet()
+    pipeline = DDPMPipeline(unet.half(), DDPMScheduler())
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    pipeline.save_pretrained(tmp_path / "sharded", variant="fp16", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+    index = next((tmp_path / "sharded" / "unet").glob("*.index.*json"))
+    assert "fp16" in index.read_text()
+    seen = alone(teachers.variants, tmp_path / "home", tmp_path / "half", tmp_path / "sharded")
+    assert seen["half"] == seen["half again"] == seen["sharded"] == first_weight(unet)
+    assert "no diffusion_pytorch_model.safetensors" in seen["plain of half"] or "variant" in seen["plain of half"]
+    assert "bf16" in seen["none"]
+    assert "\n" not in seen["none"] + seen["plain of half"]
+
+
+def test_bad_days_end_in_a_line_or_in_a_whole_teacher(folder, tmp_path):
+    seen = alone(teachers.bad_days, tmp_path, folder)
+    assert f"{teachers.WEIGHTS} came with other bytes than the Hub has; it was removed" in seen["wrong bytes"]
+    assert "the Hub is not well (status 500)" in seen["not well"]
+    assert "could not be reached" in seen["reset"]
+    assert seen["cut"] == ""
+    assert seen["faults left"] == 0
+    assert seen["whole"]
+    same, lines = seen["from the cache"]
+    assert same
+    assert len(lines) == 1
+    assert lines[0].endswith("what is in the cache is taken")
+    assert "could not be reached" in seen["never seen"]
+    assert "the Hub is not well (status 503)" in seen["down"]
+    assert not [line for line in seen.values() if isinstance(line, str) and "\n" in line]
+
+
+def test_offline_nobody_is_asked(folder, tmp_path):
+    seen = alone(teachers.offline, tmp_path, folder)
+    assert seen["cached"] == [True, True]
+    assert seen["asked"] == 0
+    assert "HF_HUB_OFFLINE=1" in seen["missing"]
+    assert "\n" not in seen["missing"]
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(folder, other, tmp_path):
+    seen = alone(teachers.goes_on_at_its_commit, tmp_path / "home", folder, other, tmp_path / "run")
+    assert seen["kept"]
+    assert seen["opened"]
+    assert seen["card"]
+    assert "no such branch, tag or commit" in seen["gone"]
+    assert json.loads((tmp_path / "run" / "teacher.json").read_text())["guidance.weaker_revision"] is None

@@ -6,7 +6,7 @@ A plain diffusers script: a DDPM (v_prediction, linear betas) on scikit-learn's 
     python examples/train_digits_teacher.py --output fmm_distill/builtin/digits
 
 About 10 minutes on one CPU core. The same seed on the same versions and thread count gives the same
-weights.
+weights. ``--prediction epsilon`` trains the same network on the noise instead.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def new_unet() -> UNet2DModel:
 
 
 def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch: int, lr: float) -> UNet2DModel:
-    """The exponential moving average of a network trained by the simple v_prediction loss."""
+    """The exponential moving average of a network trained by the simple loss of the scheduler's prediction."""
     network = new_unet()
     average = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-3)
@@ -81,7 +81,8 @@ def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch
         noise = torch.randn_like(x_0)
         timestep = torch.randint(scheduler.config.num_train_timesteps, (batch,))
         prediction = network(scheduler.add_noise(x_0, noise, timestep), timestep).sample
-        loss = F.mse_loss(prediction, scheduler.get_velocity(x_0, noise, timestep))
+        is_epsilon = scheduler.config.prediction_type == "epsilon"
+        loss = F.mse_loss(prediction, noise if is_epsilon else scheduler.get_velocity(x_0, noise, timestep))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -122,7 +123,7 @@ tags: [ddpm, digits]
 ---
 # 8x8 grey digits: a small DDPM
 
-`UNet2DModel` ({parameters} parameters), `DDPMScheduler` (linear betas, v_prediction), trained from scratch on
+`UNet2DModel` ({parameters} parameters), `DDPMScheduler` (linear betas, {prediction}), trained from scratch on
 the 1797 images of scikit-learn's `load_digits` (Optical Recognition of Handwritten Digits, E. Alpaydin and
 C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0) by `examples/train_digits_teacher.py`
 ({steps} steps of {batch} images). Images lie in [-1, 1].
@@ -144,13 +145,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     images, labels = digits()
     classifier, accuracy = train_classifier(images, labels)
     print(f"classifier accuracy {accuracy:.4f}")
-    scheduler = DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction", clip_sample=False)
+    scheduler = DDPMScheduler(beta_schedule="linear", prediction_type=arguments.prediction, clip_sample=False)
     unet = train_unet(images, scheduler, arguments.steps, arguments.batch, arguments.lr)
     samples = features_of_samples(unet, scheduler, classifier)
     with torch.no_grad():
@@ -159,6 +161,7 @@ def main() -> None:
     facts = {
         "parameters": sum(p.numel() for p in unet.parameters()),
         "steps": arguments.steps,
+        "prediction": arguments.prediction,
         "batch": arguments.batch,
         "frechet": frechet(samples, real),
         "floor": frechet(real[order[:898]], real[order[898:]]),

@@ -13,7 +13,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
-from fmm_distill.starts import draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.starts import diagonal_times, draw, interpolant_velocity, pair_times, points, teacher_jump
 from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Objective(nn.Module):
         """The pairs (t, r) of the samples of a step, shape ``[batch]`` each, float64."""
         schedule = self._fixed[0].schedule
         if step < self.recipe.student.regression_steps:
-            t, _ = pair_times(self.recipe.pairs, schedule, draws, self.recipe.pairs.band_steps)
+            t = diagonal_times(self.recipe.pairs, schedule, draws)
             return t, t
         terms, step = self._terms(draws, step)
         both = draws.first.new_zeros(2, len(draws.first))
@@ -146,7 +146,7 @@ class Objective(nn.Module):
     def _regression(self, draws: Draws, data: Picked | None) -> tuple[Tensor, Tensor]:
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
         teacher, _ = self._fixed
-        t, _ = pair_times(self.recipe.pairs, teacher.schedule, draws, self.recipe.pairs.band_steps)
+        t = diagonal_times(self.recipe.pairs, teacher.schedule, draws)
         cond = condition_of(teacher, draws)
         x_t = points(teacher, teacher_jump(teacher), draws, t, data, cond, on_policy=self.on_policy)
         with torch.no_grad():

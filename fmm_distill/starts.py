@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Mover = Callable[[Tensor, Tensor, Tensor, Conditioning | None], Tensor]
 
-__all__ = ["Draws", "Pairs", "draw", "interpolant_velocity", "pair_times", "points", "teacher_jump"]
+__all__ = ["Draws", "Pairs", "diagonal_times", "draw", "interpolant_velocity", "pair_times", "points", "teacher_jump"]
 
 
 class Pairs(Settings):
@@ -133,10 +133,21 @@ def pair_times(pairs: Pairs, axis: TimeAxis, draws: Draws, step: int) -> tuple[T
     step, a straight line.
     """
     t, r = _dyadic(pairs.dyadic, draws) if pairs.dyadic else _triangle(pairs, draws, step)
+    return _time_at(pairs, axis, t), _time_at(pairs, axis, r)
+
+
+def diagonal_times(pairs: Pairs, axis: TimeAxis, draws: Draws) -> Tensor:
+    """Times in [t_min, t_max] in float64, shape ``[batch]``, from one draw of the pairs' distribution each.
+
+    The later of two draws, half of them at t_max, is where jumps start; it leaves a velocity few samples near data.
+    """
+    return _time_at(pairs, axis, _share(pairs, draws.first))
+
+
+def _time_at(pairs: Pairs, axis: TimeAxis, share: Tensor) -> Tensor:
     if pairs.spacing == "time":
-        span = axis.t_max - axis.t_min
-        return axis.t_min + span * t, axis.t_min + span * r
-    return axis.time_at(t), axis.time_at(r)
+        return axis.t_min + (axis.t_max - axis.t_min) * share
+    return axis.time_at(share)
 
 
 def _triangle(pairs: Pairs, draws: Draws, step: int) -> tuple[Tensor, Tensor]:

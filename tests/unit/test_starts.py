@@ -10,7 +10,16 @@ from pydantic import ValidationError
 from fmm_distill.data import PickedImages
 from fmm_distill.interpolant import expand
 from fmm_distill.schedules import VariancePreserving
-from fmm_distill.starts import Draws, Pairs, draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.starts import (
+    Draws,
+    Pairs,
+    diagonal_times,
+    draw,
+    interpolant_velocity,
+    pair_times,
+    points,
+    teacher_jump,
+)
 from fmm_distill.teachers.load import load_teacher
 
 NAMES = ("noise", "first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")
@@ -135,6 +144,16 @@ def test_start_and_length_are_not_one_number():
     t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY, 0)
     assert 0.1 < correlation(t, t - r) < 0.9
     assert correlation(t, r) < 0.9
+
+
+@pytest.mark.parametrize("spacing", ["timestep", "time"])
+def test_times_of_the_diagonal_are_even_over_the_way(spacing):
+    schedule = schedule_of("linear")
+    t = diagonal_times(Pairs(prior=0.5, spacing=spacing), schedule, MANY)
+    whole = schedule.t_max - schedule.t_min
+    share = schedule.timestep(t) / 999 if spacing == "timestep" else (t - schedule.t_min) / whole
+    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    torch.testing.assert_close(share.quantile(levels), levels, rtol=0, atol=0.02)
 
 
 def test_noise_says_nothing_about_times():

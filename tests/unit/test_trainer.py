@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 
 from fmm_distill import checkpoint
@@ -21,11 +22,12 @@ from fmm_distill.objective import Objective
 from fmm_distill.recipe import Recipe, parse
 from fmm_distill.settings import TrainingSettings
 from fmm_distill.starts import draw, pair_times, points
-from fmm_distill.student import Student, make_student
+from fmm_distill.student import Student, make_student, stock_part
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
 from fmm_distill.weights import Weight
+from tests.conftest import save_teacher, tiny_unet
 
 LOSSES = [
     {"name": "lagrangian", "stop": "teacher"},
@@ -205,6 +207,42 @@ def test_the_regression_phase_comes_first_and_changes_the_prediction(tmp_path, t
     first = float((tmp_path / "steps.jsonl").read_text().split('"loss": ')[1].split(",")[0])
     # The student starts as the teacher, so there is nothing to regress: the phase measures what it says.
     assert first < 1e-10
+
+
+@torch.no_grad()
+def ddim_samples(network, scheduler, prediction):
+    solver = DDIMScheduler.from_config(scheduler.config, prediction_type=prediction, timestep_spacing="trailing")
+    solver.set_timesteps(10)
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    for timestep in solver.timesteps:
+        x = solver.step(network(x, timestep).sample, timestep, x).prev_sample
+    return x
+
+
+def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_path):
+    # alpha ends at 0.37: an untrained epsilon is not amplified, and its samples are of order one.
+    scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=False, beta_end=4e-3)
+    plain = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    folder = save_teacher(tmp_path / "teacher", tiny_unet(**plain), scheduler)
+    training = {"steps": 1, "batch_size": 16, "learning_rate": 3e-2, "decay": "cosine", "ema": 0.9}
+    settings = recipe_of(folder, {"name": "lagrangian", "stop": "target"}, **training).model_dump()
+    settings["student"] = {"prediction": "v_prediction", "regression_steps": 40}
+    recipe = Recipe.model_validate(settings)
+    teacher = load_teacher(str(folder))
+    student = make_student(teacher, recipe.student.prediction)
+    wanted = ddim_samples(teacher.network, scheduler, "epsilon")
+
+    def distance(student):
+        found = ddim_samples(stock_part(student.network), scheduler, student.prediction)
+        return (found - wanted).square().mean().sqrt().item()
+
+    before = distance(student)
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer = Trainer(student, teacher, recipe, None, run, Accelerator(cpu=True), lambda _: None)
+    trainer.run()
+    assert before > 1
+    assert distance(trainer.averaged_student(0.9)) < 0.75 * before
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, teacher_folder):

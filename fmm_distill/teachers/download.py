@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "find_on_hub"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+_VARIANT = re.compile(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -121,6 +123,8 @@ def _why_not(error: Exception) -> str:
     """Stock diffusers says in a ValueError or an EnvironmentError of its own that it will not take a repository."""
     text = str(error)
     if "Could not find the necessary `safetensors`" in text:
+        if named := sorted(set(_VARIANT.findall(text))):
+            return f"its weights come as variants alone ({', '.join(named)}): take --set variant={named[0]}"
         return (
             "it has weights without a .safetensors file; pickled weights are not opened: save the pipeline again with "
             "save_pretrained(folder, safe_serialization=True)"

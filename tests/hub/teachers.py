@@ -163,7 +163,8 @@ def goes_on_at_its_commit(hub: Hub, folder: str, other: str, run: str) -> dict[s
     changes = {
         "teacher": "tester/teacher",
         "training": {"steps": 2, "batch_size": 2},
-        "evaluation": {"features": "none", "samples": 4, "endpoint_samples": 4, "steps": [1], "batch_size": 4},
+        "evaluation": {"features": "none", "samples": 4, "endpoint_samples": 4, "batch_size": 4, "steps": [1]}
+        | {"ddim_steps": [1], "dpmsolver_steps": [1], "endpoint_solver_steps": 2},
         "export": {"steps": [1]},
     }
     distill(parse(changes, "here"), run, say=lambda _: None)

@@ -83,8 +83,8 @@ def test_variants_stand_in_for_the_plain_weights(tmp_path):
     assert "fp16" in index.read_text()
     seen = alone(teachers.variants, tmp_path / "home", tmp_path / "half", tmp_path / "sharded")
     assert seen["half"] == seen["half again"] == seen["sharded"] == first_weight(unet)
-    assert "no diffusion_pytorch_model.safetensors" in seen["plain of half"] or "variant" in seen["plain of half"]
-    assert "bf16" in seen["none"]
+    assert seen["plain of half"].endswith("its weights come as variants alone (fp16): take --set variant=fp16")
+    assert "(fp16): take --set variant=fp16" in seen["none"]
     assert "\n" not in seen["none"] + seen["plain of half"]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fmm_distill.export.folder import export_pipeline
+    from fmm_distill.loading import load_student
     from fmm_distill.recipe import Recipe
     from fmm_distill.run import distill
     from fmm_distill.sampling import sample
@@ -18,12 +19,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Recipe", "__version__", "distill", "export_pipeline", "load_teacher", "make_student", "sample"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "distill",
+    "export_pipeline",
+    "load_student",
+    "load_teacher",
+    "make_student",
+    "sample",
+]
 
 _HOMES = {
     "Recipe": "fmm_distill.recipe",
     "distill": "fmm_distill.run",
     "export_pipeline": "fmm_distill.export.folder",
+    "load_student": "fmm_distill.loading",
     "load_teacher": "fmm_distill.teachers.load",
     "make_student": "fmm_distill.student",
     "sample": "fmm_distill.sampling",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["Student", "StudentPrediction", "fold", "make_student", "stock_part"]
+__all__ = ["OWN_SETTINGS", "Student", "StudentPrediction", "fold", "make_student", "stock_part"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
 # What the configuration of a two-time network holds more than the stock one's.
-_OWN = ("jump_hosts", "jump_widths", "guidance_range", "flow_map")
+OWN_SETTINGS = ("jump_hosts", "jump_widths", "guidance_range", "flow_map")
 
 
 class Student(LearnedFlowMap):
@@ -113,7 +113,7 @@ def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a dif
 def stock_part(network: nn.Module) -> nn.Module:
     """A stock network of the same class with the weights of a two-time one, its jump embeddings left out."""
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
-    config = {key: value for key, value in config.items() if key not in _OWN}
+    config = {key: value for key, value in config.items() if key not in OWN_SETTINGS}
     stock = _open(type(network).__bases__[-1], config)
     state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
     stock.load_state_dict(state)

@@ -41,6 +41,10 @@ class About:
         not_folded: why there are none, if there can be none.
         any_step, folded: how the pipelines are called; ``{steps}`` stands for the number of steps.
         limits: what it can't do, what guidance is in its weights.
+        pipeline: the stock class of its teacher's pipeline, where students are copies of it; None: they are not.
+        scheduler: the configuration of its teacher's scheduler, with what the student predicts.
+        call: keywords of that pipeline's call besides prompt and guidance.
+        guidance: the scale and the range of scales that are inputs of it; None: none are.
         lora: whether its adapters are beside it.
         dataset: the Hub id of the images it was trained with, if there is one.
         made: loss, papers, steps, batch size, seed and data of its training.
@@ -58,6 +62,10 @@ class About:
     any_step: str
     folded: str
     limits: str
+    pipeline: str | None
+    scheduler: dict[str, Any]
+    call: dict[str, Any]
+    guidance: dict[str, Any] | None
     lora: bool
     dataset: str | None
     made: dict[str, Any]
@@ -85,6 +93,10 @@ def about_student(
         any_step=_example(teacher, any_step=True),
         folded=_example(teacher, any_step=False),
         limits=_limits(recipe, teacher),
+        pipeline=_pipeline(teacher),
+        scheduler=_scheduler(student, teacher),
+        call=dict(teacher.call),
+        guidance=_guidance(teacher),
         lora=has_lora(student.network),
         dataset=_dataset(recipe),
         made=_made(recipe),
@@ -157,6 +169,28 @@ def _task(teacher: Teacher) -> str | None:
     return {5: "text-to-video", 3: "text-to-audio"}.get(
         teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
     )
+
+
+def _pipeline(teacher: Teacher) -> str | None:
+    if teacher.folder is None:
+        return None
+    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
+    return str(index["_class_name"])
+
+
+def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:
+    changed = {} if student.prediction == teacher.prediction else {"prediction_type": student.prediction}
+    # Arrays of betas or sigmas become lists, as schedulers read them.
+    plain = {
+        key: value.tolist() if hasattr(value, "tolist") else value for key, value in teacher.scheduler_config.items()
+    }
+    return plain | changed
+
+
+def _guidance(teacher: Teacher) -> dict[str, Any] | None:
+    if teacher.guidance is None or teacher.guidance.range is None:
+        return None
+    return {"scale": teacher.guidance.scale, "range": list(teacher.guidance.range)}
 
 
 def _dataset(recipe: Recipe) -> str | None:

@@ -94,9 +94,13 @@ def quiet() -> Iterator[None]:
 def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffusers class
     """A stock pipeline in float32 from a folder on this disk, safetensors alone, no code but diffusers' own."""
     with quiet():
-        return diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
+    # It can decode in tiles alone, and is opened with them off.
+    if isinstance(vae := getattr(pipeline, "vae", None), diffusers.AutoencoderKLAllegro):
+        vae.enable_tiling()
+    return pipeline
 
 
 def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class

@@ -10,11 +10,14 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.export.about import about_student, write_about
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
+from fmm_distill.loading import load_student
 from fmm_distill.lora import default_targets
+from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
 from fmm_distill.student import make_student
 from fmm_distill.teachers.conditions import Classes
@@ -65,6 +68,22 @@ def test_folded_and_any_step_pipelines_agree_with_the_sampler(exports, name):
     kinds = ("any",) if why_not_folded(export.teacher) else ("any", "folded")
     assert sorted(differences) == sorted(f"{kind}-{n}" for kind in kinds for n in export.steps)
     assert max(differences.values()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*UNPROMPTED, *FAMILIES])
+def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, monkeypatch, tmp_path):
+    export = exports[0][name]
+    teacher = export.teacher
+    recipe = parse({"teacher": "builtin:digits"}, "here")
+    write_about(export.folder, about_student(export.student, teacher, recipe, export.steps))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    loaded = load_student(export.folder, prompts=PROMPTS if name in FAMILIES else ())
+    noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    told = None if teacher.conditions is None else teacher.told(torch.tensor([0.0, 0.0], dtype=torch.float64))
+    own = sample(export.student, noise, 3, told)
+    made = loaded.generate(noise, 3, None if told is None else [0, 0])
+    assert (made - own).abs().max() <= 1e-5 * own.abs().max()
 
 
 def test_all_but_two_families_fold(exports):

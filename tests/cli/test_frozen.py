@@ -17,12 +17,16 @@ from fmm_distill.recipe import Recipe
 from tests.cli.runs import call
 
 OPTIONS = {
-    "": ["--data", "--dry-run", "--fresh", "--output", "--recipe", "--resume", "--set", "--teacher", "--version"],
+    "": [
+        *("--data", "--dry-run", "--fresh", "--output", "--private", "--push-to-hub", "--recipe", "--resume"),
+        *("--set", "--teacher", "--version"),
+    ],
     "env": [],
     "evaluate": ["--guidance", "--output", "--samples", "--steps", "run"],
     "export": ["--guidance", "--steps", "folder", "run"],
     "inspect": ["--revision", "--set", "teacher"],
     "losses": [],
+    "publish": ["--branch", "--dry-run", "--force", "--private", "--steps", "repo", "source"],
     "recipes": [],
     "recipes list": [],
     "recipes show": ["name"],
@@ -32,6 +36,7 @@ OPTIONS = {
 FIELDS = [
     "teacher",
     "revision",
+    "variant",
     "prompts.file",
     "prompts.dataset",
     "prompts.column",
@@ -39,6 +44,7 @@ FIELDS = [
     "guidance.range",
     "guidance.interval",
     "guidance.weaker",
+    "guidance.weaker_revision",
     "data.source",
     "data.split",
     "data.image",
@@ -225,6 +231,7 @@ def test_the_run_folder_explains_itself(finished):
         "steps.jsonl",
         "steps.png",
         "student",
+        "teacher.json",
     }
     assert not list(folder.rglob("*.bin"))
     assert not list(folder.rglob("*.pt"))

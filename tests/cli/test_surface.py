@@ -26,6 +26,7 @@ def test_public_names():
         "__version__",
         "distill",
         "export_pipeline",
+        "load_student",
         "load_teacher",
         "make_student",
         "sample",
@@ -38,7 +39,7 @@ def test_public_names():
 
 def test_verbs_and_options():
     assert sorted(command.commands) == [
-        *("env", "evaluate", "export", "inspect", "losses", "recipes", "sample", "status"),
+        *("env", "evaluate", "export", "inspect", "losses", "publish", "recipes", "sample", "status"),
     ]
     options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
     assert options == [
@@ -48,6 +49,8 @@ def test_verbs_and_options():
         "--data",
         "--set",
         "--output",
+        "--push-to-hub",
+        "--private",
         "--resume",
         "--fresh",
         "--dry-run",

@@ -132,7 +132,8 @@ print(json.dumps(made.images.tolist()))
 """
     done = ended([sys.executable, "-c", code], folder / "student", os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == elsewhere[3]
+    # Another number of threads rounds otherwise.
+    assert np.abs(np.subtract(json.loads(done.stdout.splitlines()[-1]), elsewhere[3])).max() < 1e-5
     with Image.open(folder / "student" / "samples.png") as picture:
         assert min(picture.size) > 100
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 
+from fmm_distill import __version__
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, About, read_about
 from fmm_distill.flow_map import diagonal
@@ -25,6 +24,7 @@ from fmm_distill.solve import solve
 from fmm_distill.student import OWN_SETTINGS, make_student
 from fmm_distill.teachers.components import quiet
 from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.links import linked_folder
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
@@ -168,28 +168,27 @@ def _stock_view(folder: Path, about: About) -> Path:
 
     So it is opened by the adapter that opened its teacher.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    view = Path(constants.HF_HOME) / "fmm_distill" / "students" / digest
-    shutil.rmtree(view, ignore_errors=True)
-    view.mkdir(parents=True)
-    plain: dict[str, Any] = {"_class_name": about.pipeline or "DDPMPipeline"}
-    for name, value in index.items():
-        if name.startswith("_"):
-            continue
-        plain[name] = value
-        settings = folder / name / "config.json"
-        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        if name == "scheduler":
-            plain[name] = ["diffusers", about.scheduler["_class_name"]]
-            (view / name).mkdir()
-            (view / name / "scheduler_config.json").write_text(json.dumps(about.scheduler), encoding="utf-8")
-        elif "auto_map" in config:
-            plain[name] = ["diffusers", _stock_network(folder / name, view / name, config)]
-        elif (folder / name).is_dir():
-            (view / name).symlink_to((folder / name).resolve())
-    (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
-    return view
+
+    def fill(view: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        plain: dict[str, Any] = {"_class_name": about.pipeline or "DDPMPipeline"}
+        for name, value in index.items():
+            if name.startswith("_"):
+                continue
+            plain[name] = value
+            settings = folder / name / "config.json"
+            config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            if name == "scheduler":
+                plain[name] = ["diffusers", about.scheduler["_class_name"]]
+                (view / name).mkdir()
+                (view / name / "scheduler_config.json").write_text(json.dumps(about.scheduler), encoding="utf-8")
+            elif "auto_map" in config:
+                plain[name] = ["diffusers", _stock_network(folder / name, view / name, config)]
+            elif (folder / name).is_dir():
+                (view / name).symlink_to((folder / name).resolve())
+        (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+
+    return linked_folder("students", folder, __version__, fill)
 
 
 def _stock_network(folder: Path, target: Path, config: dict[str, Any]) -> str:

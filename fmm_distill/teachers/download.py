@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = ["Snapshot", "find_on_hub"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 _VARIANT = re.compile(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,10 @@ def _check_digests(source: str, folder: Path) -> None:
     seen_in = Path(constants.HF_HOME) / "fmm_distill" / "fetched" / f"{folder.name}.json"
     seen = set(json.loads(seen_in.read_text(encoding="utf-8"))) if seen_in.is_file() else set()
     blobs = {path.resolve(): path for path in folder.rglob("*") if path.is_symlink()}
-    new = {blob: path for blob, path in blobs.items() if _SHA256.fullmatch(blob.name) and blob.name not in seen}
+    new = {blob: path for blob, path in blobs.items() if _DIGEST.fullmatch(blob.name) and blob.name not in seen}
     for blob, path in new.items():
-        with blob.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == blob.name:
-                continue
+        if _digest(blob) == blob.name:
+            continue
         path.unlink()
         blob.unlink()
         raise UserError(
@@ -153,6 +153,16 @@ def _check_digests(source: str, folder: Path) -> None:
         )
     if new:
         seen_in.parent.mkdir(parents=True, exist_ok=True)
-        partial = seen_in.with_suffix(".partial")
+        # Several processes may be here at once.
+        partial = seen_in.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new})), encoding="utf-8")
         partial.replace(seen_in)
+
+
+def _digest(blob: Path) -> str:
+    """Of a file as its name in the cache has it: SHA-1 as git takes it of a small one, SHA-256 of a large one."""
+    if len(blob.name) == 40:
+        content = blob.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

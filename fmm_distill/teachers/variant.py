@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from pathlib import Path
-
-from huggingface_hub import constants
+from typing import TYPE_CHECKING
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.links import linked_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["as_plain"]
 
@@ -18,24 +19,24 @@ def as_plain(source: str, folder: Path, variant: str) -> Path:
     """A folder of links to the pipeline's files, where those of the variant stand in for the plain ones.
 
     Stock classes open it without being told of the variant, and so does whoever gets a copy of it. Components that do
-    not come in this variant keep their plain weights. It is made anew each time, beside the Hub's cache.
+    not come in this variant keep their plain weights.
 
     Raises:
         UserError: if no component comes in this variant.
     """
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    target = Path(constants.HF_HOME) / "fmm_distill" / "variants" / f"{digest}-{variant}"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    shutil.copyfile(folder / "model_index.json", target / "model_index.json")
-    found = 0
-    for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        there = target if part == folder else target / part.name
-        there.mkdir(exist_ok=True)
-        found += _link_part(part, there, variant)
-    if not found:
-        raise UserError(f"{source}: no weights of the variant {variant} in it; wanted one that its names have, or none")
-    return target
+
+    def fill(target: Path) -> None:
+        shutil.copyfile(folder / "model_index.json", target / "model_index.json")
+        found = 0
+        for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+            there = target if part == folder else target / part.name
+            there.mkdir(exist_ok=True)
+            found += _link_part(part, there, variant)
+        if not found:
+            shutil.rmtree(target)
+            raise UserError(f"{source}: no weights of the variant {variant} in it; wanted one of its own, or none")
+
+    return linked_folder("variants", folder, variant, fill)
 
 
 def _link_part(part: Path, target: Path, variant: str) -> int:

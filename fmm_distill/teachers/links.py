@@ -1,0 +1,43 @@
+"""Folders of links beside the Hub's cache: the same files under other names, made once, by any of several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import constants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["linked_folder"]
+
+
+def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path], None]) -> Path:
+    """What ``fill`` makes of an empty folder, kept for as long as the files in ``folder`` stay what they are.
+
+    Args:
+        about: what else the result depends on, as JSON has it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps([str(folder.resolve()), marks, about]).encode()).hexdigest()
+    target = Path(constants.HF_HOME) / "fmm_distill" / kind / digest[:32]
+    if target.is_dir():
+        return target
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    try:
+        partial.rename(target)
+    except OSError:
+        # Another process was first; what it made is the same.
+        shutil.rmtree(partial)
+        if not target.is_dir():
+            raise
+    return target

@@ -31,6 +31,12 @@ _BY_STATUS = {
 
 def hub_reason(error: Exception) -> str:
     """One line on what went wrong between here and the Hub, and what to do about it; a token is never in it."""
+    cause = error.__cause__
+    if isinstance(cause, HUB_FAULTS) and (
+        isinstance(error, LocalEntryNotFoundError | RuntimeError) or type(error) is OSError
+    ):
+        # Said by a part that did not see the answer.
+        return hub_reason(cause)
     # The order is from special to general: a gated repository is one that is not found, for the client.
     if isinstance(error, GatedRepoError):
         return f"it is gated: accept its terms on its page, then log in (hf auth login; now: {_token()})"
@@ -51,7 +57,12 @@ def hub_reason(error: Exception) -> str:
 
 def no_answer(error: Exception) -> bool:
     """Whether nothing came from the Hub, so that what is in the cache may do."""
-    return isinstance(error, OfflineModeIsEnabled | _HttpError) and not isinstance(error, HfHubHTTPError)
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OfflineModeIsEnabled | _HttpError) and not isinstance(seen, HfHubHTTPError):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def _of_status(error: HfHubHTTPError) -> str:
@@ -61,7 +72,8 @@ def _of_status(error: HfHubHTTPError) -> str:
         return f"{_BY_STATUS[status].format(token=_token(), settings=settings)} (status {status})"
     if status >= 500:
         return f"the Hub is not well (status {status}); run the same command again later"
-    return f"the Hub answers {status} ({error.server_message or _first_line(error)})"
+    said = (error.server_message or str(error)).strip().splitlines()
+    return f"the Hub answers {status} ({said[0] if said else 'and says nothing'})"
 
 
 def _token() -> str:

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fmm_distill import __version__
@@ -134,19 +135,31 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
     Raises:
         UserError: if it can't be found, or is not what fmm_distill exports.
     """
-    folder = Path(source) if Path(source).is_dir() else _fetch(str(source), revision)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(str(source), revision)
+    elif revision is not None:
+        raise UserError(f"{source}: revision {revision} is of a student on the Hub, this is a folder; leave it out")
     about = read_about(folder)
     guidance = None
     if about.guidance is not None:
-        guidance = Guidance(about.guidance["scale"], range=tuple(about.guidance["range"]))
-    view = _stock_view(folder, about)
-    with _silent():
-        teacher = load_teacher(str(view), prompts=prompts, call=about.call, guidance=guidance)
-    student = make_student(teacher)
-    weights: dict[str, Tensor] = {}
-    for file in sorted((folder / teacher.component).glob("*.safetensors")):
-        weights |= load_file(file)
-    student.network.load_state_dict(weights)
+        scales = about.guidance["range"]
+        guidance = Guidance(about.guidance["scale"], range=None if scales is None else tuple(scales))
+    try:
+        view = _stock_view(folder, about)
+        with _silent():
+            teacher = load_teacher(str(view), prompts=prompts, call=about.call, guidance=guidance)
+        student = make_student(teacher)
+        weights: dict[str, Tensor] = {}
+        for file in sorted((folder / teacher.component).glob("*.safetensors")):
+            weights |= load_file(file)
+        student.network.load_state_dict(weights)
+    except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{source}: its files are not those of a whole student ({type(error).__name__}: {first}); fetch or export "
+            "it again"
+        ) from error
     return LoadedStudent(student.eval(), about, teacher)
 
 
@@ -155,9 +168,8 @@ def _fetch(source: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(source, revision=revision, ignore_patterns=["steps-*", "lora/*"]))
     except HFValidationError as error:
         raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
-    except HUB_FAULTS as error:
-        cause = error.__cause__ if isinstance(error.__cause__, HUB_FAULTS) else error
-        raise UserError(f"{source}: no such folder here, and of the Hub: {hub_reason(cause)}") from error
+    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: no such folder here, and of the Hub: {hub_reason(error)}") from error
     if not (folder / ABOUT).is_file():
         raise UserError(f"{source} holds no exported student (no {ABOUT}); wanted what fmm-distill publish sends")
     return folder
@@ -182,7 +194,7 @@ def _stock_view(folder: Path, about: About) -> Path:
                 plain[name] = ["diffusers", about.scheduler["_class_name"]]
                 (view / name).mkdir()
                 (view / name / "scheduler_config.json").write_text(json.dumps(about.scheduler), encoding="utf-8")
-            elif "auto_map" in config:
+            elif isinstance(value, list) and str(value[0]).startswith("two_time_"):
                 plain[name] = ["diffusers", _stock_network(folder / name, view / name, config)]
             elif (folder / name).is_dir():
                 (view / name).symlink_to((folder / name).resolve())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,12 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.export.card import card
 from fmm_distill.export.verify import TOLERANCE
-from fmm_distill.hub import HUB_FAULTS, hub_reason
+from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Parcel", "check_target", "pack", "publish"]
+__all__ = ["Parcel", "check_name", "check_target", "pack", "publish"]
 
 _SHOWN = 4
 
@@ -32,14 +32,19 @@ class Parcel:
     Attributes:
         folder: the exported student.
         teacher: the id or folder of its teacher.
-        files: name in the repository to the file here; the card is not among them.
-        card: ``README.md`` for that repository.
+        files: name in the repository to the file here.
+        texts: name in the repository to what is written for it: the card and the facts it is made of.
     """
 
     folder: Path
     teacher: str
     files: dict[str, Path]
-    card: str
+    texts: dict[str, str]
+
+    @property
+    def card(self) -> str:
+        """The model card for that repository."""
+        return self.texts["README.md"]
 
     @property
     def how_to_load(self) -> str:
@@ -50,7 +55,7 @@ class Parcel:
     def describe(self) -> str:
         """Every file with its size, and the card."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
-        sizes["README.md"] = len(self.card.encode())
+        sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         lines = [f"{size:>13,} bytes  {name}" for name, size in sorted(sizes.items())]
         total = f"{sum(sizes.values()):>13,} bytes  in {len(sizes)} files"
         return "\n".join([*lines, total, "", self.card])
@@ -65,35 +70,42 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     Raises:
         UserError: if there is no student there that was opened and compared, or the steps were not exported.
     """
-    _check_name(repo)
+    check_name(repo)
     # Both hold a recipe, the exported one a pipeline as well.
     is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
     folder = source / "student" if is_run else source
     if folder != source and not folder.is_dir():
         raise UserError(f"{source} has no student yet; run the same distillation command to its end")
+    if is_run and not (folder / ABOUT).is_file():
+        raise UserError(
+            f"{folder} was exported by an earlier version; run fmm-distill export {source} FOLDER, then publish FOLDER"
+        )
     about = read_about(folder)
     _check_verified(folder)
-    chosen = about.steps if steps is None else tuple(sorted(set(steps)))
-    if missing := [n for n in chosen if n not in about.steps]:
+    there = tuple(n for n in about.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
+    chosen = there if steps is None else tuple(sorted(set(steps)))
+    if missing := [n for n in chosen if n not in there]:
         raise UserError(
-            f"--steps {missing[0]}: {folder} has {', '.join(map(str, about.steps)) or 'none'}; export the others first "
+            f"--steps {missing[0]}: {folder} has {', '.join(map(str, there)) or 'none'}; export the others first "
             "(fmm-distill export RUN FOLDER --steps ...)"
         )
     left_out = [f"steps-{n}/" for n in about.steps if n not in chosen]
+    texts = {"README.md": card(folder, repo, branch, chosen), ABOUT: replace(about, steps=chosen).to_json()}
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {
         name: path
         for name, path in names.items()
-        if name != "README.md" and not name.startswith(tuple(left_out)) and not _is_debris(name)
+        if name not in texts and not name.startswith(tuple(left_out)) and not _is_debris(name)
     }
-    return Parcel(folder, about.teacher, files, card(folder, repo, branch, chosen))
+    return Parcel(folder, about.teacher, files, texts)
 
 
 def _is_debris(name: str) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
-def _check_name(repo: str) -> None:
+def check_name(repo: str) -> None:
+    """Refuse what is no name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -108,8 +120,11 @@ def _check_verified(folder: Path) -> None:
     report = folder / "verification.json"
     if not report.is_file():
         raise UserError(f"{folder} was not opened and compared (no verification.json); export the student again")
-    differences = json.loads(report.read_text(encoding="utf-8"))["largest_pixel_difference"]
-    if not all(value <= TOLERANCE for value in differences.values()):
+    try:
+        differences = json.loads(report.read_text(encoding="utf-8"))["largest_pixel_difference"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{report} can't be read ({error}); export the student again") from error
+    if not differences or not all(value <= TOLERANCE for value in differences.values()):
         raise UserError(f"{folder}: its pipelines differ from the student ({differences}), above {TOLERANCE}")
 
 
@@ -132,7 +147,7 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
     Raises:
         UserError: with what is missing.
     """
-    _check_name(repo)
+    check_name(repo)
     if get_token() is None:
         raise UserError(
             f"{repo}: no token for the Hub; log in (hf auth login) or set HF_TOKEN, with the right to write"
@@ -141,9 +156,11 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
     try:
         _check_owner(repo, api.whoami())
         target = _look(api, repo, branch)
+        if target.there:
+            api.auth_check(repo, write=True)
         if not force:
-            _check_ours(repo, teacher, branch, target)
-    except HUB_FAULTS as error:
+            _check_ours(repo, teacher, target)
+    except (*HUB_FAULTS, ValueError) as error:
         raise UserError(f"{repo}: {hub_reason(error)}") from error
     return target
 
@@ -174,21 +191,30 @@ def _look(api: HfApi, repo: str, branch: str | None) -> _Target:
     return _Target(info.sha, names, there=True, private=bool(main.private))
 
 
-def _check_ours(repo: str, teacher: str, branch: str | None, target: _Target) -> None:
+def _check_ours(repo: str, teacher: str, target: _Target) -> None:
     """A repository may be replaced that is empty or holds a student of the same teacher."""
     foreign = sorted(target.files - {".gitattributes"})
     if not foreign:
         return
-    if ABOUT not in foreign:
+    other = _teacher_there(repo, target) if ABOUT in foreign else None
+    if other is None:
         shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
         raise UserError(f"{repo} holds something else ({shown}); take another name, or --force to write over it")
-    kept = Path(hf_hub_download(repo, ABOUT, revision=target.commit))
-    other = json.loads(kept.read_text(encoding="utf-8")).get("teacher")
     if other != teacher:
         raise UserError(
             f"{repo} holds a student of another teacher ({other}; this one's is {teacher}); take another name, or "
             "--force to write over it"
         )
+
+
+def _teacher_there(repo: str, target: _Target) -> str | None:
+    """Of the student that is there; None: a file of the same name is something else."""
+    kept = Path(hf_hub_download(repo, ABOUT, revision=target.commit))
+    try:
+        about = json.loads(kept.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return str(about["teacher"]) if isinstance(about, dict) and "teacher" in about else None
 
 
 def publish(
@@ -210,13 +236,13 @@ def publish(
     target = check_target(repo, parcel.teacher, branch, force=force)
     if target.there and target.private != private and private:
         say(f"{repo} is there already and public: --private makes new ones private; change it in its settings")
-    names = {*parcel.files, "README.md"}
+    names = {*parcel.files, *parcel.texts}
     stale = target.files - names - {".gitattributes"}
     if ABOUT not in target.files and stale:
         say(f"{repo}: {len(stale)} files that are not of this student stay there")
         stale = frozenset()
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd("README.md", parcel.card.encode()),
+        *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
         *(CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]
@@ -236,9 +262,10 @@ def publish(
             parent_commit=target.commit,
         )
     except (*HUB_FAULTS, ValueError, RuntimeError) as error:
-        # Of a file that did not arrive the client says so in a RuntimeError, and why in its cause.
-        cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
-        raise UserError(f"{repo}: {hub_reason(cause)}; nothing of it was published") from error
+        ends = "nothing of it was published"
+        if no_answer(error):
+            ends = "if it was the last answer that was lost, it is published: run the same command again to see"
+        raise UserError(f"{repo}: {hub_reason(error)}; {ends}") from error
     address = f"{api.endpoint}/{repo}" + ("" if branch is None else f"/tree/{branch}")
     if made.oid == target.commit:
         say(f"nothing new: {address} holds all {len(names)} files as they are here")

@@ -308,22 +308,22 @@ def _finish(
         say(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
-    differences = _export(job, student, steps, folder, evaluation)
+    made = job.recipe.student.regression_steps + job.recipe.training.steps
+    differences = _export(job, student, steps, folder, evaluation, made)
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
-    steps_made = job.recipe.student.regression_steps + job.recipe.training.steps
-    log_rows(accelerator, evaluation.to_json()["rows"], steps_made)
-    log_picture(accelerator, folder / "samples.png", steps_made)
+    log_rows(accelerator, evaluation.to_json()["rows"], made)
+    log_picture(accelerator, folder / "samples.png", made)
     say(table(evaluation))
     say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
     say(_how_to_load(folder, job.recipe))
 
 
 def _export(
-    job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None
+    job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None, made: int
 ) -> dict[str, float]:
     """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
-    about = about_student(job.student, job.teacher, job.recipe, steps, run)
+    about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
     job.teacher.to("cpu")
     job.student.to("cpu")
@@ -437,7 +437,7 @@ def export_run(
     folded = job.recipe.export.steps if steps is None else steps
     # The run's numbers are of one scale of guidance.
     evaluation = None if guidance is not None else read_evaluation(Path(folder))
-    return _export(job, target, folded, Path(folder), evaluation)
+    return _export(job, target, folded, Path(folder), evaluation, steps_done(Path(folder)))
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:

@@ -66,6 +66,10 @@ def distil(
 
     resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
     folder = output or Path("runs") / Path(recipe).stem
+    if repo is not None:
+        from fmm_distill.publish import check_name
+
+        check_name(repo)
     if dry_run:
         from fmm_distill.run import forecast
 

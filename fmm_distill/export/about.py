@@ -44,7 +44,7 @@ class About:
         pipeline: the stock class of its teacher's pipeline, where students are copies of it; None: they are not.
         scheduler: the configuration of its teacher's scheduler, with what the student predicts.
         call: keywords of that pipeline's call besides prompt and guidance.
-        guidance: the scale and the range of scales that are inputs of it; None: none are.
+        guidance: the scale that its network is told, and the range that it knows or null; None: it is told none.
         lora: whether its adapters are beside it.
         dataset: the Hub id of the images it was trained with, if there is one.
         made: loss, papers, steps, batch size, seed and data of its training.
@@ -55,7 +55,7 @@ class About:
     fmm_distill: str
     teacher: str
     revision: str | None
-    licence: dict[str, str]
+    licence: dict[str, Any]
     pipeline_tag: str | None
     steps: tuple[int, ...]
     not_folded: str | None
@@ -72,14 +72,24 @@ class About:
     where: dict[str, Any] | None
     hours: float | None
 
+    def to_json(self) -> str:
+        """As ``student.json`` has it."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 def about_student(
-    student: Student, teacher: Teacher, recipe: Recipe, steps: tuple[int, ...], run: Path | None = None
+    student: Student,
+    teacher: Teacher,
+    recipe: Recipe,
+    steps: tuple[int, ...],
+    run: Path | None = None,
+    trained: int | None = None,
 ) -> About:
     """The facts of a student that is exported with ``steps`` folded pipelines.
 
     Args:
         run: the run's folder, for hardware and hours.
+        trained: steps that were made; None: all of the recipe.
     """
     reason = why_not_folded(teacher)
     return About(
@@ -96,10 +106,10 @@ def about_student(
         pipeline=_pipeline(teacher),
         scheduler=_scheduler(student, teacher),
         call=dict(teacher.call),
-        guidance=_guidance(teacher),
+        guidance=_guidance(teacher, recipe),
         lora=has_lora(student.network),
         dataset=_dataset(recipe),
-        made=_made(recipe),
+        made=_made(recipe, trained),
         where=_environment(run),
         hours=_hours(run, recipe),
     )
@@ -107,7 +117,7 @@ def about_student(
 
 def write_about(folder: Path, about: About) -> None:
     """Write ``student.json``."""
-    write_text(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
+    write_text(folder / ABOUT, about.to_json())
 
 
 def read_about(folder: Path) -> About:
@@ -121,9 +131,10 @@ def read_about(folder: Path) -> About:
         raise UserError(f"{folder} holds no exported student (no {ABOUT}); wanted what fmm-distill export writes")
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept.keys() != {field.name for field in fields(About)}:
-            raise ValueError(f"written by fmm_distill {kept.get('fmm_distill')}")
-        return About(**(kept | {"steps": tuple(kept["steps"])}))
+        known = {field.name for field in fields(About)}
+        if missing := sorted(known - kept.keys()):
+            raise ValueError(f"written by fmm_distill {kept.get('fmm_distill')}, without {missing[0]}")
+        return About(**({name: kept[name] for name in known} | {"steps": tuple(kept["steps"])}))
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{file} can't be read ({error}); export the student again with {__version__}") from error
 
@@ -187,7 +198,9 @@ def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:
     return plain | changed
 
 
-def _guidance(teacher: Teacher) -> dict[str, Any] | None:
+def _guidance(teacher: Teacher, recipe: Recipe) -> dict[str, Any] | None:
+    if isinstance(teacher.conditions, Embeddings) and guidance_keyword(teacher) is None:
+        return {"scale": recipe.guidance.scale, "range": None}
     if teacher.guidance is None or teacher.guidance.range is None:
         return None
     return {"scale": teacher.guidance.scale, "range": list(teacher.guidance.range)}
@@ -199,12 +212,13 @@ def _dataset(recipe: Recipe) -> str | None:
     return source if named and not Path(source).exists() else None
 
 
-def _made(recipe: Recipe) -> dict[str, Any]:
+def _made(recipe: Recipe, trained: int | None) -> dict[str, Any]:
+    total = recipe.student.regression_steps + recipe.training.steps
     losses = [*(stage.loss for stage in recipe.before), recipe.loss, *(term.loss for term in recipe.also)]
     return {
         "loss": recipe.loss_names,
         "papers": list(dict.fromkeys(loss.paper for loss in losses)),
-        "steps": recipe.student.regression_steps + recipe.training.steps,
+        "steps": total if trained is None else trained,
         "batch_size": recipe.training.batch_size,
         "seed": recipe.training.seed,
         "data": recipe.data.source,
@@ -219,9 +233,10 @@ def _environment(run: Path | None) -> dict[str, Any] | None:
 
 
 def _hours(run: Path | None, recipe: Recipe) -> float | None:
-    """Of the steps that were made, those that were made again after a kill included."""
+    """Of the steps that the log has; a last line that is not whole is none."""
     log = None if run is None else run / "steps.jsonl"
     if log is None or not log.is_file():
         return None
-    rates = [json.loads(line)["images_per_second"] for line in log.read_text(encoding="utf-8").splitlines()]
+    whole = log.read_text(encoding="utf-8").split("\n")[:-1]
+    rates = [json.loads(line)["images_per_second"] for line in whole]
     return sum(recipe.training.batch_size / rate for rate in rates) / 3600

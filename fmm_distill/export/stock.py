@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,6 +43,10 @@ __all__ = [
     "verification_call",
 ]
 
+_NOT_OPENED = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".py")
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
+_VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.\w+\.json$")
+
 
 def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) -> dict[str, Any]:
     """The pipeline's components besides network and scheduler, copied; gives the index for them.
@@ -57,8 +62,13 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
         if source is not None and (source / name).is_dir():
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (origin / name).is_dir():
-            shutil.copytree(origin / name, target / name)
+            shutil.copytree(origin / name, target / name, ignore=_unused)
     return index
+
+
+def _unused(folder: str, names: list[str]) -> list[str]:
+    """What a component's folder has besides what stock diffusers opens: pickles, code, other variants' weights."""
+    return [name for name in names if name.endswith(_NOT_OPENED) or _VARIANT.search(name)]
 
 
 def _linked(source: str, target: str) -> None:

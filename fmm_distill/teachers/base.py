@@ -103,7 +103,7 @@ class Teacher:
     weaker: Teacher | None = None
     codec: Codec = field(default_factory=Pixels)
     revision: str | None = None
-    licence: dict[str, str] = field(default_factory=dict)
+    licence: dict[str, Any] = field(default_factory=dict)
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None

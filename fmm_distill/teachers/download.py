@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 
 import diffusers
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 
 from fmm_distill.errors import UserError
 from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
@@ -47,34 +52,41 @@ class Snapshot:
             hf_hub_download(self.source, "model_index.json", revision=self.commit, local_files_only=True)
         ).parent
 
-    def fetch(self, variant: str | None = None) -> Path:
-        """All that stock diffusers takes of it, in the cache and checked; the same call goes on where it was cut.
+    def fetch(self, variant: str | None, say: Callable[[str], None]) -> Path:
+        """All that stock diffusers takes of it, in the cache and checked; whole files that came before stay.
 
         Raises:
             UserError: if it can't be had, or if what came is not what the Hub has.
         """
         try:
-            folder = diffusers.DiffusionPipeline.download(
-                self.source,
-                revision=self.commit,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=self.cached,
-            )
-            self._fetch_card()
-        except EntryNotFoundError as error:
-            raise UserError(f"{self.source}: {hub_reason(error)}") from error
-        except (*HUB_FAULTS, ValueError) as error:
+            try:
+                folder = self._download(variant, cached=self.cached)
+            except HUB_FAULTS as error:
+                if self.cached or not no_answer(error):
+                    raise
+                # A commit that is in the cache needs no Hub.
+                folder = self._download(variant, cached=True)
+            self._fetch_card(say)
+        except (*HUB_FAULTS, ValueError, RuntimeError) as error:
             raise UserError(f"{self.source}: {_why_not(error)}") from error
-        _check_digests(self.source, Path(folder))
-        return Path(folder)
+        _check_digests(self.source, folder)
+        return folder
 
-    def _fetch_card(self) -> None:
+    def _download(self, variant: str | None, *, cached: bool) -> Path:
+        return Path(
+            diffusers.DiffusionPipeline.download(
+                self.source, revision=self.commit, variant=variant, use_safetensors=True, local_files_only=cached
+            )
+        )
+
+    def _fetch_card(self, say: Callable[[str], None]) -> None:
         """The licence stands in the card, which stock diffusers leaves; a model may have none."""
         try:
             hf_hub_download(self.source, "README.md", revision=self.commit, local_files_only=self.cached)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return
+        except EntryNotFoundError as error:
+            say(f"{self.source}: its card, with its licence, is not to be had ({hub_reason(error)})")
 
 
 def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -> Snapshot:
@@ -140,23 +152,29 @@ def _check_digests(source: str, folder: Path) -> None:
     """
     seen_in = Path(constants.HF_HOME) / "fmm_distill" / "fetched" / f"{folder.name}.json"
     seen = set(json.loads(seen_in.read_text(encoding="utf-8"))) if seen_in.is_file() else set()
-    blobs = {path.resolve(): path for path in folder.rglob("*") if path.is_symlink()}
-    new = {blob: path for blob, path in blobs.items() if _DIGEST.fullmatch(blob.name) and blob.name not in seen}
-    for blob, path in new.items():
+    # The link's own target is named by the digest; behind it there may be a store that all repositories share.
+    links = {path: path.parent / path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    new = {path: blob for path, blob in links.items() if _DIGEST.fullmatch(blob.name) and blob.name not in seen}
+    for path, blob in new.items():
         if _digest(blob) == blob.name:
             continue
-        path.unlink()
-        blob.unlink()
+        content = path.resolve()
+        for wrong in (path, blob, content):
+            wrong.unlink(missing_ok=True)
         raise UserError(
             f"{source}: {path.relative_to(folder)} came with other bytes than the Hub has; it was removed from the "
             "cache: run the same command again"
         )
-    if new:
+    if not new:
+        return
+    # Several processes may be here at once.
+    partial = seen_in.with_suffix(f".{os.getpid()}")
+    try:
         seen_in.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may be here at once.
-        partial = seen_in.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new})), encoding="utf-8")
+        partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new.values()})), encoding="utf-8")
         partial.replace(seen_in)
+    except OSError as error:
+        raise UserError(f"{seen_in} could not be written ({error}); set HF_HOME to a folder with room") from error
 
 
 def _digest(blob: Path) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
+from fmm_distill.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,6 +24,9 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
 
     Args:
         about: what else the result depends on, as JSON has it.
+
+    Raises:
+        UserError: if the disk does not take it.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -31,13 +36,14 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
         return target
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
     try:
+        partial.mkdir(parents=True)
+        fill(partial)
         partial.rename(target)
-    except OSError:
-        # Another process was first; what it made is the same.
-        shutil.rmtree(partial)
+    except OSError as error:
+        # Another process may have been first; what it made is the same.
         if not target.is_dir():
-            raise
+            raise UserError(f"{target} could not be made ({error}); set HF_HOME to a folder with room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -59,7 +59,7 @@ def load_teacher(
     found = find(source, revision, say)
     load = _adapter(found, prompts, call, guidance)
     # Only what an adapter opens is fetched.
-    return load(fetched(found, variant))
+    return load(fetched(found, variant, say))
 
 
 def _adapter(
@@ -132,17 +132,18 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
     """A component is of a library or a part of a stock pipeline, or code that travels with the repository."""
     for name, (library, _) in components.items():
-        if library not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, library):
+        known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
+        if not known:
             raise UserError(
                 f"{source}: its {name} is code of the repository ({library}.py), which is not run; wanted components "
                 "of diffusers and transformers"
             )
 
 
-def fetched(found: Found, variant: str | None = None) -> Found:
+def fetched(found: Found, variant: str | None = None, say: Callable[[str], None] = print) -> Found:
     """The same with all its files on this disk, its licence, and the weights of the variant as the plain ones."""
     if found.snapshot is not None:
-        found.snapshot.fetch(variant)
+        found.snapshot.fetch(variant, say)
     found = replace(found, licence=_licence(found.folder))
     return found if variant is None else replace(found, folder=as_plain(found.source, found.folder, variant))
 
@@ -167,15 +168,16 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
     return find_on_hub(source, revision, say)
 
 
-def _licence(folder: Path) -> dict[str, str]:
+def _licence(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
-        said = ModelCard.load(card).data.to_dict()
+        # A model index that is not whole is no matter of the licence.
+        said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{card}: the model card's metadata can't be read ({_first_line(error)}); mend it") from error
-    return {key: str(said[key]) for key in ("license", "license_name", "license_link") if said.get(key)}
+    return {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
 
 
 def _first_line(error: Exception) -> str:

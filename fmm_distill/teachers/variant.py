@@ -33,7 +33,6 @@ def as_plain(source: str, folder: Path, variant: str) -> Path:
             there.mkdir(exist_ok=True)
             found += _link_part(part, there, variant)
         if not found:
-            shutil.rmtree(target)
             raise UserError(f"{source}: no weights of the variant {variant} in it; wanted one of its own, or none")
 
     return linked_folder("variants", folder, variant, fill)
@@ -59,6 +58,6 @@ def _link_part(part: Path, target: Path, variant: str) -> int:
 
 def _plain_name(name: str, variant: str) -> str:
     """``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``, ``model.safetensors.index.fp16.json``."""
-    for behind in (".safetensors", "-", ".json"):
+    for behind in (".safetensors", "-", ".json", ".index.json"):
         name = name.replace(f".{variant}{behind}", behind)
     return name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -17,8 +19,10 @@ from fmm_distill.recipe import parse
 from fmm_distill.sampling import sample
 from fmm_distill.solve import solve
 from fmm_distill.student import make_student
+from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_export import moved_student
+from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher, tiny_unet
 
 RECIPE = parse({"teacher": "builtin:digits"}, "here")
@@ -124,6 +128,31 @@ def test_classes_by_their_number(tmp_path):
     for wrong in ([0], [0, 1, 5], [0, 1, -1]):
         with pytest.raises(UserError, match="wanted 3 numbers below 5, one a sample"):
             again.generate(noise, 2, wrong)
+
+
+def test_a_network_that_is_told_its_guidance_is_told_it_again(tmp_path):
+    tiny = FAMILIES["flux"]
+    tiny.build().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    teacher = load_teacher(str(tmp_path / "teacher"), call=dict(tiny.call), guidance=Guidance(3.5))
+    student = moved_student(teacher)
+    export_pipeline(student, teacher, tmp_path / "student", ())
+    recipe = parse({"teacher": "builtin:digits", "guidance": {"scale": 3.5}}, "here")
+    write_about(tmp_path / "student", about_student(student, teacher, recipe, ()))
+    again = load_student(tmp_path / "student")
+    own = sample(student, noises(teacher), 2, teacher.told(torch.zeros(3, dtype=torch.float64)))
+    assert (again.generate(noises(teacher), 2) - own).abs().max() <= 1e-5 * own.abs().max()
+    told = again.teacher.told(torch.zeros(1, dtype=torch.float64))
+    assert 3.5 in [float(value.flatten()[0]) for value in told.inputs.values() if value.is_floating_point()]
+
+
+def test_a_student_that_is_not_whole(loaded, tmp_path):
+    folder = shutil.copytree(loaded[3], tmp_path / "student")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="not those of a whole student"):
+        load_student(folder)
+    with pytest.raises(UserError, match="is of a student on the Hub, this is a folder"):
+        load_student(folder, revision="main")
 
 
 def test_what_is_no_student_of_ours(loaded, teacher_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     sent = _files(hub)
     here = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
     seen["names"] = sorted(sent)
-    seen["equal"] = all(
-        sent[name] == path.read_bytes() for name, path in here.items() if name in sent and name != "README.md"
-    )
+    written = ("README.md", "student.json")
+    seen["equal"] = all(sent[name] == here[name].read_bytes() for name in (here.keys() & sent.keys()) - set(written))
     seen["left_here"] = sorted(here.keys() - sent.keys())
     seen["card"] = sent["README.md"].decode()
     seen["commits"] = [_commits(hub)]
@@ -43,6 +43,7 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     publish(pack(source, REPO, steps=(1,)), REPO, say=lines.append)
     seen["commits"].append(_commits(hub))
     seen["fewer"] = sorted({name.split("/")[0] for name in _files(hub) if name.startswith("steps-")})
+    seen["fewer_facts"] = json.loads(_files(hub)["student.json"])["steps"]
     seen["fewer_card"] = _files(hub)["README.md"].decode()
     seen["branch"] = publish(pack(source, REPO, "next"), REPO, "next", say=lines.append)
     repo = hub.repos[REPO]
@@ -62,7 +63,10 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     hub.create("tester/else", {"weights.bin": b"1", "README.md": b"mine"})
     hub.create("tester/cousin", {"student.json": b'{"teacher": "a/b"}', "unet/old.safetensors": b"2"})
     hub.create("tester/empty")
+    hub.create("tester/list", {"student.json": b"[1]"})
+    hub.create("tester/text", {"student.json": b"not JSON"})
     refused = {repo: said(publish, pack(source, repo), repo) for repo in ("tester/else", "tester/cousin")}
+    others = [said(publish, pack(source, repo), repo) for repo in ("tester/list", "tester/text")]
     untouched = [_commits(hub, repo) for repo in refused]
     lines: list[str] = []
     for repo in refused:
@@ -70,6 +74,7 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     publish(pack(source, "tester/empty"), "tester/empty", say=lines.append)
     return {
         "refused": refused,
+        "others": others,
         "untouched": untouched,
         "lines": lines,
         "kept": "weights.bin" in _files(hub, "tester/else"),
@@ -87,6 +92,12 @@ def publish_without_right(hub: Hub, folder: str) -> dict[str, str]:
     for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
         outcomes[name] = said(pack, source, name)
     outcomes["other owner"] = said(check_target, "somebody/student", "t")
+    hub.create("tester/locked")
+    hub.faults.append(Fault("GET", "auth-check", status=403, body={"error": "no"}))
+    outcomes["locked"] = said(check_target, "tester/locked", "t")
+    del hub.repos["tester/locked"]
+    hub.faults.append(Fault("POST", "validate-yaml", status=400, body={"errors": [{"message": "licence"}]}))
+    outcomes["card"] = said(publish, pack(source, REPO), REPO)
     hub.faults.append(Fault("POST", "repos/create", status=403, body={"error": "no"}))
     outcomes["forbidden"] = said(publish, pack(source, REPO), REPO)
     for token in ("hf_wrong", "hf_reads", ""):

@@ -134,6 +134,34 @@ def bad_days(hub: Hub, folder: str) -> dict[str, Any]:
     return seen
 
 
+def shared_store(hub: Hub, folder: str, home: str) -> dict[str, Any]:
+    """What hf_xet fetches lies in a store that all repositories share, by another name; here it is put there by hand."""
+    from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
+
+    from fmm_distill.teachers.load import load_teacher
+
+    hub.create("tester/teacher", files_of(folder))
+    teacher = load_teacher("tester/teacher")
+    cache = Path(home) / "hub"
+    weights = next(cache.glob(f"models--tester--teacher/snapshots/*/{WEIGHTS}"))
+    blob = weights.parent / weights.readlink()
+    moved = publish_blob_to_shared_store(
+        blob_path=str(blob.resolve()), xet_hash="a" * 64, cache_dir=cache, expected_size=blob.stat().st_size
+    )
+    seen = list((Path(home) / "fmm_distill" / "fetched").iterdir())
+    for file in seen:
+        file.unlink()
+    again = said(load_teacher, "tester/teacher")
+    for file in (Path(home) / "fmm_distill" / "fetched").iterdir():
+        file.unlink()
+    content = weights.resolve()
+    content.chmod(0o644)
+    content.write_bytes(bytes(content.stat().st_size))
+    wrong = said(load_teacher, "tester/teacher")
+    whole = _first_weight(load_teacher("tester/teacher")) == _first_weight(teacher)
+    return {"moved": moved, "seen": len(seen), "again": again, "wrong": wrong, "whole": whole}
+
+
 def offline(hub: Hub, folder: str) -> dict[str, Any]:
     """``HF_HUB_OFFLINE=1``: what is in the cache opens, the rest is a line, and nobody is asked."""
     from huggingface_hub import constants

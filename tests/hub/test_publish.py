@@ -44,7 +44,8 @@ def folder(tmp_path_factory, teacher_folder):
     recipe = parse({"teacher": str(teacher_folder)}, "here")
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     (run / "environment.json").write_text('{"python": "3.11"}')
-    (run / "steps.jsonl").write_text('{"images_per_second": 64.0}\n' * 3600)
+    # The last line is that of a run that was killed.
+    (run / "steps.jsonl").write_text('{"images_per_second": 64.0}\n' * 3600 + '{"images_per')
     for picture in ("samples.png", "steps.png"):
         (run / picture).write_bytes(b"\x89PNG" + picture.encode())
     export_pipeline(student, teacher, run / "student", (1, 4))
@@ -88,6 +89,7 @@ def test_the_same_again_sends_nothing(often):
 def test_what_a_student_has_no_more_is_removed(often):
     assert often["commits"][2] == often["commits"][1] + 1
     assert often["fewer"] == ["steps-1"]
+    assert often["fewer_facts"] == [1]
     assert "steps-4" not in often["fewer_card"]
     assert "num_inference_steps=1).images" in often["fewer_card"]
 
@@ -109,6 +111,9 @@ def test_what_is_something_else_stays(folder, tmp_path):
     seen = alone(publishing.publish_over_others, tmp_path, folder)
     assert seen["refused"]["tester/else"].startswith("tester/else holds something else (README.md, weights.bin); ")
     assert "tester/cousin holds a student of another teacher (a/b; " in seen["refused"]["tester/cousin"]
+    assert [line.split("; ")[0] for line in seen["others"]] == [
+        f"tester/{name} holds something else (student.json)" for name in ("list", "text")
+    ]
     assert seen["untouched"] == [2, 2]
     assert seen["lines"][0] == "tester/else: 1 files that are not of this student stay there"
     assert seen["kept"]
@@ -126,6 +131,8 @@ def test_without_the_right_nothing_is_made(folder, tmp_path):
         assert seen[name].startswith(f"{name}: no name for a repository")
     assert seen["other owner"].startswith("somebody/student: your token is of tester; wanted one of somebody")
     assert "403" in seen["forbidden"]
+    assert "may not do this" in seen["locked"]
+    assert "licence" in seen["card"]
     assert "the Hub refuses your token; log in again" in seen["hf_wrong"]
     assert "may only read" in seen["hf_reads"]
     assert "no token for the Hub; log in" in seen["none"]
@@ -213,6 +220,20 @@ def test_what_is_no_whole_student_is_refused(copy, change, wanted):
 def test_steps_that_were_not_exported(folder):
     with pytest.raises(UserError, match=r"--steps 2: .* has 1, 4; export the others first"):
         pack(folder, "tester/student", steps=(1, 2))
+
+
+def test_an_export_of_an_earlier_version_says_what_to_do(folder, tmp_path):
+    run = shutil.copytree(folder.parent, tmp_path / "run")
+    (run / "student" / "student.json").unlink()
+    with pytest.raises(UserError, match=r"run fmm-distill export .*/run FOLDER, then publish FOLDER"):
+        pack(run, "tester/student")
+
+
+def test_folders_that_are_gone_are_not_in_the_card(copy):
+    shutil.rmtree(copy / "steps-4")
+    parcel = pack(copy, "tester/student")
+    assert "steps-4" not in parcel.card
+    assert json.loads(parcel.texts["student.json"])["steps"] == [1]
 
 
 def test_a_run_without_a_student(tmp_path):

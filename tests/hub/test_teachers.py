@@ -105,6 +105,15 @@ def test_bad_days_end_in_a_line_or_in_a_whole_teacher(folder, tmp_path):
     assert not [line for line in seen.values() if isinstance(line, str) and "\n" in line]
 
 
+def test_the_store_that_repositories_share(folder, tmp_path):
+    seen = alone(teachers.shared_store, tmp_path, folder, tmp_path)
+    assert seen["moved"]
+    assert seen["seen"] == 1
+    assert seen["again"] == ""
+    assert f"{teachers.WEIGHTS} came with other bytes than the Hub has; it was removed" in seen["wrong"]
+    assert seen["whole"]
+
+
 def test_offline_nobody_is_asked(folder, tmp_path):
     seen = alone(teachers.offline, tmp_path, folder)
     assert seen["cached"] == [True, True]

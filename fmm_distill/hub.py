@@ -57,12 +57,13 @@ def hub_reason(error: Exception) -> str:
 
 def no_answer(error: Exception) -> bool:
     """Whether nothing came from the Hub, so that what is in the cache may do."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OfflineModeIsEnabled | _HttpError) and not isinstance(seen, HfHubHTTPError):
-            return True
-        seen = seen.__cause__
-    return False
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    # An answer that is an error has the client's own as its cause.
+    if any(isinstance(each, HfHubHTTPError) for each in chain):
+        return False
+    return any(isinstance(each, OfflineModeIsEnabled | _HttpError) for each in chain)
 
 
 def _of_status(error: HfHubHTTPError) -> str:

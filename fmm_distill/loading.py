@@ -146,9 +146,7 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
         scales = about.guidance["range"]
         guidance = Guidance(about.guidance["scale"], range=None if scales is None else tuple(scales))
     try:
-        view = _stock_view(folder, about)
-        with _silent():
-            teacher = load_teacher(str(view), prompts=prompts, call=about.call, guidance=guidance)
+        teacher = _open(_stock_view(folder, about), str(source), prompts, about.call, guidance)
         student = make_student(teacher)
         weights: dict[str, Tensor] = {}
         for file in sorted((folder / teacher.component).glob("*.safetensors")):
@@ -161,6 +159,14 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
             "it again"
         ) from error
     return LoadedStudent(student.eval(), about, teacher)
+
+
+def _open(view: Path, source: str, prompts: Sequence[str], call: dict[str, Any], guidance: Guidance | None) -> Teacher:
+    try:
+        with _silent():
+            return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance)
+    except UserError as error:
+        raise UserError(str(error).replace(str(view), source)) from error
 
 
 def _fetch(source: str, revision: str | None) -> Path:

@@ -106,7 +106,7 @@ def about_student(
         pipeline=_pipeline(teacher),
         scheduler=_scheduler(student, teacher),
         call=dict(teacher.call),
-        guidance=_guidance(teacher, recipe),
+        guidance=_guidance(teacher),
         lora=has_lora(student.network),
         dataset=_dataset(recipe),
         made=_made(recipe, trained),
@@ -198,9 +198,10 @@ def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:
     return plain | changed
 
 
-def _guidance(teacher: Teacher, recipe: Recipe) -> dict[str, Any] | None:
-    if isinstance(teacher.conditions, Embeddings) and guidance_keyword(teacher) is None:
-        return {"scale": recipe.guidance.scale, "range": None}
+def _guidance(teacher: Teacher) -> dict[str, Any] | None:
+    keys = getattr(teacher.codec, "keys", None)
+    if keys is not None and "guidance_scale" in keys.fixed:
+        return {"scale": keys.fixed["guidance_scale"], "range": None}
     if teacher.guidance is None or teacher.guidance.range is None:
         return None
     return {"scale": teacher.guidance.scale, "range": list(teacher.guidance.range)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffusers
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -86,6 +86,8 @@ class Snapshot:
         except RemoteEntryNotFoundError:
             return
         except EntryNotFoundError as error:
+            if try_to_load_from_cache(self.source, "README.md", revision=self.commit) is _CACHED_NO_EXIST:
+                return
             say(f"{self.source}: its card, with its licence, is not to be had ({hub_reason(error)})")
 
 

@@ -142,6 +142,7 @@ def test_every_loss_is_in_the_table():
         assert checkerboard.recipe_for(method, 7, 3, 2).training.seed == 3
 
 
+@pytest.mark.slow
 def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     names = ["lagrangian", "progressive-half", "consistency", "operator_regression", "mean_flow"]
     results = checkerboard.benchmark(TINY, tmp_path, names)

@@ -49,7 +49,7 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss": LAGRANGIAN | {"derivative": "central"}},
+        pytest.param({"loss": LAGRANGIAN | {"derivative": "central"}}, marks=pytest.mark.slow),
         {"loss": {"name": "lagrangian", "stop": "none", "derivative": "exact"}},
         pytest.param(
             {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},

@@ -23,13 +23,12 @@ from tests.unit.test_trainer import EVERY_LOSS, LOSSES, flat, losses
 SPLIT = Path(__file__).parent / "split_training.py"
 CASES = [*((loss, {}, ()) for loss in LOSSES), *EVERY_LOSS]
 IDS = [f"{i}-{loss['name']}" for i, (loss, _, _) in enumerate(CASES)]
-# Gradients through a derivative, and targets of an average: these for long.
-LONG = {0: 20, 5: 20}
+LONG = 20
 
 
-def settings_of(folder, number):
+def settings_of(folder, number, steps):
     loss, pairs, also = CASES[number]
-    training = {"steps": LONG.get(number, 3), "batch_size": 8, "checkpoint_every": 100, "decay": "constant"}
+    training = {"steps": steps, "batch_size": 8, "checkpoint_every": 100, "decay": "constant"}
     data = "builtin:digits" if loss["name"] in ("flow_map_matching", "mean_flow", "terminal_velocity") else "none"
     data = "builtin:digits" if loss.get("velocity") == "data" else data
     parts = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}} if number % 2 else {}
@@ -45,11 +44,12 @@ def train(settings, folder):
     Trainer(make_student(teacher), teacher, recipe, data, folder, accelerator, lambda _: None).run()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, teacher_folder):
+@pytest.fixture(scope="module", params=[3, pytest.param(LONG, marks=pytest.mark.slow)])
+def two(request, tmp_path_factory, teacher_folder):
     """Every case on two processes, under one start of torch."""
+    steps = request.param
     folder = tmp_path_factory.mktemp("two")
-    (folder / "recipes.json").write_text(json.dumps([settings_of(teacher_folder, i) for i in range(len(CASES))]))
+    (folder / "recipes.json").write_text(json.dumps([settings_of(teacher_folder, i, steps) for i in range(len(CASES))]))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     arguments = [str(folder / "recipes.json"), str(folder)]
@@ -57,7 +57,7 @@ def two(tmp_path_factory, teacher_folder):
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["processes"] == 2
-    return folder, found["differences"]
+    return folder, found["differences"], steps
 
 
 def weights(folder):
@@ -66,7 +66,8 @@ def weights(folder):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
 def test_two_processes_and_two_parts_give_the_numbers_of_one(tmp_path, teacher_folder, two, number):
-    settings = settings_of(teacher_folder, number)
+    folder, differences, steps = two
+    settings = settings_of(teacher_folder, number, steps)
     train(settings, tmp_path / "one")
     settings["training"]["accumulation"] = 2
     train(settings, tmp_path / "parts")
@@ -74,7 +75,6 @@ def test_two_processes_and_two_parts_give_the_numbers_of_one(tmp_path, teacher_f
     whole = weights(tmp_path / "one")
     moved = (whole - start).norm()
     assert moved > 0.05
-    folder, differences = two
     assert differences[number] < 1e-5
     for other in (tmp_path / "parts", folder / str(number)):
         # Equal but for rounding, which Adam's first steps blow up where a gradient is next to nothing.

@@ -13,6 +13,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.folder import write_lora
 from fmm_distill.lora import add_lora, default_targets, has_lora, merged
 from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.publish import pack
 from fmm_distill.recipe import parse
 from fmm_distill.student import make_student
 from tests.conformance.test_prompted_export import opened
@@ -165,3 +166,6 @@ def test_a_whole_run(tmp_path, folders):
     card = yaml.safe_load((student / "README.md").read_text().split("---")[1])
     assert card["pipeline_tag"] == "text-to-image"
     assert "guidance 2 is in its weights" in (student / "README.md").read_text()
+    parcel = pack(tmp_path / "run", "me/student")
+    assert {"lora/jump_embedding.safetensors", "lora/pytorch_lora_weights.safetensors"} <= parcel.files.keys()
+    assert "`lora/` holds what was trained" in parcel.card

@@ -35,6 +35,7 @@ def kill_after(lines: int, *arguments: object) -> None:
     assert process.returncode == -signal.SIGKILL, err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_run_again_gives_the_same_numbers(tmp_path, tiny, finished):
     command = ("--recipe", tiny, "--output", tmp_path / "run")
     for lines in (2, 5, 10):

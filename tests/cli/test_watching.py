@@ -135,6 +135,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(tmp_pat
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_with_and_without(tmp_path, tiny):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

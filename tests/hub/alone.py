@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,23 +15,28 @@ from typing import Any
 from tests.hub.server import Account, Hub, environment, serve
 
 ROOT = Path(__file__).parents[2]
+TOKEN = "hf_writes"
 ACCOUNTS = {
-    "hf_writes": Account("tester", "write"),
+    TOKEN: Account("tester", "write"),
     "hf_reads": Account("tester", "read"),
     "hf_other": Account("somebody", "write"),
 }
 
 
-def alone(function: Callable[..., Any], home: Path, *arguments: object, token: str = "hf_writes") -> Any:
-    """What ``function(hub, *arguments)`` gives in a new process; arguments and result travel as JSON.
+def alone(home: Path, *calls: tuple[Callable[..., Any], tuple[object, ...]]) -> dict[str, Any]:
+    """What each ``function(hub, *arguments)`` gives, by its name, in one new process: each with an empty Hub and cache.
 
-    Its module may import nothing that imports huggingface_hub, but inside the function.
+    Arguments and results travel as JSON. Their module may import nothing that imports huggingface_hub, but inside the
+    functions.
     """
-    told = json.dumps([function.__module__, function.__name__, str(home), token, arguments], default=str)
+    listed = [(function.__module__, function.__name__, arguments) for function, arguments in calls]
+    told = json.dumps([str(home), listed], default=str)
     command = [sys.executable, "-m", "tests.hub.alone", told]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(calls)
+    return found
 
 
 def said(call: Callable[..., object], *arguments: object, **options: object) -> str:
@@ -45,15 +51,20 @@ def said(call: Callable[..., object], *arguments: object, **options: object) -> 
 
 
 def _main(told: str) -> None:
-    module, name, home, token, arguments = json.loads(told)
-    hub = Hub(accounts=dict(ACCOUNTS))
+    home, calls = json.loads(told)
+    hub, found = Hub(accounts=dict(ACCOUNTS)), {}
     with serve(hub) as address:
-        new = environment(address, Path(home), token)
+        new = environment(address, Path(home), TOKEN)
         os.environ.clear()
         os.environ.update(new)
-        function = getattr(importlib.import_module(module), name)
         assert "huggingface_hub" not in sys.modules
-        print(json.dumps(function(hub, *arguments)))
+        for module, name, arguments in calls:
+            for state in (hub.repos, hub.blobs, hub.faults, hub.requests):
+                state.clear()
+            shutil.rmtree(home, ignore_errors=True)
+            os.environ["HF_TOKEN"] = TOKEN
+            found[name] = getattr(importlib.import_module(module), name)(hub, *arguments)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,15 @@ def copy(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def often(folder, tmp_path_factory):
-    return alone(publishing.publish_often, tmp_path_factory.mktemp("home"), folder)
+def published(folder, tmp_path_factory):
+    names = ("often", "over_others", "without_right", "through_faults", "into_the_void")
+    calls = [(getattr(publishing, f"publish_{name}"), (folder,)) for name in names]
+    return alone(tmp_path_factory.mktemp("home"), *calls)
+
+
+@pytest.fixture
+def often(published):
+    return published["publish_often"]
 
 
 def test_everything_goes_in_one_commit(often):
@@ -107,8 +114,8 @@ def test_private_is_of_new_repositories(often):
     assert sum("is there already and public" in line for line in often["lines"]) == 1
 
 
-def test_what_is_something_else_stays(folder, tmp_path):
-    seen = alone(publishing.publish_over_others, tmp_path, folder)
+def test_what_is_something_else_stays(published):
+    seen = published["publish_over_others"]
     assert seen["refused"]["tester/else"].startswith("tester/else holds something else (README.md, weights.bin); ")
     assert "tester/cousin holds a student of another teacher (a/b; " in seen["refused"]["tester/cousin"]
     assert [line.split("; ")[0] for line in seen["others"]] == [
@@ -122,9 +129,9 @@ def test_what_is_something_else_stays(folder, tmp_path):
     assert seen["empty"]
 
 
-def test_without_the_right_nothing_is_made(folder, tmp_path):
-    seen = alone(publishing.publish_without_right, tmp_path, folder)
-    assert seen.pop("made") == ""
+def test_without_the_right_nothing_is_made(published):
+    seen = published["publish_without_right"]
+    assert seen["made"] == ""
     assert all("\n" not in line for line in seen.values())
     assert not [line for line in seen.values() if "hf_" in line]
     for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
@@ -138,8 +145,8 @@ def test_without_the_right_nothing_is_made(folder, tmp_path):
     assert "no token for the Hub; log in" in seen["none"]
 
 
-def test_faults_leave_nothing_half(folder, tmp_path):
-    seen = alone(publishing.publish_through_faults, tmp_path, folder)
+def test_faults_leave_nothing_half(published, folder):
+    seen = published["publish_through_faults"]
     assert seen["lost"].endswith(
         "the Hub is not well (status 500); run the same command again later; nothing of it was published"
     )
@@ -153,8 +160,8 @@ def test_faults_leave_nothing_half(folder, tmp_path):
     assert seen["whole"] == len([path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]) + 1
 
 
-def test_no_network_is_one_line(folder, tmp_path):
-    line = alone(publishing.publish_into_the_void, tmp_path, folder)
+def test_no_network_is_one_line(published):
+    line = published["publish_into_the_void"]
     assert "could not be reached" in line
     assert "\n" not in line
 

@@ -404,6 +404,7 @@ def push_and_load(folder: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_stock_diffusers(hub: Hub, owner: dict[str, str], teacher_folder: Path):
     loaded = run(push_and_load, owner, teacher_folder)
     assert loaded["equal"]

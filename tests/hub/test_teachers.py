@@ -31,8 +31,31 @@ def first_weight(unet=None):
     return float(next((unet or tiny_unet()).parameters()).detach().flatten()[0])
 
 
-def test_a_teacher_is_the_commit_that_a_name_stands_for(folder, other, tmp_path):
-    seen = alone(teachers.open_by_id, tmp_path, folder, other)
+@pytest.fixture(scope="module")
+def seen(folder, other, tmp_path_factory):
+    """What came of everything but training, in one process."""
+    scratch, unet = tmp_path_factory.mktemp("scratch"), tiny_unet()
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(scratch / "pickled", safe_serialization=False)
+    pipeline = DDPMPipeline(unet.half(), DDPMScheduler())
+    pipeline.save_pretrained(scratch / "half", variant="fp16")
+    pipeline.save_pretrained(scratch / "sharded", variant="fp16", max_shard_size="40KB")
+    assert len(list((scratch / "sharded" / "unet").glob("*.safetensors"))) > 1
+    assert "fp16" in next((scratch / "sharded" / "unet").glob("*.index.*json")).read_text()
+    home = scratch / "home"
+    return alone(
+        home,
+        (teachers.open_by_id, (folder, other)),
+        (teachers.not_for_everyone, (folder,)),
+        (teachers.what_is_not_fetched, (folder, scratch / "pickled")),
+        (teachers.variants, (scratch / "half", scratch / "sharded")),
+        (teachers.bad_days, (folder,)),
+        (teachers.shared_store, (folder, home)),
+        (teachers.offline, (folder,)),
+    )
+
+
+def test_a_teacher_is_the_commit_that_a_name_stands_for(seen):
+    seen = seen["open_by_id"]
     assert seen["main"] == [seen["head"], pytest.approx(first_weight())]
     assert seen["branch"] == seen["commit"] == [seen["older"], pytest.approx(first_weight() + 1)]
     assert any(path.endswith(teachers.WEIGHTS) for path in seen["branch fetched"])
@@ -44,8 +67,8 @@ def test_a_teacher_is_the_commit_that_a_name_stands_for(folder, other, tmp_path)
     assert "is of a teacher on the Hub, this is a folder" in seen["folder at a revision"]
 
 
-def test_what_is_not_for_everyone(folder, tmp_path):
-    seen = alone(teachers.not_for_everyone, tmp_path, folder)
+def test_what_is_not_for_everyone(seen):
+    seen = seen["not_for_everyone"]
     assert len(seen) == 7
     assert not [line for line in seen.values() if "\n" in line or "hf_" in line]
     assert "somebody/gated: it is gated: accept its terms on its page" in seen["somebody/gated"]
@@ -57,11 +80,8 @@ def test_what_is_not_for_everyone(folder, tmp_path):
     assert "the Hub refuses your token; log in again" in seen["wrong token"]
 
 
-def test_only_what_can_be_used_is_fetched(folder, tmp_path):
-    pickled = tmp_path / "pickled"
-    pipeline = DDPMPipeline(tiny_unet(), DDPMScheduler())
-    pipeline.save_pretrained(pickled, safe_serialization=False)
-    seen = alone(teachers.what_is_not_fetched, tmp_path / "home", folder, pickled)
+def test_only_what_can_be_used_is_fetched(seen):
+    seen = seen["what_is_not_fetched"]
     lines = seen["lines"]
     assert "no adapter for" in lines["video"]
     assert "its unet is code of the repository (my_unet.py), which is not run" in lines["code"]
@@ -73,23 +93,21 @@ def test_only_what_can_be_used_is_fetched(folder, tmp_path):
     assert weights == ["/tester/much diffusion_pytorch_model.safetensors"]
 
 
-def test_variants_stand_in_for_the_plain_weights(tmp_path):
-    unet = tiny_unet()
-    pipeline = DDPMPipeline(unet.half(), DDPMScheduler())
-    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
-    pipeline.save_pretrained(tmp_path / "sharded", variant="fp16", max_shard_size="40KB")
-    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
-    index = next((tmp_path / "sharded" / "unet").glob("*.index.*json"))
-    assert "fp16" in index.read_text()
-    seen = alone(teachers.variants, tmp_path / "home", tmp_path / "half", tmp_path / "sharded")
-    assert seen["half"] == seen["half again"] == seen["sharded"] == first_weight(unet)
+def test_variants_stand_in_for_the_plain_weights(seen):
+    seen = seen["variants"]
+    assert (
+        seen["half"]
+        == seen["half again"]
+        == seen["sharded"]
+        == float(next(tiny_unet().half().parameters()).detach().flatten()[0])
+    )
     assert seen["plain of half"].endswith("its weights come as variants alone (fp16): take --set variant=fp16")
     assert "(fp16): take --set variant=fp16" in seen["none"]
     assert "\n" not in seen["none"] + seen["plain of half"]
 
 
-def test_bad_days_end_in_a_line_or_in_a_whole_teacher(folder, tmp_path):
-    seen = alone(teachers.bad_days, tmp_path, folder)
+def test_bad_days_end_in_a_line_or_in_a_whole_teacher(seen):
+    seen = seen["bad_days"]
     assert f"{teachers.WEIGHTS} came with other bytes than the Hub has; it was removed" in seen["wrong bytes"]
     assert "the Hub is not well (status 500)" in seen["not well"]
     assert "could not be reached" in seen["reset"]
@@ -105,8 +123,8 @@ def test_bad_days_end_in_a_line_or_in_a_whole_teacher(folder, tmp_path):
     assert not [line for line in seen.values() if isinstance(line, str) and "\n" in line]
 
 
-def test_the_store_that_repositories_share(folder, tmp_path):
-    seen = alone(teachers.shared_store, tmp_path, folder, tmp_path)
+def test_the_store_that_repositories_share(seen):
+    seen = seen["shared_store"]
     assert seen["moved"]
     assert seen["seen"] == 1
     assert seen["again"] == ""
@@ -114,8 +132,8 @@ def test_the_store_that_repositories_share(folder, tmp_path):
     assert seen["whole"]
 
 
-def test_offline_nobody_is_asked(folder, tmp_path):
-    seen = alone(teachers.offline, tmp_path, folder)
+def test_offline_nobody_is_asked(seen):
+    seen = seen["offline"]
     assert seen["cached"] == [True, True]
     assert seen["asked"] == 0
     assert "HF_HUB_OFFLINE=1" in seen["missing"]
@@ -123,7 +141,8 @@ def test_offline_nobody_is_asked(folder, tmp_path):
 
 
 def test_a_run_goes_on_with_the_commit_it_began_with(folder, other, tmp_path):
-    seen = alone(teachers.goes_on_at_its_commit, tmp_path / "home", folder, other, tmp_path / "run")
+    run = (teachers.goes_on_at_its_commit, (folder, other, tmp_path / "run"))
+    seen = alone(tmp_path / "home", run)["goes_on_at_its_commit"]
     assert seen["kept"]
     assert seen["opened"]
     assert seen["card"]

@@ -130,12 +130,13 @@ def _check_verified(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """The repository as it is: its newest commit on the branch and the files there; None: not there."""
+    """The repository as it is: its newest commit on the branch, the files there, the teacher if it holds a student."""
 
     commit: str | None
     files: frozenset[str]
     there: bool
     private: bool
+    teacher: str | None = None
 
 
 def check_target(repo: str, teacher: str, branch: str | None = None, *, force: bool = False) -> _Target:
@@ -158,6 +159,8 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
         target = _look(api, repo, branch)
         if target.there:
             api.auth_check(repo, write=True)
+        if ABOUT in target.files:
+            target = replace(target, teacher=_teacher_there(repo, target))
         if not force:
             _check_ours(repo, teacher, target)
     except (*HUB_FAULTS, ValueError) as error:
@@ -196,7 +199,7 @@ def _check_ours(repo: str, teacher: str, target: _Target) -> None:
     foreign = sorted(target.files - {".gitattributes"})
     if not foreign:
         return
-    other = _teacher_there(repo, target) if ABOUT in foreign else None
+    other = target.teacher
     if other is None:
         shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
         raise UserError(f"{repo} holds something else ({shown}); take another name, or --force to write over it")
@@ -238,7 +241,7 @@ def publish(
         say(f"{repo} is there already and public: --private makes new ones private; change it in its settings")
     names = {*parcel.files, *parcel.texts}
     stale = target.files - names - {".gitattributes"}
-    if ABOUT not in target.files and stale:
+    if target.teacher is None and stale:
         say(f"{repo}: {len(stale)} files that are not of this student stay there")
         stale = frozenset()
     operations: list[CommitOperationAdd | CommitOperationDelete] = [

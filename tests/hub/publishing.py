@@ -67,6 +67,8 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     hub.create("tester/text", {"student.json": b"not JSON"})
     refused = {repo: said(publish, pack(source, repo), repo) for repo in ("tester/else", "tester/cousin")}
     others = [said(publish, pack(source, repo), repo) for repo in ("tester/list", "tester/text")]
+    hub.create("tester/mixed", {"student.json": b"[1]", "weights.bin": b"1"})
+    publish(pack(source, "tester/mixed"), "tester/mixed", force=True, say=lambda _: None)
     untouched = [_commits(hub, repo) for repo in refused]
     lines: list[str] = []
     for repo in refused:
@@ -75,6 +77,7 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     return {
         "refused": refused,
         "others": others,
+        "mixed": "weights.bin" in _files(hub, "tester/mixed"),
         "untouched": untouched,
         "lines": lines,
         "kept": "weights.bin" in _files(hub, "tester/else"),

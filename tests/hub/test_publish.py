@@ -124,6 +124,7 @@ def test_what_is_something_else_stays(published):
     assert seen["untouched"] == [2, 2]
     assert seen["lines"][0] == "tester/else: 1 files that are not of this student stay there"
     assert seen["kept"]
+    assert seen["mixed"]
     assert seen["card"]
     assert not seen["old"]
     assert seen["empty"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fmm_distill.derivatives import derivative_in_r
+from fmm_distill.derivatives import derivative_in_r, without_tensor_float
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def network_of(student: LearnedFlowMap) -> nn.Module:
     return cast("nn.Module", getattr(student, "network", student))
 
 
+@without_tensor_float()
 def _answers(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[str, list[Tensor]]:
     """Values, the derivative in r and the gradients of both."""
     x, t, r, cond = at

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from fmm_distill import checkpoint
 from fmm_distill.acceleration import accelerate_networks, network_of
+from fmm_distill.derivatives import without_tensor_float
 from fmm_distill.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.faults import Faults
+from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.memory import peak_memory
 from fmm_distill.objective import Objective, settle_engine, somewhere
 from fmm_distill.sharding import is_sharded, name_blocks, placed_like, shard, whole, whole_state
@@ -101,6 +103,8 @@ class Trainer:
             self.frozen = copies["frozen"] = frozen_copy(student, share=share)
         accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
         losses = [self._settle_engine(settings) for settings in recipe.losses]
+        slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
+        self.differences = any(loss.derivative == "central" for loss in slopes)
         objective = Objective(student, teacher, recipe, losses, copies, in_step=self.sharded).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
@@ -243,7 +247,8 @@ class Trainer:
                 with self._autocast():
                     losses, each = self.objective(mine, images, step)
                 weighted = each.float().mean()
-                accelerator.backward(weighted)
+                with without_tensor_float() if self.differences else nullcontext():
+                    accelerator.backward(weighted)
                 if accelerator.sync_gradients:
                     clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
                     norm = whole(torch.as_tensor(clipped))

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
 from fmm_distill.data import Images
 from fmm_distill.objective import Objective
@@ -85,7 +86,11 @@ if __name__ == "__main__":
             differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)
         student, data = make_student(teacher), images_of(recipe)
-        Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None).run()
+        trainer = Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None)
+        trainer.run()
+        assert all(isinstance(p, DTensor) == shards for p in trainer.objective.parameters())
+        # The next one is not to be compared with it.
+        accelerator.free_memory()
     if accelerator.is_main_process:
         print(json.dumps({"processes": accelerator.num_processes, "differences": differences}))
     accelerator.end_training()

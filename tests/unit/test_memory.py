@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.ema import averaged, frozen_copy
 from fmm_distill.lora import add_lora
 from fmm_distill.memory import Memory, forecast_memory
@@ -43,6 +44,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
     recipe = Recipe.model_validate(settings | {"teacher": str(folder)})
     job = plan(recipe)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_blocks(job.student)
     return forecast_memory(job.student, job.teacher, recipe, processes)
 
 
@@ -55,8 +58,12 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
             {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 12, "gradient_checkpointing": True}},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["central", "full-gradient", "lora"],
+    ids=["central", "full-gradient", "lora", "checkpointed"],
 )
 def test_the_peak_of_a_step(large, teacher_folder, tmp_path, settings):
     settings = settings | {"training": settings.get("training", STEPS) | {"ema": (0.9, 0.99)}}
@@ -105,6 +112,15 @@ def test_what_is_counted(teacher_folder):
     assert shared.peak == base.peak + trained
     more = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 64}})
     assert more.peak - base.peak == pytest.approx(62 * more.per_sample, rel=0.1)
+
+
+def test_blocks_that_are_computed_again_keep_less(teacher_folder):
+    settings = {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 64}}
+    base = foretold(teacher_folder, settings)
+    settings["training"] |= {"gradient_checkpointing": True}
+    again = foretold(teacher_folder, settings)
+    assert again.per_sample < 0.8 * base.per_sample
+    assert again.weights == base.weights
 
 
 def test_the_phase_that_takes_most_counts(teacher_folder):

@@ -1,0 +1,463 @@
+"""CIFAR-10 on one GPU in minutes: teacher, classifier, a student by every loss, and what they come to.
+
+    python -m benchmarks.cifar10 --data DIR --work DIR --minutes 8.5 --output cifar10.json
+
+``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is kept in
+``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more. It ends in time
+with the JSON and the pictures of what there is. ``--toy`` is the whole line at a size for tests; ``--render`` prints the
+tables of a JSON that is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from benchmarks.cifar10_measure import Judge
+from benchmarks.cifar10_methods import METHODS, recipe_of
+from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
+from benchmarks.cifar10_speed import seconds_a_step
+from fmm_distill import checkpoint
+from fmm_distill.data import load_images
+from fmm_distill.loading import load_student
+from fmm_distill.settings import DataSettings
+from fmm_distill.tables import open_table
+from fmm_distill.teachers.load import load_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+STEPS = (1, 2, 4, 8, 16)
+SOLVERS = ("ddim", "dpmsolver++")
+SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
+# Several processes fill each other's gaps on a GPU; this much is counted on, the rest is slack.
+GAIN = 1.1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        channels: of the network's levels; 7.2 million parameters, 2.4 GFLOP a call on one image.
+        teacher_share: of the minutes that the teacher may take, compiling included.
+        steps: of each student; 0: as many as fit, from the speed of each loss.
+        parallel: students that train at the same time, each in its own process.
+        seeded: how many of the best are trained with a second seed.
+        solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
+        reserve: seconds at the end for what is measured last, and the pictures.
+        startup: seconds in which processes start and end and the device waits.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    teacher_share: float = 0.27
+    teacher_batch: int = 512
+    teacher_rate: float = 1e-3
+    teacher_steps: int = 1_000_000
+    classifier_width: int = 256
+    classifier_epochs: int = 16
+    steps: int = 0
+    batch: int = 128
+    learning_rate: float = 5e-4
+    parallel: int = 6
+    seeded: int = 2
+    samples: int = 10_000
+    endpoint_samples: int = 512
+    solver_steps: int = 32
+    measure_batch: int = 1000
+    speed_steps: int = 8
+    reserve: float = 25.0
+    startup: float = 35.0
+
+
+TOY = Budget(
+    channels=(16, 16),
+    teacher_batch=16,
+    teacher_steps=20,
+    classifier_width=16,
+    classifier_epochs=1,
+    steps=20,
+    batch=8,
+    parallel=2,
+    seeded=1,
+    samples=64,
+    endpoint_samples=16,
+    solver_steps=4,
+    measure_batch=32,
+    speed_steps=3,
+    reserve=1.0,
+    startup=0.0,
+)
+
+
+class Benchmark:
+    """The stages, in order; each in files of its own under ``work``."""
+
+    def __init__(self, data: Path, work: Path, budget: Budget, minutes: float, names: list[str]) -> None:
+        self.data, self.work, self.budget, self.names = data, work, budget, names
+        self.started = time.monotonic()
+        self.minutes, self.deadline = minutes, self.started + 60 * minutes
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.stages: dict[str, float] = {}
+        work.mkdir(parents=True, exist_ok=True)
+        written = work / "budget.json"
+        own = asdict(budget) | {"parallel": None}
+        if written.is_file() and read(written) != json.loads(json.dumps(own)):
+            sys.exit(f"{work} holds a run of another budget: choose another --work or remove it")
+        checkpoint.write_text(written, json.dumps(own))
+        self.environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(max(1, min(2, (os.cpu_count() or 1) // budget.parallel))),
+        }
+
+    def left(self) -> float:
+        """Seconds until only the reserve is left."""
+        return self.deadline - self.budget.reserve - time.monotonic()
+
+    def run(self) -> None:
+        """All stages that there is time for."""
+        with self._stage("teacher, classifier"):
+            self._teacher_and_classifier()
+        if not (self.work / "teacher" / "model_index.json").is_file() or self.left() < 0:
+            print("the time is over before there is a teacher and a classifier; the same command goes on")
+            return
+        with self._stage("reference and the teacher's first rows"):
+            self.judge = self._judge()
+            rows = self.teacher_rows()
+            for _ in SOLVER_STEPS[:4]:
+                next(rows, None)
+        with self._stage("speed of each loss"):
+            steps = self._steps()
+        with self._stage("students"):
+            self._students(self.names, steps, 0)
+        with self._stage("second seeds"):
+            best = self._best()
+            print(f"the best: {', '.join(best)}")
+            self._students(best, steps, 1)
+        for _ in self.teacher_rows():
+            if self.left() < 0:
+                print("the time is over before all of the teacher's rows are measured; the same command goes on")
+                break
+
+    def _stage(self, name: str) -> Stage:
+        return Stage(self, name)
+
+    def _images(self) -> dict[str, torch.Tensor]:
+        """Every image and label, uint8 and int64, decoded once."""
+        file = self.work / "images.safetensors"
+        if not file.is_file():
+            found = {}
+            for split in ("train", "test"):
+                settings = DataSettings(source=str(self.data), split=split)
+                table = open_table(settings)
+                images = load_images(settings, (3, 32, 32), table=table)
+                found[split], found[f"{split}_labels"] = images.pixels, torch.tensor(table.values("label"))
+            save_whole(found, file)
+        return load_file(file)
+
+    def _teacher_and_classifier(self) -> None:
+        """Side by side: while the teacher's network is compiled the device is free."""
+        budget, work = self.budget, self.work
+        running = {}
+        if not (work / "teacher" / "model_index.json").is_file():
+            fast = ["--precision", "bf16", "--compile"] if self.device == "cuda" else []
+            running["teacher"] = self._start("teacher", self._teacher_command() + fast)
+        self._images()
+        if not (work / "classifier" / "classifier.json").is_file():
+            sizes = ["--width", str(budget.classifier_width), "--epochs", str(budget.classifier_epochs)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.cifar10_classifier",
+                "--images",
+                str(work / "images.safetensors"),
+            ]
+            running["classifier"] = self._start("classifier", [*command, "--output", str(work / "classifier"), *sizes])
+        for name, process in running.items():
+            if self._wait(process) and name == "teacher" and self.device == "cuda" and self.left() > 0:
+                print("the teacher's process failed: once more, not compiled (its log says why)")
+                self._wait(self._start("teacher", [*self._teacher_command(), "--precision", "bf16"]))
+
+    def _teacher_command(self) -> list[str]:
+        budget = self.budget
+        options = {
+            "--data": self.data,
+            "--output": self.work / "teacher",
+            "--batch": budget.teacher_batch,
+            "--lr": budget.teacher_rate,
+            "--steps": budget.teacher_steps,
+            "--minutes": budget.teacher_share * self.minutes,
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        channels = ["--channels", *map(str, budget.channels)]
+        return [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *words, *channels]
+
+    def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+        logs = self.work / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code; it is stopped when the time is over."""
+        try:
+            return process.wait(max(self.left(), 0))
+        except subprocess.TimeoutExpired:
+            return stop(process)
+
+    def _judge(self) -> Judge:
+        budget = self.budget
+        return Judge(
+            load_teacher(str(self.work / "teacher")),
+            self.work / "classifier" / "classifier.pt",
+            self._images()["train"],
+            self.device,
+            samples=budget.samples,
+            endpoint_samples=budget.endpoint_samples,
+            solver_steps=budget.solver_steps,
+            batch=budget.measure_batch,
+        )
+
+    def teacher_rows(self) -> Iterator[None]:
+        """Measure what is missing of the teacher under stock schedulers, one number of steps at a time."""
+        for n in SOLVER_STEPS:
+            for kind in SOLVERS:
+                file = self.work / "rows" / f"{kind}-{n}.json"
+                if not file.is_file():
+                    rows, pictures = self.judge.solver(kind, (n,))
+                    self._keep(f"{kind}-{n}", rows, pictures)
+                    yield
+
+    def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
+        folder = self.work / "rows"
+        folder.mkdir(exist_ok=True)
+        save_whole({n: x.contiguous() for n, x in pictures.items()}, folder / f"{name}.safetensors")
+        checkpoint.write_text(folder / f"{name}.json", json.dumps(found))
+
+    def _steps(self) -> int:
+        """How many steps every student gets: chosen once, from the speed of each loss alone on the device."""
+        file = self.work / "steps.json"
+        if not file.is_file():
+            speeds: dict[str, float] = {}
+            for name in self.names:
+                alike = name.removesuffix("-data")
+                if alike in speeds:
+                    # The student's own jump to the start is what it spares.
+                    speeds[name] = speeds[alike]
+                    continue
+                recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, self.budget.speed_steps, 0)
+                speeds[name] = seconds_a_step(recipe)
+                print(f"{name}: {1000 * speeds[name]:.1f} ms a step", flush=True)
+            checkpoint.write_text(file, json.dumps({"steps": self._fitting(speeds), "seconds_a_step": speeds}))
+        steps: int = read(file)["steps"]
+        print(f"{steps} steps of {self.budget.batch} images for every student")
+        return steps
+
+    def _fitting(self, speeds: dict[str, float]) -> int:
+        budget = self.budget
+        if budget.steps:
+            return budget.steps
+        row = read(self.work / "rows" / f"{SOLVERS[0]}-4.json")["4"]
+        # A student's measurement takes as many calls of the network an image as there are steps in all.
+        students = len(speeds) + budget.seeded
+        measuring = students * sum(STEPS) * budget.samples / (4 * row["images_per_second"])
+        seconds = (self.left() - budget.startup - measuring) * GAIN
+        slowest = sorted(speeds.values())[-budget.seeded :] if budget.seeded else []
+        steps = int(seconds / (sum(speeds.values()) + sum(slowest)))
+        if steps < 50:
+            sys.exit(f"{self.left():.0f} s are left, which is {steps} steps a student: give --minutes more")
+        return steps
+
+    def _students(self, names: list[str], steps: int, seed: int) -> None:
+        """Train and measure those that are not yet, several at a time; meanwhile the teacher's rows."""
+        titles = {f"{name}-{seed}": name for name in names}
+        waiting = [title for title in titles if not (self.work / "rows" / f"{title}.json").is_file()]
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        rest = self.teacher_rows()
+        while (waiting or running) and self.left() > 0:
+            while waiting and len(running) < self.budget.parallel:
+                title = waiting.pop(0)
+                running[title] = self._distil(title, titles[title], steps, seed)
+            finished = [title for title, process in running.items() if process.poll() is not None]
+            for title in finished:
+                self._measure(title, titles[title], running.pop(title).returncode)
+            if not finished and next(rest, self) is self:
+                time.sleep(0.2)
+        for title, process in running.items():
+            stop(process)
+            print(f"{title}: the time is over before it is finished; the same command goes on")
+
+    def _distil(self, title: str, name: str, steps: int, seed: int) -> subprocess.Popen[bytes]:
+        recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, steps, seed)
+        folder = self.work / "recipes"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{title}.yaml"
+        checkpoint.write_text(file, recipe.to_yaml())
+        output = str(self.work / "students" / title)
+        return self._start(title, [sys.executable, "-m", "fmm_distill", "--recipe", str(file), "--output", output])
+
+    def _measure(self, title: str, name: str, code: int) -> None:
+        folder = self.work / "students" / title
+        if code:
+            print(f"{title}: failed with exit code {code} ({self.work / 'logs' / title}.log says why)")
+            return
+        rows, pictures = self.judge.student(load_student(folder / "student").flow_map, STEPS)
+        log = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
+        found["shared_seconds"] = sum(self.budget.batch / line["images_per_second"] for line in log)
+        found["loss"] = [line["loss"] for line in log[:: max(len(log) // 100, 1)]]
+        self._keep(title, found, pictures)
+        shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in STEPS)
+        print(f"{title}: Fréchet distance {shown} at {STEPS} steps, {self.left():.0f} s left", flush=True)
+
+    def _best(self) -> list[str]:
+        """The names whose mean logarithm of the Fréchet distance is lowest."""
+        scores = {}
+        for name in self.names:
+            file = self.work / "rows" / f"{name}-0.json"
+            if file.is_file():
+                scores[name] = sum(math.log(row["frechet"]) for row in read(file)["rows"].values())
+        return sorted(scores, key=lambda name: scores[name])[: self.budget.seeded]
+
+    def results(self) -> dict[str, Any]:
+        """Everything that there is, as one plain dictionary."""
+        work = self.work
+        rows = {file.stem: read(file) for file in sorted((work / "rows").glob("*.json"))}
+        solvers = {
+            kind: {str(n): rows[f"{kind}-{n}"][str(n)] for n in SOLVER_STEPS if f"{kind}-{n}" in rows}
+            for kind in SOLVERS
+        }
+        speed = read_if_there(work / "steps.json")
+        students = {title: found for title, found in rows.items() if "method" in found}
+        for found in students.values():
+            found["seconds_alone"] = found["steps"] * speed["seconds_a_step"][found["method"]]
+        protocol = self.judge.protocol if hasattr(self, "judge") else {}
+        return {
+            "budget": asdict(self.budget),
+            "machine": machine(),
+            "protocol": protocol,
+            "teacher": read_if_there(work / "teacher" / "training.json") | {"rows": solvers},
+            "classifier": read_if_there(work / "classifier" / "classifier.json"),
+            "students": students,
+            "missing": [name for name in self.names if f"{name}-0" not in students],
+            "speed": speed,
+            "settings": {title: _settings(work / "recipes" / f"{title}.yaml") for title in students},
+            "stages": self.stages,
+        }
+
+    def write(self, output: Path) -> None:
+        """The JSON, and beside it the pictures."""
+        results = self.results()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(output, json.dumps(results, indent=1) + "\n")
+        print(markdown(results))
+        if not results["students"]:
+            return
+        draw_steps(results, output.with_name(f"{output.stem}-steps.png"))
+        draw_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
+        best = [f"{name}-0" for name in self._best()] or list(results["students"])
+        write_samples(self.work / "rows", self.judge.truth, best, output.with_name(f"{output.stem}-samples.png"))
+
+
+class Stage:
+    """Says how long a stage took, and keeps it."""
+
+    def __init__(self, benchmark: Benchmark, name: str) -> None:
+        self.benchmark, self.name = benchmark, name
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+        print(f"-- {self.name} ({self.benchmark.left():.0f} s left)", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.benchmark.stages[self.name] = time.monotonic() - self.began
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """Ask a process to save and stop; its exit code."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(8)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """A safetensors file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(file)
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_if_there(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read(file) if file.is_file() else {}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What tells a student's recipe from others."""
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wanted = ("data", "loss", "also", "before", "pairs", "weight", "training")
+    return {name: recipe[name] for name in wanted if name in recipe}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of parquet files")
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of everything that is kept")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
+    parser.add_argument("--output", type=Path, default=Path("cifar10.json"), help="pictures are written beside it")
+    parser.add_argument("--parallel", type=int, help="students that train at the same time")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
+    parser.add_argument("--toy", action="store_true", help="a tiny network, 20 steps, 64 samples")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
+    options = parser.parse_args()
+    if options.render is not None:
+        print(markdown(read(options.render)))
+        return
+    if options.data is None:
+        parser.error("--data is missing: a folder of parquet files with the columns img and label")
+    budget = TOY if options.toy else Budget()
+    if options.parallel:
+        budget = replace(budget, parallel=options.parallel)
+    benchmark = Benchmark(options.data.resolve(), options.work.resolve(), budget, options.minutes, options.only)
+    try:
+        benchmark.run()
+    finally:
+        benchmark.write(options.output.resolve())
+
+
+if __name__ == "__main__":
+    main()

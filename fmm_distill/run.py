@@ -24,6 +24,7 @@ from fmm_distill.evaluate import (
     check_features,
     choose,
     evaluate,
+    image_shape,
     table,
 )
 from fmm_distill.export.about import about_student
@@ -117,18 +118,26 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
         )
-    check_features(recipe.evaluation, teacher.event_shape)
+    check_features(recipe.evaluation, teacher)
     for name in ("steps", "ddim_steps", "dpmsolver_steps"):
         check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
     check_steps(recipe.export.steps, teacher.schedule)
     images = open_images(data, teacher, table, say)
-    reference = images
-    if reference is None and recipe.evaluation.features == "digits":
-        reference = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    reference = _reference(recipe, teacher, images, say)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)
+
+
+def _reference(recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]) -> Images | None:
+    """What images are compared with."""
+    settings = recipe.evaluation
+    if settings.reference is not None:
+        return load_images(settings.reference, image_shape(teacher), say=say)
+    if images is None and settings.features == "digits":
+        return load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    return images
 
 
 def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Teacher:

@@ -6,6 +6,7 @@ until the backward pass.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fmm_distill.interpolant import expand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Float
     from torch import Tensor
@@ -118,7 +119,7 @@ def derivative_in_r(
     if engine == "exact":
         du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))[1]
     else:
-        with _precise(h):
+        with _precise(h), _no_tensor_float():
             du_dh = (of_jump(h + JUMP_STEP) - of_jump(h - JUMP_STEP)) / (2 * JUMP_STEP)
     return -expand(flow_map.clock.rate(r), x) * du_dh
 
@@ -170,7 +171,7 @@ def derivative_along_flow(
     step = TIME_STEP / flow_map.clock.rate(t)
     back = t + step > flow_map.t_max
     first, second = torch.where(back, -step, step), torch.where(back, -2 * step, -step)
-    with _precise(x):
+    with _precise(x), _no_tensor_float():
         here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
     backward, central = 3 * here - 4 * near + far, near - far
     return torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
@@ -201,6 +202,26 @@ def _along(flow_map: FlowMap, r: Tensor, cond: Conditioning | None) -> Callable[
 def _precise(like: Tensor) -> torch.autocast:
     """Autocast off: in half precision a tangent loses two digits, and a difference is noise."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def _no_tensor_float() -> Iterator[None]:
+    """TensorFloat-32 off: its 11 bits, the default of convolutions on a GPU, leave a small difference no digits.
+
+    Forward mode takes no difference and may have it.
+    """
+    # torch 2.8 has the older switches alone; later ones refuse to read those beside the newer.
+    switch, off = ("fp32_precision", "ieee") if hasattr(torch.backends.cudnn, "conv") else ("allow_tf32", False)
+    convolutions: Any = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    places: tuple[Any, ...] = (convolutions, torch.backends.cuda.matmul)
+    before = [getattr(place, switch) for place in places]
+    try:
+        for place in places:
+            setattr(place, switch, off)
+        yield
+    finally:
+        for place, setting in zip(places, before, strict=True):
+            setattr(place, switch, setting)
 
 
 def _forward_mode(

@@ -349,3 +349,20 @@ def test_attention_second_derivative():
     push = draws((9,), query.shape)[1]
     above, below = (tangent(query.detach() + shift * push).square().sum() for shift in (1e-5, -1e-5))
     torch.testing.assert_close((gradient * push).sum(), (above - below) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["central", "exact"])
+def test_differences_alone_are_without_tensor_float(engine):
+    seen = []
+
+    class Watched(Polynomial):
+        def mean_velocity_of_jump(self, x, t, h, cond=None):
+            seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+            return super().mean_velocity_of_jump(x, t, h, cond)
+
+    before = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    x, t, r = torch.ones(1, 2), torch.tensor([0.6]), torch.tensor([0.2])
+    derivative_in_r(Watched(), x, t, r, engine=engine)
+    derivative_along_flow(Watched(), x, t, r, x, engine=engine)
+    assert set(seen) == {("ieee", "ieee") if engine == "central" else before}
+    assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before

@@ -2,10 +2,10 @@
 
     python -m benchmarks.cifar10 --data DIR --work DIR --minutes 8.5 --output cifar10.json
 
-``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is kept in
-``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more. It ends in time
-with the JSON and the pictures of what there is. ``--toy`` is the whole line at a size for tests; ``--render`` prints the
-tables of a JSON that is there already.
+``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is
+kept in ``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more.
+It ends in time with the JSON and the pictures of what there is. ``--toy`` is the whole line at a size for tests;
+``--render`` prints the tables of a JSON that is there already.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class Benchmark:
         """All stages that there is time for."""
         with self._stage("teacher, classifier"):
             self._teacher_and_classifier()
-        if not (self.work / "teacher" / "model_index.json").is_file() or self.left() < 0:
-            print("the time is over before there is a teacher and a classifier; the same command goes on")
+        made = ("teacher/model_index.json", "classifier/classifier.json")
+        if not all((self.work / name).is_file() for name in made) or self.left() < 0:
+            print("there is no teacher or no classifier, or no time after them; the same command goes on")
             return
         with self._stage("reference and the teacher's first rows"):
             self.judge = self._judge()
@@ -190,8 +191,11 @@ class Benchmark:
             ]
             running["classifier"] = self._start("classifier", [*command, "--output", str(work / "classifier"), *sizes])
         for name, process in running.items():
-            if self._wait(process) and name == "teacher" and self.device == "cuda" and self.left() > 0:
-                print("the teacher's process failed: once more, not compiled (its log says why)")
+            code = self._wait(process)
+            if code and self.left() > 0:
+                print(f"{name}: failed with exit code {code} ({work / 'logs' / name}.log says why)", flush=True)
+            if code and name == "teacher" and self.device == "cuda" and self.left() > 0:
+                print("teacher: once more, not compiled")
                 self._wait(self._start("teacher", [*self._teacher_command(), "--precision", "bf16"]))
 
     def _teacher_command(self) -> list[str]:

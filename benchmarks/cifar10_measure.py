@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from fmm_distill.features import load_feature_file
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
 NOISE_SEED = 20_240_607
 PICTURED = 10
-
-
-class Single(nn.Module):
-    """A feature network that stays in float32: the metric's sums are float64, and float64 convolutions are slow."""
-
-    def __init__(self, network: nn.Module, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-        # In a tuple it is hidden from the metric's changes of type.
-        self._network = (network,)
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):
-            return self._network[0](images.float())
 
 
 class Judge:
@@ -66,19 +52,19 @@ class Judge:
         self.teacher, self.device, self.batch = teacher.to(device), device, batch
         noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(device)
-        network = torch.jit.load(str(features), map_location=device).eval()
-        single = Single(network, int(network.num_features))
-        self.metric = FrechetInceptionDistance(feature=single, normalize=True, reset_real_features=False).to(device)
-        self.metric.set_dtype(torch.float64)
+        network = load_feature_file(str(features), teacher.event_shape)
+        # Its sums are float64, its features are not: float64 convolutions would be the longest part.
+        self.metric = FrechetInceptionDistance(feature=network, normalize=True, reset_real_features=False).to(device)
         for part in pixels.split(batch):
-            self.metric.update(part.to(device).float() / 255, real=True)
+            self._update(part.to(device).float() / 255, real=True)
         some = self.noise[:endpoint_samples]
         self.truth = self._solved(some, solver_steps)
         halved = self._solved(some, max(solver_steps // 2, 1))
         self.protocol: dict[str, Any] = {
             "samples": samples,
             "reference": f"{len(pixels)} training images",
-            "features": f"{single.num_features} of the classifier, images clipped to [0, 1] and not rounded",
+            "features": f"{network.num_features} of the classifier (sha256 {network.sha256[:12]}), "
+            "images clipped to [0, 1] and not rounded",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
@@ -86,6 +72,11 @@ class Judge:
             "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
             "noise_seed": NOISE_SEED,
         }
+
+    def _update(self, images: Tensor, *, real: bool) -> None:
+        # TorchScript would compile the network anew for every size of batch.
+        with torch.jit.optimized_execution(False):
+            self.metric.update(images, real=real)
 
     def _solved(self, noise: Tensor, steps: int) -> Tensor:
         teacher = self.teacher
@@ -102,7 +93,7 @@ class Judge:
         rate = len(x) / (time.perf_counter() - started)
         self.metric.reset()
         for part in x.split(self.batch):
-            self.metric.update((part / 2 + 0.5).clamp(0, 1), real=False)
+            self._update((part / 2 + 0.5).clamp(0, 1), real=False)
         found = {"frechet": float(self.metric.compute()), "endpoint": error, "images_per_second": rate}
         return found, x[:PICTURED].cpu()
 

@@ -60,8 +60,8 @@ def _about(results: dict[str, Any]) -> list[str]:
     seen = {found["images_seen"] for found in results["students"].values()}
     if seen:
         lines.append(
-            f"Students: {', '.join(f'{n:,}' for n in sorted(seen))} images seen each, batches of {budget['batch']}. GPU "
-            "minutes: steps times the median step of the same loss alone on the device."
+            f"Students: {', '.join(f'{n:,}' for n in sorted(seen))} images seen each, batches of {budget['batch']}. "
+            "GPU minutes: steps times the median step of the same loss alone on the device."
         )
     return lines
 

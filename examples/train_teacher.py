@@ -5,8 +5,8 @@
     accelerate launch examples/train_teacher.py --data <...> --output teacher        # on several GPUs
 
 ``--minutes`` ends the training in time, its learning rate with it. The same command goes on where it was stopped.
-What it predicts is v_prediction unless ``--objective`` says otherwise: an epsilon-predicting DDPM of the linear schedule
-multiplies its errors by up to 157 near noise, and the ODE of a young one leaves the range of images.
+What it predicts is v_prediction unless ``--objective`` says otherwise: an epsilon-predicting DDPM of the linear
+schedule multiplies its errors by up to 157 near noise, and the ODE of a young one leaves the range of images.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Denoising(nn.Module):
         return F.mse_loss(self.network(x_t, told).sample.float(), target)
 
     def stock_scheduler(self) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+        """What samples from it."""
         return FlowMatchEulerDiscreteScheduler() if self.objective == "flow" else self.scheduler
 
 
@@ -101,6 +102,7 @@ class Batches:
         self.process, self.generator = accelerator.process_index, torch.Generator(accelerator.device)
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images in [-1, 1], noises, and places in time."""
         device = self.pixels.device
         self.generator.manual_seed((self.seed * 1000 + self.process) * 10**8 + step)
         given = {"generator": self.generator, "device": device}
@@ -147,7 +149,8 @@ class Training:
             self.optimiser.step()
             self.optimiser.zero_grad()
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(*self._pairs, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(*self._pairs, 1 - decay)
             self.step += 1
             if self.step % 100 == 0:
                 # Waits for the device: the clock is right at these steps.

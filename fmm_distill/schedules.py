@@ -90,6 +90,10 @@ class VariancePreserving:
         self.t_min = float(self._times[1])
         self.t_max = float(self._times[-1])
 
+    def to(self, device: torch.device | str) -> None:
+        """Keep the tables there: fetched at every call, they would make the host wait for a GPU each time."""
+        self._times, self._slopes = self._times.to(device), self._slopes.to(device)
+
     def time(self, timestep: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """t of whole timesteps from -1 (data) to N - 1, in float64."""
         return self._times.to(timestep.device)[timestep + 1]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.schedules import VariancePreserving
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
@@ -150,8 +151,10 @@ class Teacher:
         return self.parametrisation.prior(noise)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same teacher with its network, and that of a weaker one, on ``device``."""
+        """The same teacher with its network and schedule, and those of a weaker one, on ``device``."""
         self.network.to(device)
+        if isinstance(self.schedule, VariancePreserving):
+            self.schedule.to(device)
         if self.weaker is not None:
             self.weaker.to(device)
         return self

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -153,3 +155,10 @@ def test_linear_clock():
     t = torch.rand(3, dtype=torch.float64)
     assert torch.equal(LinearClock().position(t), t)
     assert torch.equal(LinearClock().rate(t), torch.ones_like(t))
+
+
+def test_tables_stay_on_the_device_of_the_teacher(teacher):
+    own = copy.deepcopy(teacher)
+    own.to("meta")
+    assert own.schedule.timestep(torch.ones(2, device="meta")).device.type == "meta"
+    assert {own.schedule._times.device.type, own.schedule._slopes.device.type} == {"meta"}

@@ -15,8 +15,8 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.cifar10_measure import Judge
 from benchmarks.cifar10_methods import METHODS, recipe_of
+from benchmarks.cifar10_processes import ROOT, Processes
 from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
-from benchmarks.cifar10_speed import seconds_a_step
 from fmm_distill import checkpoint
 from fmm_distill.data import load_images
 from fmm_distill.loading import load_student
@@ -41,12 +41,9 @@ from fmm_distill.teachers.load import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[1]
 STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
 SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
-# Several processes fill each other's gaps on a GPU; this much is counted on, the rest is slack.
-GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -54,18 +51,20 @@ class Budget:
     """How much of everything.
 
     Attributes:
-        channels: of the network's levels; 7.2 million parameters, 2.4 GFLOP a call on one image.
+        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
+            at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
         teacher_share: of the minutes that the teacher may take, compiling included.
         steps: of each student; 0: as many as fit, from the speed of each loss.
         parallel: students that train at the same time, each in its own process.
         seeded: how many of the best are trained with a second seed.
         solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
         reserve: seconds at the end for what is measured last, and the pictures.
+        watched: seconds in which the steps of all losses are counted side by side.
         startup: seconds in which processes start and end and the device waits.
     """
 
-    channels: tuple[int, ...] = (64, 128, 192)
-    teacher_share: float = 0.27
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    teacher_share: float = 0.25
     teacher_batch: int = 512
     teacher_rate: float = 1e-3
     teacher_steps: int = 1_000_000
@@ -74,13 +73,13 @@ class Budget:
     steps: int = 0
     batch: int = 128
     learning_rate: float = 5e-4
-    parallel: int = 6
+    parallel: int = 8
     seeded: int = 2
     samples: int = 10_000
     endpoint_samples: int = 512
     solver_steps: int = 32
     measure_batch: int = 1000
-    speed_steps: int = 8
+    watched: float = 8.0
     reserve: float = 25.0
     startup: float = 35.0
 
@@ -99,7 +98,7 @@ TOY = Budget(
     endpoint_samples=16,
     solver_steps=4,
     measure_batch=32,
-    speed_steps=3,
+    watched=1.0,
     reserve=1.0,
     startup=0.0,
 )
@@ -120,11 +119,7 @@ class Benchmark:
         if written.is_file() and read(written) != json.loads(json.dumps(own)):
             sys.exit(f"{work} holds a run of another budget: choose another --work or remove it")
         checkpoint.write_text(written, json.dumps(own))
-        self.environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": str(max(1, min(2, (os.cpu_count() or 1) // budget.parallel))),
-        }
+        self.processes = Processes(work / "logs", budget.parallel)
 
     def left(self) -> float:
         """Seconds until only the reserve is left."""
@@ -138,10 +133,12 @@ class Benchmark:
         if not all((self.work / name).is_file() for name in made) or self.left() < 0:
             print("there is no teacher or no classifier, or no time after them; the same command goes on")
             return
-        with self._stage("reference and the teacher's first rows"):
+        with self._stage("reference, the teacher's first rows"):
+            # They start meanwhile.
+            self._start_all_losses()
             self.judge = self._judge()
             rows = self.teacher_rows()
-            for _ in SOLVER_STEPS[:4]:
+            for _ in range(4):
                 next(rows, None)
         with self._stage("speed of each loss"):
             steps = self._steps()
@@ -175,28 +172,20 @@ class Benchmark:
     def _teacher_and_classifier(self) -> None:
         """Side by side: while the teacher's network is compiled the device is free."""
         budget, work = self.budget, self.work
-        running = {}
         if not (work / "teacher" / "model_index.json").is_file():
             fast = ["--precision", "bf16", "--compile"] if self.device == "cuda" else []
-            running["teacher"] = self._start("teacher", self._teacher_command() + fast)
+            self.processes.start("teacher", self._teacher_command() + fast)
         self._images()
         if not (work / "classifier" / "classifier.json").is_file():
-            sizes = ["--width", str(budget.classifier_width), "--epochs", str(budget.classifier_epochs)]
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.cifar10_classifier",
-                "--images",
-                str(work / "images.safetensors"),
-            ]
-            running["classifier"] = self._start("classifier", [*command, "--output", str(work / "classifier"), *sizes])
-        for name, process in running.items():
-            code = self._wait(process)
-            if code and self.left() > 0:
-                print(f"{name}: failed with exit code {code} ({work / 'logs' / name}.log says why)", flush=True)
-            if code and name == "teacher" and self.device == "cuda" and self.left() > 0:
-                print("teacher: once more, not compiled")
-                self._wait(self._start("teacher", [*self._teacher_command(), "--precision", "bf16"]))
+            command = [sys.executable, "-m", "benchmarks.cifar10_classifier", "--output", str(work / "classifier")]
+            command += ["--images", str(work / "images.safetensors"), "--width", str(budget.classifier_width)]
+            self.processes.start("classifier", [*command, "--epochs", str(budget.classifier_epochs)])
+        for name in list(self.processes.running):
+            failed = self.processes.code(name, self.left())
+            if failed and name == "teacher" and self.device == "cuda" and self.left() > 0:
+                print("teacher: once more, not compiled", flush=True)
+                self.processes.start("teacher", [*self._teacher_command(), "--precision", "bf16"])
+                self.processes.code("teacher", self.left())
 
     def _teacher_command(self) -> list[str]:
         budget = self.budget
@@ -211,19 +200,6 @@ class Benchmark:
         words = [str(word) for pair in options.items() for word in pair]
         channels = ["--channels", *map(str, budget.channels)]
         return [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *words, *channels]
-
-    def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        logs = self.work / "logs"
-        logs.mkdir(exist_ok=True)
-        with (logs / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Its exit code; it is stopped when the time is over."""
-        try:
-            return process.wait(max(self.left(), 0))
-        except subprocess.TimeoutExpired:
-            return stop(process)
 
     def _judge(self) -> Judge:
         budget = self.budget
@@ -254,23 +230,36 @@ class Benchmark:
         save_whole({n: x.contiguous() for n, x in pictures.items()}, folder / f"{name}.safetensors")
         checkpoint.write_text(folder / f"{name}.json", json.dumps(found))
 
+    def _start_all_losses(self) -> None:
+        """Every loss in a process of its own, without end, to see what their steps cost side by side."""
+        folder = self.work / "speed"
+        shutil.rmtree(folder, ignore_errors=True)
+        if (self.work / "steps.json").is_file():
+            return
+        # With data a loss is spared the student's own jump to the start: no slower.
+        self.timed = {f"speed-{name}": name for name in self.names if name.removesuffix("-data") == name} or {
+            f"speed-{name}": name for name in self.names
+        }
+        for title, name in self.timed.items():
+            self._distil(title, name, 10**6, 0, folder / title)
+
     def _steps(self) -> int:
-        """How many steps every student gets: chosen once, from the speed of each loss alone on the device."""
-        file = self.work / "steps.json"
+        """How many steps every student gets: chosen once, from what the steps of each loss cost of the device."""
+        file, budget = self.work / "steps.json", self.budget
         if not file.is_file():
-            speeds: dict[str, float] = {}
-            for name in self.names:
-                alike = name.removesuffix("-data")
-                if alike in speeds:
-                    # The student's own jump to the start is what it spares.
-                    speeds[name] = speeds[alike]
-                    continue
-                recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, self.budget.speed_steps, 0)
-                speeds[name] = seconds_a_step(recipe)
-                print(f"{name}: {1000 * speeds[name]:.1f} ms a step", flush=True)
+            logs = {title: self.work / "speed" / title / "steps.jsonl" for title in self.timed}
+            costs = self.processes.step_seconds(logs, budget.watched, self.left)
+            self.processes.kill(list(logs))
+            if not costs:
+                sys.exit(f"no student trains: {self.work / 'logs'} says why")
+            known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
+            worst = max(known.values())
+            speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in self.names}
+            for name, seconds in speeds.items():
+                print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
             checkpoint.write_text(file, json.dumps({"steps": self._fitting(speeds), "seconds_a_step": speeds}))
         steps: int = read(file)["steps"]
-        print(f"{steps} steps of {self.budget.batch} images for every student")
+        print(f"{steps} steps of {budget.batch} images for every student", flush=True)
         return steps
 
     def _fitting(self, speeds: dict[str, float]) -> int:
@@ -281,9 +270,10 @@ class Benchmark:
         # A student's measurement takes as many calls of the network an image as there are steps in all.
         students = len(speeds) + budget.seeded
         measuring = students * sum(STEPS) * budget.samples / (4 * row["images_per_second"])
-        seconds = (self.left() - budget.startup - measuring) * GAIN
-        slowest = sorted(speeds.values())[-budget.seeded :] if budget.seeded else []
-        steps = int(seconds / (sum(speeds.values()) + sum(slowest)))
+        seconds = self.left() - budget.startup - measuring
+        # Those with a second seed come last and few at a time: they fill the device half.
+        seeded = 2 * budget.seeded * max(speeds.values())
+        steps = int(seconds / (sum(speeds.values()) + seeded))
         if steps < 50:
             sys.exit(f"{self.left():.0f} s are left, which is {steps} steps a student: give --minutes more")
         return steps
@@ -292,35 +282,33 @@ class Benchmark:
         """Train and measure those that are not yet, several at a time; meanwhile the teacher's rows."""
         titles = {f"{name}-{seed}": name for name in names}
         waiting = [title for title in titles if not (self.work / "rows" / f"{title}.json").is_file()]
-        running: dict[str, subprocess.Popen[bytes]] = {}
         rest = self.teacher_rows()
+        running = self.processes.running
         while (waiting or running) and self.left() > 0:
             while waiting and len(running) < self.budget.parallel:
                 title = waiting.pop(0)
-                running[title] = self._distil(title, titles[title], steps, seed)
-            finished = [title for title, process in running.items() if process.poll() is not None]
+                self._distil(title, titles[title], steps, seed, self.work / "students" / title)
+            finished = self.processes.finished()
             for title in finished:
-                self._measure(title, titles[title], running.pop(title).returncode)
+                if self.processes.code(title) == 0:
+                    self._measure(title, titles[title])
             if not finished and next(rest, self) is self:
                 time.sleep(0.2)
-        for title, process in running.items():
-            stop(process)
-            print(f"{title}: the time is over before it is finished; the same command goes on")
+        if running:
+            print(f"the time is over before these are finished; the same command goes on: {', '.join(running)}")
+            self.processes.stop()
 
-    def _distil(self, title: str, name: str, steps: int, seed: int) -> subprocess.Popen[bytes]:
+    def _distil(self, title: str, name: str, steps: int, seed: int, output: Path) -> None:
         recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, steps, seed)
         folder = self.work / "recipes"
         folder.mkdir(exist_ok=True)
         file = folder / f"{title}.yaml"
         checkpoint.write_text(file, recipe.to_yaml())
-        output = str(self.work / "students" / title)
-        return self._start(title, [sys.executable, "-m", "fmm_distill", "--recipe", str(file), "--output", output])
+        command = [sys.executable, "-m", "fmm_distill", "--recipe", str(file), "--output", str(output)]
+        self.processes.start(title, command)
 
-    def _measure(self, title: str, name: str, code: int) -> None:
+    def _measure(self, title: str, name: str) -> None:
         folder = self.work / "students" / title
-        if code:
-            print(f"{title}: failed with exit code {code} ({self.work / 'logs' / title}.log says why)")
-            return
         rows, pictures = self.judge.student(load_student(folder / "student").flow_map, STEPS)
         log = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
         found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
@@ -350,7 +338,7 @@ class Benchmark:
         speed = read_if_there(work / "steps.json")
         students = {title: found for title, found in rows.items() if "method" in found}
         for found in students.values():
-            found["seconds_alone"] = found["steps"] * speed["seconds_a_step"][found["method"]]
+            found["device_seconds"] = found["steps"] * speed["seconds_a_step"][found["method"]]
         protocol = self.judge.protocol if hasattr(self, "judge") else {}
         return {
             "budget": asdict(self.budget),
@@ -391,16 +379,6 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self.benchmark.stages[self.name] = time.monotonic() - self.began
-
-
-def stop(process: subprocess.Popen[bytes]) -> int:
-    """Ask a process to save and stop; its exit code."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        return process.wait(8)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
 
 
 def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -457,9 +435,12 @@ def main() -> None:
     if options.parallel:
         budget = replace(budget, parallel=options.parallel)
     benchmark = Benchmark(options.data.resolve(), options.work.resolve(), budget, options.minutes, options.only)
+    # As Ctrl-C: what is running is stopped, and what there is is written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         benchmark.run()
     finally:
+        benchmark.processes.stop()
         benchmark.write(options.output.resolve())
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fmm_distill.features import load_feature_file
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fmm_distill.features import FileFeatures
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -26,6 +28,19 @@ if TYPE_CHECKING:
 
 NOISE_SEED = 20_240_607
 PICTURED = 10
+
+
+class OnDevice(nn.Module):
+    """Features from a device to the CPU, where the metric is: its sums are float64, its eigenvalues no GPU's business."""
+
+    def __init__(self, network: FileFeatures, device: str) -> None:
+        super().__init__()
+        self.num_features, self._network = network.num_features, (network.to(device),)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to features."""
+        found: Tensor = self._network[0](images)
+        return found.cpu()
 
 
 class Judge:
@@ -53,13 +68,17 @@ class Judge:
         noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(device)
         network = load_feature_file(str(features), teacher.event_shape)
-        # Its sums are float64, its features are not: float64 convolutions would be the longest part.
-        self.metric = FrechetInceptionDistance(feature=network, normalize=True, reset_real_features=False).to(device)
+        self.metric = FrechetInceptionDistance(
+            feature=OnDevice(network, device), normalize=True, reset_real_features=False
+        )
         for part in pixels.split(batch):
             self._update(part.to(device).float() / 255, real=True)
         some = self.noise[:endpoint_samples]
         self.truth = self._solved(some, solver_steps)
         halved = self._solved(some, max(solver_steps // 2, 1))
+        ddim = _stock(teacher, "ddim", 16)
+        exact = torch.cat([ddim(part) for part in some.split(batch)])
+        moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
         self.protocol: dict[str, Any] = {
             "samples": samples,
             "reference": f"{len(pixels)} training images",
@@ -70,6 +89,8 @@ class Judge:
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
             "ode_range": self.truth.abs().max().item(),
             "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
+            "precision": "bf16" if device == "cuda" else "fp32",
+            "precision_moves_ddim_16": moved,
             "noise_seed": NOISE_SEED,
         }
 
@@ -83,11 +104,16 @@ class Judge:
         parts = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(x), steps) for x in noise.split(self.batch)]
         return torch.cat(parts)
 
+    def _sampled(self, sampler: Sampler, noise: Tensor) -> Tensor:
+        """In bfloat16 on a GPU: the protocol has how far that moves a sample."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return torch.cat([sampler(part) for part in noise.split(self.batch)]).float()
+
     @torch.no_grad()
     def row(self, sampler: Sampler) -> tuple[dict[str, float], Tensor]:
         """Fréchet distance, endpoint error and images a second of a sampler; and its first samples."""
         started = time.perf_counter()
-        x = torch.cat([sampler(part) for part in self.noise.split(self.batch)])
+        x = self._sampled(sampler, self.noise)
         error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
         # The error has waited for the samples.
         rate = len(x) / (time.perf_counter() - started)

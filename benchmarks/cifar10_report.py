@@ -61,7 +61,7 @@ def _about(results: dict[str, Any]) -> list[str]:
     if seen:
         lines.append(
             f"Students: {', '.join(f'{n:,}' for n in sorted(seen))} images seen each, batches of {budget['batch']}. "
-            "GPU minutes: steps times the median step of the same loss alone on the device."
+            "GPU minutes: the share of the device that the steps take, measured with all losses side by side on it."
         )
     return lines
 
@@ -74,7 +74,7 @@ def _table(results: dict[str, Any], quantity: str) -> list[str]:
         lines.append(f"| {SOLVERS[kind]} | " + " | ".join([*cells, ""]) + " |")
     for title, found in results["students"].items():
         cells = [_cell(found["rows"].get(n), quantity) for n in STEPS]
-        lines.append(f"| {_name(title)} | " + " | ".join([*cells, "", f"{found['seconds_alone'] / 60:.2f}"]) + " |")
+        lines.append(f"| {_name(title)} | " + " | ".join([*cells, "", f"{found['device_seconds'] / 60:.2f}"]) + " |")
     return lines
 
 
@@ -120,7 +120,7 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, 2)
     for axis, n in zip(panels, ("1", "4"), strict=True):
         for i, (title, found) in enumerate(results["students"].items()):
-            place = found["seconds_alone"] / 60, found["rows"][n]["frechet"]
+            place = found["device_seconds"] / 60, found["rows"][n]["frechet"]
             axis.plot(*place, MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=_name(title))
         for i, (kind, rows) in enumerate(results["teacher"]["rows"].items()):
             if n in rows:

@@ -224,9 +224,8 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=options.precision)
     if options.batch % accelerator.num_processes:
         raise SystemExit(f"--batch {options.batch} does not split over {accelerator.num_processes} processes")
-    images = load_images(DataSettings(source=options.data), (3, options.size, options.size))
-    if not isinstance(images.pixels, torch.Tensor):
-        raise SystemExit(f"--data {options.data}: {len(images)} images don't fit into memory decoded; wanted fewer")
+    # All of them, decoded: they go to the device.
+    images = load_images(DataSettings(source=options.data), (3, options.size, options.size), in_memory=2**37)
     training = Training(options, accelerator)
     training.train(Batches(images.pixels, options.batch // accelerator.num_processes, options.seed, accelerator))
     accelerator.wait_for_everyone()

@@ -107,8 +107,8 @@ TOY = Budget(
 class Benchmark:
     """The stages, in order; each in files of its own under ``work``."""
 
-    def __init__(self, data: Path, work: Path, budget: Budget, minutes: float, names: list[str]) -> None:
-        self.data, self.work, self.budget, self.names = data, work, budget, names
+    def __init__(self, data: Path, work: Path, output: Path, budget: Budget, minutes: float, names: list[str]) -> None:
+        self.data, self.work, self.output, self.budget, self.names = data, work, output, budget, names
         self.started = time.monotonic()
         self.minutes, self.deadline = minutes, self.started + 60 * minutes
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -315,6 +315,8 @@ class Benchmark:
         found["shared_seconds"] = sum(self.budget.batch / line["images_per_second"] for line in log)
         found["loss"] = [line["loss"] for line in log[:: max(len(log) // 100, 1)]]
         self._keep(title, found, pictures)
+        # After each, so that little is lost where this process is killed.
+        self.write_json()
         shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in STEPS)
         print(f"{title}: Fréchet distance {shown} at {STEPS} steps, {self.left():.0f} s left", flush=True)
 
@@ -353,18 +355,24 @@ class Benchmark:
             "stages": self.stages,
         }
 
-    def write(self, output: Path) -> None:
-        """The JSON, and beside it the pictures."""
+    def write_json(self) -> dict[str, Any]:
+        """What there is, into the output; and the same."""
         results = self.results()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(output, json.dumps(results, indent=1) + "\n")
-        print(markdown(results))
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self.output, json.dumps(results, indent=1) + "\n")
+        return results
+
+    def write(self) -> None:
+        """The JSON, the tables on the screen, and the pictures beside the JSON."""
+        results, output = self.write_json(), self.output
+        print(markdown(results), flush=True)
         if not results["students"]:
             return
         draw_steps(results, output.with_name(f"{output.stem}-steps.png"))
         draw_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
-        best = [f"{name}-0" for name in self._best()] or list(results["students"])
-        write_samples(self.work / "rows", self.judge.truth, best, output.with_name(f"{output.stem}-samples.png"))
+        if hasattr(self, "judge"):
+            best = [f"{name}-0" for name in self._best()] or list(results["students"])
+            write_samples(self.work / "rows", self.judge.truth, best, output.with_name(f"{output.stem}-samples.png"))
 
 
 class Stage:
@@ -434,14 +442,15 @@ def main() -> None:
     budget = TOY if options.toy else Budget()
     if options.parallel:
         budget = replace(budget, parallel=options.parallel)
-    benchmark = Benchmark(options.data.resolve(), options.work.resolve(), budget, options.minutes, options.only)
+    places = [place.resolve() for place in (options.data, options.work, options.output)]
+    benchmark = Benchmark(*places, budget, options.minutes, options.only)
     # As Ctrl-C: what is running is stopped, and what there is is written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         benchmark.run()
     finally:
         benchmark.processes.stop()
-        benchmark.write(options.output.resolve())
+        benchmark.write()
 
 
 if __name__ == "__main__":

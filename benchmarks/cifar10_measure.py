@@ -31,7 +31,7 @@ PICTURED = 10
 
 
 class OnDevice(nn.Module):
-    """Features from a device to the CPU, where the metric is: its sums are float64, its eigenvalues no GPU's business."""
+    """Features from a device to the CPU: the metric sums in float64 there, and not all GPUs have its eigenvalues."""
 
     def __init__(self, network: FileFeatures, device: str) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from safetensors.torch import load_file
 
 from fmm_distill.pictures import draw_samples
@@ -89,6 +89,13 @@ def _cell(row: dict[str, float] | None, quantity: str) -> str:
     return f"{row[quantity]:.3f}" if quantity == "endpoint" else f"{row[quantity]:.3g}"
 
 
+def _style(results: dict[str, Any], title: str) -> dict[str, Any]:
+    """Students of one method look alike."""
+    methods = list(dict.fromkeys(title.rpartition("-")[0] for title in results["students"]))
+    i = methods.index(title.rpartition("-")[0])
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+
+
 def draw_steps(results: dict[str, Any], path: Path) -> None:
     """Both quantities against network calls, the teacher's solvers dashed."""
     figure = Figure(figsize=(11, 4.4), dpi=130)
@@ -98,11 +105,14 @@ def draw_steps(results: dict[str, Any], path: Path) -> None:
             calls = [int(n) for n in rows]
             values = [row[quantity] for row in rows.values()]
             axis.plot(calls, values, "--" if i else "-.", color="black", marker="|", label=SOLVERS[kind])
-        for i, (title, found) in enumerate(results["students"].items()):
+        for title, found in results["students"].items():
             values = [row[quantity] for row in found["rows"].values()]
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            axis.plot([int(n) for n in found["rows"]], values, linewidth=1, label=_name(title), **style)
+            calls, seeded = [int(n) for n in found["rows"]], not title.endswith("-0")
+            axis.plot(calls, values, ":" if seeded else "-", linewidth=1, label=_name(title), **_style(results, title))
         axis.set(xscale="log", yscale="log", xlabel="network calls")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xticks([1, 2, 4, 8, 16, 50])
         axis.xaxis.set_major_formatter(FormatStrFormatter("%d"))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -119,9 +129,9 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), dpi=130)
     panels = figure.subplots(1, 2)
     for axis, n in zip(panels, ("1", "4"), strict=True):
-        for i, (title, found) in enumerate(results["students"].items()):
+        for title, found in results["students"].items():
             place = found["device_seconds"] / 60, found["rows"][n]["frechet"]
-            axis.plot(*place, MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=_name(title))
+            axis.plot(*place, linestyle="", label=_name(title), **_style(results, title))
         for i, (kind, rows) in enumerate(results["teacher"]["rows"].items()):
             if n in rows:
                 axis.axhline(rows[n]["frechet"], color="black", linestyle="--" if i else "-.", label=SOLVERS[kind])

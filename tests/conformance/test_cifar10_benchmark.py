@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from benchmarks import cifar10, cifar10_classifier
@@ -27,6 +28,8 @@ from fmm_distill.features import load_feature_file
 from fmm_distill.losses import SETTINGS
 from fmm_distill.solve import endpoint
 from fmm_distill.teachers.load import load_teacher
+from tests.cli.runs import call
+from tests.conftest import save_teacher, tiny_unet
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,7 +191,7 @@ def test_tables_of_a_run_that_is_not_finished():
     assert "Not finished: eulerian." in text
 
 
-def write_images(folder, count=40):
+def write_images(folder, count=40, column="img"):
     folder.mkdir()
     for split in ("train", "test"):
         files = []
@@ -196,10 +199,29 @@ def write_images(folder, count=40):
             file = io.BytesIO()
             Image.fromarray(image.movedim(0, -1).numpy()).save(file, "PNG")
             files.append({"bytes": file.getvalue(), "path": None})
-        table = datasets.Dataset.from_dict({"img": files, "label": [i % 10 for i in range(count)]})
-        table = table.cast_column("img", datasets.Image(decode=False))
+        table = datasets.Dataset.from_dict({column: files, "label": [i % 10 for i in range(count)]})
+        table = table.cast_column(column, datasets.Image(decode=False))
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [("cifar10", "105000 of 256"), ("cifar10-fast", "7000 of 128"), ("imagenet32", "400000 of 512")],
+)
+def test_recipes_are_ready_to_run(tmp_path, recipe, steps):
+    epsilon = recipe != "imagenet32"
+    unet = tiny_unet(sample_size=32, in_channels=3, out_channels=3)
+    scheduler = DDPMScheduler(prediction_type="epsilon" if epsilon else "v_prediction", clip_sample=False)
+    teacher = save_teacher(tmp_path / "teacher", unet, scheduler)
+    data = write_images(tmp_path / "data", 4, "image")
+    given = ["--teacher", teacher, "--recipe", recipe, "--data", data, "--set", "training.precision=fp32"]
+    status, out, err = call(*given, "--output", tmp_path / "run", "--dry-run")
+    assert status == 0, err
+    assert f"{steps} samples, loss lagrangian" in out
+    assert ("half of them mirrored" in out) == (recipe == "imagenet32")
+    assert re.search(r"memory:  .* GiB at peak", out)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ class Budget:
     measure_batch: int = 1000
     watched: float = 8.0
     reserve: float = 25.0
-    startup: float = 35.0
+    startup: float = 45.0
 
 
 TOY = Budget(
@@ -227,7 +227,8 @@ class Benchmark:
     def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
         folder = self.work / "rows"
         folder.mkdir(exist_ok=True)
-        save_whole({n: x.contiguous() for n, x in pictures.items()}, folder / f"{name}.safetensors")
+        pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
+        save_whole(pixels, folder / f"{name}.safetensors")
         checkpoint.write_text(folder / f"{name}.json", json.dumps(found))
 
     def _start_all_losses(self) -> None:

@@ -27,10 +27,10 @@ STEADY = {"normalise_tangent": True, "tangent_warmup_steps": "quarter"}
 METHODS: dict[str, dict[str, Any]] = {
     "lagrangian": {"loss": LAGRANGIAN},
     "progressive": {"loss": {"name": "progressive"}, "also": [BESIDE]},
-    "eulerian": {"loss": {"name": "eulerian", "derivative": "exact"} | STEADY},
-    "mean_flow": {"loss": {"name": "eulerian", "derivative": "exact"}, "pairs": {"prior": 0.25, "diagonal": 0.5}},
+    "eulerian": {"loss": {"name": "eulerian"} | STEADY},
+    "mean_flow": {"loss": {"name": "eulerian"}, "pairs": {"prior": 0.25, "diagonal": 0.5}},
     "consistency": {
-        "loss": {"name": "consistency", "derivative": "exact"} | STEADY,
+        "loss": {"name": "consistency"} | STEADY,
         "also": [BESIDE],
         "pairs": TO_DATA,
     },
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss": LAGRANGIAN,
     },
     "lagrangian-data": {"loss": LAGRANGIAN, "data": True},
-    "eulerian-data": {"loss": {"name": "eulerian", "derivative": "exact"} | STEADY, "data": True},
+    "eulerian-data": {"loss": {"name": "eulerian"} | STEADY, "data": True},
 }
 
 

@@ -149,8 +149,8 @@ def write_samples(rows: Path, truth: Tensor, students: list[str], path: Path) ->
     for kind, n in (("ddim", 4), ("ddim", 50)):
         file = rows / f"{kind}-{n}.safetensors"
         if file.is_file():
-            shown[f"{SOLVERS[kind]}, {n}"] = load_file(file)[str(n)]
+            shown[f"{SOLVERS[kind]}, {n}"] = load_file(file)[str(n)] / 127.5 - 1
     for title in students:
         kept = load_file(rows / f"{title}.safetensors")
-        shown |= {f"{_name(title)}, {n}": kept[n] for n in ("1", "2", "4", "8")}
+        shown |= {f"{_name(title)}, {n}": kept[n] / 127.5 - 1 for n in ("1", "2", "4", "8")}
     draw_samples(shown, path)

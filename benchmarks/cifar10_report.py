@@ -43,7 +43,7 @@ def _about(results: dict[str, Any]) -> list[str]:
     if "parameters" in teacher:
         lines.append(
             f"Teacher: {teacher['parameters']:,} parameters, {teacher['objective']}, {teacher['images_seen']:,} images "
-            f"seen in {teacher['seconds']:.0f} s (compiling included)."
+            f"seen in {teacher['seconds']:.0f} s."
         )
     if classifier:
         lines.append(
@@ -74,7 +74,9 @@ def _table(results: dict[str, Any], quantity: str) -> list[str]:
         lines.append(f"| {SOLVERS[kind]} | " + " | ".join([*cells, ""]) + " |")
     for title, found in results["students"].items():
         cells = [_cell(found["rows"].get(n), quantity) for n in STEPS]
-        lines.append(f"| {_name(title)} | " + " | ".join([*cells, "", f"{found['device_seconds'] / 60:.2f}"]) + " |")
+        seconds = found["device_seconds"]
+        cells += ["", "" if seconds is None else f"{seconds / 60:.2f}"]
+        lines.append(f"| {_name(title)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -129,7 +131,8 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), dpi=130)
     panels = figure.subplots(1, 2)
     for axis, n in zip(panels, ("1", "4"), strict=True):
-        for title, found in results["students"].items():
+        timed = {title: found for title, found in results["students"].items() if found["device_seconds"] is not None}
+        for title, found in timed.items():
             place = found["device_seconds"] / 60, found["rows"][n]["frechet"]
             axis.plot(*place, linestyle="", label=_name(title), **_style(results, title))
         for i, (kind, rows) in enumerate(results["teacher"]["rows"].items()):

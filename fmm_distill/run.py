@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from fmm_distill import checkpoint
 from fmm_distill.acceleration import checkpoint_blocks
@@ -247,6 +247,9 @@ def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         gradient_accumulation_steps=recipe.training.accumulation,
         log_with=list(recipe.logging.trackers) or None,
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
+        # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
+        # cache for the call that is to have them, and gets none (pytorch issue 112583).
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     if accelerator.distributed_type.value in _SHARDED:
         raise UserError(

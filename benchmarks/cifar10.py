@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from benchmarks.cifar10_measure import Judge
+from benchmarks.cifar10_measure import PICTURED, Judge
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import ROOT, Processes
 from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
@@ -205,7 +205,7 @@ class Benchmark:
 
     def _judge(self) -> Judge:
         budget = self.budget
-        return Judge(
+        judge = Judge(
             load_teacher(str(self.work / "teacher")),
             self.work / "classifier" / "classifier.pt",
             self._images()["train"],
@@ -215,6 +215,9 @@ class Benchmark:
             solver_steps=budget.solver_steps,
             batch=budget.measure_batch,
         )
+        checkpoint.write_text(self.work / "protocol.json", json.dumps(judge.protocol))
+        self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
+        return judge
 
     def teacher_rows(self) -> Iterator[None]:
         """Measure what is missing of the teacher under stock schedulers, one number of steps at a time."""
@@ -227,11 +230,14 @@ class Benchmark:
                     yield
 
     def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
+        self._keep_pictures(name, pictures)
+        checkpoint.write_text(self.work / "rows" / f"{name}.json", json.dumps(found))
+
+    def _keep_pictures(self, name: str, pictures: dict[str, torch.Tensor]) -> None:
         folder = self.work / "rows"
         folder.mkdir(exist_ok=True)
         pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
         save_whole(pixels, folder / f"{name}.safetensors")
-        checkpoint.write_text(folder / f"{name}.json", json.dumps(found))
 
     def _start_all_losses(self) -> None:
         """Every loss in a process of its own, without end, to see what their steps cost side by side."""
@@ -347,11 +353,10 @@ class Benchmark:
             # What other code has put among the rows is shown beside them; its cost was not measured with the others.
             seconds = speed["seconds_a_step"].get(found["method"])
             found["device_seconds"] = None if seconds is None else found["steps"] * seconds
-        protocol = self.judge.protocol if hasattr(self, "judge") else {}
         return {
             "budget": asdict(self.budget),
             "machine": machine(),
-            "protocol": protocol,
+            "protocol": read_if_there(work / "protocol.json"),
             "teacher": read_if_there(work / "teacher" / "training.json") | {"rows": solvers},
             "classifier": read_if_there(work / "classifier" / "classifier.json"),
             "students": students,
@@ -376,9 +381,8 @@ class Benchmark:
             return
         draw_steps(results, output.with_name(f"{output.stem}-steps.png"))
         draw_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
-        if hasattr(self, "judge"):
-            best = [f"{name}-0" for name in self._best()] or list(results["students"])
-            write_samples(self.work / "rows", self.judge.truth, best, output.with_name(f"{output.stem}-samples.png"))
+        best = [f"{name}-0" for name in self._best()] or list(results["students"])
+        write_samples(self.work / "rows", best, output.with_name(f"{output.stem}-samples.png"))
 
 
 class Stage:
@@ -438,6 +442,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, help="students that train at the same time")
     parser.add_argument("--beside", type=int, default=0, help="students of others that share the device meanwhile")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
+    parser.add_argument("--gather", action="store_true", help="write what there is in --work, and stop")
     parser.add_argument("--toy", action="store_true", help="a tiny network, 20 steps, 64 samples")
     parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
     options = parser.parse_args()
@@ -451,6 +456,9 @@ def main() -> None:
         budget = replace(budget, parallel=options.parallel)
     places = [place.resolve() for place in (options.data, options.work, options.output)]
     benchmark = Benchmark(*places, budget, options.minutes, options.only)
+    if options.gather:
+        benchmark.write()
+        return
     # As Ctrl-C: what is running is stopped, and what there is is written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

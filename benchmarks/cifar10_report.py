@@ -146,13 +146,13 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def write_samples(rows: Path, truth: Tensor, students: list[str], path: Path) -> None:
+def write_samples(rows: Path, students: list[str], path: Path) -> None:
     """Samples from the same noises: the teacher's ODE and stock solvers above, the best students' jumps below."""
-    shown = {"teacher's ODE": truth.cpu()}
-    for kind, n in (("ddim", 4), ("ddim", 50)):
-        file = rows / f"{kind}-{n}.safetensors"
+    shown: dict[str, Tensor] = {}
+    for name, n, title in (("ode", "0", "teacher's ODE"), ("ddim-4", "4", "DDIM, 4"), ("ddim-50", "50", "DDIM, 50")):
+        file = rows / f"{name}.safetensors"
         if file.is_file():
-            shown[f"{SOLVERS[kind]}, {n}"] = load_file(file)[str(n)] / 127.5 - 1
+            shown[title] = load_file(file)[n] / 127.5 - 1
     for title in students:
         kept = load_file(rows / f"{title}.safetensors")
         shown |= {f"{_name(title)}, {n}": kept[n] / 127.5 - 1 for n in ("1", "2", "4", "8")}

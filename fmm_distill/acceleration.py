@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fmm_distill.derivatives import derivative_in_r
+from fmm_distill.derivatives import derivative_in_r, without_tensor_float
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
 
-__all__ = ["accelerate_networks", "checkpoint_blocks"]
+__all__ = ["accelerate_networks", "checkpoint_blocks", "network_of"]
 
 # Compiled float32 arithmetic is in another order; half precision compiles to the same number of digits.
 TOLERANCE = 1e-3
@@ -51,7 +51,7 @@ def accelerate_networks(
             after = _answers(student, teacher, at)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
-                f"{name}: {type(_network(student)).__name__} does not run with it "
+                f"{name}: {type(network_of(student)).__name__} does not run with it "
                 f"({str(error).strip().splitlines()[0]}); wanted the setting left out"
             ) from error
         differences = {key: _difference(after[key], before[key]) for key in before}
@@ -64,11 +64,12 @@ def accelerate_networks(
         say(f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})")
 
 
-def _network(student: LearnedFlowMap) -> nn.Module:
+def network_of(student: LearnedFlowMap) -> nn.Module:
     """The network of a student, which may be the map itself."""
     return cast("nn.Module", getattr(student, "network", student))
 
 
+@without_tensor_float()
 def _answers(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[str, list[Tensor]]:
     """Values, the derivative in r and the gradients of both."""
     x, t, r, cond = at
@@ -103,7 +104,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
 
     The backward pass comes when other calls have been made, or none is under way.
     """
-    told = cast("Any", _network(student))
+    told = cast("Any", network_of(student))
 
     def checkpointed(block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 the network's own
         jump = told.jump
@@ -119,6 +120,6 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:
     """Compile both networks where they stand: names of weights and the modules themselves stay."""
-    _network(student).compile(backend=backend)
+    network_of(student).compile(backend=backend)
     if isinstance(network := getattr(teacher, "network", None), torch.nn.Module):
         network.compile(backend=backend)

@@ -32,6 +32,7 @@ __all__ = [
     "derivative_in_r",
     "value_and_derivative_along_flow",
     "value_and_derivative_in_r",
+    "without_tensor_float",
 ]
 
 Engine = Literal["exact", "central"]
@@ -119,7 +120,7 @@ def derivative_in_r(
     if engine == "exact":
         du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))[1]
     else:
-        with _precise(h), _no_tensor_float():
+        with _precise(h), without_tensor_float():
             du_dh = (of_jump(h + JUMP_STEP) - of_jump(h - JUMP_STEP)) / (2 * JUMP_STEP)
     return -expand(flow_map.clock.rate(r), x) * du_dh
 
@@ -171,7 +172,7 @@ def derivative_along_flow(
     step = TIME_STEP / flow_map.clock.rate(t)
     back = t + step > flow_map.t_max
     first, second = torch.where(back, -step, step), torch.where(back, -2 * step, -step)
-    with _precise(x), _no_tensor_float():
+    with _precise(x), without_tensor_float():
         here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
     backward, central = 3 * here - 4 * near + far, near - far
     return torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
@@ -205,10 +206,10 @@ def _precise(like: Tensor) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def _no_tensor_float() -> Iterator[None]:
+def without_tensor_float() -> Iterator[None]:
     """TensorFloat-32 off: its 11 bits, the default of convolutions on a GPU, leave a small difference no digits.
 
-    Forward mode takes no difference and may have it.
+    The backward pass of a difference is one, too. Forward mode takes no difference and may have it.
     """
     # torch 2.8 has the older switches alone; later ones refuse to read those beside the newer.
     switch, off = ("fp32_precision", "ieee") if hasattr(torch.backends.cudnn, "conv") else ("allow_tf32", False)

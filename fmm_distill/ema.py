@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from fmm_distill.sharding import local, placed_like
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,24 +23,28 @@ __all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def frozen_copy(network: Network) -> Network:
-    """A copy in evaluation mode that is not trained; parameters that ``network`` does not train are its own.
+def frozen_copy(network: Network, *, share: bool = True) -> Network:
+    """A copy in evaluation mode that is not trained.
 
-    So a student with adapters and all its copies hold the large weights once.
+    Args:
+        share: parameters that ``network`` does not train are its own, so that a student with adapters and all its
+            copies hold the large weights once.
     """
-    shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    shared = {id(parameter): parameter for parameter in network.parameters() if share and not parameter.requires_grad}
     return copy.deepcopy(network, shared).requires_grad_(False).eval()
 
 
-def averaged(network: nn.Module, rate: float) -> AveragedModel:
+def averaged(network: nn.Module, rate: float, *, share: bool = True) -> AveragedModel:
     """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
 
-    The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
-    network's own: one copy of them in memory.
+    The short start keeps the untrained weights out of the average of a short run.
+
+    Args:
+        share: tensors that are not trained are the network's own: one copy of them in memory.
     """
     # It would copy the whole network, untrained weights too.
     average = AveragedModel(nn.Identity(), multi_avg_fn=_update(rate), use_buffers=True)
-    average.module = frozen_copy(network)
+    average.module = frozen_copy(network, share=share)
     return average.requires_grad_(False).eval()
 
 
@@ -46,7 +52,9 @@ def _update(rate: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     @torch.no_grad()
     def update(average: Tensors, current: Tensors, updates: Tensor | int) -> None:
         n = int(updates)
-        torch._foreach_lerp_(average, current, 1 - min(rate, (1 + n) / (10 + n)))
+        # Of tensors that are split over processes each averages its part.
+        ours, theirs = [local(tensor) for tensor in average], [local(tensor) for tensor in current]
+        torch._foreach_lerp_(ours, theirs, 1 - min(rate, (1 + n) / (10 + n)))
 
     return update
 
@@ -71,4 +79,4 @@ def load_trained(module: nn.Module, student: nn.Module, state: dict[str, Tensor]
     wanted = trained_state(student).keys()
     if state.keys() != wanted:
         raise KeyError(", ".join(sorted(state.keys() ^ wanted)[:4]))
-    module.load_state_dict(state, strict=False)
+    module.load_state_dict(placed_like(state, module.state_dict()), strict=False)

@@ -15,6 +15,7 @@ from fmm_distill.pictures import draw_samples
 from fmm_distill.tracking import log_picture, log_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -34,14 +35,14 @@ class Monitor:
     """Writes ``evaluations.jsonl`` and ``pictures/`` into the folder of a run; every process has one, the first writes.
 
     Args:
-        student: the first moving average, whose weights the training moves.
+        student: gives the first moving average as it is by then; every process asks, the first uses it.
         reference: images for the Fréchet distance.
         folder: of the run, which exists.
     """
 
     def __init__(
         self,
-        student: Student,
+        student: Callable[[], Student],
         teacher: Teacher,
         recipe: Recipe,
         reference: Images | None,
@@ -68,8 +69,9 @@ class Monitor:
         if main:
             self.lines = self._cut(step)
         if every and 0 < step < self.total and step % every == 0:
+            student = self.student()
             if main and all(line["step"] != step for line in self.lines or ()):
-                self._evaluate(step)
+                self._evaluate(step, student)
             self.accelerator.wait_for_everyone()
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
@@ -87,12 +89,12 @@ class Monitor:
                 picture.unlink()
         return [json.loads(line) for line in kept]
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, student: Student) -> None:
         device = self.accelerator.device
         # Random weights of a network for features, before its own are loaded, are drawn from the global generator.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             measure, gallery = self.means = self.means or self._means(device)
-            rows = measure.of_students({"student": self.student})
+            rows = measure.of_students({"student": student})
             settings = self.recipe.evaluation.model_dump(mode="json", exclude={"every"})
             measured = [line for line in self.lines or () if line["settings"] == settings]
             if not any(row["sampler"] != "student" for line in measured for row in line["rows"]):
@@ -100,7 +102,7 @@ class Monitor:
             picture = self.pictures / f"samples-{step}.png"
             with checkpoint.writing(picture):
                 self.pictures.mkdir(exist_ok=True)
-                draw_samples(gallery.rows(self.student, self.recipe.evaluation.steps), picture)
+                draw_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
         line: dict[str, Any] = {"step": step, "ema": self.recipe.training.ema[0], "rows": [asdict(row) for row in rows]}
         line |= {"settings": settings, "protocol": {key: measure.protocol[key] for key in _ESSENTIALS}}
         checkpoint.append_line(self.log, json.dumps(line))

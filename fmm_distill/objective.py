@@ -42,6 +42,8 @@ class Objective(nn.Module):
     Args:
         losses: the recipe's losses, in its order, with their derivatives' engine settled.
         copies: the student's first moving average and a frozen copy, for the losses that take their jumps as targets.
+        in_step: networks are called as often in every process, whatever its samples need: where they are split over the
+            processes each call gathers them.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class Objective(nn.Module):
         recipe: Recipe,
         losses: Sequence[AnyLossSettings],
         copies: Mapping[str, FlowMap] | None = None,
+        *,
+        in_step: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         # A tuple hides the teacher and the copies from the wrapped module's parameters and state.
         self._fixed = (teacher, copies or {})
-        self.recipe = recipe
+        self.recipe, self.in_step = recipe, in_step
         self.on_policy = recipe.data.on_policy or 0.0
         self.losses = tuple(losses)
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
@@ -74,9 +78,12 @@ class Objective(nn.Module):
         for settings, pairs, factor, rows in terms:
             some = None if data is None else data.rows(rows)
             losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
-            both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
-        losses, weighted = both
-        return losses, weighted
+            if factor:
+                both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
+            else:
+                both = both + 0 * weighted.sum()
+        losses, weighted = both.unbind()
+        return losses.clone(), weighted.clone()
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         """The pairs (t, r) of the samples of a step, shape ``[batch]`` each, float64."""
@@ -86,14 +93,19 @@ class Objective(nn.Module):
             return t, t
         terms, step = self._terms(draws, step)
         both = draws.first.new_zeros(2, len(draws.first))
-        for settings, pairs, _, rows in terms:
+        for settings, pairs, factor, rows in terms:
+            if not factor:
+                continue
             t, r = pair_times(pairs, schedule, draws.rows(rows), step)
             both[:, rows] = torch.stack([t, t if settings.diagonal else r])
         t, r = both
         return t, r
 
     def _terms(self, draws: Draws, step: int) -> tuple[list[_Term], int]:
-        """The losses of a step with their samples, those without a sample left out; and the step within its stage."""
+        """The losses of a step with their samples, those without a sample left out; and the step within its stage.
+
+        In step with other processes none is left out: it gets the first sample and the factor 0.
+        """
         recipe = self.recipe
         index, step = recipe.stage_at(step - recipe.student.regression_steps)
         everywhere = torch.arange(len(draws.place), device=draws.place.device)
@@ -112,6 +124,8 @@ class Objective(nn.Module):
             rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
             if len(rows):
                 terms.append((self.losses[i], pairs[i], factors[i], rows))
+            elif self.in_step:
+                terms.append((self.losses[i], pairs[i], 0.0, everywhere[:1]))
         return terms, step
 
     def _term(
@@ -123,7 +137,8 @@ class Objective(nn.Module):
         t, r = pair_times(pairs, teacher.schedule, draws, step)
         cond = condition_of(teacher, draws)
         on_path = settings.velocity == "data"
-        x_t = points(teacher, self.student, draws, t, data, cond, on_path=on_path, on_policy=self.on_policy)
+        share, in_step = self.on_policy, self.in_step
+        x_t = points(teacher, self.student, draws, t, data, cond, on_path=on_path, on_policy=share, in_step=in_step)
         velocity = teacher.velocity
         if settings.velocity == "self":
             velocity = diagonal(self.student)

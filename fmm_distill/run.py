@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from fmm_distill import checkpoint
 from fmm_distill.acceleration import checkpoint_blocks
@@ -53,6 +55,7 @@ from fmm_distill.run_folder import (
     take_changes,
 )
 from fmm_distill.settings import DataSettings
+from fmm_distill.sharding import check_sharding
 from fmm_distill.student import make_student, stock_part
 from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes, Embeddings
@@ -82,8 +85,8 @@ __all__ = [
     "plan",
 ]
 
-# Averages, checkpoints and the fold take whole weights.
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass
@@ -207,12 +210,14 @@ def distill(
     accelerator.wait_for_everyone()
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
-    average = cast("Student", trainer.averaged_student(recipe.training.ema[0]))
-    monitor = Monitor(average, job.teacher, recipe, job.reference, folder, accelerator)
+    average = partial(trainer.whole_average, recipe.training.ema[0])
+    watched = cast("Callable[[], Student]", average)
+    monitor = Monitor(watched, job.teacher, recipe, job.reference, folder, accelerator)
     with tracked(accelerator, recipe, folder, steps_done(folder)):
         trainer.run(monitor.reached)
+        averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
         if accelerator.is_main_process:
-            averages = {rate: trainer.averaged_student(rate) for rate in trainer.averages}
+            job.student = cast("Student", trainer.plain.to(accelerator.device))
             _finish(job, averages, folder, accelerator, line)
         accelerator.wait_for_everyone()
     return cast("Evaluation", read_evaluation(folder))
@@ -249,14 +254,9 @@ def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
         # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
         # cache for the call that is to have them, and gets none (pytorch issue 112583).
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), AutocastKwargs(cache_enabled=False)],
     )
-    if accelerator.distributed_type.value in _SHARDED:
-        raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which splits the student's weights over "
-            "processes: not supported; wanted plain multi-GPU (accelerate config). To fit a large student take "
-            "student.lora.rank, training.gradient_checkpointing, training.accumulation or training.precision: bf16"
-        )
+    check_sharding(accelerator, recipe.training)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -307,7 +307,7 @@ def _finish(
 ) -> None:
     """Evaluate the averages, export the best; the student has its weights then."""
     say("evaluating")
-    device = next(job.student.parameters()).device
+    device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
     measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)

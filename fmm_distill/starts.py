@@ -212,6 +212,7 @@ def points(
     *,
     on_path: bool = False,
     on_policy: float = 0.0,
+    in_step: bool = False,
 ) -> Float[Tensor, "batch *event"]:
     """Where the jumps start, at their times t: the data's own points, or detached jumps of ``mover`` from noise.
 
@@ -220,17 +221,19 @@ def points(
 
     Args:
         on_policy: share of the samples that start from a jump of ``mover`` although there is data.
+        in_step: ``mover`` is called although no sample here needs it, as long as another process's may.
     """
     if data is not None and on_path:
         return data.points(draws, t)
     x = teacher.prior(draws.noise)
     inside = t < teacher.schedule.t_max
     jumps = inside if data is None else inside & (draws.policy.to(t.device) < on_policy)
-    if bool(jumps.any()):
-        rows = jumps.nonzero()[:, 0]
-        start = torch.full_like(t[rows], teacher.schedule.t_max)
-        told = None if cond is None else cond.rows(rows)
-        x = x.index_copy(0, rows, mover(x[rows], start, t[rows], told).to(x.dtype))
+    rows = jumps.nonzero()[:, 0]
+    if len(rows) or (in_step and (data is None or on_policy > 0)):
+        asked = rows if len(rows) else rows.new_zeros(1)
+        start = torch.full_like(t[asked], teacher.schedule.t_max)
+        told = None if cond is None else cond.rows(asked)
+        x = x.index_copy(0, rows, mover(x[asked], start, t[asked], told)[: len(rows)].to(x.dtype))
     rows = (inside & ~jumps).nonzero()[:, 0]
     if data is not None and len(rows):
         x = x.index_copy(0, rows, data.rows(rows).points(draws.rows(rows), t[rows]).to(x.dtype))

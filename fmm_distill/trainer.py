@@ -6,20 +6,24 @@ import json
 import math
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from tqdm import tqdm
 
 from fmm_distill import checkpoint
-from fmm_distill.acceleration import accelerate_networks
+from fmm_distill.acceleration import accelerate_networks, network_of
+from fmm_distill.derivatives import without_tensor_float
 from fmm_distill.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.faults import Faults
+from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.memory import peak_memory
 from fmm_distill.objective import Objective, settle_engine, somewhere
+from fmm_distill.sharding import is_sharded, name_blocks, placed_like, shard, whole, whole_state
 from fmm_distill.starts import draw
 from fmm_distill.stopping import TrainingStoppedError, stop_requests
 from fmm_distill.tracking import log_step
@@ -85,16 +89,23 @@ class Trainer:
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         self.student = student
+        self.sharded = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
-        self.averages = {rate: averaged(student, rate) for rate in recipe.training.ema}
+        share = not self.sharded
+        self.averages = {rate: averaged(student, rate, share=share) for rate in recipe.training.ema}
+        # What is evaluated and exported, where the student and its averages are split; the first process does that.
+        alone = self.sharded and accelerator.is_main_process
+        self.plain = frozen_copy(student, share=False).to("cpu") if alone else student
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in recipe.losses):
-            self.frozen = copies["frozen"] = frozen_copy(student)
+            self.frozen = copies["frozen"] = frozen_copy(student, share=share)
         accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
         losses = [self._settle_engine(settings) for settings in recipe.losses]
-        objective = Objective(student, teacher, recipe, losses, copies).eval()
+        slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
+        self.differences = any(loss.derivative == "central" for loss in slopes)
+        objective = Objective(student, teacher, recipe, losses, copies, in_step=self.sharded).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -103,11 +114,31 @@ class Trainer:
             weight_decay=training.weight_decay,
         )
         self.times = objective.times
+        if self.sharded:
+            say(name_blocks(accelerator, network_of(student)))
+            frozen = [] if self.frozen is None else [self.frozen]
+            for copy in [*(self.averaged_student(rate) for rate in self.averages), *frozen]:
+                shard(network_of(copy), accelerator)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
     def averaged_student(self, rate: float) -> LearnedFlowMap:
         """The student with the moving average of this rate as its weights."""
         return cast("LearnedFlowMap", self.averages[rate].module)
+
+    def whole_average(self, rate: float) -> LearnedFlowMap:
+        """``averaged_student`` as one process can use it alone. Every process has to ask, the first gets the weights.
+
+        Under FSDP a copy, on the device; later steps leave it as it is.
+        """
+        if not self.sharded:
+            return self.averaged_student(rate)
+        main = self.accelerator.is_main_process
+        state = whole_state(self.averages[rate].module.state_dict(), keep=main)
+        if not main:
+            return self.averaged_student(rate)
+        copy = frozen_copy(self.plain, share=False)
+        copy.load_state_dict(state)
+        return copy.to(self.accelerator.device)
 
     def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
         settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
@@ -213,14 +244,24 @@ class Trainer:
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
             with accelerator.accumulate(self.objective):
-                losses, each = self.objective(mine, images, step)
-                weighted = each.mean()
-                accelerator.backward(weighted)
+                with self._autocast():
+                    losses, each = self.objective(mine, images, step)
+                weighted = each.float().mean()
+                with without_tensor_float() if self.differences else nullcontext():
+                    accelerator.backward(weighted)
                 if accelerator.sync_gradients:
-                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.objective.parameters(), training.clip))
+                    clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
+                    norm = whole(torch.as_tensor(clipped))
             found.append(losses.detach())
             sums += weighted.detach() / training.accumulation
         return torch.cat(found), sums, float(norm)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Of a student that is split; accelerate puts its other wrapped modules under autocast itself."""
+        if not self.sharded:
+            return nullcontext()
+        # A cast that is kept outlives the gathered weights that it is of, and gradients go missing.
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     def _is_overflow(self, norm: float) -> bool:
         """Whether a gradient scaler is still on its way down to a scale that fits."""
@@ -283,24 +324,30 @@ class Trainer:
             self.frozen.load_state_dict(self.averaged_student(self.recipe.training.ema[0]).state_dict())
 
     def _save(self, step: int) -> None:
+        tensors = self._tensors()
         if self.accelerator.is_main_process:
-            moments = self.optimizer.state_dict()["state"]
-            tensors = {
-                "student": trained_state(self.student),
-                "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
-            }
-            for rate, average in self.averages.items():
-                updates = {"n_averaged": average.n_averaged}
-                tensors[checkpoint.average_name(rate)] = trained_state(self.student, average.module) | updates
-            if self.frozen is not None:
-                tensors["frozen"] = trained_state(self.student, self.frozen)
-            if self.weight is not None:
-                tensors["weight"] = dict(self.weight.state_dict())
             scaler = self.accelerator.scaler
             state = {"scaler": scaler.state_dict() if scaler is not None else None, "faults": asdict(self.faults)}
             kept = checkpoint.Checkpoint(step, tensors, state)
             checkpoint.save(self.folder / "checkpoints", kept, self.recipe.training.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, whole on the main process; file stem to named tensors."""
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            "student": trained_state(self.student),
+            "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+        }
+        for rate, average in self.averages.items():
+            updates = {"n_averaged": average.n_averaged}
+            tensors[checkpoint.average_name(rate)] = trained_state(self.student, average.module) | updates
+        if self.frozen is not None:
+            tensors["frozen"] = trained_state(self.student, self.frozen)
+        if self.weight is not None:
+            tensors["weight"] = dict(self.weight.state_dict())
+        main = self.accelerator.is_main_process
+        return {stem: whole_state(named, keep=main) for stem, named in tensors.items()}
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, drop the log lines after it, and give the step to go on with."""
@@ -332,11 +379,14 @@ class Trainer:
         if self.frozen is not None:
             load_trained(self.frozen, self.student, kept.tensors["frozen"])
         if self.weight is not None:
-            self.weight.load_state_dict(kept.tensors["weight"])
+            self.weight.load_state_dict(placed_like(kept.tensors["weight"], self.weight.state_dict()))
         moments: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for key, value in kept.tensors["optimizer"].items():
             index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
+            # All but the count of steps has its parameter's shape.
+            state = {name: value} if name == "step" else placed_like({name: value}, {name: parameters[int(index)]})
+            moments.setdefault(int(index), {}).update(state)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if kept.state["scaler"] is not None and self.accelerator.scaler is not None:

@@ -1,8 +1,9 @@
 """Run by ``test_split`` under torchrun: train on two processes, and compare each first gradient with the whole batch's.
 
-split_training.py RECIPES.json FOLDER
+split_training.py RECIPES.json FOLDER [shard]
 
-A run a recipe in FOLDER/<number>; the printed line has the largest relative difference of the gradients.
+A run a recipe in FOLDER/<number>; the printed line has the largest relative difference of the gradients, which is not
+measured where the student is split too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
 from fmm_distill.data import Images
 from fmm_distill.objective import Objective
 from fmm_distill.recipe import Recipe
+from fmm_distill.settings import TrainingSettings
+from fmm_distill.sharding import check_sharding
 from fmm_distill.starts import draw
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
@@ -55,17 +61,36 @@ def difference(recipe: Recipe, accelerator: Accelerator) -> float:
     return float((mine - whole).abs().max() / whole.abs().max())
 
 
+def split_weights(accelerator: Accelerator, blocks: list[str]) -> None:
+    """What accelerate does as it starts on GPUs that are set up for FSDP2; on CPUs it leaves that out alone."""
+    wrap = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy=wrap, transformer_cls_names_to_wrap=blocks or None
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    check_sharding(accelerator, TrainingSettings())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    shards = sys.argv[3:] == ["shard"]
     differences = []
     for number, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         recipe, folder = Recipe.model_validate(settings), Path(sys.argv[2]) / str(number)
         folder.mkdir(exist_ok=True, parents=True)
-        differences.append(difference(recipe, accelerator))
+        if shards:
+            split_weights(accelerator, ["ResnetBlock2D"] if number % 2 else [])
+        else:
+            differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)
         student, data = make_student(teacher), images_of(recipe)
-        Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None).run()
+        trainer = Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None)
+        trainer.run()
+        assert all(isinstance(p, DTensor) == shards for p in trainer.objective.parameters())
+        # The next one is not to be compared with it.
+        accelerator.free_memory()
     if accelerator.is_main_process:
         print(json.dumps({"processes": accelerator.num_processes, "differences": differences}))
     accelerator.end_training()

@@ -46,7 +46,7 @@ def test_generator_modes_and_weights_are_untouched(tmp_path, teacher_folder):
     modes = [module.training for network in (student, teacher.network) for module in network.modules()]
     generator = torch.get_rng_state()
     reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
-    monitor = Monitor(student, teacher, recipe, reference, tmp_path, Accelerator(cpu=True))
+    monitor = Monitor(lambda: student, teacher, recipe, reference, tmp_path, Accelerator(cpu=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         for step in range(10):
             monitor.reached(step)

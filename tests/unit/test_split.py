@@ -44,20 +44,27 @@ def train(settings, folder):
     Trainer(make_student(teacher), teacher, recipe, data, folder, accelerator, lambda _: None).run()
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(LONG, marks=pytest.mark.slow)])
-def two(request, tmp_path_factory, teacher_folder):
-    """Every case on two processes, under one start of torch."""
-    steps = request.param
-    folder = tmp_path_factory.mktemp("two")
+def on_two_processes(folder, teacher_folder, steps, *how):
+    """Every case, under one start of torch; what it printed."""
+    folder.mkdir()
     (folder / "recipes.json").write_text(json.dumps([settings_of(teacher_folder, i, steps) for i in range(len(CASES))]))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [str(folder / "recipes.json"), str(folder)]
+    arguments = [str(folder / "recipes.json"), str(folder), *how]
     run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["processes"] == 2
-    return folder, found["differences"], steps
+    return found
+
+
+@pytest.fixture(scope="module", params=[3, pytest.param(LONG, marks=pytest.mark.slow)])
+def two(request, tmp_path_factory, teacher_folder):
+    """Runs on two processes: with whole weights in each, and with weights split over the two."""
+    steps, folder = request.param, tmp_path_factory.mktemp("two")
+    differences = on_two_processes(folder / "whole", teacher_folder, steps)["differences"]
+    on_two_processes(folder / "shards", teacher_folder, steps, "shard")
+    return folder, differences, steps
 
 
 def weights(folder):
@@ -65,7 +72,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
-def test_two_processes_and_two_parts_give_the_numbers_of_one(tmp_path, teacher_folder, two, number):
+def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, teacher_folder, two, number):
     folder, differences, steps = two
     settings = settings_of(teacher_folder, number, steps)
     train(settings, tmp_path / "one")
@@ -76,7 +83,7 @@ def test_two_processes_and_two_parts_give_the_numbers_of_one(tmp_path, teacher_f
     moved = (whole - start).norm()
     assert moved > 0.05
     assert differences[number] < 1e-5
-    for other in (tmp_path / "parts", folder / str(number)):
+    for other in (tmp_path / "parts", folder / "whole" / str(number), folder / "shards" / str(number)):
         # Equal but for rounding, which Adam's first steps blow up where a gradient is next to nothing.
         assert (weights(other) - whole).norm() < 1e-2 * moved
         for mine, theirs in zip(losses(other), losses(tmp_path / "one"), strict=True):

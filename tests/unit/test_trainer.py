@@ -372,3 +372,18 @@ def test_casts_without_gradients_are_not_kept_for_those_with(tmp_path):
             layer(x)
         layer(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(("loss", "precise"), [({"name": "lagrangian", "stop": "none"}, True), (LOSSES[1], False)])
+def test_the_backward_pass_of_a_difference_is_without_tensor_float(tmp_path, teacher_folder, loss, precise):
+    recipe = recipe_of(teacher_folder, loss | {"derivative": "central"}, steps=1)
+    teacher = load_teacher(recipe.teacher)
+    student = make_student(teacher)
+    seen = []
+    first = next(student.parameters())
+    first.register_post_accumulate_grad_hook(lambda _: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    before = torch.backends.cudnn.conv.fp32_precision
+    Trainer(student, teacher, recipe, None, tmp_path, Accelerator(cpu=True), lambda _: None).run()
+    assert set(seen) == {"ieee" if precise else before}
+    assert before != "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == before

@@ -1,0 +1,154 @@
+"""The whole command with the student split over two processes, as FSDP2 does it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+
+from fmm_distill.checkpoint import newest
+from fmm_distill.errors import UserError
+from fmm_distill.settings import TrainingSettings
+from fmm_distill.sharding import check_sharding, name_blocks
+from tests.cli.runs import STEPS, call, losses, spawn
+
+SHARDED = Path(__file__).with_name("sharded_cli.py")
+
+
+def sharded(*arguments, precision="no"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SHARDED)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run = subprocess.run([*command, precision, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def tensors(folder, name):
+    return load_file(newest(folder / "checkpoints") / f"{name}.safetensors")
+
+
+def assert_same_end(run, other, rel=2e-3):
+    """The same losses, checkpoints of the same whole tensors, and the same weights but for rounding."""
+    for mine, theirs in zip(losses(run), losses(other), strict=True):
+        assert mine == pytest.approx(theirs, rel=rel)
+    for name in ("student", "ema-0.999", "optimizer"):
+        ours, others = tensors(run, name), tensors(other, name)
+        assert ours.keys() == others.keys()
+        assert all(ours[key].shape == others[key].shape for key in ours)
+    ours, others = tensors(run, "student"), tensors(other, "student")
+    assert max(float((ours[key] - others[key]).abs().max()) for key in ours) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("split") / "run"
+    watch = ("--set", "evaluation.every=5")
+    return folder, sharded("--recipe", tiny, "--output", folder, *watch)
+
+
+def test_a_split_run_gives_the_numbers_of_one_process(split_run, finished):
+    folder, said = split_run
+    assert "FSDP: split over 2 processes; gathered at a time: ResnetBlock2D" in said.splitlines()
+    assert len(losses(folder)) == STEPS
+    assert_same_end(folder, finished[0])
+    assert (folder / "student" / "steps-2" / "model_index.json").is_file()
+    assert len((folder / "evaluations.jsonl").read_text().splitlines()) == 2
+
+
+def without_the_end(run, target):
+    """A run as it is when it was killed after its checkpoint before the last."""
+    shutil.copytree(run, target)
+    shutil.rmtree(newest(target / "checkpoints"))
+    (target / "evaluation.json").unlink()
+    shutil.rmtree(target / "student")
+    return target
+
+
+def test_a_split_run_goes_on_in_one_process(tmp_path, split_run, tiny, finished):
+    folder = without_the_end(split_run[0], tmp_path / "run")
+    status, out, _ = call("--recipe", tiny, "--output", folder, "--set", "evaluation.every=5")
+    assert status == 0
+    assert "going on from step-00000009" in out
+    assert_same_end(folder, finished[0])
+
+
+def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
+    folder = without_the_end(finished[0], tmp_path / "run")
+    assert "going on from step-00000009" in sharded("--recipe", tiny, "--output", folder)
+    assert_same_end(folder, finished[0])
+
+
+@pytest.mark.slow
+def test_half_precision_is_of_the_split_students_calls_alone(tmp_path, tiny):
+    settings = ("--recipe", tiny, "--set", "training.precision=bf16", "--set", "training.steps=3")
+    sharded(*settings, "--output", tmp_path / "split", precision="bf16")
+    with spawn(*settings, "--output", tmp_path / "one") as one:
+        assert one.wait() == 0, one.stderr.read()
+    for mine, theirs in zip(losses(tmp_path / "split"), losses(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(theirs, rel=5e-3)
+    weights = tensors(tmp_path / "split", "student")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+
+
+@pytest.fixture
+def split_state():
+    """An accelerator of this process that says it splits weights; accelerate's state is put back."""
+    accelerator = Accelerator(cpu=True)
+    kept = [(state, dict(state)) for state in (AcceleratorState._shared_state, PartialState._shared_state)]
+
+    def state(kind, plugin=None):
+        AcceleratorState._shared_state |= {"distributed_type": kind, "fsdp_plugin": plugin}
+        return accelerator
+
+    yield state
+    for shared, before in kept:
+        shared.clear()
+        shared.update(before)
+
+
+FSDP = FullyShardedDataParallelPlugin
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "settings", "wanted"),
+    [
+        (
+            DistributedType.DEEPSPEED,
+            None,
+            {},
+            r"DEEPSPEED: not supported; wanted plain multi-GPU, or FSDP with",
+        ),
+        (DistributedType.MEGATRON_LM, None, {}, "MEGATRON_LM: not supported"),
+        (DistributedType.FSDP, {"fsdp_version": 1}, {}, "FSDP of version 1: not supported; wanted fsdp_version: 2"),
+        (DistributedType.FSDP, {}, {"compile": "inductor"}, "compile: inductor does not go with FSDP"),
+        (DistributedType.FSDP, {"auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "SIZE_BASED_WRAP would wrap the flow map"),
+        (DistributedType.FSDP, {"activation_checkpointing": True}, {}, "wanted it off, and training.gradient_checkp"),
+    ],
+)
+def test_other_ways_to_split_are_refused(split_state, kind, plugin, settings, wanted):
+    made = None if plugin is None else FSDP(**{"fsdp_version": 2} | plugin)
+    with pytest.raises(UserError, match=wanted):
+        check_sharding(split_state(kind, made), TrainingSettings(**settings))
+
+
+def test_blocks_are_the_networks_own_unless_they_are_named(split_state, teacher):
+    own = FSDP(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    teacher.network._no_split_modules = ["Attention", "NotThere"]
+    assert name_blocks(split_state(DistributedType.FSDP, own), teacher.network).endswith("at a time: Attention")
+    assert own.transformer_cls_names_to_wrap == ["Attention"]
+    whole = FSDP(fsdp_version=2)
+    assert name_blocks(split_state(DistributedType.FSDP, whole), teacher.network).endswith(": the whole network")
+    wrong = FSDP(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["Resnet", "Attention"]
+    )
+    with pytest.raises(UserError, match="UNet2DModel has no Resnet; wanted some of"):
+        name_blocks(split_state(DistributedType.FSDP, wrong), teacher.network)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 
 from fmm_distill.errors import UserError
-from fmm_distill.features import load_digits_classifier
+from fmm_distill.features import FileFeatures, load_digits_classifier, load_feature_file
 from fmm_distill.interpolant import expand
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import VariancePreserving
+from fmm_distill.settings import FEATURES
 from fmm_distill.solve import endpoint, solve
 from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.load import BUILTIN
@@ -44,6 +46,7 @@ __all__ = [
     "choose",
     "conditions_of",
     "evaluate",
+    "image_shape",
     "table",
 ]
 
@@ -74,13 +77,16 @@ class Evaluation:
         return {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
 
 
-def check_features(settings: EvaluationSettings, event_shape: tuple[int, ...]) -> None:
-    """Refuse features that can't be had or don't fit, before anything long starts."""
-    if settings.features == "digits" and event_shape != (1, 8, 8):
+def check_features(settings: EvaluationSettings, teacher: Teacher) -> None:
+    """Refuse features that can't be had or don't fit the teacher's images, before anything long starts."""
+    if settings.features == "digits" and teacher.event_shape != (1, 8, 8):
         raise UserError(
             f"evaluation.features: digits looks at 1 x 8 x 8 images, the teacher makes "
-            f"{' x '.join(map(str, event_shape))}: take inception (with --data) or none"
+            f"{' x '.join(map(str, teacher.event_shape))}: take inception, or a TorchScript module of your own (*.pt), "
+            "both with --data; or none"
         )
+    if settings.features not in FEATURES:
+        load_feature_file(settings.features, image_shape(teacher))
     if settings.features == "inception":
         try:
             import torch_fidelity  # noqa: F401 only whether it is there
@@ -89,6 +95,13 @@ def check_features(settings: EvaluationSettings, event_shape: tuple[int, ...]) -
                 "evaluation.features: inception needs `pip install fmm-distill[fid]` and its weights "
                 "(fetched at first use); features: none measures the endpoint error without them"
             ) from error
+
+
+def image_shape(teacher: Teacher) -> tuple[int, ...]:
+    """Of one decoded sample: channels, height and width of an image."""
+    if isinstance(teacher.codec, Pixels):
+        return teacher.event_shape
+    return tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
 
 
 def check_evaluation_steps(name: str, steps: tuple[int, ...], teacher: Teacher) -> None:
@@ -138,7 +151,8 @@ class Measure:
         some = self.noise[: settings.endpoint_samples]
         self.truth, solver_error = _truth(teacher, some, self.cond, settings, device)
         self.metric = _frechet_metric(settings, reference, device)
-        self.protocol = _protocol(teacher, settings, reference, solver_error, device)
+        features = None if self.metric is None else self.metric.inception
+        self.protocol = _protocol(teacher, settings, reference, features, solver_error, device)
 
     def of_students(self, students: Mapping[str, Student]) -> list[Row]:
         """One row a student and number of steps.
@@ -317,10 +331,14 @@ def _frechet_metric(
         return None
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    digits = settings.features == "digits"
-    feature = load_digits_classifier(BUILTIN / "digits") if digits else 2048
+    feature: nn.Module | int = 2048
+    if settings.features == "digits":
+        feature = load_digits_classifier(BUILTIN / "digits")
+    elif settings.features not in FEATURES:
+        feature = load_feature_file(settings.features, reference.shape)
     metric = FrechetInceptionDistance(feature=feature, normalize=True, reset_real_features=False).to(device)
-    metric.set_dtype(torch.float64)
+    if not isinstance(feature, FileFeatures):
+        metric.set_dtype(torch.float64)
     for images in reference.batches(settings.batch_size):
         metric.update(_for_features(images.to(device), settings), real=True)
     return metric
@@ -347,14 +365,10 @@ def _protocol(
     teacher: Teacher,
     settings: EvaluationSettings,
     reference: Images | None,
+    features: nn.Module | None,
     solver_error: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    features = {
-        "digits": "32 features of the classifier in builtin:digits; images clipped to [0, 1], not rounded",
-        "inception": "2048 Inception features (torchmetrics, torch-fidelity weights); rounded to uint8, resized to 299",
-        "none": "not measured (evaluation.features: none)",
-    }
     measured = settings.features != "none" and reference is not None
     return {
         "endpoint_error": f"root mean square over samples and {_entries(teacher)} of the distance to the teacher's "
@@ -362,7 +376,7 @@ def _protocol(
         "endpoint_samples": settings.endpoint_samples,
         "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
         "ode_solver_error": solver_error,
-        "frechet": features[settings.features],
+        "frechet": _features(settings, features),
         "frechet_samples": settings.samples if measured else None,
         "frechet_reference": f"{len(reference)} images of {reference.source}" if measured and reference else None,
         "noise_seed": NOISE_SEED,
@@ -371,6 +385,19 @@ def _protocol(
         "seconds_per_image": f"median over batches of {settings.batch_size}, {device.type}, "
         f"{torch.get_num_threads()} threads, float32",
     }
+
+
+def _features(settings: EvaluationSettings, network: nn.Module | None) -> str:
+    if isinstance(network, FileFeatures):
+        return (
+            f"{network.num_features} features of {Path(settings.features).name} (TorchScript, sha256 "
+            f"{network.sha256}); images clipped to [0, 1], not rounded"
+        )
+    return {
+        "digits": "32 features of the classifier in builtin:digits; images clipped to [0, 1], not rounded",
+        "inception": "2048 Inception features (torchmetrics, torch-fidelity weights); rounded to uint8, resized to 299",
+        "none": "not measured (evaluation.features: none)",
+    }[settings.features]
 
 
 def _entries(teacher: Teacher) -> str:

@@ -77,8 +77,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:
-        if self.evaluation.features == "inception" and not self.data.has_images:
-            raise ValueError("evaluation.features: inception compares with a dataset; give data, or features: none")
+        features, reference = self.evaluation.features, self.evaluation.reference
+        if features not in ("digits", "none") and reference is None and not self.data.has_images:
+            raise ValueError(
+                f"evaluation.features: {features} compares with a dataset; give data, or evaluation.reference, or "
+                "features: none"
+            )
         if self.data.condition is not None and (self.prompts.file, self.prompts.dataset) != (None, None):
             raise ValueError("data.condition and prompts are two sources of what the teacher is told: give one")
         return self

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from fmm_distill import checkpoint
 from fmm_distill.acceleration import checkpoint_blocks
@@ -26,6 +26,7 @@ from fmm_distill.evaluate import (
     check_features,
     choose,
     evaluate,
+    image_shape,
     table,
 )
 from fmm_distill.export.about import about_student
@@ -120,18 +121,26 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
         )
-    check_features(recipe.evaluation, teacher.event_shape)
+    check_features(recipe.evaluation, teacher)
     for name in ("steps", "ddim_steps", "dpmsolver_steps"):
         check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
     check_steps(recipe.export.steps, teacher.schedule)
     images = open_images(data, teacher, table, say)
-    reference = images
-    if reference is None and recipe.evaluation.features == "digits":
-        reference = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    reference = _reference(recipe, teacher, images, say)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)
+
+
+def _reference(recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]) -> Images | None:
+    """What images are compared with."""
+    settings = recipe.evaluation
+    if settings.reference is not None:
+        return load_images(settings.reference, image_shape(teacher), say=say)
+    if images is None and settings.features == "digits":
+        return load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    return images
 
 
 def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Teacher:
@@ -243,7 +252,9 @@ def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         gradient_accumulation_steps=recipe.training.accumulation,
         log_with=list(recipe.logging.trackers) or None,
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
+        # cache for the call that is to have them, and gets none (pytorch issue 112583).
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), AutocastKwargs(cache_enabled=False)],
     )
     check_sharding(accelerator, recipe.training)
     launched = int(os.environ.get("WORLD_SIZE", "1"))

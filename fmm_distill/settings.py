@@ -11,6 +11,7 @@ from fmm_distill.losses.base import Settings
 from fmm_distill.starts import Pairs
 
 __all__ = [
+    "FEATURES",
     "PLAIN",
     "DataSettings",
     "EvaluationSettings",
@@ -29,6 +30,9 @@ __all__ = [
 
 # Groups of which a plain value is one of their fields.
 PLAIN = {"data": "source"}
+
+# Names of features; anything else is a file.
+FEATURES = ("digits", "inception", "none")
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -265,10 +269,29 @@ class EvaluationSettings(Settings):
     """Noises for the endpoint error."""
     endpoint_solver_steps: int = Field(default=64, ge=1)
     """RK4 steps of the teacher's ODE solution; half as many are solved too, and the difference reported."""
-    features: Literal["digits", "inception", "none"] = "none"
-    """Features of the Fréchet distance: the built-in digits classifier, Inception (extra `fid`), or no distance."""
+    features: str = "none"
+    """Features of the Fréchet distance: digits (the built-in classifier), inception (extra `fid`), none (no distance),
+    or the path of a TorchScript module (*.pt) from float images in [0, 1], [batch, channels, height, width], to
+    [batch, d]."""
+    reference: DataSettings | None = None
+    """Images to compare with; null: those of data, or with features: digits the built-in ones."""
     batch_size: int = Field(default=256, ge=1)
     """Images at a time."""
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: str) -> str:
+        if value not in FEATURES and not value.endswith(".pt"):
+            raise ValueError(f"wanted {', '.join(FEATURES)}, or the path of a TorchScript module, which ends in .pt")
+        return value
+
+    @model_validator(mode="after")
+    def _reference_acts(self) -> Self:
+        if self.reference is not None and not self.reference.has_images:
+            raise ValueError(f"evaluation.reference {self.reference.source}: wanted images, or null")
+        if self.reference is not None and self.features == "none":
+            raise ValueError("evaluation.reference acts with features, and evaluation.features is none: give features")
+        return self
 
 
 class ExportSettings(Settings):

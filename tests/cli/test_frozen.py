@@ -107,6 +107,7 @@ FIELDS = [
     "evaluation.endpoint_samples",
     "evaluation.endpoint_solver_steps",
     "evaluation.features",
+    "evaluation.reference",
     "evaluation.batch_size",
     "export.steps",
     "logging.trackers",

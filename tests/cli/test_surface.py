@@ -91,7 +91,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_every_recipe_that_ships_is_whole():
-    assert recipe_names() == ["checkerboard", "cifar10", "digits", "text"]
+    assert recipe_names() == ["checkerboard", "cifar10", "cifar10-fast", "digits", "imagenet32", "text"]
     for name in recipe_names():
         recipe = load_recipe(name)
         import yaml
@@ -148,7 +148,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     )
     where, names = run.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert names == "checkerboard cifar10 digits text"
+    assert names == "checkerboard cifar10 cifar10-fast digits imagenet32 text"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():

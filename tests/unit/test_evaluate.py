@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pydantic import ValidationError
 
 from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import Evaluation, Row, _frechet, _frechet_metric, check_features, choose, evaluate, table
+from fmm_distill.evaluate import (
+    Evaluation,
+    Measure,
+    Row,
+    _frechet,
+    _frechet_metric,
+    check_features,
+    choose,
+    evaluate,
+    table,
+)
 from fmm_distill.features import load_digits_classifier
 from fmm_distill.settings import DataSettings, EvaluationSettings
 from fmm_distill.student import make_student
@@ -81,9 +95,88 @@ def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
     )
 
 
-def test_features_that_do_not_fit():
+def test_features_that_do_not_fit(teacher):
+    coloured = replace(teacher, event_shape=(3, 32, 32))
     with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
-        check_features(EvaluationSettings(features="digits"), (3, 32, 32))
+        check_features(EvaluationSettings(features="digits"), coloured)
+
+
+class Moments(torch.nn.Module):
+    """Three features of grey images of 8x8 pixels."""
+
+    def __init__(self, number: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("number", torch.tensor(number))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = images.view(-1, 64)
+        return torch.stack([rows.mean(1), rows.square().mean(1), rows[:, 27]], 1) * self.number
+
+
+class Pooled(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3), keepdim=True)
+
+
+def scripted(module, path):
+    torch.jit.script(module).save(str(path))
+    return str(path)
+
+
+def test_features_from_a_file(teacher, tmp_path):
+    name = scripted(Moments(), tmp_path / "moments.pt")
+    settings = EvaluationSettings(features=name, samples=300, batch_size=128)
+    check_features(settings, teacher)
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
+    generated = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), Pixels(), generated, settings)
+    a = Moments()((generated / 2 + 0.5).clamp(0, 1)).double().numpy()
+    b = Moments()(torch.cat(list(reference.batches(500)))).double().numpy()
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    small = settings.model_copy(update={"samples": 8, "endpoint_samples": 8, "endpoint_solver_steps": 2})
+    said = Measure(teacher, small, reference, torch.device("cpu")).protocol["frechet"]
+    assert said.startswith("3 features of moments.pt (TorchScript, sha256 ")
+    assert hashlib.sha256((tmp_path / "moments.pt").read_bytes()).hexdigest() in said
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (Moments(), (3, 32, 33), r"failed on one image, 1 x 3 x 32 x 33 \(.*shape.*invalid"),
+        (Pooled(), (1, 8, 8), r"made \[1, 1, 1, 1\] of one image, 1 x 1 x 8 x 8; wanted floats of shape \[1, d\]"),
+        (Moments(float("nan")), (1, 8, 8), "not all features of a grey image are numbers"),
+        (None, (1, 8, 8), "can't be opened .*wanted a TorchScript module as torch.jit.save writes it"),
+        ("nothing", (1, 8, 8), "no such file; wanted a TorchScript module"),
+    ],
+    ids=["other images", "other shape", "no numbers", "weights alone", "nowhere"],
+)
+def test_a_feature_file_that_does_not_fit(teacher, tmp_path, module, shape, message):
+    path = tmp_path / "features.pt"
+    if module is None:
+        torch.save({"weight": torch.ones(3)}, path)
+    elif module != "nothing":
+        scripted(module, path)
+    with pytest.raises(UserError, match=message):
+        check_features(EvaluationSettings(features=str(path)), replace(teacher, event_shape=shape))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"features": "clip"},
+            "wanted digits, inception, none, or the path of a TorchScript module, which ends",
+        ),
+        ({"features": "none", "reference": "builtin:digits"}, "evaluation.reference acts with features"),
+        ({"features": "digits", "reference": "none"}, "evaluation.reference none: wanted images, or null"),
+    ],
+)
+def test_settings_of_features(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        EvaluationSettings.model_validate(settings)
 
 
 @pytest.mark.parametrize("measured", [True, False], ids=["frechet", "endpoint"])

@@ -1,0 +1,472 @@
+"""CIFAR-10 on one GPU in minutes: teacher, classifier, a student by every loss, and what they come to.
+
+    python -m benchmarks.cifar10 --data DIR --work DIR --minutes 8.5 --output cifar10.json
+
+``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is
+kept in ``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more.
+It ends in time with the JSON and the pictures of what there is. ``--toy`` is the whole line at a size for tests;
+``--render`` prints the tables of a JSON that is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from benchmarks.cifar10_measure import PICTURED, Judge
+from benchmarks.cifar10_methods import METHODS, recipe_of
+from benchmarks.cifar10_processes import ROOT, Processes
+from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
+from fmm_distill import checkpoint
+from fmm_distill.data import load_images
+from fmm_distill.loading import load_student
+from fmm_distill.settings import DataSettings
+from fmm_distill.tables import open_table
+from fmm_distill.teachers.load import load_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STEPS = (1, 2, 4, 8, 16)
+SOLVERS = ("ddim", "dpmsolver++")
+SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
+# Measured first.
+FIRST = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
+            at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
+        teacher_share: of the minutes that the teacher may take, compiling included.
+        steps: of each student; 0: as many as fit, from the speed of each loss.
+        parallel: students that train at the same time, each in its own process.
+        beside: processes of others that train on the device at the same time.
+        seeded: how many of the best are trained with a second seed.
+        solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
+        reserve: seconds at the end for what is measured last, and the pictures.
+        watched: seconds in which the steps of all losses are counted side by side.
+        startup: seconds in which processes start and end and the device waits.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    teacher_share: float = 0.25
+    teacher_batch: int = 512
+    teacher_rate: float = 1e-3
+    teacher_steps: int = 1_000_000
+    classifier_width: int = 256
+    classifier_epochs: int = 16
+    steps: int = 0
+    batch: int = 128
+    learning_rate: float = 5e-4
+    parallel: int = 8
+    beside: int = 0
+    seeded: int = 2
+    samples: int = 10_000
+    endpoint_samples: int = 512
+    solver_steps: int = 32
+    measure_batch: int = 1000
+    watched: float = 8.0
+    reserve: float = 25.0
+    startup: float = 45.0
+
+
+TOY = Budget(
+    channels=(16, 16),
+    teacher_batch=16,
+    teacher_steps=20,
+    classifier_width=16,
+    classifier_epochs=1,
+    steps=20,
+    batch=8,
+    parallel=2,
+    seeded=1,
+    samples=64,
+    endpoint_samples=16,
+    solver_steps=4,
+    measure_batch=32,
+    watched=1.0,
+    reserve=1.0,
+    startup=0.0,
+)
+
+
+class Benchmark:
+    """The stages, in order; each in files of its own under ``work``."""
+
+    def __init__(self, data: Path, work: Path, output: Path, budget: Budget, minutes: float, names: list[str]) -> None:
+        self.data, self.work, self.output, self.budget, self.names = data, work, output, budget, names
+        self.started = time.monotonic()
+        self.minutes, self.deadline = minutes, self.started + 60 * minutes
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.stages: dict[str, float] = {}
+        work.mkdir(parents=True, exist_ok=True)
+        written = work / "budget.json"
+        own = asdict(budget) | {"parallel": None, "beside": None}
+        if written.is_file() and read(written) != json.loads(json.dumps(own)):
+            sys.exit(f"{work} holds a run of another budget: choose another --work or remove it")
+        checkpoint.write_text(written, json.dumps(own))
+        self.processes = Processes(work / "logs", budget.parallel)
+
+    def left(self) -> float:
+        """Seconds until only the reserve is left."""
+        return self.deadline - self.budget.reserve - time.monotonic()
+
+    def run(self) -> None:
+        """All stages that there is time for."""
+        with self._stage("teacher, classifier"):
+            self._teacher_and_classifier()
+        made = ("teacher/model_index.json", "classifier/classifier.json")
+        if not all((self.work / name).is_file() for name in made) or self.left() < 0:
+            print("there is no teacher or no classifier, or no time after them; the same command goes on")
+            return
+        with self._stage("reference, the teacher's first rows"):
+            self.judge = self._judge()
+            rows = self.teacher_rows()
+            # Alone on the device: how long measuring takes is reckoned from it.
+            next(rows, None)
+            self._start_all_losses()
+            for _ in range(3):
+                next(rows, None)
+        with self._stage("speed of each loss"):
+            steps = self._steps()
+        with self._stage("students"):
+            self._students(self.names, steps, 0)
+        with self._stage("second seeds"):
+            best = self._best()
+            print(f"the best: {', '.join(best)}")
+            self._students(best, steps, 1)
+        for _ in self.teacher_rows():
+            if self.left() < 0:
+                print("the time is over before all of the teacher's rows are measured; the same command goes on")
+                break
+
+    def _stage(self, name: str) -> Stage:
+        return Stage(self, name)
+
+    def _images(self) -> dict[str, torch.Tensor]:
+        """Every image and label, uint8 and int64, decoded once."""
+        file = self.work / "images.safetensors"
+        if not file.is_file():
+            found = {}
+            for split in ("train", "test"):
+                settings = DataSettings(source=str(self.data), split=split)
+                table = open_table(settings)
+                images = load_images(settings, (3, 32, 32), table=table)
+                found[split], found[f"{split}_labels"] = images.pixels, torch.tensor(table.values("label"))
+            save_whole(found, file)
+        return load_file(file)
+
+    def _teacher_and_classifier(self) -> None:
+        """Side by side: neither fills the device."""
+        budget, work = self.budget, self.work
+        if not (work / "teacher" / "model_index.json").is_file():
+            # Not compiled: in two minutes that does not pay.
+            fast = ["--precision", "bf16"] if self.device == "cuda" else []
+            self.processes.start("teacher", self._teacher_command() + fast)
+        self._images()
+        if not (work / "classifier" / "classifier.json").is_file():
+            command = [sys.executable, "-m", "benchmarks.cifar10_classifier", "--output", str(work / "classifier")]
+            command += ["--images", str(work / "images.safetensors"), "--width", str(budget.classifier_width)]
+            self.processes.start("classifier", [*command, "--epochs", str(budget.classifier_epochs)])
+        for name in list(self.processes.running):
+            self.processes.code(name, self.left())
+
+    def _teacher_command(self) -> list[str]:
+        budget = self.budget
+        options = {
+            "--data": self.data,
+            "--output": self.work / "teacher",
+            "--batch": budget.teacher_batch,
+            "--lr": budget.teacher_rate,
+            "--steps": budget.teacher_steps,
+            "--minutes": budget.teacher_share * self.minutes,
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        channels = ["--channels", *map(str, budget.channels)]
+        return [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *words, *channels]
+
+    def _judge(self) -> Judge:
+        budget = self.budget
+        judge = Judge(
+            load_teacher(str(self.work / "teacher")),
+            self.work / "classifier" / "classifier.pt",
+            self._images()["train"],
+            self.device,
+            samples=budget.samples,
+            endpoint_samples=budget.endpoint_samples,
+            solver_steps=budget.solver_steps,
+            batch=budget.measure_batch,
+        )
+        checkpoint.write_text(self.work / "protocol.json", json.dumps(judge.protocol))
+        self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
+        return judge
+
+    def teacher_rows(self) -> Iterator[None]:
+        """Measure what is missing of the teacher under stock schedulers, one number of steps at a time."""
+        for n in sorted(SOLVER_STEPS, key=lambda n: abs(n - FIRST)):
+            for kind in SOLVERS:
+                file = self.work / "rows" / f"{kind}-{n}.json"
+                if not file.is_file():
+                    rows, pictures = self.judge.solver(kind, (n,))
+                    self._keep(f"{kind}-{n}", rows, pictures)
+                    yield
+
+    def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
+        self._keep_pictures(name, pictures)
+        checkpoint.write_text(self.work / "rows" / f"{name}.json", json.dumps(found))
+
+    def _keep_pictures(self, name: str, pictures: dict[str, torch.Tensor]) -> None:
+        folder = self.work / "rows"
+        folder.mkdir(exist_ok=True)
+        pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
+        save_whole(pixels, folder / f"{name}.safetensors")
+
+    def _start_all_losses(self) -> None:
+        """Every loss in a process of its own, without end, to see what their steps cost side by side."""
+        folder = self.work / "speed"
+        shutil.rmtree(folder, ignore_errors=True)
+        if (self.work / "steps.json").is_file():
+            return
+        # With data a loss is spared the student's own jump to the start: no slower.
+        self.timed = {f"speed-{name}": name for name in self.names if name.removesuffix("-data") == name} or {
+            f"speed-{name}": name for name in self.names
+        }
+        for title, name in self.timed.items():
+            self._distil(title, name, 10**6, 0, folder / title)
+
+    def _steps(self) -> int:
+        """How many steps every student gets: chosen once, from what the steps of each loss cost of the device."""
+        file, budget = self.work / "steps.json", self.budget
+        if not file.is_file():
+            logs = {title: self.work / "speed" / title / "steps.jsonl" for title in self.timed}
+            costs = self.processes.step_seconds(logs, budget.watched, self.left)
+            self.processes.kill(list(logs))
+            if not costs:
+                sys.exit(f"no student trains: {self.work / 'logs'} says why")
+            known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
+            worst = max(known.values())
+            speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in self.names}
+            for name, seconds in speeds.items():
+                print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
+            checkpoint.write_text(file, json.dumps({"steps": self._fitting(speeds), "seconds_a_step": speeds}))
+        steps: int = read(file)["steps"]
+        print(f"{steps} steps of {budget.batch} images for every student", flush=True)
+        return steps
+
+    def _fitting(self, speeds: dict[str, float]) -> int:
+        budget = self.budget
+        if budget.steps:
+            return budget.steps
+        row = read(self.work / "rows" / f"{SOLVERS[0]}-{FIRST}.json")[str(FIRST)]
+        # A student's measurement takes as many calls of the network an image as there are steps in all.
+        students = len(speeds) + budget.seeded
+        measuring = students * sum(STEPS) * budget.samples / (FIRST * row["images_per_second"])
+        seconds = self.left() - budget.startup - measuring
+        # Those with a second seed come last and few at a time: they fill the device half.
+        seeded = 2 * budget.seeded * max(speeds.values())
+        beside = budget.beside * sum(speeds.values()) / len(speeds)
+        steps = int(seconds / (sum(speeds.values()) + seeded + beside))
+        if steps < 50:
+            sys.exit(f"{self.left():.0f} s are left, which is {steps} steps a student: give --minutes more")
+        return steps
+
+    def _students(self, names: list[str], steps: int, seed: int) -> None:
+        """Train and measure those that are not yet, several at a time; meanwhile the teacher's rows."""
+        titles = {f"{name}-{seed}": name for name in names}
+        waiting = [title for title in titles if not (self.work / "rows" / f"{title}.json").is_file()]
+        rest = self.teacher_rows()
+        running = self.processes.running
+        while (waiting or running) and self.left() > 0:
+            while waiting and len(running) < self.budget.parallel:
+                title = waiting.pop(0)
+                self._distil(title, titles[title], steps, seed, self.work / "students" / title)
+            finished = self.processes.finished()
+            for title in finished:
+                if self.processes.code(title) == 0:
+                    self._measure(title, titles[title])
+            if not finished and next(rest, self) is self:
+                time.sleep(0.2)
+        if running:
+            print(f"the time is over before these are finished; the same command goes on: {', '.join(running)}")
+            self.processes.stop()
+
+    def _distil(self, title: str, name: str, steps: int, seed: int, output: Path) -> None:
+        recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, steps, seed)
+        folder = self.work / "recipes"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{title}.yaml"
+        checkpoint.write_text(file, recipe.to_yaml())
+        command = [sys.executable, "-m", "fmm_distill", "--recipe", str(file), "--output", str(output)]
+        self.processes.start(title, command)
+
+    def _measure(self, title: str, name: str) -> None:
+        folder = self.work / "students" / title
+        rows, pictures = self.judge.student(load_student(folder / "student").flow_map, STEPS)
+        log = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
+        found["shared_seconds"] = sum(self.budget.batch / line["images_per_second"] for line in log)
+        found["loss"] = [line["loss"] for line in log[:: max(len(log) // 100, 1)]]
+        self._keep(title, found, pictures)
+        # After each, so that little is lost where this process is killed.
+        self.write_json()
+        shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in STEPS)
+        print(f"{title}: Fréchet distance {shown} at {STEPS} steps, {self.left():.0f} s left", flush=True)
+
+    def _best(self) -> list[str]:
+        """The names whose mean logarithm of the Fréchet distance is lowest."""
+        scores = {}
+        for name in self.names:
+            file = self.work / "rows" / f"{name}-0.json"
+            if file.is_file():
+                scores[name] = sum(math.log(row["frechet"]) for row in read(file)["rows"].values())
+        return sorted(scores, key=lambda name: scores[name])[: self.budget.seeded]
+
+    def results(self) -> dict[str, Any]:
+        """Everything that there is, as one plain dictionary."""
+        work = self.work
+        rows = {file.stem: read(file) for file in sorted((work / "rows").glob("*.json"))}
+        solvers = {
+            kind: {str(n): rows[f"{kind}-{n}"][str(n)] for n in SOLVER_STEPS if f"{kind}-{n}" in rows}
+            for kind in SOLVERS
+        }
+        speed = read_if_there(work / "steps.json")
+        students = {title: found for title, found in rows.items() if "method" in found}
+        for found in students.values():
+            # What other code has put among the rows is shown beside them; its cost was not measured with the others.
+            seconds = speed["seconds_a_step"].get(found["method"])
+            found["device_seconds"] = None if seconds is None else found["steps"] * seconds
+        return {
+            "budget": asdict(self.budget),
+            "machine": machine(),
+            "protocol": read_if_there(work / "protocol.json"),
+            "teacher": read_if_there(work / "teacher" / "training.json") | {"rows": solvers},
+            "classifier": read_if_there(work / "classifier" / "classifier.json"),
+            "students": students,
+            "missing": [name for name in self.names if f"{name}-0" not in students],
+            "speed": speed,
+            "settings": {title: _settings(work / "recipes" / f"{title}.yaml") for title in students},
+            "stages": self.stages,
+        }
+
+    def write_json(self) -> dict[str, Any]:
+        """What there is, into the output; and the same."""
+        results = self.results()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self.output, json.dumps(results, indent=1) + "\n")
+        return results
+
+    def write(self) -> None:
+        """The JSON, the tables on the screen, and the pictures beside the JSON."""
+        results, output = self.write_json(), self.output
+        print(markdown(results), flush=True)
+        if not results["students"]:
+            return
+        draw_steps(results, output.with_name(f"{output.stem}-steps.png"))
+        draw_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
+        best = [f"{name}-0" for name in self._best()] or list(results["students"])
+        write_samples(self.work / "rows", best, output.with_name(f"{output.stem}-samples.png"))
+
+
+class Stage:
+    """Says how long a stage took, and keeps it."""
+
+    def __init__(self, benchmark: Benchmark, name: str) -> None:
+        self.benchmark, self.name = benchmark, name
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+        print(f"-- {self.name} ({self.benchmark.left():.0f} s left)", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.benchmark.stages[self.name] = time.monotonic() - self.began
+
+
+def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """A safetensors file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(file)
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_if_there(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read(file) if file.is_file() else {}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What tells a student's recipe from others."""
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wanted = ("data", "loss", "also", "before", "pairs", "weight", "training")
+    return {name: recipe[name] for name in wanted if name in recipe}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of parquet files")
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of everything that is kept")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
+    parser.add_argument("--output", type=Path, default=Path("cifar10.json"), help="pictures are written beside it")
+    parser.add_argument("--parallel", type=int, help="students that train at the same time")
+    parser.add_argument("--beside", type=int, default=0, help="students of others that share the device meanwhile")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
+    parser.add_argument("--gather", action="store_true", help="write what there is in --work, and stop")
+    parser.add_argument("--toy", action="store_true", help="a tiny network, 20 steps, 64 samples")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
+    options = parser.parse_args()
+    if options.render is not None:
+        print(markdown(read(options.render)))
+        return
+    if options.data is None:
+        parser.error("--data is missing: a folder of parquet files with the columns img and label")
+    budget = replace(TOY if options.toy else Budget(), beside=options.beside)
+    if options.parallel:
+        budget = replace(budget, parallel=options.parallel)
+    places = [place.resolve() for place in (options.data, options.work, options.output)]
+    benchmark = Benchmark(*places, budget, options.minutes, options.only)
+    if options.gather:
+        benchmark.write()
+        return
+    # As Ctrl-C: what is running is stopped, and what there is is written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        benchmark.run()
+    finally:
+        benchmark.processes.stop()
+        benchmark.write()
+
+
+if __name__ == "__main__":
+    main()

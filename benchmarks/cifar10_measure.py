@@ -1,0 +1,161 @@
+"""Fréchet distance and endpoint error of samplers on the same noises, on one device."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from fmm_distill.features import load_feature_file
+from fmm_distill.sampling import sample
+from fmm_distill.solve import endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from fmm_distill.features import FileFeatures
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+    Sampler = Callable[[Tensor], Tensor]
+
+NOISE_SEED = 20_240_607
+PICTURED = 10
+
+
+class OnDevice(nn.Module):
+    """Features from a device to the CPU: the metric sums in float64 there, and not all GPUs have its eigenvalues."""
+
+    def __init__(self, network: FileFeatures, device: str) -> None:
+        super().__init__()
+        self.num_features, self._network = network.num_features, (network.to(device),)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to features."""
+        found: Tensor = self._network[0](images)
+        return found.cpu()
+
+
+class Judge:
+    """The noises, where the teacher's ODE takes some of them, and the reference images' features; made once.
+
+    Args:
+        pixels: reference images, uint8, shape ``[count, 3, 32, 32]``.
+        features: a TorchScript file: images in [0, 1] to features.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        teacher: Teacher,
+        features: Path,
+        pixels: Tensor,
+        device: str,
+        *,
+        samples: int,
+        endpoint_samples: int,
+        solver_steps: int,
+        batch: int,
+    ) -> None:
+        self.teacher, self.device, self.batch = teacher.to(device), device, batch
+        noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        self.noise = noise.to(device)
+        network = load_feature_file(str(features), teacher.event_shape)
+        self.metric = FrechetInceptionDistance(
+            feature=OnDevice(network, device), normalize=True, reset_real_features=False
+        )
+        for part in pixels.split(batch):
+            self._update(part.to(device).float() / 255, real=True)
+        some = self.noise[:endpoint_samples]
+        self.truth = self._solved(some, solver_steps)
+        halved = self._solved(some, max(solver_steps // 2, 1))
+        ddim = _stock(teacher, "ddim", 16)
+        exact = torch.cat([ddim(part) for part in some.split(batch)])
+        moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
+        self.protocol: dict[str, Any] = {
+            "samples": samples,
+            "reference": f"{len(pixels)} training images",
+            "features": f"{network.num_features} of the classifier (sha256 {network.sha256[:12]}), "
+            "images clipped to [0, 1] and not rounded",
+            "endpoint_samples": len(some),
+            "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
+            "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
+            "ode_range": self.truth.abs().max().item(),
+            "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
+            "precision": "bf16" if device == "cuda" else "fp32",
+            "precision_moves_ddim_16": moved,
+            "noise_seed": NOISE_SEED,
+        }
+
+    def _update(self, images: Tensor, *, real: bool) -> None:
+        # TorchScript would compile the network anew for every size of batch.
+        with torch.jit.optimized_execution(False):
+            self.metric.update(images, real=real)
+
+    def _solved(self, noise: Tensor, steps: int) -> Tensor:
+        teacher = self.teacher
+        parts = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(x), steps) for x in noise.split(self.batch)]
+        return torch.cat(parts)
+
+    def _sampled(self, sampler: Sampler, noise: Tensor) -> Tensor:
+        """In bfloat16 on a GPU: the protocol has how far that moves a sample."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return torch.cat([sampler(part) for part in noise.split(self.batch)]).float()
+
+    @torch.no_grad()
+    def row(self, sampler: Sampler) -> tuple[dict[str, float], Tensor]:
+        """Fréchet distance, endpoint error and images a second of a sampler; and its first samples."""
+        started = time.perf_counter()
+        x = self._sampled(sampler, self.noise)
+        error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
+        # The error has waited for the samples.
+        rate = len(x) / (time.perf_counter() - started)
+        self.metric.reset()
+        for part in x.split(self.batch):
+            self._update((part / 2 + 0.5).clamp(0, 1), real=False)
+        found = {"frechet": float(self.metric.compute()), "endpoint": error, "images_per_second": rate}
+        return found, x[:PICTURED].cpu()
+
+    def student(
+        self, student: Student, steps: tuple[int, ...]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        """A row a number of jumps, and the first samples of each."""
+        student = student.to(self.device).eval()
+        return self._rows({str(n): _jumps(student, n) for n in steps})
+
+    def solver(self, kind: str, steps: tuple[int, ...]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        """The same of the teacher under a stock scheduler: ``ddim`` or ``dpmsolver++``."""
+        return self._rows({str(n): _stock(self.teacher, kind, n) for n in steps})
+
+    def _rows(self, samplers: dict[str, Sampler]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        found = {name: self.row(sampler) for name, sampler in samplers.items()}
+        return {name: row for name, (row, _) in found.items()}, {name: x for name, (_, x) in found.items()}
+
+
+def _jumps(student: Student, steps: int) -> Sampler:
+    return lambda noise: sample(student, noise, steps)
+
+
+def _stock(teacher: Teacher, kind: str, steps: int) -> Sampler:
+    """What diffusers does with the teacher's own network and scheduler, spacing trailing."""
+    classes = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+    settings: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if kind == "dpmsolver++":
+        settings |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
+
+    def run(noise: Tensor) -> Tensor:
+        scheduler = classes[kind].from_config(teacher.scheduler_config | settings)
+        scheduler.set_timesteps(steps, device=noise.device)
+        x = noise
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
+        return x
+
+    return run

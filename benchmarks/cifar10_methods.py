@@ -1,0 +1,82 @@
+"""The students of the CIFAR-10 benchmark: one recipe each, alike in everything but the loss and its pairs of times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.recipe import Recipe, parse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.cifar10 import Budget
+
+__all__ = ["METHODS", "recipe_of"]
+
+TO_DATA = {"prior": 0, "data": 1}
+# The velocity, for a loss that alone teaches the student none or not at every time.
+BESIDE = {"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": TO_DATA}
+# Forward mode: on a GPU convolutions in TensorFloat-32 leave a difference of two calls few digits.
+LAGRANGIAN = {"name": "lagrangian", "stop": "target", "derivative": "exact"}
+REGRESSION = {"name": "operator_regression", "solver_steps": 4}
+STEADY = {"normalise_tangent": True, "tangent_warmup_steps": "quarter"}
+
+# The most wanted first: what the time does not reach is what stands last.
+METHODS: dict[str, dict[str, Any]] = {
+    "lagrangian": {"loss": LAGRANGIAN},
+    "progressive": {"loss": {"name": "progressive"}, "also": [BESIDE]},
+    "eulerian": {"loss": {"name": "eulerian"} | STEADY},
+    "mean_flow": {"loss": {"name": "eulerian"}, "pairs": {"prior": 0.25, "diagonal": 0.5}},
+    "consistency": {
+        "loss": {"name": "consistency"} | STEADY,
+        "also": [BESIDE],
+        "pairs": TO_DATA,
+    },
+    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "also": [BESIDE]},
+    "operator_regression": {"loss": REGRESSION, "also": [BESIDE], "pairs": {"prior": 1}},
+    "regression-then-lagrangian": {
+        "before": [{"loss": REGRESSION, "share": 0.3, "pairs": {"prior": 1}}],
+        "loss": LAGRANGIAN,
+    },
+    "lagrangian-data": {"loss": LAGRANGIAN, "data": True},
+    "eulerian-data": {"loss": {"name": "eulerian"} | STEADY, "data": True},
+}
+
+
+def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, seed: int) -> Recipe:
+    """The recipe of a student; what is measured is measured by the benchmark, and only one pipeline is exported."""
+    changes = dict(METHODS[name])
+    loss = dict(changes.pop("loss"))
+    if "tangent_warmup_steps" in loss:
+        loss["tangent_warmup_steps"] = steps // 4
+    source = {"source": str(data), "flip": True} if changes.pop("data", False) else {"source": "none"}
+    settings = {
+        "teacher": str(teacher),
+        "data": source,
+        "loss": loss,
+        # Relative errors: what goes wrong where the residual is small is amplified on the way to data.
+        "weight": {"power": 1.0, "constant": 1e-3},
+        "training": {
+            "steps": steps,
+            "batch_size": budget.batch,
+            "learning_rate": budget.learning_rate,
+            "warmup_steps": min(100, steps // 10),
+            "ema": 0.99,
+            "precision": "bf16" if torch.cuda.is_available() else "fp32",
+            "checkpoint_every": max(steps // 3, 1),
+            "keep_checkpoints": 1,
+            "seed": seed,
+        },
+        "evaluation": {
+            "steps": [1],
+            "ddim_steps": [],
+            "dpmsolver_steps": [],
+            "endpoint_samples": 16,
+            "endpoint_solver_steps": 2,
+            "batch_size": 16,
+        },
+        "export": {"steps": []},
+    }
+    return parse(settings | changes, name)

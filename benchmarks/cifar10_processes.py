@@ -1,0 +1,112 @@
+"""The processes of the CIFAR-10 benchmark: started with a log each, stopped together, and timed side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Processes"]
+
+ROOT = Path(__file__).parents[1]
+# Steps before a process is at its pace.
+WARM = 3
+
+
+class Processes:
+    """Processes of one run, with a log each in ``logs``.
+
+    Args:
+        parallel: how many run at a time; cores are shared among them.
+    """
+
+    def __init__(self, logs: Path, parallel: int) -> None:
+        self.logs, self.running = logs, dict[str, subprocess.Popen[bytes]]()
+        self.environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(max(1, min(2, (os.cpu_count() or 1) // parallel))),
+        }
+
+    def start(self, name: str, command: list[str]) -> None:
+        """Start a process, its output at the end of its log."""
+        self.logs.mkdir(exist_ok=True)
+        with (self.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
+        self.running[name] = process
+
+    def finished(self) -> list[str]:
+        """Names of those that have ended, whose code is not taken yet."""
+        return [name for name, process in self.running.items() if process.poll() is not None]
+
+    def code(self, name: str, seconds: float = 0.0) -> int:
+        """The exit code of a process, which is stopped if it runs longer than so many seconds; it is said if not 0."""
+        process = self.running[name]
+        try:
+            code = process.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            code = self._stopped(process)
+        del self.running[name]
+        if code:
+            print(f"{name}: ended with exit code {code} ({self.logs / name}.log says why)", flush=True)
+        return code
+
+    def _stopped(self, process: subprocess.Popen[bytes]) -> int:
+        process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(8)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def stop(self) -> None:
+        """Ask all to save and stop, and wait for them."""
+        for process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        for name in list(self.running):
+            self.code(name, 8)
+
+    def kill(self, names: list[str]) -> None:
+        """End processes whose work is not needed."""
+        for name in names:
+            self.running[name].kill()
+            self.running.pop(name).wait()
+
+    def step_seconds(self, logs: dict[str, Path], seconds: float, left: Callable[[], float]) -> dict[str, float]:
+        """What one image costs of the device in each of these processes: its time in a step, divided by their number.
+
+        Args:
+            logs: the JSON lines that each writes, one a step.
+            seconds: how long they are watched once all are at their pace.
+            left: seconds that there are at most.
+        """
+        while left() > 0 and any(count(log) < WARM and self.running[name].poll() is None for name, log in logs.items()):
+            time.sleep(0.1)
+        before = {name: count(log) for name, log in logs.items()}
+        time.sleep(max(min(seconds, left()), 0))
+        found = {}
+        for name, log in logs.items():
+            lines = lines_of(log)[before[name] :]
+            # A step that had begun before counts too: one of them may be longer than the watch.
+            lines = lines or lines_of(log)[-1:]
+            if lines and self.running[name].poll() is None:
+                found[name] = statistics.mean(1 / json.loads(line)["images_per_second"] for line in lines) / len(logs)
+        return found
+
+
+def lines_of(log: Path) -> list[str]:
+    """The whole lines of a log that is being written."""
+    return log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []
+
+
+def count(log: Path) -> int:
+    return len(lines_of(log))

@@ -44,8 +44,9 @@ def assert_same_end(run, other, rel=2e-3):
         ours, others = tensors(run, name), tensors(other, name)
         assert ours.keys() == others.keys()
         assert all(ours[key].shape == others[key].shape for key in ours)
-    ours, others = tensors(run, "student"), tensors(other, "student")
-    assert max(float((ours[key] - others[key]).abs().max()) for key in ours) < 1e-3
+    for name in ("student", "ema-0.999"):
+        ours, others = tensors(run, name), tensors(other, name)
+        assert max(float((ours[key] - others[key]).abs().max()) for key in ours) < 1e-3, name
 
 
 @pytest.fixture(scope="module")

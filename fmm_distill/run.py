@@ -18,26 +18,19 @@ from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.data import captions_of, load_images, load_prompts
 from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import (
-    Evaluation,
-    check_evaluation_steps,
-    check_features,
-    choose,
-    evaluate,
-    image_shape,
-    table,
-)
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import check_evaluation, evaluate, image_shape
+from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
-from fmm_distill.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.memory import forecast_memory
 from fmm_distill.monitor import Monitor
 from fmm_distill.parts import mebibytes
-from fmm_distill.pictures import draw_samples, draw_steps
 from fmm_distill.prepare import describe_data, disk_bytes, open_images, prepare_samples
 from fmm_distill.run_folder import (
     PROMPTS,
@@ -118,9 +111,7 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
         )
-    check_features(recipe.evaluation, teacher)
-    for name in ("steps", "ddim_steps", "dpmsolver_steps"):
-        check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
+    check_evaluation(recipe.evaluation, teacher)
     check_steps(recipe.export.steps, teacher.schedule)
     images = open_images(data, teacher, table, say)
     reference = _reference(recipe, teacher, images, say)
@@ -307,7 +298,7 @@ def _finish(
     device = next(job.student.parameters()).device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
-    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()

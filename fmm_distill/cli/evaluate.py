@@ -24,7 +24,7 @@ def evaluate(
     import json
 
     from fmm_distill.checkpoint import write_text
-    from fmm_distill.evaluate import table
+    from fmm_distill.evaluation.result import table
     from fmm_distill.run import evaluate_run
 
     measured = evaluate_run(run, steps, samples, guidance)

@@ -14,7 +14,7 @@ from fmm_distill.export.about import read_about, write_about
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fmm_distill.evaluate import Evaluation
+    from fmm_distill.evaluation.result import Evaluation
     from fmm_distill.export.about import About
 
 __all__ = ["card", "write_card"]

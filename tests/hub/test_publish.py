@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 from fmm_distill.cli import command
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import Evaluation, Row
+from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.about import about_student, read_about
 from fmm_distill.export.card import card, write_card
 from fmm_distill.export.folder import export_pipeline

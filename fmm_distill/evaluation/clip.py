@@ -1,0 +1,61 @@
+"""How well images fit their prompts: CLIP score, by torchmetrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.evaluation.draws import places_of
+from fmm_distill.teachers.conditions import Embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["clip_scores"]
+
+
+def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -> Callable[[Tensor, range], Tensor]:
+    """What scores images in [0, 1] against the prompts that the samples of these numbers were told.
+
+    A score is 100 times the cosine between the embeddings of image and prompt (Hessel et al., arXiv 2104.08718), not
+    below 0; one a sample.
+
+    Args:
+        model: a Hub id or a folder.
+
+    Raises:
+        UserError: if the teacher has no prompts, or the model can't be opened.
+    """
+    known = teacher.conditions
+    if not isinstance(known, Embeddings):
+        raise UserError(f"evaluation.clip {model}: {teacher.source} has no prompts to score; wanted null")
+    try:
+        from torchmetrics.multimodal.clip_score import CLIPScore
+
+        metric = CLIPScore(model_name_or_path=model).to(device)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"evaluation.clip {model}: can't be opened ({type(error).__name__}: {first}); wanted a CLIP model with its "
+            "processor, by its Hub id or folder (pip install fmm-distill[text]); null: not measured"
+        ) from error
+
+    @torch.no_grad()
+    def score(images: Tensor, numbers: range) -> Tensor:
+        pixels = (images * 255).round().to(torch.uint8).to(device)
+        places = places_of(numbers, seed)
+        prompts = [known.names[min(int(place * len(known.names)), len(known.names) - 1)] for place in places]
+        found = []
+        for image, prompt in zip(pixels, prompts, strict=True):
+            metric.reset()
+            metric.update(image, prompt)
+            found.append(metric.compute().cpu())
+        return torch.stack(found)
+
+    return score

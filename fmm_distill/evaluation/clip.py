@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.draws import places_of
+from fmm_distill.evaluation.draws import prompts_of
 from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
@@ -49,10 +49,8 @@ def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -
     @torch.no_grad()
     def score(images: Tensor, numbers: range) -> Tensor:
         pixels = (images * 255).round().to(torch.uint8).to(device)
-        places = places_of(numbers, seed)
-        prompts = [known.names[min(int(place * len(known.names)), len(known.names) - 1)] for place in places]
         found = []
-        for image, prompt in zip(pixels, prompts, strict=True):
+        for image, prompt in zip(pixels, prompts_of(known, numbers, seed), strict=True):
             metric.reset()
             metric.update(image, prompt)
             found.append(metric.compute().cpu())

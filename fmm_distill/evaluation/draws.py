@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "places_of"]
+__all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
 
 NOISE_SEED = 20_240_607
 _WORD = 2**32
@@ -58,14 +59,20 @@ def draw_samples_of(teacher: Teacher, numbers: range, seed: int, device: torch.d
     noise = torch.cat([torch.randn(shape, generator=_generator(seed, number)) for number in numbers])
     cond = None
     if teacher.conditions is not None:
-        told = teacher.told(places_of(numbers, seed))
+        told = teacher.told(_places_of(numbers, seed))
         cond = None if told is None else told.to(device)
     return SampleDraws(seed, numbers, noise.to(device), cond)
 
 
-def places_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
+def _places_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
     """Where in [0, 1) the samples' conditions stand; of generators of their own, for nothing may precede the noise."""
     return torch.cat([torch.rand(1, generator=_generator(seed, number, stream=1)) for number in numbers])
+
+
+def prompts_of(known: Conditions, numbers: range, seed: int) -> list[str]:
+    """What the samples of these numbers are told, in words."""
+    count = len(known.names)
+    return [known.names[min(int(place * count), count - 1)] for place in _places_of(numbers, seed).tolist()]
 
 
 def _generator(seed: int, number: int, stream: int = 0) -> torch.Generator:

@@ -78,7 +78,7 @@ class Generator:
         features: None: images are not looked at.
         clip: scores of images in [0, 1] and the numbers of their samples; None: not measured.
         decodes: whether the seconds are to the decoded image.
-        keep: a folder for what is made until all is there, which several processes need; None: in memory.
+        accelerator: of several processes, which share the work; None: this one does it all.
         progress: takes a number of network calls times samples as they are done.
     """
 
@@ -94,20 +94,19 @@ class Generator:
         features: Features | None,
         clip: Callable[[Tensor, range], Tensor] | None = None,
         decodes: bool = False,
-        keep: Path | None = None,
         accelerator: Accelerator | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.teacher, self.count, self.first, self.batch, self.seed = teacher, count, first, batch, seed
         self.device, self.features, self.clip = device, features, clip
         self.decodes = decodes or features is not None or clip is not None
-        self.keep, self.accelerator, self.progress = keep, accelerator, progress
+        self.accelerator, self.progress = accelerator, progress
 
-    def run(self, sampler: Sampler, key: str = "", say: Callable[[str], None] = print) -> Made:
+    def run(self, sampler: Sampler, keep: Path | None = None, say: Callable[[str], None] = print) -> Made:
         """All samples of a sampler.
 
         Args:
-            key: tells it from others whose parts are kept.
+            keep: its folder for what is made until all is there, which several processes need; None: in memory.
             say: takes the line that something kept is damaged and made again.
         """
         cost = self._warm_up(sampler)
@@ -118,7 +117,7 @@ class Generator:
             ]
             return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
-        rows = make(0, 0, self.count) if self.keep is None else self._kept(make, self.keep / key, say)
+        rows = make(0, 0, self.count) if keep is None else self._kept(make, keep, say)
         samples = rows["samples"][: self.first]
         return Made(samples, rows.get("features"), rows.get("scores"), rows.get("clip"), rows["seconds"], cost)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from jaxtyping import Float
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fmm_distill.data import Images
     from fmm_distill.evaluation.generate import Made
@@ -100,6 +102,7 @@ class Measure:
 
     Args:
         quick: endpoint error and Fréchet distance alone, without their errors: for measuring on the way.
+        knows_ode: the teacher's ODE is solved for the endpoint error.
         decodes: seconds are to the decoded image even if nothing looks at it, as those of a pipeline are.
         keep: a folder for what is made until all of it is there; several processes share the work through it.
         accelerator: of several processes the first alone gets rows.
@@ -120,6 +123,7 @@ class Measure:
         device: torch.device,
         *,
         quick: bool = False,
+        knows_ode: bool = True,
         decodes: bool = False,
         keep: Path | None = None,
         accelerator: Accelerator | None = None,
@@ -147,10 +151,12 @@ class Measure:
             features=features,
             clip=clip,
             decodes=decodes,
-            keep=keep,
             accelerator=accelerator,
         )
-        self.truth, solver_error = _truth(teacher, settings, device)
+        first = accelerator is None or accelerator.is_main_process
+        self.truth: Tensor | None
+        solver_error: float | None
+        self.truth, solver_error = _truth(teacher, settings, device) if first and knows_ode else (None, None)
         self.protocol: dict[str, Any] = protocol_of(
             teacher,
             settings,
@@ -162,6 +168,8 @@ class Measure:
             image_metrics=self.metrics,
             decodes=self.generator.decodes,
         )
+        self._digests: dict[nn.Module, str] = {}
+        self._folders: list[Path] = []
         self.consistency: dict[str, dict[str, float]] = {}
         self.samples: dict[tuple[str, int], Tensor] = {}
 
@@ -201,12 +209,30 @@ class Measure:
 
     def _made(self, sampler: Sampler, progress: Callable[[int], Any]) -> Made:
         self.generator.progress = progress
-        key = hashlib.sha256(f"{sampler.name} {sampler.steps}".encode()).hexdigest()[:16]
-        return self.generator.run(sampler, key, self.say)
+        folder = None if self.keep is None else self.keep / self._key(sampler)
+        self._folders += [] if folder is None else [folder]
+        return self.generator.run(sampler, folder, self.say)
+
+    def _key(self, sampler: Sampler) -> str:
+        """Tells what a sampler makes from what others, other weights or other settings make."""
+        network = sampler.network
+        if network not in self._digests:
+            self._digests[network] = _weights_digest(network)
+        generator, conditions, guidance = self.generator, self.teacher.conditions, self.teacher.guidance
+        about = [sampler.name, sampler.steps, self._digests[network], generator.count, generator.first, generator.batch]
+        about += [generator.seed, generator.decodes, self.settings.clip, None if guidance is None else repr(guidance)]
+        about += [None if self.features is None else self.features.digest]
+        about += [None if conditions is None else conditions.names, self.teacher.source, self.teacher.call]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+    def remove_kept(self) -> None:
+        """Remove what was kept on the disk of the samplers that were measured."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _row(self, sampler: Sampler, made: Made) -> Row:
         values: dict[str, Value] = {}
-        if sampler.follows_ode:
+        if sampler.follows_ode and self.truth is not None:
             values["endpoint_error"] = rms_error((made.samples - self.truth).square().flatten(1).mean(1))
         if self.metrics is not None and made.features is not None:
             values |= self._of_images(self.metrics, made)
@@ -255,6 +281,14 @@ class Measure:
         for row in rows:
             row.seconds_ratio = row.seconds_per_image / base.seconds_per_image
             row.memory_ratio = row.memory / base.memory if row.memory and base.memory else None
+
+
+def _weights_digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _truth(

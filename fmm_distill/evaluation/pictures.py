@@ -76,7 +76,7 @@ def draw_steps(evaluation: Evaluation, path: Path, quantities: Sequence[str] = (
     drawn = [
         column
         for column in COLUMNS
-        if column.key == "endpoint_error" or column.key in quantities and _measured(evaluation, column.key)
+        if column.key == "endpoint_error" or (column.key in quantities and _measured(evaluation, column.key))
     ]
     across = min(2, len(drawn))
     down = -(-len(drawn) // across)

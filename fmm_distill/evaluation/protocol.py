@@ -44,7 +44,7 @@ _NOT_COMPARED = (
 def protocol_of(
     teacher: Teacher,
     settings: EvaluationSettings,
-    solver_error: float,
+    solver_error: float | None,
     device: torch.device,
     *,
     features: Features | None,
@@ -56,12 +56,20 @@ def protocol_of(
     """What is printed with the numbers, kept with them and shown in the card."""
     end = "decoded image" if decodes else "sample"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-    return {
+    ode = {
         "endpoint_error": f"root mean square over samples and {entries(teacher)} of the distance to the teacher's "
         "ODE solution from the same noise",
         "endpoint_samples": settings.endpoint_samples,
         "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
         "ode_solver_error": solver_error,
+    }
+    if solver_error is None:
+        ode = {
+            "endpoint_error": "not measured (the teacher is not asked)",
+            "endpoint_samples": settings.endpoint_samples,
+        }
+    return {
+        **ode,
         **_of_images(settings, features, images, reference, image_metrics),
         "clip_score": "not measured (evaluation.clip: null)"
         if settings.clip is None
@@ -71,7 +79,7 @@ def protocol_of(
         "noise": "a generator a sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
         "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
-        "solvers": about_solvers(teacher),
+        "solvers": about_solvers(teacher, settings),
         "arithmetic": "networks in float32, distances in float64",
         "seconds_per_image": f"from noise to the {end}, median over batches of {settings.batch_size} after a warm-up, "
         f"{device.type}, {torch.get_num_threads()} threads, float32",

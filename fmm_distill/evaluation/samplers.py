@@ -1,12 +1,10 @@
-"""What is compared: the student's jumps, its teacher under stock fast solvers, and stock pipelines as they are."""
+"""What is compared: a student's jumps, and its teacher under stock fast solvers; pipelines are in ``stock``."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Sampler", "about_solvers", "default_steps", "of_students", "of_teacher", "pipeline_sampler", "steps_within"]
+__all__ = ["Sampler", "about_solvers", "of_students", "of_teacher", "steps_within"]
 
 
 @dataclass(frozen=True)
@@ -184,49 +182,25 @@ def _clips(teacher: Teacher) -> bool:
     return bool(teacher.scheduler_config.get("clip_sample", False))
 
 
-def about_solvers(teacher: Teacher) -> str:
-    """Which solvers the teacher's rows are of, and which it can't have."""
-    if isinstance(teacher.schedule, FlowMatching):
-        return "Euler's and Heun's methods on equal steps of the teacher's own grid; no DPM-Solver++ and no UniPC"
+def about_solvers(teacher: Teacher, settings: EvaluationSettings) -> str:
+    """Which solvers the teacher's rows are of, and which of those that were asked for it can't have."""
+    asked = {name for name, numbers in _numbers_of(teacher, settings).items() if numbers}
+    missing = sorted(name for name in asked if _solver(teacher, name, 1) is None)
+    why = _why_no_heun(teacher) if isinstance(teacher.schedule, VariancePreserving) else None
+    reason = why if missing == ["teacher-heun"] and why else "this schedule has none"
+    left_out = f"; not {', '.join(name.removeprefix('teacher-') for name in missing)}: {reason}" if missing else ""
     if not isinstance(teacher.schedule, VariancePreserving):
-        return "Euler's method on equal steps of the teacher's own grid; no DPM-Solver++ on this schedule"
+        return f"Euler's method, and Heun's where it is asked for, on the teacher's own grid{left_out}"
     if _has_own_levels(teacher):
-        return "diffusers' CogVideoXDDIMScheduler, timestep_spacing=trailing; no DPM-Solver++ makes these noise levels"
-    no_heun = _why_no_heun(teacher)
+        return f"diffusers' CogVideoXDDIMScheduler, timestep_spacing=trailing{left_out}"
+    stock = {
+        "teacher-ddim": "DDIMScheduler",
+        "teacher-dpmsolver++": "DPMSolverMultistepScheduler (2M)",
+        "teacher-unipc": "UniPCMultistepScheduler (order 2, bh2)",
+        "teacher-heun": "HeunDiscreteScheduler",
+    }
+    names = ", ".join(text for name, text in stock.items() if name in asked - set(missing))
     return (
-        "diffusers' DDIMScheduler, DPMSolverMultistepScheduler (2M), UniPCMultistepScheduler (order 2, bh2) and "
-        "HeunDiscreteScheduler, timestep_spacing=trailing, the rest as in the teacher's configuration "
-        f"(clip_sample={_clips(teacher)})" + (f"; {no_heun}" if no_heun else "")
+        f"diffusers' {names}, timestep_spacing=trailing, the rest as in the teacher's configuration "
+        f"(clip_sample={_clips(teacher)}){left_out}"
     )
-
-
-def default_steps(pipeline: Any) -> int:  # noqa: ANN401 a diffusers class
-    """The number of steps that a stock pipeline takes if it is told none."""
-    return int(inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default)
-
-
-def pipeline_sampler(
-    name: str,
-    pipeline: Any,  # noqa: ANN401 a diffusers class
-    network: nn.Module,
-    steps: int,
-    call: Callable[[SampleDraws], dict[str, Any]],
-) -> Sampler:
-    """A stock pipeline as it is: its own scheduler and spacing, the samples' own generators, decoded images.
-
-    Args:
-        call: the keywords of its call for some samples, besides steps and generators.
-    """
-    takes_latents = "latents" in inspect.signature(pipeline.__call__).parameters
-    pipeline.set_progress_bar_config(disable=True)
-
-    def run(draws: SampleDraws) -> Tensor:
-        given = call(draws) | {"num_inference_steps": steps, "output_type": "np"}
-        # Generators that have given the noise already would give it again as the first noise of an ancestral step.
-        given["generator"] = draws.generators(after_noise=takes_latents)
-        if takes_latents:
-            given["latents"] = draws.noise
-        images = torch.from_numpy(pipeline(**given)[0]).movedim(-1, 1)
-        return images.float() * 2 - 1
-
-    return Sampler(name, steps, network, run, makes_images=True, follows_ode=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
@@ -12,6 +12,7 @@ from fmm_distill.evaluation.result import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from io import BytesIO
     from pathlib import Path
 
     from jaxtyping import Float
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.result import Column, Evaluation, Row
 
-__all__ = ["STYLES", "draw_samples", "draw_steps", "still", "styles_of"]
+__all__ = ["DRAWN", "STYLES", "draw_samples", "draw_steps", "measured_of", "still", "styles_of"]
 
 # Okabe and Ito's palette: told apart by the colour-blind; markers differ too.
 STYLES = {
@@ -33,6 +34,7 @@ STYLES = {
     "teacher": ("#000000", "*", "teacher, its own sampler"),
 }
 _OTHERS = (("#56B4E9", "P"), ("#56B4E9", "X"), ("#F0E442", "p"), ("#F0E442", "h"))
+# What the report draws.
 DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
 
 
@@ -67,17 +69,16 @@ def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], 
     figure.savefig(path)
 
 
-def draw_steps(evaluation: Evaluation, path: Path, quantities: Sequence[str] = ("endpoint_error", "frechet")) -> None:
+def draw_steps(
+    evaluation: Evaluation, target: Path | BytesIO, quantities: Sequence[str] = ("endpoint_error", "frechet")
+) -> None:
     """Each quantity that was measured against network calls; bars are two standard errors to each side.
 
     Args:
-        quantities: names of fields of a row; the endpoint error is drawn in any case.
+        target: a file, or memory; a PNG either way.
+        quantities: names of fields of a row.
     """
-    drawn = [
-        column
-        for column in COLUMNS
-        if column.key == "endpoint_error" or (column.key in quantities and _measured(evaluation, column.key))
-    ]
+    drawn = measured_of(evaluation, quantities)
     across = min(2, len(drawn))
     down = -(-len(drawn) // across)
     figure = Figure(figsize=(5.2 * across, 3.8 * down), dpi=160)
@@ -87,11 +88,17 @@ def draw_steps(evaluation: Evaluation, path: Path, quantities: Sequence[str] = (
     for axis in places[len(drawn) :]:
         axis.set_axis_off()
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(target, format="png")
 
 
-def _measured(evaluation: Evaluation, key: str) -> bool:
-    return any(getattr(row, key) is not None for row in evaluation.rows)
+def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Column]:
+    """Those of the quantities that some row has, in the order of the table; the first of all where none has."""
+    found = [
+        column
+        for column in COLUMNS
+        if column.key in quantities and any(getattr(row, column.key) is not None for row in evaluation.rows)
+    ]
+    return found or [COLUMNS[0]]
 
 
 def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
@@ -105,7 +112,9 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
             calls = [row.calls for row in rows]
             values = [getattr(row, column.key) for row in rows]
             errors = [2 * row.errors.get(column.key, 0.0) for row in rows]
-            axis.errorbar(calls, values, errors, color=colour, marker=marker, label=name, capsize=2, linewidth=1.5)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "capsize": 2}
+            # The student's curve is not hidden by one that it lies on.
+            axis.errorbar(calls, values, errors, zorder=4 if sampler == "student" else 3, **style)
     positive = all(getattr(row, column.key) > 0 for row in shown)
     logarithmic = column.better == "lower" and positive
     axis.set(xscale="log", xlabel="network calls", ylabel=labels.get(column.key, column.title))

@@ -112,8 +112,8 @@ def _of_images(
         "kid": f"cubic kernel, mean over {metrics.SUBSETS} subsets of {image_metrics.subset}, drawn with seed 0",
         "inception_score": scores,
         "precision_recall": f"neighbour {metrics.NEIGHBOURS}, {image_metrics.neighbours} samples and as many images",
-        "standard_errors": f"Fréchet: {image_metrics.resamples} resamples of the samples with seed 0; KID: "
-        f"{metrics.GROUPS} disjoint groups; inception score: its splits; the rest: of a mean or a share",
+        "standard_errors": f"Fréchet: {image_metrics.resamples} resamples without a tenth, seed 0; KID: variance of a "
+        "U-statistic; inception score: its splits; the rest: of a mean or a share; the reference is fixed",
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from fmm_distill.checkpoint import write_text
-from fmm_distill.evaluation.pictures import styles_of
+from fmm_distill.evaluation.pictures import DRAWN, draw_steps, measured_of, styles_of
 from fmm_distill.evaluation.result import COLUMNS
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ __all__ = ["write_report"]
 
 _PICTURES = {
     "samples.png": "The same noise down each column: the teacher's ODE, then the student.",
-    "steps.png": "Against network calls. Bars are two standard errors to each side.",
     "interpolation.png": "Noises on the way from one to another.",
 }
 _STYLE = """
@@ -36,6 +36,7 @@ thead th { background: #f2f2f2; } small { color: #555; }
 th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff;
   max-width: 9.5rem; overflow: hidden; text-overflow: ellipsis; border-right: 1px solid #ccc; }
 thead th:first-child { background: #f2f2f2; }
+.wide img { min-width: 40rem; } .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
 .mark { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #333; }
 dl { font-size: .875rem; } dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: #333; }
 """
@@ -47,19 +48,14 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     Raises:
         UserError: if the disk does not take it.
     """
-    subject = escape(str(evaluation.protocol.get("of", "a student")))
-    figures = "".join(
-        f'<figure><img src="{_inline(folder / name)}" alt="{escape(text)}">'
-        f"<figcaption>{escape(text)}</figcaption></figure>"
-        for name, text in _PICTURES.items()
-        if (folder / name).is_file()
-    )
+    subject = escape(str(evaluation.protocol.get("of") or "a student").rstrip("/").rpartition("/")[2])
     parts = [
         f"<h1>What {subject} loses and gains</h1>",
         _lead(evaluation),
         f"<h2>Numbers</h2>{_table(evaluation)}",
-        "<p>Small numbers are standard errors. Ratios are to the teacher's own sampler. Arrows: which way is better.</p>",
-        f"<h2>Pictures</h2>{figures}",
+        "<p>Small numbers are standard errors. Ratios are to the teacher's own sampler. Arrows: the better way.</p>",
+        f"<h2>Against network calls</h2>{_curves(evaluation)}",
+        f"<h2>Samples</h2>{_figures(folder)}",
         _consistency(evaluation),
         f"<h2>How it was measured</h2>{_protocol(evaluation)}",
     ]
@@ -71,25 +67,48 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "report.html", page)
 
 
-def _inline(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def _curves(evaluation: Evaluation) -> str:
+    """A picture a quantity, so that one fills a phone's width."""
+    pictures = []
+    for column in measured_of(evaluation, DRAWN):
+        drawn = BytesIO()
+        draw_steps(evaluation, drawn, (column.key,))
+        pictures.append(f'<img src="{_inline(drawn.getvalue())}" alt="{escape(column.title)} against network calls">')
+    return f'<div class="curves">{"".join(pictures)}</div><p>Bars are two standard errors to each side.</p>'
+
+
+def _figures(folder: Path) -> str:
+    return "".join(
+        f'<figure><div class="wide"><img src="{_inline((folder / name).read_bytes())}" alt="{escape(text)}"></div>'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+        for name, text in _PICTURES.items()
+        if (folder / name).is_file()
+    )
+
+
+def _inline(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _lead(evaluation: Evaluation) -> str:
-    """The one sentence that most people read."""
-    timed = [row for row in evaluation.rows if row.sampler == "student" and row.seconds_ratio]
-    if not timed:
-        return "<p>No row of the teacher's own sampler, so there is nothing to be faster than.</p>"
-    best = max(timed, key=lambda row: row.steps)
-    (base,) = [row for row in evaluation.rows if row.sampler == "teacher"]
-    text = f"At {best.steps} steps an image takes {_times(best)} less time than by the teacher's own sampler"
-    if best.frechet is not None and base.frechet is not None:
-        text += f"; the Fréchet distance is {best.frechet:.3f} instead of {base.frechet:.3f}"
-    return f"<p>{text}.</p>"
+    """What most people read."""
+    base = next((row for row in evaluation.rows if row.sampler == "teacher"), None)
+    if base is None:
+        return "<p>The teacher's own sampler was not measured, so there is nothing to be faster than.</p>"
+    lines = [
+        f"<li>{row.steps} {'step' if row.steps == 1 else 'steps'}: {1 / row.seconds_ratio:.3g} times as fast"
+        f"{_against(row, base)}</li>"
+        for row in evaluation.rows
+        if row.sampler == "student" and row.seconds_ratio
+    ]
+    about = escape(str(evaluation.protocol.get("reference_sampler")))
+    return f"<p>Against the teacher's own sampler ({about}):</p><ul>{''.join(lines)}</ul>"
 
 
-def _times(row: Row) -> str:
-    return f"{1 / row.seconds_ratio:.3g} times" if row.seconds_ratio else ""
+def _against(row: Row, base: Row) -> str:
+    if row.frechet is None or base.frechet is None:
+        return ""
+    return f", Fréchet distance {row.frechet:.3f} instead of {base.frechet:.3f}"
 
 
 def _table(evaluation: Evaluation) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import prompts_of
+from fmm_distill.evaluation.features import as_bytes
 from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -
 
     @torch.no_grad()
     def score(images: Tensor, numbers: range) -> Tensor:
-        pixels = (images * 255).round().to(torch.uint8).to(device)
+        pixels = as_bytes(images).to(device)
         found = []
         for image, prompt in zip(pixels, prompts_of(known, numbers, seed), strict=True):
             metric.reset()

@@ -21,10 +21,10 @@ from fmm_distill.teachers.load import BUILTIN
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float
+    from jaxtyping import Float, UInt8
     from torch import Tensor, nn
 
-__all__ = ["Features", "Seen", "check_features", "open_features", "unit_images"]
+__all__ = ["Features", "Seen", "as_bytes", "check_features", "open_features", "unit_images"]
 
 # torch-fidelity's file, by the name and in the place where it looks for it; the name ends in its sha256's first digits.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -97,6 +97,11 @@ class Features:
 def unit_images(decoded: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
     """Decoded samples, of range -1 to 1, as images in [0, 1]: clipped, not rounded."""
     return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+def as_bytes(images: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
+    """Images in [0, 1] as a file keeps them: rounded, where a cast alone would cut off."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def check_features(name: str, shape: tuple[int, ...]) -> None:
@@ -200,7 +205,7 @@ def _inception(shape: tuple[int, ...]) -> Features:
     network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
 
     def see(images: Tensor) -> Seen:
-        features, scores = network((images * 255).round().to(torch.uint8))
+        features, scores = network(as_bytes(images))
         return Seen(features.float(), scores.float())
 
     digest = _sha256(path)

@@ -34,7 +34,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e5e5; }
 thead th { background: #f2f2f2; } small { color: #555; }
 th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff;
-  max-width: 9.5rem; overflow: hidden; text-overflow: ellipsis; border-right: 1px solid #ccc; }
+  white-space: normal; min-width: 8rem; border-right: 1px solid #ccc; }
 thead th:first-child { background: #f2f2f2; }
 .wide img { min-width: 40rem; } .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
 .mark { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #333; }

@@ -29,9 +29,7 @@ class Change:
     """A quantity of one sampler at one number of steps, before and after.
 
     Attributes:
-        error: of the difference; None: not known, so that any difference counts.
-        better: the direction of the quantity, "lower" or "higher".
-        judged: it is a student's and depends on its samples.
+        errors: standard errors of both; None: not known, so that any difference counts.
     """
 
     sampler: str
@@ -40,7 +38,16 @@ class Change:
     before: float
     after: float
     errors: tuple[float | None, float | None]
-    judged: bool
+
+    @property
+    def of_student(self) -> bool:
+        """Whether it is no row of the teacher's."""
+        return not self.sampler.startswith("teacher")
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is a student's and depends on its samples."""
+        return self.of_student and self.column.judged
 
     @property
     def error(self) -> float | None:
@@ -139,20 +146,22 @@ def _changes(before: Row, after: Row) -> Iterator[Change]:
         if one is None or other is None:
             continue
         errors = before.errors.get(column.key), after.errors.get(column.key)
-        judged = column.judged and not before.sampler.startswith("teacher")
-        yield Change(before.sampler, before.steps, column, one, other, errors, judged)
+        yield Change(before.sampler, before.steps, column, one, other, errors)
 
 
 def report(comparison: Comparison) -> str:
     """The comparison as text: values with their 95 % intervals, and what moved."""
     lines = [f"different protocols: {key}: {a} there, {b} here" for key, (a, b) in comparison.different.items()]
     lines += [f"no row any more: {name}" for name in comparison.missing]
-    lines.append(f"{'sampler':<20}{'steps':>6}  {'quantity':<16}{'before':>28}{'after':>28}  verdict")
-    for change in comparison.changes:
+    lines.append(f"{'sampler':<20}{'steps':>6}  {'quantity':<16}{'before':>28} {'after':>28}  verdict")
+    # Of the teacher's rows, which are there to be compared with, those that should not have moved.
+    for change in (
+        change for change in comparison.changes if change.of_student or (change.moved and change.column.judged)
+    ):
         numbers = zip((change.before, change.after), change.errors, strict=True)
         before, after = (_with_interval(value, error, change.column.form) for value, error in numbers)
         name = f"{change.sampler:<20}{change.steps:>6}  {change.column.title:<16}"
-        lines.append(f"{name}{before:>28}{after:>28}  {_verdict(change)}")
+        lines.append(f"{name}{before:>28} {after:>28}  {_verdict(change)}")
     worse = sum(change.worse and change.judged for change in comparison.changes)
     lines.append(f"{worse} values of the student are worse" if worse else "no value of the student is worse")
     return "\n".join(lines)

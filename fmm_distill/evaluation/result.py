@@ -138,13 +138,14 @@ def table(evaluation: Evaluation) -> str:
     shown = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in evaluation.rows)]
     widths = [max(len(column.title), 9) + 2 for column in shown]
     titles = "".join(f"{column.title:>{width}}" for column, width in zip(shown, widths, strict=True))
-    lines = [f"{'sampler':<20}{'steps':>6}{'calls':>7}{titles}"]
+    longest = max(20, *(len(row.sampler) + 1 for row in evaluation.rows))
+    lines = [f"{'sampler':<{longest}}{'steps':>6}{'calls':>7}{titles}"]
     for row in evaluation.rows:
         numbers = ""
         for column, width in zip(shown, widths, strict=True):
             value = getattr(row, column.key)
             numbers += f"{'-' if value is None else format(value, column.form):>{width}}"
-        lines.append(f"{row.sampler:<20}{row.steps:>6}{row.calls:>7}{numbers}")
+        lines.append(f"{row.sampler:<{longest}}{row.steps:>6}{row.calls:>7}{numbers}")
     for name, pairs in evaluation.consistency.items():
         told = ", ".join(f"{pair.replace(',', ' and ')}: {distance:.4f}" for pair, distance in pairs.items())
         lines.append(f"  distance between the samples of {name} at two numbers of steps: {told}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import prompts_of
@@ -14,11 +15,33 @@ from fmm_distill.teachers.conditions import Embeddings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jaxtyping import Float
     from torch import Tensor
 
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["clip_scores"]
+
+
+class _Tensors(nn.Module):
+    """A CLIP model that gives tensors, as torchmetrics takes them, where transformers 5 gives outputs."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 a transformers class
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+        """Embeddings of images."""
+        return _plain(self.model.get_image_features(pixels))
+
+    def get_text_features(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch d"]:
+        """Embeddings of texts."""
+        return _plain(self.model.get_text_features(tokens, mask))
+
+
+def _plain(output: Any) -> Tensor:  # noqa: ANN401 of either version
+    found: Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return found
 
 
 def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -> Callable[[Tensor, range], Tensor]:
@@ -38,8 +61,11 @@ def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -
         raise UserError(f"evaluation.clip {model}: {teacher.source} has no prompts to score; wanted null")
     try:
         from torchmetrics.multimodal.clip_score import CLIPScore
+        from transformers import CLIPModel, CLIPProcessor
 
-        metric = CLIPScore(model_name_or_path=model).to(device)
+        opened = _Tensors(CLIPModel.from_pretrained(model)).eval(), CLIPProcessor.from_pretrained(model)
+        # By its name torchmetrics takes four models only.
+        metric = CLIPScore(model_name_or_path=lambda: opened, sync_on_compute=False).to(device)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

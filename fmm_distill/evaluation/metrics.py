@@ -148,7 +148,9 @@ class ImageMetrics:
         from torchmetrics.image.kid import KernelInceptionDistance
 
         with _quiet_and_seeded():
-            metric = KernelInceptionDistance(_Given(features.shape[1]), subsets=subsets, subset_size=size)
+            metric = KernelInceptionDistance(
+                _Given(features.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+            )
             metric.update(reference, real=True)
             metric.update(features, real=False)
             return float(metric.compute()[0])
@@ -182,7 +184,7 @@ def inception_score(scores: Float[Tensor, "samples classes"]) -> Value:
 
     splits = min(SPLITS, len(scores) // 2)
     with _quiet_and_seeded():
-        metric = InceptionScore(_Given(scores.shape[1]), splits=splits)
+        metric = InceptionScore(_Given(scores.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(scores.double())
         value, deviation = metric.compute()
     return Value(float(value), float(deviation) / math.sqrt(splits) if splits > 1 else None)
@@ -209,7 +211,10 @@ def mean_value(values: Float[Tensor, " samples"]) -> Value:
 def _frechet_metric(width: int) -> FrechetInceptionDistance:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return FrechetInceptionDistance(feature=_Given(width), normalize=True, reset_real_features=False)
+    # Features are gathered before; the other processes compute nothing, and would be waited for.
+    return FrechetInceptionDistance(
+        feature=_Given(width), normalize=True, reset_real_features=False, sync_on_compute=False
+    )
 
 
 def _moments(features: Float[Tensor, "count d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:

@@ -11,7 +11,6 @@ from fmm_distill.evaluation.clip import clip_scores
 from fmm_distill.evaluation.draws import prompts_of
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.velocity import Conditioning
-from tests.tiny.base import seeded
 from tests.tiny.tokenizers import clip_tokenizer
 
 CPU = torch.device("cpu")
@@ -24,7 +23,10 @@ def model(tmp_path_factory):
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, projection_dim=8, **ends, **sizes)
     vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=8, **sizes)
-    seeded(lambda: CLIPModel(CLIPConfig(text.to_dict(), vision.to_dict(), projection_dim=8)))().save_pretrained(folder)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return str(folder)
@@ -55,7 +57,7 @@ def test_scores_are_cosines_of_each_image_and_its_own_prompt(model, told):
 
 
 def test_what_has_no_prompts_or_is_no_model_is_refused(model, teacher, told, tmp_path):
-    with pytest.raises(UserError, match="can't be opened .*wanted a CLIP model with its processor"):
+    with pytest.raises(UserError, match=r"can't be opened .*wanted a CLIP model with its processor"):
         clip_scores(str(tmp_path), told, 3, CPU)
     teacher.conditions = None
     with pytest.raises(UserError, match="has no prompts to score; wanted null"):

@@ -117,7 +117,7 @@ class Generator:
             ]
             return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
-        rows = make(0, 0, self.count) if keep is None else self._kept(make, keep, say)
+        rows = make(0, 0, self.count) if keep is None else self._kept(make, sampler.steps, keep, say)
         samples = rows["samples"][: self.first]
         return Made(samples, rows.get("features"), rows.get("scores"), rows.get("clip"), rows["seconds"], cost)
 
@@ -169,7 +169,7 @@ class Generator:
         return made
 
     def _kept(
-        self, make: Callable[[int, int, int], dict[str, Tensor]], folder: Path, say: Callable[[str], None]
+        self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path, say: Callable[[str], None]
     ) -> dict[str, Tensor]:
         """The same by way of the disk: what another call has made is taken, and each process makes its share."""
         width = 0 if self.features is None else self.features.count + self.features.classes
@@ -184,6 +184,12 @@ class Generator:
                     say(f"{file} is damaged; it is made again")
                     file.unlink()
         self._wait()
+        mine = enumerate(layout.files[process::processes])
+        there = sum(
+            min(layout.size, self.count - (process + i * processes) * layout.size) for i, f in mine if f.is_file()
+        )
+        if self.progress is not None:
+            self.progress(there * steps)
         layout.fill(lambda *numbers: _sealed(make(*numbers)), process, processes)
         self._wait()
         parts = [load_file(file) for file in layout.files]

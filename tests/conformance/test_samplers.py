@@ -45,6 +45,7 @@ def test_every_solver_comes_to_the_odes_end(tmp_path, prediction):
         # Heun asks twice but in its last step.
         assert many.calls == (39 if name == "teacher-heun" else 40)
     # Of second order, and so closer than DDIM.
+    assert rows["teacher-heun", 20].endpoint_error < rows["teacher-ddim", 40].endpoint_error
     for name in ("teacher-dpmsolver++", "teacher-unipc"):
         assert rows[name, 40].endpoint_error < rows["teacher-ddim", 40].endpoint_error / 2
 

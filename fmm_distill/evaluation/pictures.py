@@ -133,7 +133,7 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
 def _apart(calls: list[int]) -> list[int]:
     """Of numbers on a logarithmic axis those whose labels don't touch."""
     kept: list[int] = []
-    for number in calls:
-        if not kept or number >= 1.3 * kept[-1]:
+    for number in reversed(calls):
+        if not kept or number <= kept[-1] / 1.3:
             kept.append(number)
     return kept

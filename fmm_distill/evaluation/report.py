@@ -36,7 +36,8 @@ thead th { background: #f2f2f2; } small { color: #555; }
 th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff;
   white-space: normal; min-width: 8rem; border-right: 1px solid #ccc; }
 thead th:first-child { background: #f2f2f2; }
-.wide img { min-width: 40rem; } .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
+.wide img { min-width: 40rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 .mark { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #333; }
 dl { font-size: .875rem; } dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: #333; }
 """

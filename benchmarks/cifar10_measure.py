@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
-from fmm_distill.features import load_feature_file
+from fmm_distill.evaluation.features import open_features, unit_images
+from fmm_distill.evaluation.metrics import ImageMetrics
 from fmm_distill.sampling import sample
 from fmm_distill.solve import endpoint
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fmm_distill.features import FileFeatures
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -28,19 +26,6 @@ if TYPE_CHECKING:
 
 NOISE_SEED = 20_240_607
 PICTURED = 10
-
-
-class OnDevice(nn.Module):
-    """Features from a device to the CPU: the metric sums in float64 there, and not all GPUs have its eigenvalues."""
-
-    def __init__(self, network: FileFeatures, device: str) -> None:
-        super().__init__()
-        self.num_features, self._network = network.num_features, (network.to(device),)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to features."""
-        found: Tensor = self._network[0](images)
-        return found.cpu()
 
 
 class Judge:
@@ -67,12 +52,11 @@ class Judge:
         self.teacher, self.device, self.batch = teacher.to(device), device, batch
         noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(device)
-        network = load_feature_file(str(features), teacher.event_shape)
-        self.metric = FrechetInceptionDistance(
-            feature=OnDevice(network, device), normalize=True, reset_real_features=False
-        )
-        for part in pixels.split(batch):
-            self._update(part.to(device).float() / 255, real=True)
+        found = open_features(str(features), teacher.event_shape)
+        assert found is not None
+        self.features = found.to(torch.device(device))
+        reference = [self._seen(part.to(device).float() / 255) for part in pixels.split(batch)]
+        self.metrics = ImageMetrics(torch.cat(reference), samples)
         some = self.noise[:endpoint_samples]
         self.truth = self._solved(some, solver_steps)
         halved = self._solved(some, max(solver_steps // 2, 1))
@@ -82,8 +66,7 @@ class Judge:
         self.protocol: dict[str, Any] = {
             "samples": samples,
             "reference": f"{len(pixels)} training images",
-            "features": f"{network.num_features} of the classifier (sha256 {network.sha256[:12]}), "
-            "images clipped to [0, 1] and not rounded",
+            "features": f"{found.count} of the classifier (sha256 {found.digest[:12]}), images {found.pixels}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
@@ -94,10 +77,11 @@ class Judge:
             "noise_seed": NOISE_SEED,
         }
 
-    def _update(self, images: Tensor, *, real: bool) -> None:
+    def _seen(self, images: Tensor) -> Tensor:
+        """Features of images in [0, 1], on the CPU: distances are taken in float64, which not all GPUs have all of."""
         # TorchScript would compile the network anew for every size of batch.
         with torch.jit.optimized_execution(False):
-            self.metric.update(images, real=real)
+            return self.features(images).features.cpu()
 
     def _solved(self, noise: Tensor, steps: int) -> Tensor:
         teacher = self.teacher
@@ -117,10 +101,9 @@ class Judge:
         error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
         # The error has waited for the samples.
         rate = len(x) / (time.perf_counter() - started)
-        self.metric.reset()
-        for part in x.split(self.batch):
-            self._update((part / 2 + 0.5).clamp(0, 1), real=False)
-        found = {"frechet": float(self.metric.compute()), "endpoint": error, "images_per_second": rate}
+        seen = torch.cat([self._seen(unit_images(part)) for part in x.split(self.batch)])
+        distance = self.metrics.frechet(seen, with_error=False).value
+        found = {"frechet": distance, "endpoint": error, "images_per_second": rate}
         return found, x[:PICTURED].cpu()
 
     def student(

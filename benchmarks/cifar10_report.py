@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from safetensors.torch import load_file
 
-from fmm_distill.pictures import draw_samples
+from fmm_distill.evaluation.pictures import draw_samples
 
 if TYPE_CHECKING:
     from pathlib import Path

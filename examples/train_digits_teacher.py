@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
-from fmm_distill.features import DigitsClassifier
+from fmm_distill.evaluation.digits import DigitsClassifier
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:

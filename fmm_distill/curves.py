@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from fmm_distill.pictures import STYLES as SAMPLERS
+from fmm_distill.evaluation.pictures import STYLES as SAMPLERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

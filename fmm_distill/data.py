@@ -170,6 +170,8 @@ class Images:
         source: where they come from, for messages and protocols.
         conditions: places of their conditions in [0, 1), shape ``[count]``; None: they have none.
         flip: whether each picked image is mirrored (left and right) with chance 1/2.
+        split: of the source, where it has splits.
+        resized: whether images of other sizes were resized, with antialiasing, and cropped.
     """
 
     def __init__(
@@ -180,9 +182,11 @@ class Images:
         conditions: Float[Tensor, " count"] | None = None,
         *,
         flip: bool = False,
+        split: str | None = None,
+        resized: bool = False,
     ) -> None:
         self.pixels, self.levels, self.source = pixels, levels, source
-        self.conditions, self.flip = conditions, flip
+        self.conditions, self.flip, self.split, self.resized = conditions, flip, split, resized
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -269,10 +273,14 @@ def load_images(
         places = places_of(table.values(settings.condition), conditions, where)
     if len(table) * event_shape[0] * event_shape[1] * event_shape[2] > in_memory:
         pixels = LazyPixels(table, event_shape, say)
-        return Images(pixels, settings.source, conditions=places, flip=settings.flip)
+        return _images(pixels, settings, places)
     decoded, kept = _decode(table, event_shape, say)
-    places = None if places is None else places[kept]
-    return Images(decoded, settings.source, conditions=places, flip=settings.flip)
+    return _images(decoded, settings, None if places is None else places[kept])
+
+
+def _images(pixels: Tensor | LazyPixels, settings: DataSettings, places: Tensor | None) -> Images:
+    crop = settings.fit == "crop"
+    return Images(pixels, settings.source, conditions=places, flip=settings.flip, split=settings.split, resized=crop)
 
 
 def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: Conditions | None) -> Images:

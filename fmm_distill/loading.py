@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["LoadedStudent", "load_student"]
+__all__ = ["LoadedStudent", "fetch_student", "load_student"]
 
 _CLOSE = 1e-6
 
@@ -137,7 +137,7 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = _fetch(str(source), revision)
+        folder = fetch_student(str(source), revision)
     elif revision is not None:
         raise UserError(f"{source}: revision {revision} is of a student on the Hub, this is a folder; leave it out")
     about = read_about(folder)
@@ -169,7 +169,12 @@ def _open(view: Path, source: str, prompts: Sequence[str], call: dict[str, Any],
         raise UserError(str(error).replace(str(view), source)) from error
 
 
-def _fetch(source: str, revision: str | None) -> Path:
+def fetch_student(source: str, revision: str | None = None) -> Path:
+    """The folder of an exported student of the Hub, without its folded pipelines.
+
+    Raises:
+        UserError: if it can't be had, or holds no exported student.
+    """
     try:
         folder = Path(snapshot_download(source, revision=revision, ignore_patterns=["steps-*", "lora/*"]))
     except HFValidationError as error:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fmm_distill.starts import Draws
     from fmm_distill.teachers.base import Distillable
 
-__all__ = ["GIB", "Memory", "forecast_memory", "peak_memory"]
+__all__ = ["GIB", "Memory", "forecast_memory", "held_by", "peak_memory"]
 
 GIB = 2**30
 # Samples that a trace is made of at most, where several losses share a batch.
@@ -118,6 +118,18 @@ class _Live(TorchDispatchMode):
             self._live -= self._made.pop(key)[0]
 
         return forget
+
+
+def held_by(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that the tensors made in a call take at most, beside those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Live() as live:
+        call()
+    return int(max((moment.live for moment in live.moments), default=0))
 
 
 def _storages(values: object) -> Iterator[Any]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill import checkpoint
-from fmm_distill.evaluate import Measure
-from fmm_distill.gallery import COLUMNS, SEED, Gallery
-from fmm_distill.pictures import draw_samples
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import Measure
+from fmm_distill.evaluation.pictures import draw_samples
 from fmm_distill.tracking import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -112,5 +112,5 @@ class Monitor:
 
     def _means(self, device: torch.device) -> tuple[Measure, Gallery]:
         settings = self.recipe.evaluation
-        measure = Measure(self.teacher, settings, self.reference, device)
+        measure = Measure(self.teacher, settings, self.reference, device, quick=True)
         return measure, Gallery(self.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)

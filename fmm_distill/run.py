@@ -20,27 +20,21 @@ from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.data import captions_of, load_images, load_prompts
 from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import (
-    Evaluation,
-    check_evaluation_steps,
-    check_features,
-    choose,
-    evaluate,
-    image_shape,
-    table,
-)
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import check_evaluation, evaluate, image_shape
+from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import verify
-from fmm_distill.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.lora import add_lora, has_lora, merged
 from fmm_distill.memory import forecast_memory
 from fmm_distill.monitor import Monitor
 from fmm_distill.parts import mebibytes
-from fmm_distill.pictures import draw_samples, draw_steps
 from fmm_distill.prepare import describe_data, disk_bytes, open_images, prepare_samples
+from fmm_distill.recipe import parse
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
@@ -75,14 +69,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Plan",
+    "at_guidance",
     "distill",
     "draw_run",
-    "evaluate_run",
     "export_run",
     "forecast",
+    "open_reference",
     "open_run",
     "open_teacher",
     "plan",
+    "with_evaluation",
 ]
 
 # The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
@@ -121,20 +117,24 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
         )
-    check_features(recipe.evaluation, teacher)
-    for name in ("steps", "ddim_steps", "dpmsolver_steps"):
-        check_evaluation_steps(f"evaluation.{name}", getattr(recipe.evaluation, name), teacher)
+    check_evaluation(recipe.evaluation, teacher)
     check_steps(recipe.export.steps, teacher.schedule)
     images = open_images(data, teacher, table, say)
-    reference = _reference(recipe, teacher, images, say)
+    reference = open_reference(recipe, teacher, images, say)
     student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)
 
 
-def _reference(recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]) -> Images | None:
-    """What images are compared with."""
+def open_reference(
+    recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]
+) -> Images | None:
+    """What images are compared with: the recipe's own reference, its data, or the built-in digits.
+
+    Args:
+        images: of the recipe's data, where they are open.
+    """
     settings = recipe.evaluation
     if settings.reference is not None:
         return load_images(settings.reference, image_shape(teacher), say=say)
@@ -310,7 +310,7 @@ def _finish(
     device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
-    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
@@ -371,27 +371,33 @@ def _how_to_load(folder: Path, recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def open_run(folder: Path | str, guidance: float | None = None, say: Callable[[str], None] = print) -> Plan:
+def open_run(
+    folder: Path | str,
+    guidance: float | None = None,
+    say: Callable[[str], None] = print,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Plan:
     """The teacher of a run and its averaged student at the newest checkpoint.
 
     Of several averages the one that the run's evaluation chose; before that the first.
 
     Args:
         guidance: another scale of a run with ``guidance.range`` than its recipe's.
+        evaluation: settings of the evaluation that are other than the recipe's.
 
     Raises:
         UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
     """
     folder = Path(folder)
-    recipe = _at_guidance(kept_recipe(folder), guidance)
+    recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
     # Before the teacher is opened, which takes long.
     found = checkpoint.newest_whole(folder / "checkpoints", say)
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
     job = plan(pinned(recipe, folder), kept_prompts(folder), say)
-    evaluation = read_evaluation(folder)
-    rate = recipe.training.ema[0] if evaluation is None else evaluation.protocol["ema"]
+    measured = read_evaluation(folder)
+    rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
     average = kept.tensors.get(checkpoint.average_name(rate), {})
     try:
         weights = {name: value for name, value in average.items() if name != "n_averaged"}
@@ -404,7 +410,30 @@ def open_run(folder: Path | str, guidance: float | None = None, say: Callable[[s
     return job
 
 
-def _at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
+def with_evaluation(recipe: Recipe, changes: Mapping[str, Any] | None, where: str) -> Recipe:
+    """A recipe with other settings of the evaluation.
+
+    Args:
+        where: what the recipe is of, for messages.
+
+    Raises:
+        UserError: on settings that don't fit.
+    """
+    if not changes:
+        return recipe
+    plain = recipe.model_dump(mode="json")
+    plain["evaluation"] |= changes
+    if plain["evaluation"]["features"] == "none" and "reference" not in changes:
+        plain["evaluation"]["reference"] = None
+    return parse(plain, where)
+
+
+def at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
+    """A recipe at another scale of its range of guidance.
+
+    Raises:
+        UserError: if it has no such scale.
+    """
     if scale is None:
         return recipe
     scales = recipe.guidance.range
@@ -412,22 +441,6 @@ def _at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
         learned = f"learned {scales[0]:g} to {scales[1]:g}" if scales else "has no guidance.range: it learned one scale"
         raise UserError(f"--guidance {scale:g}: this run {learned}; wanted a scale that it has learned")
     return recipe.model_copy(update={"guidance": recipe.guidance.model_copy(update={"scale": scale})})
-
-
-def evaluate_run(
-    folder: Path | str,
-    steps: tuple[int, ...] | None = None,
-    samples: int | None = None,
-    guidance: float | None = None,
-) -> Evaluation:
-    """Measure a run's averaged student again, at other numbers of steps or with another count of images."""
-    job = open_run(folder, guidance)
-    changes = {"steps": steps or job.recipe.evaluation.steps, "samples": samples or job.recipe.evaluation.samples}
-    settings = job.recipe.evaluation.model_copy(update=changes)
-    device = Accelerator().device
-    job.teacher.to(device)
-    student = {"student": job.student.to(device).eval()}
-    return evaluate(student, job.teacher, settings, job.reference, device)
 
 
 def draw_run(

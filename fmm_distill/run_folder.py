@@ -14,7 +14,7 @@ import yaml
 
 from fmm_distill import __version__, checkpoint
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import Evaluation, Row
+from fmm_distill.evaluation.result import Evaluation, from_json
 from fmm_distill.recipe import parse
 
 if TYPE_CHECKING:
@@ -174,5 +174,4 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     """The evaluation of a run that came to its end: it is the last file that a run writes."""
     if not (folder / "evaluation.json").is_file():
         return None
-    kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return Evaluation(kept["protocol"], [Row(**row) for row in kept["rows"]])
+    return from_json(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))

@@ -263,6 +263,10 @@ class EvaluationSettings(Settings):
     """Numbers of DDIM steps of the teacher, to compare with."""
     dpmsolver_steps: tuple[Steps, ...] = (1, 2, 4, 6, 8, 16)
     """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
+    unipc_steps: tuple[Steps, ...] = ()
+    """Numbers of UniPC steps of the teacher, to compare with."""
+    heun_steps: tuple[Steps, ...] = ()
+    """Numbers of Heun steps of the teacher, to compare with; each takes two network calls, the last one."""
     samples: int = Field(default=1024, ge=2)
     """Images for the Fréchet distance."""
     endpoint_samples: int = Field(default=256, ge=1)
@@ -275,6 +279,8 @@ class EvaluationSettings(Settings):
     [batch, d]."""
     reference: DataSettings | None = None
     """Images to compare with; null: those of data, or with features: digits the built-in ones."""
+    clip: str | None = None
+    """A CLIP model (Hub id or folder) that scores the images of a teacher of prompts; null: not measured."""
     batch_size: int = Field(default=256, ge=1)
     """Images at a time."""
 

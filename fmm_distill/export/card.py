@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmm_distill.checkpoint import write_text
+from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.export.about import read_about, write_about
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fmm_distill.evaluate import Evaluation
+    from fmm_distill.evaluation.result import Evaluation
     from fmm_distill.export.about import About
 
 __all__ = ["card", "write_card"]
@@ -123,14 +124,18 @@ def _numbers(evaluation: dict[str, Any] | None) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| sampler | steps | network calls | endpoint error | Fréchet distance | seconds per image |"]
-    lines.append("|---|---|---|---|---|---|")
+    """The numbers that every evaluation has, then what else was measured."""
+    main = {"endpoint_error": "endpoint error", "frechet": "Fréchet distance", "seconds_per_image": "seconds per image"}
+    forms = {column.key: column.form for column in COLUMNS}
+    titles = main | {
+        column.key: column.title
+        for column in COLUMNS
+        if column.key not in main and any(row.get(column.key) is not None for row in rows)
+    }
+    lines = [f"| sampler | steps | network calls | {' | '.join(titles.values())} |", "|---" * (3 + len(titles)) + "|"]
     for row in rows:
-        frechet = "not measured" if row["frechet"] is None else f"{row['frechet']:.3f}"
-        lines.append(
-            f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['endpoint_error']:.4f} | {frechet} "
-            f"| {row['seconds_per_image']:.5f} |"
-        )
+        cells = ("not measured" if row.get(key) is None else format(row[key], forms[key]) for key in titles)
+        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -186,7 +191,7 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
         if row["frechet"] is None:
             continue
         # Only the distance of Inception features goes by the name that everyone compares.
-        kind = "fid" if "Inception" in protocol["frechet"] else "frechet-distance"
+        kind = "fid" if protocol["frechet"].startswith("2048 Inception features") else "frechet-distance"
         results.append(
             EvalResult(
                 task_type=task,

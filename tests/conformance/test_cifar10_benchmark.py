@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks import cifar10, cifar10_classifier
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_report import markdown
-from fmm_distill.features import load_feature_file
+from fmm_distill.evaluation.features import open_features
 from fmm_distill.losses import SETTINGS
 from fmm_distill.solve import endpoint
 from fmm_distill.teachers.load import load_teacher
@@ -142,10 +142,10 @@ def test_the_classifier_learns_and_its_file_is_taken(tmp_path):
     assert cifar10_classifier.accuracy(features, head, images, labels) == 1
     file = tmp_path / "classifier.pt"
     torch.jit.trace(features, torch.rand(2, 3, 32, 32)).save(str(file))
-    loaded = load_feature_file(str(file), (3, 32, 32))
+    loaded = open_features(str(file), (3, 32, 32))
     shown = torch.rand(5, 3, 32, 32)
-    torch.testing.assert_close(loaded(shown), features(shown).double())
-    assert loaded.num_features == 8
+    torch.testing.assert_close(loaded(shown).features, features(shown))
+    assert loaded.count == 8
 
 
 def test_moved_images_keep_their_pixels():

@@ -13,7 +13,7 @@ import torch
 
 from fmm_distill.derivatives import derivative_in_r
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import evaluate
+from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import verify
 from fmm_distill.recipe import parse

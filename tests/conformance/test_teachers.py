@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.evaluate import evaluate
+from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.interpolant import expand
 from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student

@@ -11,7 +11,7 @@ import torch
 
 from fmm_distill.derivatives import choose_engine, derivative_in_r
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import evaluate
+from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fmm_distill.data import Images
-from fmm_distill.evaluate import evaluate
+from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.interpolant import expand

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from huggingface_hub.repocard_data import EvalResult
 
 from fmm_distill.cli import command
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import Evaluation, Row
+from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.about import about_student, read_about
-from fmm_distill.export.card import card, write_card
+from fmm_distill.export.card import _table, card, write_card
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.publish import pack
 from fmm_distill.recipe import parse
@@ -185,6 +186,16 @@ def test_the_card_is_what_the_hub_reads(folder):
     assert ", 1 hours; loss lagrangian; seed 0" in text
     assert "arXiv 2406.07507; LSD arXiv 2505.18825" in text
     assert "samples.png" in text
+
+
+def test_the_card_has_what_else_was_measured():
+    rows = [asdict(Row("student", 1, 1, None, 3.0, 0.1, kid=0.0125, recall=0.5)), asdict(ROWS[1])]
+    assert _table(rows).splitlines() == [
+        "| sampler | steps | network calls | endpoint error | Fréchet distance | seconds per image | KID | recall |",
+        "|---|---|---|---|---|---|---|---|",
+        "| student | 1 | 1 | not measured | 3.000 | 0.10000 | 0.01250 | 0.500 |",
+        "| student | 4 | 4 | 0.2500 | not measured | 0.40000 | not measured | not measured |",
+    ]
 
 
 def test_a_teacher_of_the_hub_is_the_base_model(folder, copy):

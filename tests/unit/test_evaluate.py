@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from pydantic import ValidationError
 
 from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.evaluate import (
-    Evaluation,
-    Measure,
-    Row,
-    _frechet,
-    _frechet_metric,
-    check_features,
-    choose,
-    evaluate,
-    table,
-)
-from fmm_distill.features import load_digits_classifier
+from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
+from fmm_distill.evaluation.features import open_features
+from fmm_distill.evaluation.measure import Measure, check_evaluation, evaluate
+from fmm_distill.evaluation.result import Evaluation, Row, choose, from_json, table
+from fmm_distill.sampling import sample
 from fmm_distill.settings import DataSettings, EvaluationSettings
 from fmm_distill.student import make_student
-from fmm_distill.teachers.codec import Pixels
-from fmm_distill.teachers.load import BUILTIN
 
 SETTINGS = EvaluationSettings(
     steps=(1, 2, 4),
@@ -61,44 +51,49 @@ def test_rows(measured):
 
 def test_json_and_table(measured):
     kept = measured.to_json()
-    assert set(kept) == {"protocol", "rows"}
-    assert set(kept["rows"][0]) == {"sampler", "steps", "calls", "endpoint_error", "frechet", "seconds_per_image"}
+    assert set(kept) == {"protocol", "rows", "consistency"}
+    assert from_json(json.loads(json.dumps(kept))) == measured
     printed = table(measured)
-    assert len(printed.splitlines()) == 1 + 9 + len(kept["protocol"])
+    assert len(printed.splitlines()) == 1 + 9 + 1 + len(kept["protocol"])
     assert "not measured" in printed
+    assert "KID" not in printed.splitlines()[0]
+    # What an earlier version wrote.
+    old = {"sampler": "student", "steps": 1, "calls": 1, "endpoint_error": 0.5, "frechet": None}
+    assert from_json({"protocol": {}, "rows": [old | {"seconds_per_image": 0.1}]}).rows[0].kid is None
 
 
-def test_frechet_distance_against_scipy():
-    settings = EvaluationSettings(features="digits", samples=400, batch_size=128)
+def test_consistency_is_the_distance_between_numbers_of_steps(teacher, measured):
+    student = make_student(teacher)
+    noise = draw_samples_of(teacher, range(8), NOISE_SEED).noise
+    one, four = sample(student, noise, 1), sample(student, noise, 4)
+    assert measured.consistency["student"]["1,4"] == pytest.approx(float((one - four).square().mean().sqrt()), rel=1e-4)
+    assert list(measured.consistency["student"]) == ["1,2", "1,4", "2,4"]
+
+
+def test_every_metric_of_the_digits(teacher):
     reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
-    generated = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), Pixels(), generated, settings)
-    features = load_digits_classifier(BUILTIN / "digits")
-    a = features((generated / 2 + 0.5).clamp(0, 1)).double().numpy()
-    b = torch.cat([features(part) for part in reference.batches(500)]).double().numpy()
-    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    assert ours == pytest.approx(theirs, rel=1e-3)
-    assert ours > 1
-
-
-def test_the_frechet_distance_of_the_data_to_itself_is_nothing():
-    settings = EvaluationSettings(features="digits", samples=1797)
-    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
-    metric = _frechet_metric(settings, reference, torch.device("cpu"))
-    images = torch.cat(list(reference.batches(1000))) * 2 - 1
-    assert _frechet(metric, Pixels(), images, settings) == pytest.approx(0, abs=1e-3)
-    # Twice the same call gives the same number: the generated side is forgotten, the reference kept.
-    assert (
-        _frechet(metric, Pixels(), images[:900], settings) == _frechet(metric, Pixels(), images[:900], settings) > 0.01
-    )
+    settings = SETTINGS.model_copy(update={"features": "digits", "samples": 60, "steps": (2,), "ddim_steps": (2,)})
+    evaluation = evaluate({"student": make_student(teacher)}, teacher, settings, reference, torch.device("cpu"))
+    by_name = {row.sampler: row for row in evaluation.rows if row.steps == 2}
+    student, ddim = by_name["student"], by_name["teacher-ddim"]
+    keys = {"endpoint_error", "frechet", "kid", "inception_score", "precision", "recall"}
+    assert set(student.errors) == keys
+    # An untrained student makes its teacher's images.
+    for key in keys:
+        assert getattr(student, key) == pytest.approx(getattr(ddim, key), rel=1e-2, abs=1e-2)
+    assert student.frechet > 1
+    assert student.memory > 0
+    protocol = evaluation.protocol
+    assert protocol["frechet_samples"] == 60
+    assert protocol["precision_recall"] == "neighbour 3, 60 samples and as many images"
+    assert protocol["kid"] == "cubic kernel, mean over 10 subsets of 30, drawn with seed 0"
+    assert protocol["reference_sha256"] == hashlib.sha256(reference.fingerprint.encode()).hexdigest()
 
 
 def test_features_that_do_not_fit(teacher):
     coloured = replace(teacher, event_shape=(3, 32, 32))
     with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
-        check_features(EvaluationSettings(features="digits"), coloured)
+        check_evaluation(EvaluationSettings(features="digits"), coloured)
 
 
 class Moments(torch.nn.Module):
@@ -126,16 +121,12 @@ def scripted(module, path):
 def test_features_from_a_file(teacher, tmp_path):
     name = scripted(Moments(), tmp_path / "moments.pt")
     settings = EvaluationSettings(features=name, samples=300, batch_size=128)
-    check_features(settings, teacher)
+    check_evaluation(settings, teacher)
     reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
-    generated = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    ours = _frechet(_frechet_metric(settings, reference, torch.device("cpu")), Pixels(), generated, settings)
-    a = Moments()((generated / 2 + 0.5).clamp(0, 1)).double().numpy()
-    b = Moments()(torch.cat(list(reference.batches(500)))).double().numpy()
-    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    images = torch.cat(list(reference.batches(500)))
+    seen = open_features(name, (1, 8, 8))(images)
+    assert torch.equal(seen.features, Moments()(images))
+    assert seen.scores is None
     small = settings.model_copy(update={"samples": 8, "endpoint_samples": 8, "endpoint_solver_steps": 2})
     said = Measure(teacher, small, reference, torch.device("cpu")).protocol["frechet"]
     assert said.startswith("3 features of moments.pt (TorchScript, sha256 ")
@@ -160,7 +151,7 @@ def test_a_feature_file_that_does_not_fit(teacher, tmp_path, module, shape, mess
     elif module != "nothing":
         scripted(module, path)
     with pytest.raises(UserError, match=message):
-        check_features(EvaluationSettings(features=str(path)), replace(teacher, event_shape=shape))
+        check_evaluation(EvaluationSettings(features=str(path)), replace(teacher, event_shape=shape))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Pictures of an evaluation: samples from the same noise, and quality against network calls."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+
+from fmm_distill.evaluation.result import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from io import BytesIO
+    from pathlib import Path
+
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from fmm_distill.evaluation.result import Column, Evaluation, Row
+
+__all__ = ["DRAWN", "STYLES", "draw_samples", "draw_steps", "measured_of", "still", "styles_of"]
+
+# Okabe and Ito's palette: told apart by the colour-blind; markers differ too.
+STYLES = {
+    "student": ("#D55E00", "o", "student"),
+    "teacher-ddim": ("#0072B2", "s", "teacher, DDIM"),
+    "teacher-euler": ("#0072B2", "s", "teacher, Euler"),
+    "teacher-dpmsolver++": ("#009E73", "^", "teacher, DPM-Solver++"),
+    "teacher-unipc": ("#CC79A7", "v", "teacher, UniPC"),
+    "teacher-heun": ("#E69F00", "D", "teacher, Heun"),
+    "teacher": ("#000000", "*", "teacher, its own sampler"),
+}
+_OTHERS = (("#56B4E9", "P"), ("#56B4E9", "X"), ("#F0E442", "p"), ("#F0E442", "h"))
+# What the report draws.
+DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
+
+
+def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and label of each sampler of an evaluation, the student first."""
+    there = list(dict.fromkeys(row.sampler for row in evaluation.rows))
+    known = {name: style for name, style in STYLES.items() if name in there}
+    free = cycle(_OTHERS)
+    return known | {name: (*next(free), name) for name in there if name not in STYLES}
+
+
+def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
+    """One picture a sample: the middle frame of a video, a sound's waves as a grey band."""
+    if samples.ndim == 5:
+        return samples[:, :, samples.shape[2] // 2]
+    return samples if samples.ndim == 4 else samples.unsqueeze(1)
+
+
+def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
+    """One row a sampler, one column a noise; images in [-1, 1]."""
+    columns = min(len(images) for images in rows.values())
+    figure = Figure(figsize=(1.2 + columns * 0.6, len(rows) * 0.62), dpi=200)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for (name, images), line in zip(rows.items(), axes, strict=True):
+        for image, place in zip(images[:columns], line, strict=True):
+            pixels = (image / 2 + 0.5).clamp(0, 1).movedim(0, -1).squeeze(-1).numpy()
+            place.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            place.set_xticks([])
+            place.set_yticks([])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    figure.tight_layout(pad=0.4, h_pad=0.15, w_pad=0.15)
+    figure.savefig(path)
+
+
+def draw_steps(
+    evaluation: Evaluation, target: Path | BytesIO, quantities: Sequence[str] = ("endpoint_error", "frechet")
+) -> None:
+    """Each quantity that was measured against network calls; bars are two standard errors to each side.
+
+    Args:
+        target: a file, or memory; a PNG either way.
+        quantities: names of fields of a row.
+    """
+    drawn = measured_of(evaluation, quantities)
+    across = min(2, len(drawn))
+    down = -(-len(drawn) // across)
+    figure = Figure(figsize=(5.2 * across, 3.8 * down), dpi=160)
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, column in zip(places, drawn, strict=False):
+        _draw_quantity(axis, evaluation, column)
+    for axis in places[len(drawn) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(target, format="png")
+
+
+def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Column]:
+    """Those of the quantities that some row has, in the order of the table; the first of all where none has."""
+    found = [
+        column
+        for column in COLUMNS
+        if column.key in quantities and any(getattr(row, column.key) is not None for row in evaluation.rows)
+    ]
+    return found or [COLUMNS[0]]
+
+
+def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
+    labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}
+    shown: list[Row] = []
+    for sampler, (colour, marker, name) in styles_of(evaluation).items():
+        rows = [row for row in evaluation.rows if row.sampler == sampler and getattr(row, column.key) is not None]
+        rows.sort(key=lambda row: row.calls)
+        shown += rows
+        if rows:
+            calls = [row.calls for row in rows]
+            values = [getattr(row, column.key) for row in rows]
+            errors = [2 * row.errors.get(column.key, 0.0) for row in rows]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "capsize": 2}
+            # The student's curve is not hidden by one that it lies on.
+            axis.errorbar(calls, values, errors, zorder=4 if sampler == "student" else 3, **style)
+    positive = all(getattr(row, column.key) > 0 for row in shown)
+    logarithmic = column.better == "lower" and positive
+    axis.set(xscale="log", xlabel="network calls", ylabel=labels.get(column.key, column.title))
+    axis.xaxis.set_major_locator(FixedLocator(_apart(sorted({row.calls for row in shown}))))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    if logarithmic:
+        axis.set(yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.grid(visible=True, which="major", alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _apart(calls: list[int]) -> list[int]:
+    """Of numbers on a logarithmic axis those whose labels don't touch."""
+    kept: list[int] = []
+    for number in reversed(calls):
+        if not kept or number <= kept[-1] / 1.3:
+            kept.append(number)
+    return kept

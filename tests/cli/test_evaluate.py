@@ -1,0 +1,202 @@
+"""``fmm-distill evaluate`` as users run it: runs, exported folders, what stands beside them, the regression guard."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from matplotlib.image import imread
+
+from tests.cli.runs import call
+
+# The tiny recipe measures no images; its teacher makes those that the digits' features look at.
+FEW = ("--features", "digits", "--samples", "24", "--steps", "1,2")
+
+
+def kept() -> list[Path]:
+    """What interrupted evaluations have left."""
+    folder = Path(constants.HF_HOME) / "fmm_distill" / "evaluation"
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def measure(source, file, *options):
+    status, out, err = call("evaluate", source, *FEW, "--teacher-steps", "3", *options, "--output", file)
+    assert status == 0, err
+    return json.loads(file.read_text()), out
+
+
+@pytest.fixture(scope="module")
+def measured(finished, tmp_path_factory):
+    """A run's student beside everything, with a report."""
+    place = tmp_path_factory.mktemp("measured")
+    folded = str(finished[0] / "student" / "steps-2")
+    options = ("--also", folded, "--also-steps", "2", "--also", finished[0] / "student", "--report", place / "report")
+    result, out = measure(finished[0], place / "a.json", *options)
+    return result, out, place, folded
+
+
+def rows_of(result):
+    return {(row["sampler"], row["steps"]): row for row in result["rows"]}
+
+
+def test_what_stands_beside_the_student(measured, finished):
+    result, out, _, folded = measured
+    rows = rows_of(result)
+    exported = str(finished[0] / "student")
+    solvers = ("teacher-ddim", "teacher-dpmsolver++", "teacher-unipc")
+    assert list(rows) == [
+        *(("student", n) for n in (1, 2)),
+        *((name, n) for name in solvers for n in (1, 2)),
+        ("teacher-heun", 1),
+        ("teacher", 3),
+        (folded, 2),
+        *((exported, n) for n in (2,)),
+    ]
+    student, own, stock = rows["student", 2], rows["teacher", 3], rows[folded, 2]
+    # The same student by another way, on the same noises.
+    for key in ("frechet", "kid", "precision", "recall"):
+        assert stock[key] == pytest.approx(student[key], rel=1e-3, abs=1e-3)
+        assert rows[exported, 2][key] == pytest.approx(student[key], rel=1e-3, abs=1e-3)
+    assert rows[exported, 2]["endpoint_error"] == pytest.approx(student["endpoint_error"], rel=1e-4)
+    assert stock["endpoint_error"] is None
+    assert own["seconds_ratio"] == own["memory_ratio"] == 1
+    assert student["seconds_ratio"] == pytest.approx(student["seconds_per_image"] / own["seconds_per_image"])
+    assert "DDPMPipeline, DDPMScheduler, 3 steps" in result["protocol"]["reference_sampler"]
+    assert "frechet_samples: 24" in out
+    assert kept() == []
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources, self.addresses, self.rows = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.sources += [given["src"]] if "src" in given else []
+        self.addresses += [given[key] for key in ("href", "srcset", "action") if key in given]
+        self.rows += tag == "tr"
+
+
+def test_the_report_opens_alone(measured):
+    result, out, place, _ = measured
+    assert f"report: {place / 'report' / 'report.html'}" in out
+    text = (place / "report" / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.rows == 1 + len(result["rows"])
+    # Seven quantities, two pictures of samples; all in the file.
+    assert len(page.sources) == 6 + 2
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert page.addresses == []
+    assert "http" not in text.replace("https://", "http").split("<dl>")[0].replace('<html lang="en">', "")
+    assert 'name="viewport"' in text
+    for name in ("samples", "interpolation", "steps"):
+        assert imread(place / "report" / f"{name}.png").std() > 0.05
+    samples, between = (imread(place / "report" / f"{name}.png") for name in ("samples", "interpolation"))
+    assert samples.shape == between.shape
+    assert (samples != between).any()
+
+
+def test_an_exported_folder_is_the_same_student(measured, finished, tmp_path):
+    result, *_ = measured
+    again, _ = measure(finished[0] / "student", tmp_path / "b.json")
+    ours, theirs = rows_of(result), rows_of(again)
+    for key, row in theirs.items():
+        assert (row["endpoint_error"] is None) == (key[0] == "teacher")
+        for quantity in ("endpoint_error", "frechet", "kid", "inception_score", "precision", "recall"):
+            assert row[quantity] is None or row[quantity] == pytest.approx(ours[key][quantity], rel=1e-3, abs=1e-3), (
+                key,
+                quantity,
+            )
+    status, out, _ = call("evaluate", "--compare", measured[2] / "a.json", tmp_path / "b.json")
+    # The student beside it is not there any more, and that is said.
+    assert status == 0
+    assert f"no row any more: {finished[0] / 'student'}, 2" in out
+    assert out.splitlines()[-1] == "no value of the student is worse"
+
+
+def test_without_the_teacher(finished, tmp_path):
+    options = (*FEW, "--against", "none", "--output", tmp_path / "a.json")
+    status, out, err = call("evaluate", finished[0] / "student", *options)
+    assert status == 0, err
+    assert "the teacher is not opened (--against none): no rows of it, and no endpoint error" in out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["sampler"], row["endpoint_error"]) for row in result["rows"]] == [("student", None)] * 2
+    assert list(result["consistency"]["student"]) == ["1,2"]
+    # Of a run the teacher is at hand.
+    status, _, err = call("evaluate", finished[0], *options)
+    assert status == 0, err
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [row["sampler"] for row in result["rows"]] == ["student"] * 2
+    assert all(row["endpoint_error"] > 0 for row in result["rows"])
+
+
+def test_the_regression_guard(measured, tmp_path):
+    result, _, place, _ = measured
+    worse = json.loads(json.dumps(result))
+    worse["rows"][1]["endpoint_error"] *= 2
+    (tmp_path / "worse.json").write_text(json.dumps(worse))
+    first = place / "a.json"
+    assert call("evaluate", "--compare", first, first)[0] == 0
+    status, out, err = call("evaluate", "--compare", first, tmp_path / "worse.json")
+    assert (status, err) == (1, "")
+    assert out.splitlines()[-1] == "1 values of the student are worse"
+    assert call("evaluate", "--compare", tmp_path / "worse.json", first)[0] == 0
+    other = result | {"protocol": result["protocol"] | {"noise_seed": 3}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    status, out, err = call("evaluate", "--compare", first, tmp_path / "other.json")
+    assert (status, out) == (2, "")
+    assert "measured in different ways (noise_seed: 20240607 there, 3 here)" in err
+    status, out, _ = call("evaluate", "--compare", first, tmp_path / "other.json", "--across-protocols")
+    assert status == 0
+    assert out.startswith("different protocols: noise_seed: 20240607 there, 3 here")
+
+
+def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
+    result, *_ = measured
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fmm_distill", "evaluate"]
+    command += [str(finished[0]), *FEW, "--teacher-steps", "3", "--output", str(tmp_path / "two.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("sampler  ") == 1
+    ours = rows_of(result)
+    for key, row in rows_of(json.loads((tmp_path / "two.json").read_text())).items():
+        for quantity in ("endpoint_error", "frechet", "kid", "precision", "recall"):
+            assert row[quantity] is None or row[quantity] == pytest.approx(ours[key][quantity], rel=1e-3, abs=1e-3)
+    assert list((tmp_path / "home" / "fmm_distill" / "evaluation").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "SOURCE is missing; wanted a run, an exported folder or a Hub id, or --compare A B"),
+        (("RUN", "--across-protocols"), "--across-protocols acts with --compare"),
+        (("RUN", "--also-steps", "2"), "--also-steps acts with --also"),
+        (("RUN", "--against", "none", "--teacher-steps", "2"), "--teacher-steps acts with --against teacher"),
+        (("RUN", "--compare", "a.json", "b.json"), "--compare measures nothing; leave out all but --across-protocols"),
+        (("--compare", "a.json", "b.json"), "a.json: no such file"),
+        (("RUN", "--features", "clip"), "evaluation.features: wanted digits, inception, none, or the path"),
+        (("RUN", "--features", "inception"), "evaluation.features: inception compares with a dataset"),
+        (("RUN", "--reference", "builtin:digits"), "evaluation.reference acts with features"),
+        (("RUN", "--clip", "some/model"), "evaluation.clip some/model: "),
+        (("RUN", "--also", "./nowhere"), "./nowhere: no such folder"),
+        (("RUN", "--teacher-steps", "1001"), "--teacher-steps 1001: wanted 1 to 1000"),
+        (("RUN", "--steps", "1001"), "evaluation.steps 1001: wanted 1 to 1000"),
+        (("nobody/nothing",), "nobody/nothing: no such folder here, and of the Hub: "),
+    ],
+    ids=str,
+)
+def test_mistakes(finished, options, message):
+    given = [finished[0] if option == "RUN" else option for option in options]
+    status, out, err = call("evaluate", *given)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert message in line

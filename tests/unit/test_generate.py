@@ -1,0 +1,124 @@
+"""Samples are the same whatever batches, processes and interruptions they are made in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fmm_distill.evaluation.draws import _generator, draw_samples_of
+from fmm_distill.evaluation.features import open_features
+from fmm_distill.evaluation.generate import Generator
+from fmm_distill.evaluation.samplers import Sampler, of_students
+from fmm_distill.student import make_student
+
+COUNT = 1100
+
+
+@pytest.fixture(scope="module")
+def whole(teacher_folder):
+    from fmm_distill.teachers.load import load_teacher
+
+    teacher = load_teacher(str(teacher_folder))
+    (sampler,) = of_students({"student": make_student(teacher)}, (1,))
+    return teacher, sampler, generator(teacher, batch=256).run(sampler)
+
+
+def generator(teacher, batch, accelerator=None, count=COUNT):
+    return Generator(
+        teacher,
+        count=count,
+        first=12,
+        batch=batch,
+        seed=7,
+        device=torch.device("cpu"),
+        features=open_features("digits", (1, 8, 8)),
+        accelerator=accelerator,
+    )
+
+
+def same(one, other):
+    # Kernels of other batch sizes round otherwise.
+    torch.testing.assert_close(one.features, other.features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-4)
+    torch.testing.assert_close(one.samples, other.samples, rtol=0, atol=1e-5)
+
+
+def test_noise_is_a_function_of_seed_and_number(teacher):
+    whole = draw_samples_of(teacher, range(40), 3).noise
+    parts = torch.cat([draw_samples_of(teacher, range(i, i + 8), 3).noise for i in range(0, 40, 8)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, draw_samples_of(teacher, range(40), 4).noise)
+    assert len({row.numpy().tobytes() for row in whole}) == 40
+    # What diffusers draws from the samples' generators.
+    generators = draw_samples_of(teacher, range(2), 3).generators(after_noise=False)
+    again = torch.cat([torch.randn(1, *teacher.event_shape, generator=one) for one in generators])
+    assert torch.equal(again, whole[:2])
+    after = draw_samples_of(teacher, range(2), 3).generators(after_noise=True)
+    assert not torch.equal(torch.randn(1, *teacher.event_shape, generator=after[0]), whole[:1])
+
+
+def test_noises_are_independent_and_normal(teacher):
+    noise = draw_samples_of(teacher, range(4000), 0).noise.flatten(1)
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.var()) - 1) < 0.02
+    # Neighbours have nothing in common.
+    assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.01
+    seeds = {_generator(0, number).initial_seed() for number in range(20_000)}
+    assert len(seeds) == 20_000
+
+
+@pytest.mark.parametrize("batch", [1100, 37])
+def test_batch_size_changes_nothing(whole, batch):
+    teacher, sampler, made = whole
+    same(generator(teacher, batch).run(sampler), made)
+    assert len(made.features) == len(made.seconds) == COUNT
+    assert len(made.samples) == 12
+
+
+def test_processes_and_the_disk_change_nothing(whole, tmp_path):
+    teacher, sampler, made = whole
+    waits = []
+
+    def process(index):
+        return SimpleNamespace(process_index=index, num_processes=2, wait_for_everyone=lambda: waits.append(index))
+
+    # The second makes its part and waits in vain for the other's: its files are there when it stops.
+    with pytest.raises(FileNotFoundError):
+        generator(teacher, 256, process(1)).run(sampler, tmp_path / "kept")
+    assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == ["part-00001.safetensors"]
+    same(generator(teacher, 256, process(0)).run(sampler, tmp_path / "kept"), made)
+    assert waits == [1, 1, 0, 0]
+
+
+def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
+    teacher, sampler, made = whole
+    calls, lines = [], []
+    counting = Sampler("student", 1, sampler.network, lambda draws: calls.append(len(draws)) or sampler.run(draws))
+    generator(teacher, 256).run(counting, tmp_path / "kept")
+    assert sum(calls) == 16 + COUNT
+    calls.clear()
+    # One part is gone, another has one number changed.
+    files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == 3
+    files[0].unlink()
+    tensors = load_file(files[1])
+    tensors["features"][3, 4] += 1e-3
+    save_file(tensors, files[1])
+    same(generator(teacher, 256).run(counting, tmp_path / "kept", lines.append), made)
+    assert sum(calls) == 16 + 1024
+    (line,) = lines
+    assert "part-00001.safetensors is damaged; it is made again" in line
+
+
+def test_costs(whole):
+    teacher, _, made = whole
+    assert made.cost.calls == 1
+    four = generator(teacher, 16, count=16).run(of_students({"student": make_student(teacher)}, (4,))[0])
+    assert four.cost.calls == 4
+    # Steps follow one another: they take no more memory than one.
+    assert made.cost.memory <= four.cost.memory < 1.5 * made.cost.memory
+    assert made.cost.memory > 16 * 64 * 4
+    assert not teacher.network._forward_hooks

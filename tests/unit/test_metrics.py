@@ -1,0 +1,164 @@
+"""Metrics against independent computations on the same features, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from fmm_distill.errors import FmmDistillError
+from fmm_distill.evaluation import metrics
+from fmm_distill.evaluation.metrics import ImageMetrics, inception_score, mean_value, rms_error
+
+
+def drawn(count, width, scale=1.0, shift=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, width, generator=generator) @ mixing * scale + shift
+
+
+REFERENCE, SAMPLES = drawn(700, 24), drawn(600, 24, 1.1, 0.2, seed=1)
+
+
+def test_frechet_distance_against_scipy():
+    a, b = SAMPLES.double().numpy(), REFERENCE.double().numpy()
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    measured = ImageMetrics(REFERENCE, len(SAMPLES))
+    assert measured.frechet(SAMPLES).value == pytest.approx(theirs, rel=1e-6)
+    # The form that is used for its error is the same distance.
+    assert float(measured._closed_form(SAMPLES.double())) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_frechet_distance_of_a_set_to_itself_is_nothing():
+    measured = ImageMetrics(REFERENCE, len(REFERENCE))
+    assert measured.frechet(REFERENCE).value == pytest.approx(0, abs=1e-6)
+    # The generated side is forgotten, the reference kept.
+    assert measured.frechet(SAMPLES[torch.arange(700) % 600]).value > 1
+    assert measured.frechet(REFERENCE).value == pytest.approx(0, abs=1e-6)
+
+
+def direct_mmd(x, y):
+    """Squared maximum mean discrepancy, unbiased, sum by sum; kernel (x.y / d + 1)^3."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n, m = len(x), len(y)
+    among_x = (kernel(x, x).sum() - np.trace(kernel(x, x))) / (n * (n - 1))
+    among_y = (kernel(y, y).sum() - np.trace(kernel(y, y))) / (m * (m - 1))
+    return among_x + among_y - 2 * kernel(x, y).mean()
+
+
+def test_kernel_distance_against_direct_sums():
+    measured = ImageMetrics(REFERENCE, len(SAMPLES))
+    # A subset of all is the set: no draw is left.
+    whole = measured._kernel(REFERENCE[:600].double(), SAMPLES.double(), 1, 600)
+    assert whole == pytest.approx(direct_mmd(REFERENCE[:600].double().numpy(), SAMPLES.double().numpy()), rel=1e-6)
+    # The same draws again, written down.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        values = []
+        for _ in range(metrics.SUBSETS):
+            real = REFERENCE[torch.randperm(700)[: measured.subset]].double().numpy()
+            fake = SAMPLES[torch.randperm(600)[: measured.subset]].double().numpy()
+            values.append(direct_mmd(real, fake))
+    assert measured.subset == 300
+    assert measured.kernel(SAMPLES).value == pytest.approx(np.mean(values), rel=1e-6)
+
+
+def test_precision_and_recall_against_loops():
+    reference, samples = drawn(41, 3), drawn(37, 3, 1.5, seed=1)
+    precision, recall = ImageMetrics(reference, 37).precision_recall(samples)
+    index = [round(i * 40 / 36) for i in range(37)]
+    real, fake = reference[index].double().numpy(), samples.double().numpy()
+
+    def share(points, centres):
+        inside = 0
+        for point in points:
+            for centre in centres:
+                others = sorted(np.linalg.norm(centre - other) for other in centres)
+                # The first of these is the centre itself.
+                if np.linalg.norm(point - centre) <= others[3]:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    assert precision.value == pytest.approx(share(fake, real))
+    assert recall.value == pytest.approx(share(real, fake))
+    assert 0 < precision.value < 1
+    assert precision.error == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 37))
+
+
+def test_precision_and_recall_know_what_is_missing():
+    left, right = drawn(200, 2), drawn(200, 2, shift=50.0, seed=1)
+    both = torch.stack([left, right], 1).flatten(0, 1)
+    precision, recall = ImageMetrics(both, 200).precision_recall(left)
+    assert precision.value > 0.9
+    assert recall.value < 0.6
+    precision, recall = ImageMetrics(left, 200).precision_recall(both[:200])
+    assert precision.value < 0.6
+    assert recall.value > 0.8
+
+
+def test_chunks_change_nothing(monkeypatch):
+    whole = ImageMetrics(REFERENCE, len(SAMPLES)).precision_recall(SAMPLES)
+    monkeypatch.setattr(metrics, "_CHUNK", 17)
+    assert ImageMetrics(REFERENCE, len(SAMPLES)).precision_recall(SAMPLES) == whole
+
+
+def test_inception_score_against_its_formula():
+    scores = drawn(300, 6, seed=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shuffled = scores[torch.randperm(300)].double()
+    values = []
+    for part in shuffled.chunk(10):
+        p = part.softmax(1)
+        values.append((p * (p / p.mean(0)).log()).sum(1).mean().exp().item())
+    found = inception_score(scores)
+    assert found.value == pytest.approx(np.mean(values), rel=1e-6)
+    assert found.error == pytest.approx(np.std(values, ddof=1) / math.sqrt(10), rel=1e-6)
+
+
+def test_draws_of_metrics_leave_the_global_generator():
+    state = torch.get_rng_state()
+    measured = ImageMetrics(REFERENCE, len(SAMPLES))
+    one = measured.kernel(SAMPLES), measured.frechet(SAMPLES), inception_score(SAMPLES)
+    torch.rand(3)
+    assert (measured.kernel(SAMPLES), measured.frechet(SAMPLES), inception_score(SAMPLES)) == one
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("count", [599, 601])
+def test_another_count_than_asked_is_refused(count):
+    samples = drawn(count, 24)
+    for metric in ("frechet", "kernel", "precision_recall"):
+        with pytest.raises(FmmDistillError, match=f"{count} samples were made, evaluation.samples is 600"):
+            getattr(ImageMetrics(REFERENCE, 600), metric)(samples)
+
+
+@pytest.mark.parametrize("metric", ["frechet", "kernel"])
+def test_standard_errors_are_the_spread_over_other_samples(metric):
+    reference, measured = drawn(500, 8), ImageMetrics(drawn(500, 8), 400)
+    assert len(reference) == 500
+    found = [getattr(measured, metric)(drawn(400, 8, 1.2, seed=seed)) for seed in range(24)]
+    spread = torch.tensor([value.value for value in found]).std()
+    told = torch.tensor([value.error for value in found]).mean()
+    assert 0.6 * spread < told < 2 * spread
+
+
+def test_root_mean_square_and_its_error():
+    distances = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.5
+    found = rms_error(distances)
+    assert found.value == pytest.approx(float(distances.mean().sqrt()))
+    # By leaving out each in turn.
+    parts = torch.stack([(distances.sum() - d) / 49 for d in distances]).sqrt()
+    jackknife = float(((parts - parts.mean()).square().sum() * 49 / 50).sqrt())
+    assert found.error == pytest.approx(jackknife, rel=2e-2)
+    assert rms_error(distances[:1]).error is None
+    assert mean_value(distances).error == pytest.approx(float(distances.std()) / math.sqrt(50))

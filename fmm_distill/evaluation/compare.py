@@ -58,6 +58,8 @@ class Change:
     @property
     def moved(self) -> bool:
         """Whether the difference is beyond the noise."""
+        if math.isnan(self.before) or math.isnan(self.after):
+            return not (math.isnan(self.before) and math.isnan(self.after))
         difference = abs(self.after - self.before)
         # Rounding of another machine is no change.
         if difference <= 1e-6 * max(abs(self.before), abs(self.after), 1e-12):
@@ -66,7 +68,9 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """Whether it moved the wrong way."""
+        """Whether it moved the wrong way; what is no number any more did."""
+        if math.isnan(self.before) or math.isnan(self.after):
+            return self.moved and math.isnan(self.after)
         falls = self.after < self.before
         return self.moved and falls == (self.column.better == "higher")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_worse_is_only_what_is_judged():
 def test_without_errors_any_difference_counts_but_rounding():
     assert moved(result(errors={}), result(0.5 + 1e-9, errors={})) == {}
     assert moved(result(errors={}), result(0.501, errors={})) == {"endpoint_error": True}
+
+
+def test_no_number_is_worse_than_any():
+    none = result(math.nan, errors=ERRORS | {"endpoint_error": math.nan})
+    assert moved(result(), none) == {"endpoint_error": True}
+    assert moved(none, result()) == {"endpoint_error": False}
+    assert moved(none, none) == {}
 
 
 def test_rows_that_are_missing_are_named():

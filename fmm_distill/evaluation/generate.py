@@ -164,6 +164,10 @@ class Generator:
                     made["scores"] = seen.scores.float().cpu()
             if self.clip is not None:
                 made["clip"] = self.clip(images, numbers).cpu()
+            # Rounding to bytes would make a pixel of what is no number.
+            broken = images.flatten(1).isnan().any(1).cpu()
+            for name in {"features", "scores", "clip"} & made.keys():
+                made[name][broken] = torch.nan
         if self.progress is not None:
             self.progress(len(numbers) * sampler.steps)
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from fmm_distill.evaluation import features as feature_networks
 from fmm_distill.evaluation.clip import clip_scores
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.generate import Generator
-from fmm_distill.evaluation.metrics import ImageMetrics, inception_score, mean_value, rms_error
+from fmm_distill.evaluation.metrics import ImageMetrics, Value, inception_score, mean_value, rms_error
 from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import reference_of
 from fmm_distill.evaluation.result import Evaluation, Row
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from fmm_distill.data import Images
     from fmm_distill.evaluation.generate import Made
-    from fmm_distill.evaluation.metrics import Value
     from fmm_distill.evaluation.samplers import Sampler
     from fmm_distill.settings import EvaluationSettings
     from fmm_distill.student import Student
@@ -235,7 +235,14 @@ class Measure:
         if sampler.follows_ode and self.truth is not None:
             values["endpoint_error"] = rms_error((made.samples - self.truth).square().flatten(1).mean(1))
         if self.metrics is not None and made.features is not None:
-            values |= self._of_images(self.metrics, made)
+            seen = made.features[: self.settings.samples]
+            if seen.isfinite().all():
+                values |= self._of_images(self.metrics, made)
+            else:
+                # Eigenvalues of these would end the process.
+                bad = int((~seen.isfinite().all(1)).sum())
+                self.say(f"{sampler.name}, {sampler.steps} steps: {bad} of {len(seen)} samples are no numbers: nan")
+                values |= dict.fromkeys(self._names(made), Value(math.nan, None))
         if made.clip is not None:
             values["clip_score"] = mean_value(made.clip[: self.settings.samples])
         numbers = {name: value.value for name, value in values.items()}
@@ -261,6 +268,13 @@ class Measure:
         if made.scores is not None:
             values["inception_score"] = inception_score(made.scores[: self.settings.samples])
         return values | {"precision": precision, "recall": recall}
+
+    def _names(self, made: Made) -> tuple[str, ...]:
+        """What ``_of_images`` gives."""
+        if self.quick:
+            return ("frechet",)
+        scored = () if made.scores is None else ("inception_score",)
+        return ("frechet", "kid", *scored, "precision", "recall")
 
     def _compare_steps(self, samplers: Iterable[Sampler]) -> None:
         """How far apart the samples of two numbers of steps are; of pipelines of images too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -121,7 +122,8 @@ def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, E
         )
         for name in rates
     }
-    best = min(scores, key=lambda name: scores[name])
+    # What is no number is the worst.
+    best = min(scores, key=lambda name: (math.isnan(scores[name]), scores[name]))
     first = [replace(row, sampler="student") for row in evaluation.rows if row.sampler == best]
     protocol = evaluation.protocol | {"ema": rates[best]}
     if len(rates) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -190,3 +191,21 @@ def test_of_several_averages_the_one_that_is_nearest(measured):
     said = "mean Fréchet distance over the steps, on these samples (0.999: 0.55, 0.9: 0.45)"
     assert (said in chosen.protocol["ema_chosen"]) == measured
     assert choose(Evaluation({}, slow), {"slow": 0.999})[1].protocol == {"ema": 0.999}
+
+
+def test_samples_that_are_no_numbers(teacher):
+    """A student that broke ends neither the process nor the comparison, and is not the one that is exported."""
+    few = {"features": "digits", "steps": (1,), "ddim_steps": (), "dpmsolver_steps": ()}
+    settings = SETTINGS.model_copy(update=few)
+    images = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
+    broken, said = make_student(teacher), []
+    with torch.no_grad():
+        next(broken.network.parameters()).fill_(torch.nan)
+    students = {"broken": broken, "whole": make_student(teacher)}
+    measured = evaluate(students, teacher, settings, images, torch.device("cpu"), say=said.append)
+    assert said == ["broken, 1 steps: 16 of 16 samples are no numbers: nan"]
+    one, other = measured.rows
+    assert all(math.isnan(value) for value in (one.endpoint_error, one.frechet, one.kid, one.recall))
+    assert other.frechet > 0
+    rate, _ = choose(measured, {"broken": 0.9, "whole": 0.99})
+    assert rate == 0.99

@@ -84,6 +84,22 @@ def write_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that ``write_text`` could not write, before what it is to hold is computed.
+
+    Raises:
+        UserError: if it is a folder, or its folder is not there or takes no files.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder; wanted a file")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def append_line(path: Path, text: str) -> None:
     """Add a line to a log. Unbuffered: a full disk fails at the write, with nothing left over to fail again."""
     with writing(path), path.open("ab", buffering=0) as file:

@@ -72,10 +72,16 @@ def evaluate(
     )
     import json
 
-    from fmm_distill.checkpoint import write_text
+    from fmm_distill.checkpoint import check_writable, write_text, writing
     from fmm_distill.evaluation.result import table
     from fmm_distill.subject import Asked, measure_subject, open_subject
 
+    if output is not None:
+        check_writable(output)
+    if report is not None:
+        with writing(report):
+            report.mkdir(parents=True, exist_ok=True)
+        check_writable(report / "report.html")
     asked = Asked(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
     measured = measure_subject(open_subject(source, asked, click.echo), asked, report, click.echo)
     # Of several processes the first has the numbers.

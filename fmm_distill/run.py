@@ -68,8 +68,10 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = [
+    "PATIENCE",
     "Plan",
     "at_guidance",
+    "check_joined",
     "distill",
     "draw_run",
     "export_run",
@@ -82,7 +84,7 @@ __all__ = [
 ]
 
 # The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
-_PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass
@@ -254,16 +256,25 @@ def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
         # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
         # cache for the call that is to have them, and gets none (pytorch issue 112583).
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(cache_enabled=False)],
     )
     check_sharding(accelerator, recipe.training)
+    check_joined(accelerator)
+    return accelerator
+
+
+def check_joined(accelerator: Accelerator) -> None:
+    """Refuse processes that were launched together and don't know of one another.
+
+    Raises:
+        UserError: with both numbers.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: on CPU set "
             "ACCELERATE_USE_CPU=true, so that they don't run side by side in one folder"
         )
-    return accelerator
 
 
 def _silent(_: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import constants, hf_hub_download
 
 from fmm_distill.checkpoint import writing
@@ -24,7 +25,15 @@ from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.hub import HUB_FAULTS
 from fmm_distill.loading import fetch_student, load_student
 from fmm_distill.recipe import Recipe
-from fmm_distill.run import at_guidance, open_reference, open_run, open_teacher, with_evaluation
+from fmm_distill.run import (
+    PATIENCE,
+    at_guidance,
+    check_joined,
+    open_reference,
+    open_run,
+    open_teacher,
+    with_evaluation,
+)
 from fmm_distill.run_folder import kept_recipe
 from fmm_distill.settings import DataSettings, PromptSettings
 
@@ -140,7 +149,9 @@ def measure_subject(
     Raises:
         UserError: on a pipeline beside it that can't be opened or makes other images.
     """
-    accelerator = Accelerator()
+    # The first process computes metrics, the ODE's end and pictures while the others wait for it.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    check_joined(accelerator)
     line = say if accelerator.is_main_process else _silent
     device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
     student = subject.student.to(device).eval()
@@ -151,7 +162,7 @@ def measure_subject(
     samplers += of_teacher(teacher, settings)
     reference = _reference(teacher, asked, device, line)
     samplers += [] if reference is None else [reference]
-    for source in asked.also:
+    for source in dict.fromkeys(asked.also):
         samplers += _beside(source, teacher, asked.also_steps or settings.steps, device)
     measure = Measure(
         teacher,
@@ -196,13 +207,14 @@ def _reference(teacher: Teacher, asked: Asked, device: torch.device, say: Callab
 
 def _beside(source: str, teacher: Teacher, steps: tuple[int, ...], device: torch.device) -> list[Sampler]:
     if not _holds_student(source):
-        return [other_pipeline(source, teacher, device, count) for count in steps]
+        return other_pipeline(source, teacher, device, steps)
     loaded = load_student(source, prompts=() if teacher.conditions is None else teacher.conditions.names)
     if loaded.event_shape != teacher.event_shape:
         raise UserError(
             f"--also {source}: its samples have shape {loaded.event_shape}, the teacher's {teacher.event_shape}; "
             "wanted a student of the same noises"
         )
+    check_evaluation_steps(f"--also {source}: steps", steps, teacher)
     same = loaded.about.teacher == teacher.source
     return of_students({source: loaded.flow_map.to(device).eval()}, steps, follows_ode=same)
 
@@ -223,6 +235,8 @@ def _holds_student(source: str) -> bool:
 def _draw(evaluation: Evaluation, subject: Subject, student: Student, folder: Path, device: torch.device) -> None:
     settings = subject.settings
     gallery = Gallery(subject.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)
+    if not subject.knows_ode:
+        gallery.name = "student's ODE"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         draw_steps(evaluation, folder / "steps.png", DRAWN)

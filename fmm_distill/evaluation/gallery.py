@@ -31,7 +31,12 @@ class Gallery:
 
     Args:
         solver_steps: RK4 steps of the teacher's ODE.
+
+    Attributes:
+        name: of the row of the ODE.
     """
+
+    name = "teacher's ODE"
 
     def __init__(self, teacher: Teacher, solver_steps: int, count: int, seed: int, device: torch.device) -> None:
         draws = draw_samples_of(teacher, range(count), seed, device)
@@ -59,7 +64,7 @@ class Gallery:
 
     @torch.no_grad()
     def _shown(self, student: Student, steps: tuple[int, ...], noise: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        rows = {"teacher's ODE": truth}
+        rows = {self.name: truth}
         rows |= {f"student, {n}": sample(student, noise, n, self.cond) for n in steps}
         return {name: still(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
 

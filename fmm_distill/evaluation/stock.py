@@ -71,17 +71,20 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     return _sampler("teacher", pipeline, teacher, steps, teacher.call | _guidance(teacher))
 
 
-def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: int) -> Sampler:
+def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: tuple[int, ...]) -> list[Sampler]:
     """Another pipeline on the teacher's noises and prompts, with its own scheduler and its own guidance.
 
     Args:
-        source: a Hub id or a folder.
+        source: a Hub id or a folder; it is opened once for all numbers of steps.
 
     Raises:
-        UserError: if it can't be opened, or makes other images than the teacher.
+        UserError: if it can't be opened, has fewer timesteps, or makes other images than the teacher.
     """
     pipeline = open_pipeline(fetched(find(source)).folder).to(device)
-    return _sampler(source, pipeline, teacher, steps, dict(teacher.call))
+    most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
+    if most is not None and max(steps) > most:
+        raise UserError(f"--also {source}: {max(steps)} steps; wanted 1 to {most}, its number of timesteps")
+    return [_sampler(source, pipeline, teacher, count, dict(teacher.call)) for count in steps]
 
 
 def about_sampler(sampler: Sampler) -> str:

@@ -108,7 +108,7 @@ def test_a_pipeline_starts_from_the_students_noise(tmp_path):
     (ddim,) = of_teacher(teacher, settings({"ddim": (2,), "dpmsolver": ()}))
     with torch.no_grad():
         expected = ddim.run(draws)
-    for sampler in (reference_pipeline(teacher, CPU, 2), other_pipeline(str(tmp_path), teacher, CPU, 2)):
+    for sampler in (reference_pipeline(teacher, CPU, 2), *other_pipeline(str(tmp_path), teacher, CPU, (2,))):
         torch.testing.assert_close(sampler.run(draws), expected.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
@@ -131,8 +131,13 @@ def test_pipelines_of_other_images_are_refused(tmp_path, teacher):
 
     other = save_teacher(tmp_path / "large", tiny_unet(sample_size=16))
     with pytest.raises(UserError, match=r"makes images of shape \(1, 16, 16\), the teacher \(1, 8, 8\)"):
-        other_pipeline(str(other), teacher, CPU, 2)
+        other_pipeline(str(other), teacher, CPU, (2,))
     with pytest.raises(UserError, match="no such folder"):
-        other_pipeline(str(tmp_path / "nowhere"), teacher, CPU, 2)
+        other_pipeline(str(tmp_path / "nowhere"), teacher, CPU, (2,))
     noisy = save_teacher(tmp_path / "ddpm", scheduler=DDPMScheduler(prediction_type="v_prediction"))
-    assert other_pipeline(str(noisy), teacher, CPU, 2).name == str(noisy)
+    samplers = other_pipeline(str(noisy), teacher, CPU, (2, 4))
+    assert [(sampler.name, sampler.steps) for sampler in samplers] == [(str(noisy), 2), (str(noisy), 4)]
+    # One copy of the weights, however many numbers of steps.
+    assert samplers[0].network is samplers[1].network
+    with pytest.raises(UserError, match="1001 steps; wanted 1 to 1000"):
+        other_pipeline(str(noisy), teacher, CPU, (2, 1001))

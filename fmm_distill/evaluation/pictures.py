@@ -33,7 +33,7 @@ STYLES = {
     "teacher-heun": ("#E69F00", "D", "teacher, Heun"),
     "teacher": ("#000000", "*", "teacher, its own sampler"),
 }
-_OTHERS = (("#56B4E9", "P"), ("#56B4E9", "X"), ("#F0E442", "p"), ("#F0E442", "h"))
+_OTHERS = (("#56B4E9", "P"), ("#7F7F7F", "X"), ("#F0E442", "p"), ("#56B4E9", "h"))
 # What the report draws.
 DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _PICTURES = {
-    "samples.png": "The same noise down each column: the teacher's ODE, then the student.",
+    "samples.png": "The same noise down each column: the end of the ODE, then the student.",
     "interpolation.png": "Noises on the way from one to another.",
 }
 _STYLE = """

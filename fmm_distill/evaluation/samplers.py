@@ -185,6 +185,8 @@ def _clips(teacher: Teacher) -> bool:
 def about_solvers(teacher: Teacher, settings: EvaluationSettings) -> str:
     """Which solvers the teacher's rows are of, and which of those that were asked for it can't have."""
     asked = {name for name, numbers in _numbers_of(teacher, settings).items() if numbers}
+    if not asked:
+        return "none was asked for"
     missing = sorted(name for name in asked if _solver(teacher, name, 1) is None)
     why = _why_no_heun(teacher) if isinstance(teacher.schedule, VariancePreserving) else None
     reason = why if missing == ["teacher-heun"] and why else "this schedule has none"

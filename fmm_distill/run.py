@@ -139,9 +139,11 @@ def open_reference(
     """
     settings = recipe.evaluation
     if settings.reference is not None:
-        return load_images(settings.reference, image_shape(teacher), say=say)
-    if images is None and settings.features == "digits":
-        return load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+        images = load_images(settings.reference, image_shape(teacher), say=say)
+    elif images is None and settings.features == "digits":
+        images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    if images is not None and settings.features != "none" and len(images) < 4:
+        raise UserError(f"{images.source}: {len(images)} images to compare with; wanted at least 4")
     return images
 
 

@@ -292,11 +292,13 @@ class EvaluationSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _reference_acts(self) -> Self:
+    def _fits_features(self) -> Self:
         if self.reference is not None and not self.reference.has_images:
             raise ValueError(f"evaluation.reference {self.reference.source}: wanted images, or null")
         if self.reference is not None and self.features == "none":
             raise ValueError("evaluation.reference acts with features, and evaluation.features is none: give features")
+        if self.samples < 4 and self.features != "none":
+            raise ValueError(f"evaluation.samples {self.samples}: kernel distances take halves of 2; wanted at least 4")
         return self
 
 

@@ -56,10 +56,10 @@ def reference_of(
         say: takes the line that what was kept is damaged and is computed again.
 
     Raises:
-        UserError: if there are fewer than two images, or the disk does not take their features.
+        UserError: if there are fewer than four images, or the disk does not take their features.
     """
-    if len(images) < 2:
-        raise UserError(f"{images.source}: {len(images)} images to compare with; wanted at least 2")
+    if len(images) < 4:
+        raise UserError(f"{images.source}: {len(images)} images to compare with; wanted at least 4")
     digest = hashlib.sha256(images.fingerprint.encode()).hexdigest()
     key = hashlib.sha256(json.dumps([digest, len(images), features.digest]).encode()).hexdigest()
     folder = Path(constants.HF_HOME) / "fmm_distill" / f"reference-{key[:32]}"
@@ -103,8 +103,11 @@ def _write(folder: Path, features: Tensor, about: dict[str, Any]) -> None:
             with (partial / _FILE).open("rb") as file:
                 about |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             (partial / "manifest.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-            # Another process may have been first; what it made is the same.
-            if not folder.is_dir():
+            try:
                 partial.rename(folder)
+            except OSError:
+                # Another process was first; what it made is the same.
+                if not folder.is_dir():
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -164,6 +164,7 @@ def test_a_feature_file_that_does_not_fit(teacher, tmp_path, module, shape, mess
         ),
         ({"features": "none", "reference": "builtin:digits"}, "evaluation.reference acts with features"),
         ({"features": "digits", "reference": "none"}, "evaluation.reference none: wanted images, or null"),
+        ({"features": "digits", "samples": 3}, "evaluation.samples 3: .* wanted at least 4"),
     ],
 )
 def test_settings_of_features(settings, message):

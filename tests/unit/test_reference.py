@@ -71,6 +71,6 @@ def test_damage_is_said_and_mended(place, damage):
     assert len(lines) == 1
 
 
-def test_one_image_is_no_reference(place):
-    with pytest.raises(UserError, match="1 images to compare with; wanted at least 2"):
-        get(images(count=1), counted()[0])
+def test_three_images_are_no_reference(place):
+    with pytest.raises(UserError, match="3 images to compare with; wanted at least 4"):
+        get(images(count=3), counted()[0])

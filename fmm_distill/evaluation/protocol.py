@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from fmm_distill.evaluation.draws import NOISE_SEED
 from fmm_distill.evaluation.generate import WARM_UP
 from fmm_distill.evaluation.samplers import about_solvers
 from fmm_distill.teachers.codec import Pixels, Waves
+from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,6 +80,7 @@ def protocol_of(
         else f"{settings.clip}, 100 times the cosine, {settings.samples} samples; rounded to uint8",
         "consistency": f"root mean square over {settings.endpoint_samples} samples and {entries(teacher)} of the "
         "distance between what two numbers of steps make of the same noise",
+        **_prompts(teacher),
         "noise": "a generator a sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
         "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
@@ -87,6 +91,14 @@ def protocol_of(
         "memory": f"bytes of tensors at most for {WARM_UP} samples, beside the weights",
         "device": where,
     }
+
+
+def _prompts(teacher: Teacher) -> dict[str, str]:
+    """What the samples are told, if it has prompts: others are other samples."""
+    if not isinstance(teacher.conditions, Embeddings):
+        return {}
+    names = teacher.conditions.names
+    return {"prompts": f"{len(names)}, sha256 {hashlib.sha256(json.dumps(names).encode()).hexdigest()}"}
 
 
 def _of_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from fmm_distill.evaluation.compare import compare
 from fmm_distill.evaluation.features import _inception_file, as_bytes, open_features, unit_images
 from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.metrics import ImageMetrics
-from fmm_distill.evaluation.protocol import differences
+from fmm_distill.evaluation.protocol import _prompts, differences
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.settings import DataSettings, EvaluationSettings
+from fmm_distill.teachers.conditions import Embeddings
 
 SETTINGS = EvaluationSettings(features="digits", samples=8, endpoint_samples=2, endpoint_solver_steps=2, batch_size=64)
 DIGITS = DataSettings(source="builtin:digits")
@@ -84,6 +86,16 @@ def test_resizing_is_refused_or_said(teacher, tmp_path):
     nearest = Images(torch.from_numpy(plain[:, None]), resized.source, split="train", resized=True)
     assert set(differences(found, protocol(teacher, nearest))) == {"reference_sha256"}
     assert differences(found, protocol(teacher)).keys() >= {"reference_resize", "frechet_reference"}
+
+
+def test_other_prompts_are_another_measurement(teacher):
+    def told(*prompts):
+        return replace(teacher, conditions=Embeddings(prompts, None, None))
+
+    assert _prompts(teacher) == {}
+    one, same, other = (_prompts(told(*p)) for p in (("a cat", "a dog"), ("a cat", "a dog"), ("a cat", "two dogs")))
+    assert differences(one, same) == {}
+    assert set(differences(one, other)) == {"prompts"}
 
 
 def test_count_of_samples_and_of_images(teacher):

@@ -1,0 +1,81 @@
+"""What a training step costs, in counts that no clock enters: calls, passes through autograd, bytes.
+
+A count that grows is an optimisation that was lost; one that falls is to be recorded here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from benchmarks import steps
+from benchmarks.step_cases import CASES, make_teacher, make_trainer
+from fmm_distill.memory import _Live
+from fmm_distill.stopping import StopRequest
+
+# By loss and derivative: calls of the student and its copies, of the teacher; forward passes through the network's
+# convolutions, tangents among them, and backward passes; KiB of the peak beside weights, moments and averages.
+RECORDED = {
+}
+ENGINES = [(case, engine) for case in CASES for engine in case.engines()]
+
+
+class Counted(_Live):
+    """Operations by name, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher("unet", "tiny")
+
+
+def step_of(case, engine, teacher, folder):
+    """Counts of the second step of a trainer, when its optimiser has its moments."""
+    trainer = make_trainer(case, engine, teacher, 4, Accelerator(cpu=True), folder)
+    trainer._step(0, StopRequest())
+    copies = [average.module for average in trainer.averages.values()]
+    copies += [] if trainer.frozen is None else [trainer.frozen]
+    calls, counted = Counter(), Counted()
+    for name, networks in {"student": [trainer.student, *copies], "teacher": [teacher]}.items():
+        for owner in networks:
+            owner.network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    with counted:
+        trainer._step(1, StopRequest())
+    teacher.network._forward_pre_hooks.clear()
+    layers = sum(isinstance(module, torch.nn.Conv2d) for module in teacher.network.modules())
+    convolutions = [counted.names[name] / layers for name in ("convolution", "convolution_backward")]
+    peak = max(moment.live for moment in counted.moments) / 1024
+    return calls["student"], calls["teacher"], *convolutions, peak
+
+
+@pytest.mark.parametrize(("case", "engine"), ENGINES, ids=[f"{case.name}-{engine}" for case, engine in ENGINES])
+def test_the_costs_of_a_step(teacher, tmp_path, case, engine):
+    found = step_of(case, engine, teacher, tmp_path)
+    print(f'    ("{case.name}", "{engine}"): ({found[0]}, {found[1]}, {found[2]:.1f}, {found[3]:.1f}, {found[4]:.0f}),')
+    recorded = RECORDED[case.name, engine]
+    assert found[:2] == recorded[:2]
+    assert found[2:4] == pytest.approx(recorded[2:4], abs=0.15)
+    assert found[4] == pytest.approx(recorded[4], rel=0.1)
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    output = tmp_path / "steps.json"
+    steps.main(["--quick", "--network", "dit", "--only", "lagrangian, target", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert [(row["loss"], row["derivative"]) for row in found["losses"]] == [
+        (name, engine) for name in ("lagrangian, target", "lagrangian, target, no data") for engine in ("exact", "central")
+    ]
+    assert all(row["by_floor"]["median"] > 0.5 for row in found["losses"])
+    assert capsys.readouterr().out.count("\n") == 2 + len(found["losses"])

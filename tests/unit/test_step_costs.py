@@ -5,6 +5,8 @@ A count that grows is an optimisation that was lost; one that falls is to be rec
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from collections import Counter
 
@@ -14,8 +16,14 @@ from accelerate import Accelerator
 
 from benchmarks import steps
 from benchmarks.step_cases import CASES, make_teacher, make_trainer
+from fmm_distill import derivatives
+from fmm_distill.data import PickedImages
 from fmm_distill.memory import _Live
+from fmm_distill.objective import Objective
+from fmm_distill.recipe import Recipe
+from fmm_distill.starts import draw
 from fmm_distill.stopping import StopRequest
+from fmm_distill.student import make_student
 
 # By loss and derivative: calls of the student and its copies, of the teacher; forward passes through the network's
 # convolutions, tangents among them, and backward passes; KiB of the peak beside weights, moments and averages.
@@ -51,6 +59,7 @@ RECORDED = {
     ("terminal_velocity", "central"): (5, 0, 5.0, 4.0, 2216),
     ("terminal_velocity", "exact"): (3, 0, 3.9, 2.9, 1880),
 }
+WAITING = ("lagrangian, target", "lagrangian, target, no data", "eulerian, none", "progressive", "mean_flow")
 ENGINES = [(case, engine) for case in CASES for engine in case.engines()]
 
 
@@ -97,6 +106,26 @@ def test_the_costs_of_a_step(teacher, tmp_path, case, engine):
     assert found[:2] == recorded[:2]
     assert found[2:4] == pytest.approx(recorded[2:4], abs=0.15)
     assert found[4] == pytest.approx(recorded[4], rel=0.1)
+
+
+SEVERAL = {"also": [{"loss": {"name": "flow_matching", "velocity": "data"}, "share": 0.3}]}
+
+
+@pytest.mark.parametrize("more", [{}, SEVERAL], ids=["alone", "beside"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in WAITING], ids=lambda case: case.name)
+def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
+    # A tensor of the device meta has no numbers: whatever would wait for a GPU's raises there.
+    monkeypatch.setattr(derivatives, "_precise", lambda _: contextlib.nullcontext())
+    student = make_student(teacher).to("meta")
+    away = copy.deepcopy(teacher).to("meta")
+    settings = {"teacher": "", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
+    recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))
+    objective = Objective(student, away, recipe, recipe.losses, {"average": student, "frozen": student})
+    draws = draw(0, 0, 8, teacher.event_shape).part(0, 8, "meta")
+    images = PickedImages(torch.empty(8, *teacher.event_shape, device="meta")) if case.data else None
+    losses, weighted = objective(draws, images, 0)
+    weighted.mean().backward()
+    assert losses.device.type == next(student.parameters()).grad.device.type == "meta"
 
 
 def test_the_benchmark_runs(tmp_path, capsys):

@@ -149,27 +149,32 @@ def pairs_of(only: Sequence[str]) -> Iterator[tuple[Case, str]]:
             yield from ((case, engine) for engine in case.engines())
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
-    """All of it, one loss after the other."""
+def run(given: argparse.Namespace) -> None:
+    """All of it, one loss after the other; what is measured is written after each."""
     torch.set_num_threads(given.threads)
     half = "no" if given.precision == "fp32" else given.precision
     accelerator = Accelerator(cpu=given.device == "cpu", mixed_precision=half)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         teacher = make_teacher(given.network, given.size)
+        about = about_run(given, sum(p.numel() for p in teacher.network.parameters()))
         baseline = make_trainer(BASELINE, "none", teacher, given.batch, accelerator, Path(folder))
         for case, engine in pairs_of(given.only):
             trainer = make_trainer(case, engine, teacher, given.batch, accelerator, Path(folder))
             found = compare(case, trainer, baseline, given.repeats, given.batch)
             rows.append({"loss": case.name, "derivative": engine} | found)
             print(line(rows[-1]), flush=True)
+            given.output.write_text(json.dumps({"about": about, "losses": rows}, indent=2) + "\n", encoding="utf-8")
             # It holds every module that it has prepared.
             del trainer
             accelerator.free_memory()
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine()
+
+
+def about_run(given: argparse.Namespace, parameters: int) -> dict[str, Any]:
+    """What was run, and where."""
+    device = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
     about = {name: getattr(given, name) for name in ("network", "size", "batch", "repeats", "precision", "threads")}
-    about |= {"parameters": sum(p.numel() for p in teacher.network.parameters()), "device": device}
-    return {"about": about | {"cores": os.cpu_count(), "torch": torch.__version__}, "losses": rows}
+    return about | {"parameters": parameters, "device": device, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
 HEAD = """\
@@ -204,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.quick:
         given.size, given.batch, given.repeats = "tiny", 2, 2
     print(HEAD, flush=True)
-    given.output.write_text(json.dumps(run(given), indent=2) + "\n", encoding="utf-8")
+    run(given)
 
 
 if __name__ == "__main__":

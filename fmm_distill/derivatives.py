@@ -130,6 +130,13 @@ def derivative_along_flow(
     along = _along(flow_map, r, cond)
     if engine == "exact":
         return _forward_mode(along, (x, t), (v, torch.ones_like(t)))[1]
+    return _differences(flow_map, along, x, t, v)[1]
+
+
+def _differences(
+    flow_map: FlowMap, along: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Value and derivative by three calls in float32."""
     # Offsets of the three points, in steps: (0, +1, -1), or (0, -1, -2) where +1 would pass t_max.
     step = TIME_STEP / flow_map.clock.rate(t)
     back = t + step > flow_map.t_max
@@ -137,7 +144,7 @@ def derivative_along_flow(
     with _precise(x), without_tensor_float():
         here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
     backward, central = 3 * here - 4 * near + far, near - far
-    return torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
+    return here, torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
 
 
 def value_and_derivative_along_flow(
@@ -153,7 +160,7 @@ def value_and_derivative_along_flow(
     """``u(x, t, r)`` and ``derivative_along_flow``, in one pass of the exact engine and three calls of the other."""
     along = _along(flow_map, r, cond)
     if engine == "central":
-        return along(x, t), derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
+        return _differences(flow_map, along, x, t, v)
     return _forward_mode(along, (x, t), (v, torch.ones_like(t)))
 
 

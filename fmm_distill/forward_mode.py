@@ -69,13 +69,14 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401 torch's protocol
-        ctx.save_for_backward(*inputs, output)
+        # Not the output: networks scale it in place.
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
-        x, dx, mean, rstd, tangent = ctx.saved_tensors
-        back = _project(gradient, x, mean, rstd)
+        x, dx, mean, rstd = ctx.saved_tensors
+        tangent, back = _project(dx, x, mean, rstd), _project(gradient, x, mean, rstd)
         x_hat = (x - mean) * rstd
 
         def along(v: Tensor, w: Tensor) -> Tensor:

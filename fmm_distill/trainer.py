@@ -255,7 +255,7 @@ class Trainer:
                     accelerator.backward(weighted)
                 if accelerator.sync_gradients:
                     clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
-                    norm = whole(torch.as_tensor(clipped))
+                    norm = whole(torch.as_tensor(clipped)).to(sums.device)
             found.append(losses.detach())
             sums += weighted.detach() / training.accumulation
         return torch.cat(found), sums, norm

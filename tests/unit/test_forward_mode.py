@@ -170,6 +170,21 @@ def test_rules_are_exact(name):
     torch.testing.assert_close(detached, theirs[:2], rtol=1e-9, atol=1e-10)
 
 
+def test_what_a_network_changes_in_place():
+    x, dx = draws((3, 6), (3, 6))
+    x.requires_grad_()
+
+    def tangent(scale):
+        def network(x):
+            return F.silu(scale(F.layer_norm(x, (6,))))
+
+        with StockNetworks():
+            out = torch.func.jvp(network, (x,), (dx,))[1]
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    torch.testing.assert_close(tangent(lambda y: y.mul_(2)), tangent(lambda y: 2 * y))
+
+
 def test_a_moving_weight_is_left_to_torch():
     x, weight, dx, dw = draws((3, 6), (5, 6), (3, 6), (5, 6))
     with StockNetworks():

@@ -15,6 +15,7 @@ from fmm_distill.interpolant import expand
 from fmm_distill.tables import Unreadable, check_shape, datasets_library, first_line, open_table
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import BUILTIN
+from fmm_distill.transfer import sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,7 @@ class PickedImages:
 
     Attributes:
         images: x_0, shape ``[batch, *event]``.
-        conditions: places of their conditions in [0, 1), shape ``[batch]``; None: they have none.
+        conditions: places of their conditions in [0, 1), shape ``[batch]``, on the CPU; None: they have none.
     """
 
     images: Float[Tensor, "batch *event"]
@@ -99,19 +100,17 @@ class PickedImages:
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """``(1 - t) x_0 + t eps``."""
+        t = sent(t, self.images.device)
         return expand(1 - t, self.images) * self.images + expand(t, self.images) * draws.noise
 
     def rows(self, index: Int[Tensor, " some"]) -> Self:
-        """The samples at these rows."""
-        return self._each(lambda values: values[index])
+        """The samples at these rows, counted on the CPU."""
+        conditions = None if self.conditions is None else self.conditions[index]
+        return type(self)(self.images[sent(index, self.images.device)], conditions)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
-        return self._each(lambda values: values.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        conditions = None if self.conditions is None else change(self.conditions)
-        return type(self)(change(self.images), conditions)
+        return type(self)(sent(self.images, device), self.conditions)
 
 
 class LazyPixels:

@@ -10,9 +10,9 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from fmm_distill.forward_mode import RULES
 from fmm_distill.interpolant import expand
 
 if TYPE_CHECKING:
@@ -45,60 +45,22 @@ JUMP_STEP = 2e-3
 TIME_STEP = 1e-4
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Scaled dot-product attention from operations that have a forward-mode and a reverse rule.
-
-    Masked scores get a finite floor: a row with every key masked would otherwise give NaN in reverse over forward.
-    """
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    floor = torch.finfo(scores.dtype).min / 4
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, floor)
-    if attn_mask is not None:
-        hidden = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, floor) if hidden else scores + attn_mask.clamp_min(floor)
-    # softmax itself works in place on a saved tensor in forward mode.
-    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    weights = weights / weights.sum(-1, keepdim=True)
-    if dropout_p:
-        weights = F.dropout(weights, dropout_p)
-    return weights @ value
-
-
 class StockNetworks(TorchFunctionMode):
-    """``with StockNetworks(): torch.func.jvp(...)``: what keeps diffusers networks from forward mode, replaced.
+    """``with StockNetworks(): torch.func.jvp(...)``: layers of diffusers networks with rules of our own.
 
-    Fused attention has no forward-mode rule. ``group_norm``'s rule calls ``view``, so a non-contiguous input
-    fails, and under autocast it returns a float32 tangent for a half-precision value.
+    Fused attention has no forward-mode rule; torch's own for ``group_norm`` fails on some inputs; and the others' take
+    more kernels than they need (``forward_mode``).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 torch's protocol
         """Torch's protocol for function modes."""
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func in (F.group_norm, torch.group_norm):
-            positional: tuple[Any, ...] = tuple(args)
-            x, rest = (positional[0], positional[1:]) if positional else (kwargs.pop("input"), ())
-            x = x.contiguous()
-            weight = rest[1] if len(rest) > 1 else kwargs.get("weight")
-            if weight is not None and weight.dtype != x.dtype:
-                return func(x.to(weight.dtype), *rest, **kwargs).to(x.dtype)
-            return func(x, *rest, **kwargs)
-        return func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is None:
+            return func(*args, **kwargs)
+        # The one name for what rules take first.
+        given = (*args, kwargs.pop("input")) if "input" in kwargs else args
+        return rule(func, *given, **kwargs)
 
 
 def derivative_in_r(
@@ -168,6 +130,13 @@ def derivative_along_flow(
     along = _along(flow_map, r, cond)
     if engine == "exact":
         return _forward_mode(along, (x, t), (v, torch.ones_like(t)))[1]
+    return _differences(flow_map, along, x, t, v)[1]
+
+
+def _differences(
+    flow_map: FlowMap, along: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Value and derivative by three calls in float32."""
     # Offsets of the three points, in steps: (0, +1, -1), or (0, -1, -2) where +1 would pass t_max.
     step = TIME_STEP / flow_map.clock.rate(t)
     back = t + step > flow_map.t_max
@@ -175,7 +144,7 @@ def derivative_along_flow(
     with _precise(x), without_tensor_float():
         here, near, far = (along(x + expand(o, x) * v, t + o) for o in (torch.zeros_like(t), first, second))
     backward, central = 3 * here - 4 * near + far, near - far
-    return torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
+    return here, torch.where(expand(back, x).bool(), backward, central) / expand(2 * step, x)
 
 
 def value_and_derivative_along_flow(
@@ -191,7 +160,7 @@ def value_and_derivative_along_flow(
     """``u(x, t, r)`` and ``derivative_along_flow``, in one pass of the exact engine and three calls of the other."""
     along = _along(flow_map, r, cond)
     if engine == "central":
-        return along(x, t), derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
+        return _differences(flow_map, along, x, t, v)
     return _forward_mode(along, (x, t), (v, torch.ones_like(t)))
 
 

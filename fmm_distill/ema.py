@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -12,11 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from fmm_distill.sharding import local, placed_like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-    Tensors = tuple[Tensor, ...] | list[Tensor]
 
 __all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
 
@@ -34,6 +31,30 @@ def frozen_copy(network: Network, *, share: bool = True) -> Network:
     return copy.deepcopy(network, shared).requires_grad_(False).eval()
 
 
+class _Average(AveragedModel):
+    """Counts on the CPU: torch's own update asks the device for the count, and so waits for all its work."""
+
+    def __init__(self, module: nn.Module, rate: float) -> None:
+        # It would copy the whole network, untrained weights too.
+        super().__init__(nn.Identity())
+        self.module, self.rate = module, rate
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """One more state of the model's parameters and buffers; the first is taken as it is."""
+        n = int(self.n_averaged)
+        # Of tensors that are split over processes each averages its part.
+        ours, theirs = (
+            [local(tensor.detach()) for tensor in itertools.chain(part.parameters(), part.buffers())]
+            for part in (self.module, model)
+        )
+        if n:
+            torch._foreach_lerp_(ours, theirs, 1 - min(self.rate, (1 + n) / (10 + n)))
+        else:
+            torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
+
+
 def averaged(network: nn.Module, rate: float, *, share: bool = True) -> AveragedModel:
     """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
 
@@ -42,21 +63,7 @@ def averaged(network: nn.Module, rate: float, *, share: bool = True) -> Averaged
     Args:
         share: tensors that are not trained are the network's own: one copy of them in memory.
     """
-    # It would copy the whole network, untrained weights too.
-    average = AveragedModel(nn.Identity(), multi_avg_fn=_update(rate), use_buffers=True)
-    average.module = frozen_copy(network, share=share)
-    return average.requires_grad_(False).eval()
-
-
-def _update(rate: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    @torch.no_grad()
-    def update(average: Tensors, current: Tensors, updates: Tensor | int) -> None:
-        n = int(updates)
-        # Of tensors that are split over processes each averages its part.
-        ours, theirs = [local(tensor) for tensor in average], [local(tensor) for tensor in current]
-        torch._foreach_lerp_(ours, theirs, 1 - min(rate, (1 + n) / (10 + n)))
-
-    return update
+    return _Average(frozen_copy(network, share=share), rate).requires_grad_(False).eval()
 
 
 def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:

@@ -167,7 +167,8 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
         for phase in phases
         for moment, growth in phase
     ]
-    moments.append((_Moment(trained + _optimiser_scratch(student, trained), trained), 0.0))
+    # The optimiser's step works in place.
+    moments.append((_Moment(trained, trained), 0.0))
     peak, growth = max(moments, key=lambda pair: pair[0].live)
     gradients = max(peak.gradients, kept)
     return Memory(
@@ -193,13 +194,6 @@ def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
         # It stays on the CPU.
         networks.append(getattr(codec, "autoencoder", None))
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
-
-
-def _optimiser_scratch(student: LearnedFlowMap, trained: int) -> int:
-    """What AdamW's step makes beside its moments: on a GPU roots of all second moments at once, else of one tensor."""
-    if torch.cuda.is_available():
-        return trained
-    return 2 * max(_bytes([p]) for p in student.parameters() if p.requires_grad)
 
 
 def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:

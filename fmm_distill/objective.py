@@ -14,6 +14,7 @@ from fmm_distill.flow_map import diagonal
 from fmm_distill.losses import LOSSES
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 from fmm_distill.starts import diagonal_times, draw, interpolant_velocity, pair_times, points, teacher_jump
+from fmm_distill.transfer import sent
 from fmm_distill.weights import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class Objective(nn.Module):
             some = None if data is None else data.rows(rows)
             losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
             if factor:
-                both = both.index_copy(1, rows, torch.stack([losses, factor * weighted]).to(both.dtype))
+                both = both.index_copy(
+                    1, sent(rows, both.device), torch.stack([losses, factor * weighted]).to(both.dtype)
+                )
             else:
                 both = both + 0 * weighted.sum()
         losses, weighted = both.unbind()
@@ -134,18 +137,22 @@ class Objective(nn.Module):
         """One loss of some samples, and the same weighted."""
         teacher, copies = self._fixed
         settings = settings.at_step(step)
-        t, r = pair_times(pairs, teacher.schedule, draws, step)
+        times = pair_times(pairs, teacher.schedule, draws, step)
+        # One copy of the three.
+        t, r, random = sent(torch.stack([*times, draws.share]), draws.noise.device)
         cond = condition_of(teacher, draws)
         on_path = settings.velocity == "data"
         share, in_step = self.on_policy, self.in_step
-        x_t = points(teacher, self.student, draws, t, data, cond, on_path=on_path, on_policy=share, in_step=in_step)
+        x_t = points(
+            teacher, self.student, draws, times[0], data, cond, on_path=on_path, on_policy=share, in_step=in_step
+        )
         velocity = teacher.velocity
         if settings.velocity == "self":
             velocity = diagonal(self.student)
         elif on_path and data is not None and data.images is not None:
             velocity = interpolant_velocity(draws.noise, data.images)
         followed = None if settings.follows is None else copies[settings.follows]
-        given: dict[str, FlowMap | Tensor | None] = {"share": draws.share.to(t), "target_map": followed}
+        given: dict[str, FlowMap | Tensor | None] = {"share": random, "target_map": followed}
         given = {name: given[name] for name in settings.takes}
         losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, cond=cond, settings=settings, **given)
         return losses, self._weighted(losses, t, t if settings.diagonal else r)
@@ -161,9 +168,10 @@ class Objective(nn.Module):
     def _regression(self, draws: Draws, data: Picked | None) -> tuple[Tensor, Tensor]:
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
         teacher, _ = self._fixed
-        t = diagonal_times(self.recipe.pairs, teacher.schedule, draws)
+        here = diagonal_times(self.recipe.pairs, teacher.schedule, draws)
+        t = sent(here, draws.noise.device)
         cond = condition_of(teacher, draws)
-        x_t = points(teacher, teacher_jump(teacher), draws, t, data, cond, on_policy=self.on_policy)
+        x_t = points(teacher, teacher_jump(teacher), draws, here, data, cond, on_policy=self.on_policy)
         with torch.no_grad():
             v = teacher.velocity(x_t, t, cond)
         losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)
@@ -176,7 +184,7 @@ def condition_of(teacher: Distillable, draws: Draws) -> Conditioning | None:
         return None
     cond = teacher.conditions.pick(draws.condition)
     if teacher.guidance is not None:
-        cond = teacher.guidance.at(cond, draws.guidance.to("cpu"))
+        cond = teacher.guidance.at(cond, draws.guidance)
     return cond.to(draws.noise.device)
 
 

@@ -85,18 +85,25 @@ class VariancePreserving:
             )
         alpha, sigma = products.sqrt(), (1 - products).sqrt()
         self.num_timesteps = len(products)
-        self._times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma / (alpha + sigma)])
-        self._slopes = _monotone_slopes(self._times)
-        self.t_min = float(self._times[1])
-        self.t_max = float(self._times[-1])
+        times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma / (alpha + sigma)])
+        self._tables = {times.device: (times, _monotone_slopes(times))}
+        self.t_min, self.t_max = float(times[1]), float(times[-1])
 
     def to(self, device: torch.device | str) -> None:
-        """Keep the tables there: fetched at every call, they would make the host wait for a GPU each time."""
-        self._times, self._slopes = self._times.to(device), self._slopes.to(device)
+        """Keep tables there too: fetched at every call, they would make the host wait for a GPU each time."""
+        times, slopes = (table.to(device) for table in self._on(torch.device("cpu")))
+        self._tables[times.device] = times, slopes
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The times of the timesteps from -1 on, and the interpolant's slopes at them."""
+        if device in self._tables:
+            return self._tables[device]
+        times, slopes = self._tables[torch.device("cpu")]
+        return times.to(device), slopes.to(device)
 
     def time(self, timestep: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """t of whole timesteps from -1 (data) to N - 1, in float64."""
-        return self._times.to(timestep.device)[timestep + 1]
+        return self._on(timestep.device)[0][timestep + 1]
 
     def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The time at a share of the way from the first timestep to the last, linear between timesteps."""
@@ -107,7 +114,7 @@ class VariancePreserving:
     def timestep(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The timestep at t in [0, t_max], from -1 to N - 1; exact at the schedule's own times."""
         t = t.double()
-        times, slopes = self._times.to(t.device), self._slopes.to(t.device)
+        times, slopes = self._on(t.device)
         # The interval is a piecewise constant of t: it carries no derivative, in forward mode either.
         index = torch.searchsorted(times, t.detach().contiguous(), right=True).clamp(1, self.num_timesteps) - 1
         width = times[index + 1] - times[index]

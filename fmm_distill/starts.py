@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import Settings
+from fmm_distill.transfer import sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +73,10 @@ class Pairs(Settings):
 class Draws:
     """The random numbers of some samples of one step, each from a stream of its own.
 
+    Numbers of ``[batch]`` stay on the CPU: what is decided by them is decided without waiting for a GPU.
+
     Attributes:
-        noise: N(0, I), shape ``[batch, *event]``.
+        noise: N(0, I), shape ``[batch, *event]``; where the networks are.
         first, second: uniform on [0, 1], shape ``[batch]``: the two times.
         kind: uniform on [0, 1], shape ``[batch]``: what jump it is.
         image: uniform on [0, 1], shape ``[batch]``: which image of a dataset.
@@ -100,12 +103,14 @@ class Draws:
     place: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
-        """Samples ``start`` to ``stop`` of the batch, on ``device``."""
-        return Draws(**{name: values[start:stop].to(device) for name, values in vars(self).items()})
+        """Samples ``start`` to ``stop`` of the batch, their noise on ``device``."""
+        some = {name: values[start:stop] for name, values in vars(self).items()}
+        return Draws(**some | {"noise": sent(some["noise"], device)})
 
     def rows(self, index: Int[Tensor, " some"]) -> Draws:
-        """The samples at these rows."""
-        return Draws(**{name: values[index] for name, values in vars(self).items()})
+        """The samples at these rows, counted on the CPU."""
+        some = {name: values[index] for name, values in vars(self).items() if name != "noise"}
+        return Draws(self.noise[sent(index, self.noise.device)], **some)
 
 
 def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:
@@ -220,21 +225,26 @@ def points(
     sample's own velocity belongs to.
 
     Args:
+        t: best on the CPU, as the draws are; on a GPU the host waits for it.
         on_policy: share of the samples that start from a jump of ``mover`` although there is data.
         in_step: ``mover`` is called although no sample here needs it, as long as another process's may.
     """
     if data is not None and on_path:
         return data.points(draws, t)
     x = teacher.prior(draws.noise)
+    t = t.cpu()
     inside = t < teacher.schedule.t_max
-    jumps = inside if data is None else inside & (draws.policy.to(t.device) < on_policy)
+    jumps = inside if data is None else inside & (draws.policy < on_policy)
     rows = jumps.nonzero()[:, 0]
     if len(rows) or (in_step and (data is None or on_policy > 0)):
         asked = rows if len(rows) else rows.new_zeros(1)
-        start = torch.full_like(t[asked], teacher.schedule.t_max)
-        told = None if cond is None else cond.rows(asked)
-        x = x.index_copy(0, rows, mover(x[asked], start, t[asked], told)[: len(rows)].to(x.dtype))
+        end, place = sent(t[asked], x.device), sent(asked, x.device)
+        start = torch.full_like(end, teacher.schedule.t_max)
+        told = None if cond is None else cond.rows(place)
+        moved = mover(x[place], start, end, told)[: len(rows)]
+        x = x.index_copy(0, place[: len(rows)], moved.to(x.dtype))
     rows = (inside & ~jumps).nonzero()[:, 0]
     if data is not None and len(rows):
-        x = x.index_copy(0, rows, data.rows(rows).points(draws.rows(rows), t[rows]).to(x.dtype))
+        own = data.rows(rows).points(draws.rows(rows), t[rows])
+        x = x.index_copy(0, sent(rows, x.device), own.to(x.dtype))
     return x

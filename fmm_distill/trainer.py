@@ -112,6 +112,8 @@ class Trainer:
             lr=training.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
+            # One kernel for all of a step; other devices have none.
+            fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.times = objective.times
         if self.sharded:
@@ -205,11 +207,13 @@ class Trainer:
             group["lr"] = rate
         draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape)
         try:
-            losses, weighted, norm = self._gradient(draws, step)
+            losses, weighted, gradient_norm = self._gradient(draws, step)
         except RuntimeError as error:
             raise _memory_error(error, step) from error
-        means = torch.stack([losses.mean(), weighted, torch.tensor(float(request.signal > 0)).to(losses)])
-        loss, weighted_loss, stop = self.accelerator.reduce(means, "mean").tolist()
+        means = torch.stack([losses.mean(), weighted, losses.new_full((), float(request.signal > 0))])
+        # The one time in a step that the host waits for the device.
+        numbers = torch.cat([self.accelerator.reduce(means, "mean"), gradient_norm[None]])
+        loss, weighted_loss, stop, norm = numbers.tolist()
         overflow = self._is_overflow(norm)
         good = math.isfinite(loss) and (math.isfinite(norm) or overflow)
         if good:
@@ -234,12 +238,12 @@ class Trainer:
             )
         return record, stop > 0
 
-    def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, float]:
+    def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """This process's losses, shape ``[part]``, their weighted mean, and the norm of the gradient of all."""
         training, accelerator = self.recipe.training, self.accelerator
         size = training.batch_size // self.parts
         first = accelerator.process_index * training.accumulation
-        found, sums, norm = [], torch.zeros((), device=accelerator.device), torch.zeros(())
+        found, (sums, norm) = [], torch.zeros(2, device=accelerator.device)
         for part in range(first, first + training.accumulation):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
@@ -251,10 +255,10 @@ class Trainer:
                     accelerator.backward(weighted)
                 if accelerator.sync_gradients:
                     clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.clip)
-                    norm = whole(torch.as_tensor(clipped))
+                    norm = whole(torch.as_tensor(clipped)).to(sums.device)
             found.append(losses.detach())
             sums += weighted.detach() / training.accumulation
-        return torch.cat(found), sums, float(norm)
+        return torch.cat(found), sums, norm
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Of a student that is split; accelerate puts its other wrapped modules under autocast itself."""

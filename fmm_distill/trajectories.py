@@ -13,6 +13,7 @@ from fmm_distill.objective import condition_of
 from fmm_distill.parts import Layout, Parts
 from fmm_distill.solve import solve
 from fmm_distill.starts import draw
+from fmm_distill.transfer import sent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,11 +143,11 @@ class PickedPoints:
     def told(self, draws: Draws) -> Draws:
         """The draws with the trajectories' own conditions and scales of guidance."""
         places = {name: self.trajectories.parts.rows(name, self.index) for name in ("condition", "guidance")}
-        return replace(draws, **{name: values.to(draws.noise.device) for name, values in places.items()})
+        return replace(draws, **places)
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """The teacher's own x_t."""
-        return self.trajectories.at(self.index, t).to(draws.noise.device)
+        return sent(self.trajectories.at(self.index, t), draws.noise.device)
 
     def rows(self, index: Int[Tensor, " some"]) -> PickedPoints:
         """The samples at these rows."""

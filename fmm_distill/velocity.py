@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fmm_distill.transfer import sent
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -44,7 +46,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on ``device``."""
-        moved = self._each(lambda rows: rows.to(device))
+        moved = self._each(lambda rows: sent(rows, device))
         return replace(moved, shared={name: _moved(value, device) for name, value in self.shared.items()})
 
     def guided(self, scale: float | Float[Tensor, " batch"]) -> Conditioning:
@@ -62,7 +64,7 @@ class Conditioning:
 
 def _moved(value: Any, device: torch.device | str) -> Any:  # noqa: ANN401 whatever a network takes
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return sent(value, device)
     if isinstance(value, tuple | list):
         return type(value)(_moved(item, device) for item in value)
     if isinstance(value, dict):

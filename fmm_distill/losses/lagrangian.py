@@ -45,7 +45,7 @@ class LagrangianSettings(DerivativeSettings):
 
     @property
     def central_costs_less(self) -> bool:
-        """Two calls without a graph against forward mode's four; with a graph the two engines cost alike."""
+        """Two calls without a graph against forward mode's three to four; with a graph the two engines cost alike."""
         return self.stop == "target"
 
 

@@ -50,10 +50,12 @@ class Guidance:
         scales: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """The guided velocity, by the one scale or by one a sample; ``null`` is called where any sample is guided."""
+        everywhere = self.interval == (0.0, 1.0)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         alone = self.scale == 1 if scales is None else bool((scales == 1).all())
-        if alone or not bool(inside.any()):
+        # Where it acts at all times a GPU is not asked which times there are.
+        if alone or not (everywhere or bool(inside.any())):
             return v
         more = self.scale - 1 if scales is None else expand(scales - 1, v)
         guided = v + more * (v - null())
-        return guided.where(expand(inside, v).bool(), v)
+        return guided if everywhere else guided.where(expand(inside, v).bool(), v)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from fmm_distill.derivatives import (
     StockNetworks,
-    _attention,
     choose_engine,
     derivative_along_flow,
     derivative_in_r,
@@ -276,79 +275,6 @@ def test_exact_gaussian_derivatives():
     end = truth(x, t, r)
     lagrangian = truth.mean_velocity(x, t, r) - expand(t - r, x) * derivative_in_r(truth, x, t, r)
     torch.testing.assert_close(lagrangian, truth.velocity(end, r))
-
-
-def draws(*shapes):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-BOOLEAN = torch.tensor([[True, False, True, True, False], [True, True, True, True, True], [False] * 4 + [True]])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"scale": 0.3},
-        {"attn_mask": BOOLEAN},
-        {"attn_mask": torch.linspace(-3, 3, 15, dtype=torch.float64).reshape(3, 5)},
-        {"attn_mask": torch.zeros(3, 5, dtype=torch.float64).masked_fill(~BOOLEAN, float("-inf"))},
-        {"is_causal": True},
-    ],
-    ids=["plain", "scale", "boolean", "float", "minus-infinity", "causal"],
-)
-def test_attention_is_torchs(options):
-    query, key, value = draws((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6))
-    expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(_attention(query, key, value, **options), expected)
-
-
-def test_attention_with_grouped_queries_is_torchs():
-    query, key, value = draws((2, 6, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8))
-    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    torch.testing.assert_close(_attention(query, key, value, enable_gqa=True), expected)
-
-
-def test_attention_is_stable_for_large_scores():
-    query, key, value = draws((1, 1, 3, 8), (1, 1, 5, 8), (1, 1, 5, 8))
-    expected = F.scaled_dot_product_attention(1e3 * query, key, value)
-    torch.testing.assert_close(_attention(1e3 * query, key, value), expected)
-
-
-@pytest.mark.parametrize("kind", ["boolean", "minus-infinity"])
-def test_a_row_without_keys_stays_finite_in_reverse_over_forward(kind):
-    query, key, value = draws((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
-    mask = BOOLEAN.clone()
-    mask[1] = False
-    if kind == "minus-infinity":
-        mask = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~mask, float("-inf"))
-    query.requires_grad_()
-
-    def attention(query):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-    with StockNetworks():
-        out, tangent = torch.func.jvp(attention, (query,), (torch.ones_like(query),))
-    (gradient,) = torch.autograd.grad(tangent.square().sum(), query)
-    assert out.isfinite().all()
-    assert gradient.isfinite().all()
-    assert gradient[:, :, 0].abs().max() > 0
-
-
-def test_attention_second_derivative():
-    query, key, value = draws((1, 1, 2, 4), (1, 1, 3, 4), (1, 1, 3, 4))
-    direction = torch.ones_like(query)
-
-    def tangent(query):
-        with StockNetworks():
-            return torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, key, value), (query,), (direction,))[1]
-
-    query.requires_grad_()
-    (gradient,) = torch.autograd.grad(tangent(query).square().sum(), query)
-    push = draws((9,), query.shape)[1]
-    above, below = (tangent(query.detach() + shift * push).square().sum() for shift in (1e-5, -1e-5))
-    torch.testing.assert_close((gradient * push).sum(), (above - below) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("engine", ["central", "exact"])

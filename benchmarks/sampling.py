@@ -1,0 +1,85 @@
+"""What sampling through an exported any-step pipeline costs beside the bare calls of its network.
+
+    python -m benchmarks.sampling --output sampling.json
+
+Whole calls of the pipeline, to latents, and as many calls of its network take turns, every other repeat the other way
+round; ratios are taken within a repeat. Random weights: a ``UNet2DModel`` of 5M parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+
+from benchmarks.step_cases import make_teacher
+from benchmarks.steps import measured, timed
+from fmm_distill.export.folder import export_pipeline
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def exported(folder: Path, size: str) -> DiffusionPipeline:
+    """The any-step pipeline of a student that was never trained."""
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    DDPMPipeline(unet=make_teacher("unet", size).network, scheduler=scheduler).save_pretrained(folder / "teacher")
+    teacher = load_teacher(str(folder / "teacher"))
+    export_pipeline(make_student(teacher), teacher, folder / "student", steps=())
+    pipeline = DiffusionPipeline.from_pretrained(folder / "student", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compare(pipeline: DiffusionPipeline, steps: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Ratios of sampling to the bare calls."""
+    side, device = pipeline.unet.config.sample_size, pipeline.device
+    x = torch.randn(batch, pipeline.unet.config.in_channels, side, side, device=device)
+    time, length = torch.full((batch,), 500.0, device=device), torch.full((batch,), 0.3, device=device)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(steps):
+            pipeline.unet(x, time, h=length)
+
+    def whole() -> None:
+        pipeline(batch_size=batch, num_inference_steps=steps, output_type="latent")
+
+    rounds = []
+    for repeat in range(repeats + 1):
+        calls = {"bare": bare, "whole": whole}
+        names = list(calls) if repeat % 2 else list(reversed(calls))
+        rounds.append({name: timed(calls[name], device) for name in names})
+    return {
+        "steps": steps,
+        "milliseconds": {name: measured([now[name] for now in rounds[1:]]) for name in rounds[0]},
+        "ratio": measured([now["whole"] / now["bare"] for now in rounds[1:]]),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("sampling.json"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=("small", "large", "tiny"), default="small")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=20)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = exported(Path(folder), given.size).to(given.device)
+        found = [compare(pipeline, steps, given.batch, given.repeats) for steps in (1, 8)]
+    text = json.dumps({"batch": given.batch, "repeats": given.repeats, "sampling": found}, indent=2) + "\n"
+    given.output.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

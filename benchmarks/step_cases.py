@@ -1,0 +1,171 @@
+"""Every loss as it is timed and counted: its settings, and the network passes that its step can't do without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+
+from fmm_distill.data import PickedImages, row_of
+from fmm_distill.losses import SETTINGS
+from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.recipe import Recipe
+from fmm_distill.schedules import VariancePreserving
+from fmm_distill.student import make_student
+from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.conditions import Classes
+from fmm_distill.trainer import Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fmm_distill.starts import Draws
+
+__all__ = ["BASELINE", "CASES", "NETWORKS", "Case", "Passes", "make_teacher", "make_trainer"]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Network passes of a step: a tangent counts as a forward pass, and so does a gradient at a network's input alone.
+
+    Attributes:
+        teacher: forward passes of the teacher.
+        student: forward passes of the student and its copies, tangents among them.
+        backward: backward passes of the student, each about two forward passes.
+    """
+
+    teacher: float
+    student: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with its settings. Starts come from data, so that no pass is spent on them, unless ``data`` is off."""
+
+    name: str
+    loss: dict[str, Any]
+    floor: Passes
+    pairs: dict[str, Any] = field(default_factory=dict)
+    data: bool = True
+
+    def engines(self) -> list[str]:
+        """Of its derivative; a loss that takes none has none."""
+        takes = issubclass(SETTINGS[self.loss["name"]], DerivativeSettings) and not self.loss.get("step")
+        return ["exact", "central"] if takes else ["none"]
+
+    def settings(self, engine: str) -> dict[str, Any]:
+        """The loss's, with this engine."""
+        return self.loss if engine == "none" else self.loss | {"derivative": engine}
+
+
+BASELINE = Case("flow matching", {"name": "flow_matching", "velocity": "data"}, Passes(0, 1, 1))
+_TO_DATA = {"prior": 0, "data": 1}
+_DYADIC = {"prior": 0, "dyadic": 3}
+CASES = (
+    Case("flow_matching", {"name": "flow_matching"}, Passes(1, 1, 1)),
+    Case("lagrangian, target", {"name": "lagrangian", "stop": "target"}, Passes(1, 2, 1)),
+    # Half of the jumps start from one of the student's own.
+    Case("lagrangian, target, no data", {"name": "lagrangian", "stop": "target"}, Passes(1, 2.5, 1), data=False),
+    Case("lagrangian, teacher", {"name": "lagrangian", "stop": "teacher"}, Passes(1, 2, 2)),
+    Case("lagrangian, none", {"name": "lagrangian", "stop": "none"}, Passes(2, 2, 2)),
+    Case("eulerian, target", {"name": "eulerian", "stop": "target"}, Passes(1, 2, 1)),
+    Case("eulerian, teacher", {"name": "eulerian", "stop": "teacher"}, Passes(1, 3, 2)),
+    Case("eulerian, none", {"name": "eulerian", "stop": "none"}, Passes(1, 2, 2)),
+    Case("progressive", {"name": "progressive", "target": "frozen"}, Passes(0, 3, 1)),
+    Case(
+        "progressive_distillation", {"name": "progressive_distillation", "target": "frozen"}, Passes(0, 3, 1), _DYADIC
+    ),
+    Case("consistency, step 0.05", {"name": "consistency", "step": 0.05}, Passes(1, 2, 1), _TO_DATA),
+    Case("consistency, step 0", {"name": "consistency"}, Passes(1, 2, 1), _TO_DATA),
+    Case("consistency_trajectory", {"name": "consistency_trajectory"}, Passes(4, 5, 1)),
+    Case("mean_flow", {"name": "mean_flow"}, Passes(0, 2, 1)),
+    Case("mean_flow, improved", {"name": "mean_flow", "improved": True}, Passes(0, 3, 1)),
+    Case("flow_map_matching", {"name": "flow_map_matching"}, Passes(0, 3, 3)),
+    Case("terminal_velocity", {"name": "terminal_velocity"}, Passes(0, 4, 3)),
+    Case("operator_regression", {"name": "operator_regression", "solver_steps": 2}, Passes(8, 1, 1), {"prior": 1}),
+)
+
+
+def _unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32) -> UNet2DModel:
+    """Attention at one level, as in the DDPM of CIFAR-10."""
+    levels = range(len(channels))
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if i == attention else "DownBlock2D" for i in levels),
+        up_block_types=tuple("AttnUpBlock2D" if i == attention else "UpBlock2D" for i in reversed(levels)),
+        norm_num_groups=min(32, channels[0]),
+    )
+
+
+def _dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=size,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+
+
+NETWORKS = {
+    ("unet", "tiny"): lambda: _unet((8, 16), 1, 1, 8),
+    ("unet", "small"): lambda: _unet((64, 96, 128, 128), 1, 1),
+    ("unet", "large"): lambda: _unet((128, 256, 256, 256), 2, 1),
+    ("dit", "tiny"): lambda: _dit(2, 2, 8, 4),
+    ("dit", "small"): lambda: _dit(12, 6),
+    ("dit", "large"): lambda: _dit(12, 12),
+}
+
+
+class _Fixed:
+    """64 samples of noise in the place of data: what they show costs nothing."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.samples = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+
+    def pick(self, draws: Draws) -> PickedImages:
+        return PickedImages(self.samples[row_of(draws.image, len(self.samples))])
+
+
+def make_teacher(kind: str, size: str) -> Teacher:
+    """A network of random weights, the same every time: ``unet`` on pixels, or ``dit`` on latents, told a class."""
+    torch.manual_seed(0)
+    network = NETWORKS[kind, size]().requires_grad_(False).eval()
+    side, channels = network.config.sample_size, network.config.in_channels
+    return Teacher(
+        network=network,
+        parametrisation=Parametrisation(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
+        event_shape=(channels, side, side),
+        source="random weights",
+        adapter="benchmark",
+        scheduler_config={},
+        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if kind == "dit" else None,
+    )
+
+
+def make_trainer(
+    case: Case, engine: str, teacher: Teacher, batch: int, accelerator: Accelerator, folder: Path
+) -> Trainer:
+    """A trainer of a new student of this teacher, with one average."""
+    settings = {
+        "teacher": "random weights",
+        "loss": case.settings(engine),
+        "pairs": case.pairs,
+        "data": "fixed samples" if case.data else "none",
+        "training": {"steps": 100000, "batch_size": batch},
+    }
+    recipe = Recipe.model_validate(settings)
+    samples = _Fixed(teacher.event_shape) if case.data else None
+    return Trainer(make_student(teacher), teacher, recipe, samples, folder, accelerator, lambda _: None)

@@ -1,0 +1,206 @@
+"""Our rules of forward mode against torch's own where it has one, and against differences; in reverse mode too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmm_distill.derivatives import StockNetworks
+
+
+def draws(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+BOOLEAN = torch.tensor([[True, False, True, True, False], [True, True, True, True, True], [False] * 4 + [True]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"attn_mask": BOOLEAN},
+        {"attn_mask": torch.linspace(-3, 3, 15, dtype=torch.float64).reshape(3, 5)},
+        {"attn_mask": torch.zeros(3, 5, dtype=torch.float64).masked_fill(~BOOLEAN, float("-inf"))},
+        {"is_causal": True},
+    ],
+    ids=["plain", "scale", "boolean", "float", "minus-infinity", "causal"],
+)
+def test_attention_is_torchs(options):
+    query, key, value = draws((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6))
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(moved(query, key, value, **options), expected)
+
+
+def test_attention_with_grouped_queries_is_torchs():
+    query, key, value = draws((2, 6, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(moved(query, key, value, enable_gqa=True), expected)
+
+
+def test_attention_is_stable_for_large_scores():
+    query, key, value = draws((1, 1, 3, 8), (1, 1, 5, 8), (1, 1, 5, 8))
+    expected = F.scaled_dot_product_attention(1e3 * query, key, value)
+    torch.testing.assert_close(moved(1e3 * query, key, value), expected)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "minus-infinity"])
+def test_a_row_without_keys_stays_finite_in_reverse_over_forward(kind):
+    query, key, value = draws((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
+    mask = BOOLEAN.clone()
+    mask[1] = False
+    if kind == "minus-infinity":
+        mask = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    query.requires_grad_()
+
+    def attention(query):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    with StockNetworks():
+        out, tangent = torch.func.jvp(attention, (query,), (torch.ones_like(query),))
+    (gradient,) = torch.autograd.grad(tangent.square().sum(), query)
+    assert out.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient[:, :, 0].abs().max() > 0
+
+
+def test_attention_second_derivative():
+    query, key, value = draws((1, 1, 2, 4), (1, 1, 3, 4), (1, 1, 3, 4))
+    direction = torch.ones_like(query)
+
+    def tangent(query):
+        with StockNetworks():
+            return torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, key, value), (query,), (direction,))[1]
+
+    query.requires_grad_()
+    (gradient,) = torch.autograd.grad(tangent(query).square().sum(), query)
+    push = draws((9,), query.shape)[1]
+    above, below = (tangent(query.detach() + shift * push).square().sum() for shift in (1e-5, -1e-5))
+    torch.testing.assert_close((gradient * push).sum(), (above - below) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+def moved(*inputs, **options):
+    """The value of attention whose inputs all have a tangent."""
+    with StockNetworks():
+        return torch.func.jvp(
+            lambda *given: F.scaled_dot_product_attention(*given, **options),
+            inputs,
+            tuple(map(torch.ones_like, inputs)),
+        )[0]
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_mask": BOOLEAN}, {"is_causal": True}], ids=["plain", "boolean", "causal"]
+)
+def test_attention_against_differences(moving, options):
+    inputs = draws((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6))
+    directions = draws((9,), *(inputs[i].shape for i in moving))[1:]
+
+    def attention(*some):
+        given = list(inputs)
+        for i, tensor in zip(moving, some, strict=True):
+            given[i] = tensor
+        return F.scaled_dot_product_attention(*given, **options)
+
+    at = tuple(inputs[i] for i in moving)
+    with StockNetworks():
+        tangent = torch.func.jvp(attention, at, tuple(directions))[1]
+    above, below = (attention(*(x + step * d for x, d in zip(at, directions, strict=True))) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(tangent, (above - below) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+LAYERS = {
+    "linear": (torch.nn.Linear(6, 5), (3, 4, 6)),
+    "conv1d": (torch.nn.Conv1d(6, 5, 3), (3, 6, 7)),
+    "conv2d": (torch.nn.Conv2d(6, 5, 3, stride=2, padding=1), (3, 6, 7, 7)),
+    "grouped": (torch.nn.Conv2d(6, 4, 3, groups=2, bias=False), (3, 6, 7, 7)),
+    "conv3d": (torch.nn.Conv3d(2, 5, 3), (3, 2, 4, 4, 4)),
+    "group norm": (torch.nn.GroupNorm(3, 6), (3, 6, 5, 4)),
+    "group norm of vectors": (torch.nn.GroupNorm(3, 6), (3, 6)),
+    "plain group norm": (torch.nn.GroupNorm(3, 6, affine=False), (3, 6, 5)),
+    "layer norm": (torch.nn.LayerNorm(6), (3, 4, 6)),
+    "plain layer norm": (torch.nn.LayerNorm(6, elementwise_affine=False), (3, 4, 6)),
+    "layer norm of images": (torch.nn.LayerNorm((4, 6)), (3, 4, 6)),
+    "silu": (torch.nn.SiLU(), (3, 4, 6)),
+}
+
+
+def plain(layer, x):
+    """The same from operations whose derivatives torch has right: not those of ``layer_norm``'s tangent."""
+    if not isinstance(layer, torch.nn.LayerNorm):
+        return layer(x)
+    axes = tuple(range(-len(layer.normalized_shape), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    normal = centred / (centred.square().mean(axes, keepdim=True) + layer.eps).sqrt()
+    return normal if layer.weight is None else normal * layer.weight + layer.bias
+
+
+def answers(layer, x, direction, rules):
+    """Value, tangent, and the gradients of their product with other numbers: in the input, its tangent, the weights."""
+    inputs = [x.clone().requires_grad_(), direction.clone().requires_grad_()]
+    if rules:
+        with StockNetworks():
+            out, tangent = torch.func.jvp(layer, *((each,) for each in inputs))
+    else:
+        out, tangent = torch.func.jvp(lambda x: plain(layer, x), *((each,) for each in inputs))
+    weights = draws((5,), out.shape, out.shape)[1:]
+    loss = (out * weights[0]).sum() + (tangent * weights[1]).square().sum()
+    return out, tangent, *torch.autograd.grad(loss, [*inputs, *layer.parameters()])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rules_are_exact(name):
+    layer, shape = LAYERS[name]
+    layer = layer.double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x, direction = draws(shape, shape)
+    ours, theirs = (answers(layer, 3 + 2 * x, direction, rules) for rules in (True, False))
+    assert len(ours) == 4 + len(list(layer.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    with torch.no_grad(), StockNetworks():
+        detached = torch.func.jvp(layer, (3 + 2 * x,), (direction,))
+    torch.testing.assert_close(detached, theirs[:2], rtol=1e-9, atol=1e-10)
+
+
+def test_what_a_network_changes_in_place():
+    x, dx = draws((3, 6), (3, 6))
+    x.requires_grad_()
+
+    def tangent(scale):
+        def network(x):
+            return F.silu(scale(F.layer_norm(x, (6,))))
+
+        with StockNetworks():
+            out = torch.func.jvp(network, (x,), (dx,))[1]
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    torch.testing.assert_close(tangent(lambda y: y.mul_(2)), tangent(lambda y: 2 * y))
+
+
+def test_a_moving_weight_is_left_to_torch():
+    x, weight, dx, dw = draws((3, 6), (5, 6), (3, 6), (5, 6))
+    with StockNetworks():
+        out, tangent = torch.func.jvp(F.linear, (x, weight), (dx, dw))
+    torch.testing.assert_close((out, tangent), (x @ weight.T, dx @ weight.T + x @ dw.T))
+
+
+def test_a_convolution_of_the_weights_tangent_is_not_made():
+    calls = []
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    x, weight = draws((1, 2, 4, 4), (3, 2, 3, 3))
+    with torch.no_grad(), StockNetworks(), Watched():
+        torch.func.jvp(lambda x: F.conv2d(x, weight), (x,), (x,))
+    assert calls.count("convolution") == 2

@@ -1,0 +1,141 @@
+"""What a training step costs, in counts that no clock enters: calls, passes through autograd, bytes.
+
+A count that grows is an optimisation that was lost; one that falls is to be recorded here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections import Counter
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from benchmarks import steps
+from benchmarks.step_cases import CASES, make_teacher, make_trainer
+from fmm_distill import derivatives
+from fmm_distill.data import PickedImages
+from fmm_distill.memory import _Live
+from fmm_distill.objective import Objective
+from fmm_distill.recipe import Recipe
+from fmm_distill.starts import draw
+from fmm_distill.stopping import StopRequest
+from fmm_distill.student import make_student
+
+# By loss and derivative: calls of the student and its copies, of the teacher; forward passes through the network's
+# convolutions, tangents among them, and backward passes; KiB of the peak beside weights, moments and averages.
+RECORDED = {
+    ("consistency, step 0", "central"): (4, 1, 5.0, 1.0, 583),
+    ("consistency, step 0", "exact"): (2, 1, 4.0, 1.0, 583),
+    ("consistency, step 0.05", "none"): (2, 1, 3.0, 1.0, 670),
+    ("consistency_trajectory", "none"): (4, 4, 8.0, 2.0, 1073),
+    ("eulerian, none", "central"): (3, 1, 4.0, 3.0, 1676),
+    ("eulerian, none", "exact"): (1, 1, 3.0, 2.0, 1407),
+    ("eulerian, target", "central"): (4, 1, 5.0, 1.0, 583),
+    ("eulerian, target", "exact"): (2, 1, 4.0, 1.0, 583),
+    ("eulerian, teacher", "central"): (6, 1, 7.0, 3.0, 1682),
+    ("eulerian, teacher", "exact"): (2, 1, 5.0, 2.0, 1413),
+    ("flow_map_matching", "central"): (4, 0, 4.0, 4.0, 2222),
+    ("flow_map_matching", "exact"): (2, 0, 2.9, 2.9, 1920),
+    ("flow_matching", "none"): (1, 1, 2.0, 1.0, 580),
+    ("lagrangian, none", "central"): (3, 1, 4.0, 4.0, 2159),
+    ("lagrangian, none", "exact"): (1, 1, 2.9, 2.9, 1823),
+    ("lagrangian, target", "central"): (3, 1, 4.0, 1.0, 670),
+    ("lagrangian, target", "exact"): (2, 1, 3.9, 1.0, 670),
+    ("lagrangian, target, no data", "central"): (4, 1, 5.0, 1.0, 667),
+    ("lagrangian, target, no data", "exact"): (3, 1, 4.9, 1.0, 667),
+    ("lagrangian, teacher", "central"): (3, 1, 4.0, 3.0, 1756),
+    ("lagrangian, teacher", "exact"): (1, 1, 2.9, 1.9, 1420),
+    ("mean_flow", "central"): (4, 0, 4.0, 1.0, 583),
+    ("mean_flow", "exact"): (2, 0, 3.0, 1.0, 583),
+    ("mean_flow, improved", "central"): (5, 0, 5.0, 1.0, 586),
+    ("mean_flow, improved", "exact"): (3, 0, 4.0, 1.0, 586),
+    ("operator_regression", "none"): (1, 8, 9.0, 1.0, 580),
+    ("progressive", "none"): (3, 0, 3.0, 1.0, 586),
+    ("progressive_distillation", "none"): (3, 0, 3.0, 1.0, 586),
+    ("terminal_velocity", "central"): (5, 0, 5.0, 4.0, 2216),
+    ("terminal_velocity", "exact"): (3, 0, 3.9, 2.9, 1880),
+}
+WAITING = ("lagrangian, target", "lagrangian, target, no data", "eulerian, none", "progressive", "mean_flow")
+ENGINES = [(case, engine) for case in CASES for engine in case.engines()]
+
+
+class Counted(_Live):
+    """Operations by name, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher("unet", "tiny")
+
+
+def step_of(case, engine, teacher, folder):
+    """Counts of the second step of a trainer, when its optimiser has its moments."""
+    trainer = make_trainer(case, engine, teacher, 4, Accelerator(cpu=True), folder)
+    trainer._step(0, StopRequest())
+    copies = [average.module for average in trainer.averages.values()]
+    copies += [] if trainer.frozen is None else [trainer.frozen]
+    calls, counted = Counter(), Counted()
+    for name, networks in {"student": [trainer.student, *copies], "teacher": [teacher]}.items():
+        for owner in networks:
+            owner.network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    with counted:
+        trainer._step(1, StopRequest())
+    teacher.network._forward_pre_hooks.clear()
+    layers = sum(isinstance(module, torch.nn.Conv2d) for module in teacher.network.modules())
+    convolutions = [counted.names[name] / layers for name in ("convolution", "convolution_backward")]
+    peak = max(moment.live for moment in counted.moments) / 1024
+    return calls["student"], calls["teacher"], *convolutions, peak
+
+
+@pytest.mark.parametrize(("case", "engine"), ENGINES, ids=[f"{case.name}-{engine}" for case, engine in ENGINES])
+def test_the_costs_of_a_step(teacher, tmp_path, case, engine):
+    found = step_of(case, engine, teacher, tmp_path)
+    recorded = RECORDED[case.name, engine]
+    assert found[:2] == recorded[:2]
+    assert found[2:4] == pytest.approx(recorded[2:4], abs=0.15)
+    assert found[4] == pytest.approx(recorded[4], rel=0.1)
+
+
+SEVERAL = {"also": [{"loss": {"name": "flow_matching", "velocity": "data"}, "share": 0.3}]}
+
+
+@pytest.mark.parametrize("more", [{}, SEVERAL], ids=["alone", "beside"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in WAITING], ids=lambda case: case.name)
+def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
+    # A tensor of the device meta has no numbers: whatever would wait for a GPU's raises there.
+    monkeypatch.setattr(derivatives, "_precise", lambda _: contextlib.nullcontext())
+    student = make_student(teacher).to("meta")
+    away = copy.deepcopy(teacher).to("meta")
+    settings = {"teacher": "", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
+    recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))
+    objective = Objective(student, away, recipe, recipe.losses, {"average": student, "frozen": student})
+    draws = draw(0, 0, 8, teacher.event_shape).part(0, 8, "meta")
+    images = PickedImages(torch.empty(8, *teacher.event_shape, device="meta")) if case.data else None
+    losses, weighted = objective(draws, images, 0)
+    weighted.mean().backward()
+    assert losses.device.type == next(student.parameters()).grad.device.type == "meta"
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    output = tmp_path / "steps.json"
+    steps.main(["--quick", "--network", "dit", "--only", "lagrangian, target", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert [(row["loss"], row["derivative"]) for row in found["losses"]] == [
+        (name, engine)
+        for name in ("lagrangian, target", "lagrangian, target, no data")
+        for engine in ("exact", "central")
+    ]
+    assert all(row["by_floor"]["median"] > 0.5 for row in found["losses"])
+    assert capsys.readouterr().out.count("\n") == 2 + len(found["losses"])

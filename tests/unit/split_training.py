@@ -77,11 +77,11 @@ if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     shards = sys.argv[3:] == ["shard"]
     differences = []
-    for number, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        recipe, folder = Recipe.model_validate(settings), Path(sys.argv[2]) / str(number)
+    for number, settings in json.loads(Path(sys.argv[1]).read_text()).items():
+        recipe, folder = Recipe.model_validate(settings), Path(sys.argv[2]) / number
         folder.mkdir(exist_ok=True, parents=True)
         if shards:
-            split_weights(accelerator, ["ResnetBlock2D"] if number % 2 else [])
+            split_weights(accelerator, ["ResnetBlock2D"] if int(number) % 2 else [])
         else:
             differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)

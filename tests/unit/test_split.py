@@ -24,8 +24,8 @@ SPLIT = Path(__file__).parent / "split_training.py"
 CASES = [*((loss, {}, ()) for loss in LOSSES), *EVERY_LOSS]
 IDS = [f"{i}-{loss['name']}" for i, (loss, _, _) in enumerate(CASES)]
 LONG = 20
-# With weights split too, in the short form: a gradient through a derivative, several losses in a batch, a learned weight,
-# targets that follow an average and a frozen copy.
+# With weights split too, in the short form: a gradient through a derivative, several losses in a batch, a learned
+# weight, targets that follow an average and a frozen copy.
 SPLIT_SOON = (0, 3, 5, 7)
 
 

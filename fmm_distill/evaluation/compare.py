@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.protocol import differences
-from fmm_distill.evaluation.result import COLUMNS, Evaluation, Row, from_json
+from fmm_distill.evaluation.result import COLUMNS, Evaluation, Row, from_json, is_of_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Change:
     @property
     def of_student(self) -> bool:
         """Whether it is no row of the teacher's."""
-        return not self.sampler.startswith("teacher")
+        return not is_of_teacher(self.sampler)
 
     @property
     def judged(self) -> bool:
@@ -81,7 +81,7 @@ class Comparison:
 
     Attributes:
         different: what their protocols don't share.
-        missing: rows of a student that the second has not.
+        missing: rows of a student, and numbers of any, that the second has not.
     """
 
     changes: tuple[Change, ...]
@@ -134,10 +134,14 @@ def compare(before: Evaluation, after: Evaluation, *, across_protocols: bool = F
             "at the same numbers of steps"
         )
     changes = tuple(change for key in shared for change in _changes(kept[key], new[key]))
-    missing = tuple(
-        f"{name}, {steps}" for name, steps in kept if (name, steps) not in new and not name.startswith("teacher")
-    )
-    return Comparison(changes, different, missing)
+    missing = [f"{name}, {steps}" for name, steps in kept if (name, steps) not in new and not is_of_teacher(name)]
+    missing += [
+        f"{name}, {steps}: {column.title}"
+        for name, steps in shared
+        for column in COLUMNS
+        if getattr(kept[name, steps], column.key) is not None and getattr(new[name, steps], column.key) is None
+    ]
+    return Comparison(changes, different, tuple(missing))
 
 
 def _names(evaluation: Evaluation) -> str:
@@ -156,7 +160,7 @@ def _changes(before: Row, after: Row) -> Iterator[Change]:
 def report(comparison: Comparison) -> str:
     """The comparison as text: values with their 95 % intervals, and what moved."""
     lines = [f"different protocols: {key}: {a} there, {b} here" for key, (a, b) in comparison.different.items()]
-    lines += [f"no row any more: {name}" for name in comparison.missing]
+    lines += [f"not there any more: {name}" for name in comparison.missing]
     lines.append(f"{'sampler':<20}{'steps':>6}  {'quantity':<16}{'before':>28} {'after':>28}  verdict")
     # Of the teacher's rows, which are there to be compared with, those that should not have moved.
     for change in (

@@ -20,7 +20,7 @@ from fmm_distill.evaluation.generate import Generator
 from fmm_distill.evaluation.metrics import ImageMetrics, Value, inception_score, mean_value, rms_error
 from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import reference_of
-from fmm_distill.evaluation.result import Evaluation, Row
+from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
 from fmm_distill.evaluation.samplers import of_students, of_teacher
 from fmm_distill.solve import endpoint
 from fmm_distill.teachers.codec import Pixels
@@ -278,7 +278,7 @@ class Measure:
 
     def _compare_steps(self, samplers: Iterable[Sampler]) -> None:
         """How far apart the samples of two numbers of steps are; of pipelines of images too."""
-        for name in dict.fromkeys(sampler.name for sampler in samplers if not sampler.name.startswith("teacher")):
+        for name in dict.fromkeys(sampler.name for sampler in samplers if not is_of_teacher(sampler.name)):
             steps = [n for sampler, n in self.samples if sampler == name]
             pairs = {f"{a},{b}": self._distance((name, a), (name, b)) for a, b in combinations(steps, 2)}
             if pairs:

@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COLUMNS", "Column", "Evaluation", "Row", "choose", "from_json", "table"]
+__all__ = ["COLUMNS", "Column", "Evaluation", "Row", "choose", "from_json", "is_of_teacher", "table"]
+
+# Names of rows that are no student's; others are those of a student, or what a user called a pipeline.
+_OF_TEACHER = (
+    "teacher",
+    "teacher-ddim",
+    "teacher-dpmsolver++",
+    "teacher-unipc",
+    "teacher-heun",
+    "teacher-euler",
+)
+
+
+def is_of_teacher(sampler: str) -> bool:
+    """Whether a row is one of the teacher's, to be compared with."""
+    return sampler in _OF_TEACHER
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_an_exported_folder_is_the_same_student(measured, finished, tmp_path):
     status, out, _ = call("evaluate", "--compare", measured[2] / "a.json", tmp_path / "b.json")
     # The student beside it is not there any more, and that is said.
     assert status == 0
-    assert f"no row any more: {finished[0] / 'student'}, 2" in out
+    assert f"not there any more: {finished[0] / 'student'}, 2" in out
     assert out.splitlines()[-1] == "no value of the student is worse"
 
 

@@ -38,6 +38,8 @@ def test_worse_is_only_what_is_judged():
     teacher = {"sampler": "teacher-ddim"}
     assert not compare(result(**teacher), result(0.6, **teacher)).worse
     assert moved(result(**teacher), result(0.6, **teacher)) == {"endpoint_error": True}
+    named = {"sampler": "teachers-and-students/mine"}
+    assert compare(result(**named), result(0.6, **named)).worse
 
 
 def test_without_errors_any_difference_counts_but_rounding():
@@ -56,7 +58,9 @@ def test_rows_that_are_missing_are_named():
     both = Evaluation({"a": 1}, [*result().rows, *result(steps=8).rows])
     comparison = compare(both, result())
     assert comparison.missing == ("student, 8",)
-    assert "no row any more: student, 8" in report(comparison)
+    assert "not there any more: student, 8" in report(comparison)
+    comparison = compare(result(), result(frechet=None))
+    assert comparison.missing == ("student, 4: Fréchet",)
     with pytest.raises(UserError, match=r"no row in common \(student at 4 there, student at 8 here\)"):
         compare(result(), result(steps=8))
 

@@ -20,14 +20,12 @@ __all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def frozen_copy(network: Network, *, share: bool = True) -> Network:
-    """A copy in evaluation mode that is not trained.
+def frozen_copy(network: Network) -> Network:
+    """A copy in evaluation mode that is not trained; parameters that ``network`` does not train are its own.
 
-    Args:
-        share: parameters that ``network`` does not train are its own, so that a student with adapters and all its
-            copies hold the large weights once.
+    So a student with adapters and all its copies hold the large weights once.
     """
-    shared = {id(parameter): parameter for parameter in network.parameters() if share and not parameter.requires_grad}
+    shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
     return copy.deepcopy(network, shared).requires_grad_(False).eval()
 
 
@@ -55,15 +53,13 @@ class _Average(AveragedModel):
         self.n_averaged += 1
 
 
-def averaged(network: nn.Module, rate: float, *, share: bool = True) -> AveragedModel:
+def averaged(network: nn.Module, rate: float) -> AveragedModel:
     """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
 
-    The short start keeps the untrained weights out of the average of a short run.
-
-    Args:
-        share: tensors that are not trained are the network's own: one copy of them in memory.
+    The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
+    network's own: one copy of them in memory.
     """
-    return _Average(frozen_copy(network, share=share), rate).requires_grad_(False).eval()
+    return _Average(frozen_copy(network), rate).requires_grad_(False).eval()
 
 
 def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:

@@ -84,6 +84,7 @@ class Objective(nn.Module):
                     1, sent(rows, both.device), torch.stack([losses, factor * weighted]).to(both.dtype)
                 )
             else:
+                # Its backward pass gathers the networks too.
                 both = both + 0 * weighted.sum()
         losses, weighted = both.unbind()
         return losses.clone(), weighted.clone()

@@ -80,6 +80,7 @@ __all__ = [
     "open_run",
     "open_teacher",
     "plan",
+    "silent",
     "with_evaluation",
 ]
 
@@ -189,7 +190,7 @@ def distill(
     """
     folder = Path(output)
     accelerator = _accelerator(recipe, folder)
-    line = say if accelerator.is_main_process else _silent
+    line = say if accelerator.is_main_process else silent
     changes = check_folder(folder, recipe, fresh=fresh)
     # No process makes the folder before all have looked at it.
     accelerator.wait_for_everyone()
@@ -260,7 +261,7 @@ def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         # cache for the call that is to have them, and gets none (pytorch issue 112583).
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(cache_enabled=False)],
     )
-    check_sharding(accelerator, recipe.training)
+    check_sharding(accelerator, recipe.training, recipe.student.lora.rank)
     check_joined(accelerator)
     return accelerator
 
@@ -279,7 +280,7 @@ def check_joined(accelerator: Accelerator) -> None:
         )
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Processes other than the first say nothing."""
 
 

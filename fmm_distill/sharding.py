@@ -26,8 +26,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_sharding(accelerator: Accelerator, training: TrainingSettings) -> None:
+def check_sharding(accelerator: Accelerator, training: TrainingSettings, lora_rank: int = 0) -> None:
     """Refuse ways to split a student that training does not go with, before anything is opened.
+
+    Args:
+        lora_rank: of the student's adapters; 0: none.
 
     Raises:
         UserError: on another way than FSDP2, and on settings that do not run under it.
@@ -48,6 +51,11 @@ def check_sharding(accelerator: Accelerator, training: TrainingSettings) -> None
     if training.compile != "none":
         raise UserError(
             f"training.compile: {training.compile} does not go with FSDP here; wanted none, or plain multi-GPU"
+        )
+    if lora_rank:
+        raise UserError(
+            f"student.lora.rank: {lora_rank} does not go with FSDP: the teacher is the student's own network without "
+            "its adapters, and the first process asks it alone when it evaluates; wanted 0, or plain multi-GPU"
         )
     plugin = accelerator.state.fsdp_plugin
     if plugin.activation_checkpointing:

@@ -32,6 +32,7 @@ from fmm_distill.run import (
     open_reference,
     open_run,
     open_teacher,
+    silent,
     with_evaluation,
 )
 from fmm_distill.run_folder import kept_recipe
@@ -152,7 +153,7 @@ def measure_subject(
     # The first process computes metrics, the ODE's end and pictures while the others wait for it.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_joined(accelerator)
-    line = say if accelerator.is_main_process else _silent
+    line = say if accelerator.is_main_process else silent
     device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
     student = subject.student.to(device).eval()
     settings = subject.settings.model_copy(update=steps_within(teacher, subject.settings.steps))
@@ -187,10 +188,6 @@ def measure_subject(
         _draw(evaluation, subject, student, report, device)
     measure.remove_kept()
     return evaluation
-
-
-def _silent(_: str) -> None:
-    """Processes other than the first say nothing."""
 
 
 def _reference(teacher: Teacher, asked: Asked, device: torch.device, say: Callable[[str], None]) -> Sampler | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -91,16 +92,15 @@ class Trainer:
         self.student = student
         self.sharded = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
-        share = not self.sharded
-        self.averages = {rate: averaged(student, rate, share=share) for rate in recipe.training.ema}
+        self.averages = {rate: averaged(student, rate) for rate in recipe.training.ema}
         # What is evaluated and exported, where the student and its averages are split; the first process does that.
         alone = self.sharded and accelerator.is_main_process
-        self.plain = frozen_copy(student, share=False).to("cpu") if alone else student
+        self.plain = frozen_copy(student).to("cpu") if alone else student
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in recipe.losses):
-            self.frozen = copies["frozen"] = frozen_copy(student, share=share)
+            self.frozen = copies["frozen"] = frozen_copy(student)
         accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
         losses = [self._settle_engine(settings) for settings in recipe.losses]
         slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
@@ -119,8 +119,8 @@ class Trainer:
         if self.sharded:
             say(name_blocks(accelerator, network_of(student)))
             frozen = [] if self.frozen is None else [self.frozen]
-            for copy in [*(self.averaged_student(rate) for rate in self.averages), *frozen]:
-                shard(network_of(copy), accelerator)
+            for other in [*(self.averaged_student(rate) for rate in self.averages), *frozen]:
+                shard(network_of(other), accelerator)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
 
     def averaged_student(self, rate: float) -> LearnedFlowMap:
@@ -138,9 +138,9 @@ class Trainer:
         state = whole_state(self.averages[rate].module.state_dict(), keep=main)
         if not main:
             return self.averaged_student(rate)
-        copy = frozen_copy(self.plain, share=False)
-        copy.load_state_dict(state)
-        return copy.to(self.accelerator.device)
+        average = copy.deepcopy(self.plain)
+        average.load_state_dict(state)
+        return average.to(self.accelerator.device)
 
     def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
         settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)

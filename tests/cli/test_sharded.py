@@ -141,6 +141,13 @@ def test_other_ways_to_split_are_refused(split_state, kind, plugin, settings, wa
         check_sharding(split_state(kind, made), TrainingSettings(**settings))
 
 
+def test_adapters_are_not_split(split_state):
+    accelerator = split_state(DistributedType.FSDP, FSDP(fsdp_version=2))
+    check_sharding(accelerator, TrainingSettings())
+    with pytest.raises(UserError, match=r"student.lora.rank: 4 does not go with FSDP.* wanted 0, or plain"):
+        check_sharding(accelerator, TrainingSettings(), 4)
+
+
 def test_blocks_are_the_networks_own_unless_they_are_named(split_state, teacher):
     own = FSDP(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
     teacher.network._no_split_modules = ["Attention", "NotThere"]

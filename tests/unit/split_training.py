@@ -64,8 +64,12 @@ def difference(recipe: Recipe, accelerator: Accelerator) -> float:
 def split_weights(accelerator: Accelerator, blocks: list[str]) -> None:
     """What accelerate does as it starts on GPUs that are set up for FSDP2; on CPUs it leaves that out alone."""
     wrap = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
+    # Weights sent by the first process are what `accelerate launch` asks for unless it is told otherwise.
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy=wrap, transformer_cls_names_to_wrap=blocks or None
+        fsdp_version=2,
+        auto_wrap_policy=wrap,
+        transformer_cls_names_to_wrap=blocks or None,
+        cpu_ram_efficient_loading=bool(blocks),
     )
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}

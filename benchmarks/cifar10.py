@@ -4,7 +4,7 @@
 
 ``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is
 kept in ``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more.
-It ends in time with the JSON and the pictures of what there is. ``--toy`` is the whole line at a size for tests;
+It ends in time with the JSON and the pictures of what there is. ``--budget`` has the whole line at three sizes;
 ``--render`` prints the tables of a JSON that is there already.
 """
 
@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_measure import PICTURED, Judge
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import ROOT, Processes
@@ -41,71 +42,13 @@ from fmm_distill.teachers.load import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benchmarks.cifar10_budget import Budget
+
 STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
 SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
 # Measured first.
 FIRST = 4
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of everything.
-
-    Attributes:
-        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
-            at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
-        teacher_share: of the minutes that the teacher may take, compiling included.
-        steps: of each student; 0: as many as fit, from the speed of each loss.
-        parallel: students that train at the same time, each in its own process.
-        beside: processes of others that train on the device at the same time.
-        seeded: how many of the best are trained with a second seed.
-        solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
-        reserve: seconds at the end for what is measured last, and the pictures.
-        watched: seconds in which the steps of all losses are counted side by side.
-        startup: seconds in which processes start and end and the device waits.
-    """
-
-    channels: tuple[int, ...] = (32, 64, 128, 256)
-    teacher_share: float = 0.25
-    teacher_batch: int = 512
-    teacher_rate: float = 1e-3
-    teacher_steps: int = 1_000_000
-    classifier_width: int = 256
-    classifier_epochs: int = 16
-    steps: int = 0
-    batch: int = 128
-    learning_rate: float = 5e-4
-    parallel: int = 8
-    beside: int = 0
-    seeded: int = 2
-    samples: int = 10_000
-    endpoint_samples: int = 512
-    solver_steps: int = 32
-    measure_batch: int = 1000
-    watched: float = 8.0
-    reserve: float = 25.0
-    startup: float = 45.0
-
-
-TOY = Budget(
-    channels=(16, 16),
-    teacher_batch=16,
-    teacher_steps=20,
-    classifier_width=16,
-    classifier_epochs=1,
-    steps=20,
-    batch=8,
-    parallel=2,
-    seeded=1,
-    samples=64,
-    endpoint_samples=16,
-    solver_steps=4,
-    measure_batch=32,
-    watched=1.0,
-    reserve=1.0,
-    startup=0.0,
-)
 
 
 class Benchmark:
@@ -167,9 +110,9 @@ class Benchmark:
         if not file.is_file():
             found = {}
             for split in ("train", "test"):
-                settings = DataSettings(source=str(self.data), split=split)
+                settings = DataSettings(source=str(self.data), split=split, fit="crop")
                 table = open_table(settings)
-                images = load_images(settings, (3, 32, 32), table=table)
+                images = load_images(settings, (3, self.budget.size, self.budget.size), table=table)
                 found[split], found[f"{split}_labels"] = images.pixels, torch.tensor(table.values("label"))
             save_whole(found, file)
         return load_file(file)
@@ -179,12 +122,12 @@ class Benchmark:
         budget, work = self.budget, self.work
         if not (work / "teacher" / "model_index.json").is_file():
             # Not compiled: in two minutes that does not pay.
-            fast = ["--precision", "bf16"] if self.device == "cuda" else []
-            self.processes.start("teacher", self._teacher_command() + fast)
+            self.processes.start("teacher", self._teacher_command())
         self._images()
         if not (work / "classifier" / "classifier.json").is_file():
             command = [sys.executable, "-m", "benchmarks.cifar10_classifier", "--output", str(work / "classifier")]
             command += ["--images", str(work / "images.safetensors"), "--width", str(budget.classifier_width)]
+            command += ["--precision", budget.precision]
             self.processes.start("classifier", [*command, "--epochs", str(budget.classifier_epochs)])
         for name in list(self.processes.running):
             self.processes.code(name, self.left())
@@ -194,6 +137,8 @@ class Benchmark:
         options = {
             "--data": self.data,
             "--output": self.work / "teacher",
+            "--size": budget.size,
+            "--precision": budget.precision if budget.precision == "bf16" else "no",
             "--batch": budget.teacher_batch,
             "--lr": budget.teacher_rate,
             "--steps": budget.teacher_steps,
@@ -214,6 +159,7 @@ class Benchmark:
             endpoint_samples=budget.endpoint_samples,
             solver_steps=budget.solver_steps,
             batch=budget.measure_batch,
+            precision=budget.precision,
         )
         checkpoint.write_text(self.work / "protocol.json", json.dumps(judge.protocol))
         self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
@@ -443,7 +389,7 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=0, help="students of others that share the device meanwhile")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
     parser.add_argument("--gather", action="store_true", help="write what there is in --work, and stop")
-    parser.add_argument("--toy", action="store_true", help="a tiny network, 20 steps, 64 samples")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="gpu", help="toy: 20 steps, 64 samples")
     parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
     options = parser.parse_args()
     if options.render is not None:
@@ -451,7 +397,7 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is missing: a folder of parquet files with the columns img and label")
-    budget = replace(TOY if options.toy else Budget(), beside=options.beside)
+    budget = replace(BUDGETS[options.budget], beside=options.beside)
     if options.parallel:
         budget = replace(budget, parallel=options.parallel)
     places = [place.resolve() for place in (options.data, options.work, options.output)]

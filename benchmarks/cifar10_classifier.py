@@ -2,7 +2,7 @@
 
     python -m benchmarks.cifar10_classifier --images cifar10.safetensors --output DIR
 
-Writes ``classifier.pt``, a TorchScript module from images in [0, 1], shape ``[batch, 3, 32, 32]``, to the features
+Writes ``classifier.pt``, a TorchScript module from images in [0, 1], shape ``[batch, 3, size, size]``, to the features
 before the last layer, shape ``[batch, width]``; the weights as safetensors; and ``classifier.json`` with its accuracy
 on the test images. A residual network of nine layers; about half a minute on a data-centre GPU.
 """
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Features(nn.Module):
-    """Images in [0, 1] to ``width`` numbers, the mean over the last 4 x 4 places."""
+    """Images in [0, 1] to ``width`` numbers, the mean over the last places, an eighth of the size each way."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,18 +63,19 @@ class Features(nn.Module):
         self.register_buffer("deviation", torch.tensor(DEVIATION).reshape(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Shape ``[batch, 3, 32, 32]`` to ``[batch, width]``."""
+        """Shape ``[batch, 3, size, size]`` to ``[batch, width]``."""
         return self.body((images.to(self.mean.dtype) - self.mean) / self.deviation).mean((2, 3))
 
 
 def augmented(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1], mirrored with chance 1/2 and moved by up to 4 pixels over their reflected borders."""
+    """Images in [0, 1], mirrored with chance 1/2 and moved by up to an eighth of their size, borders reflected."""
     count, _, height, width = pixels.shape
     device = pixels.device
     images = pixels.float() / 255
     images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
-    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
-    down, right = (torch.randint(0, 9, (count, 1), device=device) for _ in range(2))
+    margin = height // 8
+    padded = F.pad(images, (margin,) * 4, mode="reflect")
+    down, right = (torch.randint(0, 2 * margin + 1, (count, 1), device=device) for _ in range(2))
     rows = (torch.arange(height, device=device) + down)[:, None, :, None]
     columns = (torch.arange(width, device=device) + right)[:, None, None, :]
     each = torch.arange(count, device=device)[:, None, None, None]
@@ -82,9 +83,9 @@ def augmented(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    pixels: torch.Tensor, labels: torch.Tensor, *, width: int, epochs: int, batch: int, lr: float
+    pixels: torch.Tensor, labels: torch.Tensor, *, width: int, epochs: int, batch: int, lr: float, precision: str
 ) -> tuple[Features, nn.Linear]:
-    """Features and head, trained with one cycle of the learning rate; in bfloat16 on a GPU."""
+    """Features and head, trained with one cycle of the learning rate; ``precision`` is ``"bf16"`` or ``"fp32"``."""
     device = pixels.device
     features = Features(width).to(device, memory_format=torch.channels_last)
     head = nn.Linear(width, 10).to(device)
@@ -99,7 +100,7 @@ def train(
             order = torch.randperm(len(pixels), device=device)
         chosen = order[step % in_epoch * batch :][:batch]
         images = augmented(pixels[chosen]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = F.cross_entropy(head(features(images)).float(), labels[chosen], label_smoothing=0.1)
         optimiser.zero_grad()
         loss.backward()
@@ -128,12 +129,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of training")
     options = parser.parse_args()
     torch.manual_seed(0)
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = {name: value.to(device) for name, value in load_file(options.images).items()}
     sizes = {"width": options.width, "epochs": options.epochs, "batch": options.batch, "lr": options.lr}
+    sizes["precision"] = options.precision
     features, head = train(images["train"], images["train_labels"], **sizes)
     found = {"accuracy": accuracy(features, head, images["test"], images["test_labels"])}
     found |= sizes | {"parameters": sum(p.numel() for p in features.parameters()), "test_images": len(images["test"])}
@@ -143,7 +146,7 @@ def main() -> None:
     tensors = {f"features.{name}": value.contiguous() for name, value in features.state_dict().items()}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
     save_file(tensors, options.output / "classifier.safetensors")
-    torch.jit.trace(features, torch.rand(2, 3, 32, 32)).save(str(options.output / "classifier.pt"))
+    torch.jit.trace(features, torch.rand(2, *images["test"].shape[1:])).save(str(options.output / "classifier.pt"))
     # The last: with it the classifier is there.
     checkpoint.write_text(options.output / "classifier.json", json.dumps(found, indent=2) + "\n")
     print(f"test accuracy {found['accuracy']:.4f} in {found['seconds']:.0f} s")

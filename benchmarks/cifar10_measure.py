@@ -32,8 +32,9 @@ class Judge:
     """The noises, where the teacher's ODE takes some of them, and the reference images' features; made once.
 
     Args:
-        pixels: reference images, uint8, shape ``[count, 3, 32, 32]``.
+        pixels: reference images, uint8, shape ``[count, 3, size, size]``.
         features: a TorchScript file: images in [0, 1] to features.
+        precision: ``"bf16"`` or ``"fp32"``, of sampling; the ODE is solved in float32.
     """
 
     @torch.no_grad()
@@ -48,8 +49,9 @@ class Judge:
         endpoint_samples: int,
         solver_steps: int,
         batch: int,
+        precision: str,
     ) -> None:
-        self.teacher, self.device, self.batch = teacher.to(device), device, batch
+        self.teacher, self.device, self.batch, self.precision = teacher.to(device), device, batch, precision
         noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(device)
         found = open_features(str(features), teacher.event_shape)
@@ -72,7 +74,7 @@ class Judge:
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
             "ode_range": self.truth.abs().max().item(),
             "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
-            "precision": "bf16" if device == "cuda" else "fp32",
+            "precision": precision,
             "precision_moves_ddim_16": moved,
             "noise_seed": NOISE_SEED,
         }
@@ -89,8 +91,8 @@ class Judge:
         return torch.cat(parts)
 
     def _sampled(self, sampler: Sampler, noise: Tensor) -> Tensor:
-        """In bfloat16 on a GPU: the protocol has how far that moves a sample."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+        """The protocol has how far bfloat16 moves a sample."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             return torch.cat([sampler(part) for part in noise.split(self.batch)]).float()
 
     @torch.no_grad()

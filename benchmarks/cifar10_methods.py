@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fmm_distill.recipe import Recipe, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.cifar10 import Budget
+    from benchmarks.cifar10_budget import Budget
 
 __all__ = ["METHODS", "recipe_of"]
 
@@ -64,7 +62,7 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
             "learning_rate": budget.learning_rate,
             "warmup_steps": min(100, steps // 10),
             "ema": 0.99,
-            "precision": "bf16" if torch.cuda.is_available() else "fp32",
+            "precision": budget.precision,
             "checkpoint_every": max(steps // 3, 1),
             "keep_checkpoints": 1,
             "seed": seed,

@@ -4,10 +4,13 @@
     python -m benchmarks.steps --network dit --size large --batch 64 --precision bf16 --device cuda
 
 The floor of a step is the sum of the network passes that it can't do without (``benchmarks/step_cases.py``), each timed
-alone in the same run: a tangent counts as one forward pass, whichever engine takes it. Flow matching trains the same
-network by the same trainer. Whole steps, flow matching's and the passes take turns, every other repeat the other way
-round; ratios are taken within a repeat, numbers are their medians with the middle half. Memory is what a step holds at
-most beside weights, moments and averages.
+alone in the same run: a tangent counts as one forward pass, whichever engine takes it, and the update (clipping, AdamW,
+one average) is a part of every step. Flow matching trains the same network by the same trainer. Whole steps, flow
+matching's and the passes take turns, every other repeat the other way round; ratios are taken within a repeat, numbers
+are their medians with the middle half. Memory is what a step holds at most beside weights, moments and averages.
+
+With ``--fastgen CHECKOUT`` (https://github.com/NVlabs/FastGen) the steps of its mean-flow and sCM losses take turns
+with them on the same network, teacher and batch (``benchmarks/step_peers.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +30,20 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.step_cases import BASELINE, CASES, make_teacher, make_trainer
+from benchmarks.step_peers import PEERS, PeerStep
 from fmm_distill.memory import _Live
 from fmm_distill.objective import condition_of
 from fmm_distill.parametrisation import keywords
 from fmm_distill.starts import draw
 from fmm_distill.stopping import StopRequest
+from fmm_distill.student import make_student
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from benchmarks.step_cases import Case, Passes
+    from fmm_distill.teachers.base import Teacher
     from fmm_distill.trainer import Trainer
 
 
@@ -74,6 +81,20 @@ class Alone:
         output.float().square().mean().backward()
         self.trainer.optimizer.zero_grad()
 
+    def with_gradients(self) -> None:
+        """Before the update: every weight has a gradient."""
+        for weight in self.trainer.objective.parameters():
+            weight.grad = torch.zeros_like(weight)
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        trainer = self.trainer
+        trainer.accelerator.clip_grad_norm_(trainer.objective.parameters(), trainer.recipe.training.clip)
+        trainer.optimizer.step()
+        for average in trainer.averages.values():
+            average.update_parameters(trainer.student)
+        trainer.optimizer.zero_grad()
+
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of a call, to the end of what it started on a GPU."""
@@ -108,37 +129,48 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
 def floor(passes: Passes, now: dict[str, float]) -> float:
     """Milliseconds of these passes."""
     backward = now["both"] - now["forward"]
-    return passes.teacher * now["teachers"] + passes.student * now["forward"] + passes.backward * backward
+    return (
+        now["update"] + passes.teacher * now["teachers"] + passes.student * now["forward"] + passes.backward * backward
+    )
 
 
-def compare(case: Case, trainer: Trainer, baseline: Trainer, repeats: int, batch: int) -> dict[str, Any]:
-    """A loss's step against flow matching's and its floor."""
+def compare(
+    case: Case, trainer: Trainer, baseline: Trainer, peers: dict[str, PeerStep], repeats: int, batch: int
+) -> dict[str, Any]:
+    """A loss's step against flow matching's, its floor, and the peers' steps."""
     device = trainer.accelerator.device
     alone = Alone(trainer, batch)
-    parts = {"teachers": alone.teachers, "forward": alone.forward, "both": alone.both}
-    for warm in (lambda: trainer._step(0, StopRequest()), lambda: baseline._step(0, StopRequest()), *parts.values()):
-        warm()
-    rounds = []
-    for step in range(1, repeats + 1):
-        calls = {
-            "baseline": lambda step=step: baseline._step(step, StopRequest()),
-            **parts,
-            "step": lambda step=step: trainer._step(step, StopRequest()),
-        }
-        names = list(calls) if step % 2 else list(reversed(calls))
-        rounds.append({name: timed(calls[name], device) for name in names})
-    memory = {
-        "step": peak(lambda: trainer._step(repeats + 1, StopRequest()), device),
-        "baseline": peak(lambda: baseline._step(repeats + 1, StopRequest()), device),
+    steps: dict[str, Callable[[int], object]] = {
+        "baseline": lambda step: baseline._step(step, StopRequest()),
+        "teachers": lambda _: alone.teachers(),
+        "forward": lambda _: alone.forward(),
+        "both": lambda _: alone.both(),
+        "update": lambda _: alone.update(),
+        **peers,
+        "step": lambda step: trainer._step(step, StopRequest()),
     }
+    rounds = []
+    for step in range(repeats + 1):
+        now = {}
+        for name in list(steps) if step % 2 else list(reversed(steps)):
+            if name == "update":
+                alone.with_gradients()
+            now[name] = timed(partial(steps[name], step), device)
+        rounds.append(now)
+    # The first one warms up.
+    del rounds[0]
+    memory = {name: peak(partial(steps[name], repeats + 1), device) for name in ("step", "baseline", *peers)}
+    floors = [floor(case.floor, now) for now in rounds]
     return {
         "milliseconds": {name: measured([now[name] for now in rounds]) for name in rounds[0]},
-        "floor_milliseconds": measured([floor(case.floor, now) for now in rounds]),
+        "floor_milliseconds": measured(floors),
         "by_flow_matching": measured([now["step"] / now["baseline"] for now in rounds]),
-        "by_floor": measured([now["step"] / floor(case.floor, now) for now in rounds]),
+        "by_floor": measured([now["step"] / least for now, least in zip(rounds, floors, strict=True)]),
         "by_forward_and_backward": measured([now["step"] / now["both"] for now in rounds]),
-        "bytes": memory["step"],
+        "by_peer": {name: measured([now["step"] / now[name] for now in rounds]) for name in peers},
+        "bytes": memory,
         "memory_by_flow_matching": memory["step"] / memory["baseline"],
+        "memory_by_peer": {name: memory["step"] / memory[name] for name in peers},
     }
 
 
@@ -159,15 +191,26 @@ def run(given: argparse.Namespace) -> None:
         teacher = make_teacher(given.network, given.size)
         about = about_run(given, sum(p.numel() for p in teacher.network.parameters()))
         baseline = make_trainer(BASELINE, "none", teacher, given.batch, accelerator, Path(folder))
+        peers = peers_of(given.fastgen, teacher, given.batch, accelerator)
+        print(head(peers), flush=True)
         for case, engine in pairs_of(given.only):
             trainer = make_trainer(case, engine, teacher, given.batch, accelerator, Path(folder))
-            found = compare(case, trainer, baseline, given.repeats, given.batch)
+            found = compare(case, trainer, baseline, peers, given.repeats, given.batch)
             rows.append({"loss": case.name, "derivative": engine} | found)
             print(line(rows[-1]), flush=True)
             given.output.write_text(json.dumps({"about": about, "losses": rows}, indent=2) + "\n", encoding="utf-8")
             # It holds every module that it has prepared.
             del trainer
             accelerator.free_memory()
+
+
+def peers_of(
+    checkout: Path | None, teacher: Teacher, batch: int, accelerator: Accelerator
+) -> dict[str, Callable[[int], None]]:
+    """The peers' steps, each on a student of its own."""
+    if checkout is None:
+        return {}
+    return {name: PeerStep(name, checkout, make_student(teacher), teacher, batch, accelerator) for name in PEERS}
 
 
 def about_run(given: argparse.Namespace, parameters: int) -> dict[str, Any]:
@@ -177,20 +220,34 @@ def about_run(given: argparse.Namespace, parameters: int) -> dict[str, Any]:
     return about | {"parameters": parameters, "device": device, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
-HEAD = """\
-| loss | derivative | ms | by flow matching | by its floor | by forward and backward | memory by flow matching |
-|---|---|---:|---:|---:|---:|---:|"""
+COLUMNS = (
+    "loss",
+    "derivative",
+    "ms",
+    "by flow matching",
+    "by its floor",
+    "by forward and backward",
+    "memory by flow matching",
+)
+
+
+def head(peers: Iterable[str]) -> str:
+    """Of the table."""
+    columns = [*COLUMNS, *(f"by {name}" for name in peers)]
+    return "| " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (len(columns) - 2)
 
 
 def line(row: dict[str, Any]) -> str:
     """Of the table, medians with the middle half of the ratios."""
 
-    def ratio(name: str) -> str:
-        return "{median:.2f} ({low:.2f} to {high:.2f})".format(**row[name])
+    def shown(ratio: dict[str, float]) -> str:
+        return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
     cells = [row["loss"], row["derivative"], f"{row['milliseconds']['step']['median']:.0f}"]
-    cells += [ratio("by_flow_matching"), ratio("by_floor"), f"{row['by_forward_and_backward']['median']:.2f}"]
-    return "| " + " | ".join([*cells, f"{row['memory_by_flow_matching']:.2f}"]) + " |"
+    cells += [shown(row["by_flow_matching"]), shown(row["by_floor"]), f"{row['by_forward_and_backward']['median']:.2f}"]
+    cells.append(f"{row['memory_by_flow_matching']:.2f}")
+    cells += [f"{shown(ratio)}, memory {row['memory_by_peer'][name]:.2f}" for name, ratio in row["by_peer"].items()]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,11 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=(), help="names of losses, or how they begin; all")
+    parser.add_argument("--fastgen", type=Path, help="checkout of FastGen, whose steps are timed beside")
     parser.add_argument("--quick", action="store_true", help="the tiny network and two repeats: to see that it runs")
     given = parser.parse_args(arguments)
     if given.quick:
         given.size, given.batch, given.repeats = "tiny", 2, 2
-    print(HEAD, flush=True)
     run(given)
 
 

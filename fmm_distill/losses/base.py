@@ -56,7 +56,13 @@ class LossSettings(Settings):
 
 
 class DerivativeSettings(LossSettings):
-    """Settings of a loss that differentiates the map."""
+    """Settings of a loss that differentiates the map.
+
+    Attributes:
+        in_r: whether in the target time alone, where central differences are within 1e-3 of forward mode.
+    """
+
+    in_r: ClassVar[bool] = False
 
     derivative: Literal["auto", "exact", "central"] = "auto"
     """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
@@ -65,11 +71,6 @@ class DerivativeSettings(LossSettings):
     def keeps_graph(self) -> bool:
         """Whether gradients pass through the derivative."""
         return True
-
-    @property
-    def central_costs_less(self) -> bool:
-        """Whether ``auto`` takes central differences although forward mode runs."""
-        return False
 
 
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.derivatives import derivative_along_flow, value_and_derivative_along_flow
+from fmm_distill.derivatives import (
+    derivative_along_flow,
+    value_and_derivative_along_flow,
+    value_and_detached_derivative_along_flow,
+)
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
@@ -105,13 +109,14 @@ def eulerian(
         return squared_norm(u - v + length * du)
     with torch.no_grad():
         v = velocity(x_t, t, cond)
-        du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
     if settings.stop == "teacher":
+        with torch.no_grad():
+            du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
         still = torch.zeros_like(x_t)
         u, du_dt = value_and_derivative_along_flow(flow_map, x_t, t, r, still, cond=cond, engine=engine)
         transport = (du - du_dt).detach()
         return squared_norm(u - v + length * (du_dt + transport))
-    u = flow_map.mean_velocity(x_t, t, r, cond)
+    u, du = value_and_detached_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
     with torch.no_grad():
         target = u - steadied(u - v + settings.tangent_scale * length * du, settings)
     return squared_norm(u - target)

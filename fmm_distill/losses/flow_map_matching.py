@@ -25,6 +25,7 @@ class FlowMapMatchingSettings(DerivativeSettings):
 
     summary: ClassVar[str] = "the Lagrangian equation at the end of a round trip, and its return, from data alone (FMM)"
     paper: ClassVar[str] = "arXiv 2406.07507, proposition 3.11"
+    in_r: ClassVar[bool] = True
     takes: ClassVar[frozenset[str]] = frozenset({"share"})
 
     name: Literal["flow_map_matching"] = "flow_map_matching"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from fmm_distill.derivatives import derivative_in_r, value_and_derivative_in_r
+from fmm_distill.derivatives import value_and_derivative_in_r, value_and_detached_derivative_in_r
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
@@ -25,6 +25,7 @@ class LagrangianSettings(DerivativeSettings):
 
     summary: ClassVar[str] = "the end of a jump moves with the velocity there (LMD; with velocity: self, LSD)"
     paper: ClassVar[str] = "arXiv 2406.07507; LSD arXiv 2505.18825"
+    in_r: ClassVar[bool] = True
 
     name: Literal["lagrangian"] = "lagrangian"
     """Which loss this is."""
@@ -42,11 +43,6 @@ class LagrangianSettings(DerivativeSettings):
     def keeps_graph(self) -> bool:
         """Where the target is not detached."""
         return self.stop != "target"
-
-    @property
-    def central_costs_less(self) -> bool:
-        """Two calls without a graph against forward mode's three to four; with a graph the two engines cost alike."""
-        return self.stop == "target"
 
 
 def lagrangian(
@@ -74,9 +70,7 @@ def lagrangian(
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     length = expand(t - r, x_t)
     if settings.stop == "target":
-        with torch.no_grad():
-            du_dr = derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=engine)
-        u = flow_map.mean_velocity(x_t, t, r, cond)
+        u, du_dr = value_and_detached_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=engine)
         with torch.no_grad():
             target = velocity(x_t - length * u, r, cond) + length * du_dr
         return squared_norm(u - target)

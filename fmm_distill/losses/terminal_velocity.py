@@ -26,6 +26,7 @@ class TerminalVelocitySettings(DerivativeSettings):
 
     summary: ClassVar[str] = "the end of a jump moves with a moving average's velocity, which data teach (TVM)"
     paper: ClassVar[str] = "arXiv 2511.19797"
+    in_r: ClassVar[bool] = True
     takes: ClassVar[frozenset[str]] = frozenset({"target_map"})
 
     name: Literal["terminal_velocity"] = "terminal_velocity"

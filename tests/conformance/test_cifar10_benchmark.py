@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from benchmarks import cifar10, cifar10_classifier
+from benchmarks import cifar10_classifier
+from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_report import markdown
 from fmm_distill.evaluation.features import open_features
@@ -162,7 +163,7 @@ def test_moved_images_keep_their_pixels():
 
 def test_every_student_has_a_recipe(tmp_path):
     (tmp_path / "data").mkdir()
-    recipes = {name: recipe_of(name, tmp_path, tmp_path / "data", cifar10.TOY, 20, 1) for name in METHODS}
+    recipes = {name: recipe_of(name, tmp_path, tmp_path / "data", BUDGETS["toy"], 20, 1) for name in METHODS}
     assert {recipe.training.seed for recipe in recipes.values()} == {1}
     shared = {(recipe.training.steps, recipe.training.batch_size, recipe.weight.power) for recipe in recipes.values()}
     assert shared == {(20, 8, 1.0)}
@@ -226,7 +227,7 @@ def test_recipes_are_ready_to_run(tmp_path, recipe, steps):
 
 @pytest.mark.slow
 def test_a_killed_toy_run_goes_on_to_the_end(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.cifar10", "--toy", "--only", "lagrangian", "--minutes", "10"]
+    command = [sys.executable, "-m", "benchmarks.cifar10", "--budget", "toy", "--only", "lagrangian", "--minutes", "10"]
     command += ["--data", str(write_images(tmp_path / "data")), "--work", str(tmp_path / "work")]
     command += ["--output", str(tmp_path / "out" / "cifar10.json")]
     settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

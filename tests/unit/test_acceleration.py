@@ -53,6 +53,15 @@ def test_the_engine_follows(tmp_path, teacher_folder):
         engine(THROUGH | {"derivative": "exact"})
 
 
+def test_differences_are_taken_in_r_alone_where_both_engines_run(tmp_path, teacher_folder):
+    def said(loss):
+        return said_by(recipe_of(teacher_folder, loss), tmp_path, teacher_folder)[0]
+
+    for loss in (THROUGH, THROUGH | {"stop": "target"}):
+        assert said(loss).startswith("derivatives: central (it costs less than forward mode here")
+    assert said(DETACHED).startswith("derivatives: exact (forward mode runs")
+
+
 @pytest.mark.parametrize("name", ["dit", "sd1", "flux", "wan"])
 def test_blocks_that_embed_the_time_themselves_are_computed_again_with_their_own_jump(tmp_path, name):
     teacher = opened(name, tmp_path / "teacher")

@@ -119,13 +119,6 @@ def test_sees_a_teacher_or_data_by_default(name):
     assert not SETTINGS[name]().sees_no_teacher
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if issubclass(SETTINGS[name], DerivativeSettings)])
-def test_central_differences_cost_less_for_a_detached_lagrangian_target_alone(name):
-    assert not SETTINGS[name]().central_costs_less
-    assert LagrangianSettings(stop="target").central_costs_less
-    assert not LagrangianSettings(stop="none").central_costs_less
-
-
 @pytest.mark.parametrize("settings", [EulerianSettings, MeanFlowSettings, ConsistencySettings])
 @pytest.mark.parametrize(("step", "share"), [(0, 0), (1, 0.08), (5, 0.4), (9, 0.72), (10, 0.8), (11, 0.8), (1000, 0.8)])
 def test_warm_up(settings, step, share):

@@ -204,7 +204,10 @@ def test_engines_agree(settings):
     }
     assert torch.equal(loss["auto"], loss["exact"])
     assert not torch.equal(loss["central"], loss["exact"])
-    same(loss["central"], loss["exact"], flow_map, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss["central"], loss["exact"], rtol=1e-4, atol=1e-4)
+    central, exact = (gradient(loss[engine], flow_map) for engine in ("central", "exact"))
+    # Beside a detached difference the gradient is that of a jump longer by 2e-3: 0.5 % off.
+    assert (central - exact).norm() < (1e-4 if settings.keeps_graph else 1e-2) * exact.norm()
 
 
 @EVERY

@@ -1,0 +1,89 @@
+"""How much of everything the CIFAR-10 benchmark takes: on a GPU in minutes, on a processor in hours, and for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BUDGETS", "Budget"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        size: height and width of the images; smaller than theirs, they are resized.
+        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
+            at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
+        teacher_share: of the minutes that the teacher may take, compiling included.
+        steps: of each student; 0: as many as fit, from the speed of each loss.
+        parallel: students that train at the same time, each in its own process.
+        beside: processes of others that train on the device at the same time.
+        seeded: how many of the best are trained with a second seed.
+        solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
+        reserve: seconds at the end for what is measured last, and the pictures.
+        watched: seconds in which the steps of all losses are counted side by side.
+        startup: seconds in which processes start and end and the device waits.
+    """
+
+    size: int = 32
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    precision: str = "bf16"
+    teacher_share: float = 0.25
+    teacher_batch: int = 512
+    teacher_rate: float = 1e-3
+    teacher_steps: int = 1_000_000
+    classifier_width: int = 256
+    classifier_epochs: int = 16
+    steps: int = 0
+    batch: int = 128
+    learning_rate: float = 5e-4
+    parallel: int = 8
+    beside: int = 0
+    seeded: int = 2
+    samples: int = 10_000
+    endpoint_samples: int = 512
+    solver_steps: int = 32
+    measure_batch: int = 1000
+    watched: float = 8.0
+    reserve: float = 25.0
+    startup: float = 45.0
+
+
+BUDGETS = {
+    "gpu": Budget(),
+    # Small levels where pixels are many: 2.5 million parameters at 60 MFLOP a call on one image.
+    "cpu": Budget(
+        size=16,
+        channels=(16, 32, 64, 128),
+        teacher_share=0.3,
+        teacher_batch=128,
+        teacher_steps=6000,
+        classifier_width=128,
+        classifier_epochs=10,
+        parallel=2,
+        solver_steps=32,
+        watched=60.0,
+        reserve=60.0,
+        startup=60.0,
+    ),
+    "toy": Budget(
+        precision="fp32",
+        channels=(16, 16),
+        teacher_batch=16,
+        teacher_steps=20,
+        classifier_width=16,
+        classifier_epochs=1,
+        steps=20,
+        batch=8,
+        parallel=2,
+        seeded=1,
+        samples=64,
+        endpoint_samples=16,
+        solver_steps=4,
+        measure_batch=32,
+        watched=1.0,
+        reserve=1.0,
+        startup=0.0,
+    ),
+}

@@ -1,0 +1,256 @@
+"""Training steps of FastGen's mean-flow and sCM losses, run from a checkout of theirs, on a student of ours.
+
+Their loss files run as they stand. What those import of the framework around them (configurations, logging) is
+replaced by names that do nothing, their networks by ours, and trainer, optimiser and average are those that our own
+losses are timed with, so that a step differs in the loss alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import types
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from fmm_distill.ema import averaged
+from fmm_distill.objective import condition_of
+from fmm_distill.starts import draw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["PEERS", "PeerStep"]
+
+PEERS = ("fastgen mean_flow", "fastgen mean_flow, differences", "fastgen sCM")
+SIGMA_DATA = 0.5
+
+
+class _Runs(TorchFunctionMode):
+    """What diffusers' networks need to run in torch's own forward mode: ``group_norm`` of a contiguous input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's protocol for function modes."""
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def forward_mode() -> Any:
+    """Inside a transform of torch.func: attention that has a rule, and ``_Runs``."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), _Runs():
+        yield
+
+
+def fake(name: str, **values: object) -> types.ModuleType:
+    """A module that is not there, with these names, where imports look for it."""
+    module = types.ModuleType(name)
+    # So that it is a package.
+    module.__path__ = []
+    vars(module).update(values)
+    return _placed(name, module)
+
+
+def real(name: str, file: Path) -> types.ModuleType:
+    """A file of the checkout under its own name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _placed(name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _placed(name: str, module: types.ModuleType) -> types.ModuleType:
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module
+
+
+def load(checkout: Path) -> dict[str, types.ModuleType]:
+    """FastGen's schedules and both losses."""
+
+    def expand_like(x: Tensor, like: Tensor) -> Tensor:
+        return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
+
+    def quiet(*_: object, **__: object) -> None:
+        return None
+
+    fake("fastgen")
+    fake("fastgen.methods", CMModel=object)
+    fake("fastgen.networks")
+    fake("fastgen.utils", expand_like=expand_like)
+    fake("fastgen.utils.logging_utils", **dict.fromkeys(("debug", "info", "warning", "critical", "error"), quiet))
+    kinds = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    fake("fastgen.utils.basic_utils", PRECISION_MAP=kinds, convert_cfg_to_dict=vars)
+    files = {
+        "noise_schedule": "networks.noise_schedule",
+        "network": "networks.network",
+        "mean_flow": "methods.consistency_model.mean_flow",
+        "sCM": "methods.consistency_model.sCM",
+    }
+    fake("fastgen.methods.consistency_model")
+    return {
+        name: real(f"fastgen.{place}", checkout / "fastgen" / f"{place.replace('.', '/')}.py")
+        for name, place in files.items()
+    }
+
+
+class Flow(nn.Module):
+    """A network on the rectified-flow axis, which is ours: u of a student, or v of a teacher."""
+
+    def __init__(self, schedule: object, student: Student | None = None, teacher: Teacher | None = None) -> None:
+        super().__init__()
+        self.noise_scheduler, self.student = schedule, student
+        # In a tuple: no part of this module.
+        self._teacher = (teacher,)
+
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, condition: object = None, fwd_pred_type: str = "flow"
+    ) -> Tensor:
+        """Their call."""
+        assert fwd_pred_type == "flow"
+        teacher = self._teacher[0]
+        with forward_mode():
+            if teacher is not None:
+                return teacher.velocity(x, t.double(), condition)
+            return self.student.mean_velocity(x, t.double(), t.double() if r is None else r.double(), condition)
+
+
+class Denoiser(nn.Module):
+    """The same network in EDM's form: x_0 of ``x_0 + sigma eps``; the student's on its diagonal."""
+
+    def __init__(self, schedule: object, velocity: Callable[..., Tensor], held: nn.Module | None = None) -> None:
+        super().__init__()
+        self.noise_scheduler, self._velocity, self.held = schedule, velocity, held
+        self.logvar = nn.Linear(1, 1)
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, condition: object = None, return_logvar: bool = False, fwd_pred_type: str = "x0"
+    ) -> Any:
+        """Their call."""
+        assert fwd_pred_type == "x0"
+        sigma = sigma.reshape(-1).double()
+        t = sigma / (1 + sigma)
+        y = (x / (1 + sigma).reshape(-1, 1, 1, 1)).to(x.dtype)
+        with forward_mode():
+            x_0 = y - t.reshape(-1, 1, 1, 1).to(y.dtype) * self._velocity(y, t, condition)
+        if not return_logvar:
+            return x_0
+        return x_0, self.logvar(sigma.log().float()[:, None] / 4)
+
+
+class PeerStep:
+    """One training step of one of ``PEERS`` with the update of our trainer: clipping, AdamW, one average."""
+
+    def __init__(
+        self, name: str, checkout: Path, student: Student, teacher: Teacher, batch: int, accelerator: Accelerator
+    ) -> None:
+        self.accelerator, self.student, self.teacher, self.batch = accelerator, student, teacher, batch
+        self.modules, device = load(checkout), accelerator.device
+        self.student.to(device)
+        make = self._scm if name == "fastgen sCM" else self._mean_flow
+        self.loss, module = make(differences=name.endswith("differences"))
+        module.to(device)
+        optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+        self.module, self.optimiser = module, optimiser
+        self.average = averaged(student, 0.999)
+
+    def __call__(self, step: int) -> None:
+        """A whole step."""
+        draws = draw(0, step, self.batch, self.teacher.event_shape).part(0, self.batch, self.accelerator.device)
+        condition = condition_of(self.teacher, draws)
+        with self.accelerator.autocast():
+            loss = self.loss(draws.noise * SIGMA_DATA, condition, step)
+        loss.float().mean().backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update_parameters(self.student)
+        self.optimiser.zero_grad()
+
+    def _mean_flow(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:
+        """config_mf_cifar10.py of the checkout with a teacher (use_cd), whose losses take two passes of the student."""
+        device, low, high = self.accelerator.device, self.teacher.schedule.t_min, self.teacher.schedule.t_max
+        schedule = self.modules["noise_schedule"].RFNoiseSchedule(max_t=high)
+        model = object.__new__(self.modules["mean_flow"].MeanFlowModel)
+        model.loss_config = SimpleNamespace(
+            use_cd=True,
+            use_jvp_finite_diff=differences,
+            jvp_finite_diff_eps=5e-5,
+            norm_method="poly_0.75",
+            norm_const=1e-3,
+            tangent_warmup_steps=0,
+            tangent_spatial_invariance=False,
+            loss_type="l2",
+        )
+        model.config = SimpleNamespace(
+            guidance_scale=None, guidance_mixture_ratio=None, cond_dropout_prob=None, loss_config=model.loss_config
+        )
+        model.precision_amp_jvp, model.device = None, device
+        model.net, model.teacher = Flow(schedule, self.student), Flow(schedule, teacher=self.teacher)
+
+        def times(mean: float) -> Tensor:
+            named = {"time_dist_type": "logitnormal", "train_p_mean": mean, "train_p_std": 1.6}
+            return schedule.sample_t(self.batch, **named, min_t=low, max_t=high, device=device).float()
+
+        def loss(images: Tensor, condition: object, step: int) -> Tensor:
+            a, b = times(-0.6), times(-4.0)
+            return model._compute_mf_loss(images, torch.maximum(a, b), torch.minimum(a, b), step, condition)[0]
+
+        return loss, model.net
+
+    def _scm(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:
+        """config_scm_cifar10.py of the checkout, with a teacher."""
+        assert not differences
+        device = self.accelerator.device
+        schedule, scm = self.modules["noise_schedule"].EDMNoiseSchedule(), self.modules["sCM"]
+        model = object.__new__(scm.SCMModel)
+        model.loss_config = SimpleNamespace(
+            use_cd=True,
+            tangent_warmup_steps=10_000,
+            tangent_warmup_const=0.1,
+            prior_weighting_enabled=True,
+            g_norm_spatial_invariance=True,
+            divide_x_0_spatial_dim=True,
+            use_jvp_finite_diff=False,
+        )
+        model.config = SimpleNamespace(guidance_scale=None, skip_layers=None)
+        model.sample_t_cfg = SimpleNamespace(quantize=False)
+        model.sigma_data, model.precision_amp_jvp, model.device = SIGMA_DATA, None, device
+
+        def of_student(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+            return self.student.mean_velocity(x, t, t, condition)
+
+        model.net = Denoiser(schedule, of_student, self.student)
+        model.teacher = Denoiser(schedule, self.teacher.velocity).to(device)
+        model.teacher_trigflow, model.net_trigflow = (
+            scm.TrigFlowPrecond(network, sigma_data=SIGMA_DATA) for network in (model.teacher, model.net)
+        )
+
+        def loss(images: Tensor, condition: object, step: int) -> Tensor:
+            named = {"time_dist_type": "lognormal", "train_p_mean": -1.0, "train_p_std": 1.4}
+            sigma = schedule.sample_t(self.batch, **named, min_t=0.01, max_t=80.0, device=device).float()
+            return model._compute_scm_loss(images, sigma, condition, iteration=step)[0]
+
+        return loss, model.net

@@ -13,6 +13,8 @@ class Budget:
 
     Attributes:
         size: height and width of the images; smaller than theirs, they are resized.
+        precision: of the teacher's and the classifier's training, and of sampling.
+        student_precision: of the students' training.
         channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
             at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
         teacher_share: of the minutes that the teacher may take, compiling included.
@@ -29,6 +31,7 @@ class Budget:
     size: int = 32
     channels: tuple[int, ...] = (32, 64, 128, 256)
     precision: str = "bf16"
+    student_precision: str = "bf16"
     teacher_share: float = 0.25
     teacher_batch: int = 512
     teacher_rate: float = 1e-3
@@ -56,6 +59,7 @@ BUDGETS = {
     "cpu": Budget(
         size=16,
         channels=(16, 32, 64, 128),
+        student_precision="fp32",
         teacher_share=0.3,
         teacher_batch=128,
         teacher_steps=6000,
@@ -69,6 +73,7 @@ BUDGETS = {
     ),
     "toy": Budget(
         precision="fp32",
+        student_precision="fp32",
         channels=(16, 16),
         teacher_batch=16,
         teacher_steps=20,

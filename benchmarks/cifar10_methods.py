@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fmm_distill.losses import SETTINGS
+from fmm_distill.losses.base import DerivativeSettings
 from fmm_distill.recipe import Recipe, parse
 
 if TYPE_CHECKING:
@@ -16,8 +18,7 @@ __all__ = ["METHODS", "recipe_of"]
 TO_DATA = {"prior": 0, "data": 1}
 # The velocity, for a loss that alone teaches the student none or not at every time.
 BESIDE = {"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": TO_DATA}
-# Forward mode: on a GPU convolutions in TensorFloat-32 leave a difference of two calls few digits.
-LAGRANGIAN = {"name": "lagrangian", "stop": "target", "derivative": "exact"}
+LAGRANGIAN = {"name": "lagrangian", "stop": "target"}
 REGRESSION = {"name": "operator_regression", "solver_steps": 4}
 STEADY = {"normalise_tangent": True, "tangent_warmup_steps": "quarter"}
 
@@ -49,6 +50,9 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
     loss = dict(changes.pop("loss"))
     if "tangent_warmup_steps" in loss:
         loss["tangent_warmup_steps"] = steps // 4
+    if issubclass(SETTINGS[loss["name"]], DerivativeSettings):
+        # In half precision differences take calls of their own; in full precision they cost least.
+        loss["derivative"] = "exact" if budget.student_precision == "bf16" else "central"
     source = {"source": str(data), "flip": True} if changes.pop("data", False) else {"source": "none"}
     settings = {
         "teacher": str(teacher),
@@ -62,7 +66,7 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
             "learning_rate": budget.learning_rate,
             "warmup_steps": min(100, steps // 10),
             "ema": 0.99,
-            "precision": budget.precision,
+            "precision": budget.student_precision,
             "checkpoint_every": max(steps // 3, 1),
             "keep_checkpoints": 1,
             "seed": seed,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES"]
 
+# Attention weights of one block: 16 MiB in float32. More of them are computed block by block.
+BLOCK = 2**22
+
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 _silu_backward = torch.ops.aten.silu_backward
 
@@ -184,14 +187,47 @@ def _attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    (q, dq), (k, dk), (v, dv) = _split(query * scale), _split(key), _split(value)
+    (q, dq), (k, dk), (v, dv), (mask, d_mask) = map(_split, (query * scale, key, value, attn_mask))
+    rows = q.shape[-2]
+    size = min(rows, max(1, BLOCK // (q[..., 0].numel() // rows * k.shape[-2])))
+    # What is left out at random would be another when a block is computed again.
+    again = size < rows and torch.is_grad_enabled() and not dropout_p
+    attend = _AttendedAgain.apply if again else _attended
+    blocks = []
+    for first in range(0, rows, size):
+        of_rows = [_rows(tensor, first, size) for tensor in (q, dq, mask, d_mask)]
+        blocks.append(attend(*of_rows, k, dk, v, dv, first if is_causal else None, dropout_p))
+    if len(blocks) == 1:
+        return forward_ad.make_dual(*blocks[0])
+    return forward_ad.make_dual(*(torch.cat(parts, -2) for parts in zip(*blocks, strict=True)))
+
+
+def _rows(tensor: Tensor | None, first: int, size: int) -> Tensor | None:
+    """Some rows; all of what is the same in each, as some masks are."""
+    if tensor is None or tensor.shape[-2] in (1, size):
+        return tensor
+    return tensor[..., first : first + size, :]
+
+
+def _attended(
+    q: Tensor,
+    dq: Tensor | None,
+    mask: Tensor | None,
+    d_mask: Tensor | None,
+    k: Tensor,
+    dk: Tensor | None,
+    v: Tensor,
+    dv: Tensor | None,
+    first: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of some queries and its tangent; ``first``: the place of the first, where later keys are masked."""
     scores, moved = q @ k.mT, _sum_of_products((dq, k.mT), (q, None if dk is None else dk.mT))
     floor = torch.finfo(scores.dtype).min / 4
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    if first is not None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1 + first)
         scores = scores.masked_fill(future, floor)
-    if attn_mask is not None:
-        mask, d_mask = _split(attn_mask)
+    if mask is not None:
         scores = scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask.clamp_min(floor)
         moved = d_mask if moved is None else moved if d_mask is None else moved + d_mask
     weights = scores.softmax(-1)
@@ -203,7 +239,36 @@ def _attention(
         turned = weights * moved
         through = (turned if kept is None else turned * kept) @ v - turned.sum(-1, keepdim=True) * out
         tangent = through if tangent is None else tangent + through
-    return forward_ad.make_dual(out, tangent)
+    assert tangent is not None
+    return out, tangent
+
+
+class _AttendedAgain(torch.autograd.Function):
+    """``_attended`` that saves its inputs alone and computes the weights again: memory grows as the tokens do."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 those of _attended
+        return _attended(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 torch's protocol
+        *tensors, first, dropout_p = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.rest = first, dropout_p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
+        needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
+        given = [
+            None if tensor is None else tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = _attended(*given, *ctx.rest)
+        wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return *(next(found) if tensor is not None and tensor.requires_grad else None for tensor in given), None, None
 
 
 def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fmm_distill import forward_mode
 from fmm_distill.derivatives import StockNetworks
+from fmm_distill.memory import _Live
 
 
 def draws(*shapes):
@@ -17,6 +20,13 @@ def draws(*shapes):
 BOOLEAN = torch.tensor([[True, False, True, True, False], [True, True, True, True, True], [False] * 4 + [True]])
 
 
+@pytest.fixture(params=[forward_mode.BLOCK, 20], ids=["whole", "blocks"])
+def blocks(request, monkeypatch):
+    """All queries at once, and a few at a time."""
+    monkeypatch.setattr(forward_mode, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
     "options",
     [
@@ -35,18 +45,21 @@ def test_attention_is_torchs(options):
     torch.testing.assert_close(moved(query, key, value, **options), expected)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_attention_with_grouped_queries_is_torchs():
     query, key, value = draws((2, 6, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8))
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     torch.testing.assert_close(moved(query, key, value, enable_gqa=True), expected)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_attention_is_stable_for_large_scores():
     query, key, value = draws((1, 1, 3, 8), (1, 1, 5, 8), (1, 1, 5, 8))
     expected = F.scaled_dot_product_attention(1e3 * query, key, value)
     torch.testing.assert_close(moved(1e3 * query, key, value), expected)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kind", ["boolean", "minus-infinity"])
 def test_a_row_without_keys_stays_finite_in_reverse_over_forward(kind):
     query, key, value = draws((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
@@ -67,6 +80,7 @@ def test_a_row_without_keys_stays_finite_in_reverse_over_forward(kind):
     assert gradient[:, :, 0].abs().max() > 0
 
 
+@pytest.mark.usefixtures("blocks")
 def test_attention_second_derivative():
     query, key, value = draws((1, 1, 2, 4), (1, 1, 3, 4), (1, 1, 3, 4))
     direction = torch.ones_like(query)
@@ -92,6 +106,7 @@ def moved(*inputs, **options):
         )[0]
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"attn_mask": BOOLEAN}, {"is_causal": True}], ids=["plain", "boolean", "causal"]
@@ -111,6 +126,45 @@ def test_attention_against_differences(moving, options):
         tangent = torch.func.jvp(attention, at, tuple(directions))[1]
     above, below = (attention(*(x + step * d for x, d in zip(at, directions, strict=True))) for step in (1e-5, -1e-5))
     torch.testing.assert_close(tangent, (above - below) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["detached", "graph"])
+def test_memory_of_attention_grows_as_the_tokens_do(monkeypatch, graph):
+    monkeypatch.setattr(forward_mode, "BLOCK", 2**14)
+
+    def peak(tokens):
+        given = [tensor.float() for tensor in draws(*[(1, 2, tokens, 8)] * 3)]
+        query = given[0].requires_grad_(graph)
+        live = _Live()
+        with torch.set_grad_enabled(graph), StockNetworks(), live:
+            tangent = torch.func.jvp(F.scaled_dot_product_attention, (query, *given[1:]), tuple(given))[1]
+            if graph:
+                tangent.square().sum().backward()
+        return max(moment.live for moment in live.moments)
+
+    # Linear: less than twice. All weights at once take four times.
+    assert peak(1024) < 2.2 * peak(512)
+    monkeypatch.setattr(forward_mode, "BLOCK", 2**30)
+    assert peak(1024) > 3 * peak(512)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_network_is_the_same_in_blocks():
+    query, key, value = (tensor.requires_grad_() for tensor in draws((2, 2, 6, 4), (2, 2, 5, 4), (2, 2, 5, 4)))
+    mask = draws((2, 1, 1, 5))[0].requires_grad_()
+
+    def attention(*given):
+        return F.scaled_dot_product_attention(*given[:3], attn_mask=given[3])
+
+    given = (query, key, value, mask)
+    with StockNetworks():
+        out, tangent = torch.func.jvp(attention, given, tuple(tensor.detach() for tensor in given))
+    found = torch.autograd.grad((out * tangent).sum(), given)
+    with sdpa_kernel(SDPBackend.MATH):
+        out, tangent = torch.func.jvp(attention, given, tuple(tensor.detach() for tensor in given))
+    expected = torch.autograd.grad((out * tangent).sum(), given)
+    for ours, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torchs)
 
 
 LAYERS = {

@@ -192,7 +192,7 @@ def _attention(
     size = min(rows, max(1, BLOCK // (q[..., 0].numel() // rows * k.shape[-2])))
     # What is left out at random would be another when a block is computed again.
     again = size < rows and torch.is_grad_enabled() and not dropout_p
-    attend = _AttendedAgain.apply if again else _attended
+    attend: Callable[..., tuple[Tensor, Tensor]] = _AttendedAgain.apply if again else _attended
     blocks = []
     for first in range(0, rows, size):
         of_rows = [_rows(tensor, first, size) for tensor in (q, dq, mask, d_mask)]
@@ -260,7 +260,7 @@ class _AttendedAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
         needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-        given = [
+        given: list[Any] = [
             None if tensor is None else tensor.detach().requires_grad_(wanted)
             for tensor, wanted in zip(ctx.saved_tensors, needed, strict=True)
         ]

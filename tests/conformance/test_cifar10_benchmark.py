@@ -134,17 +134,18 @@ def test_objectives_are_those_of_the_schedulers():
     torch.testing.assert_close(found["v_prediction"][0], (a * noise - s * x_0).square().mean())
 
 
-def test_the_classifier_learns_and_its_file_is_taken(tmp_path):
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_classifier_learns_and_its_file_is_taken(tmp_path, size):
     torch.manual_seed(0)
     labels = torch.arange(64) % 2
     # Dark and bright: two classes that a network must tell apart.
-    images = (labels[:, None, None, None] * 160 + torch.randint(0, 90, (64, 3, 32, 32))).to(torch.uint8)
-    features, head = cifar10_classifier.train(images, labels, width=8, epochs=6, batch=16, lr=0.1)
+    images = (labels[:, None, None, None] * 160 + torch.randint(0, 90, (64, 3, size, size))).to(torch.uint8)
+    features, head = cifar10_classifier.train(images, labels, width=8, epochs=6, batch=16, lr=0.1, precision="fp32")
     assert cifar10_classifier.accuracy(features, head, images, labels) == 1
     file = tmp_path / "classifier.pt"
-    torch.jit.trace(features, torch.rand(2, 3, 32, 32)).save(str(file))
-    loaded = open_features(str(file), (3, 32, 32))
-    shown = torch.rand(5, 3, 32, 32)
+    torch.jit.trace(features, torch.rand(2, 3, size, size)).save(str(file))
+    loaded = open_features(str(file), (3, size, size))
+    shown = torch.rand(5, 3, size, size)
     torch.testing.assert_close(loaded(shown).features, features(shown))
     assert loaded.count == 8
 
@@ -154,10 +155,11 @@ def test_moved_images_keep_their_pixels():
     # Every pixel of an image says which one it is.
     images = (torch.arange(6)[:, None, None, None] * 40).expand(6, 3, 32, 32).to(torch.uint8)
     assert torch.equal(cifar10_classifier.augmented(images), images.float() / 255)
-    image = pixels(1, 32).expand(8, -1, -1, -1)
-    moved = cifar10_classifier.augmented(image)
-    assert len({moved[i].sum().item() for i in range(8)}) > 4
-    assert moved.shape == image.shape
+    for size in (16, 32):
+        image = pixels(1, size).expand(8, -1, -1, -1)
+        moved = cifar10_classifier.augmented(image)
+        assert len({moved[i].sum().item() for i in range(8)}) > 4
+        assert moved.shape == image.shape
     assert moved.amax() <= 1
 
 

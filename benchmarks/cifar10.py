@@ -260,8 +260,7 @@ class Benchmark:
         folder.mkdir(exist_ok=True)
         file = folder / f"{title}.yaml"
         checkpoint.write_text(file, recipe.to_yaml())
-        command = [sys.executable, "-m", "fmm_distill", "--recipe", str(file), "--output", str(output)]
-        self.processes.start(title, command)
+        self.processes.start_distilling(title, file, output)
 
     def _measure(self, title: str, name: str) -> None:
         folder = self.work / "students" / title

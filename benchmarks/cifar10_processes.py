@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,17 @@ class Processes:
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
         self.running[name] = process
+
+    def start_distilling(self, name: str, recipe: Path, output: Path) -> None:
+        """Start a student by the package's own command."""
+        command = [sys.executable, "-m", "fmm_distill", "--recipe", str(recipe), "--output", str(output)]
+        self.start(name, command)
+
+    def wait_for_one(self) -> list[str]:
+        """Wait until a process has ended, if any runs; the names of those that had no error."""
+        while self.running and not self.finished():
+            time.sleep(0.2)
+        return [name for name in self.finished() if self.code(name) == 0]
 
     def finished(self) -> list[str]:
         """Names of those that have ended, whose code is not taken yet."""

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from benchmarks import cifar10_classifier
+from benchmarks import cifar10_classifier, cifar10_scaling
 from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_report import markdown
@@ -227,6 +228,28 @@ def test_recipes_are_ready_to_run(tmp_path, recipe, steps):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_power_law_is_fitted_as_it_is():
+    images = [1e4, 2e4, 4e4, 8e4]
+    fit = cifar10_scaling.fitted(images, [3 * n**-0.25 for n in images])
+    assert fit.slope == pytest.approx(-0.25)
+    assert fit.at(1e9) == pytest.approx(3 * 1e9**-0.25)
+    assert fit.error < 1e-6
+    noisy = cifar10_scaling.fitted(
+        images, [3 * n**-0.25 * f for n, f in zip(images, (1.1, 0.9, 1.1, 0.9), strict=True)]
+    )
+    # Of four points a factor of two apart, by the formula of simple regression.
+    assert noisy.error == pytest.approx(noisy.spread / (5**0.5 * math.log(2)))
+    rows = [{"1": {"frechet": 5 + 100 / n, "endpoint": 1 / n}} for n in (1, 2, 4)]
+    size = {"teacher_frechet": 5.0, "points": [{"images_seen": 2**i, "rows": rows[i]} for i in range(3)]}
+    for point in size["points"]:
+        point["rows"] |= {"2": {"frechet": 4.0, "endpoint": 1.0}, "4": {"frechet": 6.0, "endpoint": 1.0}}
+    found = cifar10_scaling.fits(size)
+    assert found["frechet, 1"].slope == pytest.approx(-1)
+    # Below what is taken off: no logarithm.
+    assert found["frechet, 2"] is None
+    assert found["frechet, 4"].slope == pytest.approx(0)
+
+
 @pytest.mark.slow
 def test_a_killed_toy_run_goes_on_to_the_end(tmp_path):
     command = [sys.executable, "-m", "benchmarks.cifar10", "--budget", "toy", "--only", "lagrangian", "--minutes", "10"]
@@ -257,3 +280,10 @@ def test_a_killed_toy_run_goes_on_to_the_end(tmp_path):
         "cifar10-samples.png",
         "cifar10-steps.png",
     ]
+    scaling = [sys.executable, "-m", "benchmarks.cifar10_scaling", "--budget", "toy", "--lengths", "8", "16", "20"]
+    scaling += ["--work", str(tmp_path / "work"), "--teachers", str(tmp_path / "work" / "teacher")]
+    done = subprocess.run([*scaling, "--output", str(tmp_path / "scaling.json")], check=False, **settings)
+    assert done.returncode == 0, done.stdout
+    (size,) = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))["sizes"].values()
+    assert [point["images_seen"] for point in size["points"]] == [64, 128, 160]
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

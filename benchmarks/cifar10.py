@@ -208,8 +208,9 @@ class Benchmark:
             if not costs:
                 sys.exit(f"no student trains: {self.work / 'logs'} says why")
             known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
-            worst = max(known.values())
-            speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in self.names}
+            worst = max(known.values(), default=0.0)
+            asked = self.names if known else []
+            speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in asked}
             for name, seconds in speeds.items():
                 print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
             checkpoint.write_text(file, json.dumps({"steps": self._fitting(speeds), "seconds_a_step": speeds}))
@@ -267,7 +268,7 @@ class Benchmark:
         rows, pictures = self.judge.student(load_student(folder / "student").flow_map, STEPS)
         log = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
         found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
-        found["shared_seconds"] = sum(self.budget.batch / line["images_per_second"] for line in log)
+        found["cpu_seconds"] = self.processes.cpu_seconds(title)
         found["loss"] = [line["loss"] for line in log[:: max(len(log) // 100, 1)]]
         self._keep(title, found, pictures)
         # After each, so that little is lost where this process is killed.
@@ -297,7 +298,8 @@ class Benchmark:
         for found in students.values():
             # What other code has put among the rows is shown beside them; its cost was not measured with the others.
             seconds = speed["seconds_a_step"].get(found["method"])
-            found["device_seconds"] = None if seconds is None else found["steps"] * seconds
+            on_gpu = None if seconds is None else found["steps"] * seconds
+            found["device_seconds"] = on_gpu if torch.cuda.is_available() else found.get("cpu_seconds")
         return {
             "budget": asdict(self.budget),
             "machine": machine(),

@@ -65,11 +65,11 @@ BUDGETS = {
         teacher_steps=6000,
         classifier_width=128,
         classifier_epochs=10,
+        steps=900,
+        batch=64,
         parallel=2,
         solver_steps=32,
-        watched=60.0,
         reserve=60.0,
-        startup=60.0,
     ),
     "toy": Budget(
         precision="fp32",

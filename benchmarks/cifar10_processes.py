@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -58,27 +59,52 @@ class Processes:
 
     def finished(self) -> list[str]:
         """Names of those that have ended, whose code is not taken yet."""
-        return [name for name, process in self.running.items() if process.poll() is not None]
+        for name, process in self.running.items():
+            self._reap(name, process)
+        return [name for name, process in self.running.items() if process.returncode is not None]
+
+    def cpu_seconds(self, name: str) -> float:
+        """What the processes of this name have taken of the processor, all calls together."""
+        file = self._cpu_file(name)
+        return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
+    def _cpu_file(self, name: str) -> Path:
+        return self.logs / f"{name}.cpu-seconds"
+
+    def _reap(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        """As ``poll``, which doesn't say what a process has taken."""
+        if process.returncode is not None:
+            return
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            taken = self.cpu_seconds(name) + usage.ru_utime + usage.ru_stime
+            self._cpu_file(name).write_text(f"{taken:.1f}", encoding="utf-8")
 
     def code(self, name: str, seconds: float = 0.0) -> int:
         """The exit code of a process, which is stopped if it runs longer than so many seconds; it is said if not 0."""
         process = self.running[name]
-        try:
-            code = process.wait(max(seconds, 0))
-        except subprocess.TimeoutExpired:
-            code = self._stopped(process)
+        if not self._wait(name, process, seconds):
+            process.send_signal(signal.SIGTERM)
+            if not self._wait(name, process, 8):
+                process.kill()
+                self._wait(name, process, math.inf)
+        code: int = process.returncode
         del self.running[name]
         if code:
             print(f"{name}: ended with exit code {code} ({self.logs / name}.log says why)", flush=True)
         return code
 
-    def _stopped(self, process: subprocess.Popen[bytes]) -> int:
-        process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait(8)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+    def _wait(self, name: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
+        """Whether it ends in so many seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            self._reap(name, process)
+            if process.returncode is not None:
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """Ask all to save and stop, and wait for them."""
@@ -91,7 +117,12 @@ class Processes:
         """End processes whose work is not needed."""
         for name in names:
             self.running[name].kill()
-            self.running.pop(name).wait()
+            self._wait(name, self.running[name], math.inf)
+            del self.running[name]
+
+    def _is_running(self, name: str) -> bool:
+        self._reap(name, self.running[name])
+        return self.running[name].returncode is None
 
     def step_seconds(self, logs: dict[str, Path], seconds: float, left: Callable[[], float]) -> dict[str, float]:
         """What one image costs of the device in each of these processes: its time in a step, divided by their number.
@@ -101,7 +132,9 @@ class Processes:
             seconds: how long they are watched once all are at their pace.
             left: seconds that there are at most.
         """
-        while left() > 0 and any(count(log) < WARM and self.running[name].poll() is None for name, log in logs.items()):
+        if not logs:
+            return {}
+        while left() > 0 and any(count(log) < WARM and self._is_running(name) for name, log in logs.items()):
             time.sleep(0.1)
         before = {name: count(log) for name, log in logs.items()}
         time.sleep(max(min(seconds, left()), 0))
@@ -110,7 +143,7 @@ class Processes:
             lines = lines_of(log)[before[name] :]
             # A step that had begun before counts too: one of them may be longer than the watch.
             lines = lines or lines_of(log)[-1:]
-            if lines and self.running[name].poll() is None:
+            if lines and self._is_running(name):
                 found[name] = statistics.mean(1 / json.loads(line)["images_per_second"] for line in lines) / len(logs)
         return found
 

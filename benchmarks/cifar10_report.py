@@ -24,6 +24,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X<>hd"
 
 
+MINUTES = {
+    "GPU": "GPU minutes: the share of the device that the steps take, measured with all losses side by side on it.",
+    "CPU": "CPU minutes: of one core, start and export of the student included.",
+}
+
+
+def _device(results: dict[str, Any]) -> str:
+    return "CPU" if results["machine"]["device"].endswith("processor") else "GPU"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Every table of a benchmark, as far as it has come."""
     lines = [*_about(results), ""]
@@ -61,13 +71,13 @@ def _about(results: dict[str, Any]) -> list[str]:
     if seen:
         lines.append(
             f"Students: {', '.join(f'{n:,}' for n in sorted(seen))} images seen each, batches of {budget['batch']}. "
-            "GPU minutes: the share of the device that the steps take, measured with all losses side by side on it."
+            + MINUTES[_device(results)]
         )
     return lines
 
 
 def _table(results: dict[str, Any], quantity: str) -> list[str]:
-    head = "| sampler | " + " | ".join([*STEPS, "50", "GPU minutes"]) + " |"
+    head = "| sampler | " + " | ".join([*STEPS, "50", f"{_device(results)} minutes"]) + " |"
     lines = [head, "|---|" + "---:|" * (len(STEPS) + 2)]
     for kind, rows in results["teacher"].get("rows", {}).items():
         cells = [_cell(rows.get(n), quantity) for n in (*STEPS, "50")]
@@ -138,7 +148,11 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
         for i, (kind, rows) in enumerate(results["teacher"]["rows"].items()):
             if n in rows:
                 axis.axhline(rows[n]["frechet"], color="black", linestyle="--" if i else "-.", label=SOLVERS[kind])
-        axis.set(yscale="log", xlabel="GPU minutes of the student's training", title=f"{n} call{'s' * (n != '1')}")
+        axis.set(
+            yscale="log",
+            xlabel=f"{_device(results)} minutes of the student's training",
+            title=f"{n} call{'s' * (n != '1')}",
+        )
         axis.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("Fréchet distance (classifier's features)")
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

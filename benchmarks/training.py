@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 
+from fmm_distill.data import load_images
 from fmm_distill.recipe import Recipe
 from fmm_distill.run import plan
+from fmm_distill.settings import DataSettings
 from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.stopping import StopRequest
 from fmm_distill.trainer import Trainer
@@ -34,6 +37,7 @@ from fmm_distill.trainer import Trainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from fmm_distill.data import Images
     from fmm_distill.starts import Draws
 
 LOSS = {"name": "lagrangian", "stop": "target", "derivative": "central"}
@@ -122,6 +126,18 @@ def measured(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def images_of(folder: Path, shape: tuple[int, ...]) -> tuple[Images, Images]:
+    """256 PNGs of noise, which are as slow to decode as any, in memory and not."""
+    if not folder.is_dir():
+        folder.mkdir()
+        generator = torch.Generator().manual_seed(0)
+        for i in range(256):
+            pixels = torch.randint(0, 256, (*shape[1:], shape[0]), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    settings = DataSettings(source=str(folder))
+    return load_images(settings, shape), load_images(settings, shape, in_memory=0)
+
+
 def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object]]:
     """What a step does beside the networks, each alone; gradients stand from before."""
     training, teacher = trainer.recipe.training, trainer.teacher
@@ -144,7 +160,14 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
             kept.update_parameters(trainer.student)
 
     parameters = list(trainer.objective.parameters())
+    kept, decoded = images_of(folder / "images", teacher.event_shape)
+
+    def pick(images: Images, step: int) -> None:
+        images.pick(draw(training.seed, step, training.batch_size, (1,)))
+
     return {
+        "images in memory": lambda step: pick(kept, step),
+        "images decoded as they are asked for": lambda step: pick(decoded, step),
         "draws": lambda step: draw(training.seed, step, training.batch_size, teacher.event_shape),
         "times and noise levels": times,
         "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.clip),

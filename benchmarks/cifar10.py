@@ -189,7 +189,8 @@ class Benchmark:
         """Every loss in a process of its own, without end, to see what their steps cost side by side."""
         folder = self.work / "speed"
         shutil.rmtree(folder, ignore_errors=True)
-        if (self.work / "steps.json").is_file():
+        self.timed: dict[str, str] = {}
+        if (self.work / "steps.json").is_file() or self.budget.steps:
             return
         # With data a loss is spared the student's own jump to the start: no slower.
         self.timed = {f"speed-{name}": name for name in self.names if name.removesuffix("-data") == name} or {

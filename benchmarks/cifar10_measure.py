@@ -67,7 +67,7 @@ class Judge:
         moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
         self.protocol: dict[str, Any] = {
             "samples": samples,
-            "reference": f"{len(pixels)} training images",
+            "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
             "features": f"{found.count} of the classifier (sha256 {found.digest[:12]}), images {found.pixels}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.growth_report import QUANTITIES, cheaper, curve, draw, markdown
+from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, draw, markdown
 from benchmarks.step_cases import CASES, make_dit, make_trainer, make_unet, teacher_of
 from benchmarks.steps import measured, peak, timed
 from fmm_distill.stopping import StopRequest
@@ -223,8 +223,8 @@ def run(given: argparse.Namespace, sizes: Sizes) -> None:
     torch.set_num_threads(given.threads)
     unet, dit = sizes.unet(sizes.channels), sizes.transformer(sizes.tokens[0])
     axes = {
-        "batch": f"batch (UNet, {parameters_of(unet) / 1e6:.1f}M)",
-        "tokens": f"tokens (DiT, {parameters_of(dit) / 1e6:.1f}M, batch {sizes.dit_batch})",
+        "batch": f"batch (UNet, {count(parameters_of(unet))} parameters)",
+        "tokens": f"tokens (DiT, {count(parameters_of(dit))} parameters, batch {sizes.dit_batch})",
         "parameters": f"parameters (UNet, batch {sizes.unet_batch})",
     }
     about = {name: getattr(given, name) for name in ("size", "repeats", "precision", "threads")}

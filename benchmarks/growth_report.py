@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["QUANTITIES", "cheaper", "curve", "draw", "markdown", "slope"]
+__all__ = ["QUANTITIES", "cheaper", "count", "curve", "draw", "markdown", "slope"]
 
 QUANTITIES = {"milliseconds": "ms of a step", "bytes": "peak memory of a step, MiB"}
 _UNITS = {"milliseconds": 1.0, "bytes": 2**20}
@@ -74,7 +74,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _table(axis: str, title: str, curves: Sequence[dict[str, Any]], unit: float) -> list[str]:
-    places = [_count(place) for place in curves[0]["at"]]
+    places = [count(place) for place in curves[0]["at"]]
     head = f"| {title}, by {axis} | " + " | ".join([*places, "slope", "upper half"]) + " |"
     rows = [
         f"| {entry['loss']} | "
@@ -93,7 +93,8 @@ def _shown(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
+    """A large number in a few letters."""
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:g}"
 
 
@@ -119,7 +120,7 @@ def _draw_panel(panel: Axes, curves: Sequence[dict[str, Any]], unit: float) -> N
         panel.plot(entry["at"], values, label=label, markersize=9 - 1.2 * i, linewidth=2.6 - 0.4 * i, **style)
     panel.set(xscale="log", yscale="log")
     panel.xaxis.set_major_locator(FixedLocator(curves[0]["at"]))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: _count(number)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: count(number)))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))

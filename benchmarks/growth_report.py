@@ -57,6 +57,7 @@ def markdown(found: dict[str, Any]) -> str:
         for quantity, title in QUANTITIES.items():
             curves = [c for c in found["curves"] if c["axis"] == axis and c["quantity"] == quantity]
             lines += [*_table(axis, title, curves, _UNITS[quantity]), ""]
+    lines += [*_summary(found["curves"]), ""]
     if found["exact_by_central"]:
         lines += ["Exact derivatives cost less than central ones:", ""]
         lines += ["| loss | against | time | memory |", "|---|---|---|---|"]
@@ -71,6 +72,22 @@ def markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {row['network']} | {row['option']} | {time} | {row['memory']:.2f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _summary(curves: Sequence[dict[str, Any]]) -> list[str]:
+    """Slopes alone, those of the upper halves in brackets."""
+    axes = list(dict.fromkeys(entry["axis"] for entry in curves))
+    words = {"milliseconds": "time", "bytes": "memory"}
+    head = " | ".join(f"{words[quantity]} by {axis}" for axis in axes for quantity in QUANTITIES)
+    lines = [f"| loss | {head} |", "|---|" + "---:|" * (len(axes) * len(QUANTITIES))]
+    cells: dict[str, list[str]] = {}
+    for axis in axes:
+        for quantity in QUANTITIES:
+            for entry in curves:
+                if (entry["axis"], entry["quantity"]) == (axis, quantity):
+                    whole, upper = _slopes(entry)
+                    cells.setdefault(entry["loss"], []).append(f"{whole} ({upper})" if upper else whole)
+    return [*lines, *(f"| {loss} | {' | '.join(slopes)} |" for loss, slopes in cells.items())]
 
 
 def _table(axis: str, title: str, curves: Sequence[dict[str, Any]], unit: float) -> list[str]:
@@ -95,7 +112,9 @@ def _shown(number: float) -> str:
 
 def count(number: float) -> str:
     """A large number in a few letters."""
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:g}"
+    if number >= 1e6:
+        return f"{number / 1e6:.0f}M" if number >= 1e7 else f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:g}"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

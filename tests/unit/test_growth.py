@@ -59,7 +59,7 @@ def test_growth_runs(tmp_path, capsys):
     assert memory["gradient_checkpointing"] < 0.9
     assert memory["accumulation: 4"] < memory["accumulation: 2"] < 0.9
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("| lagrangian, teacher, exact |") == 6
+    assert capsys.readouterr().out.count("| lagrangian, teacher, exact |") == 7
 
 
 def test_tokens_fill_a_square(capsys):

@@ -269,6 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong = [count for count in lists["tokens"] if math.isqrt(count) ** 2 != count]
     if wrong:
         parser.error(f"--tokens {wrong[0]}: a square picture has a square number of tokens, such as 1024")
+    wrong = [width for width in lists["widths"] if width % min(32, width)]
+    if wrong:
+        parser.error(f"--widths {wrong[0]}: channels come in groups of 32; wanted a multiple, such as 192")
     run(given, replace(SIZES[given.size], **{name: values for name, values in lists.items() if values}))
 
 

@@ -21,11 +21,24 @@ from fmm_distill.teachers.conditions import Classes
 from fmm_distill.trainer import Trainer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accelerate import Accelerator
 
     from fmm_distill.starts import Draws
 
-__all__ = ["BASELINE", "CASES", "NETWORKS", "Case", "Passes", "make_teacher", "make_trainer"]
+__all__ = [
+    "BASELINE",
+    "CASES",
+    "NETWORKS",
+    "Case",
+    "Passes",
+    "make_dit",
+    "make_teacher",
+    "make_trainer",
+    "make_unet",
+    "teacher_of",
+]
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ CASES = (
 )
 
 
-def _unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32) -> UNet2DModel:
+def make_unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32) -> UNet2DModel:
     """Attention at one level, as in the DDPM of CIFAR-10."""
     levels = range(len(channels))
     return UNet2DModel(
@@ -106,7 +119,8 @@ def _unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32
     )
 
 
-def _dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTransformer2DModel:
+def make_dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTransformer2DModel:
+    """Told a class; one token for four pixels of a latent image."""
     return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -120,12 +134,12 @@ def _dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTran
 
 
 NETWORKS = {
-    ("unet", "tiny"): lambda: _unet((8, 16), 1, 1, 8),
-    ("unet", "small"): lambda: _unet((64, 96, 128, 128), 1, 1),
-    ("unet", "large"): lambda: _unet((128, 256, 256, 256), 2, 1),
-    ("dit", "tiny"): lambda: _dit(2, 2, 8, 4),
-    ("dit", "small"): lambda: _dit(12, 6),
-    ("dit", "large"): lambda: _dit(12, 12),
+    ("unet", "tiny"): lambda: make_unet((8, 16), 1, 1, 8),
+    ("unet", "small"): lambda: make_unet((64, 96, 128, 128), 1, 1),
+    ("unet", "large"): lambda: make_unet((128, 256, 256, 256), 2, 1),
+    ("dit", "tiny"): lambda: make_dit(2, 2, 8, 4),
+    ("dit", "small"): lambda: make_dit(12, 6),
+    ("dit", "large"): lambda: make_dit(12, 12),
 }
 
 
@@ -142,29 +156,44 @@ class _Fixed:
 def make_teacher(kind: str, size: str) -> Teacher:
     """A network of random weights, the same every time: ``unet`` on pixels, or ``dit`` on latents, told a class."""
     torch.manual_seed(0)
-    network = NETWORKS[kind, size]().requires_grad_(False).eval()
+    return teacher_of(NETWORKS[kind, size]())
+
+
+def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
+    """A network as a teacher of the linear schedule."""
     side, channels = network.config.sample_size, network.config.in_channels
+    told = isinstance(network, DiTTransformer2DModel)
     return Teacher(
-        network=network,
+        network=network.requires_grad_(False).eval(),
         parametrisation=Parametrisation(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
         event_shape=(channels, side, side),
         source="random weights",
         adapter="benchmark",
         scheduler_config={},
-        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if kind == "dit" else None,
+        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if told else None,
     )
 
 
 def make_trainer(
-    case: Case, engine: str, teacher: Teacher, batch: int, accelerator: Accelerator, folder: Path
+    case: Case,
+    engine: str,
+    teacher: Teacher,
+    batch: int,
+    accelerator: Accelerator,
+    folder: Path,
+    training: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """A trainer of a new student of this teacher, with one average."""
+    """A trainer of a new student of this teacher, with one average.
+
+    Args:
+        training: further settings of the training.
+    """
     settings = {
         "teacher": "random weights",
         "loss": case.settings(engine),
         "pairs": case.pairs,
         "data": "fixed samples" if case.data else "none",
-        "training": {"steps": 100000, "batch_size": batch},
+        "training": {"steps": 100000, "batch_size": batch} | dict(training or {}),
     }
     recipe = Recipe.model_validate(settings)
     samples = _Fixed(teacher.event_shape) if case.data else None

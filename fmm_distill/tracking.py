@@ -8,7 +8,6 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib.image
 from accelerate.tracking import get_available_trackers
 
 from fmm_distill import checkpoint
@@ -125,9 +124,12 @@ def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: 
 
 def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
     """A picture's file, for the trackers that take images."""
-    for tracker in accelerator.trackers:
-        if tracker.name not in ("tensorboard", "wandb"):
-            continue
+    trackers = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
+    if not trackers:
+        return
+    import matplotlib.image
+
+    for tracker in trackers:
         pixels = (matplotlib.image.imread(picture)[..., :3] * 255).round().astype("uint8")
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")

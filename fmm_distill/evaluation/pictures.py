@@ -1,12 +1,12 @@
-"""Pictures of an evaluation: samples from the same noise, and quality against network calls."""
+"""Pictures of an evaluation: samples from the same noise, and quality against network calls.
+
+matplotlib is imported by what draws: a run's training loads this file, and draws nothing before it is evaluated.
+"""
 
 from __future__ import annotations
 
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
 from fmm_distill.evaluation.result import COLUMNS
 
@@ -55,6 +55,8 @@ def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batc
 
 def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
     """One row a sampler, one column a noise; images in [-1, 1]."""
+    from matplotlib.figure import Figure
+
     columns = min(len(images) for images in rows.values())
     figure = Figure(figsize=(1.2 + columns * 0.6, len(rows) * 0.62), dpi=200)
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -78,6 +80,8 @@ def draw_steps(
         target: a file, or memory; a PNG either way.
         quantities: names of fields of a row.
     """
+    from matplotlib.figure import Figure
+
     drawn = measured_of(evaluation, quantities)
     across = min(2, len(drawn))
     down = -(-len(drawn) // across)
@@ -102,6 +106,8 @@ def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Colum
 
 
 def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+
     labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}
     shown: list[Row] = []
     for sampler, (colour, marker, name) in styles_of(evaluation).items():

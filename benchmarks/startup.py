@@ -1,0 +1,281 @@
+"""Seconds from the command line to the first training step, and where they go.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.startup --output startup.json
+
+A run of the recipe ``digits`` is started again and again, and ended when its ``steps.jsonl`` has its first line. Cold:
+no module has bytecode yet (``PYTHONPYCACHEPREFIX`` is an empty folder; files may be in the system's cache). Warm: all
+have. Cold and warm runs and the other commands take turns, every other repeat the other way round; numbers are medians
+with the middle half.
+
+Then the parts of a warm start, timed inside the command itself with its imports done one after the other, before; what
+the imports of each package take (``-X importtime``: its own modules, without what they import); and which packages are
+loaded at the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmm_distill.cli import command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+# Seconds without a first step after which a run is given up.
+PATIENCE = 600
+COMMANDS = {
+    "python -c pass": ("-c", "pass"),
+    "import fmm_distill": ("-c", "import fmm_distill"),
+    "--help": ("-m", "fmm_distill", "--help"),
+    "losses": ("-m", "fmm_distill", "losses"),
+    "inspect builtin:digits": ("-m", "fmm_distill", "inspect", "builtin:digits"),
+}
+# In the order in which they need one another.
+IMPORTS = ("torch", "accelerate", "diffusers", "diffusers.models.unets.unet_2d", "fmm_distill.run")
+# Of fmm_distill.run, in the order of a run.
+PARTS = {
+    "_accelerator": "set up accelerate",
+    "open_teacher": "open the teacher",
+    "open_reference": "open the reference",
+    "make_student": "make the student",
+    "make_folder": "write the run folder",
+    "prepare_samples": "prepare the samples",
+    "Trainer": "make the trainer",
+}
+STEP = "first step"
+
+
+def recipe_arguments(folder: Path) -> list[str]:
+    """Of the run that is started."""
+    return ["--recipe", "digits", "--set", "training.steps=1", "--output", str(folder)]
+
+
+def first_line(arguments: Sequence[str], folder: Path, bytecode: Path, errors: Path | None = None) -> float:
+    """Seconds from the start of a process to the first whole line of ``steps.jsonl``; the process is ended there.
+
+    Args:
+        arguments: of Python.
+        folder: of the run, which the arguments name.
+        bytecode: where modules' bytecode is read and written.
+        errors: takes what the process writes to stderr.
+
+    Raises:
+        RuntimeError: if the process ends before, or takes too long.
+    """
+    log, target = folder / "steps.jsonl", errors or folder.with_suffix(".txt")
+    started = time.perf_counter()
+    with target.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], env=environment(bytecode), stdout=subprocess.DEVNULL, stderr=file
+        )
+        try:
+            while not (log.is_file() and b"\n" in log.read_bytes()):
+                if process.poll() is not None or time.perf_counter() - started > PATIENCE:
+                    raise RuntimeError(f"no first step:\n{target.read_text(encoding='utf-8')[-2000:]}")
+                time.sleep(0.005)
+            return time.perf_counter() - started
+        finally:
+            process.kill()
+            process.wait()
+
+
+def whole_command(arguments: Sequence[str], bytecode: Path) -> float:
+    """Seconds of a command to its end."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], env=environment(bytecode), check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def environment(bytecode: Path) -> dict[str, str]:
+    """With bytecode in a folder of its own."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPYCACHEPREFIX": str(bytecode)}
+
+
+def starts(repeats: int, folder: Path) -> dict[str, Any]:
+    """Seconds of every command, warm, and of runs to their first step, cold and warm."""
+    bytecode = folder / "bytecode"
+    number = iter(range(10**6))
+
+    def start(kept: Path) -> float:
+        run = folder / f"run-{next(number)}"
+        return first_line(["-m", "fmm_distill", *recipe_arguments(run)], run, kept)
+
+    calls: dict[str, Callable[[], float]] = {
+        "first step, cold": lambda: start(folder / f"empty-{next(number)}"),
+        "first step, warm": lambda: start(bytecode),
+    }
+    calls |= {
+        name: lambda arguments=arguments: whole_command(arguments, bytecode) for name, arguments in COMMANDS.items()
+    }
+    # Everything has bytecode after these.
+    for name in list(calls)[1:]:
+        calls[name]()
+    rounds = []
+    for repeat in range(repeats):
+        names = list(calls) if repeat % 2 == 0 else list(reversed(calls))
+        rounds.append({name: calls[name]() for name in names})
+        print(", ".join(f"{name} {rounds[-1][name]:.2f} s" for name in calls), flush=True)
+    return {name: spread([now[name] for now in rounds]) for name in calls}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and middle half."""
+    from benchmarks.steps import measured
+
+    return measured(values) if len(values) > 1 else {"median": values[0], "low": values[0], "high": values[0]}
+
+
+def parts(repeats: int, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Seconds of the parts of a warm start; and the packages loaded by then, with their numbers of modules."""
+    rounds, packages = [], {}
+    for repeat in range(repeats):
+        arguments = ["-m", "benchmarks.startup", "--worker", str(folder / f"parts-{repeat}"), str(time.time())]
+        kept = environment(folder / "bytecode")
+        done = subprocess.run([sys.executable, *arguments], env=kept, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rounds.append(found["seconds"])
+        packages = found["packages"]
+    return {name: spread([now[name] for now in rounds]) for name in rounds[0]}, packages
+
+
+class FirstStepError(Exception):
+    """Ends a run after its first step."""
+
+
+def work(folder: Path, started: float) -> None:
+    """One process of ``parts``: the command, with its parts timed."""
+    seconds = {"start Python, import fmm_distill.cli": time.time() - started}
+    for name in IMPORTS:
+        with lap(seconds, f"import {name}"):
+            importlib.import_module(name)
+    from fmm_distill import run
+    from fmm_distill.trainer import Trainer
+
+    for name, title in PARTS.items():
+        setattr(run, name, timed_call(seconds, title, getattr(run, name)))
+    step = timed_call(seconds, STEP, Trainer._step)
+
+    def one_step(*given: Any) -> None:
+        step(*given)
+        raise FirstStepError
+
+    Trainer._step = one_step
+    before, timed = time.perf_counter(), sum(seconds.values())
+    try:
+        command(recipe_arguments(folder), standalone_mode=False)
+    except FirstStepError:
+        whole = time.perf_counter() - before
+    seconds["everything else"] = whole - (sum(seconds.values()) - timed)
+    seconds["sum"] = sum(seconds.values())
+    print("\n" + json.dumps({"seconds": seconds, "packages": loaded()}))
+
+
+@contextmanager
+def lap(seconds: dict[str, float], title: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[title] = seconds.get(title, 0.0) + time.perf_counter() - started
+
+
+def timed_call(seconds: dict[str, float], title: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*given: Any, **named: Any) -> Any:
+        with lap(seconds, title):
+            return call(*given, **named)
+
+    return timed
+
+
+def loaded() -> dict[str, int]:
+    """Packages that are loaded and no part of Python, with their numbers of modules, the largest first."""
+    counts: dict[str, int] = {}
+    for name in tuple(sys.modules):
+        package = name.split(".")[0]
+        if package not in sys.stdlib_module_names and package != "__main__":
+            counts[package] = counts.get(package, 0) + 1
+    return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
+def import_times(text: str) -> dict[str, float]:
+    """Seconds that the modules of each package took by themselves, the largest first.
+
+    Args:
+        text: what ``-X importtime`` writes.
+    """
+    seconds: dict[str, float] = {}
+    for own, name in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", text, flags=re.MULTILINE):
+        package = name.split(".")[0]
+        package = "Python's own" if package in sys.stdlib_module_names or package.startswith("_") else package
+        seconds[package] = seconds.get(package, 0.0) + int(own) / 1e6
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
+
+
+def imports(folder: Path) -> dict[str, float]:
+    """Of one warm run up to its first step; the interpreter's log makes it slower."""
+    run, log = folder / "imports", folder / "imports.txt"
+    first_line(["-X", "importtime", "-m", "fmm_distill", *recipe_arguments(run)], run, folder / "bytecode", log)
+    return import_times(log.read_text(encoding="utf-8", errors="replace"))
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Tables of what was measured."""
+    lines = ["| command | seconds |", "|---|---:|"]
+    lines += [f"| {name} | {_shown(value)} |" for name, value in found["commands"].items()]
+    lines += ["", "| part of a warm start | seconds |", "|---|---:|"]
+    lines += [f"| {name} | {_shown(value)} |" for name, value in found["parts"].items()]
+    lines += ["", "| package | modules at the first step | seconds of its own imports |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {found['packages'].get(name, '')} | {seconds:.2f} |"
+        for name, seconds in list(found["imports"].items())[:15]
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Mapping[str, float]) -> str:
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("startup.json"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one repeat: to see that it runs")
+    parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "STARTED"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        work(Path(given.worker[0]), float(given.worker[1]))
+        return
+    repeats = 1 if given.quick else given.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        commands = starts(repeats, Path(folder))
+        seconds, packages = parts(repeats, Path(folder))
+        found = {
+            "about": {
+                "repeats": repeats,
+                "device": platform.machine(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+            },
+            "commands": commands,
+            "parts": seconds,
+            "imports": imports(Path(folder)),
+            "packages": packages,
+        }
+    given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{markdown(found)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Run by ``test_imports``: the command line up to the end of the first training step; prints what is loaded then.
+
+python first_step.py ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fmm_distill.cli import command
+from fmm_distill.trainer import Trainer
+
+
+class FirstStepError(Exception):
+    """Ends the run."""
+
+
+step_of = Trainer._step
+
+
+def step(self: Trainer, *given: object) -> None:
+    step_of(self, *given)
+    raise FirstStepError
+
+
+if __name__ == "__main__":
+    Trainer._step = step
+    try:
+        command(sys.argv[1:], standalone_mode=False)
+    except FirstStepError:
+        print("\n" + json.dumps(sorted(sys.modules)))

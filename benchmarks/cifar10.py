@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import PICTURED, Judge
+from benchmarks.cifar10_measure import PICTURED, Judge, save_whole
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import ROOT, Processes
 from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
@@ -160,8 +160,8 @@ class Benchmark:
             solver_steps=budget.solver_steps,
             batch=budget.measure_batch,
             precision=budget.precision,
+            kept=self.work,
         )
-        checkpoint.write_text(self.work / "protocol.json", json.dumps(judge.protocol))
         self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
         return judge
 
@@ -203,26 +203,30 @@ class Benchmark:
         """How many steps every student gets: chosen once, from what the steps of each loss cost of the device."""
         file, budget = self.work / "steps.json", self.budget
         if not file.is_file():
-            logs = {title: self.work / "speed" / title / "steps.jsonl" for title in self.timed}
-            costs = self.processes.step_seconds(logs, budget.watched, self.left)
-            self.processes.kill(list(logs))
-            if not costs:
-                sys.exit(f"no student trains: {self.work / 'logs'} says why")
-            known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
-            worst = max(known.values(), default=0.0)
-            asked = self.names if known else []
-            speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in asked}
-            for name, seconds in speeds.items():
-                print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
-            checkpoint.write_text(file, json.dumps({"steps": self._fitting(speeds), "seconds_a_step": speeds}))
-        steps: int = read(file)["steps"]
+            speeds = {} if budget.steps else self._speeds()
+            steps = budget.steps or self._fitting(speeds)
+            checkpoint.write_text(file, json.dumps({"steps": steps, "seconds_a_step": speeds}))
+        steps = read(file)["steps"]
         print(f"{steps} steps of {budget.batch} images for every student", flush=True)
         return steps
 
+    def _speeds(self) -> dict[str, float]:
+        """Seconds that a step of each loss costs of the device; ends the processes that were started for it."""
+        budget = self.budget
+        logs = {title: self.work / "speed" / title / "steps.jsonl" for title in self.timed}
+        costs = self.processes.step_seconds(logs, budget.watched, self.left)
+        self.processes.kill(list(logs))
+        if not costs:
+            sys.exit(f"no student trains: {self.work / 'logs'} says why")
+        known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
+        worst = max(known.values())
+        speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in self.names}
+        for name, seconds in speeds.items():
+            print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
+        return speeds
+
     def _fitting(self, speeds: dict[str, float]) -> int:
         budget = self.budget
-        if budget.steps:
-            return budget.steps
         row = read(self.work / "rows" / f"{SOLVERS[0]}-{FIRST}.json")[str(FIRST)]
         # A student's measurement takes as many calls of the network an image as there are steps in all.
         students = len(speeds) + budget.seeded
@@ -345,13 +349,6 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self.benchmark.stages[self.name] = time.monotonic() - self.began
-
-
-def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """A safetensors file that is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial)
-    partial.replace(file)
 
 
 def read(file: Path) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
 
+from fmm_distill import checkpoint
 from fmm_distill.evaluation.features import open_features, unit_images
 from fmm_distill.evaluation.metrics import ImageMetrics
 from fmm_distill.sampling import sample
@@ -28,6 +31,13 @@ NOISE_SEED = 20_240_607
 PICTURED = 10
 
 
+def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(file)
+
+
 class Judge:
     """The noises, where the teacher's ODE takes some of them, and the reference images' features; made once.
 
@@ -35,6 +45,7 @@ class Judge:
         pixels: reference images, uint8, shape ``[count, 3, size, size]``.
         features: a TorchScript file: images in [0, 1] to features.
         precision: ``"bf16"`` or ``"fp32"``, of sampling; the ODE is solved in float32.
+        kept: where features and ends of the ODE are kept, with the protocol, for the next one that is alike.
     """
 
     @torch.no_grad()
@@ -50,6 +61,7 @@ class Judge:
         solver_steps: int,
         batch: int,
         precision: str,
+        kept: Path,
     ) -> None:
         self.teacher, self.device, self.batch, self.precision = teacher.to(device), device, batch, precision
         noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
@@ -57,24 +69,37 @@ class Judge:
         found = open_features(str(features), teacher.event_shape)
         assert found is not None
         self.features = found.to(torch.device(device))
-        reference = [self._seen(part.to(device).float() / 255) for part in pixels.split(batch)]
-        self.metrics = ImageMetrics(torch.cat(reference), samples)
         some = self.noise[:endpoint_samples]
-        self.truth = self._solved(some, solver_steps)
+        tensors, protocol = kept / "judge.safetensors", kept / "protocol.json"
+        if not tensors.is_file():
+            reference = torch.cat([self._seen(part.to(device).float() / 255) for part in pixels.split(batch)])
+            self.truth = self._solved(some, solver_steps)
+            about = self._protocol(pixels, samples, some, solver_steps)
+            checkpoint.write_text(protocol, json.dumps(about))
+            # The last: with it both are there.
+            save_whole({"reference": reference, "truth": self.truth.cpu()}, tensors)
+        known = load_file(tensors)
+        self.truth = known["truth"].to(device)
+        self.metrics = ImageMetrics(known["reference"], samples)
+        self.protocol: dict[str, Any] = json.loads(protocol.read_text(encoding="utf-8"))
+
+    def _protocol(self, pixels: Tensor, samples: int, some: Tensor, solver_steps: int) -> dict[str, Any]:
+        """What every number depends on, and how far the solver and half precision move them."""
         halved = self._solved(some, max(solver_steps // 2, 1))
-        ddim = _stock(teacher, "ddim", 16)
-        exact = torch.cat([ddim(part) for part in some.split(batch)])
+        ddim = _stock(self.teacher, "ddim", 16)
+        exact = torch.cat([ddim(part) for part in some.split(self.batch)])
         moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
-        self.protocol: dict[str, Any] = {
+        return {
             "samples": samples,
             "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
-            "features": f"{found.count} of the classifier (sha256 {found.digest[:12]}), images {found.pixels}",
+            "features": f"{self.features.count} of the classifier (sha256 {self.features.digest[:12]}), images "
+            f"{self.features.pixels}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
             "ode_range": self.truth.abs().max().item(),
             "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
-            "precision": precision,
+            "precision": self.precision,
             "precision_moves_ddim_16": moved,
             "noise_seed": NOISE_SEED,
         }

@@ -138,6 +138,7 @@ class Size:
             solver_steps=budget.solver_steps,
             batch=budget.measure_batch,
             precision=budget.precision,
+            kept=self.made,
         )
 
     def run(self, lengths: Sequence[int], processes: Processes) -> dict[str, Any]:

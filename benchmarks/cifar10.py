@@ -82,12 +82,13 @@ class Benchmark:
             return
         with self._stage("reference, the teacher's first rows"):
             self.judge = self._judge()
-            rows = self.teacher_rows()
-            # Alone on the device: how long measuring takes is reckoned from it.
-            next(rows, None)
-            self._start_all_losses()
-            for _ in range(3):
+            if not self.budget.steps:
+                rows = self.teacher_rows()
+                # Alone on the device: how long measuring takes is reckoned from it.
                 next(rows, None)
+                self._start_all_losses()
+                for _ in range(3):
+                    next(rows, None)
         with self._stage("speed of each loss"):
             steps = self._steps()
         with self._stage("students"):
@@ -189,8 +190,7 @@ class Benchmark:
         """Every loss in a process of its own, without end, to see what their steps cost side by side."""
         folder = self.work / "speed"
         shutil.rmtree(folder, ignore_errors=True)
-        self.timed: dict[str, str] = {}
-        if (self.work / "steps.json").is_file() or self.budget.steps:
+        if (self.work / "steps.json").is_file():
             return
         # With data a loss is spared the student's own jump to the start: no slower.
         self.timed = {f"speed-{name}": name for name in self.names if name.removesuffix("-data") == name} or {

@@ -206,7 +206,7 @@ def settle_engine(
     Raises:
         UserError: if the settings name forward mode and an option of the training keeps it from running.
     """
-    if not isinstance(settings, DerivativeSettings):
+    if not isinstance(settings, DerivativeSettings) or not settings.differentiates:
         return settings, None
     # Without gradients blocks are not computed again.
     options = ["gradient_checkpointing"] if training.gradient_checkpointing and settings.keeps_graph else []

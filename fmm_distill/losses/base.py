@@ -68,6 +68,11 @@ class DerivativeSettings(LossSettings):
     """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
 
     @property
+    def differentiates(self) -> bool:
+        """Whether a derivative is taken at all: not where a finite step stands in its place."""
+        return True
+
+    @property
     def keeps_graph(self) -> bool:
         """Whether gradients pass through the derivative."""
         return True

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import squared_norm
-from fmm_distill.losses.eulerian import EulerianSettings, TangentSettings, eulerian, steadied
+from fmm_distill.losses.eulerian import EulerianSettings, TangentSettings, change_over_step, eulerian, steadied
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,6 +39,11 @@ class ConsistencySettings(TangentSettings):
     """How the teacher makes the step; the sample's own velocity is constant, so euler is exact there."""
     target: Literal["student", "average"] = "student"
     """Whose jump is the target of a finite step: the student's own, or that of its moving average."""
+
+    @property
+    def differentiates(self) -> bool:
+        """Without a finite step."""
+        return self.step == 0
 
     @model_validator(mode="after")
     def _acts_on_a_step(self) -> Self:
@@ -84,13 +88,8 @@ def consistency(
         )
     u = flow_map.mean_velocity(x_t, t, r, cond)
     with torch.no_grad():
-        s = torch.maximum(t - settings.step, r)
-        step = expand(t - s, x_t)
-        v = velocity(x_t, t, cond)
-        if settings.solver == "heun":
-            v = (v + velocity(x_t - step * v, s, cond)) / 2
-        later = (flow_map if target_map is None else target_map).mean_velocity(x_t - step * v, s, r, cond)
-        # Where t = r nothing is left after the step, and g is u - v.
-        rest = (s - r) / (t - s).clamp_min(torch.finfo(t.dtype).tiny)
-        target = u - steadied(u - v + expand(rest, x_t) * (u - later), settings)
+        s, v = torch.maximum(t - settings.step, r), velocity(x_t, t, cond)
+        source = flow_map if target_map is None else target_map
+        change = change_over_step(source, velocity, x_t, t, s, r, u, v, cond=cond, solver=settings.solver)
+        target = u - steadied(u - v + change, settings)
     return squared_norm(u - target)

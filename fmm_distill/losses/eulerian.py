@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fmm_distill.flow_map import FlowMap
     from fmm_distill.velocity import Conditioning, VelocityField
 
-__all__ = ["EulerianSettings", "TangentSettings", "eulerian", "steadied"]
+__all__ = ["EulerianSettings", "TangentSettings", "change_over_step", "eulerian", "steadied"]
 
 
 class TangentSettings(DerivativeSettings):
@@ -63,11 +63,28 @@ class EulerianSettings(TangentSettings):
     """Whose velocity the start follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
     stop: Literal["none", "teacher", "target"] = "target"
     """Where gradients stop: nowhere in the student, at the term that holds the velocity, or at a detached target."""
+    step: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the teacher's timesteps over which the change along the flow is taken; 0: its derivative."""
+    solver: Literal["euler", "heun"] = "heun"
+    """How the velocity makes the step; acts on a step above 0 only."""
 
     @property
     def sees_no_teacher(self) -> bool:
         """With the student's own velocity."""
         return self.velocity == "self"
+
+    @property
+    def differentiates(self) -> bool:
+        """Without a finite step."""
+        return self.step == 0
+
+    @model_validator(mode="after")
+    def _acts_on_a_step(self) -> Self:
+        if self.step == 0 and self.solver != "heun":
+            raise ValueError("solver acts on a finite step only; set loss.step")
+        if self.step and (self.stop != "target" or self.derivative != "auto"):
+            raise ValueError("step acts on stop: target only, and takes no derivative")
+        return self
 
     @model_validator(mode="after")
     def _acts_on_target(self) -> Self:
@@ -99,7 +116,8 @@ def eulerian(
       arXiv 2505.18825, eq. 94).
     - ``stop="target"``: u is regressed on a detached ``u - g``, g the residual (AYF-EMD, arXiv 2506.14603;
       MeanFlow, arXiv 2505.13447, eq. 9 to 11, with the teacher's velocity). ``normalise_tangent`` takes
-      ``g / (|g| + 0.1)`` with the norm over the event (sCM, arXiv 2410.11081, section 4).
+      ``g / (|g| + 0.1)`` with the norm over the event (sCM, arXiv 2410.11081, section 4). With a ``step`` g is
+      ``change_over_step``: a network's own roughness in time is averaged over it, where a derivative takes it whole.
     """
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     length = expand(t - r, x_t)
@@ -116,10 +134,49 @@ def eulerian(
         u, du_dt = value_and_derivative_along_flow(flow_map, x_t, t, r, still, cond=cond, engine=engine)
         transport = (du - du_dt).detach()
         return squared_norm(u - v + length * (du_dt + transport))
-    u, du = value_and_detached_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+    if settings.step:
+        u, s = flow_map.mean_velocity(x_t, t, r, cond), t - settings.step / flow_map.clock.rate(t)
+        change = change_over_step(
+            flow_map, velocity, x_t, t, torch.maximum(s, r), r, u, v, cond=cond, solver=settings.solver
+        )
+        g = u - v + settings.tangent_scale * change
+    else:
+        u, du = value_and_detached_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+        with torch.no_grad():
+            g = u - v + settings.tangent_scale * length * du
     with torch.no_grad():
-        target = u - steadied(u - v + settings.tangent_scale * length * du, settings)
+        target = u - steadied(g, settings)
     return squared_norm(u - target)
+
+
+@torch.no_grad()
+def change_over_step(
+    flow_map: FlowMap,
+    velocity: VelocityField,
+    x_t: Float[Tensor, "batch *event"],
+    t: Float[Tensor, " batch"],
+    s: Float[Tensor, " batch"],
+    r: Float[Tensor, " batch"],
+    u: Float[Tensor, "batch *event"],
+    v: Float[Tensor, "batch *event"],
+    *,
+    cond: Conditioning | None,
+    solver: Literal["euler", "heun"],
+) -> Float[Tensor, "batch *event"]:
+    """What takes the place of ``(t - r) du`` in the Eulerian residual where t goes to s in one step along the flow.
+
+    ``(X(x_s, s, r) - X(x_t, t, r)) / (t - s) = u - v + (s - r) (u - u(x_s, s, r)) / (t - s)``, with v the mean
+    velocity of the solver's step (Song et al., arXiv 2303.01469, on u). Where t = r nothing is left of it.
+
+    Args:
+        u, v: ``u(x_t, t, r)`` of the map, and the velocity at ``x_t``.
+    """
+    step, start = expand(t - s, x_t), v
+    if solver == "heun":
+        v = (v + velocity(x_t - step * v, s, cond)) / 2
+    later = flow_map.mean_velocity(x_t - step * v, s, r, cond)
+    rest = (s - r) / (t - s).clamp_min(torch.finfo(t.dtype).tiny)
+    return start - v + expand(rest, x_t) * (u - later)
 
 
 def steadied(g: Float[Tensor, "batch *event"], settings: TangentSettings) -> Float[Tensor, "batch *event"]:

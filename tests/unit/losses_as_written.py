@@ -82,7 +82,14 @@ def eulerian_as_written(settings, live, still, average, x, t, r, share):
     if stop == "teacher":
         return [moving_start(live, x, t, r, torch.zeros_like(x)) + moving_start(still, x, t, r, v, rate=0)]
     u, u_still = live.mean_velocity(x, t, r), still.mean_velocity(x, t, r)
-    whole, unscaled = -moving_start(still, x, t, r, v), u_still - v
+    unscaled = u_still - v
+    if getattr(settings, "step", 0) and settings.name == "eulerian":
+        s = torch.maximum(t - settings.step / live.clock.rate(t), r)
+        field = diagonal(still) if settings.velocity == "self" else teacher
+        x_s = solve(field, x, torch.stack([t, s]), method=settings.solver)
+        whole = (still(x_s, s, r) - still(x, t, r)) / expand(t - s, x)
+    else:
+        whole = -moving_start(still, x, t, r, v)
     return [u - u_still + steady(unscaled + settings.tangent_scale * (whole - unscaled), settings)]
 
 

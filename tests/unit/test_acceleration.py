@@ -60,6 +60,8 @@ def test_differences_are_taken_in_r_alone_where_both_engines_run(tmp_path, teach
     for loss in (THROUGH, THROUGH | {"stop": "target"}):
         assert said(loss).startswith("derivatives: central (it costs less than forward mode here")
     assert said(DETACHED).startswith("derivatives: exact (forward mode runs")
+    with_step = said_by(recipe_of(teacher_folder, DETACHED | {"step": 0.1}), tmp_path, teacher_folder)
+    assert not any(line.startswith("derivatives") for line in with_step)
 
 
 @pytest.mark.parametrize("name", ["dit", "sd1", "flux", "wan"])

@@ -40,6 +40,9 @@ VARIANTS = {
     "eulerian-none": EulerianSettings(stop="none"),
     "eulerian-teacher": EulerianSettings(stop="teacher"),
     "eulerian-scaled": EulerianSettings(tangent_scale=0.25),
+    "eulerian-step": EulerianSettings(step=0.1),
+    "eulerian-step-euler": EulerianSettings(step=0.1, solver="euler", tangent_scale=0.5),
+    "eulerian-step-self": EulerianSettings(step=0.05, velocity="self", normalise_tangent=True),
     "eulerian-clamped": EulerianSettings(clamp_tangent=0.3),
     "eulerian-normalised": EulerianSettings(normalise_tangent=True),
     "eulerian-clamped-normalised": EulerianSettings(clamp_tangent=0.3, normalise_tangent=True),
@@ -89,7 +92,7 @@ def those(condition):
 
 
 def differentiates(settings):
-    return isinstance(settings, DerivativeSettings) and not getattr(settings, "step", 0)
+    return isinstance(settings, DerivativeSettings) and settings.differentiates
 
 
 def batch():
@@ -307,7 +310,7 @@ def test_terminal_velocity_is_lagrangian_on_the_averages_diagonal_and_flow_match
     same(call(TerminalVelocitySettings(), flow_map, x, t, r, share, target_map=average), moved + taught, flow_map)
 
 
-@those(lambda settings: getattr(settings, "step", 0) and not settings.normalise_tangent)
+@those(lambda settings: settings.name == "consistency" and settings.step and not settings.normalise_tangent)
 def test_gradient_of_consistency_is_the_published_ones_by_the_weight_it_says(settings):
     flow_map, average = Net(), Net(1)
     x, t, r, share = batch()
@@ -328,13 +331,11 @@ def orders(errors):
 
 @pytest.mark.parametrize("steadied", [{}, {"normalise_tangent": True}], ids=str)
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_consistency_tends_to_eulerian_with_its_step(solver, steadied):
+@pytest.mark.parametrize("kind", [ConsistencySettings, EulerianSettings])
+def test_a_finite_step_tends_to_the_derivative(kind, solver, steadied):
     flow_map = Net()
     limit = call(EulerianSettings(**steadied), flow_map, *batch())
-    losses = [
-        call(ConsistencySettings(step=step, solver=solver, **steadied), flow_map, *batch())
-        for step in (2e-3, 1e-3, 5e-4)
-    ]
+    losses = [call(kind(step=step, solver=solver, **steadied), flow_map, *batch()) for step in (2e-3, 1e-3, 5e-4)]
     assert orders([loss - limit for loss in losses]) == pytest.approx([1, 1], abs=0.05)
     slopes = [gradient(loss, flow_map) - gradient(limit, flow_map) for loss in losses]
     assert orders(slopes) == pytest.approx([1, 1], abs=0.05)

@@ -153,6 +153,8 @@ def draw_minutes(results: dict[str, Any], path: Path) -> None:
             xlabel=f"{_device(results)} minutes of the student's training",
             title=f"{n} call{'s' * (n != '1')}",
         )
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted(FormatStrFormatter("%g"))
         axis.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("Fréchet distance (classifier's features)")
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

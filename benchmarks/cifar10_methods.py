@@ -55,7 +55,7 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
     if issubclass(SETTINGS[loss["name"]], DerivativeSettings) and not loss.get("step"):
         # In half precision differences take calls of their own; in full precision they cost least.
         loss["derivative"] = "exact" if budget.student_precision == "bf16" else "central"
-    source = {"source": str(data), "flip": True} if changes.pop("data", False) else {"source": "none"}
+    source = {"source": str(data), "flip": True, "fit": "crop"} if changes.pop("data", False) else {"source": "none"}
     settings = {
         "teacher": str(teacher),
         "data": source,

@@ -172,6 +172,8 @@ def test_every_student_has_a_recipe(tmp_path):
     assert shared == {(20, 8, 1.0)}
     with_data = ["lagrangian-data", "progressive-data"]
     assert [name for name, recipe in recipes.items() if recipe.data.has_images] == with_data
+    # A budget may have smaller images than the data.
+    assert {recipes[name].data.fit for name in with_data} == {"crop"}
     # In half precision differences cost two calls more.
     on_gpu = {name: recipe_of(name, tmp_path, tmp_path / "data", BUDGETS["gpu"], 20, 1) for name in METHODS}
     for name in ("lagrangian", "mean_flow"):

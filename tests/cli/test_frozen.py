@@ -150,6 +150,8 @@ def test_fields_of_the_eulerian_loss():
         "derivative",
         "name",
         "normalise_tangent",
+        "solver",
+        "step",
         "stop",
         "tangent_scale",
         "tangent_warmup_steps",

@@ -45,7 +45,7 @@ def gradient(objective: torch.nn.Module, recipe: Recipe, rows: slice) -> torch.T
 def difference(recipe: Recipe, accelerator: Accelerator) -> float:
     """Between the gradient of two halves of a batch and that of the whole; relative to the largest entry."""
     teacher = load_teacher(recipe.teacher)
-    # Settings with exact derivatives, as the trainer settles on for this network.
+    # Exact derivatives: a difference's rounding is not what is compared here.
     losses = [
         loss.model_copy(update={"derivative": "exact"}) if hasattr(loss, "derivative") else loss
         for loss in recipe.losses

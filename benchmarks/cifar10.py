@@ -376,6 +376,9 @@ def _settings(file: Path) -> dict[str, Any]:
     """What tells a student's recipe from others."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     wanted = ("data", "loss", "also", "before", "pairs", "weight", "training")
+    if "data" in recipe:
+        # Where it lies on this machine says nothing.
+        recipe["data"]["source"] = Path(recipe["data"]["source"]).name
     return {name: recipe[name] for name in wanted if name in recipe}
 
 

@@ -32,8 +32,6 @@ __all__ = [
     "derivative_in_r",
     "value_and_derivative_along_flow",
     "value_and_derivative_in_r",
-    "value_and_detached_derivative_along_flow",
-    "value_and_detached_derivative_in_r",
     "without_tensor_float",
 ]
 
@@ -98,42 +96,29 @@ def value_and_derivative_in_r(
     *,
     cond: Conditioning | None = None,
     engine: Engine = "exact",
+    detached: bool = False,
 ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
-    """``u(x, t, r)`` and ``derivative_in_r``, both with their gradients.
+    """``u(x, t, r)`` and ``derivative_in_r``.
 
     The exact engine takes one pass. The central one takes two calls; its value is their mean, as near to u as the
     difference is to the derivative.
+
+    Args:
+        detached: the derivative has no gradient. The exact engine then takes the value again in a pass of its own. Of
+            the central one's two calls the later has a graph: the value's gradient is that of a jump longer by 2e-3 of
+            the clock. In half precision, where a difference is noise, the value has a call of its own.
     """
+    if detached and (engine == "exact" or _in_half(x)):
+        with torch.no_grad():
+            du_dr = derivative_in_r(flow_map, x, t, r, cond=cond, engine=engine)
+        return flow_map.mean_velocity(x, t, r, cond), du_dr
     h, of_jump = _in_jump(flow_map, x, t, r, cond)
     if engine == "exact":
         u, du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))
     else:
-        u, du_dh = _mean_and_difference(lambda side: of_jump(h + side * JUMP_STEP), x)
-        du_dh = du_dh / JUMP_STEP
+        u, difference = _mean_and_difference(lambda side: of_jump(h + side * JUMP_STEP), x, detached=detached)
+        du_dh = difference / JUMP_STEP
     return u, -expand(flow_map.clock.rate(r), x) * du_dh
-
-
-def value_and_detached_derivative_in_r(
-    flow_map: FlowMap,
-    x: Float[Tensor, "batch *event"],
-    t: Float[Tensor, " batch"],
-    r: Float[Tensor, " batch"],
-    *,
-    cond: Conditioning | None = None,
-    engine: Engine = "exact",
-) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
-    """``u(x, t, r)`` with its gradient, and ``derivative_in_r`` without one.
-
-    In full precision the central engine takes two calls: the value is their mean, and its gradient that of the call
-    2e-3 of the clock further on. In half precision, where a difference is noise, it takes two more in float32.
-    """
-    if engine == "central" and not _in_half(x):
-        h, of_jump = _in_jump(flow_map, x, t, r, cond)
-        u, du_dh = _mean_and_difference(lambda side: of_jump(h + side * JUMP_STEP), x, detached=True)
-        return u, -expand(flow_map.clock.rate(r), x) * du_dh / JUMP_STEP
-    with torch.no_grad():
-        du_dr = derivative_in_r(flow_map, x, t, r, cond=cond, engine=engine)
-    return flow_map.mean_velocity(x, t, r, cond), du_dr
 
 
 def _in_jump(
@@ -196,9 +181,8 @@ def _mean_and_difference(
             before = of_side(-1)
         after = of_side(1)
     difference = (after - before) / 2
-    if not detached:
-        return after - difference, difference
-    difference = difference.detach()
+    if detached:
+        difference = difference.detach()
     return after - difference, difference
 
 
@@ -211,41 +195,23 @@ def value_and_derivative_along_flow(
     *,
     cond: Conditioning | None = None,
     engine: Engine = "exact",
+    detached: bool = False,
 ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
-    """``u(x, t, r)`` and ``derivative_along_flow``, both with their gradients.
+    """``u(x, t, r)`` and ``derivative_along_flow``, as ``value_and_derivative_in_r`` has them.
 
-    The exact engine takes one pass; the central one two calls, and the value is their mean.
+    Args:
+        detached: the derivative has no gradient; the central engine's value has that of a start a twentieth of a
+            timestep on.
     """
+    if detached and (engine == "exact" or _in_half(x)):
+        with torch.no_grad():
+            du = derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
+        return flow_map.mean_velocity(x, t, r, cond), du
     if engine == "exact":
-        along = _along(flow_map, r, cond)
-        return _forward_mode(along, (x, t), (v, torch.ones_like(t)))
+        return _forward_mode(_along(flow_map, r, cond), (x, t), (v, torch.ones_like(t)))
     of_side, step = _beside(flow_map, x, t, r, v, cond)
-    u, difference = _mean_and_difference(of_side, x)
+    u, difference = _mean_and_difference(of_side, x, detached=detached)
     return u, difference / step
-
-
-def value_and_detached_derivative_along_flow(
-    flow_map: FlowMap,
-    x: Float[Tensor, "batch *event"],
-    t: Float[Tensor, " batch"],
-    r: Float[Tensor, " batch"],
-    v: Float[Tensor, "batch *event"],
-    *,
-    cond: Conditioning | None = None,
-    engine: Engine = "exact",
-) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
-    """``u(x, t, r)`` with its gradient, and ``derivative_along_flow`` without one.
-
-    In full precision the central engine takes two calls: the value is their mean, and its gradient that of the later
-    one, a twentieth of a timestep on. In half precision it takes two more in float32.
-    """
-    if engine == "central" and not _in_half(x):
-        of_side, step = _beside(flow_map, x, t, r, v, cond)
-        u, difference = _mean_and_difference(of_side, x, detached=True)
-        return u, difference / step
-    with torch.no_grad():
-        du = derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
-    return flow_map.mean_velocity(x, t, r, cond), du
 
 
 def _along(flow_map: FlowMap, r: Tensor, cond: Conditioning | None) -> Callable[[Tensor, Tensor], Tensor]:

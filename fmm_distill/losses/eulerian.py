@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from fmm_distill.derivatives import (
     derivative_along_flow,
     value_and_derivative_along_flow,
-    value_and_detached_derivative_along_flow,
 )
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
@@ -141,7 +140,7 @@ def eulerian(
         )
         g = u - v + settings.tangent_scale * change
     else:
-        u, du = value_and_detached_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
+        u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine, detached=True)
         with torch.no_grad():
             g = u - v + settings.tangent_scale * length * du
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from fmm_distill.derivatives import value_and_derivative_in_r, value_and_detached_derivative_in_r
+from fmm_distill.derivatives import value_and_derivative_in_r
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
@@ -70,7 +70,7 @@ def lagrangian(
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     length = expand(t - r, x_t)
     if settings.stop == "target":
-        u, du_dr = value_and_detached_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=engine)
+        u, du_dr = value_and_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=engine, detached=True)
         with torch.no_grad():
             target = velocity(x_t - length * u, r, cond) + length * du_dr
         return squared_norm(u - target)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import model_validator
 
-from fmm_distill.derivatives import value_and_detached_derivative_along_flow
+from fmm_distill.derivatives import value_and_derivative_along_flow
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import squared_norm
 from fmm_distill.losses.eulerian import EulerianSettings, TangentSettings, eulerian
@@ -76,7 +76,7 @@ def mean_flow(
     engine = "exact" if settings.derivative == "auto" else settings.derivative
     with torch.no_grad():
         predicted = flow_map.mean_velocity(x_t, t, t, cond)
-    u, du = value_and_detached_derivative_along_flow(flow_map, x_t, t, r, predicted, cond=cond, engine=engine)
+    u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, predicted, cond=cond, engine=engine, detached=True)
     with torch.no_grad():
         target = velocity(x_t, t, cond) - settings.tangent_scale * expand(t - r, x_t) * du
     return squared_norm(u - target)

@@ -12,8 +12,6 @@ from fmm_distill.derivatives import (
     derivative_in_r,
     value_and_derivative_along_flow,
     value_and_derivative_in_r,
-    value_and_detached_derivative_along_flow,
-    value_and_detached_derivative_in_r,
 )
 from fmm_distill.flow_map import FlowMap
 from fmm_distill.interpolant import LinearClock, expand
@@ -74,23 +72,23 @@ def test_values_come_with_derivatives(student, jumps, engine):
         in_r = derivative_in_r(student, x, t, r, engine=engine)
         along = derivative_along_flow(student, x, t, r, v, engine=engine)
         found = {
-            in_r: (value_and_derivative_in_r, value_and_detached_derivative_in_r, ()),
-            along: (value_and_derivative_along_flow, value_and_detached_derivative_along_flow, (v,)),
+            in_r: (value_and_derivative_in_r, ()),
+            along: (value_and_derivative_along_flow, (v,)),
         }
-        for derivative, (together, detached, more) in found.items():
-            for of_both in (together, detached):
-                u, du = of_both(student, x, t, r, *more, engine=engine)
+        for derivative, (of_both, more) in found.items():
+            for detached in (False, True):
+                u, du = of_both(student, x, t, r, *more, engine=engine, detached=detached)
                 torch.testing.assert_close(du, derivative)
                 # A mean of two calls is off by half of the second derivative, 6e-4 measured.
                 assert relative(u, expected) < (1e-5 if engine == "exact" else 2e-3)
 
 
 @pytest.mark.parametrize("engine", ["exact", "central"])
-@pytest.mark.parametrize("of_both", [value_and_detached_derivative_in_r, value_and_detached_derivative_along_flow])
+@pytest.mark.parametrize("of_both", [value_and_derivative_in_r, value_and_derivative_along_flow])
 def test_a_detached_derivative_has_no_gradient(student, jumps, of_both, engine):
     x, t, r = jumps
-    more = () if of_both is value_and_detached_derivative_in_r else (torch.ones_like(x),)
-    u, du = of_both(student, x, t, r, *more, engine=engine)
+    more = () if of_both is value_and_derivative_in_r else (torch.ones_like(x),)
+    u, du = of_both(student, x, t, r, *more, engine=engine, detached=True)
     assert not du.requires_grad
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     found = torch.autograd.grad(u.square().sum(), weights)
@@ -106,10 +104,10 @@ def test_in_half_precision_a_difference_has_calls_of_its_own(student, jumps):
     first = student.network.conv_in
     first.register_forward_hook(lambda *given: kinds.append((given[2].dtype, torch.is_grad_enabled())))
     with torch.autocast("cpu", torch.bfloat16):
-        u, du = value_and_detached_derivative_in_r(student, x, t, r, engine="central")
+        u, du = value_and_derivative_in_r(student, x, t, r, engine="central", detached=True)
     assert sorted(kinds, key=str) == [(torch.bfloat16, True), (torch.float32, False), (torch.float32, False)]
     kinds.clear()
-    value_and_detached_derivative_in_r(student, x, t, r, engine="central")
+    value_and_derivative_in_r(student, x, t, r, engine="central", detached=True)
     assert kinds == [(torch.float32, False), (torch.float32, True)]
     assert u.requires_grad
     assert relative(du, derivative_in_r(student, x, t, r)) < 1e-3

@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import PICTURED, Judge, save_whole
+from benchmarks.cifar10_measure import PICTURED, open_judge, save_whole
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import ROOT, Processes
 from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.cifar10_budget import Budget
+    from benchmarks.cifar10_measure import Judge
 
 STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
@@ -150,19 +151,8 @@ class Benchmark:
         return [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *words, *channels]
 
     def _judge(self) -> Judge:
-        budget = self.budget
-        judge = Judge(
-            load_teacher(str(self.work / "teacher")),
-            self.work / "classifier" / "classifier.pt",
-            self._images()["train"],
-            self.device,
-            samples=budget.samples,
-            endpoint_samples=budget.endpoint_samples,
-            solver_steps=budget.solver_steps,
-            batch=budget.measure_batch,
-            precision=budget.precision,
-            kept=self.work,
-        )
+        teacher = load_teacher(str(self.work / "teacher"))
+        judge = open_judge(teacher, self.work, self.budget, self.device, self.work)
         self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
         return judge
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benchmarks.cifar10_budget import Budget
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -147,6 +148,22 @@ class Judge:
     def _rows(self, samplers: dict[str, Sampler]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
         found = {name: self.row(sampler) for name, sampler in samplers.items()}
         return {name: row for name, (row, _) in found.items()}, {name: x for name, (_, x) in found.items()}
+
+
+def open_judge(teacher: Teacher, work: Path, budget: Budget, device: str, kept: Path) -> Judge:
+    """The judge of a teacher's students, by the images and the classifier in ``work``."""
+    return Judge(
+        teacher,
+        work / "classifier" / "classifier.pt",
+        load_file(work / "images.safetensors")["train"],
+        device,
+        samples=budget.samples,
+        endpoint_samples=budget.endpoint_samples,
+        solver_steps=budget.solver_steps,
+        batch=budget.measure_batch,
+        precision=budget.precision,
+        kept=kept,
+    )
 
 
 def _jumps(student: Student, steps: int) -> Sampler:

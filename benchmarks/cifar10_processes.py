@@ -79,7 +79,7 @@ class Processes:
         if ended:
             process.returncode = os.waitstatus_to_exitcode(status)
             taken = self.cpu_seconds(name) + usage.ru_utime + usage.ru_stime
-            self._cpu_file(name).write_text(f"{taken:.1f}", encoding="utf-8")
+            self._cpu_file(name).write_text(f"{taken:.3f}", encoding="utf-8")
 
     def code(self, name: str, seconds: float = 0.0) -> int:
         """The exit code of a process, which is stopped if it runs longer than so many seconds; it is said if not 0."""

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar10 import machine, read, read_if_there
 from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import Judge
+from benchmarks.cifar10_measure import open_judge
 from benchmarks.cifar10_methods import recipe_of
 from benchmarks.cifar10_processes import Processes
 from benchmarks.cifar10_report import COLOURS
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.cifar10_budget import Budget
+    from benchmarks.cifar10_measure import Judge
     from fmm_distill.teachers.base import Teacher
 
 METHOD = "lagrangian"
@@ -125,22 +125,6 @@ class Size:
             checkpoint.write_text(self.made / "rows" / f"{steps}.json", json.dumps(found))
             print(f"{self.title}, {steps} steps: {shown(rows)}", flush=True)
 
-    def judge(self, teacher: Teacher, device: str) -> Judge:
-        """What measures all students of this teacher."""
-        budget = self.budget
-        return Judge(
-            teacher,
-            self.work / "classifier" / "classifier.pt",
-            load_file(self.work / "images.safetensors")["train"],
-            device,
-            samples=budget.samples,
-            endpoint_samples=budget.endpoint_samples,
-            solver_steps=budget.solver_steps,
-            batch=budget.measure_batch,
-            precision=budget.precision,
-            kept=self.made,
-        )
-
     def run(self, lengths: Sequence[int], processes: Processes) -> dict[str, Any]:
         """Train and measure what is missing; everything of this size."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,7 +136,7 @@ class Size:
                 self.train(processes, waiting.pop(0))
             processes.wait_for_one()
         if self.missing(lengths) or not about.is_file():
-            judge = self.judge(teacher, device)
+            judge = open_judge(teacher, self.work, self.budget, device, self.made)
             if not about.is_file():
                 rows, _ = judge.solver("ddim", (1, 50))
                 checkpoint.write_text(about, json.dumps({"rows": rows, "protocol": judge.protocol}))

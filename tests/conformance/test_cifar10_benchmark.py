@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks import cifar10_classifier, cifar10_scaling
 from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_methods import METHODS, recipe_of
+from benchmarks.cifar10_processes import Processes
 from benchmarks.cifar10_report import markdown
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.losses import SETTINGS
@@ -233,6 +234,23 @@ def test_recipes_are_ready_to_run(tmp_path, recipe, steps):
     assert ("half of them mirrored" in out) == (recipe == "imagenet32")
     assert re.search(r"memory:  .* GiB at peak", out)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_say_what_they_took_of_the_processor_over_all_calls(tmp_path):
+    processes = Processes(tmp_path, 2)
+    taken = []
+    for code in (0, 3):
+        work = f"sum(i * i for i in range(10**6)); raise SystemExit({code})"
+        processes.start("some", [sys.executable, "-c", work])
+        assert processes.wait_for_one() == ([] if code else ["some"])
+        assert not processes.running
+        taken.append(processes.cpu_seconds("some"))
+    assert 0 < taken[0] < taken[1]
+    processes.start("endless", [sys.executable, "-c", "while True: pass"])
+    assert not processes.finished()
+    processes.stop()
+    assert not processes.running
+    assert processes.cpu_seconds("other") == 0
 
 
 def test_a_power_law_is_fitted_as_it_is():

@@ -10,8 +10,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.overrides import TorchFunctionMode
 
+from fmm_distill.duals import without_tangents
 from fmm_distill.forward_mode import RULES
 from fmm_distill.interpolant import expand
 
@@ -51,7 +53,14 @@ class StockNetworks(TorchFunctionMode):
 
     Fused attention has no forward-mode rule; torch's own for ``group_norm`` fails on some inputs; and the others' take
     more kernels than they need (``forward_mode``).
+
+    Args:
+        detached: values have a graph, tangents have none.
     """
+
+    def __init__(self, *, detached: bool = False) -> None:
+        super().__init__()
+        self.detached = detached
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 torch's protocol
         """Torch's protocol for function modes."""
@@ -61,7 +70,7 @@ class StockNetworks(TorchFunctionMode):
             return func(*args, **kwargs)
         # The one name for what rules take first.
         given = (*args, kwargs.pop("input")) if "input" in kwargs else args
-        return rule(func, *given, **kwargs)
+        return rule(func, torch.is_grad_enabled() and not self.detached, *given, **kwargs)
 
 
 def derivative_in_r(
@@ -104,17 +113,17 @@ def value_and_derivative_in_r(
     difference is to the derivative.
 
     Args:
-        detached: the derivative has no gradient. The exact engine then takes the value again in a pass of its own. Of
-            the central one's two calls the later has a graph: the value's gradient is that of a jump longer by 2e-3 of
-            the clock. In half precision, where a difference is noise, the value has a call of its own.
+        detached: the derivative has no gradient. Of the central engine's two calls the later has a graph then: the
+            value's gradient is that of a jump longer by 2e-3 of the clock. In half precision, where derivatives stay
+            in float32, and for the exact engine where blocks are computed again, the value has a call of its own.
     """
-    if detached and (engine == "exact" or _in_half(x)):
+    if detached and _apart(flow_map, x, engine):
         with torch.no_grad():
             du_dr = derivative_in_r(flow_map, x, t, r, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du_dr
     h, of_jump = _in_jump(flow_map, x, t, r, cond)
     if engine == "exact":
-        u, du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))
+        u, du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),), detached=detached)
     else:
         u, difference = _mean_and_difference(lambda side: of_jump(h + side * JUMP_STEP), x, detached=detached)
         du_dh = difference / JUMP_STEP
@@ -203,12 +212,12 @@ def value_and_derivative_along_flow(
         detached: the derivative has no gradient; the central engine's value has that of a start a twentieth of a
             timestep on.
     """
-    if detached and (engine == "exact" or _in_half(x)):
+    if detached and _apart(flow_map, x, engine):
         with torch.no_grad():
             du = derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du
     if engine == "exact":
-        return _forward_mode(_along(flow_map, r, cond), (x, t), (v, torch.ones_like(t)))
+        return _forward_mode(_along(flow_map, r, cond), (x, t), (v, torch.ones_like(t)), detached=detached)
     of_side, step = _beside(flow_map, x, t, r, v, cond)
     u, difference = _mean_and_difference(of_side, x, detached=detached)
     return u, difference / step
@@ -224,9 +233,12 @@ def _precise(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _in_half(like: Tensor) -> bool:
-    """Whether calls are in half precision."""
-    return torch.is_autocast_enabled(like.device.type)
+def _apart(flow_map: FlowMap, like: Tensor, engine: Engine) -> bool:
+    """Whether a detached derivative has to be taken beside the value: in float32 where calls are in half precision.
+
+    So it is where the backward pass computes blocks again: it could not follow forward mode.
+    """
+    return torch.is_autocast_enabled(like.device.type) or (engine == "exact" and flow_map.recomputed)
 
 
 @contextlib.contextmanager
@@ -250,12 +262,17 @@ def without_tensor_float() -> Iterator[None]:
 
 
 def _forward_mode(
-    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...], *, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Value and directional derivative."""
-    with StockNetworks(), _precise(at[0]):
-        value, derivative = torch.func.jvp(function, at, along)[:2]
-    return value, derivative
+    """Value and directional derivative, which may be one without a graph."""
+    saved = without_tangents() if detached else contextlib.nullcontext()
+    # Not torch.func.jvp: it wraps every tensor, a sixth of the time of a step.
+    with StockNetworks(detached=detached), _precise(at[0]), forward_ad.dual_level(), saved:
+        duals = [forward_ad.make_dual(point, direction) for point, direction in zip(at, along, strict=True)]
+        value, derivative = forward_ad.unpack_dual(function(*duals))
+    if derivative is None:
+        derivative = torch.zeros_like(value)
+    return value, derivative.detach() if detached else derivative
 
 
 def choose_engine(

@@ -28,6 +28,8 @@ class FlowMap(ABC):
 
     clock: Clock
     t_max: float
+    # Whether the backward pass computes parts of a call again.
+    recomputed: bool = False
 
     @abstractmethod
     def mean_velocity_of_jump(

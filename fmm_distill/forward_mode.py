@@ -1,18 +1,22 @@
 """Forward-mode rules for the layers of stock networks: what torch has no rule for, and what its rules make dear.
 
 A rule gets value and tangent of a layer's input apart and returns both of its output. In reverse over forward mode each
-saves its inputs alone, where torch saves every step of a formula.
+saves its inputs alone, where torch saves every step of a formula. Told that the tangent has no graph, a rule leaves the
+value's as it is and computes the tangent beside it: what is only needed on the way is gone by the next layer.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from fmm_distill.duals import moves, split, together
+from fmm_distill.forward_attention import attended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,35 +27,25 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES"]
 
-# Attention weights of one block: 16 MiB in float32. More of them are computed block by block.
-BLOCK = 2**22
-
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-_silu_backward = torch.ops.aten.silu_backward
 
 
-class _Dual(NamedTuple):
-    """A value and its tangent, None where it does not move."""
-
-    value: Tensor
-    tangent: Tensor | None
-
-
-def _split(tensor: Tensor | None) -> _Dual:
-    return _Dual(*(forward_ad.unpack_dual(tensor) if tensor is not None else (tensor, None)))
-
-
-def _moves(*tensors: Tensor | None) -> bool:
-    return any(_split(tensor).tangent is not None for tensor in tensors)
-
-
-def _linear(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:  # noqa: ANN401 the layer's own
+def _linear(
+    layer: Layer,
+    graph: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *rest: Any,  # noqa: ANN401 the layer's own
+    **more: Any,  # noqa: ANN401 as above
+) -> Tensor:
     """Convolutions and linear layers: torch's rule takes the layer of x with the weight's zero tangent too."""
-    value, tangent = _split(x)
-    if tangent is None or _moves(weight, bias):
+    value, tangent = split(x)
+    if tangent is None or moves(weight, bias):
         return layer(x, weight, bias, *rest, **more)
-    moved = layer(tangent, weight, None, *rest, **more)
-    return forward_ad.make_dual(layer(value, weight, bias, *rest, **more), moved)
+    with torch.set_grad_enabled(graph):
+        moved = layer(tangent, weight, None, *rest, **more)
+    return together(layer(value, weight, bias, *rest, **more), moved)
 
 
 def _project(v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -90,15 +84,19 @@ class _Normalised(torch.autograd.Function):
         return -rstd * turned, back, None, None
 
 
-def _normalised(x: Tensor, dx: Tensor, size: int, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The tangent of x normalised in rows of this size, without weight and bias."""
+def _normalised(x: Tensor, dx: Tensor, size: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """The tangent of x normalised in rows of this size, times a weight of the right shape."""
     rows = (x.reshape(-1, size), dx.reshape(-1, size), mean.detach().reshape(-1, 1), rstd.detach().reshape(-1, 1))
     moved: Tensor = _Normalised.apply(*rows) if torch.is_grad_enabled() else _project(rows[1], rows[0], *rows[2:])
-    return moved.reshape(x.shape)
+    moved = moved.reshape(x.shape)
+    if weight is None:
+        return moved
+    return moved * weight if torch.is_grad_enabled() else moved.mul_(weight)
 
 
 def _group_norm(
     layer: Layer,
+    graph: bool,
     x: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -108,19 +106,23 @@ def _group_norm(
 ) -> Tensor:
     """Torch's rule wants contiguous memory, returns a float32 tangent in half precision, and takes a dozen kernels."""
     if weight is not None and weight.dtype != x.dtype:
-        return _group_norm(layer, x.to(weight.dtype), num_groups, weight, bias, eps).to(x.dtype)
-    value, tangent = _split(x.contiguous())
-    if tangent is None or _moves(weight, bias):
+        return _group_norm(layer, graph, x.to(weight.dtype), num_groups, weight, bias, eps).to(x.dtype)
+    value, tangent = split(x)
+    if tangent is None or moves(weight, bias):
         return layer(x.contiguous(), num_groups, weight, bias, eps)
+    value = value.contiguous()
     rows, channels = value.shape[:2]
     size = value[0, 0].numel()
     out, mean, rstd = torch.native_group_norm(value, weight, bias, rows, channels, size, num_groups, eps)
-    moved = _normalised(value, tangent, channels // num_groups * size, mean, rstd)
-    return forward_ad.make_dual(out, moved if weight is None else moved * weight.reshape(-1, *[1] * (x.ndim - 2)))
+    with torch.set_grad_enabled(graph):
+        scale = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
+        moved = _normalised(value, tangent, channels // num_groups * size, mean, rstd, scale)
+    return together(out, moved)
 
 
 def _layer_norm(
     layer: Layer,
+    graph: bool,
     x: Tensor,
     normalized_shape: list[int],
     weight: Tensor | None = None,
@@ -128,46 +130,140 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Torch's own tangent (2.13) has a wrong gradient in x: it takes mean and deviation for constants there."""
-    value, tangent = _split(x)
+    value, tangent = split(x)
     other = weight is not None and weight.dtype != x.dtype
-    if tangent is None or other or _moves(weight, bias):
+    if tangent is None or other or moves(weight, bias):
         return layer(x, normalized_shape, weight, bias, eps)
     out, mean, rstd = torch.native_layer_norm(value, normalized_shape, weight, bias, eps)
-    moved = _normalised(value, tangent, math.prod(normalized_shape), mean, rstd)
-    return forward_ad.make_dual(out, moved if weight is None else moved * weight)
+    with torch.set_grad_enabled(graph):
+        moved = _normalised(value, tangent, math.prod(normalized_shape), mean, rstd, weight)
+    return together(out, moved)
 
 
-class _SiluTangent(torch.autograd.Function):
-    """``dx silu'(x)``."""
-
-    @staticmethod
-    def forward(x: Tensor, dx: Tensor) -> Tensor:
-        moved: Tensor = _silu_backward(dx, x)
-        return moved
+class _Bent(torch.autograd.Function):
+    """``dx f'(x)`` of a layer ``f`` that takes each number by itself."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401 torch's protocol
-        ctx.save_for_backward(*inputs)
+    def forward(x: Tensor, dx: Tensor, kind: _Kind) -> Tensor:
+        return kind.slope(dx, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401 torch's protocol
+        *tensors, ctx.kind = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401 torch's protocol
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
         x, dx = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        second = s * (1 - s) * (2 + x * (1 - 2 * s))
-        return gradient * dx * second, _silu_backward(gradient, x)
+        return ctx.kind.second(x).mul_(gradient).mul_(dx), ctx.kind.slope(gradient, x), None
 
 
-def _silu(layer: Layer, x: Tensor, inplace: bool = False) -> Tensor:
-    value, tangent = _split(x)
-    if tangent is None or inplace:
-        return layer(x, inplace=inplace)
-    moved = _SiluTangent.apply(value, tangent) if torch.is_grad_enabled() else _silu_backward(tangent, value)
-    return forward_ad.make_dual(layer(value), moved)
+class _Kind(NamedTuple):
+    """Of layers that take each number by itself: ``gradient f'(x)``, and ``f''(x)`` in new memory."""
+
+    slope: Callable[[Tensor, Tensor], Tensor]
+    second: Callable[[Tensor], Tensor]
+
+
+def _silu_second(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    turned = (1 - 2 * s).mul_(x).add_(2)
+    return s.addcmul_(s, s, value=-1).mul_(turned)
+
+
+def _gelu_second(x: Tensor) -> Tensor:
+    return x.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi)).mul_(2 - x.square())
+
+
+def _gelu_tanh_second(x: Tensor) -> Tensor:
+    """Of ``x (1 + tanh(w)) / 2`` with ``w = a (x + b x^3)``: ``(1 - tanh^2) (w' + x w''/2 - x tanh w'^2)``."""
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    square = x.square()
+    first = (square * (3 * a * b)).add_(a)
+    tanh = (square * (a * b)).add_(a).mul_(x).tanh_()
+    rising = first + square.mul_(3 * a * b)
+    rising.addcmul_(tanh * x, first.square_(), value=-1)
+    return rising.mul_(tanh.square_().neg_().add_(1))
+
+
+_SILU = _Kind(torch.ops.aten.silu_backward, _silu_second)
+_GELU = {
+    approximate: _Kind(partial(torch.ops.aten.gelu_backward, approximate=approximate), second)
+    for approximate, second in {"none": _gelu_second, "tanh": _gelu_tanh_second}.items()
+}
+
+
+def _silu(layer: Layer, graph: bool, x: Tensor, inplace: bool = False) -> Tensor:
+    return layer(x, inplace=True) if inplace else _bent(layer, graph, x, _SILU)
+
+
+def _gelu(layer: Layer, graph: bool, x: Tensor, approximate: str = "none") -> Tensor:
+    """Torch's rule has the right tangent; its gradient is a dozen products."""
+    return _bent(partial(layer, approximate=approximate), graph, x, _GELU[approximate])
+
+
+def _bent(layer: Layer, graph: bool, x: Tensor, kind: _Kind) -> Tensor:
+    value, tangent = split(x)
+    if tangent is None:
+        return layer(x)
+    with torch.set_grad_enabled(graph):
+        moved: Tensor = _Bent.apply(value, tangent, kind) if graph else kind.slope(tangent, value)
+    return together(layer(value), moved)
+
+
+def _sum(layer: Layer, graph: bool, x: Tensor, other: Tensor | float, **more: Any) -> Tensor:  # noqa: ANN401 the layer's own
+    """Sums and differences: torch's rules of arithmetic make a tangent of zeros for what does not move."""
+    moved: Any
+    (a, da), (b, db) = split(x), split(other)
+    if more or (da is None and db is None):
+        return layer(x, other, **more)
+    with torch.set_grad_enabled(graph):
+        if db is None:
+            moved = da
+        elif da is None:
+            moved = -db if layer is torch.Tensor.sub else db
+        else:
+            moved = layer(da, db)
+    return together(layer(a, b), moved)
+
+
+def _product(layer: Layer, graph: bool, x: Tensor, other: Tensor | float) -> Tensor:
+    (a, da), (b, db) = split(x), split(other)
+    if da is None and db is None:
+        return layer(x, other)
+    with torch.set_grad_enabled(graph):
+        parts = [d * factor for d, factor in ((da, b), (db, a)) if d is not None]
+        moved = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    return together(layer(a, b), moved)
+
+
+def _quotient(layer: Layer, graph: bool, x: Tensor, other: Tensor | float, **more: Any) -> Tensor:  # noqa: ANN401 the layer's own
+    (a, da), (b, db) = split(x), split(other)
+    if more or da is None or db is not None:
+        return layer(x, other, **more)
+    with torch.set_grad_enabled(graph):
+        moved = da / b
+    return together(layer(a, b), moved)
+
+
+def _softmax(layer: Layer, graph: bool, x: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401 the layer's own
+    """Torch's rule works in place on what its gradient needs, where torch.func does not wrap the tensors."""
+    # By place it comes last, after what F.softmax has besides.
+    dtype = rest[-1] if rest and isinstance(rest[-1], torch.dtype) else dtype
+    value, tangent = split(x if dtype is None else x.to(dtype))
+    if tangent is None:
+        return layer(x, dim, dtype=dtype)
+    out = layer(value, dim)
+    with torch.set_grad_enabled(graph):
+        rising = out * tangent
+        moved = rising - out * rising.sum(dim, keepdim=True)
+    return together(out, moved)
 
 
 def _attention(
     layer: Layer,
+    graph: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,109 +273,24 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention; torch's fused kernels have no rule.
+    """Torch's fused kernels have no rule; without a graph of the tangent they take the value still."""
 
-    Masked scores get a finite floor: a row with every key masked would otherwise give NaN in reverse over forward.
-    """
-    if not _moves(query, key, value, attn_mask):
-        return layer(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    (q, dq), (k, dk), (v, dv), (mask, d_mask) = map(_split, (query * scale, key, value, attn_mask))
-    rows = q.shape[-2]
-    size = min(rows, max(1, BLOCK // (q[..., 0].numel() // rows * k.shape[-2])))
-    # What is left out at random would be another when a block is computed again.
-    again = size < rows and torch.is_grad_enabled() and not dropout_p
-    attend: Callable[..., tuple[Tensor, Tensor]] = _AttendedAgain.apply if again else _attended
-    blocks = []
-    for first in range(0, rows, size):
-        of_rows = [_rows(tensor, first, size) for tensor in (q, dq, mask, d_mask)]
-        blocks.append(attend(*of_rows, k, dk, v, dv, first if is_causal else None, dropout_p))
-    if len(blocks) == 1:
-        return forward_ad.make_dual(*blocks[0])
-    return forward_ad.make_dual(*(torch.cat(parts, -2) for parts in zip(*blocks, strict=True)))
+    def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return layer(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-
-def _rows(tensor: Tensor | None, first: int, size: int) -> Tensor | None:
-    """Some rows; all of what is the same in each, as some masks are."""
-    if tensor is None or tensor.shape[-2] in (1, size):
-        return tensor
-    return tensor[..., first : first + size, :]
-
-
-def _attended(
-    q: Tensor,
-    dq: Tensor | None,
-    mask: Tensor | None,
-    d_mask: Tensor | None,
-    k: Tensor,
-    dk: Tensor | None,
-    v: Tensor,
-    dv: Tensor | None,
-    first: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of some queries and its tangent; ``first``: the place of the first, where later keys are masked."""
-    scores, moved = q @ k.mT, _sum_of_products((dq, k.mT), (q, None if dk is None else dk.mT))
-    floor = torch.finfo(scores.dtype).min / 4
-    if first is not None:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1 + first)
-        scores = scores.masked_fill(future, floor)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask.clamp_min(floor)
-        moved = d_mask if moved is None else moved if d_mask is None else moved + d_mask
-    weights = scores.softmax(-1)
-    kept = F.dropout(torch.ones_like(weights), dropout_p) if dropout_p else None
-    applied = weights if kept is None else weights * kept
-    out = applied @ v
-    tangent = _sum_of_products((applied, dv))
-    if moved is not None:
-        turned = weights * moved
-        through = (turned if kept is None else turned * kept) @ v - turned.sum(-1, keepdim=True) * out
-        tangent = through if tangent is None else tangent + through
-    assert tangent is not None
-    return out, tangent
-
-
-class _AttendedAgain(torch.autograd.Function):
-    """``_attended`` that saves its inputs alone and computes the weights again: memory grows as the tokens do."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 those of _attended
-        return _attended(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 torch's protocol
-        *tensors, first, dropout_p = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.rest = first, dropout_p
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
-        needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-        given: list[Any] = [
-            None if tensor is None else tensor.detach().requires_grad_(wanted)
-            for tensor, wanted in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = _attended(*given, *ctx.rest)
-        wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        return *(next(found) if tensor is not None and tensor.requires_grad else None for tensor in given), None, None
-
-
-def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """``a @ b`` of those that there are: one product over both inner dimensions, so that the sum takes no pass."""
-    there = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not there:
-        return None
-    left, right = zip(*there, strict=True)
-    if len(there) == 1:
-        return left[0] @ right[0]
-    return torch.cat(left, -1) @ torch.cat(right, -2)
+    if not moves(query, key, value, attn_mask):
+        return fused(query, key, value, attn_mask)
+    # What is left out at random would be another beside it.
+    beside = torch.is_grad_enabled() and not graph and not dropout_p
+    out = fused(*(split(tensor).value for tensor in (query, key, value, attn_mask))) if beside else None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not beside):
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        duals = map(split, (query * scale, key, value, attn_mask))
+        found, moved = attended(*duals, is_causal=is_causal, dropout_p=dropout_p)
+    return together(found if out is None else out, moved)
 
 
 RULES: dict[Any, Callable[..., Tensor]] = {
@@ -291,6 +302,14 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     torch.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     F.silu: _silu,
+    F.gelu: _gelu,
+    F.softmax: _softmax,
+    torch.softmax: _softmax,
+    torch.Tensor.softmax: _softmax,
     F.scaled_dot_product_attention: _attention,
+    torch.Tensor.add: _sum,
+    torch.Tensor.sub: _sum,
+    torch.Tensor.mul: _product,
+    torch.Tensor.div: _quotient,
 }
 """By what a network calls: the layer itself, its arguments, and what it returns."""

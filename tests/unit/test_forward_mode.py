@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fmm_distill import forward_mode
+from fmm_distill import derivatives, duals, forward_attention
 from fmm_distill.derivatives import StockNetworks
 from fmm_distill.memory import _Live
 
@@ -20,10 +23,10 @@ def draws(*shapes):
 BOOLEAN = torch.tensor([[True, False, True, True, False], [True, True, True, True, True], [False] * 4 + [True]])
 
 
-@pytest.fixture(params=[forward_mode.BLOCK, 20], ids=["whole", "blocks"])
+@pytest.fixture(params=[forward_attention.BLOCK, 40, 5], ids=["whole", "heads", "queries"])
 def blocks(request, monkeypatch):
-    """All queries at once, and a few at a time."""
-    monkeypatch.setattr(forward_mode, "BLOCK", request.param)
+    """All at once; a few heads, or few queries of one, at a time."""
+    monkeypatch.setattr(forward_attention, "BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -130,7 +133,7 @@ def test_attention_against_differences(moving, options):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["detached", "graph"])
 def test_memory_of_attention_grows_as_the_tokens_do(monkeypatch, graph):
-    monkeypatch.setattr(forward_mode, "BLOCK", 2**14)
+    monkeypatch.setattr(forward_attention, "CACHED", 2**14)
 
     def peak(tokens):
         given = [tensor.float() for tensor in draws(*[(1, 2, tokens, 8)] * 3)]
@@ -144,7 +147,8 @@ def test_memory_of_attention_grows_as_the_tokens_do(monkeypatch, graph):
 
     # Linear: less than twice. All weights at once take four times.
     assert peak(1024) < 2.2 * peak(512)
-    monkeypatch.setattr(forward_mode, "BLOCK", 2**30)
+    monkeypatch.setattr(forward_attention, "BLOCK", 2**30)
+    monkeypatch.setattr(forward_attention, "CACHED", 2**30)
     assert peak(1024) > 3 * peak(512)
 
 
@@ -180,6 +184,9 @@ LAYERS = {
     "plain layer norm": (torch.nn.LayerNorm(6, elementwise_affine=False), (3, 4, 6)),
     "layer norm of images": (torch.nn.LayerNorm((4, 6)), (3, 4, 6)),
     "silu": (torch.nn.SiLU(), (3, 4, 6)),
+    "softmax": (torch.nn.Softmax(1), (3, 4, 6)),
+    "gelu": (torch.nn.GELU(), (3, 4, 6)),
+    "gelu by tanh": (torch.nn.GELU("tanh"), (3, 4, 6)),
 }
 
 
@@ -222,6 +229,106 @@ def test_rules_are_exact(name):
     with torch.no_grad(), StockNetworks():
         detached = torch.func.jvp(layer, (3 + 2 * x,), (direction,))
     torch.testing.assert_close(detached, theirs[:2], rtol=1e-9, atol=1e-10)
+
+
+ARITHMETIC = {
+    "sum": lambda x, y: x + y,
+    "sum of fewer dimensions": lambda x, y: x[0] + y,
+    "sum with a number": lambda x, y: 2 + x + 3,
+    "sum with what rests": lambda x, y: x + y.detach() + x.detach() * 2 + x,
+    "difference": lambda x, y: x - y,
+    "difference from what rests": lambda x, y: y.detach() - x,
+    "scaled": lambda x, y: x.add(y, alpha=2).sub(y, alpha=3),
+    "product": lambda x, y: x * y,
+    "product of fewer dimensions": lambda x, y: y[:, :1] * x,
+    "product with a number": lambda x, y: 3 * x * 2,
+    "product of another precision": lambda x, y: x.float() * torch.full((4, 1), 2.0, dtype=torch.float64) + y,
+    "quotient": lambda x, y: x / (3 + y.square()),
+    "quotient by a number": lambda x, y: x / 3 + 1 / (4 + x.square()),
+    "softmax": lambda x, y: (
+        x.softmax(-1) + torch.softmax(y.float(), -1, torch.float64) + F.softmax(x, 1, 3, torch.float64)
+    ),
+    "quotient by what rests": lambda x, y: x.div(y.detach()),
+    "rounded": lambda x, y: x.div(2, rounding_mode="floor") + x,
+    "in place": lambda x, y: (x * 2).add_(y).mul_(y).div_(3),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_is_exact(name):
+    x, y, dx, dy = draws((3, 4, 5), (4, 5), (3, 4, 5), (4, 5))
+    found = []
+    for rules in (True, False):
+        given = [tensor.clone().requires_grad_() for tensor in (x, y, dx, dy)]
+        with StockNetworks() if rules else contextlib.nullcontext():
+            out, tangent = torch.func.jvp(ARITHMETIC[name], tuple(given[:2]), tuple(given[2:]))
+        gradients = torch.autograd.grad((out * tangent).square().sum(), given, allow_unused=True)
+        found.append([out, tangent, *(gradient for gradient in gradients if gradient is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+class Everything(torch.nn.Module):
+    """A layer of each rule, joined by operations that have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv1d(4, 4, 3, padding=1), torch.nn.Linear(6, 6)
+        self.norm, self.other = torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(6)
+
+    def forward(self, x):
+        h = F.silu(self.norm(torch.cat((self.first(x), x.sin()), 1)))
+        heads = h.unflatten(-1, (2, 3)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2) + h
+        return F.gelu(self.second(self.other(h)), approximate="tanh") * h.softmax(-1) / 3
+
+
+def of_everything(detached):
+    """Value, tangent, and the gradients of their weighted sum."""
+    network = Everything().double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x, dx = draws((2, 4, 6), (2, 4, 6))
+    out, tangent = derivatives._forward_mode(network, (x,), (dx,), detached=detached)
+    return out, tangent, torch.autograd.grad((out * out.detach()).sum(), list(network.parameters()))
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_value_with_a_graph_has_a_tangent_without_one():
+    out, tangent, gradients = of_everything(detached=True)
+    value, expected, theirs = of_everything(detached=False)
+    assert expected.requires_grad
+    assert not tangent.requires_grad
+    torch.testing.assert_close((out, tangent), (value, expected.detach()))
+    assert len(gradients) == 8
+    for ours, other in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_tangents_without_a_graph_are_gone_by_the_next_layer():
+    x, layers = torch.randn(256, 64), [torch.nn.Linear(64, 64) for _ in range(8)]
+
+    def network(x):
+        for layer in layers:
+            x = torch.cat((x, F.silu(layer(x))), 1)[:, 32:96].clone()
+        return x
+
+    def peak(run):
+        with _Live() as live:
+            run()
+        return max(moment.live for moment in live.moments) / (4 * x.numel())
+
+    def both(detached):
+        saved = duals.without_tangents() if detached else contextlib.nullcontext()
+        with StockNetworks(detached=detached), forward_ad.dual_level(), saved:
+            network(forward_ad.make_dual(x, x))
+
+    value = peak(lambda: network(x))
+    assert peak(lambda: both(detached=True)) <= value + 5
+    assert peak(lambda: both(detached=False)) > 1.9 * value
 
 
 def test_what_a_network_changes_in_place():

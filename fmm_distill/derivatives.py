@@ -34,6 +34,7 @@ __all__ = [
     "derivative_in_r",
     "value_and_derivative_along_flow",
     "value_and_derivative_in_r",
+    "value_and_parts_along_flow",
     "without_tensor_float",
 ]
 
@@ -46,6 +47,8 @@ JUMP_STEP = 2e-3
 # the float32 that diffusers computes the embedding in. 0.05 of 1000 timesteps: on trained networks twice that and half
 # of it are both further from the exact derivative.
 TIME_STEP = 5e-5
+# Along the velocity alone no embedding turns: differences in float32 are nearest to exact here.
+PLACE_STEP = 1e-3
 
 
 class StockNetworks(TorchFunctionMode):
@@ -221,6 +224,35 @@ def value_and_derivative_along_flow(
     of_side, step = _beside(flow_map, x, t, r, v, cond)
     u, difference = _mean_and_difference(of_side, x, detached=detached)
     return u, difference / step
+
+
+def value_and_parts_along_flow(
+    flow_map: FlowMap,
+    x: Float[Tensor, "batch *event"],
+    t: Float[Tensor, " batch"],
+    r: Float[Tensor, " batch"],
+    v: Float[Tensor, "batch *event"],
+    *,
+    cond: Conditioning | None = None,
+    engine: Engine = "exact",
+) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
+    """``u(x, t, r)``, ``d_t u``, and without a graph ``grad u . v``.
+
+    The central engine takes three calls, the last for a difference to one side in x, where no embedding is: on two
+    trained networks 1e-3 from the exact part.
+    """
+    if engine == "exact":
+        with torch.no_grad():
+            transport = _forward_mode(lambda y: flow_map.mean_velocity(y, t, r, cond), (x,), (v,))[1]
+        u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), (torch.ones_like(t),))
+        return u, du_dt, transport
+    of_side, step = _beside(flow_map, x, t, r, torch.zeros_like(x), cond)
+    u, difference = _mean_and_difference(of_side, x)
+    with torch.no_grad(), _precise(x), without_tensor_float():
+        aside = PLACE_STEP / TIME_STEP * step
+        there = _beside(flow_map, x + aside * v, t, r, torch.zeros_like(x), cond)[0](1)
+        transport = (there - (u + difference)) / aside
+    return u, difference / step, transport
 
 
 def _along(flow_map: FlowMap, r: Tensor, cond: Conditioning | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -247,7 +247,15 @@ def _quotient(layer: Layer, graph: bool, x: Tensor, other: Tensor | float, **mor
     return together(layer(a, b), moved)
 
 
-def _softmax(layer: Layer, graph: bool, x: Tensor, dim: int, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ANN401 the layer's own
+def _softmax(
+    layer: Layer,
+    graph: bool,
+    x: Tensor,
+    dim: int,
+    *rest: Any,  # noqa: ANN401 the layer's own
+    dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
+) -> Tensor:
     """Torch's rule works in place on what its gradient needs, where torch.func does not wrap the tensors."""
     # By place it comes last, after what F.softmax has besides.
     dtype = rest[-1] if rest and isinstance(rest[-1], torch.dtype) else dtype

@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.derivatives import (
-    derivative_along_flow,
-    value_and_derivative_along_flow,
-)
+from fmm_distill.derivatives import value_and_derivative_along_flow, value_and_parts_along_flow
 from fmm_distill.interpolant import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
@@ -127,11 +124,7 @@ def eulerian(
     with torch.no_grad():
         v = velocity(x_t, t, cond)
     if settings.stop == "teacher":
-        with torch.no_grad():
-            du = derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
-        still = torch.zeros_like(x_t)
-        u, du_dt = value_and_derivative_along_flow(flow_map, x_t, t, r, still, cond=cond, engine=engine)
-        transport = (du - du_dt).detach()
+        u, du_dt, transport = value_and_parts_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
         return squared_norm(u - v + length * (du_dt + transport))
     if settings.step:
         u, s = flow_map.mean_velocity(x_t, t, r, cond), t - settings.step / flow_map.clock.rate(t)

@@ -12,6 +12,7 @@ from fmm_distill.derivatives import (
     derivative_in_r,
     value_and_derivative_along_flow,
     value_and_derivative_in_r,
+    value_and_parts_along_flow,
 )
 from fmm_distill.flow_map import FlowMap
 from fmm_distill.interpolant import LinearClock, expand
@@ -111,6 +112,31 @@ def test_in_half_precision_a_difference_has_calls_of_its_own(student, jumps):
     assert kinds == [(torch.float32, False), (torch.float32, True)]
     assert u.requires_grad
     assert relative(du, derivative_in_r(student, x, t, r)) < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["exact", "central"])
+def test_parts_along_the_flow(student, jumps, engine):
+    student.double()
+    x, t, r = jumps[0].double(), *jumps[1:]
+    # Away from t_max, where the central engine takes a point before.
+    t = t.clamp_max(0.9 * student.t_max)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    u, in_t, in_x = value_and_parts_along_flow(student, x, t, r, v, engine=engine)
+    assert not in_x.requires_grad
+    place, time = x.clone().requires_grad_(), t.clone().requires_grad_()
+    weight = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    value = student.mean_velocity(place, time, r)
+    of_x, of_t = torch.autograd.grad((value * weight).sum(), (place, time))
+    near = 1e-4 if engine == "exact" else 1e-2
+    torch.testing.assert_close(u, value, rtol=near, atol=near)
+    for part, expected in ((in_t, of_t), (in_x, (of_x * v).flatten(1).sum(1))):
+        assert ((part * weight).flatten(1).sum(1) - expected).norm() < near * expected.norm()
+    # The gradient is that of the part in time alone.
+    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    alone = derivative_along_flow(student, x, t, r, torch.zeros_like(x))
+    found, expected = (torch.autograd.grad((part * weight).sum(), weights) for part in (in_t + in_x, alone))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < 5 * near * theirs.norm() + 1e-3 * near
 
 
 @torch.no_grad()

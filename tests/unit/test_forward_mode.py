@@ -245,9 +245,7 @@ ARITHMETIC = {
     "product of another precision": lambda x, y: x.float() * torch.full((4, 1), 2.0, dtype=torch.float64) + y,
     "quotient": lambda x, y: x / (3 + y.square()),
     "quotient by a number": lambda x, y: x / 3 + 1 / (4 + x.square()),
-    "softmax": lambda x, y: (
-        x.softmax(-1) + torch.softmax(y.float(), -1, torch.float64) + F.softmax(x, 1, 3, torch.float64)
-    ),
+    "softmax": lambda x, y: x.softmax(-1) + torch.softmax(y.float(), -1, y.dtype) + F.softmax(x, 1, 3, y.dtype),
     "quotient by what rests": lambda x, y: x.div(y.detach()),
     "rounded": lambda x, y: x.div(2, rounding_mode="floor") + x,
     "in place": lambda x, y: (x * 2).add_(y).mul_(y).div_(3),

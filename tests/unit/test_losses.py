@@ -207,10 +207,12 @@ def test_engines_agree(settings):
     }
     assert torch.equal(loss["auto"], loss["exact"])
     assert not torch.equal(loss["central"], loss["exact"])
-    torch.testing.assert_close(loss["central"], loss["exact"], rtol=1e-4, atol=1e-4)
+    # The part along the velocity is a difference to one side: half of its step, 1e-3, off.
+    near = 1e-3 if settings.name == "eulerian" and settings.stop == "teacher" else 1e-4
+    torch.testing.assert_close(loss["central"], loss["exact"], rtol=near, atol=near)
     central, exact = (gradient(loss[engine], flow_map) for engine in ("central", "exact"))
     # Beside a detached difference the gradient is that of a jump longer by 2e-3: 0.5 % off.
-    assert (central - exact).norm() < (1e-4 if settings.keeps_graph else 1e-2) * exact.norm()
+    assert (central - exact).norm() < (near if settings.keeps_graph else 1e-2) * exact.norm()
 
 
 @EVERY

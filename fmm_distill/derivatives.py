@@ -238,7 +238,7 @@ def value_and_parts_along_flow(
 ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
     """``u(x, t, r)``, ``d_t u``, and without a graph ``grad u . v``.
 
-    The central engine takes three calls, the last for a difference to one side in x, where no embedding is: on two
+    The central engine takes three calls, the first for a difference to one side in x, where no embedding is: on two
     trained networks 1e-3 from the exact part.
     """
     if engine == "exact":
@@ -247,12 +247,12 @@ def value_and_parts_along_flow(
         u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), (torch.ones_like(t),))
         return u, du_dt, transport
     of_side, step = _beside(flow_map, x, t, r, torch.zeros_like(x), cond)
-    u, difference = _mean_and_difference(of_side, x)
+    aside = PLACE_STEP / TIME_STEP * step
+    # Before there is a graph.
     with torch.no_grad(), _precise(x), without_tensor_float():
-        aside = PLACE_STEP / TIME_STEP * step
         there = _beside(flow_map, x + aside * v, t, r, torch.zeros_like(x), cond)[0](1)
-        transport = (there - (u + difference)) / aside
-    return u, difference / step, transport
+    u, difference = _mean_and_difference(of_side, x)
+    return u, difference / step, (there - (u + difference).detach()) / aside
 
 
 def _along(flow_map: FlowMap, r: Tensor, cond: Conditioning | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +27,15 @@ def split(value: Tensor | float | None) -> Dual:
 
 
 def moves(*tensors: Tensor | None) -> bool:
-    """Whether one of them has a tangent."""
-    return any(split(tensor).tangent is not None for tensor in tensors)
+    """Whether one of them has a tangent, which no weight of a module has."""
+    return any(not isinstance(tensor, nn.Parameter) and split(tensor).tangent is not None for tensor in tensors)
 
 
 def together(value: Tensor, tangent: Tensor) -> Tensor:
     """Both as one, where operands may be of fewer dimensions or digits."""
-    return forward_ad.make_dual(value, tangent.to(value.dtype).expand(value.shape))
+    if tangent.shape != value.shape or tangent.dtype != value.dtype:
+        tangent = tangent.to(value.dtype).expand(value.shape)
+    return forward_ad.make_dual(value, tangent)
 
 
 def without_tangents() -> torch.autograd.graph.saved_tensors_hooks:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fmm_distill.duals import moves, split, together
+from fmm_distill.duals import Dual, moves, split, together
 from fmm_distill.forward_attention import attended
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _group_norm(
         return layer(x.contiguous(), num_groups, weight, bias, eps)
     value = value.contiguous()
     rows, channels = value.shape[:2]
-    size = value[0, 0].numel()
+    size = math.prod(value.shape[2:])
     out, mean, rstd = torch.native_group_norm(value, weight, bias, rows, channels, size, num_groups, eps)
     with torch.set_grad_enabled(graph):
         scale = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
@@ -296,8 +296,9 @@ def _attention(
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        duals = map(split, (query * scale, key, value, attn_mask))
-        found, moved = attended(*duals, is_causal=is_causal, dropout_p=dropout_p)
+        q, k, v, mask = (split(tensor) for tensor in (query, key, value, attn_mask))
+        q = Dual(q.value * scale, None if q.tangent is None else q.tangent * scale)
+        found, moved = attended(q, k, v, mask, is_causal=is_causal, dropout_p=dropout_p)
     return together(found if out is None else out, moved)
 
 

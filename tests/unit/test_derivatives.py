@@ -99,17 +99,18 @@ def test_a_detached_derivative_has_no_gradient(student, jumps, of_both, engine):
         assert (ours - theirs).norm() < (1e-4 if engine == "exact" else 5e-2) * theirs.norm() + 1e-6
 
 
-def test_in_half_precision_a_difference_has_calls_of_its_own(student, jumps):
+@pytest.mark.parametrize(("engine", "halved", "plain"), [("central", 2, [False, True]), ("exact", 1, [True])])
+def test_in_half_precision_a_derivative_has_calls_of_its_own(student, jumps, engine, halved, plain):
     x, t, r = jumps
     kinds = []
     first = student.network.conv_in
     first.register_forward_hook(lambda *given: kinds.append((given[2].dtype, torch.is_grad_enabled())))
     with torch.autocast("cpu", torch.bfloat16):
-        u, du = value_and_derivative_in_r(student, x, t, r, engine="central", detached=True)
-    assert sorted(kinds, key=str) == [(torch.bfloat16, True), (torch.float32, False), (torch.float32, False)]
+        u, du = value_and_derivative_in_r(student, x, t, r, engine=engine, detached=True)
+    assert sorted(kinds, key=str) == [(torch.bfloat16, True), *[(torch.float32, False)] * halved]
     kinds.clear()
-    value_and_derivative_in_r(student, x, t, r, engine="central", detached=True)
-    assert kinds == [(torch.float32, False), (torch.float32, True)]
+    value_and_derivative_in_r(student, x, t, r, engine=engine, detached=True)
+    assert kinds == [(torch.float32, graph) for graph in plain]
     assert u.requires_grad
     assert relative(du, derivative_in_r(student, x, t, r)) < 1e-3
 

@@ -7,7 +7,7 @@ until the backward pass.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -91,12 +91,11 @@ def derivative_in_r(
     the slow embedding of h alone, where differences are exact enough; the schedule is steep near its ends.
     The central engine takes two calls, and is within 1e-3 of the exact one in float32.
     """
-    h, of_jump = _in_jump(flow_map, x, t, r, cond)
+    h = flow_map.clock.position(t) - flow_map.clock.position(r)
     if engine == "exact":
-        du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),))[1]
+        du_dh = _forward_mode(_of_jump(flow_map, x, t, cond), (h,), (torch.ones_like(h),))[1]
     else:
-        with _precise(h), without_tensor_float():
-            du_dh = (of_jump(h + JUMP_STEP) - of_jump(h - JUMP_STEP)) / (2 * JUMP_STEP)
+        du_dh = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond))[1] / JUMP_STEP
     return -expand(flow_map.clock.rate(r), x) * du_dh
 
 
@@ -124,21 +123,24 @@ def value_and_derivative_in_r(
         with torch.no_grad():
             du_dr = derivative_in_r(flow_map, x, t, r, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du_dr
-    h, of_jump = _in_jump(flow_map, x, t, r, cond)
+    h = flow_map.clock.position(t) - flow_map.clock.position(r)
     if engine == "exact":
+        of_jump = _of_jump(flow_map, x, t, cond)
         u, du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),), detached=detached)
     else:
-        u, difference = _mean_and_difference(lambda side: of_jump(h + side * JUMP_STEP), x, detached=detached)
+        u, difference = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond), detached=detached)
         du_dh = difference / JUMP_STEP
     return u, -expand(flow_map.clock.rate(r), x) * du_dh
 
 
-def _in_jump(
-    flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning | None
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The jump's length, and u as a function of it."""
-    h = flow_map.clock.position(t) - flow_map.clock.position(r)
-    return h, lambda length: flow_map.mean_velocity_of_jump(x, t, length, cond)
+def _of_jump(flow_map: FlowMap, x: Tensor, t: Tensor, cond: Conditioning | None) -> Callable[[Tensor], Tensor]:
+    """U as a function of the jump's length."""
+    return lambda h: flow_map.mean_velocity_of_jump(x, t, h, cond)
+
+
+def _beside_jump(flow_map: FlowMap, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None) -> _Beside:
+    """A shorter and a longer jump."""
+    return _Beside(flow_map.mean_velocity_of_jump, lambda side: (x, t, h + side * JUMP_STEP), cond)
 
 
 def derivative_along_flow(
@@ -160,38 +162,61 @@ def derivative_along_flow(
     if engine == "exact":
         along = _along(flow_map, r, cond)
         return _forward_mode(along, (x, t), (v, torch.ones_like(t)))[1]
-    of_side, step = _beside(flow_map, x, t, r, v, cond)
-    return _mean_and_difference(of_side, x)[1] / step
+    beside, step = _beside_point(flow_map, x, t, r, v, cond)
+    return _mean_and_difference(beside)[1] / step
 
 
-def _beside(
+def _beside_point(
     flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning | None
-) -> tuple[Callable[[int], Tensor], Tensor]:
-    """U a step before (-1) and after (1) a point of the flow; and the step, to be divided by."""
+) -> tuple[_Beside, Tensor]:
+    """A step before and after a point of the flow; and the step, to be divided by."""
     step = TIME_STEP / flow_map.clock.rate(t)
     # A schedule ends at t_max.
     moved = torch.minimum(flow_map.t_max - step - t, torch.zeros_like(t))
-    along = _along(flow_map, r, cond)
 
-    def of_side(side: int) -> Tensor:
+    def at(side: int) -> tuple[Tensor, Tensor, Tensor]:
         change = moved + side * step
-        return along(x + expand(change, x) * v, t + change)
+        return x + expand(change, x) * v, t + change, r
 
-    return of_side, expand(step, x)
+    return _Beside(flow_map.mean_velocity, at, cond), expand(step, x)
 
 
-def _mean_and_difference(
-    of_side: Callable[[int], Tensor], like: Tensor, *, detached: bool = False
-) -> tuple[Tensor, Tensor]:
+class _Beside(NamedTuple):
+    """Two calls of a map whose difference is wanted.
+
+    Attributes:
+        call: the map, of these three numbers a sample and a condition.
+        at: the three on side -1 and on side 1.
+    """
+
+    call: Callable[..., Tensor]
+    at: Callable[[int], tuple[Tensor, Tensor, Tensor]]
+    cond: Conditioning | None
+
+    def alone(self, side: int) -> Tensor:
+        """The call of one side."""
+        return self.call(*self.at(side), self.cond)
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Both in one call, whose gradient is one for every weight, and not two to be added."""
+        cond = None if self.cond is None else self.cond.twice()
+        before, after = self.call(*map(torch.cat, zip(self.at(-1), self.at(1), strict=True)), cond).chunk(2)
+        return before, after
+
+
+def _mean_and_difference(beside: _Beside, *, detached: bool = False) -> tuple[Tensor, Tensor]:
     """Half of the sum and half of the difference of the calls for sides 1 and -1, in float32 at least.
 
     Detached, the difference has no gradient, and the mean has the gradient of side 1.
     """
-    with _precise(like), without_tensor_float():
-        # The one without a graph first: what it holds on the way is gone before there is a graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-            before = of_side(-1)
-        after = of_side(1)
+    with _precise(beside.at(1)[0]), without_tensor_float():
+        if torch.is_grad_enabled() and not detached:
+            before, after = beside.together()
+        else:
+            # The one without a graph first: what it holds on the way is gone before there is a graph.
+            with torch.no_grad():
+                before = beside.alone(-1)
+            after = beside.alone(1)
     difference = (after - before) / 2
     if detached:
         difference = difference.detach()
@@ -221,8 +246,8 @@ def value_and_derivative_along_flow(
         return flow_map.mean_velocity(x, t, r, cond), du
     if engine == "exact":
         return _forward_mode(_along(flow_map, r, cond), (x, t), (v, torch.ones_like(t)), detached=detached)
-    of_side, step = _beside(flow_map, x, t, r, v, cond)
-    u, difference = _mean_and_difference(of_side, x, detached=detached)
+    beside, step = _beside_point(flow_map, x, t, r, v, cond)
+    u, difference = _mean_and_difference(beside, detached=detached)
     return u, difference / step
 
 
@@ -238,7 +263,7 @@ def value_and_parts_along_flow(
 ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
     """``u(x, t, r)``, ``d_t u``, and without a graph ``grad u . v``.
 
-    The central engine takes three calls, the first for a difference to one side in x, where no embedding is: on two
+    The central engine takes a third point, for a difference to one side in x, where no embedding is: on two
     trained networks 1e-3 from the exact part.
     """
     if engine == "exact":
@@ -246,12 +271,12 @@ def value_and_parts_along_flow(
             transport = _forward_mode(lambda y: flow_map.mean_velocity(y, t, r, cond), (x,), (v,))[1]
         u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), (torch.ones_like(t),))
         return u, du_dt, transport
-    of_side, step = _beside(flow_map, x, t, r, torch.zeros_like(x), cond)
+    beside, step = _beside_point(flow_map, x, t, r, torch.zeros_like(x), cond)
     aside = PLACE_STEP / TIME_STEP * step
     # Before there is a graph.
     with torch.no_grad(), _precise(x), without_tensor_float():
-        there = _beside(flow_map, x + aside * v, t, r, torch.zeros_like(x), cond)[0](1)
-    u, difference = _mean_and_difference(of_side, x)
+        there = _beside_point(flow_map, x + aside * v, t, r, torch.zeros_like(x), cond)[0].alone(1)
+    u, difference = _mean_and_difference(beside)
     return u, difference / step, (there - (u + difference).detach()) / aside
 
 

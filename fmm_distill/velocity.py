@@ -44,6 +44,10 @@ class Conditioning:
         """The samples from ``start`` to ``stop``."""
         return self._each(lambda rows: rows[start:stop])
 
+    def twice(self) -> Conditioning:
+        """The samples, and once more."""
+        return self._each(lambda rows: torch.cat((rows, rows)))
+
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on ``device``."""
         moved = self._each(lambda rows: sent(rows, device))

@@ -111,8 +111,8 @@ def value_and_derivative_in_r(
 ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
     """``u(x, t, r)`` and ``derivative_in_r``.
 
-    The exact engine takes one pass. The central one takes two calls; its value is their mean, as near to u as the
-    difference is to the derivative.
+    The exact engine takes one pass. The central one takes two calls, with a graph in one of twice the samples; its
+    value is their mean, as near to u as the difference is to the derivative.
 
     Args:
         detached: the derivative has no gradient. Of the central engine's two calls the later has a graph then: the

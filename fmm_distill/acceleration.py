@@ -116,7 +116,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
         return checkpoint(again, *args, use_reentrant=False)
 
     told.enable_gradient_checkpointing(checkpointed)
-    student.recomputed = True
+    student.hooked = True
 
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:

@@ -1,6 +1,6 @@
 """Derivatives of the mean velocity, exact (forward mode) or central, through stock diffusers networks.
 
-Call them under ``torch.no_grad`` for a detached tangent: detaching afterwards keeps the tangent's whole graph alive
+Ask for a detached one, or call under ``torch.no_grad``: detaching afterwards keeps the tangent's whole graph alive
 until the backward pass.
 """
 
@@ -52,7 +52,7 @@ PLACE_STEP = 1e-3
 
 
 class StockNetworks(TorchFunctionMode):
-    """``with StockNetworks(): torch.func.jvp(...)``: layers of diffusers networks with rules of our own.
+    """Around forward mode: layers of diffusers networks with rules of our own.
 
     Fused attention has no forward-mode rule; torch's own for ``group_norm`` fails on some inputs; and the others' take
     more kernels than they need (``forward_mode``).
@@ -93,7 +93,7 @@ def derivative_in_r(
     """
     h = flow_map.clock.position(t) - flow_map.clock.position(r)
     if engine == "exact":
-        du_dh = _forward_mode(_of_jump(flow_map, x, t, cond), (h,), (torch.ones_like(h),))[1]
+        du_dh = _forward_mode(_of_jump(flow_map, x, t, cond), (h,), (torch.ones_like(h),), hooked=flow_map.hooked)[1]
     else:
         du_dh = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond))[1] / JUMP_STEP
     return -expand(flow_map.clock.rate(r), x) * du_dh
@@ -126,7 +126,8 @@ def value_and_derivative_in_r(
     h = flow_map.clock.position(t) - flow_map.clock.position(r)
     if engine == "exact":
         of_jump = _of_jump(flow_map, x, t, cond)
-        u, du_dh = _forward_mode(of_jump, (h,), (torch.ones_like(h),), detached=detached)
+        along = (torch.ones_like(h),)
+        u, du_dh = _forward_mode(of_jump, (h,), along, detached=detached, hooked=flow_map.hooked)
     else:
         u, difference = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond), detached=detached)
         du_dh = difference / JUMP_STEP
@@ -161,7 +162,7 @@ def derivative_along_flow(
     """
     if engine == "exact":
         along = _along(flow_map, r, cond)
-        return _forward_mode(along, (x, t), (v, torch.ones_like(t)))[1]
+        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), hooked=flow_map.hooked)[1]
     beside, step = _beside_point(flow_map, x, t, r, v, cond)
     return _mean_and_difference(beside)[1] / step
 
@@ -245,7 +246,8 @@ def value_and_derivative_along_flow(
             du = derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du
     if engine == "exact":
-        return _forward_mode(_along(flow_map, r, cond), (x, t), (v, torch.ones_like(t)), detached=detached)
+        along, hooked = _along(flow_map, r, cond), flow_map.hooked
+        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), detached=detached, hooked=hooked)
     beside, step = _beside_point(flow_map, x, t, r, v, cond)
     u, difference = _mean_and_difference(beside, detached=detached)
     return u, difference / step
@@ -269,7 +271,8 @@ def value_and_parts_along_flow(
     if engine == "exact":
         with torch.no_grad():
             transport = _forward_mode(lambda y: flow_map.mean_velocity(y, t, r, cond), (x,), (v,))[1]
-        u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), (torch.ones_like(t),))
+        in_t = (torch.ones_like(t),)
+        u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), in_t, hooked=flow_map.hooked)
         return u, du_dt, transport
     beside, step = _beside_point(flow_map, x, t, r, torch.zeros_like(x), cond)
     aside = PLACE_STEP / TIME_STEP * step
@@ -291,11 +294,12 @@ def _precise(like: Tensor) -> torch.autocast:
 
 
 def _apart(flow_map: FlowMap, like: Tensor, engine: Engine) -> bool:
-    """Whether a detached derivative has to be taken beside the value: in float32 where calls are in half precision.
+    """Whether a detached derivative takes a pass of its own.
 
-    So it is where the backward pass computes blocks again: it could not follow forward mode.
+    It does where calls are in half precision, since it stays in float32, and in forward mode where a call with a graph
+    leaves hooks that have no rule.
     """
-    return torch.is_autocast_enabled(like.device.type) or (engine == "exact" and flow_map.recomputed)
+    return torch.is_autocast_enabled(like.device.type) or (engine == "exact" and flow_map.hooked)
 
 
 @contextlib.contextmanager
@@ -319,12 +323,28 @@ def without_tensor_float() -> Iterator[None]:
 
 
 def _forward_mode(
-    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...], *, detached: bool = False
+    function: Callable[..., Tensor],
+    at: tuple[Tensor, ...],
+    along: tuple[Tensor, ...],
+    *,
+    detached: bool = False,
+    hooked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Value and directional derivative, which may be one without a graph."""
-    saved = without_tangents() if detached else contextlib.nullcontext()
+    """Value and directional derivative, which may be one without a graph.
+
+    Raises:
+        RuntimeError: in ``torch.inference_mode``, where tangents vanish without a word.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("forward mode does not run in torch.inference_mode; wanted torch.no_grad")
+    # What is compiled has no tangent; where no graph is kept, not even an error.
+    plain = torch.compiler.set_stance("force_eager")
+    if hooked and torch.is_grad_enabled():
+        with plain, StockNetworks(), _precise(at[0]):
+            return torch.func.jvp(function, at, along)[:2]
     # Not torch.func.jvp: it wraps every tensor, a sixth of the time of a step.
-    with StockNetworks(detached=detached), _precise(at[0]), forward_ad.dual_level(), saved:
+    saved = without_tangents() if detached else contextlib.nullcontext()
+    with plain, StockNetworks(detached=detached), _precise(at[0]), forward_ad.dual_level(), saved:
         duals = [forward_ad.make_dual(point, direction) for point, direction in zip(at, along, strict=True)]
         value, derivative = forward_ad.unpack_dual(function(*duals))
     if derivative is None:
@@ -346,16 +366,19 @@ def choose_engine(
     Leaves gradients behind on the map's parameters.
 
     Args:
-        with_gradient: reverse over forward mode has to run too.
+        with_gradient: of the derivative; without it, only the value's has to run beside it.
     """
+    detached = not with_gradient
     try:
-        with torch.set_grad_enabled(with_gradient):
-            in_r = derivative_in_r(flow_map, x, t, r, cond=cond)
-            along = derivative_along_flow(flow_map, x, t, r, x, cond=cond)
-        if with_gradient:
-            (in_r.square().sum() + along.square().sum()).backward()
+        found = [
+            *value_and_derivative_in_r(flow_map, x, t, r, cond=cond, detached=detached),
+            *value_and_derivative_along_flow(flow_map, x, t, r, x, cond=cond, detached=detached),
+        ]
+        loss = torch.stack([part.square().sum() for part in found]).sum()
+        if loss.requires_grad:
+            loss.backward()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         return "central", f"forward mode does not run through this network ({str(error).splitlines()[0]})"
     return "exact", "forward mode runs through this network"

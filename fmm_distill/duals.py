@@ -32,9 +32,12 @@ def moves(*tensors: Tensor | None) -> bool:
 
 
 def together(value: Tensor, tangent: Tensor) -> Tensor:
-    """Both as one, where operands may be of fewer dimensions or digits."""
+    """Both as one. Only the value is broadcast and promoted by the layer that it went through."""
     if tangent.shape != value.shape or tangent.dtype != value.dtype:
         tangent = tangent.to(value.dtype).expand(value.shape)
+    if not tangent.requires_grad and tangent._is_view():
+        # A view made without a graph may not be changed in place by the network afterwards.
+        tangent = tangent.data
     return forward_ad.make_dual(value, tangent)
 
 
@@ -42,10 +45,6 @@ def without_tangents() -> torch.autograd.graph.saved_tensors_hooks:
     """A context where what a rule's layer saves of a value does not keep the value's tangent.
 
     A value taken out of a dual that torch made is a view of it. Operations without a rule save the dual itself, so that
-    the tangents of what they save stay until forward mode ends.
+    the tangents of what they save stay until forward mode ends. What is saved here is not watched for changes in place.
     """
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.data if saved._is_view() else saved, _same)
-
-
-def _same(saved: Tensor) -> Tensor:
-    return saved
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.data, lambda data: data)

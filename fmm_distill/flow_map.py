@@ -28,8 +28,8 @@ class FlowMap(ABC):
 
     clock: Clock
     t_max: float
-    # Whether the backward pass computes parts of a call again.
-    recomputed: bool = False
+    # Whether a call with a graph leaves hooks that forward mode has no rule for: blocks computed again, or gathered.
+    hooked: bool = False
 
     @abstractmethod
     def mean_velocity_of_jump(

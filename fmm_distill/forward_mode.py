@@ -214,17 +214,19 @@ def _bent(layer: Layer, graph: bool, x: Tensor, kind: _Kind) -> Tensor:
 
 def _sum(layer: Layer, graph: bool, x: Tensor, other: Tensor | float, **more: Any) -> Tensor:  # noqa: ANN401 the layer's own
     """Sums and differences: torch's rules of arithmetic make a tangent of zeros for what does not move."""
-    moved: Any
+    da: Any
+    db: Any
     (a, da), (b, db) = split(x), split(other)
     if more or (da is None and db is None):
         return layer(x, other, **more)
     with torch.set_grad_enabled(graph):
-        if db is None:
-            moved = da
-        elif da is None:
-            moved = -db if layer is torch.Tensor.sub else db
-        else:
+        # A tangent of its own: the network may change the sum in place.
+        if da is not None and db is not None:
             moved = layer(da, db)
+        elif da is not None:
+            moved = da.clone()
+        else:
+            moved = -db if layer is torch.Tensor.sub else db.clone()
     return together(layer(a, b), moved)
 
 
@@ -251,7 +253,7 @@ def _softmax(
     layer: Layer,
     graph: bool,
     x: Tensor,
-    dim: int,
+    dim: int | None,
     *rest: Any,  # noqa: ANN401 the layer's own
     dtype: torch.dtype | None = None,
     _stacklevel: int = 3,
@@ -260,13 +262,22 @@ def _softmax(
     # By place it comes last, after what F.softmax has besides.
     dtype = rest[-1] if rest and isinstance(rest[-1], torch.dtype) else dtype
     value, tangent = split(x if dtype is None else x.to(dtype))
-    if tangent is None:
+    if tangent is None or dim is None:
         return layer(x, dim, dtype=dtype)
     out = layer(value, dim)
     with torch.set_grad_enabled(graph):
         rising = out * tangent
         moved = rising - out * rising.sum(dim, keepdim=True)
     return together(out, moved)
+
+
+def _broadcast(*duals: Dual) -> list[Dual]:
+    """With the same samples and heads."""
+    lead = torch.broadcast_shapes(*(dual.value.shape[:-2] for dual in duals))
+    return [
+        Dual(*(tensor if tensor is None else tensor.expand(*lead, *tensor.shape[-2:]) for tensor in dual))
+        for dual in duals
+    ]
 
 
 def _attention(
@@ -281,7 +292,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Torch's fused kernels have no rule; without a graph of the tangent they take the value still."""
+    """Torch's fused kernels have no rule. Where only the value has a graph they take it, and the tangent is beside."""
 
     def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return layer(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -297,6 +308,8 @@ def _attention(
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         q, k, v, mask = (split(tensor) for tensor in (query, key, value, attn_mask))
+        if (lead := query.shape[:-2]) != key.shape[:-2] or lead != value.shape[:-2]:
+            q, k, v = _broadcast(q, k, v)
         q = Dual(q.value * scale, None if q.tangent is None else q.tangent * scale)
         found, moved = attended(q, k, v, mask, is_causal=is_causal, dropout_p=dropout_p)
     return together(found if out is None else out, moved)

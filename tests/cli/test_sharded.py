@@ -88,6 +88,24 @@ def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
     assert_same_end(folder, finished[0])
 
 
+@pytest.mark.parametrize("loss", [("name=eulerian", "stop=target"), ("stop=teacher", "derivative=exact")], ids=" ".join)
+def test_forward_mode_goes_around_what_gathers_blocks(tmp_path, tiny, loss):
+    settings = [
+        "--recipe",
+        tiny,
+        "--set",
+        "training.steps=3",
+        *(part for each in loss for part in ("--set", f"loss.{each}")),
+    ]
+    sharded(*settings, "--output", tmp_path / "split")
+    with spawn(*settings, "--output", tmp_path / "one") as one:
+        assert one.wait() == 0, one.stderr.read()
+    found, expected = losses(tmp_path / "split"), losses(tmp_path / "one")
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)
+
+
 @pytest.mark.slow
 def test_half_precision_is_of_the_split_students_calls_alone(tmp_path, tiny):
     settings = ("--recipe", tiny, "--set", "training.precision=bf16", "--set", "training.steps=3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -53,6 +54,44 @@ def test_attention_with_grouped_queries_is_torchs():
     query, key, value = draws((2, 6, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8))
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     torch.testing.assert_close(moved(query, key, value, enable_gqa=True), expected)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("shape", [(1, 4, 5, 8), (2, 1, 5, 8), (4, 5, 8)])
+def test_attention_with_fewer_keys_is_torchs(shape):
+    query, key, value = draws((2, 4, 3, 8), shape, shape)
+    torch.testing.assert_close(moved(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+def test_passes_without_a_backward_pass_leave_nothing():
+    query = draws((1, 2, 3, 4))[0].requires_grad_()
+
+    def attend(query):
+        return F.scaled_dot_product_attention(query, query, query).tanh()
+
+    def one():
+        derivatives._forward_mode(attend, (query,), (query.detach(),), detached=True)
+
+    def count():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    one()
+    before = count()
+    for _ in range(5):
+        one()
+    assert count() == before
+
+
+def test_where_tangents_would_vanish():
+    x = draws((2, 3))[0]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="wanted torch"):
+        derivatives._forward_mode(torch.sin, (x,), (x,))
+    network = torch.nn.Linear(3, 3).double()
+    expected = derivatives._forward_mode(network, (x,), (x,))
+    network.compile(backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(derivatives._forward_mode(network, (x,), (x,)), expected)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -204,8 +243,7 @@ def answers(layer, x, direction, rules):
     """Value, tangent, and the gradients of their product with other numbers: in the input, its tangent, the weights."""
     inputs = [x.clone().requires_grad_(), direction.clone().requires_grad_()]
     if rules:
-        with StockNetworks():
-            out, tangent = torch.func.jvp(layer, *((each,) for each in inputs))
+        out, tangent = derivatives._forward_mode(layer, *((each,) for each in inputs))
     else:
         out, tangent = torch.func.jvp(lambda x: plain(layer, x), *((each,) for each in inputs))
     weights = draws((5,), out.shape, out.shape)[1:]
@@ -226,8 +264,8 @@ def test_rules_are_exact(name):
     assert len(ours) == 4 + len(list(layer.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    with torch.no_grad(), StockNetworks():
-        detached = torch.func.jvp(layer, (3 + 2 * x,), (direction,))
+    with torch.no_grad():
+        detached = derivatives._forward_mode(layer, (3 + 2 * x,), (direction,))
     torch.testing.assert_close(detached, theirs[:2], rtol=1e-9, atol=1e-10)
 
 
@@ -249,6 +287,8 @@ ARITHMETIC = {
     "quotient by what rests": lambda x, y: x.div(y.detach()),
     "rounded": lambda x, y: x.div(2, rounding_mode="floor") + x,
     "in place": lambda x, y: (x * 2).add_(y).mul_(y).div_(3),
+    "sum with a number in place": lambda x, y: (x + 1).mul_(2) * x + (x - y.detach()).mul_(y),
+    "norm in place": lambda x, y: F.group_norm(x, 2).mul_(2) * F.silu(F.group_norm(y, 1), inplace=True),
 }
 
 
@@ -258,10 +298,17 @@ def test_arithmetic_is_exact(name):
     found = []
     for rules in (True, False):
         given = [tensor.clone().requires_grad_() for tensor in (x, y, dx, dy)]
-        with StockNetworks() if rules else contextlib.nullcontext():
-            out, tangent = torch.func.jvp(ARITHMETIC[name], tuple(given[:2]), tuple(given[2:]))
+        jvp = derivatives._forward_mode if rules else torch.func.jvp
+        out, tangent = jvp(ARITHMETIC[name], tuple(given[:2]), tuple(given[2:]))
         gradients = torch.autograd.grad((out * tangent).square().sum(), given, allow_unused=True)
         found.append([out, tangent, *(gradient for gradient in gradients if gradient is not None)])
+        if rules:
+            with torch.no_grad():
+                alone = derivatives._forward_mode(ARITHMETIC[name], (x, y), (dx, dy))
+            beside = derivatives._forward_mode(ARITHMETIC[name], tuple(given[:2]), (dx, dy), detached=True)
+            for other in (alone, beside):
+                torch.testing.assert_close(other, (out.detach(), tangent.detach()), check_dtype=True)
+            assert beside[0].requires_grad
     assert len(found[0]) == len(found[1]) > 2
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype

@@ -92,6 +92,6 @@ def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, te
         others.append(folder / "shards" / str(number))
     for other in others:
         # Equal but for rounding (most of central differences), which Adam's first steps blow up in small gradients.
-        assert (weights(other) - whole).norm() < 2e-2 * moved
+        assert (weights(other) - whole).norm() < 5e-2 * moved
         for mine, theirs in zip(losses(other), losses(tmp_path / "one"), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-7)

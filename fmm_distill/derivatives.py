@@ -117,7 +117,8 @@ def value_and_derivative_in_r(
     Args:
         detached: the derivative has no gradient. Of the central engine's two calls the later has a graph then: the
             value's gradient is that of a jump longer by 2e-3 of the clock. In half precision, where derivatives stay
-            in float32, and for the exact engine where blocks are computed again, the value has a call of its own.
+            in float32, and for the exact engine where a call leaves hooks (``FlowMap.hooked``), the value has a call of
+            its own.
     """
     if detached and _apart(flow_map, x, engine):
         with torch.no_grad():

@@ -140,11 +140,11 @@ def _layer_norm(
     return together(out, moved)
 
 
-class _Bent(torch.autograd.Function):
+class _ElementwiseTangent(torch.autograd.Function):
     """``dx f'(x)`` of a layer ``f`` that takes each number by itself."""
 
     @staticmethod
-    def forward(x: Tensor, dx: Tensor, kind: _Kind) -> Tensor:
+    def forward(x: Tensor, dx: Tensor, kind: _Elementwise) -> Tensor:
         return kind.slope(dx, x)
 
     @staticmethod
@@ -159,7 +159,7 @@ class _Bent(torch.autograd.Function):
         return ctx.kind.second(x).mul_(gradient).mul_(dx), ctx.kind.slope(gradient, x), None
 
 
-class _Kind(NamedTuple):
+class _Elementwise(NamedTuple):
     """Of layers that take each number by itself: ``gradient f'(x)``, and ``f''(x)`` in new memory."""
 
     slope: Callable[[Tensor, Tensor], Tensor]
@@ -187,28 +187,28 @@ def _gelu_tanh_second(x: Tensor) -> Tensor:
     return rising.mul_(tanh.square_().neg_().add_(1))
 
 
-_SILU = _Kind(torch.ops.aten.silu_backward, _silu_second)
+_SILU = _Elementwise(torch.ops.aten.silu_backward, _silu_second)
 _GELU = {
-    approximate: _Kind(partial(torch.ops.aten.gelu_backward, approximate=approximate), second)
+    approximate: _Elementwise(partial(torch.ops.aten.gelu_backward, approximate=approximate), second)
     for approximate, second in {"none": _gelu_second, "tanh": _gelu_tanh_second}.items()
 }
 
 
 def _silu(layer: Layer, graph: bool, x: Tensor, inplace: bool = False) -> Tensor:
-    return layer(x, inplace=True) if inplace else _bent(layer, graph, x, _SILU)
+    return layer(x, inplace=True) if inplace else _elementwise(layer, graph, x, _SILU)
 
 
 def _gelu(layer: Layer, graph: bool, x: Tensor, approximate: str = "none") -> Tensor:
     """Torch's rule has the right tangent; its gradient is a dozen products."""
-    return _bent(partial(layer, approximate=approximate), graph, x, _GELU[approximate])
+    return _elementwise(partial(layer, approximate=approximate), graph, x, _GELU[approximate])
 
 
-def _bent(layer: Layer, graph: bool, x: Tensor, kind: _Kind) -> Tensor:
+def _elementwise(layer: Layer, graph: bool, x: Tensor, kind: _Elementwise) -> Tensor:
     value, tangent = split(x)
     if tangent is None:
         return layer(x)
     with torch.set_grad_enabled(graph):
-        moved: Tensor = _Bent.apply(value, tangent, kind) if graph else kind.slope(tangent, value)
+        moved: Tensor = _ElementwiseTangent.apply(value, tangent, kind) if graph else kind.slope(tangent, value)
     return together(layer(value), moved)
 
 

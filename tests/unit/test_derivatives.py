@@ -343,6 +343,25 @@ def test_choose_central_where_forward_mode_fails(jumps):
     assert derivative_in_r(Opaque(), *jumps, engine=engine).isfinite().all()
 
 
+def test_choose_tries_what_is_trained(jumps):
+    class InTraining(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    class Hooked(Polynomial):
+        def mean_velocity_of_jump(self, x, t, h, cond=None):
+            u = super().mean_velocity_of_jump(x, t, h)
+            return InTraining.apply(u) if torch.is_grad_enabled() else u
+
+    assert choose_engine(Hooked(), *jumps, with_gradient=False)[0] == "central"
+    assert choose_engine(Polynomial(), *jumps, with_gradient=False)[0] == "exact"
+
+
 def test_rate_of_the_clock_is_applied():
     class Fast(LinearClock):
         def position(self, t):

@@ -87,11 +87,20 @@ def test_where_tangents_would_vanish():
     x = draws((2, 3))[0]
     with torch.inference_mode(), pytest.raises(RuntimeError, match="wanted torch"):
         derivatives._forward_mode(torch.sin, (x,), (x,))
-    network = torch.nn.Linear(3, 3).double()
-    expected = derivatives._forward_mode(network, (x,), (x,))
-    network.compile(backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(derivatives._forward_mode(network, (x,), (x,)), expected)
+
+
+def test_a_compiled_network_is_differentiated_as_it_was_written():
+    x, network = draws((2, 3))[0], torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()).double()
+    expected = derivatives._forward_mode(network, (x,), (x,), detached=True)
+    network.compile(backend="aot_eager")
+    torch.testing.assert_close(derivatives._forward_mode(network, (x,), (x,), detached=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_softmax_chooses_its_dimension():
+    x, dx = draws((3, 4), (3, 4))
+    found, expected = (derivatives._forward_mode(torch.nn.Softmax(dim), (x,), (dx,)) for dim in (None, 1))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("blocks")

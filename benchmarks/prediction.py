@@ -20,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
+from fmm_distill.plan import plan
 from fmm_distill.recipe import load_recipe
-from fmm_distill.run import plan
 from fmm_distill.starts import draw, points, teacher_jump
 from fmm_distill.student import stock_part
 from fmm_distill.trainer import Trainer

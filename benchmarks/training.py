@@ -27,8 +27,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from fmm_distill.data import load_images
+from fmm_distill.plan import plan
 from fmm_distill.recipe import Recipe
-from fmm_distill.run import plan
 from fmm_distill.settings import DataSettings
 from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.stopping import StopRequest

@@ -24,17 +24,10 @@ from fmm_distill.evaluation.stock import about_sampler, other_pipeline, referenc
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.hub import HUB_FAULTS
 from fmm_distill.loading import fetch_student, load_student
+from fmm_distill.plan import at_guidance, open_reference, open_teacher, with_evaluation
+from fmm_distill.process import PATIENCE, check_joined, silent
 from fmm_distill.recipe import Recipe
-from fmm_distill.run import (
-    PATIENCE,
-    at_guidance,
-    check_joined,
-    open_reference,
-    open_run,
-    open_teacher,
-    silent,
-    with_evaluation,
-)
+from fmm_distill.reopen import open_run
 from fmm_distill.run_folder import kept_recipe
 from fmm_distill.settings import DataSettings, PromptSettings
 

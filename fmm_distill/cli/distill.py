@@ -71,7 +71,7 @@ def distil(
 
         check_name(repo)
     if dry_run:
-        from fmm_distill.run import forecast
+        from fmm_distill.plan import forecast
 
         click.echo(forecast(resolved, folder))
         return

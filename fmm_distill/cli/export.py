@@ -18,7 +18,7 @@ __all__ = ["export"]
 @GUIDANCE
 def export(run: Path, folder: Path, steps: tuple[int, ...] | None, guidance: float | None) -> None:
     """Write the student of a run folder as pipelines and open them again with stock diffusers."""
-    from fmm_distill.run import export_run
+    from fmm_distill.reopen import export_run
 
     differences = export_run(run, folder, steps, guidance)
     click.echo(

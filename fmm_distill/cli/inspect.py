@@ -13,9 +13,9 @@ __all__ = ["inspect"]
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. pipeline.height=512.")
 def inspect(teacher: str, revision: str | None, overrides: tuple[str, ...]) -> None:
     """Open a teacher and say what was found, and what its students can become."""
+    from fmm_distill.plan import open_teacher
     from fmm_distill.recipe import override, parse
     from fmm_distill.report import describe_teacher
-    from fmm_distill.run import open_teacher
 
     settings = override({"teacher": teacher, "revision": revision}, overrides)
     recipe = parse(settings, "inspect")

@@ -22,7 +22,7 @@ __all__ = ["sample"]
 @GUIDANCE
 def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path, guidance: float | None) -> None:
     """Draw images with the student of a run folder, the same noise in each column."""
-    from fmm_distill.run import draw_run
+    from fmm_distill.reopen import draw_run
 
     draw_run(run, steps, count, seed, output, guidance)
     click.echo(f"{output}: {count} images of {', '.join(map(str, steps))} steps")

@@ -37,7 +37,7 @@ def train(recipe: str, folder: str, dies_at_call: int) -> None:
 
     sys.argv = ["fmm-distill", "--recipe", recipe, "--output", folder]
     with (
-        patch("fmm_distill.run._finish"),
+        patch("fmm_distill.run.finish"),
         patch("os.fsync", deadly(os.fsync)),
         patch("os.rename", deadly(os.rename)),
         patch("os.replace", deadly(os.replace)),

@@ -72,7 +72,7 @@ def training_only(stop_before: int | None = None):
             raise KeyboardInterrupt
         return step_of(self, number, request)
 
-    with patch("fmm_distill.run._finish"), patch.object(Trainer, "_step", step):
+    with patch("fmm_distill.run.finish"), patch.object(Trainer, "_step", step):
         yield
 
 

@@ -77,7 +77,7 @@ from unittest.mock import patch
 import sys
 from fmm_distill.cli import main
 sys.argv = ["fmm-distill", "--recipe", {str(tiny)!r}, "--output", {str(tmp_path / "run")!r}]
-with patch("fmm_distill.run._finish"):
+with patch("fmm_distill.run.finish"):
     main()
 """
     (tmp_path / "train.py").write_text(program)

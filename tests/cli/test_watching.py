@@ -21,7 +21,7 @@ from fmm_distill import checkpoint
 from fmm_distill.curves import BAD
 from fmm_distill.ema import load_trained
 from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.run import plan
+from fmm_distill.plan import plan
 from fmm_distill.run_folder import kept_recipe
 from tests.cli.runs import assert_same_run, call, losses, snapshot, training_only
 

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill.monitor import Monitor
+from fmm_distill.plan import plan
 from fmm_distill.recipe import load_recipe
-from fmm_distill.run import plan
 from fmm_distill.trainer import Trainer
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from fmm_distill.export.stock import start_of, verification_call
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import lagrangian
 from fmm_distill.objective import Objective
+from fmm_distill.plan import open_teacher, plan
 from fmm_distill.recipe import parse
-from fmm_distill.run import distill, open_run, open_teacher, plan
+from fmm_distill.reopen import open_run
+from fmm_distill.run import distill
 from fmm_distill.sampling import sample
 from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.student import fold, make_student

@@ -16,8 +16,10 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.verify import verify
+from fmm_distill.plan import forecast
 from fmm_distill.recipe import parse
-from fmm_distill.run import distill, forecast, open_run
+from fmm_distill.reopen import open_run
+from fmm_distill.run import distill
 from fmm_distill.settings import EvaluationSettings
 from fmm_distill.student import make_student
 from fmm_distill.teachers.components import open_pipeline

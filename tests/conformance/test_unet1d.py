@@ -17,9 +17,11 @@ from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.plan import plan
 from fmm_distill.recipe import Recipe, parse
+from fmm_distill.reopen import draw_run
 from fmm_distill.report import describe_teacher
-from fmm_distill.run import distill, draw_run, plan
+from fmm_distill.run import distill
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import Angular
 from fmm_distill.settings import EvaluationSettings

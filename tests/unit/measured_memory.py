@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill.memory import peak_memory
+from fmm_distill.plan import plan
 from fmm_distill.recipe import Recipe
-from fmm_distill.run import plan
 from fmm_distill.trainer import Trainer
 
 

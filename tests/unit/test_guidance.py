@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.plan import open_teacher
 from fmm_distill.recipe import parse
-from fmm_distill.run import open_teacher
 from fmm_distill.teachers.guidance import Guidance
 from tests.conftest import save_teacher, tiny_unet
 

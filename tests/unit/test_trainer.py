@@ -19,8 +19,8 @@ from fmm_distill.errors import UserError
 from fmm_distill.faults import Faults
 from fmm_distill.losses import SETTINGS, flow_matching
 from fmm_distill.objective import Objective
+from fmm_distill.process import make_accelerator
 from fmm_distill.recipe import Recipe, parse
-from fmm_distill.run import _accelerator
 from fmm_distill.settings import TrainingSettings
 from fmm_distill.starts import draw, pair_times, points
 from fmm_distill.student import Student, make_student, stock_part
@@ -364,7 +364,7 @@ def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teach
 
 def test_casts_without_gradients_are_not_kept_for_those_with(tmp_path):
     # torch from 2.11 on would pass with kept casts too; the command runs on older ones.
-    accelerator = _accelerator(Recipe(), tmp_path)
+    accelerator = make_accelerator(Recipe(), tmp_path)
     assert accelerator.autocast_handler.cache_enabled is False
     layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     with torch.autocast("cpu", torch.bfloat16, **vars(accelerator.autocast_handler)):

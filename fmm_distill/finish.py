@@ -1,0 +1,109 @@
+"""The end of a run: evaluation, pictures, export and verification."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate import Accelerator
+
+from fmm_distill import checkpoint
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.result import Evaluation, choose, table
+from fmm_distill.export.about import about_student
+from fmm_distill.export.card import write_card
+from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.folder import export_pipeline, write_lora
+from fmm_distill.export.verify import verify
+from fmm_distill.lora import has_lora, merged
+from fmm_distill.plan import Plan
+from fmm_distill.student import stock_part
+from fmm_distill.tracking import log_picture, log_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fmm_distill.flow_map import LearnedFlowMap
+    from fmm_distill.recipe import Recipe
+    from fmm_distill.student import Student
+
+__all__ = ["export_student", "finish", "how_to_load"]
+
+
+def finish(
+    job: Plan,
+    averages: Mapping[float, LearnedFlowMap],
+    folder: Path,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
+    """Evaluate the averages, export the best; the student has its weights then."""
+    say("evaluating")
+    device = accelerator.device
+    names = {f"student, ema {rate:g}": rate for rate in averages}
+    students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
+    rate, evaluation = choose(measured, names)
+    job.student.load_state_dict(averages[rate].state_dict())
+    job.student.eval()
+    _draw(job, evaluation, folder, device)
+    say("exporting")
+    if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
+        say(f"export.steps: only the any-step pipeline is written ({reason})")
+    student = folder / "student"
+    steps = job.recipe.export.steps
+    made = job.recipe.student.regression_steps + job.recipe.training.steps
+    differences = export_student(job, student, steps, folder, evaluation, made)
+    evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
+    checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    log_rows(accelerator, evaluation.to_json()["rows"], made)
+    log_picture(accelerator, folder / "samples.png", made)
+    say(table(evaluation))
+    say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
+    say(how_to_load(folder, job.recipe))
+
+
+def export_student(
+    job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None, made: int
+) -> dict[str, float]:
+    """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
+    # Pipelines are opened on the CPU, and this is the last that is done with the two.
+    job.teacher.to("cpu")
+    job.student.to("cpu")
+    adapted = has_lora(job.student.network)
+    student = merged(job.student) if adapted else job.student
+    teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
+    export_pipeline(student, teacher, target, steps)
+    if adapted:
+        write_lora(job.student, teacher, target)
+    write_card(target, about, evaluation, run)
+    return verify(student, teacher, target, steps)
+
+
+def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
+    settings = job.recipe.evaluation
+    rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
+    with checkpoint.writing(folder / "samples.png"):
+        draw_samples(rows, folder / "samples.png")
+        draw_steps(evaluation, folder / "steps.png")
+
+
+def how_to_load(folder: Path, recipe: Recipe) -> str:
+    """The lines that load a finished run's student."""
+    n = recipe.export.steps[-1] if recipe.export.steps else 0
+    folded = folder / "student" / f"steps-{n}"
+    lines = ["load it with diffusers alone (README.md there has the whole call):"]
+    lines += ["  from diffusers import DiffusionPipeline"]
+    if folded.is_dir():
+        lines += [f'  pipeline = DiffusionPipeline.from_pretrained("{folded}")  # num_inference_steps={n}']
+    lines += [
+        "or, for any number of steps:",
+        f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""A run opened again: its student at the newest checkpoint, samples of it, and an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill import checkpoint
+from fmm_distill.ema import load_trained
+from fmm_distill.errors import UserError
+from fmm_distill.evaluation.gallery import Gallery
+from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.finish import export_student
+from fmm_distill.plan import Plan, at_guidance, plan, with_evaluation
+from fmm_distill.run_folder import (
+    kept_prompts,
+    kept_recipe,
+    pinned,
+    read_evaluation,
+    steps_done,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+__all__ = ["draw_run", "export_run", "open_run"]
+
+
+def open_run(
+    folder: Path | str,
+    guidance: float | None = None,
+    say: Callable[[str], None] = print,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The teacher of a run and its averaged student at the newest checkpoint.
+
+    Of several averages the one that the run's evaluation chose; before that the first.
+
+    Args:
+        guidance: another scale of a run with ``guidance.range`` than its recipe's.
+        evaluation: settings of the evaluation that are other than the recipe's.
+
+    Raises:
+        UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
+    """
+    folder = Path(folder)
+    recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
+    # Before the teacher is opened, which takes long.
+    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
+    path, kept = found
+    job = plan(pinned(recipe, folder), kept_prompts(folder), say)
+    measured = read_evaluation(folder)
+    rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
+    average = kept.tensors.get(checkpoint.average_name(rate), {})
+    try:
+        weights = {name: value for name, value in average.items() if name != "n_averaged"}
+        load_trained(job.student, job.student, weights)
+    except KeyError as error:
+        raise UserError(
+            f"{path} holds the weights of another network than this recipe's student, or those of an earlier version "
+            "of fmm_distill: distil again into another --output"
+        ) from error
+    return job
+
+
+def draw_run(
+    folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
+) -> None:
+    """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
+    job = open_run(folder, guidance)
+    solver_steps = job.recipe.evaluation.endpoint_solver_steps
+    rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
+    with checkpoint.writing(picture):
+        draw_samples(rows, picture)
+
+
+def export_run(
+    folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
+) -> dict[str, float]:
+    """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
+    job = open_run(folder, guidance)
+    folded = job.recipe.export.steps if steps is None else steps
+    # The run's numbers are of one scale of guidance.
+    evaluation = None if guidance is not None else read_evaluation(Path(folder))
+    return export_student(job, target, folded, Path(folder), evaluation, steps_done(Path(folder)))

@@ -1,0 +1,147 @@
+"""Digests of what four kinds of runs compute, to show that a change of the code moves no number.
+
+    python -m benchmarks.fingerprint --output before.json     # at the old commit
+    python -m benchmarks.fingerprint --output after.json      # at the new one
+    python -m benchmarks.fingerprint --compare before.json after.json
+
+Everything runs through the command line on one thread per process: the digits, every loss, adapters on a tiny Stable
+Diffusion, and two processes. The logged losses are compared as they are, weights and exported images by SHA-256. The
+comparison is exact: equal commits on one machine give equal files. ``--only`` names the runs to make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Fields of steps.jsonl that say how fast a step was, not what it computed.
+MEASURED = ("images_per_second", "peak_memory_gib")
+QUICK = {
+    "training.batch_size": 8,
+    "evaluation.steps": [1],
+    "evaluation.ddim_steps": [],
+    "evaluation.dpmsolver_steps": [],
+    "evaluation.samples": 8,
+    "evaluation.endpoint_samples": 4,
+    "evaluation.endpoint_solver_steps": 4,
+    "evaluation.features": "none",
+    "export.steps": [1, 2],
+}
+# Losses that train their own pairs of times only.
+OWN = {
+    "consistency": {"pairs": {"prior": 0, "data": 1}},
+    "operator_regression": {"pairs": {"prior": 1}},
+    "progressive_distillation": {"pairs": {"prior": 0, "dyadic": 3}},
+}
+# Next to losses that only make a map agree with itself.
+ALSO = [{"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": {"prior": 0, "data": 1}}]
+
+
+def runs() -> dict[str, dict[str, Any]]:
+    """Settings of each run, by its name; ``processes`` is the number of processes."""
+    from fmm_distill.losses import SETTINGS
+
+    digits: dict[str, Any] = {"recipe": "digits"}
+    made = {"digits": digits | {"training.steps": 50, "export.steps": [1, 4]}}
+    for loss, kind in SETTINGS.items():
+        own = OWN.get(loss, {}) | ({"also": ALSO} if kind().sees_no_teacher else {})
+        own |= {"data": "builtin:digits", "training.steps": 3, "loss": {"name": loss}}
+        made[f"loss {loss}"] = digits | QUICK | own
+    made["adapters"] = digits | QUICK | {"teacher": "sd", "training.steps": 3, "student.lora": {"rank": 2}}
+    made["adapters"] |= {"loss": {"name": "lagrangian"}, "guidance.scale": 3.0, "pipeline": {"height": 16, "width": 16}}
+    made["two processes"] = digits | QUICK | {"training.steps": 5, "processes": 2}
+    return made
+
+
+def save_stable_diffusion(folder: Path) -> None:
+    from tests.tiny.diffusion import sd1
+
+    sd1().save_pretrained(folder)
+
+
+def fingerprint(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Make a run and digest it."""
+    settings = dict(settings)
+    processes, recipe = settings.pop("processes", 1), settings.pop("recipe")
+    launch = ["-m", "fmm_distill"]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
+    command = [sys.executable, *launch, "--recipe", recipe, "--output", str(scratch / "run")]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    ran = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{ran.stderr}")
+    return digest(scratch / "run")
+
+
+def digest(run: Path) -> dict[str, Any]:
+    """The losses of a run, the digests of its newest weights and of its exports, and its endpoint errors."""
+    lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
+    weights = [*sorted(checkpoint.glob("*.safetensors")), *sorted((run / "student").rglob("*.safetensors"))]
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    rows = [{key: value for key, value in row.items() if "second" not in key} for row in evaluation["rows"]]
+    return {
+        "steps": steps,
+        "weights": {str(path.relative_to(run)): sha256(path) for path in weights},
+        "rows": rows,
+        "images": sha256(run / "samples.png"),
+    }
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A line for each run and part that is not equal."""
+    found = [f"{name}: in one file only" for name in sorted(before.keys() ^ after.keys())]
+    for name in sorted(before.keys() & after.keys()):
+        for part in before[name].keys() | after[name].keys():
+            if before[name].get(part) != after[name].get(part):
+                found.append(f"{name}: {part} differ")
+    return found
+
+
+def make(names: list[str] | None, output: Path) -> None:
+    made: dict[str, Any] = {}
+    for name, settings in runs().items():
+        if names and name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            if settings.get("teacher") == "sd":
+                save_stable_diffusion(Path(scratch) / "sd")
+            made[name] = fingerprint(settings, Path(scratch))
+        print(f"{name}: {len(made[name]['steps'])} steps, {len(made[name]['weights'])} files of weights", flush=True)
+        output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where the digests go")
+    parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="two outputs")
+    given = parser.parse_args()
+    if given.compare:
+        before, after = (json.loads(path.read_text(encoding="utf-8")) for path in given.compare)
+        found = differences(before, after)
+        print("\n".join(found) or f"equal: {', '.join(before)}")
+        sys.exit(1 if found else 0)
+    if given.output is None:
+        parser.error("--output or --compare is needed")
+    make(given.only, given.output)
+
+
+if __name__ == "__main__":
+    main()

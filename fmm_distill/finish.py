@@ -11,14 +11,16 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill import checkpoint
+from fmm_distill.errors import FmmDistillError
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.evaluation.pictures import draw_samples, draw_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
-from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.folder import export_pipeline, write_lora
+from fmm_distill.export.folded import check_steps, why_not_folded
+from fmm_distill.export.folder import write_lora, write_pipelines
+from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import verify
 from fmm_distill.lora import has_lora, merged
 from fmm_distill.plan import Plan
@@ -43,6 +45,8 @@ def finish(
     say: Callable[[str], None],
 ) -> None:
     """Evaluate the averages, export the best; the student has its weights then."""
+    # Before an evaluation that may take hours.
+    check_replaceable(folder / "student")
     say("evaluating")
     device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
@@ -58,7 +62,7 @@ def finish(
     student = folder / "student"
     steps = job.recipe.export.steps
     made = job.recipe.student.regression_steps + job.recipe.training.steps
-    differences = export_student(job, student, steps, folder, evaluation, made)
+    differences = export_student(job, student, steps, folder, evaluation, made, say)
     evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], made)
@@ -69,9 +73,29 @@ def finish(
 
 
 def export_student(
-    job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None, made: int
+    job: Plan,
+    target: Path,
+    steps: tuple[int, ...],
+    run: Path,
+    evaluation: Evaluation | None,
+    made: int,
+    waiting: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
-    """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
+
+    ``target`` is replaced once all of this is done.
+
+    Args:
+        evaluation: None: its numbers are not those of this student.
+        made: the number of training steps.
+        waiting: takes the line that another export into ``target`` is waited for; None: it is refused.
+
+    Raises:
+        UserError: on a number of steps that does not divide the timesteps, files in ``target`` that no export wrote,
+            another export into it at the same time, or a full disk.
+        FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
+    """
+    check_steps(steps, job.student.schedule)
     about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
     job.teacher.to("cpu")
@@ -79,11 +103,23 @@ def export_student(
     adapted = has_lora(job.student.network)
     student = merged(job.student) if adapted else job.student
     teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
-    export_pipeline(student, teacher, target, steps)
-    if adapted:
-        write_lora(job.student, teacher, target)
-    write_card(target, about, evaluation, run)
-    return verify(student, teacher, target, steps)
+    failed: FmmDistillError | None = None
+    differences: dict[str, float] = {}
+    with replacing(target, waiting) as new:
+        write_pipelines(student, teacher, new, steps)
+        if adapted:
+            write_lora(job.student, teacher, new)
+        write_card(new, about, evaluation, run)
+        try:
+            differences = verify(student, teacher, new, steps)
+        except FmmDistillError as error:
+            failed = FmmDistillError(str(error).replace(str(new), str(target)))
+            if target.exists():
+                raise failed from error
+    # A first export stays, to be looked at; it is not published.
+    if failed is not None:
+        raise failed
+    return differences
 
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -13,14 +15,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["HUB_FAULTS", "hub_reason", "no_answer"]
+__all__ = ["HUB_FAULTS", "hub_reason", "login_advice", "no_answer", "offline"]
 
 # The HTTP library under huggingface_hub has changed its name before, and has its own line of errors.
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 HUB_FAULTS = (OSError, _HttpError, EntryNotFoundError)
 
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _BY_STATUS = {
-    401: "the Hub refuses {token}; log in again (hf auth login)",
+    401: "the Hub refuses {token}; {login}",
     403: "{token} may not do this; take one with the right to ({settings})",
     409: "another change came in between; run the same command again",
     412: "another change came in between; run the same command again",
@@ -39,15 +43,15 @@ def hub_reason(error: Exception) -> str:
         return hub_reason(cause)
     # The order is from special to general: a gated repository is one that is not found, for the client.
     if isinstance(error, GatedRepoError):
-        return f"it is gated: accept its terms on its page, then log in (hf auth login; now: {_token()})"
+        return f"it is gated: accept its terms on its page, then {login_advice()} (now: {_token()})"
     if isinstance(error, RepositoryNotFoundError):
-        return f"no such repository, or a private one that {_token()} may not read (hf auth login)"
+        return f"no such repository, or a private one that {_token()} may not read; {login_advice()}"
     if isinstance(error, RevisionNotFoundError):
         return "it has no such branch, tag or commit; look at its history on its page"
     if isinstance(error, OfflineModeIsEnabled) or (
         isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
     ):
-        return "not all of it is in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it; run once without"
+        return f"not all of it is in the cache, and {offline()} forbids to fetch it; run once without"
     if isinstance(error, HfHubHTTPError):
         return _of_status(error)
     if isinstance(error, LocalEntryNotFoundError | _HttpError):
@@ -70,15 +74,41 @@ def _of_status(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     if status in _BY_STATUS:
         settings = f"{constants.ENDPOINT}/settings/tokens"
-        return f"{_BY_STATUS[status].format(token=_token(), settings=settings)} (status {status})"
+        return f"{_BY_STATUS[status].format(token=_token(), settings=settings, login=login_advice())} (status {status})"
     if status >= 500:
         return f"the Hub is not well (status {status}); run the same command again later"
     said = (error.server_message or str(error)).strip().splitlines()
     return f"the Hub answers {status} ({said[0] if said else 'and says nothing'})"
 
 
+def offline() -> str | None:
+    """The environment variable that forbids the network, as it is set; None: it is allowed."""
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    # The client reads the second one if the first is empty.
+    name = next((name for name in _OFFLINE if os.environ.get(name)), _OFFLINE[0])
+    return f"{name}={os.environ.get(name, '1')}"
+
+
+def login_advice() -> str:
+    """The way to another token: a login has no effect while a variable is set."""
+    name = _token_variable()
+    return (
+        "log in again (hf auth login)"
+        if name is None
+        else f"set {name} to another token, or unset it and log in (hf auth login)"
+    )
+
+
+def _token_variable() -> str | None:
+    return next((name for name in _TOKENS if os.environ.get(name)), None)
+
+
 def _token() -> str:
-    return "no token" if get_token() is None else "your token"
+    if get_token() is None:
+        return "no token"
+    name = _token_variable()
+    return "your token" if name is None else f"the token in {name}"
 
 
 def _first_line(error: Exception) -> str:

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from fmm_distill import __version__
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, About, read_about
+from fmm_distill.export.place import recover
 from fmm_distill.flow_map import diagonal
 from fmm_distill.hub import HUB_FAULTS, hub_reason
+from fmm_distill.reading import read_mapping
 from fmm_distill.sampling import sample
 from fmm_distill.solve import solve
 from fmm_distill.student import OWN_SETTINGS, make_student
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadedStudent", "fetch_student", "load_student"]
 
 _CLOSE = 1e-6
+_TODO = "fetch or export the student again"
 
 
 @dataclass
@@ -136,6 +139,7 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
         UserError: if it can't be found, or is not what fmm_distill exports.
     """
     folder = Path(source).expanduser()
+    recover(folder)
     if not folder.is_dir():
         folder = fetch_student(str(source), revision)
     elif revision is not None:
@@ -193,14 +197,14 @@ def _stock_view(folder: Path, about: About) -> Path:
     """
 
     def fill(view: Path) -> None:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_mapping(folder / "model_index.json", todo=_TODO)
         plain: dict[str, Any] = {"_class_name": about.pipeline or "DDPMPipeline"}
         for name, value in index.items():
             if name.startswith("_"):
                 continue
             plain[name] = value
             settings = folder / name / "config.json"
-            config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            config = read_mapping(settings, todo=_TODO) if settings.is_file() else {}
             if name == "scheduler":
                 plain[name] = ["diffusers", about.scheduler["_class_name"]]
                 (view / name).mkdir()

@@ -2,85 +2,91 @@
 
 from __future__ import annotations
 
-import json
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # in its documentation, not in __all__
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from yaml import YAMLError
 
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.export.card import card
+from fmm_distill.export.contents import CONTENTS, Changes, changes, contents, shown
+from fmm_distill.export.local_paths import without_known
+from fmm_distill.export.place import in_use, recover
+from fmm_distill.export.public import known_paths, public_about, public_json, public_recipe
 from fmm_distill.export.verify import TOLERANCE
 from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
+from fmm_distill.reading import check_keys, read_mapping
+from fmm_distill.repository import check_name, check_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from fmm_distill.export.about import About
+    from fmm_distill.repository import Target
 
 __all__ = ["Parcel", "check_name", "check_target", "pack", "publish"]
 
-_SHOWN = 4
+# Made of the teacher's and the data's names, besides the facts, the recipe and the card.
+_FACTS = ("evaluation.json", "verification.json")
+# An export without these is a student all the same.
+_OPTIONAL = ("README.md", "evaluation.json", "recipe.yaml", "samples.png", "steps.png", "lora/")
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """What goes to the Hub.
+    """The files and texts that are sent to a repository of the Hub.
 
     Attributes:
         folder: the exported student.
-        teacher: the id or folder of its teacher.
+        teacher: the public name of its teacher.
         files: name in the repository to the file here.
         texts: name in the repository to what is written for it: the card and the facts it is made of.
+        notes: lines on what is left out or sent otherwise than one might expect.
+        listed: the digests of what the export wrote.
     """
 
     folder: Path
     teacher: str
     files: dict[str, Path]
     texts: dict[str, str]
+    how_to_load: str
+    notes: tuple[str, ...]
+    listed: dict[str, str]
 
     @property
     def card(self) -> str:
         """The model card for that repository."""
         return self.texts["README.md"]
 
-    @property
-    def how_to_load(self) -> str:
-        """The lines of code in the card."""
-        blocks = self.card.split("```python\n")[1:]
-        return "\n\n".join(block.split("\n```")[0] for block in blocks)
-
     def describe(self) -> str:
-        """Every file with its size, and the card."""
+        """Every file with its size, the notes, and the card."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         lines = [f"{size:>13,} bytes  {name}" for name, size in sorted(sizes.items())]
         total = f"{sum(sizes.values()):>13,} bytes  in {len(sizes)} files"
-        return "\n".join([*lines, total, "", self.card])
+        return "\n".join([*lines, total, *self.notes, "", self.card])
 
 
 def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Parcel:
-    """Look at a run or an exported folder, and make the card for the repository; nothing is sent.
+    """Collect what an export wrote, and make the card for the repository; nothing is sent.
 
     Args:
-        steps: which folded pipelines go along; None: all.
+        source: a run, or an exported folder.
+        steps: the folded pipelines that are sent; None: all.
 
     Raises:
-        UserError: if there is no student there that was opened and compared, or the steps were not exported.
+        UserError: if there is no student that was opened and compared and is as it was exported, or the steps were not
+            exported.
     """
     check_name(repo)
-    # Both hold a recipe, the exported one a pipeline as well.
-    is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
-    folder = source / "student" if is_run else source
-    if folder != source and not folder.is_dir():
-        raise UserError(f"{source} has no student yet; run the same distillation command to its end")
-    if is_run and not (folder / ABOUT).is_file():
-        raise UserError(
-            f"{folder} was exported by an earlier version; run fmm-distill export {source} FOLDER, then publish FOLDER"
-        )
+    folder, notes = _student_of(source)
     about = read_about(folder)
+    listed = _listed(folder)
     _check_verified(folder)
     there = tuple(n for n in about.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
     chosen = there if steps is None else tuple(sorted(set(steps)))
@@ -89,135 +95,145 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
             f"--steps {missing[0]}: {folder} has {', '.join(map(str, there)) or 'none'}; export the others first "
             "(fmm-distill export RUN FOLDER --steps ...)"
         )
-    left_out = [f"steps-{n}/" for n in about.steps if n not in chosen]
-    texts = {"README.md": card(folder, repo, branch, chosen), ABOUT: replace(about, steps=chosen).to_json()}
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    left_out = tuple(f"steps-{n}/" for n in about.steps if n not in chosen)
+    found = changes(folder, left_out)
+    _check_whole(folder, found, left_out)
+    known = known_paths(folder, about)
+    texts = _texts(folder, replace(about, steps=chosen), known, listed.keys() - set(found.missing))
+    made = texts["README.md"] = card(folder, repo, branch, chosen)
+    if "README.md" in found.changed:
+        texts["README.md"] = _own_card(folder / "README.md", known)
+        notes += ("README.md was edited since the export: it is sent in place of the generated card",)
     files = {
-        name: path
-        for name, path in names.items()
-        if name not in texts and not name.startswith(tuple(left_out)) and not _is_debris(name)
+        name: folder / name
+        for name in listed
+        if name not in texts and name not in found.missing and not name.startswith(left_out)
     }
-    return Parcel(folder, about.teacher, files, texts)
+    return Parcel(
+        folder,
+        public_about(about, known).teacher,
+        files,
+        texts,
+        _code_in(made),
+        (*notes, *_on_changes(folder, found, there, steps, about.steps)),
+        listed,
+    )
 
 
-def _is_debris(name: str) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
-
-
-def check_name(repo: str) -> None:
-    """Refuse what is no name of a repository."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
+def _student_of(source: Path) -> tuple[Path, tuple[str, ...]]:
+    """The exported folder of a run or of an export, and what has to be said of it."""
+    recover(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; expected a run, or a folder that fmm-distill export wrote")
+    # Both hold a recipe, the exported one a pipeline as well.
+    is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
+    if not is_run:
+        return source, ()
+    folder = source / "student"
+    recover(folder)
+    if not folder.is_dir():
+        raise UserError(f"{source} has no student yet; run the same distillation command to its end")
+    if not (folder / ABOUT).is_file():
         raise UserError(
-            f"{repo}: no name for a repository ({str(error).splitlines()[0]}); wanted owner/name"
+            f"{folder} was exported by an earlier version; run fmm-distill export {source} FOLDER, then publish FOLDER"
+        )
+    if (source / "evaluation.json").is_file():
+        return folder, ()
+    step = read_about(folder).made["steps"]
+    return folder, (f"{source} is not finished: its student is the one exported after step {step}",)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    if not (folder / CONTENTS).is_file():
+        raise UserError(
+            f"{folder} has no list of what the export wrote ({CONTENTS}), as earlier versions have none; run "
+            "fmm-distill export RUN FOLDER, then publish FOLDER"
+        )
+    return contents(folder)
+
+
+def _check_whole(folder: Path, found: Changes, left_out: tuple[str, ...]) -> None:
+    """Refuse an export that is not as it was verified; pictures, numbers, adapters and the card may be missing."""
+    changed = tuple(name for name in found.changed if name != "README.md" and not name.startswith(left_out))
+    if changed:
+        raise UserError(
+            f"{folder}: {shown(changed)} changed since the export, or behind a link; put the exported files back, or "
+            "export again into another folder"
+        )
+    readme = folder / "README.md"
+    if readme.is_symlink() or (readme.exists() and not readme.is_file()):
+        raise UserError(f"{readme} is not a file of this folder; copy it to its place, or remove it")
+    missing = tuple(name for name in found.missing if not name.startswith((*_OPTIONAL, *left_out)))
+    if missing:
+        raise UserError(f"{folder}: {shown(missing)} is missing; export again into another folder")
+
+
+def _on_changes(
+    folder: Path, found: Changes, there: tuple[int, ...], steps: tuple[int, ...] | None, exported: tuple[int, ...]
+) -> tuple[str, ...]:
+    """The lines on what is left out of a folder."""
+    notes = []
+    if found.added:
+        notes.append(f"left out, as the export did not write it: {', '.join(found.added)}")
+    gone = [f"steps-{n}/" for n in exported if n not in there] if steps is None else []
+    gone += [name for name in found.missing if name.startswith(_OPTIONAL) and name != "README.md"]
+    if gone:
+        notes.append(f"left out, as it is not in {folder} any more: {', '.join(gone)}")
+    return tuple(notes)
+
+
+def _texts(folder: Path, about: About, known: dict[str, str], there: set[str]) -> dict[str, str]:
+    """What is written anew for the repository: everything that names the teacher and the data, without paths."""
+    texts = {ABOUT: public_about(about, known).to_json()}
+    texts |= {name: public_json(folder / name, known) for name in _FACTS if name in there}
+    if "recipe.yaml" in there:
+        texts["recipe.yaml"] = public_recipe(folder, about, known)
+    return texts
+
+
+def _own_card(readme: Path, known: dict[str, str]) -> str:
+    """The card that a user has edited."""
+    try:
+        text = str(without_known(readme.read_text(encoding="utf-8"), known))
+        ModelCard(text)
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{readme}: no model card ({reason}); repair it, or remove it to send the generated one"
         ) from error
-    if repo.count("/") != 1:
-        raise UserError(f"{repo}: no name for a repository; wanted owner/name, such as your user name/{repo}")
+    return text
+
+
+def _code_in(text: str) -> str:
+    """The blocks of Python in a card."""
+    blocks = text.split("```python\n")[1:]
+    return "\n\n".join(block.split("\n```")[0] for block in blocks)
 
 
 def _check_verified(folder: Path) -> None:
     report = folder / "verification.json"
     if not report.is_file():
         raise UserError(f"{folder} was not opened and compared (no verification.json); export the student again")
-    try:
-        differences = json.loads(report.read_text(encoding="utf-8"))["largest_pixel_difference"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{report} can't be read ({error}); export the student again") from error
+    todo = "export the student again"
+    differences = read_mapping(report, {"largest_pixel_difference": dict}, todo=todo)["largest_pixel_difference"]
+    check_keys(str(report), differences, dict.fromkeys(differences, float), todo=todo)
     if not differences or not all(value <= TOLERANCE for value in differences.values()):
         raise UserError(f"{folder}: its pipelines differ from the student ({differences}), above {TOLERANCE}")
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The repository as it is: its newest commit on the branch, the files there, the teacher if it holds a student."""
-
-    commit: str | None
-    files: frozenset[str]
-    there: bool
-    private: bool
-    teacher: str | None = None
-
-
-def check_target(repo: str, teacher: str, branch: str | None = None, *, force: bool = False) -> _Target:
-    """Whether this token may write there, and whether what is there may be replaced. Nothing is written.
-
-    Args:
-        teacher: a student of another one is something else.
-
-    Raises:
-        UserError: with what is missing.
-    """
-    check_name(repo)
-    if get_token() is None:
-        raise UserError(
-            f"{repo}: no token for the Hub; log in (hf auth login) or set HF_TOKEN, with the right to write"
-        )
-    api = HfApi()
-    try:
-        _check_owner(repo, api.whoami())
-        target = _look(api, repo, branch)
-        if target.there:
-            api.auth_check(repo, write=True)
-        if ABOUT in target.files:
-            target = replace(target, teacher=_teacher_there(repo, target))
-        if not force:
-            _check_ours(repo, teacher, target)
-    except (*HUB_FAULTS, ValueError) as error:
-        raise UserError(f"{repo}: {hub_reason(error)}") from error
-    return target
-
-
-def _check_owner(repo: str, me: dict[str, object]) -> None:
-    owner, name = repo.split("/")[0], str(me.get("name"))
-    orgs = me.get("orgs")
-    owners = [name, *(str(org["name"]) for org in orgs if isinstance(org, dict))] if isinstance(orgs, list) else [name]
-    if owner not in owners:
-        raise UserError(f"{repo}: your token is of {', '.join(owners)}; wanted one of {owner}, or a name of yours")
-    auth = me.get("auth")
-    token = auth.get("accessToken") if isinstance(auth, dict) else None
-    if isinstance(token, dict) and token.get("role") == "read":
-        raise UserError(f"{repo}: your token may only read; take one with the right to write (hf auth login)")
-
-
-def _look(api: HfApi, repo: str, branch: str | None) -> _Target:
-    try:
-        main = api.model_info(repo)
-    except RepositoryNotFoundError:
-        return _Target(None, frozenset(), there=False, private=False)
-    try:
-        info = api.model_info(repo, revision=branch)
-    except RevisionNotFoundError:
-        # A branch begins as main is.
-        info = main
-    names = frozenset(sibling.rfilename for sibling in info.siblings or [])
-    return _Target(info.sha, names, there=True, private=bool(main.private))
-
-
-def _check_ours(repo: str, teacher: str, target: _Target) -> None:
-    """A repository may be replaced that is empty or holds a student of the same teacher."""
-    foreign = sorted(target.files - {".gitattributes"})
-    if not foreign:
-        return
-    other = target.teacher
-    if other is None:
-        shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
-        raise UserError(f"{repo} holds something else ({shown}); take another name, or --force to write over it")
-    if other != teacher:
-        raise UserError(
-            f"{repo} holds a student of another teacher ({other}; this one's is {teacher}); take another name, or "
-            "--force to write over it"
-        )
-
-
-def _teacher_there(repo: str, target: _Target) -> str | None:
-    """Of the student that is there; None: a file of the same name is something else."""
-    kept = Path(hf_hub_download(repo, ABOUT, revision=target.commit))
-    try:
-        about = json.loads(kept.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return str(about["teacher"]) if isinstance(about, dict) and "teacher" in about else None
+def _operations(
+    parcel: Parcel, repo: str, target: Target, say: Callable[[str], None]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """The one commit: the files of this student, without those of the one that is there."""
+    stale = target.files - {*parcel.files, *parcel.texts} - {".gitattributes"}
+    if target.teacher is None and stale:
+        say(f"{repo}: {len(stale)} files that are not of this student stay there")
+        stale = frozenset()
+    return [
+        *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
+        *(CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()),
+        *(CommitOperationDelete(name) for name in sorted(stale)),
+    ]
 
 
 def publish(
@@ -236,19 +252,37 @@ def publish(
     Raises:
         UserError: with what went wrong and what to do; the repository is then as it was before, or empty.
     """
+    for note in parcel.notes:
+        say(note)
+    with _unchanged(parcel, say):
+        return _send(parcel, repo, branch, private=private, force=force, say=say)
+
+
+@contextmanager
+def _unchanged(parcel: Parcel, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep an export into the folder from replacing its files while they are sent.
+
+    Raises:
+        UserError: if one is running, or ran since the files were collected.
+    """
+    if not os.access(parcel.folder.resolve().parent, os.W_OK):
+        say(f"{parcel.folder} is in a folder that can't be written to: it is published without a lock")
+        yield
+        return
+    with in_use(parcel.folder, "a publication"):
+        if contents(parcel.folder) != parcel.listed:
+            raise UserError(f"{parcel.folder} was exported again in the meantime; run the same command again")
+        yield
+
+
+def _send(
+    parcel: Parcel, repo: str, branch: str | None, *, private: bool, force: bool, say: Callable[[str], None]
+) -> str:
     target = check_target(repo, parcel.teacher, branch, force=force)
     if target.there and target.private != private and private:
         say(f"{repo} is there already and public: --private makes new ones private; change it in its settings")
     names = {*parcel.files, *parcel.texts}
-    stale = target.files - names - {".gitattributes"}
-    if target.teacher is None and stale:
-        say(f"{repo}: {len(stale)} files that are not of this student stay there")
-        stale = frozenset()
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
-        *(CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()),
-        *(CommitOperationDelete(name) for name in sorted(stale)),
-    ]
+    operations = _operations(parcel, repo, target, say)
     api = HfApi()
     try:
         ModelCard(parcel.card).validate()

@@ -12,6 +12,7 @@ from fmm_distill.ema import load_trained
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.gallery import Gallery
 from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.export.place import check_replaceable
 from fmm_distill.finish import export_student
 from fmm_distill.plan import Plan, at_guidance, plan, with_evaluation
 from fmm_distill.run_folder import (
@@ -83,6 +84,8 @@ def export_run(
     folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> dict[str, float]:
     """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
+    # Before the teacher is opened, which takes long.
+    check_replaceable(target)
     job = open_run(folder, guidance)
     folded = job.recipe.export.steps if steps is None else steps
     # The run's numbers are of one scale of guidance.

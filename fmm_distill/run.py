@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from fmm_distill import checkpoint
 from fmm_distill.evaluation.result import Evaluation, table
+from fmm_distill.export.place import check_replaceable
 from fmm_distill.finish import finish, how_to_load
 from fmm_distill.monitor import Monitor
 from fmm_distill.plan import describe, plan
@@ -63,6 +64,8 @@ def distill(
         line(table(finished))
         line(how_to_load(folder, recipe))
         return finished
+    if not fresh:
+        check_replaceable(folder / "student")
     job = plan(recipe if fresh else pinned(recipe, folder), say=line)
     check_prompts(folder, job.teacher, fresh=fresh)
     line(describe(job))

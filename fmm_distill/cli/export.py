@@ -17,7 +17,10 @@ __all__ = ["export"]
 @click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of steps to fold [the recipe's].")
 @GUIDANCE
 def export(run: Path, folder: Path, steps: tuple[int, ...] | None, guidance: float | None) -> None:
-    """Write the student of a run folder as pipelines and open them again with stock diffusers."""
+    """Write the student of a run folder as pipelines and open them again with stock diffusers.
+
+    A second export into a folder replaces the first. It is refused if the folder has files that were added or edited.
+    """
     from fmm_distill.reopen import export_run
 
     differences = export_run(run, folder, steps, guidance)

@@ -12,13 +12,13 @@ __all__ = ["publish"]
 
 
 @click.command()
-@click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--branch", metavar="NAME", help="Publish to a branch, made if it is not there [main].")
-@click.option("--steps", type=STEPS, metavar="N,...", help="Which folded pipelines go along [all].")
+@click.option("--steps", type=STEPS, metavar="N,...", help="Folded pipelines to send [all].")
 @click.option("--force", is_flag=True, help="Write over a repository that holds something else.")
-@click.option("--dry-run", is_flag=True, help="List the files and show the card; nothing is sent or asked.")
+@click.option("--dry-run", is_flag=True, help="List the files and show the card; send nothing.")
 def publish(
     source: Path,
     repo: str,
@@ -30,7 +30,8 @@ def publish(
 ) -> None:
     """Put the student of a run, or an exported folder, on the Hub in one commit, with its card.
 
-    The same command again goes on where it was cut, and sends nothing that is there already.
+    Only the files that the export wrote are sent; others in the folder are named and left out. After an interruption
+    the same command resumes, and sends nothing that is there already.
     """
     from fmm_distill.publish import pack
     from fmm_distill.publish import publish as send

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmm_distill import __version__
 from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import UserError
+from fmm_distill.export.contents import record
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.stock import guidance_keyword, unguided
 from fmm_distill.lora import has_lora
+from fmm_distill.reading import check_keys, read_lines, read_mapping
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
+    from types import UnionType
+
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
@@ -26,6 +30,35 @@ if TYPE_CHECKING:
 __all__ = ["ABOUT", "About", "about_student", "read_about", "write_about"]
 
 ABOUT = "student.json"
+_TYPES: dict[str, type | UnionType] = {
+    "fmm_distill": str,
+    "teacher": str,
+    "revision": str | None,
+    "licence": dict,
+    "pipeline_tag": str | None,
+    "steps": list,
+    "not_folded": str | None,
+    "any_step": str,
+    "folded": str,
+    "limits": str,
+    "pipeline": str | None,
+    "scheduler": dict,
+    "call": dict,
+    "guidance": dict | None,
+    "lora": bool,
+    "dataset": str | None,
+    "made": dict,
+    "where": dict | None,
+    "hours": float | None,
+}
+_MADE: dict[str, type | UnionType] = {
+    "loss": str,
+    "papers": list,
+    "steps": int,
+    "batch_size": int,
+    "seed": int,
+    "data": str,
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,7 @@ def about_student(
 def write_about(folder: Path, about: About) -> None:
     """Write ``student.json``."""
     write_text(folder / ABOUT, about.to_json())
+    record(folder, ABOUT)
 
 
 def read_about(folder: Path) -> About:
@@ -129,14 +163,18 @@ def read_about(folder: Path) -> About:
     file = folder / ABOUT
     if not file.is_file():
         raise UserError(f"{folder} holds no exported student (no {ABOUT}); wanted what fmm-distill export writes")
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(About)}
-        if missing := sorted(known - kept.keys()):
-            raise ValueError(f"written by fmm_distill {kept.get('fmm_distill')}, without {missing[0]}")
-        return About(**({name: kept[name] for name in known} | {"steps": tuple(kept["steps"])}))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{file} can't be read ({error}); export the student again with {__version__}") from error
+    todo = f"export the student again with fmm_distill {__version__}"
+    kept = read_mapping(file, todo=todo)
+    if missing := sorted(_TYPES.keys() - kept.keys()):
+        raise UserError(f"{file} was written by fmm_distill {kept.get('fmm_distill')}, without {missing[0]}; {todo}")
+    check_keys(str(file), kept, _TYPES, todo=todo)
+    check_keys(f"{file}: made", kept["made"], _MADE, todo=todo)
+    check_keys(f"{file}: scheduler", kept["scheduler"], {"_class_name": str}, todo=todo)
+    if kept["guidance"] is not None:
+        check_keys(f"{file}: guidance", kept["guidance"], {"scale": float, "range": list | None}, todo=todo)
+    for number, n in enumerate(kept["steps"]):
+        check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
+    return About(**({name: kept[name] for name in _TYPES} | {"steps": tuple(kept["steps"])}))
 
 
 def _example(teacher: Teacher, *, any_step: bool) -> str:
@@ -230,7 +268,7 @@ def _environment(run: Path | None) -> dict[str, Any] | None:
     kept = None if run is None else run / "environment.json"
     if kept is None or not kept.is_file():
         return None
-    return cast("dict[str, Any]", json.loads(kept.read_text(encoding="utf-8")))
+    return read_mapping(kept, todo="remove it, then run the same command again")
 
 
 def _hours(run: Path | None, recipe: Recipe) -> float | None:
@@ -238,6 +276,6 @@ def _hours(run: Path | None, recipe: Recipe) -> float | None:
     log = None if run is None else run / "steps.jsonl"
     if log is None or not log.is_file():
         return None
-    whole = log.read_text(encoding="utf-8").split("\n")[:-1]
-    rates = [json.loads(line)["images_per_second"] for line in whole]
+    lines = read_lines(log, {"images_per_second": float}, todo="repair or remove the line")
+    rates = [line["images_per_second"] for line in lines]
     return sum(recipe.training.batch_size / rate for rate in rates) / 3600

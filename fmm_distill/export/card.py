@@ -11,9 +11,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from fmm_distill.checkpoint import write_text
 from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.export.about import read_about, write_about
+from fmm_distill.export.contents import record
+from fmm_distill.export.public import known_paths, public_about, public_evaluation
+from fmm_distill.reading import check_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import UnionType
 
     from fmm_distill.evaluation.result import Evaluation
     from fmm_distill.export.about import About
@@ -44,22 +48,26 @@ def write_card(folder: Path, about: About, evaluation: Evaluation | None, run: P
     if evaluation is not None:
         write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "README.md", card(folder))
+    numbers = () if evaluation is None else ("evaluation.json",)
+    record(folder, *pictures, *numbers, "recipe.yaml", "README.md")
 
 
 def card(folder: Path, repo: str | None = None, branch: str | None = None, steps: tuple[int, ...] | None = None) -> str:
-    """The model card of an exported student.
+    """The model card of an exported student, without the paths of this machine.
 
     Args:
         repo: the Hub's name of where it is to be found, and ``branch`` there; None: in the folder.
         steps: the numbers of steps whose folded pipelines are there; None: all that were exported.
 
     Raises:
-        UserError: if the folder holds no exported student.
+        UserError: if the folder holds no exported student, or one of its files can't be read.
     """
-    about = read_about(folder)
+    facts = read_about(folder)
+    known = known_paths(folder, facts)
+    about, evaluation = public_about(facts, known), public_evaluation(folder, known)
+    if evaluation is not None:
+        _check_rows(folder, evaluation)
     steps = about.steps if steps is None else steps
-    numbers = folder / "evaluation.json"
-    evaluation = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else None
     revision = f" at {about.revision}" if about.revision else ""
     name = about.teacher if repo is None else repo.split("/")[-1]
     parts = [
@@ -71,7 +79,7 @@ def card(folder: Path, repo: str | None = None, branch: str | None = None, steps
         *(["![samples: the same noise down each column](samples.png)"] if (folder / "samples.png").is_file() else []),
         f"## Load it\n\n{_folded(about, steps, repo, branch)}\n\n{_any_step(about, repo, branch)}",
         *([_LORA] if about.lora else []),
-        f"## What it loses, what it gains\n\n{_numbers(evaluation)}",
+        f"## What it loses, what it gains\n\n{_numbers(evaluation, (folder / 'steps.png').is_file())}",
         f"## How it was made\n\n{_made(about)}",
         f"## Limits\n\n{about.limits}",
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nIts losses are those of {'; '.join(about.made['papers'])}.",
@@ -115,10 +123,24 @@ pipeline = DiffusionPipeline.from_pretrained("{repo or _HERE}"{revision}, trust_
 ```"""
 
 
-def _numbers(evaluation: dict[str, Any] | None) -> str:
+def _check_rows(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Refuse numbers that the card has no form for."""
+    todo, where = "export the student again", f"{folder / 'evaluation.json'}: "
+    number = float | None
+    row: dict[str, type | UnionType] = {"sampler": str, "steps": int, "calls": int, "seconds_per_image": number}
+    row |= {"endpoint_error": number, "frechet": number}
+    for index, each in enumerate(evaluation["rows"]):
+        check_keys(f"{where}rows", {str(index): each}, {str(index): dict}, todo=todo)
+        others = {column.key: number for column in COLUMNS if column.key in each}
+        check_keys(f"{where}row {index}", each, others | row, todo=todo)
+    keys: dict[str, type | UnionType] = {"endpoint_samples": int, "frechet": str, "frechet_samples": int | None}
+    check_keys(f"{where}protocol", evaluation["protocol"], keys, todo=todo)
+
+
+def _numbers(evaluation: dict[str, Any] | None, drawn: bool) -> str:
     if evaluation is None:
         return "It was not evaluated."
-    parts = [_table(evaluation["rows"]), "![quality against network calls](steps.png)"]
+    parts = [_table(evaluation["rows"]), *(["![quality against network calls](steps.png)"] if drawn else [])]
     parts.append("\n".join(f"- {key}: {value}" for key, value in evaluation["protocol"].items()))
     return "\n\n".join(parts)
 
@@ -177,17 +199,18 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
         if row["sampler"] != "student":
             continue
         told = {"num_inference_steps": row["steps"], "network_calls": row["calls"]}
-        results.append(
-            EvalResult(
-                task_type=task,
-                dataset_type="teacher-endpoints",
-                dataset_name=f"{protocol['endpoint_samples']} endpoints of the teacher's ODE",
-                metric_type="endpoint-error",
-                metric_name=f"endpoint error, num_inference_steps={row['steps']}",
-                metric_value=round(row["endpoint_error"], 5),
-                metric_args=told,
+        if row["endpoint_error"] is not None:
+            results.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type="teacher-endpoints",
+                    dataset_name=f"{protocol['endpoint_samples']} endpoints of the teacher's ODE",
+                    metric_type="endpoint-error",
+                    metric_name=f"endpoint error, num_inference_steps={row['steps']}",
+                    metric_value=round(row["endpoint_error"], 5),
+                    metric_args=told,
+                )
             )
-        )
         if row["frechet"] is None:
             continue
         # Only the distance of Inception features goes by the name that everyone compares.
@@ -196,9 +219,9 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
             EvalResult(
                 task_type=task,
                 dataset_type="images",
-                dataset_name=str(protocol["frechet_reference"]),
+                dataset_name=str(protocol.get("frechet_reference")),
                 metric_type=kind,
-                metric_name=f"{kind} of {protocol['frechet_samples']} samples, num_inference_steps={row['steps']}",
+                metric_name=f"{kind} of {protocol.get('frechet_samples')} samples, num_inference_steps={row['steps']}",
                 metric_value=round(row["frechet"], 4),
                 metric_args=told | {"features": protocol["frechet"]},
             )

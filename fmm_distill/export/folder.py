@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,8 +11,10 @@ from safetensors.torch import save_file
 
 from fmm_distill import __version__
 from fmm_distill.checkpoint import writing
-from fmm_distill.errors import UserError
+from fmm_distill.export.contents import record
 from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
+from fmm_distill.export.local_paths import strip
+from fmm_distill.export.place import replacing
 from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
 from fmm_distill.lora import lora_state
 from fmm_distill.teachers.codec import LatentCodec
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["export_pipeline", "write_lora"]
+__all__ = ["export_pipeline", "write_lora", "write_pipelines"]
 
 # Equally named files of two students share one namespace in a process, so the names carry the version.
 _SUFFIX = __version__.replace(".", "_")
@@ -40,30 +41,27 @@ def export_pipeline(
     student (``why_not_folded``) only the first is written.
 
     Raises:
-        UserError: on a number of steps that does not divide the timesteps, a folder that holds something else, or a
-            disk that is full.
+        UserError: on a number of steps that does not divide the timesteps, a folder with files that no export wrote,
+            another export into it at the same time, or a full disk.
     """
     folder, steps = Path(folder), tuple(steps)
     check_steps(steps, student.schedule)
-    if folder.exists() and not _is_export(folder):
-        raise UserError(f"{folder} holds something else than an exported student; choose a folder that is not there")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(folder):
-        try:
-            partial.mkdir(parents=True)
-            write = _write_any_step if teacher.folder is None else _write_any_step_stock
-            write(student, teacher, partial)
-            for n in () if why_not_folded(teacher) else steps:
-                if teacher.folder is None:
-                    folded = folded_pipeline(student, teacher, n)
-                    folded.save_pretrained(partial / f"steps-{n}", safe_serialization=True)
-                else:
-                    _write_folded_stock(student, teacher, partial / f"steps-{n}", n, partial)
-            _swap(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with replacing(folder) as new:
+        write_pipelines(student, teacher, new, steps)
     return folder
+
+
+def write_pipelines(student: Student, teacher: Teacher, folder: Path, steps: Iterable[int]) -> None:
+    """Write the pipelines into an empty folder, without the paths of this machine."""
+    write = _write_any_step if teacher.folder is None else _write_any_step_stock
+    write(student, teacher, folder)
+    for n in () if why_not_folded(teacher) else steps:
+        if teacher.folder is None:
+            folded = folded_pipeline(student, teacher, n)
+            folded.save_pretrained(folder / f"steps-{n}", safe_serialization=True)
+        else:
+            _write_folded_stock(student, teacher, folder / f"steps-{n}", n, folder)
+    strip(folder)
 
 
 def write_lora(student: Student, teacher: Teacher, folder: Path) -> None:
@@ -73,20 +71,7 @@ def write_lora(student: Student, teacher: Teacher, folder: Path) -> None:
         (folder / "lora").mkdir(exist_ok=True)
         save_file(adapters, folder / "lora" / "pytorch_lora_weights.safetensors")
         save_file(jumps, folder / "lora" / "jump_embedding.safetensors")
-
-
-def _is_export(folder: Path) -> bool:
-    index = folder / "model_index.json"
-    return index.is_file() and "FlowMapPipeline" in index.read_text(encoding="utf-8")
-
-
-def _swap(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    record(folder, "lora/pytorch_lora_weights.safetensors", "lora/jump_embedding.safetensors")
 
 
 def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
@@ -110,6 +95,8 @@ def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
 def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> None:
     """The teacher's pipeline with the two-time network in it, of a class made from the stock one."""
     index = copy_pipeline(teacher, folder)
+    # Before the folded pipelines link to these files.
+    strip(folder)
     scheduler = stock_scheduler(teacher, student.prediction)
     scheduler.save_pretrained(folder / "scheduler")
     network = cast("Any", student.network)

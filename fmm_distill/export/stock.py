@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
@@ -22,8 +23,6 @@ from fmm_distill.teachers.prompted import RecordedCall
 from fmm_distill.teachers.recording import record, run_pipeline, tensor_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from jaxtyping import Float
     from torch import Tensor
 
@@ -43,7 +42,9 @@ __all__ = [
     "verification_call",
 ]
 
-_NOT_OPENED = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".py")
+# Configurations, weights, chat templates and vocabularies.
+_OPENED = (".json", ".safetensors", ".jinja", ".model", ".spm", ".tiktoken", "vocab.txt", "merges.txt")
+_NOT_OPENED = (".bin.index.json",)
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
 _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.\w+\.json$")
 
@@ -59,6 +60,9 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or name in (teacher.component, "scheduler"):
             continue
+        # A name is that of a folder in this one.
+        if Path(name).name != name:
+            continue
         if source is not None and (source / name).is_dir():
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (origin / name).is_dir():
@@ -67,8 +71,13 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:
-    """What a component's folder has besides what stock diffusers opens: pickles, code, other variants' weights."""
-    return [name for name in names if name.endswith(_NOT_OPENED) or _VARIANT.search(name)]
+    """The files of a component's folder that stock diffusers does not open: pickles, code, variants, a user's own."""
+    return [name for name in names if not (_is_opened(name) or ((Path(folder) / name).is_dir() and name[0] != "."))]
+
+
+def _is_opened(name: str) -> bool:
+    hidden = name.startswith(".")
+    return not hidden and name.endswith(_OPENED) and not name.endswith(_NOT_OPENED) and not _VARIANT.search(name)
 
 
 def _linked(source: str, target: str) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import FmmDistillError
+from fmm_distill.export.contents import record
 from fmm_distill.export.folded import jump_scheduler, stock_times
 from fmm_distill.export.stock import any_step_times, folded_network, guidance_keyword, start_of, verification_call
 from fmm_distill.sampling import sample
@@ -72,6 +73,7 @@ def verify_all(exports: Sequence[Exported]) -> list[dict[str, float]]:
         differences = compare(export, call, made)
         report = {"tolerance": TOLERANCE, "largest_pixel_difference": differences}
         write_text(export.folder / "verification.json", json.dumps(report, indent=2) + "\n")
+        record(export.folder, "verification.json")
         wrong = {key: value for key, value in differences.items() if not value <= TOLERANCE}
         if wrong:
             raise FmmDistillError(

@@ -31,7 +31,7 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     sent = _files(hub)
     here = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
     seen["names"] = sorted(sent)
-    written = ("README.md", "student.json")
+    written = ("README.md", "student.json", "recipe.yaml")
     seen["equal"] = all(sent[name] == here[name].read_bytes() for name in (here.keys() & sent.keys()) - set(written))
     seen["left_here"] = sorted(here.keys() - sent.keys())
     seen["card"] = sent["README.md"].decode()

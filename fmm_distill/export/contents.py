@@ -1,0 +1,134 @@
+"""The list of the files that an export wrote, with their digests: ``export.json`` in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmm_distill import __version__
+from fmm_distill.checkpoint import write_text
+from fmm_distill.errors import UserError
+from fmm_distill.reading import check_keys, read_mapping
+
+__all__ = ["CONTENTS", "Changes", "changes", "contents", "record", "shown", "write_contents"]
+
+CONTENTS = "export.json"
+# Python and file managers leave these in any folder.
+_DEBRIS = ("__pycache__", ".DS_Store")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The differences between a folder and the list of what its export wrote.
+
+    Attributes:
+        added: files that are not in the list; links, and folders without a listed file, by their own name and a slash.
+        changed: files that have other bytes than the export wrote, or that are now a link or behind one.
+        missing: files of the list that are gone.
+    """
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def write_contents(folder: Path) -> None:
+    """Write the list of all files in a folder that an export has just written."""
+    seen: dict[tuple[int, int], str] = {}
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    _write(folder, {name: _digest(folder / name, seen) for name in names if name != CONTENTS})
+
+
+def record(folder: Path, *names: str) -> None:
+    """Take files into the list that were written after it; without a list there is nothing to do."""
+    if (folder / CONTENTS).is_file():
+        _write(folder, contents(folder) | {name: _digest(folder / name, {}) for name in names})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The list: each file's name in the folder to its SHA-256.
+
+    Raises:
+        UserError: if there is none, or it can't be read.
+    """
+    file = folder / CONTENTS
+    todo = "export into another folder"
+    digests: dict[str, str] = read_mapping(file, {"sha256": dict}, todo=todo)["sha256"]
+    check_keys(str(file), digests, dict.fromkeys(digests, str), todo=todo)
+    return digests
+
+
+def changes(folder: Path, skip: tuple[str, ...] = ()) -> Changes:
+    """Compare a folder with its list, without following links.
+
+    Args:
+        skip: beginnings of the names of listed files that are not compared.
+
+    Raises:
+        UserError: if there is no list, or a file can't be read.
+    """
+    listed = contents(folder)
+    seen: dict[tuple[int, int], str] = {}
+    try:
+        there, added = _walk(folder, listed)
+        changed = [
+            name
+            for name in there & listed.keys()
+            if not name.startswith(skip) and not _is_as_written(folder / name, listed[name], seen)
+        ]
+    except OSError as error:
+        raise UserError(f"{folder}: can't be compared with its {CONTENTS} ({error})") from error
+    missing = listed.keys() - there
+    behind = {name for name in missing if name.startswith(tuple(f"{link.rstrip('/')}/" for link in added))}
+    return Changes(tuple(sorted(added)), tuple(sorted({*changed, *behind})), tuple(sorted(missing - behind)))
+
+
+def shown(names: tuple[str, ...]) -> str:
+    """Some of the names, and the number of the others."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _walk(folder: Path, listed: dict[str, str]) -> tuple[set[str], set[str]]:
+    """The listed names that are there, and what else there is."""
+    parents = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    there: set[str] = set()
+    added: set[str] = set()
+    for place, folders, files in os.walk(folder):
+        root = Path(place).relative_to(folder)
+        for name in [name for name in folders if name not in _DEBRIS]:
+            below = (root / name).as_posix()
+            # A folder of the user's goes by its own name: it may be a repository with thousands of files.
+            if (folder / below).is_symlink() or (below not in parents and any((folder / below).iterdir())):
+                added.add(f"{below}/")
+                folders.remove(name)
+        folders[:] = [name for name in folders if name not in _DEBRIS]
+        names = {(root / name).as_posix() for name in files if name not in _DEBRIS}
+        there |= names & listed.keys()
+        added |= names - listed.keys() - {CONTENTS}
+    return there, added
+
+
+def _is_as_written(path: Path, digest: str, seen: dict[tuple[int, int], str]) -> bool:
+    # A pipe in the place of a file would be read forever.
+    return stat.S_ISREG(path.lstat().st_mode) and _digest(path, seen) == digest
+
+
+def _digest(path: Path, seen: dict[tuple[int, int], str]) -> str:
+    """The SHA-256; the folded pipelines share most of their files by hard links, which are read once."""
+    place = path.stat()
+    key = (place.st_dev, place.st_ino)
+    if key not in seen:
+        with path.open("rb") as file:
+            seen[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return seen[key]
+
+
+def _write(folder: Path, digests: dict[str, str]) -> None:
+    kept = {"fmm_distill": __version__, "sha256": dict(sorted(digests.items()))}
+    write_text(folder / CONTENTS, json.dumps(kept, indent=1) + "\n")

@@ -1,0 +1,131 @@
+"""The folder of an export: replaced at once and by one export at a time, with nothing of the user's in it lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmm_distill.checkpoint import writing
+from fmm_distill.errors import UserError
+from fmm_distill.export.contents import CONTENTS, changes, shown, write_contents
+from fmm_distill.lock import locked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["check_replaceable", "in_use", "recover", "replacing"]
+
+
+@contextmanager
+def replacing(target: Path, waiting: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """A new folder that takes the place of ``target``, with the list of its files, once the block has filled it.
+
+    After an error, or a kill at any moment, the former export is in its place or is put back there by ``recover``.
+
+    Args:
+        waiting: takes the line that another export into it, or its publication, is waited for; None: it is refused.
+
+    Raises:
+        UserError: if another export into it is running, if there is anything there that an export did not write, or if
+            the disk is full.
+    """
+    # The folder behind a link is replaced, not the link.
+    folder = target.resolve()
+    with in_use(folder, "an export", waiting), writing(target):
+        _put_back(folder)
+        check_replaceable(target)
+        partial, old = _beside(folder, "partial"), _beside(folder, "old")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            write_contents(partial)
+            # The user may have put a file there during a long verification.
+            check_replaceable(target)
+            _swap(partial, folder, old)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def in_use(target: Path, purpose: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of an export's folder. It is next to the folder, which an export replaces together with its files.
+
+    Args:
+        waiting: takes the line that another process is waited for; None: it is refused.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    with locked(_beside(target.resolve(), "lock"), purpose, waiting or print, wait=waiting is not None):
+        yield
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse a folder of which anything is not, byte for byte, what an export wrote.
+
+    Raises:
+        UserError: with the names of the files.
+    """
+    recover(target)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / CONTENTS).is_file():
+        raise UserError(
+            f"{target} holds something else than an exported student, or one of an earlier version (no {CONTENTS}); "
+            "choose another folder, or move it away"
+        )
+    found = changes(target)
+    if found.added or found.changed:
+        lists = [
+            f"{kind} {shown(names)}" for kind, names in (("added", found.added), ("changed", found.changed)) if names
+        ]
+        raise UserError(
+            f"{target} has files that an export would replace or remove ({'; '.join(lists)} since the last export); "
+            "move them away, or choose another folder"
+        )
+
+
+def recover(target: Path) -> None:
+    """Put an export back in its place that was cut off after it had moved the former one out of the way.
+
+    Raises:
+        UserError: if an export into it is running.
+    """
+    folder = target.resolve()
+    # Of processes that a launcher started the first one has the lock.
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not folder.exists() and _beside(folder, "old").is_dir():
+        with in_use(folder, "a recovery"):
+            _put_back(folder)
+
+
+def _put_back(folder: Path) -> None:
+    old = _beside(folder, "old")
+    if not old.is_dir():
+        return
+    if not os.path.lexists(folder):
+        old.rename(folder)
+        return
+    # A kill while the former export was removed: what is left of it is of no use, but for a file of the user's.
+    if (old / CONTENTS).is_file() and (added := changes(old).added):
+        raise UserError(f"{old} has files that no export wrote ({shown(added)}); move them away")
+    shutil.rmtree(old)
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        _put_back(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")

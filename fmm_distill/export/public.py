@@ -1,0 +1,103 @@
+"""The texts of an exported student as they may leave this machine: the same facts without its paths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fmm_distill.export.about import About
+from fmm_distill.export.local_paths import is_local, public_name, without_paths
+from fmm_distill.reading import read_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["known_paths", "public_about", "public_evaluation", "public_json", "public_recipe", "public_teacher"]
+
+_TODO = "export the student again"
+
+
+def public_teacher(teacher: str, revision: str | None) -> str:
+    """The name of a teacher: a Hub id as it is, which has a revision, and ``local:<folder>``."""
+    local = is_local(teacher) or (revision is None and not teacher.startswith("builtin:"))
+    return public_name(teacher) if local else teacher
+
+
+def known_paths(folder: Path, about: About) -> dict[str, str]:
+    """The paths in an exported student's recipe, as they were written and as they resolve, to their public names."""
+    named = _sources(about, _recipe(folder))
+    paths = {value: public_name(value) for value, local in named if local}
+    full = {str(Path(path).expanduser().absolute()): name for path, name in paths.items()}
+    return full | {str(Path(path).expanduser()): name for path, name in paths.items()} | paths
+
+
+def public_about(about: About, known: Mapping[str, str]) -> About:
+    """The facts with a name in the place of each path."""
+    facts: dict[str, Any] = without_paths(asdict(about), known)
+    facts["teacher"] = public_teacher(about.teacher, about.revision)
+    return About(**(facts | {"steps": about.steps}))
+
+
+def public_json(file: Path, known: Mapping[str, str]) -> str:
+    """The text of a JSON file with a name in the place of each path."""
+    found = read_mapping(file, todo=_TODO)
+    plain = without_paths(found, known)
+    return file.read_text(encoding="utf-8") if plain == found else json.dumps(plain, indent=2) + "\n"
+
+
+def public_evaluation(folder: Path, known: Mapping[str, str]) -> dict[str, Any] | None:
+    """The numbers in ``evaluation.json`` of an exported student; None: it was not evaluated."""
+    file = folder / "evaluation.json"
+    if not file.is_file():
+        return None
+    return without_paths(read_mapping(file, {"protocol": dict, "rows": list}, todo=_TODO), known)
+
+
+def public_recipe(folder: Path, about: About, known: Mapping[str, str]) -> str:
+    """The text of ``recipe.yaml`` with a name in the place of each path; Hub ids stay."""
+    recipe = _recipe(folder)
+    for place, key in _places(recipe):
+        value = place[key]
+        if value in known and (value, True) in _sources(about, recipe):
+            place[key] = known[value]
+    far = {path: name for path, name in known.items() if "/" in path or "\\" in path}
+    return yaml.safe_dump(without_paths(recipe, far), sort_keys=False, allow_unicode=True)
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    file = folder / "recipe.yaml"
+    return read_mapping(file, todo=_TODO) if file.is_file() else {}
+
+
+def _places(recipe: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The settings that may be paths: the mapping that holds each, and its key there."""
+    evaluation = _group(recipe, "evaluation")
+    places = [(recipe, "teacher"), (_group(recipe, "guidance"), "weaker"), (_group(recipe, "data"), "source")]
+    places += [(_group(recipe, "prompts"), "file"), (_group(recipe, "prompts"), "dataset")]
+    places += [(evaluation, "features"), (evaluation, "clip"), (_group(evaluation, "reference"), "source")]
+    return [(place, key) for place, key in places if isinstance(place.get(key), str)]
+
+
+def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    group = settings.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _sources(about: About, recipe: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Each source of a student, and whether it is on this machine."""
+    data = str(about.made["data"])
+    # These were decided when the student was exported: the folders may be gone.
+    decided = {
+        about.teacher: public_teacher(about.teacher, about.revision) != about.teacher,
+        data: data not in ("none", "teacher", about.dataset) and not data.startswith("builtin:"),
+    }
+    found = list(decided.items())
+    for place, key in _places(recipe):
+        value = place[key]
+        file = key == "file" or (key == "features" and value.endswith(".pt"))
+        found.append((value, decided.get(value, file or (key != "features" and is_local(value)))))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.errors import UserError
 from fmm_distill.interpolant import expand
-from fmm_distill.tables import Unreadable, check_shape, datasets_library, first_line, open_table
+from fmm_distill.tables import Unreadable, check_shape, open_table
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import BUILTIN
 from fmm_distill.transfer import sent
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
     from torch import Tensor
 
-    from fmm_distill.settings import DataSettings, PromptSettings
+    from fmm_distill.settings import DataSettings
     from fmm_distill.starts import Draws
     from fmm_distill.tables import Table
     from fmm_distill.teachers.conditions import Conditions
@@ -36,7 +35,6 @@ __all__ = [
     "Samples",
     "captions_of",
     "load_images",
-    "load_prompts",
     "places_of",
 ]
 
@@ -126,6 +124,7 @@ class LazyPixels:
     def __init__(self, table: Table, shape: tuple[int, ...], say: Callable[[str], None]) -> None:
         self.table, self.shape, self.say = table, shape, say
         self.unreadable: dict[int, Unreadable] = {}
+        self._logged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -149,6 +148,10 @@ class LazyPixels:
                 else:
                     found[k] = picture
             missing = [k for k in missing if found[k] is None]
+        for note, (_, first) in self.table.changed.items():
+            if note not in self._logged:
+                self._logged.add(note)
+                self.say(f"data: {first} and perhaps others {note}")
         return torch.stack([picture for picture in found if picture is not None]), real
 
     def _note(self, row: int, picture: Unreadable) -> None:
@@ -224,9 +227,10 @@ class Images:
         return PickedImages(images, None if self.conditions is None else self.conditions[index])
 
     def batches(self, size: int) -> Iterator[Float[Tensor, "batch channels height width"]]:
-        """All images in order, in [0, 1]."""
+        """All images that can be read, each once, in order, in [0, 1]."""
         for index in torch.arange(len(self)).split(size):
-            yield self._unit(index)[0]
+            images, rows = self._unit(index)
+            yield images[rows == index]
 
 
 def row_of(places: Float[Tensor, " batch"], count: int) -> Int[Tensor, " batch"]:
@@ -253,7 +257,7 @@ def load_images(
     Args:
         conditions: what the teacher can be told, if the column ``data.condition`` is read.
         table: the dataset, where it is open already.
-        say: takes the line on images that can't be read.
+        say: takes the lines on images that are left out, can't be read or are converted.
         in_memory: bytes that the images may take decoded; more are decoded each time they are asked for.
 
     Raises:
@@ -266,6 +270,8 @@ def load_images(
         shown = " x ".join(map(str, event_shape))
         raise UserError(f"--data {settings.source}: the teacher makes {shown}; images have 1 or 3 channels: use none")
     table = open_table(settings) if table is None else table
+    for note in table.notes:
+        say(note)
     places = None
     if settings.condition is not None and conditions is not None:
         where = f"data.condition {settings.condition}"
@@ -315,6 +321,8 @@ def _decode(table: Table, shape: tuple[int, ...], say: Callable[[str], None]) ->
             f"data: {len(unreadable)} of {len(table)} images can't be read and are skipped, the first of them "
             f"{first.name} ({first.reason})"
         )
+    for note, (count, name) in table.changed.items():
+        say(f"data: {count} of {len(table)} images {note}; the first of them is {name}")
     return pixels[: len(kept)], torch.tensor(kept)
 
 
@@ -324,7 +332,7 @@ def _check_readable(unreadable: dict[int, Unreadable], table: Table) -> None:
         first = next(iter(unreadable.values()))
         raise UserError(
             f"--data {table.settings.source}: {len(unreadable)} of {len(table)} images can't be read, the first of "
-            f"them {first.name} ({first.reason}); wanted at most a share of {limit:g}: mend them, or raise "
+            f"them {first.name} ({first.reason}); wanted at most a share of {limit:g}: repair or remove them, or raise "
             "data.max_corrupt"
         )
 
@@ -364,40 +372,3 @@ def captions_of(table: Table, column: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise UserError(f"data.condition {column}: row {row} has {value!r}; wanted a caption, which may be empty")
     return tuple(dict.fromkeys(values))
-
-
-def load_prompts(settings: PromptSettings) -> tuple[str, ...]:
-    """Prompts, in the order of their source; none where the recipe names no source.
-
-    Raises:
-        UserError: if the source can't be read or holds no prompt.
-    """
-    if settings.file is not None:
-        path = Path(settings.file).expanduser()
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts.file {path}: can't be read ({error}); wanted text, one prompt a line") from error
-        found = tuple(line.strip() for line in lines if line.strip())
-        if not found:
-            raise UserError(f"prompts.file {path}: no line in it; wanted one prompt a line")
-        return found
-    return () if settings.dataset is None else _column(settings.dataset, settings.column)
-
-
-def _column(source: str, column: str) -> tuple[str, ...]:
-    datasets = datasets_library(f"prompts.dataset {source}")
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(source).suffix)
-    try:
-        if kind is None:
-            rows = datasets.load_dataset(source, split="train")
-        else:
-            rows = datasets.load_dataset(kind, data_files=[source], split="train")
-    except Exception as error:
-        raise UserError(f"prompts.dataset {source}: can't be read ({first_line(error)}); wanted a dataset") from error
-    if column not in rows.features:
-        raise UserError(f"prompts.column {column}: {source} has {', '.join(rows.features)}; wanted one of them")
-    found = tuple(str(text) for text in rows[column] if text not in (None, ""))
-    if not found:
-        raise UserError(f"prompts.dataset {source}: no prompt in its column {column}; wanted text")
-    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fmm_distill.acceleration import checkpoint_blocks
-from fmm_distill.data import captions_of, load_images, load_prompts
+from fmm_distill.data import captions_of, load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import check_evaluation, image_shape
 from fmm_distill.export.folded import check_steps
@@ -17,6 +17,7 @@ from fmm_distill.memory import forecast_memory
 from fmm_distill.parts import mebibytes
 from fmm_distill.prepare import describe_data, disk_bytes, open_images
 from fmm_distill.process import check_training
+from fmm_distill.prompts import load_prompts
 from fmm_distill.recipe import parse
 from fmm_distill.settings import DataSettings
 from fmm_distill.student import make_student

@@ -61,9 +61,9 @@ class PromptSettings(Settings):
     """What a teacher of prompts is told."""
 
     file: str | None = None
-    """A text file with one prompt a line; without it and a dataset: the empty prompt alone."""
+    """A text file (UTF-8) with one prompt per line; without it and a dataset: the empty prompt alone."""
     dataset: str | None = None
-    """A Hub dataset, a parquet or CSV file, whose column holds the prompts."""
+    """A Hub dataset, or a parquet, CSV, TSV, JSON or JSON-lines file, whose column holds the prompts."""
     column: str = "text"
     """The dataset's column."""
 
@@ -98,19 +98,23 @@ class DataSettings(Settings):
     """What jumps start from besides noise. A string in its place is the source alone."""
 
     source: str = "none"
-    """none (noise alone), teacher (trajectories), a Hub dataset, a parquet file or folder, or a folder of images."""
+    """none (noise alone), teacher (trajectories), a Hub dataset, a folder of images, parquet, or a table of files."""
+    config: str | None = None
+    """Configuration of a Hub dataset that has several; none: the one that there is."""
     split: str = "train"
-    """Of a Hub dataset or a folder."""
+    """Of a Hub dataset or a folder; a slice such as train[:1000] is the start of it."""
     image: str | None = None
     """The column of images; none: the one that there is."""
     condition: str | None = None
     """The column of classes or captions, for a teacher that is told one."""
     fit: Literal["none", "crop"] = "none"
     """Images of another size are refused, or resized (antialiased) to cover the teacher's size and centre-cropped."""
+    background: Literal["white", "gray", "black"] = "white"
+    """Color that images with transparent pixels are composited on."""
     flip: bool = False
     """Mirror each picked image, left and right, with chance 1/2."""
     max_corrupt: float = Field(default=0.01, ge=0, le=1)
-    """Share of the images that may be unreadable; they are skipped, and it is said."""
+    """Share of the images that may be unreadable; they are skipped, and their number is logged."""
     on_policy: float | None = Field(default=None, ge=0, le=1)
     """Share of samples that start from the student's own jump all the same; none: 0 with data, 1 without."""
     trajectories: TrajectorySettings = TrajectorySettings()
@@ -130,7 +134,7 @@ class DataSettings(Settings):
     def _settings_act(self) -> Self:
         idle = [
             name
-            for name in ("split", "image", "condition", "fit", "flip", "max_corrupt")
+            for name in ("config", "split", "image", "condition", "fit", "background", "flip", "max_corrupt")
             if not self.has_images and getattr(self, name) != type(self).model_fields[name].default
         ]
         if idle:

@@ -12,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import constants, hf_hub_download
 
 from fmm_distill.checkpoint import writing
-from fmm_distill.data import load_images, load_prompts
+from fmm_distill.data import load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.measure import Measure, check_evaluation, check_evaluation_steps, image_shape
@@ -26,6 +26,7 @@ from fmm_distill.hub import HUB_FAULTS
 from fmm_distill.loading import fetch_student, load_student
 from fmm_distill.plan import at_guidance, open_reference, open_teacher, with_evaluation
 from fmm_distill.process import PATIENCE, check_joined, silent
+from fmm_distill.prompts import load_prompts
 from fmm_distill.recipe import Recipe
 from fmm_distill.reopen import open_run
 from fmm_distill.run_folder import kept_recipe

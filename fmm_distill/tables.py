@@ -7,24 +7,43 @@ import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fmm_distill import records, splits
 from fmm_distill.errors import UserError
+from fmm_distill.image_files import list_files, read_folder, read_list
+from fmm_distill.pixels import VERSION, UnsupportedPixelsError, to_pixels
+from fmm_distill.sources import (
+    Source,
+    datasets_library,
+    first_line,
+    from_hub,
+    from_parquet,
+    from_saved,
+    is_saved,
+    load_parquet,
+    refuse_file,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from jaxtyping import UInt8
     from torch import Tensor
 
+    from fmm_distill.image_files import Rows
     from fmm_distill.settings import DataSettings
 
-__all__ = ["Table", "Unreadable", "check_shape", "datasets_library", "first_line", "open_table"]
+__all__ = ["Table", "Unreadable", "check_shape", "open_table"]
+
+_EXPECTED = (
+    "none, teacher, a Hub dataset, a folder of images, a parquet file or folder, a save_to_disk folder, or a CSV or "
+    "JSON-lines file with a column file_name"
+)
 
 # What Pillow raises on bytes that are no image, or only a part of one.
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -50,10 +69,24 @@ class Table:
         rows: a ``datasets.Dataset`` whose image column is not decoded.
         column: the image column.
         settings: of the data, for how images are fitted and for messages.
+        digest: of the files.
+        notes: lines on what of the source was left out, and why.
+
+    Attributes:
+        changed: for each kind of conversion the images that it changed so far, and the name of the first.
     """
 
-    def __init__(self, rows: Any, column: str, settings: DataSettings) -> None:  # noqa: ANN401 a datasets class
-        self.rows, self.column, self.settings = rows, column, settings
+    def __init__(
+        self,
+        rows: Any,  # noqa: ANN401 a datasets class
+        column: str,
+        settings: DataSettings,
+        *,
+        digest: str,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.rows, self.column, self.settings, self.digest, self.notes = rows, column, settings, digest, notes
+        self.changed: dict[str, tuple[int, str]] = {}
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def __len__(self) -> int:
@@ -61,8 +94,8 @@ class Table:
 
     @property
     def fingerprint(self) -> str:
-        """What the pixels are a function of: the files' digest as ``datasets`` keeps it, the column and the fit."""
-        return f"{self.rows._fingerprint} {self.column} {self.settings.fit}"
+        """All that the pixels are a function of: the files, the column and the conversion."""
+        return f"{self.digest} {self.column} {self.settings.fit} {self.settings.background} {VERSION}"
 
     def values(self, column: str) -> list[Any]:
         """A column's values, in the order of the rows.
@@ -85,22 +118,35 @@ class Table:
         """
         files = self.rows[list(index)][self.column]
         # Pillow decodes outside the interpreter's lock.
-        return list(self._pool.map(lambda i, file: self._picture(i, file, shape), index, files))
+        found = list(self._pool.map(lambda i, file: self._picture(i, file, shape), index, files))
+        for i, file, picture in zip(index, files, found, strict=True):
+            for note in () if isinstance(picture, Unreadable) else picture[1]:
+                count, first = self.changed.get(note, (0, _name(i, file)))
+                self.changed[note] = count + 1, first
+        return [picture if isinstance(picture, Unreadable) else picture[0] for picture in found]
 
-    def _picture(self, i: int, file: dict[str, Any] | None, shape: tuple[int, ...]) -> Tensor | Unreadable:
+    def _picture(
+        self, i: int, file: dict[str, Any] | None, shape: tuple[int, ...]
+    ) -> tuple[Tensor, list[str]] | Unreadable:
         channels, height, width = shape
-        name = (file or {}).get("path") or f"row {i}"
         if file is None or (file["bytes"] is None and file["path"] is None):
-            return Unreadable(name, "empty")
+            return Unreadable(_name(i, file), "empty")
         try:
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]) as opened:
-                image = ImageOps.exif_transpose(opened).convert({1: "L", 3: "RGB"}[channels])
+                image, notes = to_pixels(opened, channels, self.settings.background)
+        except UnsupportedPixelsError as error:
+            raise UserError(f"--data {self.settings.source}: {_name(i, file)} can't be used: {error}") from error
         except _FAULTS as error:
-            return Unreadable(name, first_line(error))
+            return Unreadable(_name(i, file), first_line(error))
         if self.settings.fit == "crop":
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         check_shape((channels, image.height, image.width), shape, f"{self.settings.source}, image {i}")
-        return torch.from_numpy(np.array(image).reshape(height, width, channels)).movedim(-1, 0)
+        return torch.from_numpy(np.array(image).reshape(height, width, channels)).movedim(-1, 0), notes
+
+
+def _name(i: int, file: dict[str, Any] | None) -> str:
+    """An image's file, or its row."""
+    return (file or {}).get("path") or f"row {i}"
 
 
 def check_shape(got: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
@@ -119,70 +165,97 @@ def open_table(settings: DataSettings) -> Table:
     Raises:
         UserError: if it can't be found or read, or has no image column, or several and none is named.
     """
-    source = settings.source
-    datasets = datasets_library(f"--data {source}")
-    rows = _rows(datasets, settings)
+    source = Source(f"--data {settings.source}", settings.source, _EXPECTED, ("none", "teacher"))
+    datasets = datasets_library(source.what)
+    opened = _open(datasets, source, settings)
+    rows = opened.rows if opened.cut else splits.sliced(datasets, opened.rows, settings.split)
+    if not len(rows):
+        raise source.refuse(f"no images in its split {settings.split}; expected at least one")
     columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if settings.image is not None:
         if settings.image not in rows.features:
-            raise UserError(f"data.image {settings.image}: {source} has {', '.join(rows.features)}; wanted one of them")
+            raise UserError(
+                f"data.image {settings.image}: {source.name} has {', '.join(rows.features)}; expected one of them"
+            )
         columns = [settings.image]
     if len(columns) != 1:
         found = "no image column" if not columns else f"{len(columns)} image columns ({', '.join(columns)})"
-        raise UserError(f"--data {source}: {found} among {', '.join(rows.features)}; wanted one: name it in data.image")
+        raise source.refuse(f"{found} among {', '.join(rows.features)}; expected one: name it in data.image")
     try:
         rows = rows.cast_column(columns[0], datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(
-            f"data.image {columns[0]}: {rows.features[columns[0]]} holds no images; wanted their files or bytes"
+            f"data.image {columns[0]}: {rows.features[columns[0]]} holds no images; expected their files or bytes"
         ) from error
-    return Table(rows, columns[0], settings)
+    digest = f"{opened.digest} {settings.split}" if opened.digest else rows._fingerprint
+    return Table(rows, columns[0], settings, digest=digest, notes=opened.notes)
 
 
-def _rows(datasets: Any, settings: DataSettings) -> Any:  # noqa: ANN401 a module and its class
-    source, split = settings.source, settings.split
-    path = Path(source).expanduser()
-    try:
-        if path.is_file() or (path.is_dir() and list(path.rglob("*.parquet"))):
-            files = _files(path, split)
-            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        elif path.is_dir():
-            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
-        else:
-            rows = datasets.load_dataset(source, split=split)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--data {source}: no images could be read ({first_line(error)}); wanted none, teacher, a Hub dataset, a "
-            "parquet file or folder, or a folder of images"
-        ) from error
-    if not len(rows):
-        raise UserError(f"--data {source}: no images in its split {split}; wanted at least one")
-    return rows
+@dataclass(frozen=True)
+class _Opened:
+    """The rows of a source.
+
+    Attributes:
+        notes: lines on what was left out.
+        digest: of the files; empty: ``datasets`` has one of the rows.
+        cut: whether the slice in ``data.split`` is taken already.
+    """
+
+    rows: Any
+    notes: Sequence[str] = ()
+    digest: str = ""
+    cut: bool = False
 
 
-def _files(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split, which their names tell; without such names all are for training."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    named = files if path.is_file() and split == "train" else [file for file in files if split in file.name]
-    if not named and split != "train":
-        raise UserError(
-            f"data.split {split}: no parquet file of {path} has it in its name; wanted {split}-*.parquet, or train"
+def _open(datasets: Any, source: Source, settings: DataSettings) -> _Opened:  # noqa: ANN401 a module
+    path, split = source.path, settings.split
+    if settings.config is not None and path.exists():
+        raise UserError(f"data.config {settings.config}: {source.name} is on this disk; expected null: give its folder")
+    if path.is_file():
+        return _open_file(datasets, source, settings)
+    if not path.is_dir():
+        return _Opened(from_hub(source, settings.config, split), cut=True)
+    if is_saved(path):
+        return _Opened(from_saved(source, split))
+    listing = list_files(path)
+    if listing.images and listing.parquet:
+        raise source.refuse(
+            f"it has {len(listing.images)} image files and {len(listing.parquet)} parquet files "
+            f"({listing.parquet[0]}); expected one kind: give the folder or the file of one"
         )
-    return named or files
+    if listing.parquet:
+        return _Opened(*from_parquet(listing, source, split))
+    if not listing.images:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in listing.others.most_common(5)) or "no files"
+        hidden = f" and {listing.hidden} hidden images" if listing.hidden else ""
+        hint = _hint(listing.others)
+        raise source.refuse(f"no images in this folder, which has {kinds}{hidden}{hint}; expected {source.expected}")
+    found = read_folder(listing, source.name, split)
+    return _Opened(_dataset(datasets, found), found.notes, found.digest)
 
 
-def datasets_library(what: str) -> Any:  # noqa: ANN401 a module
-    """The module ``datasets``, or what to install for it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{what}: reading it needs `pip install fmm-distill[data]`") from error
-    datasets.disable_progress_bars()
-    return datasets
+def _hint(others: Mapping[str, int]) -> str:
+    if ".arrow" in others:
+        return ": give the folder in it that save_to_disk wrote"
+    return ": unpack it first" if any(ending in (".zip", ".tar", ".gz", ".tgz") for ending in others) else ""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _open_file(datasets: Any, source: Source, settings: DataSettings) -> _Opened:  # noqa: ANN401 a module
+    path, kind, base = source.path, source.path.suffix.lower(), splits.base_of(settings.split)
+    if kind == ".arrow":
+        return _Opened(from_saved(source, settings.split))
+    if kind not in (".parquet", *records.KINDS):
+        raise refuse_file(source)
+    if base not in ("train", splits.of_file(path.stem)):
+        raise source.refuse(f"no split {settings.split}: its name does not state one; expected train, for all of it")
+    if kind == ".parquet":
+        return _Opened(load_parquet([path], source))
+    found = read_list(path, source.name, settings.image)
+    return _Opened(_dataset(datasets, found), found.notes, found.digest)
+
+
+def _dataset(datasets: Any, found: Rows) -> Any:  # noqa: ANN401 a module and its class
+    rows = datasets.Dataset.from_dict(found.columns)
+    for name in found.images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows.cast_column("label", datasets.ClassLabel(names=list(found.classes))) if found.classes else rows

@@ -118,7 +118,7 @@ def _of_images(
     return {
         "frechet": f"{features.about}; images {features.pixels}",
         "frechet_samples": settings.samples,
-        "frechet_reference": f"{len(images)} images of {images.source}",
+        "frechet_reference": f"{len(reference)} images of {images.source}",
         "reference_split": images.split,
         "reference_resize": "resized with antialiasing and cropped" if images.resized else "as they are",
         "reference_sha256": reference.digest,

@@ -141,7 +141,7 @@ OPENING = {
             "data.fit=crop",
         ],
     ),
-    "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no images could be read"]),
+    "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no such file or folder"]),
     "export off the grid": (
         tiny("--set", "export.steps=[1, 3, 7]"),
         ["export.steps 3, 7: wanted divisors of the teacher's 1000 timesteps"],

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.download import Snapshot, find_on_hub
@@ -20,6 +21,7 @@ from fmm_distill.teachers.prompted import load_prompted
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 from fmm_distill.teachers.variant import as_plain
+from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,7 +61,11 @@ def load_teacher(
     found = find(source, revision, say)
     load = _adapter(found, prompts, call, guidance)
     # Only what an adapter opens is fetched.
-    return load(fetched(found, variant, say))
+    found = fetched(found, variant, say)
+    check_weight_files(found, say)
+    if checkers := about_checkers(found.pipeline, found.components):
+        say(f"{source}: images are decoded without the pipeline's {checkers}, the teacher's and the student's alike")
+    return load(found)
 
 
 def _adapter(

@@ -6,6 +6,7 @@ that it can call the network the same itself.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -52,6 +53,7 @@ def load_prompted(
     """
     component = "transformer" if "transformer" in found.components else "unet"
     _check_one_network(found, component)
+    _check_no_map(found, component)
     pipeline = _open(found)
     check_call(pipeline, call or {}, found.source)
     scale = 1.0 if guidance is None else guidance.scale
@@ -121,6 +123,21 @@ def _check_one_network(found: Found, component: str) -> None:
         raise UserError(
             f"{found.source}: its {others[0]} is a second {kind} for a part of the times; wanted one network for all "
             "of them: choose a checkpoint that has one"
+        )
+
+
+def _check_no_map(found: Found, component: str) -> None:
+    """A latent consistency model is recognized by its input of the guidance's scale, whatever its scheduler is."""
+    file = found.component_folder(component) / "config.json"
+    try:
+        width = json.loads(file.read_text(encoding="utf-8")).get("time_cond_proj_dim") if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{found.source}: {component}/config.json can't be read ({error}); fetch it again") from error
+    if width is not None or found.pipeline.startswith("LatentConsistencyModel"):
+        kind = f"time_cond_proj_dim {width}" if width is not None else found.pipeline
+        raise UserError(
+            f"{found.source}: its {component} embeds the scale of the guidance ({kind}), as latent consistency models "
+            "do, which are a map to data already and no denoiser; wanted the model that it was distilled from"
         )
 
 

@@ -122,6 +122,8 @@ def _write_folded_stock(student: Student, teacher: Teacher, folder: Path, steps:
     network.save_pretrained(folder / teacher.component, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    # An older repository names the class that its day had.
+    index[teacher.component] = ["diffusers", type(network).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

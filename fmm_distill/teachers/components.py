@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,19 +12,31 @@ import diffusers
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.checkers import without_checkers
+from fmm_distill.teachers.weight_files import model_class
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from fmm_distill.teachers.download import Snapshot
 
-__all__ = ["FAULTS", "Found", "check_weights", "open_component", "open_network", "open_pipeline", "open_scheduler"]
+__all__ = [
+    "FAULTS",
+    "Found",
+    "_check_keys",
+    "check_weights",
+    "open_component",
+    "open_network",
+    "open_pipeline",
+    "open_scheduler",
+]
 
 
 # What a stock pipeline raises on files or keywords that it can't use.
 FAULTS = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,
@@ -66,13 +79,44 @@ def open_component(found: Found, component: str, **options: object) -> Any:  # n
     if kind is None:
         raise UserError(f"{found.source}: this diffusers ({diffusers.__version__}) has no {name}; install a newer one")
     try:
-        return kind.from_pretrained(found.component_folder(component), **options)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+        if model_class("diffusers", name) is None:
+            return kind.from_pretrained(found.component_folder(component), **options)
+        model, keys = kind.from_pretrained(found.component_folder(component), output_loading_info=True, **options)
+    except FAULTS as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{found.source}: its {component} does not open ({type(error).__name__}: {lines[0]}); wanted a whole "
+            f"{found.source}: its {component} does not open ({type(error).__name__}: {lines[0]}); wanted a complete "
             "pipeline as save_pretrained writes it: fetch or save it again"
         ) from error
+    _check_keys(found.source, component, keys)
+    return model
+
+
+def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a model whose file lacks weights: stock classes draw those at random and only warn.
+
+    A network's file may not hold more than its class has either: another network was trained than the one that opens.
+
+    Args:
+        keys: ``missing_keys`` and ``unexpected_keys`` of the loading.
+    """
+    missing, more = (sorted(keys.get(name, ())) for name in ("missing_keys", "unexpected_keys"))
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} weights of its {component} are missing in its file ({_some(missing)}); wanted "
+            "the weights of this network: fetch or save it again"
+        )
+    # An exported student has its own beside those of the stock class.
+    more = [key for key in more if not key.startswith("jump_embedding.")]
+    if more and component in ("unet", "transformer"):
+        raise UserError(
+            f"{source}: the file of its {component} holds {len(more)} weights that its class and configuration have no "
+            f"place for ({_some(more)}); wanted the configuration that belongs to them: fetch or save it again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -92,8 +136,20 @@ def quiet() -> Iterator[None]:
 
 
 def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffusers class
-    """A stock pipeline in float32 from a folder on this disk, safetensors alone, no code but diffusers' own."""
+    """A stock pipeline in float32 from a folder on this disk, safetensors alone, no code but diffusers' own.
+
+    It has no safety checker and no watermark: a checked image is black, and measures of it mean nothing.
+
+    Raises:
+        UserError: if weights of a component are missing.
+    """
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    given = without_checkers(index["_class_name"], parts) | given
     with quiet():
+        for name, (library, kind) in parts.items():
+            if name not in given and not name.startswith("_") and (folder / name).is_dir():
+                given |= _open_part(folder, name, model_class(library, kind))
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
@@ -101,6 +157,17 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
     if isinstance(vae := getattr(pipeline, "vae", None), diffusers.AutoencoderKLAllegro):
         vae.enable_tiling()
     return pipeline
+
+
+def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # noqa: ANN401 a class of a model
+    """A model of a pipeline, checked to be complete; nothing of what is no model."""
+    if kind is None:
+        return {}
+    model, keys = kind.from_pretrained(
+        folder / name, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    _check_keys(str(folder), name, keys)
+    return {name: model}
 
 
 def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class
@@ -117,13 +184,6 @@ def open_network(found: Found, component: str, **missing: object) -> Any:  # noq
     folder = found.component_folder(component)
     if not folder.is_dir() or (folder == found.folder and component not in ("unet", "scheduler")):
         raise UserError(f"{found.source}: its {component} is missing (no folder of that name): fetch it again")
-    if not list(folder.glob("diffusion_pytorch_model*.safetensors")):
-        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
-        raise UserError(
-            f"{found.source}: {folder.name} has {', '.join(others)} and no diffusion_pytorch_model.safetensors; "
-            "pickled weights are not opened: save the pipeline again with save_pretrained(folder, "
-            "safe_serialization=True)"
-        )
     network = open_component(found, component, use_safetensors=True, torch_dtype=torch.float32, **missing)
     check_weights(network, found.source)
     return network.eval().requires_grad_(False)

@@ -52,6 +52,18 @@ class Snapshot:
             hf_hub_download(self.source, "model_index.json", revision=self.commit, local_files_only=True)
         ).parent
 
+    def config(self, component: str) -> Path:
+        """A component's configuration in the cache.
+
+        Raises:
+            UserError: if it can't be had.
+        """
+        try:
+            name = f"{component}/config.json"
+            return Path(hf_hub_download(self.source, name, revision=self.commit, local_files_only=self.cached))
+        except (*HUB_FAULTS, ValueError) as error:
+            raise UserError(f"{self.source}: {component}/config.json: {hub_reason(error)}") from error
+
     def fetch(self, variant: str | None, say: Callable[[str], None]) -> Path:
         """All that stock diffusers takes of it, in the cache and checked; whole files that came before stay.
 

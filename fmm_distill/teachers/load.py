@@ -13,13 +13,16 @@ from huggingface_hub import ModelCard
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.download import Snapshot, find_on_hub
 from fmm_distill.teachers.prompted import load_prompted
+from fmm_distill.teachers.renamed import current_classes
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 from fmm_distill.teachers.variant import as_plain
+from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +33,7 @@ __all__ = ["BUILTIN", "fetched", "find", "load_teacher"]
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 _PREFIX = "builtin:"
+_SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
 
 
 def load_teacher(
@@ -59,7 +63,11 @@ def load_teacher(
     found = find(source, revision, say)
     load = _adapter(found, prompts, call, guidance)
     # Only what an adapter opens is fetched.
-    return load(fetched(found, variant, say))
+    found = fetched(found, variant, say)
+    check_weight_files(found, say)
+    if checkers := about_checkers(found.pipeline, found.components):
+        say(f"images are decoded without the {checkers} of {found.pipeline}, the teacher's and the student's alike")
+    return load(found)
 
 
 def _adapter(
@@ -106,7 +114,7 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
     folder = place if isinstance(place, Path) else place.folder
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
+        raise UserError(f"{source}: no model_index.json in it; {_instead_of_index(folder)}")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -122,11 +130,27 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
     if not isinstance(pipeline, str):
         raise UserError(f"{source}: its pipeline is code of the repository ({pipeline}); wanted one of diffusers' own")
     _check_code(source, components)
+    if isinstance(place, Path) and revision is not None:
+        raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
+
+    def config_of(name: str) -> dict[str, Any]:
+        file = folder / name / "config.json" if isinstance(place, Path) else place.config(name)
+        return _json(source, file)
+
+    components = current_classes(components, config_of)
     if isinstance(place, Path):
-        if revision is not None:
-            raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
         return Found(source, folder, pipeline=pipeline, components=components)
     return Found(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
+
+
+def _json(source: str, file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {file.parent.name}/{file.name} can't be read ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {file.parent.name}/{file.name} holds no settings; fetch it again")
+    return values
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
@@ -163,9 +187,44 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() or path.suffix in _SINGLE_FILES:
+        raise UserError(_about_file(source, path))
+    if "://" in source:
+        raise UserError(f"{source}: an address; wanted a pipeline folder, a Hub id (owner/name) or builtin:digits")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder; wanted a pipeline folder, a Hub id or builtin:digits")
     return find_on_hub(source, revision, say)
+
+
+def _about_file(source: str, path: Path) -> str:
+    """A file in place of a folder: a checkpoint of another program, in most cases."""
+    if path.suffix not in _SINGLE_FILES:
+        return f"{source}: a file; wanted a pipeline folder, a Hub id or builtin:digits"
+    if not path.is_file():
+        return f"{source}: no such file, and a single file is no pipeline; wanted a folder, a Hub id or builtin:digits"
+    if path.suffix == ".gguf":
+        return f"{source}: quantized weights in a single file; wanted the pipeline folder of the plain weights"
+    return (
+        f"{source}: a single-file checkpoint; wanted a pipeline folder. Convert it once, with the class of its "
+        'family: python -c "from diffusers import StableDiffusionXLPipeline as P; '
+        f"P.from_single_file('{source}').save_pretrained('teacher')\""
+    )
+
+
+def _instead_of_index(folder: Path) -> str:
+    """The remedy, by the files that a folder has."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if any("lora" in name.lower() and name.endswith(_SINGLE_FILES) for name in names):
+        return "it holds a LoRA; wanted the pipeline that it belongs to, fused with it (fuse_lora) and saved"
+    if "config.json" in names:
+        return "it holds one component; wanted a complete diffusers pipeline, such as the folder above it"
+    single = [name for name in names if name.endswith(_SINGLE_FILES)]
+    if single:
+        return (
+            f"it holds {single[0]}, a single-file checkpoint: open it with from_single_file of the pipeline class of "
+            "its family, and save it with save_pretrained(folder)"
+        )
+    return "wanted a complete diffusers pipeline (save_pretrained)"
 
 
 def _licence(folder: Path) -> dict[str, Any]:

@@ -109,6 +109,12 @@ def read_scheduler(
 
 def _prediction(config: dict[str, Any], known: tuple[str, ...], source: str) -> Prediction:
     prediction = config["prediction_type"]
+    if config.get("predict_epsilon") is False and prediction == "epsilon":
+        # The name of 2022, which stock diffusers reads no more.
+        raise UserError(
+            f"{source}: predict_epsilon: false in scheduler_config.json, which diffusers ignores, so that a prediction "
+            "of the sample would be read as noise; write prediction_type: sample in its place"
+        )
     if prediction not in known:
         raise UserError(f"{source}: prediction_type {prediction!r}; wanted one of {', '.join(known)}")
     return cast("Prediction", prediction)

@@ -216,7 +216,7 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
     [
         (diffusion, "sdxl-refiner", "refines an image that another model made"),
         (flow, "hunyuan-image", "8 calls in 4 steps"),
-        (video, "ace-step", "told a second time already"),
+        (video, "ace-step", "takes a second time already"),
         (video, "wan-two", "its transformer_2 is a second WanTransformer3DModel for a part of the times"),
     ],
 )

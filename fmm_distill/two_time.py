@@ -2,11 +2,53 @@
 
 import contextlib
 import functools
+import hashlib
 import inspect
+import json
+import sys
+import threading
+import weakref
+from pathlib import Path
 
+import diffusers
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.utils import logging
 from torch import nn
+
+logger = logging.get_logger(__name__)
+
+# Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+# Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
+MODULE = f"two_time_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
+
+# Of each kind of schedule, the settings of a scheduler that change what the network's time stands for.
+_LEVELS = {
+    "discrete": ("num_train_timesteps", "prediction_type"),
+    "exploding": ("sigma_min", "sigma_max", "sigma_data", "prediction_type"),
+    "flow": ("num_train_timesteps",),
+    "angular": ("num_train_timesteps",),
+}
+# The settings of a flow scheduler that choose another grid, between whose points the student can jump as well.
+_GRIDS = (
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
+
+# diffusers looks here for the class of a network that is passed to ``from_pretrained``.
+sys.modules.setdefault(MODULE, sys.modules[__name__])
+
+_locks = weakref.WeakKeyDictionary()
 
 
 class JumpEmbedding(nn.Module):
@@ -33,11 +75,15 @@ class JumpEmbedding(nn.Module):
     def _hidden(self, h: torch.Tensor) -> torch.Tensor:
         # Angular frequencies from 10 down to 0.1 on h in [0, 1]: smooth enough to be differentiated.
         waves = get_timestep_embedding(h, 2 * self.num_frequencies, scale=10.0, max_period=100)
-        return nn.functional.silu(self.linear_1(waves.to(self.linear_1.weight.dtype)))
+        # Under layerwise casting the weights are stored in a dtype that nothing is computed in.
+        return nn.functional.silu(self.linear_1(waves.to(get_parameter_dtype(self.linear_1))))
 
 
 class _TwoTime:
     """What ``two_time`` mixes into a stock class."""
+
+    # The file that the class is saved in.
+    module_name = MODULE
 
     def __init__(
         self,
@@ -52,34 +98,77 @@ class _TwoTime:
         own = {"jump_widths": jump_widths, "guidance_range": guidance_range, "flow_map": flow_map}
         self.register_to_config(jump_hosts=jump_hosts, **own)
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
-        # The jump's length and the guidance's share that are being told.
+        # The length of the jump and the share of the guidance that the current call is conditioned on.
         self.jump = (None, None)
-        for index, name in enumerate(jump_hosts):
-            self.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
+        self._register_jump_hooks()
+
+    def _register_jump_hooks(self) -> None:
+        for index, name in enumerate(self.config.jump_hosts):
+            host = self.get_submodule(name)
+            hooks = [hook for module in host.modules() for hook in module._forward_hooks.values()]
+            if not any(getattr(hook, "func", None) == self._add_jump for hook in hooks):
+                host.register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         h, share = self.jump
         if h is None:
             return output
         jump = self.jump_embedding[index](h, share).to(output.dtype)
-        # A network that embeds a time for every token or frame has several rows a sample.
+        # A network that embeds a time for every token or frame has several rows per sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
 
     @contextlib.contextmanager
     def jumping(self, jump: tuple):
-        """Inside of it the network is told this jump."""
+        """Condition the calls in the block on this jump."""
         before, self.jump = self.jump, jump
         try:
             yield
         finally:
             self.jump = before
 
+    @contextlib.contextmanager
+    def conditioned(self, keywords_at):
+        """Condition the calls in the block on ``keywords_at(time)``, a dictionary of h and, with guidance, w.
+
+        ``time`` is the time that the network is called with. The block runs in one thread at a time.
+        """
+        names = [name for name in inspect.signature(type(self).__bases__[-1].forward).parameters if name != "self"]
+        time_name = next(name for name in names if name in ("timestep", "timesteps", "t"))
+        time_index = names.index(time_name)
+
+        # A compiled network calls its hooks outside of the graph, whose inputs h and w become.
+        @torch.compiler.disable
+        def condition(module, inputs, keywords):
+            if "h" in keywords:
+                return None
+            time = keywords[time_name] if time_name in keywords else inputs[time_index]
+            device = next(value.device for value in (*inputs, *keywords.values()) if torch.is_tensor(value))
+            # One length for all samples, however many times the network is called with.
+            told = keywords_at(torch.as_tensor(time).flatten()[0])
+            return inputs, keywords | {name: torch.full((1,), value, device=device) for name, value in told.items()}
+
+        with self.lock:
+            # Quantization, for one, replaces layers and with them their hooks.
+            self._register_jump_hooks()
+            # The innermost of nested blocks conditions the call.
+            hook = self.register_forward_pre_hook(condition, with_kwargs=True, prepend=True)
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock of this network: a call's jump is an attribute, two threads would overwrite each other's."""
+        # Not an attribute: a lock can't be copied or pickled.
+        return _locks.setdefault(self, threading.RLock())
+
     def guidance_share(self, w: torch.Tensor | None) -> torch.Tensor | None:
         """The scale of guidance as a share of its range."""
         if (w is None) != (self.config.guidance_range is None):
-            wanted = "takes no w" if w is not None else f"wants w in {self.config.guidance_range} with h"
-            raise ValueError(f"{type(self).__name__} {wanted}: the scale of guidance, one a sample")
+            wanted = "takes no w" if w is not None else f"expects w in {self.config.guidance_range} with h"
+            raise ValueError(f"{type(self).__name__} {wanted}: the scale of guidance, one per sample")
         if w is None:
             return None
         low, high = self.config.guidance_range
@@ -93,15 +182,83 @@ class _TwoTime:
         with self.jumping((None, None) if h is None else (h, self.guidance_share(w))):
             return super().forward(*args, **kwargs)
 
+    def student_scheduler(self, scheduler):
+        """The scheduler that the student was exported with, whichever is set, and a warning of what differs.
+
+        A flow student keeps the grid of a scheduler of its class.
+
+        Raises:
+            ValueError: on a scheduler of other noise levels, or for a network that predicts something else.
+        """
+        exported, kind = dict(self.config.flow_map["scheduler"]), self.config.flow_map["kind"]
+        stock = getattr(diffusers, exported["_class_name"])
+        config, same_class = dict(scheduler.config), isinstance(scheduler, stock)
+        own = stock.from_config(exported)
+        _check_levels(scheduler, own, _LEVELS[kind])
+        free = _GRIDS if kind == "flow" and same_class else ()
+        ignored = [
+            f"{name}={config[name]!r}"
+            for name in inspect.signature(stock.__init__).parameters
+            if name in config and name not in free and _differ(config[name], own.config[name])
+        ]
+        if not same_class:
+            _warn_once(f"the steps of {type(scheduler).__name__} are not this student's jumps: {stock.__name__} steps")
+        elif ignored:
+            _warn_once(f"{', '.join(ignored)}: of no effect on this student's {stock.__name__}")
+        return stock.from_config(exported | {name: config[name] for name in free if name in config})
+
+    def to_json_string(self) -> str:
+        """The configuration, with the module that the class is found in."""
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"{MODULE}.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs: object) -> None:
+        """Save the configuration and this file, which makes the class."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _check_levels(scheduler, own, names: tuple[str, ...]) -> None:
+    """Refuse a scheduler whose timesteps stand for other noise levels than those of ``own``."""
+    differing = [
+        f"{name}={scheduler.config[name]!r} (expected {own.config[name]!r})"
+        for name in names
+        if name in scheduler.config and name in own.config and _differ(scheduler.config[name], own.config[name])
+    ]
+    levels, expected = (getattr(one, "alphas_cumprod", None) for one in (scheduler, own))
+    both = levels is not None and expected is not None and not differing
+    # Schedulers round the level without signal, 0, up to 2**-24.
+    if both and (len(levels) != len(expected) or not torch.allclose(levels.cpu(), expected, atol=1e-6)):
+        differing = ["other betas than this student's"]
+    if differing:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not fit this student: {', '.join(differing)}; expected the noise levels "
+            f"of the exported {type(own).__name__}, try {type(own).__name__}.from_pretrained(student, "
+            'subfolder="scheduler")'
+        )
+
+
+def _differ(one: object, other: object) -> bool:
+    """Compare settings, whose tables may be tuples, arrays or, from JSON, lists."""
+    one, other = (list(value) if hasattr(value, "__len__") and len(value) else value for value in (one, other))
+    return one != other
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
 
 @functools.cache
 def two_time(stock: type) -> type:
-    """``TwoTime<stock>``: the stock network class that is also told the length h of the jump, ``model(..., h=h)``.
+    """``TwoTime<stock>``: the stock network class conditioned on the length h of the jump as well, ``model(..., h=h)``.
 
     Without h it is the stock model. Its configuration has four more entries: ``jump_hosts``, the layers at the ends of
     the time embeddings that h is added to, ``jump_widths``, how many features each gives, ``guidance_range``, the
-    scales of guidance that it can be told by ``w=w``, and ``flow_map``, how a pipeline measures h. The state dict is
-    the stock one's plus ``jump_embedding.*``.
+    scales of guidance that it takes as ``w=w``, and ``flow_map``, how a pipeline measures h and by which scheduler it
+    steps. The state dict is the stock one's plus ``jump_embedding.*``.
     """
     name = f"TwoTime{stock.__name__}"
     made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
@@ -115,8 +272,24 @@ def two_time(stock: type) -> type:
     ]
 
     def __init__(self, *args: object, **kwargs: object) -> None:  # noqa: N807 it becomes the class's own
-        _TwoTime.__init__(self, *args, **kwargs)
+        super(made, self).__init__(*args, **kwargs)
 
     __init__.__signature__ = inspect.Signature([*stock_parameters, *own])
     made.__init__ = __init__
     return made
+
+
+def __getattr__(name: str) -> type:
+    """``TwoTime<stock>`` by its name, as diffusers and pickle look it up."""
+    stock = getattr(diffusers, name.removeprefix("TwoTime"), None) if name.startswith("TwoTime") else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return two_time(stock)
+
+
+# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
+# first run are in use and may be pickled: their classes, locks and caches stay.
+if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+    globals().update(_first_run)
+else:
+    _first_run = dict(globals())

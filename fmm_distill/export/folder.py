@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import save_file
 
-from fmm_distill import __version__
 from fmm_distill.checkpoint import writing
+from fmm_distill.export import stock_pipeline
 from fmm_distill.export.contents import record
 from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
 from fmm_distill.export.local_paths import strip
+from fmm_distill.export.pipeline import FlowMapPipeline
 from fmm_distill.export.place import replacing
-from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
+from fmm_distill.export.stock import (
+    any_step_settings,
+    copy_pipeline,
+    folded_network,
+    pipeline_settings,
+    stock_scheduler,
+)
 from fmm_distill.lora import lora_state
 from fmm_distill.teachers.codec import LatentCodec
 
@@ -26,9 +32,6 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["export_pipeline", "write_lora", "write_pipelines"]
-
-# Equally named files of two students share one namespace in a process, so the names carry the version.
-_SUFFIX = __version__.replace(".", "_")
 
 
 def export_pipeline(
@@ -75,21 +78,11 @@ def write_lora(student: Student, teacher: Teacher, folder: Path) -> None:
 
 
 def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
-    scheduler = jump_scheduler(student, teacher)
-    scheduler.save_pretrained(folder / "scheduler")
-    network = _write_network(student, folder / teacher.component)
-    pipeline = f"flow_map_pipeline_{_SUFFIX}"
-    (folder / f"{pipeline}.py").write_text(_source("export", "pipeline.py"), encoding="utf-8")
-    index = {
-        "_class_name": [pipeline, "FlowMapPipeline"],
-        "_diffusers_version": network["_diffusers_version"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        teacher.component: network["auto_map"]["AutoModel"].split("."),
-    }
-    if isinstance(teacher.codec, LatentCodec):
-        teacher.codec.autoencoder.save_pretrained(folder / "vqvae", safe_serialization=True)
-        index["vqvae"] = ["diffusers", type(teacher.codec.autoencoder).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    scheduler, network = jump_scheduler(student, teacher), cast("Any", student.network)
+    network.register_to_config(flow_map=pipeline_settings(teacher, scheduler))
+    decoder = teacher.codec.autoencoder if isinstance(teacher.codec, LatentCodec) else None
+    pipeline = FlowMapPipeline(unet=network, scheduler=scheduler, vqvae=decoder)
+    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> None:
@@ -97,19 +90,15 @@ def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> N
     index = copy_pipeline(teacher, folder)
     # Before the folded pipelines link to these files.
     strip(folder)
-    scheduler = stock_scheduler(teacher, student.prediction)
+    scheduler, network = stock_scheduler(teacher, student.prediction), cast("Any", student.network)
     scheduler.save_pretrained(folder / "scheduler")
-    network = cast("Any", student.network)
-    network.register_to_config(flow_map=any_step_settings(teacher))
-    config = _write_network(student, folder / teacher.component)
-    stock = index["_class_name"]
-    module = f"flow_map_{stock.lower()}_{_SUFFIX}"
-    lines = f"\n\nfrom diffusers import {stock}  # noqa: E402\n\nFlowMapPipeline = flow_map_pipeline({stock})\n"
-    (folder / f"{module}.py").write_text(_source("export", "stock_pipeline.py") + lines, encoding="utf-8")
+    network.register_to_config(flow_map=any_step_settings(teacher, scheduler))
+    network.save_pretrained(folder / teacher.component, safe_serialization=True)
+    stock_pipeline.write_code(folder)
     index |= {
-        "_class_name": [module, "FlowMapPipeline"],
+        "_class_name": [stock_pipeline.MODULE, f"FlowMap{index['_class_name']}"],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        teacher.component: config["auto_map"]["AutoModel"].split("."),
+        teacher.component: [network.module_name, type(network).__name__],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -125,21 +114,3 @@ def _write_folded_stock(student: Student, teacher: Teacher, folder: Path, steps:
     # An older repository names the class that its day had.
     index[teacher.component] = ["diffusers", type(network).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_network(student: Student, folder: Path) -> dict[str, Any]:
-    """The two-time network with the file that makes its class; gives its configuration."""
-    network = cast("Any", student.network)
-    network.save_pretrained(folder, safe_serialization=True)
-    name, stock = type(network).__name__, type(network).__bases__[-1].__name__
-    module = f"two_time_{stock.lower()}_{_SUFFIX}"
-    lines = f"\n\nfrom diffusers import {stock}  # noqa: E402\n\n{name} = two_time({stock})\n"
-    (folder / f"{module}.py").write_text(_source("two_time.py") + lines, encoding="utf-8")
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModel": f"{module}.{name}"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return config
-
-
-def _source(*parts: str) -> str:
-    return files("fmm_distill").joinpath(*parts).read_text(encoding="utf-8")

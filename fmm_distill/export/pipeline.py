@@ -1,22 +1,32 @@
 """A pipeline of any number of steps for a student flow map. Imports only torch and diffusers: it travels along."""
 
+import hashlib
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+# Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+# Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
+_MODULE = f"flow_map_pipeline_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
+
 
 class FlowMapPipeline(DiffusionPipeline):
     """Images from a two-time ``unet(sample, time, h=h)`` by any number of jumps, of a class where it has classes.
 
-    ``scheduler`` holds the teacher's noise levels and what the network predicts; ``vqvae`` decodes latents.
+    ``vqvae`` decodes latents. The network's configuration has the noise levels that it was trained on: a ``scheduler``
+    of other ones is a ValueError.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
-    _optional_components = ("vqvae",)
-    _callback_tensor_inputs = ("latents",)
+    _optional_components = ["vqvae"]  # noqa: RUF012 diffusers adds lists to it
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 as in diffusers' own pipelines
+    _interrupt = False
 
     def __init__(self, unet, scheduler, vqvae=None):
         super().__init__()
@@ -37,62 +47,112 @@ class FlowMapPipeline(DiffusionPipeline):
     ):
         """Images of ``num_inference_steps`` jumps, as "pil", "np" or "pt" (floats in [0, 1]), or "latent".
 
-        ``class_labels``: one, or one an image. ``timesteps``: where the jumps start, decreasing whole timesteps, on a
-        discrete schedule. ``latents``: the noise to start from, N(0, I).
+        ``class_labels``: one, or one per image. ``timesteps``: where the jumps start, decreasing whole timesteps, on a
+        discrete schedule. ``latents``: the noise to start from, N(0, I). A callback may set ``_interrupt``.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
-        levels = self._levels(num_inference_steps, timesteps)
-        device, dtype = self._execution_device, self.unet.dtype
-        told = self._classes(class_labels, batch_size, device)
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        x = randn_tensor(shape, generator=generator, device=device, dtype=dtype) if latents is None else latents
-        if self._kind() == "exploding":
-            x = x * levels[0][2]
-        jumps = list(pairwise(levels))
-        for i, (start, end) in enumerate(self.progress_bar(jumps)):
-            x = self._jump(x, start, end, told)
-            if callback_on_step_end is not None:
-                x = callback_on_step_end(self, i, start[0], {"latents": x}).pop("latents", x)
+        self._check_output(output_type)
+        student = self._student()
+        with student.lock:
+            scheduler = student.student_scheduler(self.scheduler)
+            levels = self._levels(scheduler, num_inference_steps, timesteps)
+            x = self._noise(batch_size, generator, latents)
+            labels = self._classes(class_labels, batch_size, generator)
+            if self._kind() == "exploding":
+                x = x * levels[0][2]
+            self._interrupt = False
+            for i, (start, end) in enumerate(self.progress_bar(list(pairwise(levels)))):
+                if self._interrupt:
+                    continue
+                x = self._jump(scheduler.config, x, (start, end), labels)
+                if callback_on_step_end is not None:
+                    x = callback_on_step_end(self, i, start[0], {"latents": x}).pop("latents", x)
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _classes(self, labels, batch_size, device):
+    def to_json_string(self) -> str:
+        """The index, with the modules that pipeline and network are found in."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [_MODULE, type(self).__name__]
+        index["unet"] = [self._student().module_name, index["unet"][1]]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Save the index and this file, which makes the class."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _student(self):
+        """The two-time network, which torch.compile, for one, wraps."""
+        found = [module for module in self.unet.modules() if hasattr(type(module), "student_scheduler")]
+        if not found:
+            raise ValueError(
+                f"{type(self.unet).__name__} is no student; expected the TwoTime class that the pipeline was exported "
+                "with"
+            )
+        return found[0]
+
+    def _check_output(self, output_type):
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        if output_type != "latent" and self.vqvae is None and self._student().config.flow_map["latents"]:
+            raise ValueError(
+                f"output_type {output_type} needs the vqvae that this student's latents are decoded by, which the "
+                'pipeline was opened without; open it with vqvae, or pass output_type="latent"'
+            )
+
+    def _noise(self, batch_size, generator, latents):
+        config, device, dtype = self.unet.config, self._execution_device, self._student().dtype
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"expected {batch_size} generators, one per image, got {len(generator)}")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.shape != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(device, dtype)
+
+    def _classes(self, labels, batch_size, generator):
         count = self.unet.config.num_class_embeds
         if count is None:
             if labels is not None:
                 raise ValueError("this student is unconditional, it takes no class_labels")
             return {}
-        labels = torch.randint(count, (batch_size,)) if labels is None else torch.as_tensor(labels).expand(batch_size)
-        return {"class_labels": labels.to(device)}
+        if labels is None:
+            generator = generator[0] if isinstance(generator, list) and generator else generator
+            drawn_on = "cpu" if generator is None else generator.device
+            labels = torch.randint(count, (batch_size,), generator=generator, device=drawn_on)
+        labels = torch.as_tensor(labels)
+        if labels.numel() not in (1, batch_size) or bool(((labels < 0) | (labels >= count)).any()):
+            raise ValueError(
+                f"class_labels must be one or {batch_size} of 0 to {count - 1}, got {labels.flatten().tolist()}"
+            )
+        return {"class_labels": labels.flatten().expand(batch_size).to(self._execution_device)}
 
     def _finish(self, x, output_type):
         if self.vqvae is not None:
-            x = self.vqvae.decode(x / self.vqvae.config.scaling_factor).sample
+            x = self.vqvae.decode((x / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)).sample
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def _kind(self):
-        """Of the schedule; a configuration may hold keys of other schedulers."""
-        if hasattr(self.scheduler, "alphas_cumprod"):
-            return "discrete"
-        return "exploding" if hasattr(self.scheduler.config, "sigma_max") else "flow"
+        return self._student().config.flow_map["kind"]
 
-    def _levels(self, steps, timesteps=None):
-        """Of every point of the grid: what the network is told, alpha, sigma, and its place; the last is data."""
-        config = self.scheduler.config
+    def _levels(self, scheduler, steps, timesteps=None):
+        """The points of the grid: what the network is called with, alpha, sigma, and the place; the last is data."""
+        config = scheduler.config
         total = config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps must be 1 to {total}, got {steps}")
+        if timesteps is not None:
+            self._check_timesteps(timesteps, total)
+        elif not isinstance(steps, int) or not 1 <= steps <= total:
+            raise ValueError(f"num_inference_steps must be an integer from 1 to {total}, got {steps!r}")
         shares = [1 - i / steps for i in range(steps)] + [0.0]
         if self._kind() == "exploding":
-            if timesteps is not None:
-                raise ValueError("this student's times are continuous, it takes no timesteps")
             return [self._exploding(config, share) for share in shares[:-1]] + [(0.0, 1.0, 0.0, 0.0)]
         if self._kind() == "flow":
             if timesteps is not None:
@@ -102,9 +162,20 @@ class FlowMapPipeline(DiffusionPipeline):
         if timesteps is None:
             remaining = torch.arange(steps, 0, -1, dtype=torch.float64) * total / steps
             timesteps = (remaining.round().long() - 1).tolist()
-        products = [float(self.scheduler.alphas_cumprod[timestep]) for timestep in timesteps] + [1.0]
+        products = [float(scheduler.alphas_cumprod[timestep]) for timestep in timesteps] + [1.0]
         places = [*timesteps, -1]
         return [(k, p**0.5, (1 - p) ** 0.5, k / total) for k, p in zip(places, products, strict=True)]
+
+    def _check_timesteps(self, timesteps, total):
+        if self._kind() == "exploding":
+            raise ValueError("this student's times are continuous, it takes no timesteps")
+        low, high = (0, total - 1) if self._kind() == "discrete" else (1, total)
+        falling = all(before > after for before, after in pairwise(timesteps))
+        whole = all(float(timestep).is_integer() for timestep in timesteps)
+        if not len(timesteps) or not falling or not whole or timesteps[-1] < low or timesteps[0] > high:
+            raise ValueError(
+                f"timesteps must be integers that decrease, from at most {high} to at least {low}, got {timesteps}"
+            )
 
     def _exploding(self, config, share):
         rho = getattr(config, "rho", None) if getattr(config, "sigma_schedule", None) == "karras" else None
@@ -116,19 +187,20 @@ class FlowMapPipeline(DiffusionPipeline):
         told = math.log(sigma) / 4 if hasattr(config, "sigma_data") else sigma
         return told, 1.0, sigma, share
 
-    def _jump(self, x, start, end, told):
+    def _jump(self, config, x, ends, labels):
         """The DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) between two levels."""
-        time, alpha, sigma, place = start
-        spread = getattr(self.scheduler.config, "sigma_data", None) if self._kind() == "exploding" else None
+        (time, alpha, sigma, place), end = ends
+        prediction = "flow" if self._kind() == "flow" else getattr(config, "prediction_type", "score")
+        spread = getattr(config, "sigma_data", None) if self._kind() == "exploding" else None
         scale = 1.0 if spread is None else (sigma**2 + spread**2) ** 0.5
         h = torch.full((len(x),), place - end[3], device=x.device)
-        output = self.unet(x / scale, torch.full_like(h, time), h=h, **told).sample[:, : x.shape[1]]
-        eps, x_0 = self._read(output, x, alpha, sigma, spread, scale)
+        output = self.unet(x / scale, torch.full_like(h, time), h=h, **labels).sample[:, : x.shape[1]]
+        eps, x_0 = self._read(prediction, output, x, (alpha, sigma, spread, scale))
         return end[1] * x_0 + end[2] * eps
 
-    def _read(self, output, x, alpha, sigma, spread, scale):
-        """Noise and data in what the network says."""
-        prediction = "flow" if self._kind() == "flow" else getattr(self.scheduler.config, "prediction_type", "score")
+    def _read(self, prediction, output, x, level):
+        """Noise and data in the network's output."""
+        alpha, sigma, spread, scale = level
         if spread is not None:
             sign = -1 if prediction == "v_prediction" else 1
             x_0 = (spread / scale) ** 2 * x + sign * sigma * spread / scale * output
@@ -141,3 +213,11 @@ class FlowMapPipeline(DiffusionPipeline):
             return x + (1 - sigma) * output, x - sigma * output
         eps = output if prediction == "epsilon" else -sigma * output
         return eps, (x - sigma * eps) / alpha
+
+
+# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
+# first run are in use and may be pickled: their classes, locks and caches stay.
+if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+    globals().update(_first_run)
+else:
+    _first_run = dict(globals())

@@ -17,6 +17,7 @@ import torch
 from fmm_distill.export.stock_pipeline import jumping
 from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.student import fold
+from fmm_distill.teachers.codec import LatentCodec
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.embedding import told_apart
 from fmm_distill.teachers.prompted import RecordedCall
@@ -36,6 +37,7 @@ __all__ = [
     "copy_pipeline",
     "folded_network",
     "guidance_keyword",
+    "pipeline_settings",
     "start_of",
     "stock_scheduler",
     "unguided",
@@ -111,13 +113,26 @@ def _no_thresholding(stock: Any) -> dict[str, bool]:  # noqa: ANN401 a diffusers
     return {"thresholding": False} if stock is diffusers.DDIMScheduler else {}
 
 
-def any_step_settings(teacher: Teacher) -> dict[str, Any]:
-    """What the travelling pipeline has to know of the teacher's times, for the network's configuration."""
+def pipeline_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+    """The ``flow_map`` entry of a network's configuration, for the pipeline that starts from a count of images."""
+    kind = "discrete" if isinstance(teacher.schedule, VariancePreserving) else "exploding"
+    kind = "flow" if isinstance(teacher.schedule, FlowMatching) else kind
+    latents = isinstance(teacher.codec, LatentCodec)
+    return {"kind": kind, "latents": latents, "scheduler": json.loads(scheduler.to_json_string())}
+
+
+def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+    """The ``flow_map`` entry of a network's configuration, for the pipeline of a stock class.
+
+    Args:
+        scheduler: the one that the student is exported with.
+    """
     schedule, ask = teacher.schedule, teacher.parametrisation.call
     slope, offset = (ask.slope, ask.offset) if isinstance(ask, RecordedCall) else (1.0, 0.0)
     inverted = bool(teacher.scheduler_config.get("invert_sigmas"))
     own: dict[str, Any] = {"slope": slope, "offset": offset, "flip": schedule.num_timesteps if inverted else None}
     own |= {"call": teacher.call | unguided(teacher), "guidance": guidance_keyword(teacher)}
+    own |= {"scheduler": json.loads(scheduler.to_json_string())}
     own |= {"scale": None if teacher.guidance is None else teacher.guidance.scale}
     if isinstance(schedule, VariancePreserving):
         return own | {"kind": "discrete", "total": schedule.num_timesteps}
@@ -212,7 +227,8 @@ def any_step_times(student: Student, teacher: Teacher, steps: int) -> Tensor:
     """The times between which the any-step pipeline jumps."""
     if not isinstance(teacher.schedule, FlowMatching):
         return student.schedule.grid(steps)
-    scheduler = jumping(stock_scheduler(teacher, student.prediction), any_step_settings(teacher))
+    stock = stock_scheduler(teacher, student.prediction)
+    scheduler = jumping(stock, any_step_settings(teacher, stock))
     return _stock_times(student, teacher, scheduler, steps)
 
 

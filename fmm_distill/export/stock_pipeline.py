@@ -1,15 +1,31 @@
 """A stock pipeline whose network is a student flow map. Imports only torch and diffusers: it travels along."""
 
 import functools
+import hashlib
 import inspect
+import json
 import math
-import types
 from itertools import pairwise
+from pathlib import Path
 
+import diffusers
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+# Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
+MODULE = f"flow_map_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
+
+
+def write_code(folder) -> None:
+    """Write this file under the name that an index refers to it by."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
 
 
 def _place(levels: dict, sigma: float) -> float:
@@ -36,72 +52,123 @@ def _jumps(scheduler, levels: dict) -> list[tuple[float, float]]:
     return [(time, places[i] - places[i + 1]) for i, time in enumerate(told)]
 
 
-def _whole_jump(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True, **kwargs):
-    """The DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) to the next timestep of the grid, data after the last."""
-    index = int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
-    start = float(self.alphas_cumprod[int(self.timesteps[index])])
-    end = float(self.alphas_cumprod[int(self.timesteps[index + 1])]) if index + 1 < len(self.timesteps) else 1.0
-    alpha, sigma = start**0.5, (1 - start) ** 0.5
-    if self.config.prediction_type == "epsilon":
-        eps, x_0 = model_output, (sample - sigma * model_output) / alpha
-    elif self.config.prediction_type == "sample":
-        eps, x_0 = (sample - alpha * model_output) / sigma, model_output
-    else:
+class _Jumps:
+    """What ``flow_map_scheduler`` mixes into a stock scheduler class."""
+
+    def follow(self, levels: dict, given: dict) -> None:
+        """Take the grid of ``levels``, or the starts of jumps in ``given``, which are ``timesteps`` or ``sigmas``."""
+        self.given = _checked(given, levels, self.config.num_train_timesteps)
+        self.told_before = levels["kind"] == "flow" and levels["told_before"]
+        self.steps_done = 0
+
+    def _index_of(self, timestep) -> int:
+        return int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
+
+
+class _DiscreteJumps(_Jumps):
+    def set_timesteps(self, num_inference_steps=None, device=None):
+        """The stock grid of a discrete schedule, or the user's own."""
+        super().set_timesteps(num_inference_steps, device)
+        if self.given:
+            self.timesteps = torch.tensor(self.given["timesteps"], dtype=torch.int64, device=self.timesteps.device)
+
+    def step(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True, **kwargs):
+        """The DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) to the next timestep of the grid, data after the last."""
+        index = self._index_of(timestep)
+        start = float(self.alphas_cumprod[int(self.timesteps[index])])
+        end = float(self.alphas_cumprod[int(self.timesteps[index + 1])]) if index + 1 < len(self.timesteps) else 1.0
+        alpha, sigma = start**0.5, (1 - start) ** 0.5
+        if self.config.prediction_type == "epsilon":
+            eps, x_0 = model_output, (sample - sigma * model_output) / alpha
+        elif self.config.prediction_type == "sample":
+            eps, x_0 = (sample - alpha * model_output) / sigma, model_output
+        else:
+            eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
+        moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
+        return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=x_0) if return_dict else (moved, x_0)
+
+
+class _AngularJumps(_Jumps):
+    def step(self, model_output, timestep, sample, return_dict=True):
+        """The DDIM step between two levels of ``IPNDMScheduler``, whose own divide by alpha, 0 at first."""
+        i = self._index_of(timestep)
+        (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[k]), float(self.betas[k])) for k in (i, i + 1))
         eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
-    moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
-    return (moved, x_0) if not return_dict else type("Step", (), {"prev_sample": moved, "pred_original_sample": x_0})()
+        moved = alpha_end * x_0 + sigma_end * eps
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
-def _angular_jump(self, model_output, timestep, sample, return_dict=True):
-    """The same between two levels of ``IPNDMScheduler``, whose own steps look back and divide by alpha, 0 at first."""
-    index = int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
-    (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[i]), float(self.betas[i])) for i in (index, index + 1))
-    eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
-    moved = alpha_end * x_0 + sigma_end * eps
-    return (moved,) if not return_dict else type("Step", (), {"prev_sample": moved})()
+class _FlowJumps(_Jumps):
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        """The stock grid of a flow model, from equal steps where the pipeline passes none, or the user's own.
+
+        The user's sigmas are those before the shift, as in stock diffusers; their timesteps are those that the network
+        is called with.
+        """
+        own, total = self.given, self.config.num_train_timesteps
+        if own:
+            num_inference_steps = None
+            sigmas = own.get("sigmas") or [t / total for t in own["timesteps"]]
+            timesteps = [sigma * total for sigma in sigmas] if self.told_before else None
+        elif sigmas is None and timesteps is None:
+            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        if "timesteps" in own and not self.told_before:
+            # Stock calls the network with these and shifts the levels.
+            levels = torch.tensor([*sigmas, 0.0], device=self.sigmas.device)
+            self.sigmas = 1 - levels if self.config.invert_sigmas else levels
+            self.timesteps = self.sigmas[:-1] * total
+
+    def scale_model_input(self, sample, timestep=None):
+        """The sample as it is. Pipelines call this of all classes but the stock one."""
+        return sample
 
 
-def _timesteps(self, num_inference_steps=None, device=None):
-    """The stock grid of a discrete schedule, or the user's own."""
-    type(self).set_timesteps(self, num_inference_steps, device)
-    if self.given:
-        self.timesteps = torch.tensor(self.given["timesteps"], dtype=torch.int64, device=self.timesteps.device)
+class _ExplodingJumps(_Jumps):
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None):
+        """Levels at equal shares of the way from sigma_max to sigma_min, or the user's own, then data."""
+        super().set_timesteps(num_inference_steps, device)
+        sigmas, levels = self.given.get("sigmas"), self.config
+        if sigmas is None:
+            warp, back = math.log, math.exp
+            if levels.sigma_schedule == "karras":
+                warp, back = (lambda s: s ** (1 / levels.rho)), (lambda s: s**levels.rho)
+            low, high = warp(levels.sigma_min), warp(levels.sigma_max)
+            shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+            sigmas = [back(low + (high - low) * share) for share in shares]
+        sigmas = torch.tensor(sigmas)
+        self.timesteps = self.precondition_noise(sigmas).to(self.timesteps.device)
+        self.sigmas = torch.cat([sigmas, torch.zeros(1)])
 
 
-def _flow_levels(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-    """The stock grid of a flow model, from equal steps where the pipeline does not say which, or the user's own.
+def _counted(step):
+    """The same step, counted. With its signature: pipelines look at the parameters."""
 
-    The user's sigmas are those before the shift, as in stock diffusers; their timesteps are what the network is told.
+    @functools.wraps(step)
+    def counted(self, *args, **kwargs):
+        self.steps_done += 1
+        return step(self, *args, **kwargs)
+
+    return counted
+
+
+@functools.cache
+def flow_map_scheduler(stock: type, kind: str) -> type:
+    """A subclass of the scheduler class ``stock`` whose grid and steps are those of a flow map's jumps."""
+    kinds = {"discrete": _DiscreteJumps, "angular": _AngularJumps, "flow": _FlowJumps, "exploding": _ExplodingJumps}
+    made = type(f"FlowMap{stock.__name__}", (kinds[kind], stock), {"__module__": __name__})
+    made.step = _counted(made.step)
+    return made
+
+
+def jumping(scheduler, levels: dict, given: dict | None = None):
+    """The same scheduler, its grid and steps those of a flow map's jumps.
+
+    ``given``: the starts of the jumps, as ``timesteps`` or ``sigmas``, whatever a pipeline asks of the scheduler.
     """
-    own, total = self.given, self.config.num_train_timesteps
-    if own:
-        num_inference_steps = None
-        sigmas = own.get("sigmas") or [t / total for t in own["timesteps"]]
-        timesteps = [sigma * total for sigma in sigmas] if self.told_before else None
-    elif sigmas is None and timesteps is None:
-        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-    type(self).set_timesteps(self, num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
-    if "timesteps" in own and not self.told_before:
-        # Stock tells the network these and shifts the levels.
-        levels = torch.tensor([*sigmas, 0.0], device=self.sigmas.device)
-        self.sigmas = 1 - levels if self.config.invert_sigmas else levels
-        self.timesteps = self.sigmas[:-1] * total
-
-
-def _noise_levels(self, num_inference_steps=None, device=None, sigmas=None):
-    """Levels at equal shares of the way from sigma_max to sigma_min, or the user's own, then data."""
-    type(self).set_timesteps(self, num_inference_steps, device)
-    sigmas, levels = self.given.get("sigmas"), self.config
-    if sigmas is None:
-        warp, back = math.log, math.exp
-        if levels.sigma_schedule == "karras":
-            warp, back = (lambda s: s ** (1 / levels.rho)), (lambda s: s**levels.rho)
-        low, high = warp(levels.sigma_min), warp(levels.sigma_max)
-        shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        sigmas = [back(low + (high - low) * share) for share in shares]
-    sigmas = torch.tensor(sigmas)
-    self.timesteps = self.precondition_noise(sigmas).to(self.timesteps.device)
-    self.sigmas = torch.cat([sigmas, torch.zeros(1)])
+    made = flow_map_scheduler(type(scheduler), levels["kind"]).from_config(scheduler.config)
+    made.follow(levels, given or {})
+    return made
 
 
 def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
@@ -159,32 +226,6 @@ def _checked(given: dict, levels: dict, total: int) -> dict:
     return checked
 
 
-def jumping(scheduler, levels: dict, given: dict | None = None):
-    """The same scheduler, its grid and steps those of a flow map's jumps.
-
-    ``given``: the starts of the jumps, as ``timesteps`` or ``sigmas``, whatever a pipeline asks of the scheduler.
-    """
-    made = type(scheduler).from_config(scheduler.config)
-    # On the object: some pipelines compare the scheduler's class.
-    made.given = _checked(given or {}, levels, made.config.num_train_timesteps)
-    made.told_before = levels["kind"] == "flow" and levels["told_before"]
-    grids = {"discrete": _timesteps, "flow": _flow_levels, "exploding": _noise_levels}
-    if levels["kind"] in grids:
-        made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
-    jumps = {"discrete": _whole_jump, "angular": _angular_jump}
-    step = types.MethodType(jumps[levels["kind"]], made) if levels["kind"] in jumps else made.step
-    made.steps_done = 0
-
-    # With its signature: pipelines look at the parameters.
-    @functools.wraps(step)
-    def counted(*args, **kwargs):
-        made.steps_done += 1
-        return step(*args, **kwargs)
-
-    made.step = counted
-    return made
-
-
 def _length(scheduler, levels: dict, time: torch.Tensor) -> float:
     """The length of the jump that starts where the network is told ``time``, of shape ``[]``."""
     told, jumps = float(time), _jumps(scheduler, levels)
@@ -195,54 +236,96 @@ def _length(scheduler, levels: dict, time: torch.Tensor) -> float:
     return jumps[min(near, key=lambda i: abs(i - scheduler.steps_done))][1]
 
 
+def _student(pipeline):
+    """The two-time network in a pipeline, which torch.compile, for one, wraps."""
+    network = pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+    found = [module for module in network.modules() if hasattr(type(module), "student_scheduler")]
+    if not found:
+        raise ValueError(
+            f"{type(network).__name__} is no student; expected the TwoTime class that the pipeline was exported with"
+        )
+    return found[0]
+
+
+def _turn_guidance_off(levels: dict, given: dict) -> None:
+    """Set what turns the pipeline's own guidance off, where the call does not turn it on."""
+    for name, value in levels["call"].items():
+        if name not in given:
+            given[name] = value
+        elif name == levels["guidance"] and (given[name] or 0.0) > value:
+            logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
+
+
+@functools.cache
 def flow_map_pipeline(stock: type) -> type:
-    """``stock`` with a two-time network: everything is the stock pipeline's own, any number of steps is right.
+    """``FlowMap<stock>``: ``stock`` with a two-time network, everything else is its own; for any number of steps.
 
     The jump's length is read from the scheduler's grid. Where the stock pipeline takes ``timesteps`` or ``sigmas`` they
-    are the starts of the jumps, ValueError where none can start there. What the student was guided by is in its
-    weights: guidance is off unless it is asked for, which is warned of. A student with a range of guidance is told the
-    call's instead.
+    are the starts of the jumps, ValueError where none can start there. The guidance that the student was trained with
+    is in its weights: the pipeline's own is off by default, and adds to it with a warning. A student with a range of
+    guidance is called with the scale of the call instead. A scheduler of another class is replaced, with a warning, by
+    the student's own; of other noise levels it is a ValueError.
     """
 
     class FlowMapPipeline(stock):
         __doc__ = flow_map_pipeline.__doc__
 
         def __call__(self, *args, **kwargs):
-            network = self.transformer if getattr(self, "transformer", None) is not None else self.unet
-            levels = network.config["flow_map"]
+            network = _student(self)
+            levels = network.config.flow_map
             bound = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs)
             given = bound.arguments
             scale = _chosen_guidance(network.config, levels, given)
-            # Handed to the scheduler: some stock pipelines refuse them, or tell the network others than they step by.
+            _turn_guidance_off(levels, given)
+            # Handed to the scheduler: some stock pipelines refuse them, or call the network with others.
             own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
-            for name, value in levels["call"].items():
-                if name not in given:
-                    given[name] = value
-                elif name == levels["guidance"] and (given[name] or 0.0) > value:
-                    logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
             if own:
                 given["num_inference_steps"] = len(next(iter(own.values())))
-            names = list(inspect.signature(type(network).__mro__[2].forward).parameters)
-            time_name = next(name for name in names if name in ("timestep", "timesteps", "t"))
-            time_index = names.index(time_name) - 1
 
-            def tell(module, inputs, keywords):
-                time = keywords[time_name] if time_name in keywords else inputs[time_index]
-                length = _length(self.scheduler, levels, torch.as_tensor(time).flatten()[0])
-                # One length for all samples, however many the network is told a time for.
-                told = {"h": torch.full((1,), length, device=module.device)}
-                told |= {} if scale is None else {"w": torch.full((1,), scale, device=module.device)}
-                return inputs, keywords | told
+            def keywords_at(time):
+                length = {"h": _length(self.scheduler, levels, time)}
+                return length if scale is None else length | {"w": scale}
 
-            scheduler, made = self.scheduler, jumping(self.scheduler, levels, own)
-            hook = network.register_forward_pre_hook(tell, with_kwargs=True)
-            self.scheduler = made
-            try:
-                return stock.__call__(*bound.args, **bound.kwargs)
-            finally:
-                hook.remove()
-                self.scheduler = scheduler
+            with network.conditioned(keywords_at):
+                before = self.scheduler
+                self.scheduler = jumping(network.student_scheduler(before), levels, own)
+                try:
+                    return stock.__call__(*bound.args, **bound.kwargs)
+                finally:
+                    self.scheduler = before
 
-    # Users and other pipelines look at the parameters.
-    FlowMapPipeline.__call__.__signature__ = inspect.signature(stock.__call__)
+        # Users and other pipelines look at the parameters.
+        __call__.__signature__ = inspect.signature(stock.__call__)
+
+        def to_json_string(self) -> str:
+            """The index, with the modules that pipeline and network are found in."""
+            index = json.loads(super().to_json_string())
+            index["_class_name"] = [MODULE, type(self).__name__]
+            for name, value in index.items():
+                if isinstance(value, list) and ".two_time" in str(value[0]):
+                    index[name] = [_student(self).module_name, value[1]]
+            return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+        def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+            """Save the index and this file, which makes the class."""
+            write_code(save_directory)
+            super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    FlowMapPipeline.__name__ = FlowMapPipeline.__qualname__ = f"FlowMap{stock.__name__}"
     return FlowMapPipeline
+
+
+def __getattr__(name: str) -> type:
+    """``FlowMap<stock>`` by its name, as diffusers and pickle look it up."""
+    stock = getattr(diffusers, name.removeprefix("FlowMap"), None) if name.startswith("FlowMap") else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return flow_map_pipeline(stock)
+
+
+# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
+# first run are in use and may be pickled: their classes, locks and caches stay.
+if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+    globals().update(_first_run)
+else:
+    _first_run = dict(globals())

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.pipeline import FlowMapPipeline
+from fmm_distill.export.stock import pipeline_settings
 from fmm_distill.export.verify import TOLERANCE, verify
 from fmm_distill.sampling import sample
 from fmm_distill.student import make_student
@@ -78,6 +79,7 @@ def test_any_number_of_steps_for_every_prediction(tmp_path, prediction, steps):
     scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False)
     teacher = load_teacher(str(save_teacher(tmp_path / "teacher", scheduler=scheduler)))
     student = moved_student(teacher)
+    student.network.register_to_config(flow_map=pipeline_settings(teacher, scheduler))
     pipeline = FlowMapPipeline(unet=student.network, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(3, steps, torch.Generator().manual_seed(4), output_type="pt").images

@@ -36,9 +36,10 @@ def any_step(tmp_path_factory):
         built.save_pretrained(folder, safe_serialization=True)
         teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(tiny.call))
         student = moved(make_student(teacher))
-        student.network.register_to_config(flow_map=any_step_settings(teacher))
+        scheduler = stock_scheduler(teacher, student.prediction)
+        student.network.register_to_config(flow_map=any_step_settings(teacher, scheduler))
         stock = diffusers.DiffusionPipeline.from_pretrained(folder)
-        ours = {teacher.component: student.network, "scheduler": stock_scheduler(teacher, student.prediction)}
+        ours = {teacher.component: student.network, "scheduler": scheduler}
         pipeline = flow_map_pipeline(type(stock))(**stock.components | ours)
         pipeline.set_progress_bar_config(disable=True)
         call = verification_call(teacher, 2) | {"return_dict": False}

@@ -13,6 +13,7 @@ from fmm_distill.derivatives import choose_engine, derivative_in_r
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.stock import any_step_settings
 from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
@@ -249,9 +250,8 @@ def test_a_whole_run(run, teacher):
 
 def test_the_any_step_pipeline_is_the_stock_one(teacher):
     student = moved(make_student(teacher))
-    student.network.register_to_config(flow_map={"kind": "angular", "slope": 1.0, "offset": 0.0, "flip": None})
-    student.network.config["flow_map"].update(call={}, guidance=None)
     stock = diffusers.IPNDMScheduler()
+    student.network.register_to_config(flow_map=any_step_settings(teacher, stock))
     pipeline = flow_map_pipeline(diffusers.DanceDiffusionPipeline)(unet=student.network, scheduler=stock)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 3, 7):

@@ -19,7 +19,7 @@ from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.folder import export_pipeline, write_lora
-from fmm_distill.export.verify import verify
+from fmm_distill.export.verify import summary, verify
 from fmm_distill.lora import has_lora, merged
 from fmm_distill.plan import Plan
 from fmm_distill.student import stock_part
@@ -28,6 +28,7 @@ from fmm_distill.tracking import log_picture, log_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from fmm_distill.export.agreement import Agreement
     from fmm_distill.flow_map import LearnedFlowMap
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
@@ -58,19 +59,19 @@ def finish(
     student = folder / "student"
     steps = job.recipe.export.steps
     made = job.recipe.student.regression_steps + job.recipe.training.steps
-    differences = export_student(job, student, steps, folder, evaluation, made)
-    evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
+    agreements = export_student(job, student, steps, folder, evaluation, made)
+    evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], made)
     log_picture(accelerator, folder / "samples.png", made)
     say(table(evaluation))
-    say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
+    say(f"reloaded with stock diffusers: {summary(agreements)}")
     say(how_to_load(folder, job.recipe))
 
 
 def export_student(
     job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None, made: int
-) -> dict[str, float]:
+) -> dict[str, Agreement]:
     """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
     about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.

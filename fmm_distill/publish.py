@@ -14,7 +14,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.export.card import card
-from fmm_distill.export.verify import TOLERANCE
 from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
 
 if TYPE_CHECKING:
@@ -121,11 +120,16 @@ def _check_verified(folder: Path) -> None:
     if not report.is_file():
         raise UserError(f"{folder} was not opened and compared (no verification.json); export the student again")
     try:
-        differences = json.loads(report.read_text(encoding="utf-8"))["largest_pixel_difference"]
-    except (ValueError, KeyError, TypeError) as error:
+        verified = json.loads(report.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{report} can't be read ({error}); export the student again") from error
-    if not differences or not all(value <= TOLERANCE for value in differences.values()):
-        raise UserError(f"{folder}: its pipelines differ from the student ({differences}), above {TOLERANCE}")
+    if not isinstance(verified, dict) or "passed" not in verified:
+        raise UserError(
+            f"{report} says nothing of having passed: it is damaged or of an earlier version; export the student again "
+            "(fmm-distill export RUN FOLDER)"
+        )
+    if verified["passed"] is not True:
+        raise UserError(f"{folder}: its pipelines differ from the student ({report}); it is not published")
 
 
 @dataclass(frozen=True)

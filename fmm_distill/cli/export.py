@@ -18,9 +18,8 @@ __all__ = ["export"]
 @GUIDANCE
 def export(run: Path, folder: Path, steps: tuple[int, ...] | None, guidance: float | None) -> None:
     """Write the student of a run folder as pipelines and open them again with stock diffusers."""
+    from fmm_distill.export.verify import summary
     from fmm_distill.reopen import export_run
 
-    differences = export_run(run, folder, steps, guidance)
-    click.echo(
-        f"{folder}: reloaded with stock diffusers, largest difference of a pixel {max(differences.values()):.1e}"
-    )
+    agreements = export_run(run, folder, steps, guidance)
+    click.echo(f"{folder}: reloaded with stock diffusers, {summary(agreements)}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 
 from fmm_distill.errors import UserError
+from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.student import fold
 from fmm_distill.teachers.codec import LatentCodec
@@ -50,27 +51,14 @@ def check_steps(steps: Iterable[int], schedule: Schedule) -> None:
 
 
 def jump_scheduler(student: Student, teacher: Teacher, steps: int | None = None) -> Any:  # noqa: ANN401 diffusers
-    """A stock scheduler with the teacher's levels, whose steps are the student's jumps; nothing clipped.
+    """The stock scheduler whose steps are the student's jumps.
 
     For a flow model of ``steps`` the stock grid, which ends in an almost empty step, is stretched so that its last
     level is that of equal steps.
     """
-    config = teacher.scheduler_config
-    if isinstance(student.schedule, FlowMatching):
-        last = float(student.schedule.grid(steps)[-2]) if steps and steps > 1 else None
-        return diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=student.schedule.num_timesteps, shift=student.schedule.shift, shift_terminal=last
-        )
-    if not isinstance(student.schedule, VariancePreserving):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-    return diffusers.DDIMScheduler.from_config(
-        config,
-        prediction_type=student.prediction,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        thresholding=False,
-        set_alpha_to_one=True,
-    )
+    stretched = isinstance(student.schedule, FlowMatching) and steps is not None and steps > 1
+    terminal = float(student.schedule.grid(cast("int", steps))[-2]) if stretched else None
+    return stock_scheduler(teacher, student.prediction, terminal)
 
 
 def stock_times(student: Student, scheduler: Any, steps: int) -> Float[Tensor, " points"]:  # noqa: ANN401 diffusers

@@ -14,7 +14,8 @@ from fmm_distill import __version__
 from fmm_distill.checkpoint import writing
 from fmm_distill.errors import UserError
 from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
-from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
+from fmm_distill.export.schedulers import stock_scheduler
+from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network
 from fmm_distill.lora import lora_state
 from fmm_distill.teachers.codec import LatentCodec
 

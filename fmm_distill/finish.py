@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,11 +17,9 @@ from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.folder import export_pipeline, write_lora
 from fmm_distill.export.verify import summary, verify
-from fmm_distill.lora import has_lora, merged
+from fmm_distill.export.write import write_student
 from fmm_distill.plan import Plan
-from fmm_distill.student import stock_part
 from fmm_distill.tracking import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -72,19 +69,12 @@ def finish(
 def export_student(
     job: Plan, target: Path, steps: tuple[int, ...], run: Path, evaluation: Evaluation | None, made: int
 ) -> dict[str, Agreement]:
-    """Write, describe and verify; of a student with adapters the merged weights, and the adapters beside them."""
+    """Write, describe and verify the pipelines."""
     about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
-    job.teacher.to("cpu")
-    job.student.to("cpu")
-    adapted = has_lora(job.student.network)
-    student = merged(job.student) if adapted else job.student
-    teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
-    export_pipeline(student, teacher, target, steps)
-    if adapted:
-        write_lora(job.student, teacher, target)
+    exported = write_student(job.student, job.teacher, target, steps)
     write_card(target, about, evaluation, run)
-    return verify(student, teacher, target, steps)
+    return verify(exported.student, exported.teacher, target, steps)
 
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:

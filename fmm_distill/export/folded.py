@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
@@ -35,8 +37,25 @@ def why_not_folded(teacher: Teacher) -> str | None:
         return "no stock pipeline of UNet2DModel leaves out a learned variance"
     if teacher.folder is None and teacher.conditions is not None:
         return "no stock pipeline gives UNet2DModel a class"
+    if isinstance(teacher.schedule, FlowMatching) and (needed := _not_of_flows(teacher)) is not None:
+        return f"its pipeline needs a scheduler with {needed}, which the stock scheduler of flow models does not have"
     if isinstance(teacher.schedule, FlowMatching) and isinstance(teacher.codec, LatentCodec) and teacher.folder is None:
         return "no stock pipeline decodes a VQModel after a flow"
+    return None
+
+
+def _not_of_flows(teacher: Teacher) -> str | None:
+    """A member of its scheduler that a pipeline of discrete schedules needs; the stock flow schedulers lack both.
+
+    Others with flow levels round the timesteps that the network is conditioned on: their steps are no exact jumps.
+    """
+    if teacher.folder is None:
+        return None
+    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
+    code = inspect.getsource(getattr(diffusers, index["_class_name"]))
+    for name in ("init_noise_sigma", "scale_model_input"):
+        if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
+            return name
     return None
 
 

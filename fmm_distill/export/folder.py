@@ -32,13 +32,21 @@ _SUFFIX = __version__.replace(".", "_")
 
 
 def export_pipeline(
-    student: Student, teacher: Teacher, folder: Path | str, steps: Iterable[int] = (1, 2, 4, 8)
+    student: Student,
+    teacher: Teacher,
+    folder: Path | str,
+    steps: Iterable[int] = (1, 2, 4, 8),
+    *,
+    linked: bool = False,
 ) -> Path:
     """Write the any-step pipeline and the folded ones ``steps-<n>/``; ``folder`` is replaced once all is written.
 
     ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens the first,
     ``DiffusionPipeline.from_pretrained(folder / "steps-4")`` a folded one. Where no stock pipeline takes a folded
     student (``why_not_folded``) only the first is written.
+
+    Args:
+        linked: link to what the pipeline of the teacher shares with the student's; the folder depends on it then.
 
     Raises:
         UserError: on a number of steps that does not divide the timesteps, a folder that holds something else, or a
@@ -53,8 +61,10 @@ def export_pipeline(
     with writing(folder):
         try:
             partial.mkdir(parents=True)
-            write = _write_any_step if teacher.folder is None else _write_any_step_stock
-            write(student, teacher, partial)
+            if teacher.folder is None:
+                _write_any_step(student, teacher, partial)
+            else:
+                _write_any_step_stock(student, teacher, partial, linked=linked)
             for n in () if why_not_folded(teacher) else steps:
                 if teacher.folder is None:
                     folded = folded_pipeline(student, teacher, n)
@@ -108,9 +118,9 @@ def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> None:
+def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path, *, linked: bool) -> None:
     """The teacher's pipeline with the two-time network in it, of a class made from the stock one."""
-    index = copy_pipeline(teacher, folder)
+    index = copy_pipeline(teacher, folder, linked=linked)
     scheduler = stock_scheduler(teacher, student.prediction)
     scheduler.save_pretrained(folder / "scheduler")
     network = cast("Any", student.network)

@@ -126,4 +126,4 @@ def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:
                 f"the teacher's scheduler sets {key}: {config[key]!r}, a setting of {name} in diffusers "
                 f"{diffusers.__version__} that this version does not know; try the diffusers of constraints.txt"
             )
-    return kind(**levels | SWITCHES[name] | changes)
+    return kind(**(levels | dict(SWITCHES[name]) | changes))

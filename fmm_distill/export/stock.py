@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,8 +24,6 @@ from fmm_distill.teachers.prompted import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from jaxtyping import Float
     from torch import Tensor
 
@@ -39,6 +38,7 @@ __all__ = [
     "folded_network",
     "folded_scheduler",
     "guidance_keyword",
+    "shared_bytes",
     "start_of",
     "unguided",
     "verification_call",
@@ -49,11 +49,14 @@ _NOT_OPENED = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".
 _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.\w+\.json$")
 
 
-def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) -> dict[str, Any]:
+def copy_pipeline(
+    teacher: Teacher, target: Path, source: Path | None = None, *, linked: bool = False
+) -> dict[str, Any]:
     """The pipeline's components besides network and scheduler, copied; gives the index for them.
 
     Args:
         source: a copy made before on the same disk: its files are linked, not copied.
+        linked: write links to the teacher's own files, wherever they are.
     """
     origin = cast("Path", teacher.folder)
     index: dict[str, Any] = json.loads((origin / "model_index.json").read_text(encoding="utf-8"))
@@ -63,8 +66,21 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
         if source is not None and (source / name).is_dir():
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (origin / name).is_dir():
-            shutil.copytree(origin / name, target / name, ignore=_unused)
+            copy_file = _pointed_to if linked else shutil.copy2
+            shutil.copytree(origin / name, target / name, ignore=_unused, copy_function=copy_file)
     return index
+
+
+def shared_bytes(teacher: Teacher) -> int:
+    """What ``copy_pipeline`` copies."""
+    origin = cast("Path", teacher.folder)
+    total = 0
+    for name, value in json.loads((origin / "model_index.json").read_text(encoding="utf-8")).items():
+        if not name.startswith("_") and isinstance(value, list) and name not in (teacher.component, "scheduler"):
+            files = [file for file in (origin / name).rglob("*") if file.is_file()]
+            unused = _unused("", [file.name for file in files])
+            total += sum(file.stat().st_size for file in files if file.name not in unused)
+    return total
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:
@@ -76,6 +92,14 @@ def _linked(source: str, target: str) -> None:
     """A hard link, or a copy where the disk has none."""
     try:
         os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _pointed_to(source: str, target: str) -> None:
+    """A symbolic link, or a copy where the disk has none."""
+    try:
+        Path(target).symlink_to(Path(source).resolve())
     except OSError:
         shutil.copy2(source, target)
 

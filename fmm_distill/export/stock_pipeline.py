@@ -173,6 +173,11 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
         made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
     jumps = {"discrete": _whole_jump, "angular": _angular_jump}
     step = types.MethodType(jumps[levels["kind"]], made) if levels["kind"] in jumps else made.step
+    # Pipelines of discrete schedules look for these, which a scheduler of flow models does not have.
+    if not hasattr(made, "init_noise_sigma"):
+        made.init_noise_sigma = 1.0
+    if not hasattr(made, "scale_model_input"):
+        made.scale_model_input = lambda sample, *args, **kwargs: sample
     made.steps_done = 0
 
     # With its signature: pipelines look at the parameters.

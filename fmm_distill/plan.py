@@ -169,7 +169,9 @@ def describe(job: Plan) -> str:
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
     reason = why_not_folded(job.teacher)
-    left_out = f"\nexport:  only the any-step pipeline is written ({reason})" if reason and job.recipe.export.steps else ""
+    left_out = (
+        f"\nexport:  only the any-step pipeline is written ({reason})" if reason and job.recipe.export.steps else ""
+    )
     told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
     return (
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "

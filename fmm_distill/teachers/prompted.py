@@ -21,6 +21,7 @@ from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import FAULTS, check_weights, open_pipeline
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.embedding import EACH, LENGTHS, cache_file, embed_all, told_apart
+from fmm_distill.teachers.keywords import refused_keyword
 from fmm_distill.teachers.recording import TIMES, record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.velocity import Conditioning
@@ -39,19 +40,6 @@ __all__ = ["RecordedCall", "load_prompted"]
 
 STEPS = 4
 PROBES = ("a red cat on a mat", "dogs")
-_OURS = (
-    "prompt",
-    "negative_prompt",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "guidance_scale",
-    "true_cfg_scale",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-)
 # Of a network's prediction, against what the pipeline itself got from it.
 TOLERANCE = 1e-4
 
@@ -215,8 +203,8 @@ def _check_call(pipeline: Any, call: dict[str, Any], source: str) -> None:  # no
         raise UserError(
             f"{source}: {type(pipeline).__name__} refines an image that another model made; wanted the base model"
         )
-    for key in (key for key in call if key in _OURS):
-        raise UserError(f"pipeline.{key} is set by the program; wanted keywords such as height and width")
+    if (refusal := refused_keyword(call)) is not None:
+        raise UserError(refusal)
     wrong = [key for key in call if key not in taken]
     if wrong:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,17 +18,16 @@ from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
 from fmm_distill.export.folded import check_steps, why_not_folded
-from fmm_distill.export.folder import write_lora, write_pipelines
 from fmm_distill.export.place import check_replaceable, replacing
-from fmm_distill.export.verify import verify
-from fmm_distill.lora import has_lora, merged
+from fmm_distill.export.verify import summary, verify
+from fmm_distill.export.write import write_student
 from fmm_distill.plan import Plan
-from fmm_distill.student import stock_part
 from fmm_distill.tracking import log_picture, log_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from fmm_distill.export.agreement import Agreement
     from fmm_distill.flow_map import LearnedFlowMap
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
@@ -62,13 +60,13 @@ def finish(
     student = folder / "student"
     steps = job.recipe.export.steps
     made = job.recipe.student.regression_steps + job.recipe.training.steps
-    differences = export_student(job, student, steps, folder, evaluation, made, say)
-    evaluation.protocol["reloaded_largest_pixel_difference"] = max(differences.values())
+    agreements = export_student(job, student, steps, folder, evaluation, made, say)
+    evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     checkpoint.write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], made)
     log_picture(accelerator, folder / "samples.png", made)
     say(table(evaluation))
-    say(f"reloaded with stock diffusers: largest difference of a pixel {max(differences.values()):.1e}")
+    say(f"reloaded with stock diffusers: {summary(agreements)}")
     say(how_to_load(folder, job.recipe))
 
 
@@ -80,7 +78,7 @@ def export_student(
     evaluation: Evaluation | None,
     made: int,
     waiting: Callable[[str], None] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Agreement]:
     """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
 
     ``target`` is replaced once all of this is done.
@@ -98,20 +96,13 @@ def export_student(
     check_steps(steps, job.student.schedule)
     about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
-    job.teacher.to("cpu")
-    job.student.to("cpu")
-    adapted = has_lora(job.student.network)
-    student = merged(job.student) if adapted else job.student
-    teacher = replace(job.teacher, network=stock_part(student.network)) if adapted else job.teacher
     failed: FmmDistillError | None = None
-    differences: dict[str, float] = {}
+    agreements: dict[str, Agreement] = {}
     with replacing(target, waiting) as new:
-        write_pipelines(student, teacher, new, steps)
-        if adapted:
-            write_lora(job.student, teacher, new)
+        exported = write_student(job.student, job.teacher, new, steps)
         write_card(new, about, evaluation, run)
         try:
-            differences = verify(student, teacher, new, steps)
+            agreements = verify(exported.student, exported.teacher, new, steps)
         except FmmDistillError as error:
             failed = FmmDistillError(str(error).replace(str(new), str(target)))
             if target.exists():
@@ -119,7 +110,7 @@ def export_student(
     # A first export stays, to be looked at; it is not published.
     if failed is not None:
         raise failed
-    return differences
+    return agreements
 
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:

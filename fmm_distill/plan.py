@@ -11,7 +11,8 @@ from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.data import captions_of, load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import check_evaluation, image_shape
-from fmm_distill.export.folded import check_steps
+from fmm_distill.export.folded import check_steps, why_not_folded
+from fmm_distill.export.write import export_bytes
 from fmm_distill.lora import add_lora
 from fmm_distill.memory import forecast_memory
 from fmm_distill.parts import mebibytes
@@ -25,6 +26,7 @@ from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trial import trial_bytes, try_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -158,7 +160,7 @@ def at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
 
 
 def describe(job: Plan) -> str:
-    """The lines of a run's start: teacher, student, data and steps."""
+    """The lines of a run's start: teacher, student, data and steps, and what of the export is left out."""
     teacher, training = job.teacher, job.recipe.training
     trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
     jump = sum(p.numel() for p in cast("Any", job.student.network).jump_embedding.parameters())
@@ -167,13 +169,17 @@ def describe(job: Plan) -> str:
     lora = f", {adapters:,} in adapters of rank {job.recipe.student.lora.rank}" if adapters else ""
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
+    reason = why_not_folded(job.teacher)
+    left_out = (
+        f"\nexport:  only the any-step pipeline is written ({reason})" if reason and job.recipe.export.steps else ""
+    )
     told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
     return (
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
         f"parameters{told})\n"
         f"student: {job.student.prediction}, {jump:,} new parameters for the second time{lora}\n"
         f"data:    {describe_data(job.recipe.data, job.images)}\n"
-        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}"
+        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}{left_out}"
     )
 
 
@@ -189,6 +195,10 @@ def _conditions_of(teacher: Teacher) -> str:
 def forecast(recipe: Recipe, folder: Path) -> str:
     """The resolved recipe and what a run of it would do, without doing it."""
     job = plan(recipe)
+    lines = _export_disk(job)
+    # Of processes that were launched together the first one tries; the others print nothing.
+    if os.environ.get("RANK", "0") == "0":
+        try_export(recipe, job.student, job.teacher, folder, lines.append)
     processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
@@ -196,8 +206,16 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     part = training.batch_size // (processes * training.accumulation)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
+    exported = "\n".join(lines)
     return (
         f"{recipe.to_yaml()}\n{describe(job)}\n"
         f"memory:  {memory} ({part} samples at a time in each of {processes} processes)\n"
-        f"{disk}output:  {folder}\nnothing was run (--dry-run)"
+        f"{disk}{exported}\noutput:  {folder}\nnothing was trained (--dry-run)"
     )
+
+
+def _export_disk(job: Plan) -> list[str]:
+    """The line on what the export takes on the disk, at the end and before training."""
+    final = export_bytes(job.student, job.teacher, job.recipe.export.steps)
+    trial = trial_bytes(job.recipe, job.student, job.teacher)
+    return [f"disk:    {mebibytes(final)} of the exported student; {mebibytes(trial)} for its trial before step 1"]

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.sharding import check_sharding
 from fmm_distill.tracking import check_trackers, tracker_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fmm_distill.recipe import Recipe
 
 
-__all__ = ["PATIENCE", "check_joined", "check_training", "make_accelerator", "silent"]
+__all__ = ["PATIENCE", "check_joined", "check_training", "make_accelerator", "on_first", "silent"]
 
 # The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
 PATIENCE = timedelta(hours=12)
@@ -78,6 +80,26 @@ def check_joined(accelerator: Accelerator) -> None:
             f"{launched} processes were launched, but accelerate joins {accelerator.num_processes}: on CPU set "
             "ACCELERATE_USE_CPU=true, so that they don't run side by side in one folder"
         )
+
+
+def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do ``work`` in the first process while the others wait; what it raises ends all of them.
+
+    Raises:
+        UserError: in the other processes, with the first one's message.
+    """
+    failure: list[str | None] = ["the first process has failed"]
+    try:
+        if accelerator.is_main_process:
+            work()
+            failure = [None]
+    except FmmDistillError as error:
+        failure = [str(error)]
+        raise
+    finally:
+        broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
 
 
 def silent(_: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fmm_distill.errors import UserError
 from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings
@@ -27,6 +27,7 @@ from fmm_distill.settings import (
     TrainingSettings,
 )
 from fmm_distill.starts import Pairs
+from fmm_distill.teachers.keywords import refused_keyword
 from fmm_distill.weights import Metric, Weight
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ class Recipe(Settings):
     """What is written for others to load."""
     logging: LoggingSettings = LoggingSettings()
     """Where the numbers go besides the run folder."""
+
+    @field_validator("pipeline")
+    @classmethod
+    def _keywords_are_not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if (refusal := refused_keyword(value)) is not None:
+            raise ValueError(refusal)
+        return value
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:

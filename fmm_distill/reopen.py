@@ -26,6 +26,8 @@ from fmm_distill.run_folder import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from fmm_distill.export.agreement import Agreement
+
 
 __all__ = ["draw_run", "export_run", "open_run"]
 
@@ -82,8 +84,8 @@ def draw_run(
 
 def export_run(
     folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
-) -> dict[str, float]:
-    """Export a run's averaged student at its newest checkpoint; gives the differences after reloading."""
+) -> dict[str, Agreement]:
+    """Export a run's averaged student at its newest checkpoint; gives how far the reloaded pipelines are from it."""
     # Before the teacher is opened, which takes long.
     check_replaceable(target)
     job = open_run(folder, guidance)

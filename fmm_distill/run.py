@@ -14,7 +14,7 @@ from fmm_distill.finish import finish, how_to_load
 from fmm_distill.monitor import Monitor
 from fmm_distill.plan import describe, plan
 from fmm_distill.prepare import prepare_samples
-from fmm_distill.process import make_accelerator, silent
+from fmm_distill.process import make_accelerator, on_first, silent
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
@@ -29,6 +29,7 @@ from fmm_distill.run_folder import (
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.tracking import tracked
 from fmm_distill.trainer import Trainer
+from fmm_distill.trial import keep_trial, try_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,12 @@ def distill(
     job = plan(recipe if fresh else pinned(recipe, folder), say=line)
     check_prompts(folder, job.teacher, fresh=fresh)
     line(describe(job))
+    tried: list[str] = []
+
+    def try_first() -> None:
+        tried.append(try_export(recipe, job.student, job.teacher, folder, line))
+
+    on_first(accelerator, try_first)
     for change in changes:
         line(f"changed  {change}")
     if accelerator.is_main_process:
@@ -76,6 +83,7 @@ def distill(
         if changes:
             take_changes(folder, recipe)
         keep_commits(folder, job.teacher)
+        keep_trial(folder, tried[0])
         if isinstance(job.teacher.conditions, Embeddings):
             checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()

@@ -32,7 +32,7 @@ __all__ = ["differences", "entries", "protocol_of"]
 _NOT_COMPARED = (
     "ema",
     "ema_chosen",
-    "reloaded_largest_pixel_difference",
+    "reloaded_difference",
     "seconds_per_image",
     "memory",
     "device",

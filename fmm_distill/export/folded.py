@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+import json
+from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 
 from fmm_distill.errors import UserError
+from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.student import fold
 from fmm_distill.teachers.codec import LatentCodec
@@ -34,8 +37,25 @@ def why_not_folded(teacher: Teacher) -> str | None:
         return "no stock pipeline of UNet2DModel leaves out a learned variance"
     if teacher.folder is None and teacher.conditions is not None:
         return "no stock pipeline gives UNet2DModel a class"
+    if isinstance(teacher.schedule, FlowMatching) and (needed := _not_of_flows(teacher)) is not None:
+        return f"its pipeline needs a scheduler with {needed}, which the stock scheduler of flow models does not have"
     if isinstance(teacher.schedule, FlowMatching) and isinstance(teacher.codec, LatentCodec) and teacher.folder is None:
         return "no stock pipeline decodes a VQModel after a flow"
+    return None
+
+
+def _not_of_flows(teacher: Teacher) -> str | None:
+    """A member of its scheduler that a pipeline of discrete schedules needs; the stock flow schedulers lack both.
+
+    Others with flow levels round the timesteps that the network is conditioned on: their steps are no exact jumps.
+    """
+    if teacher.folder is None:
+        return None
+    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
+    code = inspect.getsource(getattr(diffusers, index["_class_name"]))
+    for name in ("init_noise_sigma", "scale_model_input"):
+        if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
+            return name
     return None
 
 
@@ -50,27 +70,14 @@ def check_steps(steps: Iterable[int], schedule: Schedule) -> None:
 
 
 def jump_scheduler(student: Student, teacher: Teacher, steps: int | None = None) -> Any:  # noqa: ANN401 diffusers
-    """A stock scheduler with the teacher's levels, whose steps are the student's jumps; nothing clipped.
+    """The stock scheduler whose steps are the student's jumps.
 
     For a flow model of ``steps`` the stock grid, which ends in an almost empty step, is stretched so that its last
     level is that of equal steps.
     """
-    config = teacher.scheduler_config
-    if isinstance(student.schedule, FlowMatching):
-        last = float(student.schedule.grid(steps)[-2]) if steps and steps > 1 else None
-        return diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=student.schedule.num_timesteps, shift=student.schedule.shift, shift_terminal=last
-        )
-    if not isinstance(student.schedule, VariancePreserving):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-    return diffusers.DDIMScheduler.from_config(
-        config,
-        prediction_type=student.prediction,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        thresholding=False,
-        set_alpha_to_one=True,
-    )
+    stretched = isinstance(student.schedule, FlowMatching) and steps is not None and steps > 1
+    terminal = float(student.schedule.grid(cast("int", steps))[-2]) if stretched else None
+    return stock_scheduler(teacher, student.prediction, terminal)
 
 
 def stock_times(student: Student, scheduler: Any, steps: int) -> Float[Tensor, " points"]:  # noqa: ANN401 diffusers

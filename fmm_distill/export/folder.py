@@ -15,12 +15,12 @@ from fmm_distill.export.folded import check_steps, folded_pipeline, jump_schedul
 from fmm_distill.export.local_paths import strip
 from fmm_distill.export.pipeline import FlowMapPipeline
 from fmm_distill.export.place import replacing
+from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.export.stock import (
     any_step_settings,
     copy_pipeline,
     folded_network,
     pipeline_settings,
-    stock_scheduler,
 )
 from fmm_distill.lora import lora_state
 from fmm_distill.teachers.codec import LatentCodec
@@ -54,10 +54,18 @@ def export_pipeline(
     return folder
 
 
-def write_pipelines(student: Student, teacher: Teacher, folder: Path, steps: Iterable[int]) -> None:
-    """Write the pipelines into an empty folder, without the paths of this machine."""
-    write = _write_any_step if teacher.folder is None else _write_any_step_stock
-    write(student, teacher, folder)
+def write_pipelines(
+    student: Student, teacher: Teacher, folder: Path, steps: Iterable[int], *, linked: bool = False
+) -> None:
+    """Write the pipelines into an empty folder, without the paths of this machine.
+
+    Args:
+        linked: link to the components that the student shares with its teacher; the folder then depends on that one.
+    """
+    if teacher.folder is None:
+        _write_any_step(student, teacher, folder)
+    else:
+        _write_any_step_stock(student, teacher, folder, linked=linked)
     for n in () if why_not_folded(teacher) else steps:
         if teacher.folder is None:
             folded = folded_pipeline(student, teacher, n)
@@ -85,9 +93,9 @@ def _write_any_step(student: Student, teacher: Teacher, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path) -> None:
+def _write_any_step_stock(student: Student, teacher: Teacher, folder: Path, *, linked: bool) -> None:
     """The teacher's pipeline with the two-time network in it, of a class made from the stock one."""
-    index = copy_pipeline(teacher, folder)
+    index = copy_pipeline(teacher, folder, linked=linked)
     # Before the folded pipelines link to these files.
     strip(folder)
     scheduler, network = stock_scheduler(teacher, student.prediction), cast("Any", student.network)

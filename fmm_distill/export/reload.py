@@ -1,12 +1,17 @@
-"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and keep what they make.
+"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and record what they do.
 
 python reload.py JOBS.json
 
-A job is {"folder", "call", "any_call", "seed", "steps", "output"}: keywords of the call of a folded and of an any-step
-pipeline, numbers of steps, a safetensors file to write.
+A job is {"folder", "call", "any_call", "seed", "steps", "component", "sample", "count", "output"}: keywords of the call
+of a folded and of an any-step pipeline, numbers of steps, the network's name in the pipeline and its first argument's,
+how many samples a call makes, a safetensors file to write.
+
+Of each pipeline the file has ``KEY.states``, what its network was given in each step, ``KEY.end``, the samples after
+the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and say little.
 """
 
 import copy
+import functools
 import json
 import os
 import sys
@@ -19,13 +24,77 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 
+def plain(value):
+    """A float tensor of its own, of samples in a tensor or a list."""
+    return (torch.stack(list(value)) if isinstance(value, list) else value).detach().float().clone()
+
+
+def watched(scheduler, ends):
+    """The scheduler, which keeps the result of each step."""
+    step = scheduler.step
+
+    # Pipelines look at the parameters.
+    @functools.wraps(step)
+    def kept(*args, **kwargs):
+        made = step(*args, **kwargs)
+        ends.append(plain(made[0] if isinstance(made, tuple) else made.prev_sample))
+        return made
+
+    scheduler.step = kept
+    return scheduler
+
+
+def watch_ends(pipeline, call, ends):
+    """Have the samples after each step appended to ``ends``: by the pipeline's scheduler, or by its callback."""
+    module = sys.modules[type(pipeline).__module__]
+    if hasattr(module, "jumping"):
+        # The any-step pipeline makes the scheduler of a call in it.
+        jumping = module.jumping
+        module.jumping = lambda *args, **kwargs: watched(jumping(*args, **kwargs), ends)
+    elif hasattr(module, "FlowMapPipeline"):
+
+        def keep(_, number, timestep, given):
+            ends.append(plain(given["latents"]))
+            return given
+
+        call["callback_on_step_end"] = keep
+    else:
+        watched(pipeline.scheduler, ends)
+
+
 def made_by(pipeline, call, job, steps):
-    """What a pipeline returns first, as a tensor."""
+    """The recorded tensors of one call, by the second half of their names."""
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(job["seed"])
     # Some pipelines change the lists that they are given.
-    call = copy.deepcopy(call) | {"generator": generator, "num_inference_steps": steps, "return_dict": False}
-    return torch.as_tensor(pipeline(**call)[0]).float().contiguous()
+    call, states, ends = copy.deepcopy(call), [], []
+    call |= {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps}
+
+    def watch(_, args, kwargs):
+        states.append(plain(kwargs[job["sample"]] if job["sample"] in kwargs else args[0])[: job["count"]])
+
+    watch_ends(pipeline, call, ends)
+    hook = getattr(pipeline, job["component"]).register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        result = torch.as_tensor(pipeline(**call, return_dict=False)[0]).float().contiguous()
+    finally:
+        hook.remove()
+    if call.get("output_type") == "latent":
+        return {"states": torch.stack(states), "end": result}
+    return {"states": torch.stack(states), "end": ends[-1], "images": result}
+
+
+def record_job(job):
+    """The recorded tensors of all pipelines in the folder."""
+    any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
+    made = {}
+    for steps in job["steps"]:
+        calls = {f"any-{steps}": (any_step, job["any_call"])}
+        folded = f"{job['folder']}/steps-{steps}"
+        if os.path.isdir(folded):
+            calls[f"folded-{steps}"] = (DiffusionPipeline.from_pretrained(folded), job["call"])
+        for key, (pipeline, call) in calls.items():
+            made |= {f"{key}.{name}": value for name, value in made_by(pipeline, call, job, steps).items()}
+    return made
 
 
 if __name__ == "__main__":
@@ -33,11 +102,4 @@ if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
     for job in jobs:
-        any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
-        made = {}
-        for steps in job["steps"]:
-            made[f"any-{steps}"] = made_by(any_step, job["any_call"], job, steps)
-            folded = f"{job['folder']}/steps-{steps}"
-            if os.path.isdir(folded):
-                made[f"folded-{steps}"] = made_by(DiffusionPipeline.from_pretrained(folded), job["call"], job, steps)
-        save_file(made, job["output"])
+        save_file(record_job(job), job["output"])

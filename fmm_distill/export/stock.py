@@ -11,17 +11,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import diffusers
 import torch
 
+from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.export.stock_pipeline import jumping
 from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.student import fold
-from fmm_distill.teachers.codec import LatentCodec
+from fmm_distill.teachers.codec import LatentCodec, PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.embedding import told_apart
 from fmm_distill.teachers.prompted import RecordedCall
-from fmm_distill.teachers.recording import record, run_pipeline, tensor_of
+from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,10 +36,11 @@ __all__ = [
     "any_step_times",
     "copy_pipeline",
     "folded_network",
+    "folded_scheduler",
     "guidance_keyword",
     "pipeline_settings",
+    "shared_bytes",
     "start_of",
-    "stock_scheduler",
     "unguided",
     "verification_call",
 ]
@@ -51,11 +52,14 @@ _NOT_OPENED = (".bin.index.json",)
 _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.\w+\.json$")
 
 
-def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) -> dict[str, Any]:
+def copy_pipeline(
+    teacher: Teacher, target: Path, source: Path | None = None, *, linked: bool = False
+) -> dict[str, Any]:
     """The pipeline's components besides network and scheduler, copied; gives the index for them.
 
     Args:
         source: a copy made before on the same disk: its files are linked, not copied.
+        linked: write links to the teacher's own files, wherever they are.
     """
     origin = cast("Path", teacher.folder)
     index: dict[str, Any] = json.loads((origin / "model_index.json").read_text(encoding="utf-8"))
@@ -68,8 +72,21 @@ def copy_pipeline(teacher: Teacher, target: Path, source: Path | None = None) ->
         if source is not None and (source / name).is_dir():
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (origin / name).is_dir():
-            shutil.copytree(origin / name, target / name, ignore=_unused)
+            copy_file = _pointed_to if linked else shutil.copy2
+            shutil.copytree(origin / name, target / name, ignore=_unused, copy_function=copy_file)
     return index
+
+
+def shared_bytes(teacher: Teacher) -> int:
+    """What ``copy_pipeline`` copies."""
+    origin = cast("Path", teacher.folder)
+    total = 0
+    for name, value in json.loads((origin / "model_index.json").read_text(encoding="utf-8")).items():
+        if not name.startswith("_") and isinstance(value, list) and name not in (teacher.component, "scheduler"):
+            files = [file for file in (origin / name).rglob("*") if file.is_file()]
+            unused = _unused("", [file.name for file in files])
+            total += sum(file.stat().st_size for file in files if file.name not in unused)
+    return total
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:
@@ -90,27 +107,12 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def stock_scheduler(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffusers class
-    """A stock scheduler with the teacher's levels, of first order where there is one; nothing clipped."""
-    config, kind = teacher.scheduler_config, teacher.scheduler_config["_class_name"]
-    if isinstance(teacher.schedule, VariancePreserving):
-        stock = diffusers.CogVideoXDDIMScheduler if kind.startswith("CogVideoX") else diffusers.DDIMScheduler
-        changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "set_alpha_to_one": True}
-        return stock.from_config(config, **changes, clip_sample=False, **_no_thresholding(stock))
-    if isinstance(teacher.schedule, Angular):
-        return diffusers.IPNDMScheduler.from_config(config)
-    if isinstance(teacher.schedule, VarianceExploding):
-        return diffusers.EDMEulerScheduler.from_config(config)
-    if kind == "FlowMatchEulerDiscreteScheduler":
-        # Stretched to a last level, a grid of one step divides by zero; its last step is empty anyway.
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
-    return diffusers.FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=teacher.schedule.num_timesteps, shift=cast("FlowMatching", teacher.schedule).shift
-    )
-
-
-def _no_thresholding(stock: Any) -> dict[str, bool]:  # noqa: ANN401 a diffusers class
-    return {"thresholding": False} if stock is diffusers.DDIMScheduler else {}
+def _pointed_to(source: str, target: str) -> None:
+    """A symbolic link, or a copy where the disk has none."""
+    try:
+        Path(target).symlink_to(Path(source).resolve())
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def pipeline_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
@@ -175,9 +177,15 @@ def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
     return {"class_labels": [int(name) for name in some], "output_type": "np"} | unguided(teacher)
 
 
-def _opened(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a diffusers class
-    given = {teacher.component: teacher.network, "scheduler": stock_scheduler(teacher, prediction)}
-    pipeline = open_pipeline(cast("Path", teacher.folder), **given)
+def _opened(teacher: Teacher, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
+    """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once for all calls."""
+    parts = {teacher.component: teacher.network, "scheduler": scheduler}
+    if isinstance(teacher.codec, PipelineCodec):
+        pipeline = copy.copy(teacher.codec.opened().to("cpu"))
+        for name, part in parts.items():
+            setattr(pipeline, name, part)
+    else:
+        pipeline = open_pipeline(cast("Path", teacher.folder), **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -189,38 +197,54 @@ def start_of(
 
     These may be padded otherwise than among all prompts of a run. None of a pipeline that is told classes or nothing.
     """
-    pipeline = _opened(teacher, teacher.prediction)
+    scheduler = stock_scheduler(teacher, teacher.prediction)
+    if isinstance(teacher.schedule, FlowMatching):
+        # Some pipelines need more of a scheduler than the stock one of flow models has.
+        scheduler = jumping(scheduler, any_step_settings(teacher, scheduler))
+    pipeline = _opened(teacher, scheduler)
     count = next((len(value) for value in call.values() if isinstance(value, list)), call.get("batch_size", 1))
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
-    seen = record(pipeline, teacher.component, given)
+    seen = record(pipeline, teacher.component, given, first_only=True)
     x = tensor_of(next(iter(seen.asked[0].given.values())))
     ask, cond = teacher.parametrisation.call, None
     if isinstance(ask, RecordedCall):
         one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
         single = record(pipeline, teacher.component, one, first_only=True).asked[0].given
         cond = told_apart(seen.asked[0].given, (ask.sample, ask.time), count, single)
-    if isinstance(teacher.schedule, VarianceExploding):
-        return seen.steps[0].sample / (teacher.schedule.sigma_max**2 + 1) ** 0.5, cond
-    return x[:count], cond
+    return x[:count] / _gain_of_start(teacher), cond
+
+
+def _gain_of_start(teacher: Teacher) -> float:
+    """The size of the network's first input; of exploding levels the scheduler's own start, preconditioned."""
+    schedule, spread = teacher.schedule, teacher.parametrisation.sigma_data
+    if not isinstance(schedule, VarianceExploding):
+        return 1.0
+    high = schedule.sigma_max**2
+    return ((high + 1) / (1 if spread is None else high + spread**2)) ** 0.5
 
 
 def folded_network(student: Student, teacher: Teacher, steps: int) -> tuple[Any, Any, Tensor]:
     """The folded network, its scheduler, and the times between which the stock pipeline then jumps."""
+    scheduler, times = folded_scheduler(student, teacher, steps)
+    return fold(student, teacher, times), scheduler, times
+
+
+def folded_scheduler(student: Student, teacher: Teacher, steps: int) -> tuple[Any, Tensor]:
+    """The scheduler of the folded pipeline, and the times between which that pipeline jumps."""
     scheduler = stock_scheduler(teacher, student.prediction)
-    if isinstance(teacher.schedule, VariancePreserving):
-        times = student.schedule.grid(steps)
-        return fold(student, teacher, times), scheduler, times
-    times = _stock_times(student, teacher, scheduler, steps)
     schedule = student.schedule
+    if isinstance(schedule, VariancePreserving):
+        return scheduler, schedule.grid(steps)
+    times = _stock_times(teacher, scheduler, steps)
     last = float(schedule.position(times[-2:-1]))
     # Where the network is told the time before the shift the pipeline gives its own timesteps, which don't stretch.
     told_before = isinstance(schedule, FlowMatching) and schedule.told_before
     if steps > 1 and last < 0.5 / steps and not told_before:
         # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
         terminal = float(schedule.grid(steps)[-2])
-        scheduler = type(scheduler).from_config(scheduler.config, shift_terminal=terminal)
-        times = _stock_times(student, teacher, scheduler, steps)
-    return fold(student, teacher, times), scheduler, times
+        scheduler = stock_scheduler(teacher, student.prediction, terminal)
+        times = _stock_times(teacher, scheduler, steps)
+    return scheduler, times
 
 
 def any_step_times(student: Student, teacher: Teacher, steps: int) -> Tensor:
@@ -229,14 +253,13 @@ def any_step_times(student: Student, teacher: Teacher, steps: int) -> Tensor:
         return student.schedule.grid(steps)
     stock = stock_scheduler(teacher, student.prediction)
     scheduler = jumping(stock, any_step_settings(teacher, stock))
-    return _stock_times(student, teacher, scheduler, steps)
+    return _stock_times(teacher, scheduler, steps)
 
 
-def _stock_times(student: Student, teacher: Teacher, scheduler: Any, steps: int) -> Tensor:  # noqa: ANN401 diffusers
-    """The times that the stock pipeline takes with this scheduler, data at the end."""
-    pipeline = _opened(teacher, student.prediction)
-    pipeline.scheduler = scheduler
+def _stock_times(teacher: Teacher, scheduler: Any, steps: int) -> Tensor:  # noqa: ANN401 a diffusers class
+    """The times that the stock pipeline takes with this scheduler, data at the end; the network does not run."""
+    pipeline = _opened(teacher, scheduler)
     call = verification_call(teacher, 1) | {"num_inference_steps": steps}
-    run_pipeline(pipeline, call | {"generator": torch.Generator().manual_seed(0)})
+    record(pipeline, teacher.component, call | {"generator": torch.Generator().manual_seed(0)}, first_only=True)
     sigmas: Tensor = scheduler.sigmas.double().cpu()
     return 1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas

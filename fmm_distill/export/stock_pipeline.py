@@ -99,6 +99,9 @@ class _AngularJumps(_Jumps):
 
 
 class _FlowJumps(_Jumps):
+    # Pipelines of discrete schedules scale their noise by it; the stock class has none.
+    init_noise_sigma = 1.0
+
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """The stock grid of a flow model, from equal steps where the pipeline passes none, or the user's own.
 

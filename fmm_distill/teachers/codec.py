@@ -143,7 +143,7 @@ class PipelineCodec:
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
         """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
         device = next(self.network.parameters()).device
-        pipeline = self._opened().to(device)
+        pipeline = self.opened().to(device)
         images = []
         for row in x.to(device).split(1):
             with (
@@ -168,7 +168,7 @@ class PipelineCodec:
         Raises:
             UserError: where the pipeline has no such autoencoder, or packs, scales or moves its latents otherwise.
         """
-        vae = getattr(self._opened(), "vae", None)
+        vae = getattr(self.opened(), "vae", None)
         reason = self._no_encoder(vae, shape)
         if reason is None:
             height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
@@ -184,7 +184,7 @@ class PipelineCodec:
                     if self._agrees(codec, probe, plain):
                         return codec
         raise UserError(
-            f"--data: {type(self._opened()).__name__} gives no way from images to its samples ({reason}); take none or "
+            f"--data: {type(self.opened()).__name__} gives no way from images to its samples ({reason}); take none or "
             "teacher"
         )
 
@@ -206,7 +206,8 @@ class PipelineCodec:
         """Let the pipeline go until it is needed again: its text encoders are large."""
         self._pipeline = None
 
-    def _opened(self) -> Any:  # noqa: ANN401 a diffusers class
+    def opened(self) -> Any:  # noqa: ANN401 a diffusers class
+        """The pipeline, opened at the first call and held until ``release``."""
         if self._pipeline is None:
             self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
         return self._pipeline

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.keywords import refused_keyword
 from fmm_distill.teachers.recording import record
 
 if TYPE_CHECKING:
@@ -22,19 +23,6 @@ __all__ = ["PROBES", "STEPS", "CallKeywords", "DrivenPipeline", "check_call"]
 
 STEPS = 4
 PROBES = ("a red cat on a mat", "dogs")
-_OURS = (
-    "prompt",
-    "negative_prompt",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "guidance_scale",
-    "true_cfg_scale",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-)
 
 
 @dataclass(frozen=True)
@@ -119,8 +107,8 @@ def check_call(pipeline: Any, call: dict[str, Any], source: str) -> None:  # noq
         raise UserError(
             f"{source}: {type(pipeline).__name__} refines an image that another model made; wanted the base model"
         )
-    for key in (key for key in call if key in _OURS):
-        raise UserError(f"pipeline.{key} is set by the program; wanted keywords such as height and width")
+    if (refusal := refused_keyword(call)) is not None:
+        raise UserError(refusal)
     wrong = [key for key in call if key not in taken]
     if wrong:
         raise UserError(

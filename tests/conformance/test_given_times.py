@@ -10,7 +10,8 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.export.stock import any_step_settings, start_of, stock_scheduler, verification_call
+from fmm_distill.export.schedulers import stock_scheduler
+from fmm_distill.export.stock import any_step_settings, start_of, verification_call
 from fmm_distill.export.stock_pipeline import flow_map_pipeline
 from fmm_distill.interpolant import expand
 from fmm_distill.sampling import sample

@@ -53,8 +53,7 @@ def folder(tmp_path_factory, teacher_folder):
     export_pipeline(student, teacher, run / "student", (1, 4))
     about = about_student(student, teacher, recipe, (1, 4), run)
     write_card(run / "student", about, Evaluation(dict(PROTOCOL), list(ROWS)), run)
-    compared = {"largest_pixel_difference": {"any-1": 1e-6, "folded-4": 1e-6}}
-    (run / "student" / "verification.json").write_text(json.dumps(compared))
+    (run / "student" / "verification.json").write_text('{"passed": true}')
     record(run / "student", "verification.json")
     (run / "student" / ".cache").mkdir()
     (run / "student" / ".cache" / "left.lock").write_text("")
@@ -228,10 +227,14 @@ def test_numbers_of_another_student_are_not_said(copy):
         (lambda folder: (folder / "student.json").write_text('{"fmm_distill": "9"}'), "written by fmm_distill 9"),
         (lambda folder: (folder / "student.json").write_text("{"), "is truncated"),
         (lambda folder: (folder / "verification.json").unlink(), "was not opened and compared"),
+        (lambda folder: (folder / "verification.json").write_text('{"passed": false}'), "its pipelines differ"),
+        (lambda folder: (folder / "verification.json").write_text('{"passed": "no"}'), "its pipelines differ"),
         (
-            lambda folder: (folder / "verification.json").write_text('{"largest_pixel_difference": {"any-1": NaN}}'),
-            "its pipelines differ",
+            lambda folder: (folder / "verification.json").write_text('{"pipelines": {}}'),
+            "says nothing of",
         ),
+        (lambda folder: (folder / "verification.json").write_text("[]"), "says nothing of"),
+        (lambda folder: (folder / "verification.json").write_text("{"), "can't be read"),
     ],
 )
 def test_what_is_no_whole_student_is_refused(copy, change, wanted):

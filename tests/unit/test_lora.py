@@ -158,7 +158,7 @@ def test_a_whole_run(tmp_path, folders):
     # A guided teacher asks twice a step.
     assert calls == {"student": 2, "teacher-ddim": 4, "teacher-dpmsolver++": 4}
     student = tmp_path / "run" / "student"
-    assert max(json.loads((student / "verification.json").read_text())["largest_pixel_difference"].values()) < 1e-4
+    assert json.loads((student / "verification.json").read_text())["passed"]
     assert {path.name for path in (student / "lora").iterdir()} == {
         "jump_embedding.safetensors",
         "pytorch_lora_weights.safetensors",

@@ -1,0 +1,129 @@
+"""Stock schedulers with a teacher's noise levels, for exports: the levels are the teacher's, every switch is set."""
+
+from __future__ import annotations
+
+import inspect
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import diffusers
+
+from fmm_distill.errors import UserError
+from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fmm_distill.interpolant import Prediction
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["LEVELS", "SWITCHES", "stock_scheduler"]
+
+# The trailing grid has no offset, but pipelines of Stable Diffusion warn of another one than their own.
+_BETAS = frozenset(
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+        "steps_offset",
+    }
+)
+# Of each stock class the settings that make its noise levels: these are the teacher's.
+LEVELS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "DDIMScheduler": _BETAS,
+        "CogVideoXDDIMScheduler": _BETAS | {"snr_shift_scale"},
+        "FlowMatchEulerDiscreteScheduler": frozenset(
+            {
+                "num_train_timesteps",
+                "shift",
+                "use_dynamic_shifting",
+                "base_shift",
+                "max_shift",
+                "base_image_seq_len",
+                "max_image_seq_len",
+                "time_shift_type",
+                "invert_sigmas",
+            }
+        ),
+        "EDMEulerScheduler": frozenset(
+            {"num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"}
+        ),
+        "ScoreSdeVeScheduler": frozenset({"num_train_timesteps", "sigma_min", "sigma_max"}),
+        "IPNDMScheduler": frozenset({"num_train_timesteps", "trained_betas"}),
+    }
+)
+# The trailing grid starts at the last timestep, and a jump ends in data: nothing is clipped, no step is stochastic.
+_PLAIN = {
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+}
+# The settings that change how a scheduler steps and which levels it picks: a jump has its own, whatever the teacher's.
+SWITCHES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "DDIMScheduler": _PLAIN | {"thresholding": False, "dynamic_thresholding_ratio": 0.995},
+        "CogVideoXDDIMScheduler": _PLAIN,
+        "FlowMatchEulerDiscreteScheduler": {
+            # Stretched to a last level, a grid of one step divides by zero; its last step is empty anyway.
+            "shift_terminal": None,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "stochastic_sampling": False,
+        },
+        "EDMEulerScheduler": {"final_sigmas_type": "zero"},
+        "ScoreSdeVeScheduler": {"snr": 0.15, "sampling_eps": 1e-5, "correct_steps": 1},
+        "IPNDMScheduler": {},
+    }
+)
+_OF_PREDICTION = "prediction_type"
+
+
+def stock_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | None = None) -> Any:  # noqa: ANN401
+    """A stock scheduler of first order with the teacher's levels; nothing is clipped, no step is stochastic.
+
+    Args:
+        prediction: of the student.
+        terminal: the level of the last jump's start, to which the grid of a flow model is stretched.
+
+    Raises:
+        UserError: if the installed diffusers has a setting of the scheduler that is not known here, and the teacher
+            sets it.
+    """
+    config, kind = teacher.scheduler_config, teacher.scheduler_config["_class_name"]
+    schedule = teacher.schedule
+    if isinstance(schedule, VariancePreserving):
+        name = "CogVideoXDDIMScheduler" if kind.startswith("CogVideoX") else "DDIMScheduler"
+        return _made(name, config, {_OF_PREDICTION: prediction})
+    if isinstance(schedule, Angular):
+        return _made("IPNDMScheduler", config, {})
+    if isinstance(schedule, VarianceExploding):
+        if prediction == "score":
+            return _made("ScoreSdeVeScheduler", config, {})
+        return _made("EDMEulerScheduler", config, {_OF_PREDICTION: prediction})
+    flow = cast("FlowMatching", schedule)
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        return _made(kind, config, {"shift_terminal": terminal})
+    levels = {"num_train_timesteps": flow.num_timesteps, "shift": flow.shift}
+    return _made("FlowMatchEulerDiscreteScheduler", levels, {"shift_terminal": terminal})
+
+
+def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:  # noqa: ANN401 a diffusers class
+    kind = getattr(diffusers, name)
+    levels = {key: value for key, value in config.items() if key in LEVELS[name]}
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    for parameter in parameters:
+        key = parameter.name
+        known = key in LEVELS[name] or key in SWITCHES[name] or key in changes
+        if not known and config.get(key, parameter.default) != parameter.default:
+            raise UserError(
+                f"the teacher's scheduler sets {key}: {config[key]!r}, a setting of {name} in diffusers "
+                f"{diffusers.__version__} that this version does not know; try the diffusers of constraints.txt"
+            )
+    return kind(**(levels | dict(SWITCHES[name]) | changes))

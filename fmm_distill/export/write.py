@@ -1,0 +1,60 @@
+"""A student with or without adapters as pipelines, and what they take on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.folder import write_lora, write_pipelines
+from fmm_distill.export.stock import shared_bytes
+from fmm_distill.export.verify import Exported
+from fmm_distill.lora import has_lora, merged
+from fmm_distill.student import stock_part
+from fmm_distill.teachers.codec import LatentCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from fmm_distill.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["export_bytes", "network_bytes", "write_student"]
+
+
+def write_student(
+    student: Student, teacher: Teacher, target: Path, steps: tuple[int, ...], *, linked: bool = False
+) -> Exported:
+    """Write the pipelines into an empty folder; with adapters the merged weights, and the adapters in ``lora/``.
+
+    Both are moved to the CPU.
+
+    Args:
+        linked: link to the unchanged components of the teacher's pipeline.
+    """
+    teacher.to("cpu")
+    student.to("cpu")
+    adapted = has_lora(student.network)
+    plain = merged(student) if adapted else student
+    teacher = replace(teacher, network=stock_part(plain.network)) if adapted else teacher
+    write_pipelines(plain, teacher, target, steps, linked=linked)
+    if adapted:
+        write_lora(student, teacher, target)
+    return Exported(plain, teacher, target, steps)
+
+
+def network_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:
+    """Of the networks in an export with these numbers of steps: each folded pipeline has its own."""
+    weights = sum(4 * parameter.numel() for parameter in student.network.parameters())
+    return weights * (1 + (0 if why_not_folded(teacher) else len(steps)))
+
+
+def export_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:
+    """What an export takes on the disk."""
+    total = network_bytes(student, teacher, steps)
+    if teacher.folder is not None:
+        return total + shared_bytes(teacher)
+    if isinstance(teacher.codec, LatentCodec):
+        total += sum(4 * parameter.numel() for parameter in teacher.codec.autoencoder.parameters())
+    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +23,7 @@ from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.variables import launched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -188,7 +188,7 @@ def _conditions_of(teacher: Teacher) -> str:
 def forecast(recipe: Recipe, folder: Path) -> str:
     """The resolved recipe and what a run of it would do, without doing it."""
     job = plan(recipe)
-    processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
+    processes, training = launched(), recipe.training
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)

@@ -21,6 +21,7 @@ from fmm_distill.run_folder import (
     read_evaluation,
     steps_done,
 )
+from fmm_distill.state import own_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_run", "export_run", "open_run"]
 
 
+@own_state()
 def open_run(
     folder: Path | str,
     guidance: float | None = None,
@@ -68,6 +70,7 @@ def open_run(
     return job
 
 
+@own_state()
 def draw_run(
     folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
 ) -> None:
@@ -79,6 +82,7 @@ def draw_run(
         draw_samples(rows, picture)
 
 
+@own_state()
 def export_run(
     folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> dict[str, float]:

@@ -16,6 +16,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.folded import check_steps, folded_pipeline, jump_scheduler, why_not_folded
 from fmm_distill.export.stock import any_step_settings, copy_pipeline, folded_network, stock_scheduler
 from fmm_distill.lora import lora_state
+from fmm_distill.state import own_state
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = ["export_pipeline", "write_lora"]
 _SUFFIX = __version__.replace(".", "_")
 
 
+@own_state()
 def export_pipeline(
     student: Student, teacher: Teacher, folder: Path | str, steps: Iterable[int] = (1, 2, 4, 8)
 ) -> Path:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fmm_distill.errors import UserError
+from fmm_distill.state import own_state
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
@@ -32,6 +33,7 @@ BUILTIN = Path(__file__).parent.parent / "builtin"
 _PREFIX = "builtin:"
 
 
+@own_state()
 def load_teacher(
     source: str,
     *,

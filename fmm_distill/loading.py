@@ -24,6 +24,7 @@ from fmm_distill.hub import HUB_FAULTS, hub_reason
 from fmm_distill.reading import read_mapping
 from fmm_distill.sampling import sample
 from fmm_distill.solve import solve
+from fmm_distill.state import own_state
 from fmm_distill.student import OWN_SETTINGS, make_student
 from fmm_distill.teachers.components import quiet
 from fmm_distill.teachers.guidance import Guidance
@@ -127,6 +128,7 @@ class LoadedStudent:
         return self.teacher.codec.decode(samples)
 
 
+@own_state()
 def load_student(source: str | Path, *, revision: str | None = None, prompts: Sequence[str] = ()) -> LoadedStudent:
     """A student that fmm_distill exported, for any number of steps and any times.
 

@@ -27,6 +27,7 @@ from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.trial import trial_bytes, try_export
+from fmm_distill.variables import launched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     # Of processes that were launched together the first one tries; the others print nothing.
     if os.environ.get("RANK", "0") == "0":
         try_export(recipe, job.student, job.teacher, folder, lines.append)
-    processes, training = int(os.environ.get("WORLD_SIZE", "1")), recipe.training
+    processes, training = launched(), recipe.training
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)

@@ -22,6 +22,7 @@ from fmm_distill.run_folder import (
     read_evaluation,
     steps_done,
 )
+from fmm_distill.state import own_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_run", "export_run", "open_run"]
 
 
+@own_state()
 def open_run(
     folder: Path | str,
     guidance: float | None = None,
@@ -71,6 +73,7 @@ def open_run(
     return job
 
 
+@own_state()
 def draw_run(
     folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
 ) -> None:
@@ -82,6 +85,7 @@ def draw_run(
         draw_samples(rows, picture)
 
 
+@own_state()
 def export_run(
     folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> dict[str, Agreement]:

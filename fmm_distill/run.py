@@ -14,7 +14,7 @@ from fmm_distill.finish import finish, how_to_load
 from fmm_distill.monitor import Monitor
 from fmm_distill.plan import describe, plan
 from fmm_distill.prepare import prepare_samples
-from fmm_distill.process import make_accelerator, on_first, silent
+from fmm_distill.process import alone, make_accelerator, on_first, silent
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
@@ -53,8 +53,12 @@ def distill(
         UserError: on input that can't be used, a folder of another recipe, a damaged checkpoint or a full disk.
         TrainingDivergedError: when the loss is no number any more.
     """
-    folder = Path(output)
-    accelerator = make_accelerator(recipe, folder)
+    with alone(say):
+        return _distill(recipe, Path(output), fresh, say)
+
+
+def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], None]) -> Evaluation:
+    accelerator = make_accelerator(recipe, folder, say)
     line = say if accelerator.is_main_process else silent
     changes = check_folder(folder, recipe, fresh=fresh)
     # No process makes the folder before all have looked at it.

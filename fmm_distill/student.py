@@ -9,6 +9,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.flow_map import LearnedFlowMap
+from fmm_distill.state import own_state
 from fmm_distill.time_mlp import find_jump_hosts
 from fmm_distill.two_time import two_time
 
@@ -64,6 +65,7 @@ class Student(LearnedFlowMap):
         return self.parametrisation.velocity(self.network, x, t, cond, h)
 
 
+@own_state()
 def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *, seed: int = 0) -> Student:
     """A student with the teacher's weights; equal to the teacher for every (t, r) where it keeps its prediction.
 

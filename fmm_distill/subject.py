@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import constants, hf_hub_download
 
 from fmm_distill.checkpoint import writing
@@ -25,12 +23,13 @@ from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.hub import HUB_FAULTS
 from fmm_distill.loading import fetch_student, load_student
 from fmm_distill.plan import at_guidance, open_reference, open_teacher, with_evaluation
-from fmm_distill.process import PATIENCE, check_joined, silent
+from fmm_distill.process import join_processes, silent
 from fmm_distill.prompts import load_prompts
 from fmm_distill.recipe import Recipe
 from fmm_distill.reopen import open_run
 from fmm_distill.run_folder import kept_recipe
 from fmm_distill.settings import DataSettings, PromptSettings
+from fmm_distill.state import own_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +81,7 @@ class Subject:
     knows_ode: bool
 
 
+@own_state()
 def open_subject(source: str, asked: Asked, say: Callable[[str], None] = print) -> Subject:
     """The student of a run folder, of an exported folder or of the Hub, its teacher and its reference.
 
@@ -130,6 +130,7 @@ def _prompts(recipe: Recipe, asked: Asked, say: Callable[[str], None]) -> tuple[
     return load_prompts(recipe.prompts)
 
 
+@own_state()
 def measure_subject(
     subject: Subject, asked: Asked, report: Path | None = None, say: Callable[[str], None] = print
 ) -> Evaluation | None:
@@ -145,8 +146,7 @@ def measure_subject(
         UserError: on a pipeline beside it that can't be opened or makes other images.
     """
     # The first process computes metrics, the ODE's end and pictures while the others wait for it.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
-    check_joined(accelerator)
+    accelerator = join_processes()
     line = say if accelerator.is_main_process else silent
     device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
     student = subject.student.to(device).eval()

@@ -23,6 +23,7 @@ from fmm_distill.export.stock import (
     pipeline_settings,
 )
 from fmm_distill.lora import lora_state
+from fmm_distill.state import own_state
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["export_pipeline", "write_lora", "write_pipelines"]
 
 
+@own_state()
 def export_pipeline(
     student: Student, teacher: Teacher, folder: Path | str, steps: Iterable[int] = (1, 2, 4, 8)
 ) -> Path:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fmm_distill.errors import UserError
+from fmm_distill.state import own_state
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import Found
@@ -36,6 +37,7 @@ _PREFIX = "builtin:"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
 
 
+@own_state()
 def load_teacher(
     source: str,
     *,

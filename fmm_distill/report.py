@@ -124,9 +124,9 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> str:
 
 
 def _exports(teacher: Teacher) -> str:
-    reason = why_not_folded(teacher)
+    reason, tried = why_not_folded(teacher), "not tried: --dry-run exports and verifies an untrained student"
     if reason:
-        return f"any number of steps; no fixed number ({reason})"
+        return f"any number of steps; no fixed number ({reason}); {tried}"
     total = teacher.schedule.num_timesteps
     which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "every number"
-    return f"any number of steps; for fixed numbers stock diffusers alone ({which})"
+    return f"any number of steps; for fixed numbers stock diffusers alone ({which}); {tried}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.velocity import Conditioning
 
-__all__ = ["Exported", "summary", "verify", "verify_all"]
+__all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 
 SEED = 5
 # Numbers in a batch: eight images of 64 x 64, two of those that take minutes a step on a CPU. One sample could hide
@@ -68,18 +68,22 @@ def verify(student: Student, teacher: Teacher, folder: Path, steps: tuple[int, .
 
 def verify_all(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
     """``verify`` of several exports, opened in one process."""
-    calls = [_call(export.teacher) for export in exports]
-    found = []
-    for export, call, made in zip(exports, calls, _reload(exports, calls), strict=True):
-        agreements = _agreements(export, call, made)
+    found = agreements_of(exports)
+    for export, agreements in zip(exports, found, strict=True):
         wrong = {key: value for key, value in agreements.items() if not value.passed}
         report = {"passed": not wrong, "pipelines": {key: value.to_json() for key, value in agreements.items()}}
         write_text(export.folder / "verification.json", json.dumps(report, indent=2) + "\n")
         record(export.folder, "verification.json")
         if wrong:
             raise FmmDistillError(f"{export.folder}: reloaded pipelines differ from the student ({_shown(wrong)})")
-        found.append(agreements)
     return found
+
+
+def agreements_of(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
+    """How far the pipelines of exports are from their students, opened in one process."""
+    calls = [_call(export.teacher) for export in exports]
+    reloaded = zip(exports, calls, _reload(exports, calls), strict=True)
+    return [_agreements(export, call, made) for export, call, made in reloaded]
 
 
 def summary(agreements: dict[str, Agreement]) -> str:

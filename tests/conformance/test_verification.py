@@ -1,0 +1,210 @@
+"""An export that is the student passes whatever its schedule amplifies; one that is another map does not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fmm_distill.errors import UserError
+from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
+from fmm_distill.export.verify import Exported, agreements_of
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from tests.conformance.test_prompted import FAMILIES, PROMPTS
+from tests.conformance.test_prompted_export import moved
+from tests.conformance.test_teachers import saved
+from tests.conftest import save_teacher, tiny_unet
+from tests.tiny.diffusion import PIPELINES
+
+STEPS = (1, 4)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+# Name to scheduler and settings; the networks are random, so that outputs and their errors are amplified in full.
+UNETS = {
+    "linear epsilon": ("DDPMScheduler", {}),
+    "cosine epsilon": ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+    "cosine sample": ("UniPCMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}),
+    "no signal at first": ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+    "score": ("ScoreSdeVeScheduler", {"sigma_max": 1348.0}),
+    "edm": ("EDMEulerScheduler", {"sigma_max": 1348.0}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+}
+# Switches of the teacher's own sampling, which are no part of its levels.
+PROMPTED = {
+    "sd1": ("sd1", "DDIMScheduler", {"clip_sample": True, "thresholding": True, "steps_offset": 1}),
+    "sd1 flow": ("sd1", "DPMSolverMultistepScheduler", FLOW),
+    "sdxl flow": ("sdxl", "UniPCMultistepScheduler", FLOW),
+    "pixart flow": ("pixart-alpha", "DEISMultistepScheduler", FLOW),
+    "stochastic": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
+    "karras": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
+}
+
+
+def unet(name, folder):
+    scheduler, settings = UNETS[name]
+    saved(folder, scheduler, **settings)
+    if name == "score":
+        save_teacher(folder / "network", tiny_unet(time_embedding_type="fourier"))
+        shutil.copytree(folder / "network" / "unet", folder / "unet", dirs_exist_ok=True)
+    return load_teacher(str(folder))
+
+
+def prompted(name, folder):
+    family, scheduler, settings = PROMPTED[name]
+    pipeline = FAMILIES[family].build()
+    pipeline.scheduler = getattr(diffusers, scheduler)(**settings)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return load_teacher(str(folder), prompts=PROMPTS, call=dict(FAMILIES[family].call))
+
+
+def quantized(name, folder):
+    PIPELINES["ldm"].build().save_pretrained(folder)
+    return load_teacher(str(folder))
+
+
+MAKE = dict.fromkeys(UNETS, unet) | dict.fromkeys(PROMPTED, prompted) | {"quantized": quantized}
+
+
+def changed(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def scheduler_setting(**settings):
+    def corrupt(folder):
+        for place in (folder, *folder.glob("steps-*")):
+            changed(place / "scheduler" / "scheduler_config.json", **settings)
+
+    return corrupt
+
+
+def transposed(folder):
+    """One square matrix of the network."""
+    for file in folder.rglob("diffusion_pytorch_model.safetensors"):
+        weights = load_file(file)
+        name = next((name for name in weights if name.endswith("to_q.weight")), None)
+        if name is not None:
+            save_file(weights | {name: weights[name].T.contiguous()}, file)
+
+
+def one_timestep_less(folder):
+    """What the network of the any-step pipeline is conditioned on."""
+    pipeline = next(folder.glob("flow_map*.py"))
+    text = pipeline.read_text()
+    ours, stock = "torch.full_like(h, time)", 'levels["flip"] else t)'
+    assert (ours in text) != (stock in text)
+    pipeline.write_text(text.replace(ours, "torch.full_like(h, time - 1)").replace(stock, f"{stock} - 1"))
+
+
+def shorter(folder):
+    """Jumps of which the network is told nine tenths."""
+    pipeline = next(folder.glob("flow_map*.py"))
+    text = pipeline.read_text()
+    ours, stock = "torch.full((len(x),), ", "torch.full((1,), length"
+    assert (ours in text) != (stock in text)
+    pipeline.write_text(
+        text.replace(ours, "0.9 * torch.full((len(x),), ").replace(stock, "torch.full((1,), 0.9 * length")
+    )
+
+
+BROKEN = {
+    ("linear epsilon", "last alpha"): scheduler_setting(set_alpha_to_one=False),
+    ("linear epsilon", "prediction"): scheduler_setting(prediction_type="v_prediction"),
+    ("linear epsilon", "timestep"): one_timestep_less,
+    ("cosine epsilon", "last alpha"): scheduler_setting(set_alpha_to_one=False),
+    ("cosine epsilon", "weight"): transposed,
+    ("cosine epsilon", "timestep"): one_timestep_less,
+    ("cosine sample", "clipped"): scheduler_setting(clip_sample=True),
+    ("no signal at first", "betas"): scheduler_setting(rescale_betas_zero_snr=False),
+    ("score", "levels"): scheduler_setting(sigma_max=1300.0),
+    ("score", "jump"): shorter,
+    ("edm", "levels"): scheduler_setting(rho=6.9),
+    ("edm", "weight"): transposed,
+    ("flow", "shift"): scheduler_setting(shift=2.9),
+    ("flow", "timestep"): one_timestep_less,
+    ("quantized", "weight"): transposed,
+    ("quantized", "betas"): scheduler_setting(beta_end=0.0196),
+    ("sd1", "weight"): transposed,
+    ("sd1", "prediction"): scheduler_setting(prediction_type="sample"),
+    ("sd1", "timestep"): one_timestep_less,
+    ("stochastic", "steps"): scheduler_setting(stochastic_sampling=True),
+    ("karras", "levels"): scheduler_setting(use_karras_sigmas=True),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Exports as they are and broken ones, all opened in one process, which is what takes long."""
+    exports = {}
+    for name, make in MAKE.items():
+        folder = tmp_path_factory.mktemp("export")
+        teacher = make(name, folder / "teacher")
+        student = moved(make_student(teacher))
+        exports[name] = Exported(student, teacher, export_pipeline(student, teacher, folder / "student", STEPS), STEPS)
+    for (name, kind), corrupt in BROKEN.items():
+        copy = exports[name].folder.with_name(f"student-{kind}".replace(" ", "-"))
+        corrupt(shutil.copytree(exports[name].folder, copy))
+        exports[name, kind] = replace(exports[name], folder=copy)
+    return exports, dict(zip(exports, agreements_of(list(exports.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_no_schedule_raises_a_false_alarm(found, name):
+    exports, agreements = found
+    kinds = ("any",) if why_not_folded(exports[name].teacher) else ("any", "folded")
+    assert sorted(agreements[name]) == sorted(f"{kind}-{n}" for kind in kinds for n in STEPS)
+    assert all(one.passed for one in agreements[name].values()), agreements[name]
+
+
+@pytest.mark.parametrize("key", BROKEN, ids=" ".join)
+def test_a_broken_export_is_noticed(found, key):
+    agreements = found[1][key]
+    assert any(one.difference > 2 * one.tolerance for one in agreements.values()), agreements
+
+
+def test_pipelines_that_need_more_of_a_scheduler_have_the_any_step_pipeline_alone(found):
+    reasons = {name: why_not_folded(export.teacher) for name, export in found[0].items() if "flow" in name}
+    assert reasons["flow"] is None
+    assert all("init_noise_sigma" in reasons[name] for name in ("sd1 flow", "sdxl flow", "pixart flow"))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_setting_of_a_stock_scheduler_is_a_level_or_a_switch(name):
+    """A new one in another diffusers has to be put into one of the tables."""
+    parameters = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "prediction_type"}
+    assert parameters == LEVELS[name] | SWITCHES[name].keys()
+    assert not LEVELS[name] & SWITCHES[name].keys()
+
+
+@pytest.mark.parametrize("name", ["karras", "stochastic", "sd1"])
+def test_switches_are_set_and_levels_are_kept(found, name):
+    teacher = found[0][name].teacher
+    made = stock_scheduler(teacher, teacher.prediction)
+    kind = type(made).__name__
+    assert {key: made.config[key] for key in SWITCHES[kind]} == dict(SWITCHES[kind])
+    levels = {key: teacher.scheduler_config[key] for key in LEVELS[kind] if key in teacher.scheduler_config}
+    assert {key: made.config[key] for key in levels} == levels
+
+
+def test_a_setting_that_is_not_known_is_named(found, monkeypatch):
+    teacher = found[0]["karras"].teacher
+    few = {**SWITCHES["FlowMatchEulerDiscreteScheduler"]}
+    del few["use_karras_sigmas"]
+    monkeypatch.setattr("fmm_distill.export.schedulers.SWITCHES", {**SWITCHES, "FlowMatchEulerDiscreteScheduler": few})
+    with pytest.raises(UserError, match="sets use_karras_sigmas: True, a setting of FlowMatchEulerDiscreteScheduler"):
+        stock_scheduler(teacher, teacher.prediction)
+
+
+def test_a_number_that_is_none_does_not_pass(found):
+    agreement = found[1]["flow"]["any-1"]
+    assert not replace(agreement, difference=float("nan")).passed
+    assert not replace(agreement, image=float("nan")).passed
+    assert not replace(agreement, image=1e-3).passed
+    assert torch.tensor(agreement.tolerance).isfinite()

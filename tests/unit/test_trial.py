@@ -1,0 +1,166 @@
+"""The export is tried before training, on a copy: nothing of the run depends on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fmm_distill import trial
+from fmm_distill.errors import UserError
+from fmm_distill.plan import forecast, plan
+from fmm_distill.recipe import parse
+from fmm_distill.run import distill
+from fmm_distill.trial import try_export
+from tests.cli.runs import TINY, call, losses, training_only, write_recipe
+from tests.conformance.test_prompted import FAMILIES
+from tests.conftest import save_teacher
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """As in a process that has tried nothing."""
+    monkeypatch.setattr(trial, "_PASSED", set())
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A teacher whose time embedding is narrower than a grid of many steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return str(save_teacher(tmp_path_factory.mktemp("flow"), scheduler=scheduler))
+
+
+@pytest.fixture(scope="module")
+def mochi(tmp_path_factory):
+    """A teacher whose stock pipeline fails at one step."""
+    folder = tmp_path_factory.mktemp("mochi")
+    FAMILIES["mochi"].build().save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+def recipe_of(teacher, **changes):
+    return parse({"teacher": str(teacher)} | TINY | changes, "here")
+
+
+def state_of(student):
+    config = dict(student.network.config)
+    return {name: value.clone() for name, value in student.state_dict().items()}, config
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_trial_leaves_student_teacher_and_random_state_alone(teacher_folder, untried, tmp_path, rank):
+    targets = ["to_q", "to_v"] if rank else []
+    recipe = recipe_of(teacher_folder, student={"lora": {"rank": rank, "targets": targets}})
+    job = plan(recipe)
+    before, config = state_of(job.student)
+    theirs = {name: value.clone() for name, value in job.teacher.network.state_dict().items()}
+    random, said = torch.random.get_rng_state(), []
+    try_export(recipe, job.student, job.teacher, tmp_path / "run", said.append)
+    assert len(said) == 1
+    assert "tried with an untrained student" in said[0]
+    assert torch.equal(torch.random.get_rng_state(), random)
+    after, after_config = state_of(job.student)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert after_config == config
+    assert all(torch.equal(value, theirs[name]) for name, value in job.teacher.network.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_jumps_of_the_student_that_is_tried_matter(teacher_folder):
+    job = plan(recipe_of(teacher_folder))
+    x = torch.randn(2, *job.teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2,), 0.8, dtype=torch.float64)
+    with torch.no_grad():
+        own, drawn = (student.mean_velocity(x, t, 0 * t) for student in (job.student, trial._drawn(job.student)))
+    assert (own - drawn).abs().max() > 1e-2 * own.abs().max()
+
+
+def test_a_run_is_the_same_to_the_last_bit_and_tries_once(tiny_recipe, untried, tmp_path):
+    said = {}
+    for name in ("tried", "not tried"):
+        said[name] = []
+        with training_only(stop_before=2), pytest.raises(KeyboardInterrupt):
+            distill(tiny_recipe, tmp_path / name, say=said[name].append)
+    assert [any("untrained student" in line for line in lines) for lines in said.values()] == [True, False]
+    assert losses(tmp_path / "tried") == losses(tmp_path / "not tried")
+    assert (tmp_path / "tried" / "trial.json").read_bytes() == (tmp_path / "not tried" / "trial.json").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_resumed_run_does_not_try_again_unless_the_export_changes(tiny_recipe, untried, tmp_path, monkeypatch):
+    tried = []
+
+    def verified(student, teacher, folder, steps):
+        tried.append(steps)
+        return {"any-1": SimpleNamespace(difference=0.0, tolerance=1.0)}
+
+    monkeypatch.setattr(trial, "verify", verified)
+    recipes = [tiny_recipe, tiny_recipe, tiny_recipe.model_copy(update={"export": {"steps": [1, 4]}})]
+    for recipe in recipes:
+        recipe = parse(recipe.model_dump(mode="json"), "here")
+        trial._PASSED.clear()
+        with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
+            distill(recipe, tmp_path / "run", say=lambda line: None)
+    assert tried == [(1, 2), (1, 4)]
+    (tmp_path / "run" / "trial.json").write_text("{")
+    trial._PASSED.clear()
+    with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
+        distill(parse(recipes[2].model_dump(mode="json"), "here"), tmp_path / "run", say=lambda line: None)
+    assert tried[2:] == [(1, 4)]
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(teacher_folder):
+    return recipe_of(teacher_folder)
+
+
+def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, flow, untried, tmp_path):
+    pipeline = FAMILIES["mochi"].call
+    failing = [
+        (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported, .*ZeroDivisionError"),
+        (recipe_of(flow, export={"steps": [1, 500]}), r"its student can't be exported, .*500 different jumps"),
+    ]
+    (tmp_path / "run").mkdir()
+    for recipe, reason in failing:
+        for attempt in (lambda: distill(recipe, tmp_path / "run"), lambda: forecast(recipe, tmp_path / "run")):  # noqa: B023
+            with pytest.raises(UserError, match=reason) as caught:
+                attempt()
+            assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.name != "run"]
+
+
+def test_a_dry_run_says_what_was_tried_and_what_the_export_takes(teacher_folder, untried, tmp_path):
+    status, out, err = call("--recipe", write_recipe(tmp_path / "tiny.yaml", teacher_folder), "--dry-run")
+    assert status == 0, err
+    assert "MiB of the exported student" in out
+    assert "export:  tried with an untrained student in " in out
+    status, out, _ = call("inspect", teacher_folder)
+    assert "not tried: --dry-run exports and verifies an untrained student" in out
+
+
+def test_a_disk_without_room_for_the_trial_leaves_the_earlier_run(tiny_recipe, untried, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(tiny_recipe.to_yaml())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"the export is tried before training and needs .* MiB in .*: make room"):
+        distill(tiny_recipe, tmp_path / "run", fresh=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+
+
+def test_what_fails_in_the_first_process_ends_all(tmp_path):
+    script = Path(__file__).with_name("first_fails.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    ends = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert ends == {
+        "0": [None, "UserError: no room", "RuntimeError: a fault"],
+        "1": [None, "UserError: no room", "UserError: the first process has failed"],
+    }

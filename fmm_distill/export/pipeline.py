@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -51,6 +52,8 @@ class FlowMapPipeline(DiffusionPipeline):
         discrete schedule. ``latents``: the noise to start from, N(0, I). A callback may set ``_interrupt``.
         """
         self._check_output(output_type)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         student = self._student()
         with student.lock:
             scheduler = student.student_scheduler(self.scheduler)
@@ -69,6 +72,11 @@ class FlowMapPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Take the components over, of which diffusers expects no class."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, "vqvae": pipeline.vqvae} | kwargs)
 
     def to_json_string(self) -> str:
         """The index, with the modules that pipeline and network are found in."""
@@ -149,7 +157,7 @@ class FlowMapPipeline(DiffusionPipeline):
         total = config.num_train_timesteps
         if timesteps is not None:
             self._check_timesteps(timesteps, total)
-        elif not isinstance(steps, int) or not 1 <= steps <= total:
+        elif not isinstance(steps, Integral) or not 1 <= steps <= total:
             raise ValueError(f"num_inference_steps must be an integer from 1 to {total}, got {steps!r}")
         shares = [1 - i / steps for i in range(steps)] + [0.0]
         if self._kind() == "exploding":
@@ -217,7 +225,6 @@ class FlowMapPipeline(DiffusionPipeline):
 
 # diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
 # first run are in use and may be pickled: their classes, locks and caches stay.
-if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+_first_run = globals().get("_first_run") or dict(globals())
+if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)
-else:
-    _first_run = dict(globals())

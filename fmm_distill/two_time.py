@@ -83,8 +83,8 @@ class JumpEmbedding(nn.Module):
 class _TwoTime:
     """What ``two_time`` mixes into a stock class."""
 
-    # The file that the class is saved in.
-    module_name = MODULE
+    # The file that the class is saved in. Attributes: a file of this name that was changed may replace the globals.
+    module_name, module_source = MODULE, _SOURCE
 
     def __init__(
         self,
@@ -216,13 +216,13 @@ class _TwoTime:
     def to_json_string(self) -> str:
         """The configuration, with the module that the class is found in."""
         config = json.loads(super().to_json_string())
-        config["auto_map"] = {"AutoModel": f"{MODULE}.{type(self).__name__}"}
+        config["auto_map"] = {"AutoModel": f"{self.module_name}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs: object) -> None:
         """Save the configuration and this file, which makes the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

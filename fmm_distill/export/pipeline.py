@@ -28,8 +28,11 @@ class FlowMapPipeline(DiffusionPipeline):
     _optional_components = ["vqvae"]  # noqa: RUF012 diffusers adds lists to it
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 as in diffusers' own pipelines
     _interrupt = False
+    # Attributes: a file of this name that was changed may replace the globals.
+    module_name, module_source = _MODULE, _SOURCE
 
-    def __init__(self, unet, scheduler, vqvae=None):
+    # No default of vqvae: diffusers would open it even where the caller passes None.
+    def __init__(self, unet, scheduler, vqvae):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
 
@@ -81,14 +84,14 @@ class FlowMapPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """The index, with the modules that pipeline and network are found in."""
         index = json.loads(super().to_json_string())
-        index["_class_name"] = [_MODULE, type(self).__name__]
+        index["_class_name"] = [self.module_name, type(self).__name__]
         index["unet"] = [self._student().module_name, index["unet"][1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save the index and this file, which makes the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _student(self):

@@ -23,10 +23,10 @@ _SOURCE = Path(__file__).read_text(encoding="utf-8")
 MODULE = f"flow_map_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
 
-def write_code(folder) -> None:
+def write_code(folder, module: str = MODULE, source: str = _SOURCE) -> None:
     """Write this file under the name that an index refers to it by."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+    (Path(folder) / f"{module}.py").write_text(source, encoding="utf-8")
 
 
 def _place(levels: dict, sigma: float) -> float:
@@ -285,6 +285,8 @@ def flow_map_pipeline(stock: type) -> type:
 
     class FlowMapPipeline(stock):
         __doc__ = flow_map_pipeline.__doc__
+        # Attributes: a file of this name that was changed may replace the globals.
+        module_name, module_source = MODULE, _SOURCE
 
         def __call__(self, *args, **kwargs):
             network = _student(self)
@@ -323,7 +325,7 @@ def flow_map_pipeline(stock: type) -> type:
         def to_json_string(self) -> str:
             """The index, with the modules that pipeline and network are found in."""
             index = json.loads(super().to_json_string())
-            index["_class_name"] = [MODULE, type(self).__name__]
+            index["_class_name"] = [self.module_name, type(self).__name__]
             for name, value in index.items():
                 if isinstance(value, list) and ".two_time" in str(value[0]):
                     index[name] = [_student(self).module_name, value[1]]
@@ -331,7 +333,7 @@ def flow_map_pipeline(stock: type) -> type:
 
         def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
             """Save the index and this file, which makes the class."""
-            write_code(save_directory)
+            write_code(save_directory, self.module_name, self.module_source)
             super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     FlowMapPipeline.__name__ = FlowMapPipeline.__qualname__ = f"FlowMap{stock.__name__}"

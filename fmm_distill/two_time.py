@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import ModelMixin  # noqa: F401 see MODULE
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import logging
@@ -45,7 +46,7 @@ _GRIDS = (
     "use_beta_sigmas",
 )
 
-# diffusers looks here for the class of a network that is passed to ``from_pretrained``.
+# diffusers looks here for the class, and for its base class, of a network that is passed to ``from_pretrained``.
 sys.modules.setdefault(MODULE, sys.modules[__name__])
 
 _locks = weakref.WeakKeyDictionary()
@@ -82,8 +83,8 @@ class JumpEmbedding(nn.Module):
 class _TwoTime:
     """What ``two_time`` mixes into a stock class."""
 
-    # The file that the class is saved in.
-    module_name = MODULE
+    # The file that the class is saved in. Attributes: a file of this name that was changed may replace the globals.
+    module_name, module_source = MODULE, _SOURCE
 
     def __init__(
         self,
@@ -207,16 +208,21 @@ class _TwoTime:
             _warn_once(f"{', '.join(ignored)}: of no effect on this student's {stock.__name__}")
         return stock.from_config(exported | {name: config[name] for name in free if name in config})
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: object) -> tuple:
+        """Leave out ``auto_map``, which is no argument and which diffusers would warn of."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def to_json_string(self) -> str:
         """The configuration, with the module that the class is found in."""
         config = json.loads(super().to_json_string())
-        config["auto_map"] = {"AutoModel": f"{MODULE}.{type(self).__name__}"}
+        config["auto_map"] = {"AutoModel": f"{self.module_name}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs: object) -> None:
         """Save the configuration and this file, which makes the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
@@ -230,7 +236,9 @@ def _check_levels(scheduler, own, names: tuple[str, ...]) -> None:
     levels, expected = (getattr(one, "alphas_cumprod", None) for one in (scheduler, own))
     both = levels is not None and expected is not None and not differing
     # Schedulers round the level without signal, 0, up to 2**-24.
-    if both and (len(levels) != len(expected) or not torch.allclose(levels.cpu(), expected, atol=1e-6)):
+    if both and (
+        len(levels) != len(expected) or not torch.allclose(levels.cpu().double(), expected.double(), atol=1e-6)
+    ):
         differing = ["other betas than this student's"]
     if differing:
         raise ValueError(
@@ -289,7 +297,6 @@ def __getattr__(name: str) -> type:
 
 # diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
 # first run are in use and may be pickled: their classes, locks and caches stay.
-if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+_first_run = globals().get("_first_run") or dict(globals())
+if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)
-else:
-    _first_run = dict(globals())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -27,8 +28,11 @@ class FlowMapPipeline(DiffusionPipeline):
     _optional_components = ["vqvae"]  # noqa: RUF012 diffusers adds lists to it
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 as in diffusers' own pipelines
     _interrupt = False
+    # Attributes: a file of this name that was changed may replace the globals.
+    module_name, module_source = _MODULE, _SOURCE
 
-    def __init__(self, unet, scheduler, vqvae=None):
+    # No default of vqvae: diffusers would open it even where the caller passes None.
+    def __init__(self, unet, scheduler, vqvae):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
 
@@ -51,6 +55,8 @@ class FlowMapPipeline(DiffusionPipeline):
         discrete schedule. ``latents``: the noise to start from, N(0, I). A callback may set ``_interrupt``.
         """
         self._check_output(output_type)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         student = self._student()
         with student.lock:
             scheduler = student.student_scheduler(self.scheduler)
@@ -70,17 +76,22 @@ class FlowMapPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Take the components over, of which diffusers expects no class."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, "vqvae": pipeline.vqvae} | kwargs)
+
     def to_json_string(self) -> str:
         """The index, with the modules that pipeline and network are found in."""
         index = json.loads(super().to_json_string())
-        index["_class_name"] = [_MODULE, type(self).__name__]
+        index["_class_name"] = [self.module_name, type(self).__name__]
         index["unet"] = [self._student().module_name, index["unet"][1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save the index and this file, which makes the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+        (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _student(self):
@@ -149,7 +160,7 @@ class FlowMapPipeline(DiffusionPipeline):
         total = config.num_train_timesteps
         if timesteps is not None:
             self._check_timesteps(timesteps, total)
-        elif not isinstance(steps, int) or not 1 <= steps <= total:
+        elif not isinstance(steps, Integral) or not 1 <= steps <= total:
             raise ValueError(f"num_inference_steps must be an integer from 1 to {total}, got {steps!r}")
         shares = [1 - i / steps for i in range(steps)] + [0.0]
         if self._kind() == "exploding":
@@ -217,7 +228,6 @@ class FlowMapPipeline(DiffusionPipeline):
 
 # diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
 # first run are in use and may be pickled: their classes, locks and caches stay.
-if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+_first_run = globals().get("_first_run") or dict(globals())
+if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)
-else:
-    _first_run = dict(globals())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -120,7 +121,7 @@ def pipeline_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
     kind = "discrete" if isinstance(teacher.schedule, VariancePreserving) else "exploding"
     kind = "flow" if isinstance(teacher.schedule, FlowMatching) else kind
     latents = isinstance(teacher.codec, LatentCodec)
-    return {"kind": kind, "latents": latents, "scheduler": json.loads(scheduler.to_json_string())}
+    return {"kind": kind, "latents": latents, "scheduler": _own_settings(scheduler)}
 
 
 def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
@@ -134,7 +135,7 @@ def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
     inverted = bool(teacher.scheduler_config.get("invert_sigmas"))
     own: dict[str, Any] = {"slope": slope, "offset": offset, "flip": schedule.num_timesteps if inverted else None}
     own |= {"call": teacher.call | unguided(teacher), "guidance": guidance_keyword(teacher)}
-    own |= {"scheduler": json.loads(scheduler.to_json_string())}
+    own |= {"scheduler": _own_settings(scheduler)}
     own |= {"scale": None if teacher.guidance is None else teacher.guidance.scale}
     if isinstance(schedule, VariancePreserving):
         return own | {"kind": "discrete", "total": schedule.num_timesteps}
@@ -145,6 +146,13 @@ def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
     exploding = cast("VarianceExploding", schedule)
     rho = None if math.isinf(exploding.rho) else exploding.rho
     return own | {"kind": "exploding", "sigma_min": exploding.sigma_min, "sigma_max": exploding.sigma_max, "rho": rho}
+
+
+def _own_settings(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+    """The scheduler's configuration as JSON, without the settings of the teacher's class that it does not take."""
+    settings: dict[str, Any] = json.loads(scheduler.to_json_string())
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in settings.items() if name == "_class_name" or name in own}
 
 
 def guidance_keyword(teacher: Teacher) -> str | None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import diffusers
@@ -22,10 +23,10 @@ _SOURCE = Path(__file__).read_text(encoding="utf-8")
 MODULE = f"flow_map_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
 
-def write_code(folder) -> None:
+def write_code(folder, module: str = MODULE, source: str = _SOURCE) -> None:
     """Write this file under the name that an index refers to it by."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+    (Path(folder) / f"{module}.py").write_text(source, encoding="utf-8")
 
 
 def _place(levels: dict, sigma: float) -> float:
@@ -250,6 +251,21 @@ def _student(pipeline):
     return found[0]
 
 
+def _bound(stock: type, pipeline, call: tuple, keywords: dict) -> inspect.BoundArguments:
+    try:
+        return inspect.signature(stock.__call__).bind_partial(pipeline, *call, **keywords)
+    except TypeError as error:
+        raise TypeError(f"{type(pipeline).__name__}.__call__() {error}") from None
+
+
+def _check_steps(steps, levels: dict) -> None:
+    """Refuse what is no number of jumps: some stock pipelines return noise for it."""
+    most = levels.get("total")
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1 or (most is not None and steps > most)):
+        expected = "an integer from 1" if most is None else f"an integer from 1 to {most}"
+        raise ValueError(f"num_inference_steps must be {expected}, got {steps!r}")
+
+
 def _turn_guidance_off(levels: dict, given: dict) -> None:
     """Set what turns the pipeline's own guidance off, where the call does not turn it on."""
     for name, value in levels["call"].items():
@@ -272,12 +288,15 @@ def flow_map_pipeline(stock: type) -> type:
 
     class FlowMapPipeline(stock):
         __doc__ = flow_map_pipeline.__doc__
+        # Attributes: a file of this name that was changed may replace the globals.
+        module_name, module_source = MODULE, _SOURCE
 
         def __call__(self, *args, **kwargs):
             network = _student(self)
             levels = network.config.flow_map
-            bound = inspect.signature(stock.__call__).bind_partial(self, *args, **kwargs)
+            bound = _bound(stock, self, args, kwargs)
             given = bound.arguments
+            _check_steps(given.get("num_inference_steps"), levels)
             scale = _chosen_guidance(network.config, levels, given)
             _turn_guidance_off(levels, given)
             # Handed to the scheduler: some stock pipelines refuse them, or call the network with others.
@@ -300,10 +319,16 @@ def flow_map_pipeline(stock: type) -> type:
         # Users and other pipelines look at the parameters.
         __call__.__signature__ = inspect.signature(stock.__call__)
 
+        @classmethod
+        def from_pipe(cls, pipeline, **kwargs):
+            """Take the network over as well, whose class is not the one that diffusers expects."""
+            name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
+            return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
+
         def to_json_string(self) -> str:
             """The index, with the modules that pipeline and network are found in."""
             index = json.loads(super().to_json_string())
-            index["_class_name"] = [MODULE, type(self).__name__]
+            index["_class_name"] = [self.module_name, type(self).__name__]
             for name, value in index.items():
                 if isinstance(value, list) and ".two_time" in str(value[0]):
                     index[name] = [_student(self).module_name, value[1]]
@@ -311,7 +336,7 @@ def flow_map_pipeline(stock: type) -> type:
 
         def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
             """Save the index and this file, which makes the class."""
-            write_code(save_directory)
+            write_code(save_directory, self.module_name, self.module_source)
             super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     FlowMapPipeline.__name__ = FlowMapPipeline.__qualname__ = f"FlowMap{stock.__name__}"
@@ -328,7 +353,6 @@ def __getattr__(name: str) -> type:
 
 # diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
 # first run are in use and may be pickled: their classes, locks and caches stay.
-if globals().get("_first_run", {}).get("_SOURCE") == _SOURCE:
+_first_run = globals().get("_first_run") or dict(globals())
+if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)
-else:
-    _first_run = dict(globals())

@@ -80,7 +80,7 @@ def test_any_number_of_steps_for_every_prediction(tmp_path, prediction, steps):
     teacher = load_teacher(str(save_teacher(tmp_path / "teacher", scheduler=scheduler)))
     student = moved_student(teacher)
     student.network.register_to_config(flow_map=pipeline_settings(teacher, scheduler))
-    pipeline = FlowMapPipeline(unet=student.network, scheduler=scheduler)
+    pipeline = FlowMapPipeline(unet=student.network, scheduler=scheduler, vqvae=None)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(3, steps, torch.Generator().manual_seed(4), output_type="pt").images
     own = sample(student, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(4)), steps)

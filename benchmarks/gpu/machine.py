@@ -76,7 +76,7 @@ def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip()
 
 
 def about_code(patterns: Iterable[str], commit: str | None) -> dict[str, Any]:

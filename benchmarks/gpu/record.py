@@ -50,6 +50,11 @@ class Record:
         """Return whether a row is measured. A row that was skipped, cut or failed is tried again."""
         return self.found["rows"].get(name, {}).get("status") == "measured"
 
+    def seconds_of(self, kind: str) -> list[float]:
+        """Return how long the measured rows of a kind took."""
+        rows = self.found["rows"].values()
+        return [row["seconds"] for row in rows if row["status"] == "measured" and row.get("kind") == kind]
+
     def keep(self, name: str, status: str, **values: Any) -> None:
         """Write a row.
 

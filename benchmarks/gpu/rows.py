@@ -44,11 +44,11 @@ def take(rows: Iterable[Row], deadline: Deadline, record: Record, clean: Callabl
     Args:
         clean: called after a row that did not complete, to free what it held.
     """
-    longest: dict[str, float] = {}
     for row in rows:
         if record.has(row.name):
             continue
-        expected = MARGIN * longest[row.kind] if row.kind in longest else row.guess
+        before = record.seconds_of(row.kind)
+        expected = MARGIN * max(before) if before else row.guess
         if not deadline.fits(expected):
             reason = f"{NO_TIME}: {expected:.0f} s expected, {max(deadline.remaining(), 0):.0f} s left"
             record.keep(row.name, "skipped", **row.about, reason=reason)
@@ -56,11 +56,9 @@ def take(rows: Iterable[Row], deadline: Deadline, record: Record, clean: Callabl
         started = time.monotonic()
         status, values = _measured(row, deadline)
         seconds = time.monotonic() - started
-        record.keep(row.name, status, **row.about, **values, seconds=round(seconds, 2))
+        record.keep(row.name, status, **row.about | values, kind=row.kind, seconds=round(seconds, 2))
         print(f"{status} in {seconds:.1f} s ({max(deadline.remaining(), 0):.0f} s left): {row.name}", flush=True)
-        if status == "measured":
-            longest[row.kind] = max(seconds, longest.get(row.kind, 0.0))
-        else:
+        if status != "measured":
             print(f"  {values['reason']}", flush=True)
             clean()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,11 +88,11 @@ def run(given: argparse.Namespace) -> None:
     record = Record(options.output / f"gpu-{stage.name}.json", about)
     job = Job(options, record, deadline, stage)
     print(f"{job.plan()}\n{about['device']}, torch {about['torch']}, commit {about['commit']}", flush=True)
+    # As Ctrl-C: what is running is stopped; what is measured is written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stage.run(job)
     record.set(seconds=round(60 * given.minutes - deadline.remaining(), 1))
     print(render([record.path]), flush=True)
-    # Threads of a compiler or of an allocator would hold the process past its minutes.
-    sys.stdout.flush()
 
 
 PLACES = ("work", "output", "data", "fastgen", "kept", "wheels")

@@ -40,11 +40,17 @@ class Record:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         known = read(path)
-        same = known and all(known["about"].get(name) == about.get(name) for name in IDENTITY)
-        if known and not same:
-            path.replace(path.with_suffix(".previous.json"))
-        self.found: dict[str, Any] = {"about": about, "rows": known["rows"] if same else {}}
+        self.found: dict[str, Any] = known or {"about": about, "rows": {}}
+        if any(self.found["about"].get(name) != about.get(name) for name in IDENTITY):
+            self.restart()
+        self.found["about"] = about
         self.write()
+
+    def restart(self) -> None:
+        """Begin without rows; those that there are stay in a file of their own."""
+        if self.found["rows"]:
+            self.path.replace(self.path.with_suffix(".previous.json"))
+        self.found = {"about": self.found["about"], "rows": {}}
 
     def has(self, name: str) -> bool:
         """Return whether a row is measured. A row that was skipped, cut or failed is tried again."""

@@ -230,21 +230,12 @@ def _startup(found: Mapping[str, Any]) -> list[str]:
 
 
 def _growth(found: Mapping[str, Any]) -> list[str]:
-    rows = measured(found)
-    curves = [curve for row in rows.values() for curve in row.get("curves", ())]
-    slopes = [[c["axis"], c["loss"], c["quantity"], f"{c['slope']:.2f}"] for c in curves]
-    both = [entry for row in rows.values() for entry in row.get("exact_by_central", ())]
-    engines = [[e["axis"], e["loss"], e["time_says"], e["memory_says"]] for e in both]
-    options = [
-        [o["network"], o["option"], _shown(o["time"]), f"{o['memory']:.2f}"]
-        for row in rows.values()
-        for o in row.get("options", ())
-    ]
-    return [
-        *table(["axis", "loss", "quantity", "power"], slopes, words=3),
-        *table(["axis", "loss", "exact by central, time", "memory"], engines, words=4),
-        *table(["network", "option", "time by plain", "memory by plain"], options, words=2),
-    ]
+    from benchmarks.growth_report import markdown
+
+    names = ("curves", "exact_by_central", "options")
+    rows = measured(found).values()
+    both = {name: [entry for row in rows for entry in row.get(name, ())] for name in names}
+    return [markdown(both)] if both["curves"] else []
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {

@@ -163,14 +163,15 @@ def endpoint_error(points: Tensor, ends: Tensor) -> float:
 @torch.no_grad()
 def sample(flow_map: FlowMap, noise: Tensor, steps: int) -> Tensor:
     """Where ``steps`` jumps, equal in time, take noise."""
-    return _chunked(lambda x: _walk(flow_map, x, torch.linspace(1, 0, steps + 1, dtype=torch.float64)), noise)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=noise.device)
+    return _chunked(lambda x: _walk(flow_map, x, times), noise)
 
 
 @torch.no_grad()
 def solved(teacher: PlaneTeacher, noise: Tensor, steps: int) -> Tensor:
     """Where Heun steps, equal in time down to the teacher's t_min, and a straight last stretch to data take noise."""
     low = teacher.schedule.t_min
-    times = torch.linspace(1, low, steps + 1, dtype=torch.float64)
+    times = torch.linspace(1, low, steps + 1, dtype=torch.float64, device=noise.device)
 
     def run(x: Tensor) -> Tensor:
         x = solve(teacher.velocity, x, times, method="heun")

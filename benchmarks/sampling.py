@@ -24,7 +24,7 @@ from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def exported(folder: Path, size: str) -> DiffusionPipeline:
@@ -38,8 +38,8 @@ def exported(folder: Path, size: str) -> DiffusionPipeline:
     return pipeline
 
 
-def compare(pipeline: DiffusionPipeline, steps: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Ratios of sampling to the bare calls."""
+def bare_calls(pipeline: DiffusionPipeline, steps: int, batch: int) -> Callable[[], None]:
+    """As many calls of the network as the pipeline makes, on tensors made before."""
     side, device = pipeline.unet.config.sample_size, pipeline.device
     x = torch.randn(batch, pipeline.unet.config.in_channels, side, side, device=device)
     time, length = torch.full((batch,), 500.0, device=device), torch.full((batch,), 0.3, device=device)
@@ -49,19 +49,36 @@ def compare(pipeline: DiffusionPipeline, steps: int, batch: int, repeats: int) -
         for _ in range(steps):
             pipeline.unet(x, time, h=length)
 
+    return bare
+
+
+def compare(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    batch: int,
+    repeats: int,
+    others: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Any]:
+    """Ratios of sampling to the bare calls.
+
+    Args:
+        others: further ways to make the same calls, by name.
+    """
+    bare, device = bare_calls(pipeline, steps, batch), pipeline.device
+
     def whole() -> None:
         pipeline(batch_size=batch, num_inference_steps=steps, output_type="latent")
 
     rounds = []
     for repeat in range(repeats + 1):
-        calls = {"bare": bare, "whole": whole}
+        calls = {"bare": bare, "whole": whole, **(others or {})}
         names = list(calls) if repeat % 2 else list(reversed(calls))
         rounds.append({name: timed(calls[name], device) for name in names})
     return {
         "steps": steps,
         "milliseconds": {name: measured([now[name] for now in rounds[1:]]) for name in rounds[0]},
         "ratio": measured([now["whole"] / now["bare"] for now in rounds[1:]]),
-    }
+    } | {f"{name}_by_bare": measured([now[name] / now["bare"] for now in rounds[1:]]) for name in others or {}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

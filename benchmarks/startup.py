@@ -44,15 +44,15 @@ COMMANDS = {
 }
 # In the order in which they need one another.
 IMPORTS = ("torch", "accelerate", "diffusers", "diffusers.models.unets.unet_2d", "fmm_distill.run")
-# Of fmm_distill.run, in the order of a run.
+# Names and the modules that call them, in the order of a run.
 PARTS = {
-    "_accelerator": "set up accelerate",
-    "open_teacher": "open the teacher",
-    "open_reference": "open the reference",
-    "make_student": "make the student",
-    "make_folder": "write the run folder",
-    "prepare_samples": "prepare the samples",
-    "Trainer": "make the trainer",
+    ("run", "make_accelerator"): "set up accelerate",
+    ("plan", "open_teacher"): "open the teacher",
+    ("plan", "open_reference"): "open the reference",
+    ("plan", "make_student"): "make the student",
+    ("run", "make_folder"): "write the run folder",
+    ("run", "prepare_samples"): "prepare the samples",
+    ("run", "Trainer"): "make the trainer",
 }
 STEP = "first step"
 
@@ -161,11 +161,11 @@ def work(folder: Path, started: float) -> None:
     for name in IMPORTS:
         with lap(seconds, f"import {name}"):
             importlib.import_module(name)
-    from fmm_distill import run
     from fmm_distill.trainer import Trainer
 
-    for name, title in PARTS.items():
-        setattr(run, name, timed_call(seconds, title, getattr(run, name)))
+    for (module, name), title in PARTS.items():
+        caller = importlib.import_module(f"fmm_distill.{module}")
+        setattr(caller, name, timed_call(seconds, title, getattr(caller, name)))
     step = timed_call(seconds, STEP, Trainer._step)
 
     def one_step(*given: Any) -> None:

@@ -62,7 +62,8 @@ class Case:
 
     name: str
     loss: dict[str, Any]
-    floor: Passes
+    # None: not counted.
+    floor: Passes | None
     pairs: dict[str, Any] = field(default_factory=dict)
     data: bool = True
 

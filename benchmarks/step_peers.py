@@ -1,4 +1,4 @@
-"""Training steps of FastGen's mean-flow and sCM losses, run from a checkout of theirs, on a student of ours.
+"""Training steps of FastGen's mean-flow, sCM and ECT losses, run from a checkout of theirs, on a student of ours.
 
 Their loss files run as they stand. What those import of the framework around them (configurations, logging) is
 replaced by names that do nothing, their networks by ours, and trainer, optimiser and average are those that our own
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from fmm_distill.starts import Draws
     from fmm_distill.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["PEERS", "PeerStep"]
+__all__ = ["ECT", "PEERS", "PeerStep"]
 
 PEERS = ("fastgen mean_flow", "fastgen mean_flow, differences", "fastgen sCM")
+# Trained, and not timed: its step has no derivative.
+ECT = "fastgen ECT"
+# Stages of ECT's schedule in a run (config_cm.py: iterations times batch by 8000 are the thousands of images a stage).
+ECT_STAGES = 8
 SIGMA_DATA = 0.5
 
 
@@ -98,7 +103,7 @@ def load(checkout: Path) -> dict[str, types.ModuleType]:
         return None
 
     fake("fastgen")
-    fake("fastgen.methods", CMModel=object)
+    fake("fastgen.methods", CMModel=object, FastGenModel=object)
     fake("fastgen.networks")
     fake("fastgen.utils", expand_like=expand_like)
     fake("fastgen.utils.logging_utils", **dict.fromkeys(("debug", "info", "warning", "critical", "error"), quiet))
@@ -109,6 +114,7 @@ def load(checkout: Path) -> dict[str, types.ModuleType]:
         "network": "networks.network",
         "mean_flow": "methods.consistency_model.mean_flow",
         "sCM": "methods.consistency_model.sCM",
+        "CM": "methods.consistency_model.CM",
     }
     fake("fastgen.methods.consistency_model")
     return {
@@ -162,7 +168,15 @@ class Denoiser(nn.Module):
 
 
 class PeerStep:
-    """One training step of one of ``PEERS`` with the update of our trainer: clipping, AdamW, one average."""
+    """One training step of a peer's loss with the update of our trainer: clipping, AdamW, one average.
+
+    Attributes:
+        images: the images of some draws, in [-1, 1]; noise unless it is replaced.
+        steps: of the run, for ECT's schedule.
+        optimiser, average: of the student.
+    """
+
+    steps = 1
 
     def __init__(
         self, name: str, checkout: Path, student: Student, teacher: Teacher, batch: int, accelerator: Accelerator
@@ -170,24 +184,26 @@ class PeerStep:
         self.accelerator, self.student, self.teacher, self.batch = accelerator, student, teacher, batch
         self.modules, device = load(checkout), accelerator.device
         self.student.to(device)
-        make = self._scm if name == "fastgen sCM" else self._mean_flow
-        self.loss, module = make(differences=name.endswith("differences"))
+        made = {"fastgen sCM": self._scm, ECT: self._ect}
+        self.loss, module = made[name]() if name in made else self._mean_flow(differences=name.endswith("differences"))
         module.to(device)
         optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
         self.module, self.optimiser = module, optimiser
         self.average = averaged(student, 0.999)
+        self.images: Callable[[Draws], Tensor] = lambda draws: draws.noise * SIGMA_DATA
 
-    def __call__(self, step: int) -> None:
-        """A whole step."""
+    def __call__(self, step: int) -> Tensor:
+        """A complete step; the mean loss, on the device."""
         draws = draw(0, step, self.batch, self.teacher.event_shape).part(0, self.batch, self.accelerator.device)
         condition = condition_of(self.teacher, draws)
         with self.accelerator.autocast():
-            loss = self.loss(draws.noise * SIGMA_DATA, condition, step)
-        loss.float().mean().backward()
+            loss = self.loss(self.images(draws), condition, step).float().mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimiser.step()
         self.average.update_parameters(self.student)
         self.optimiser.zero_grad()
+        return loss.detach()
 
     def _mean_flow(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:
         """config_mf_cifar10.py of the checkout with a teacher (use_cd), whose losses take two passes of the student."""
@@ -220,9 +236,34 @@ class PeerStep:
 
         return loss, model.net
 
-    def _scm(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:
+    def _denoiser(self, schedule: object) -> Denoiser:
+        """The student's denoiser; its velocity is the one on the diagonal."""
+
+        def of_student(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+            return self.student.mean_velocity(x, t, t, condition)
+
+        return Denoiser(schedule, of_student, self.student)
+
+    def _ect(self) -> tuple[Callable[..., Tensor], nn.Module]:
+        """config_cm_cifar10.py of the checkout: no teacher but for the weights to start from."""
+        schedule = self.modules["noise_schedule"].EDMNoiseSchedule()
+        model = object.__new__(self.modules["CM"].CMModel)
+        model.loss_config = SimpleNamespace(
+            use_cd=False, huber_const=1e-8, use_squared_l2=False, weighting_ct_loss="default"
+        )
+        model.sample_t_cfg = SimpleNamespace(quantize=False, min_r=0.0)
+        model.device, model.net = self.accelerator.device, self._denoiser(schedule)
+
+        def loss(images: Tensor, condition: object, step: int) -> Tensor:
+            named = {"time_dist_type": "lognormal", "train_p_mean": -1.1, "train_p_std": 2.0}
+            t = schedule.sample_t(self.batch, **named, min_t=0.002, max_t=80.0, device=model.device).float()
+            model.ratio = min(1 - 0.5 ** (ECT_STAGES * step // self.steps + 1), 0.999)
+            return model._compute_cm_loss(model.net, images, t, condition)[0]
+
+        return loss, model.net
+
+    def _scm(self) -> tuple[Callable[..., Tensor], nn.Module]:
         """config_scm_cifar10.py of the checkout, with a teacher."""
-        assert not differences
         device = self.accelerator.device
         schedule, scm = self.modules["noise_schedule"].EDMNoiseSchedule(), self.modules["sCM"]
         model = object.__new__(scm.SCMModel)
@@ -239,10 +280,7 @@ class PeerStep:
         model.sample_t_cfg = SimpleNamespace(quantize=False)
         model.sigma_data, model.precision_amp_jvp, model.device = SIGMA_DATA, None, device
 
-        def of_student(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-            return self.student.mean_velocity(x, t, t, condition)
-
-        model.net = Denoiser(schedule, of_student, self.student)
+        model.net = self._denoiser(schedule)
         model.teacher = Denoiser(schedule, self.teacher.velocity).to(device)
         model.teacher_trigflow, model.net_trigflow = (
             scm.TrigFlowPrecond(network, sigma_data=SIGMA_DATA) for network in (model.teacher, model.net)

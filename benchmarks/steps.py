@@ -126,8 +126,10 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
     return int(max(moment.live for moment in live.moments))
 
 
-def floor(passes: Passes, now: dict[str, float]) -> float:
-    """Milliseconds of these passes."""
+def floor(passes: Passes | None, now: dict[str, float]) -> float | None:
+    """Milliseconds of these passes; None where they are not counted."""
+    if passes is None:
+        return None
     backward = now["both"] - now["forward"]
     return (
         now["update"] + passes.teacher * now["teachers"] + passes.student * now["forward"] + passes.backward * backward
@@ -161,11 +163,14 @@ def compare(
     del rounds[0]
     memory = {name: peak(partial(steps[name], repeats + 1), device) for name in ("step", "baseline", *peers)}
     floors = [floor(case.floor, now) for now in rounds]
+    counted = case.floor is not None
     return {
         "milliseconds": {name: measured([now[name] for now in rounds]) for name in rounds[0]},
-        "floor_milliseconds": measured(floors),
+        "floor_milliseconds": measured(floors) if counted else None,
         "by_flow_matching": measured([now["step"] / now["baseline"] for now in rounds]),
-        "by_floor": measured([now["step"] / least for now, least in zip(rounds, floors, strict=True)]),
+        "by_floor": measured([now["step"] / least for now, least in zip(rounds, floors, strict=True)])
+        if counted
+        else None,
         "by_forward_and_backward": measured([now["step"] / now["both"] for now in rounds]),
         "by_peer": {name: measured([now["step"] / now[name] for now in rounds]) for name in peers},
         "bytes": memory,
@@ -211,6 +216,22 @@ def peers_of(
     if checkout is None:
         return {}
     return {name: PeerStep(name, checkout, make_student(teacher), teacher, batch, accelerator) for name in PEERS}
+
+
+def about_peers(
+    checkout: Path, teacher: Teacher, batch: int, accelerator: Accelerator
+) -> tuple[dict[str, Callable[[int], None]], dict[str, str]]:
+    """The peers' steps that run on this network in this precision, and why the others don't."""
+    peers, failed = {}, {}
+    for name in PEERS:
+        try:
+            peer = PeerStep(name, checkout, make_student(teacher), teacher, batch, accelerator)
+            peer(0)
+        except Exception as error:  # noqa: BLE001 a peer's code in torch's own forward mode fails in many ways
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        else:
+            peers[name] = peer
+    return peers, failed
 
 
 def about_run(given: argparse.Namespace, parameters: int) -> dict[str, Any]:

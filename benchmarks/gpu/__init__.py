@@ -1,0 +1,1 @@
+"""One command that spends the minutes of a borrowed GPU on measuring."""

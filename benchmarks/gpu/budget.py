@@ -1,0 +1,58 @@
+"""Time that is left, and an alarm when there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Deadline", "OutOfTimeError", "alarm"]
+
+
+class OutOfTimeError(BaseException):
+    """The time is over. Not an ``Exception``: libraries that catch those fall back and continue."""
+
+
+class Deadline:
+    """A moment by which a piece of work has to be complete.
+
+    Args:
+        seconds: from the time of the call.
+        clock: replaces the system's clock, for tests.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    def remaining(self) -> float:
+        """Seconds until then; negative after it."""
+        return self._end - self._clock()
+
+    def fits(self, seconds: float) -> bool:
+        """Return whether work of so many seconds is complete by then."""
+        return seconds <= self.remaining()
+
+    def within(self, seconds: float) -> Deadline:
+        """A moment in so many seconds, but no later than this one."""
+        return Deadline(min(seconds, self.remaining()), self._clock)
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise ``OutOfTimeError`` in the block when so many seconds are over. Works in the main thread only."""
+
+    def ring(*_: object) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Zero would switch the timer off.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

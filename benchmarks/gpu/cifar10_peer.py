@@ -1,0 +1,132 @@
+"""A student of the CIFAR-10 benchmark by one of FastGen's losses: trained, measured, and put among the rows.
+
+Teacher, images, batch, steps, rate, clipping, optimizer and average are those of our students. Multi-step samples of
+consistency models (sCM, ECT) are noised anew between calls, as published; mean flow's are jumps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from benchmarks.cifar10 import STEPS
+from benchmarks.cifar10_budget import BUDGETS
+from benchmarks.cifar10_measure import open_judge, save_whole
+from benchmarks.step_peers import ECT, PeerStep
+from fmm_distill import checkpoint
+from fmm_distill.ema import averaged
+from fmm_distill.student import make_student
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.trainer import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from benchmarks.cifar10_budget import Budget
+    from fmm_distill.settings import TrainingSettings
+    from fmm_distill.starts import Draws
+    from fmm_distill.student import Student
+
+__all__ = ["PEERS"]
+
+PEERS = ("fastgen mean_flow", "fastgen sCM", ECT)
+
+
+def picker(pixels: Tensor, device: torch.device) -> Callable[[Draws], Tensor]:
+    """Images in [-1, 1] by their draws, half of them mirrored."""
+    pixels = pixels.to(device)
+
+    def pick(draws: Draws) -> Tensor:
+        rows = (draws.image * len(pixels)).long().to(device)
+        mirrored = (draws.flip < 0.5).to(device)[:, None, None, None]
+        images = pixels[rows].float() / 127.5 - 1
+        return torch.where(mirrored, images.flip(-1), images)
+
+    return pick
+
+
+def consistency(student: Student, steps: int) -> Callable[[Tensor], Tensor]:
+    """A consistency model's sampler: to data, and back to the next time with new noise."""
+
+    def sample(noise: Tensor) -> Tensor:
+        generator = torch.Generator(noise.device).manual_seed(0)
+        times = student.schedule.grid(steps).to(noise.device)
+        x = student.parametrisation.prior(noise)
+        for t, r in pairwise(times):
+            at = t.expand(len(x))
+            x = x - t.to(x.dtype) * student.mean_velocity(x, at, at)
+            if r > 0:
+                new = torch.randn(x.shape, generator=generator, device=x.device)
+                x = torch.lerp(x, new.to(x.dtype), r.to(x.dtype))
+        return x
+
+    return sample
+
+
+def train(peer: PeerStep, training: TrainingSettings, log: Path) -> list[float]:
+    """All steps; the losses of some."""
+    losses = []
+    for step in range(training.steps):
+        for group in peer.optimiser.param_groups:
+            group["lr"] = learning_rate(training, step, training.steps)
+        loss = peer(step)
+        if step % max(training.steps // 100, 1) == 0:
+            losses.append(loss.item())
+            checkpoint.append_line(log, json.dumps({"step": step, "loss": losses[-1]}))
+    return losses
+
+
+def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> None:
+    """Train, measure, write."""
+    from benchmarks.cifar10_methods import recipe_of
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = "bf16" if budget.student_precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=half)
+    teacher = load_teacher(str(work / "teacher")).to(device)
+    # The settings of our students; the loss plays no part.
+    training = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0).training
+    peer = PeerStep(name, fastgen, make_student(teacher, seed=training.seed), teacher, budget.batch, accelerator)
+    peer.steps, peer.average = steps, averaged(peer.student, training.ema[0])
+    peer.images = picker(load_file(work / "images.safetensors")["train"], accelerator.device)
+    title = f"{name.replace(' ', '-')}"
+    started = time.monotonic()
+    losses = train(peer, training, work / "logs" / f"{title}.jsonl")
+    seconds = time.monotonic() - started
+    student = peer.average.module
+    judge = open_judge(teacher, work, budget, device, work)
+    if name == "fastgen mean_flow":
+        rows, pictures = judge.student(student, STEPS)
+    else:
+        student = student.to(device).eval()
+        found = {str(n): judge.row(consistency(student, n)) for n in STEPS}
+        rows, pictures = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
+    pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
+    save_whole(pixels, work / "rows" / f"{title}-0.safetensors")
+    result = {"method": title, "steps": steps, "images_seen": steps * budget.batch, "rows": rows, "loss": losses}
+    checkpoint.write_text(work / "rows" / f"{title}-0.json", json.dumps(result | {"training_seconds": seconds}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=PEERS)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--fastgen", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--budget", choices=list(BUDGETS), default="gpu")
+    given = parser.parse_args()
+    run(given.name, given.work, given.fastgen, BUDGETS[given.budget], given.steps)
+
+
+if __name__ == "__main__":
+    main()

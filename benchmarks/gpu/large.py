@@ -1,0 +1,243 @@
+"""Stage ``large``: steps and memory of models of published sizes with random weights, and FSDP 2 to the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from benchmarks.gpu.large_models import MODELS
+from benchmarks.gpu.processes import Background, call, kill, last_line, started
+from benchmarks.gpu.record import read
+from benchmarks.gpu.rows import Row, take
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+
+    from benchmarks.gpu.budget import Deadline
+    from benchmarks.gpu.large_models import Model
+    from benchmarks.gpu.stage import Job
+
+WORKER = ("-m", "benchmarks.gpu.large_worker")
+STEPS = 5
+LORA_RANK = 64
+
+
+class Large:
+    """The models' folders, the rows, and the estimates that run next to them."""
+
+    def __init__(self, job: Job, background: Background) -> None:
+        self.job, self.background = job, background
+        self.work = job.options.work / "large"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.building: dict[str, Future[None]] = {}
+        self.estimating: dict[str, Future[None]] = {}
+
+    def worker(self, *words: object) -> list[str]:
+        """Arguments of a worker."""
+        options = self.job.options
+        return [*WORKER, *map(str, words), "--device", options.device, *(["--tiny"] if options.tiny else [])]
+
+    def build(self, name: str) -> None:
+        """Start to build a model, unless an earlier call has."""
+        folder, out = self.work / name, self.work / f"{name}.json"
+        if not out.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            command = self.worker("build", name, folder, out)
+            self.building[name] = self.background.submit(command, self.work / f"build-{name}.log")
+
+    def built(self, name: str, _: Deadline) -> dict[str, Any]:
+        """Wait for a model."""
+        if name in self.building:
+            self.building[name].result()
+        found = read(self.work / f"{name}.json")
+        counts = ", ".join(f"{part} {count / 1e6:,.0f}M" for part, count in found["parts"].items())
+        return {"says": f"{counts}; {found['seconds']:.0f} s"}
+
+    def recipe(self, name: str, student: str, side: int, **training: Any) -> Path:
+        """A recipe of LoRA adapters or of a full student, guided."""
+        model, tiny = MODELS[name], self.job.options.tiny
+        prompts = self.work / "prompts.txt"
+        prompts.write_text("a boat\na red house\ntwo birds on a wire\n", encoding="utf-8")
+        settings = {
+            "teacher": str(self.work / name),
+            "prompts": {"file": str(prompts)},
+            "guidance": {"scale": 5.0},
+            "loss": {"name": "lagrangian", "stop": "target"},
+            "student": {"lora": {"rank": (2 if tiny else LORA_RANK) if student == "LoRA" else 0}},
+            "training": {
+                "steps": 1000,
+                "batch_size": 2 if tiny else model.batch,
+                "precision": "bf16",
+                # All weights of two billion parameters with moments and an average leave little room.
+                "gradient_checkpointing": student == "full" and name != "sd15",
+            }
+            | training,
+            "evaluation": {
+                "steps": [1],
+                "ddim_steps": [],
+                "dpmsolver_steps": [],
+                "features": "none",
+                "samples": 2,
+                "endpoint_samples": 1,
+                "endpoint_solver_steps": 2,
+                "batch_size": 1,
+            },
+            "export": {"steps": []},
+        }
+        if not tiny:
+            settings["pipeline"] = {"height": side, "width": side}
+        file = self.work / f"{name}-{student}-{side}{'-short' * bool(training)}.yaml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return file
+
+    def estimate(self, name: str, recipe: Path, row: str) -> None:
+        """Start the program's own estimate, on the processor."""
+        out = recipe.with_suffix(".estimate.json")
+        out.unlink(missing_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2 - 1))}
+        command = self.worker("estimate", recipe, out)
+        self.estimating[row] = self.background.submit(command, recipe.with_suffix(".estimate.log"), threads)
+
+    def collect(self) -> None:
+        """Write the estimates that are complete."""
+        for row, future in list(self.estimating.items()):
+            if future.done():
+                del self.estimating[row]
+                values: dict[str, Any] = {"what": "estimate", "of": row}
+                try:
+                    future.result()
+                except RuntimeError as error:
+                    status = "skipped" if str(error) == "no time" else "failed"
+                    self.job.record.keep(f"estimate: {row}", status, **values, reason=str(error))
+                else:
+                    name, student, side = row.split(", ")
+                    file = self.recipe(name, student, int(side)).with_suffix(".estimate.json")
+                    self.job.record.keep(f"estimate: {row}", "measured", **values | read(file))
+
+    def step(self, recipe: Path, deadline: Deadline) -> dict[str, Any]:
+        """Training steps in a process of their own; those before a kill count."""
+        out = recipe.with_suffix(".step.json")
+        out.unlink(missing_ok=True)
+        command = self.worker(
+            "step", recipe, recipe.with_suffix(".run"), out, "--steps", 2 if self.job.options.tiny else STEPS
+        )
+        log = recipe.with_suffix(".step.log")
+        with started(command, log) as process:
+            while process.poll() is None and deadline.remaining() > 1:
+                time.sleep(0.1)
+            code = process.poll()
+        found = read(out)
+        # The first step loads kernels.
+        if len(found.get("seconds_of_steps", ())) < 2:
+            raise RuntimeError("no time for two steps" if code is None else last_line(log))
+        seconds = statistics.median(found["seconds_of_steps"][1:])
+        return found | {
+            "seconds_a_step": seconds,
+            "batch": yaml.safe_load(recipe.read_text())["training"]["batch_size"],
+        }
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """Build, LoRA and full student of a model, at its sizes."""
+        model: Model = MODELS[name]
+        tiny = self.job.options.tiny
+        yield Row(f"{name}, build", partial(self.built, name), "build", 3 if tiny else 40, {"what": "build"})
+        for side in model.sides[:1] if tiny else model.sides:
+            for student in ("LoRA", "full") if side == 512 else ("LoRA",):
+                recipe, row = self.recipe(name, student, side), f"{name}, {student}, {side}"
+                about = {"what": "step", "model": model.title, "student": f"{student}, {side} x {side}"}
+                yield Row(row, partial(self._stepped, name, recipe, row), f"step {name}", 3 if tiny else 30, about)
+
+    def _stepped(self, name: str, recipe: Path, row: str, deadline: Deadline) -> dict[str, Any]:
+        if row.endswith("512") and not self.job.record.has(f"estimate: {row}"):
+            self.estimate(name, recipe, row)
+        return self.step(recipe, deadline)
+
+    def fsdp(self) -> list[Row]:
+        """A run that is killed after its first checkpoint, resumed to the end, exported, and reloaded."""
+        run = self.work / "fsdp"
+        recipe = self.recipe("sd15", "full", 512, steps=4, checkpoint_every=2, keep_checkpoints=1)
+        # FSDP needs a GPU; elsewhere the same steps run without it.
+        launch = ["--use_fsdp", "--fsdp_version", "2"] if self.job.options.device == "cuda" else ["--cpu"]
+        command = ["-m", "accelerate.commands.launch", *launch, "--num_processes", "1", "--num_machines", "1"]
+        command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "fmm_distill"]
+        command += ["--recipe", str(recipe), "--output", str(run)]
+        reload = self.worker("reload", run / "student", self.work / "reload.json")
+        guess = 3 if self.job.options.tiny else 50
+        about = {"what": "FSDP 2" if "--use_fsdp" in launch else "accelerate launch, no FSDP: there is no GPU"}
+        calls = {
+            "killed after a checkpoint": partial(killed, command, run),
+            "resumed to the end, exported": partial(resumed, command, run),
+            "reloaded by diffusers": partial(reloaded, reload, run, self.work / "reload.json"),
+        }
+        return [Row(f"launch: {name}", call, name, guess, about) for name, call in calls.items()]
+
+
+def killed(command: list[str], run: Path, _: Deadline) -> dict[str, Any]:
+    """Start a run and kill it a step after its first checkpoint."""
+    shutil.rmtree(run, ignore_errors=True)
+    log, lines = run.with_suffix(".killed.log"), run / "steps.jsonl"
+    with started(command, log) as process:
+        while not (lines.is_file() and len(lines.read_text(encoding="utf-8").splitlines()) > 2):
+            if process.poll() is not None:
+                raise RuntimeError(f"exit {process.returncode} before the third step: {last_line(log)}")
+            time.sleep(0.02)
+        kill(process)
+    record = json.loads(lines.read_text(encoding="utf-8").splitlines()[1])
+    return {"says": f"peak {record['peak_memory_gib']:.2f} GiB, {record['images_per_second']:.2f} images/s"}
+
+
+def resumed(command: list[str], run: Path, _: Deadline) -> dict[str, Any]:
+    """The same command again."""
+    log = run.with_suffix(".resumed.log")
+    call(command, log)
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [line for line in lines if line.startswith(("going on from", "resum", "FSDP:"))]
+    if not (run / "evaluation.json").is_file() or not (run / "student" / "model_index.json").is_file():
+        raise RuntimeError(f"no evaluation or no export: {last_line(log)}")
+    # What it takes of the disk is needed by the next models.
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return {"says": "; ".join(found)}
+
+
+def reloaded(command: list[str], run: Path, out: Path, _: Deadline) -> dict[str, Any]:
+    """The export, as others open it."""
+    call(command, run.with_suffix(".reload.log"))
+    shutil.rmtree(run, ignore_errors=True)
+    return read(out)
+
+
+def run(job: Job) -> None:
+    """All parts; builds and estimates run next to the rows."""
+    with Background(2) as background:
+        large = Large(job, background)
+        free = shutil.disk_usage(large.work).free
+        names = []
+        for name, model in MODELS.items():
+            # SD 1.5's checkpoints and export come on top: two of 14 GB while the second one is written, and 4.
+            needed = model.disk + sum(MODELS[other].disk for other in names) + 34 * 2**30
+            if job.options.tiny or needed < free:
+                names.append(name)
+                large.build(name)
+            else:
+                reason = f"{needed / 2**30:.0f} GiB of disk needed, {free / 2**30:.0f} free"
+                job.record.keep(f"{name}, build", "skipped", what="build", reason=reason)
+        planned = [list(large.rows(name)) if name in names else [] for name in MODELS]
+        if "sd15" in names:
+            planned.insert(1, large.fsdp())
+        for (_, deadline), rows in zip(job.parts(), planned, strict=False):
+            take(rows, deadline, job.record)
+            large.collect()
+        take([row for rows in planned for row in rows], job.deadline.within(job.deadline.remaining() - 8), job.record)
+        while large.estimating and job.deadline.remaining() > 6:
+            time.sleep(0.2)
+            large.collect()
+    large.collect()

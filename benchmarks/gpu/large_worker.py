@@ -1,0 +1,109 @@
+"""One process of stage ``large``: what it holds is free when it ends, and what kills it kills nothing else.
+
+python -m benchmarks.gpu.large_worker build sd15 FOLDER OUT --device cuda
+python -m benchmarks.gpu.large_worker step RECIPE RUN OUT --steps 5
+python -m benchmarks.gpu.large_worker estimate RECIPE OUT
+python -m benchmarks.gpu.large_worker reload STUDENT OUT --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.record import write_whole
+from fmm_distill.acceleration import checkpoint_blocks
+from fmm_distill.memory import forecast_memory, peak_memory
+from fmm_distill.plan import plan
+from fmm_distill.prepare import prepare_samples
+from fmm_distill.process import make_accelerator
+from fmm_distill.recipe import load_recipe
+from fmm_distill.stopping import StopRequest
+from fmm_distill.trainer import Trainer
+
+
+def build(given: argparse.Namespace) -> None:
+    """Save a pipeline."""
+    from benchmarks.gpu.large_models import build as build_pipeline
+
+    started = time.monotonic()
+    counts = build_pipeline(given.name, given.folder, given.device, tiny=given.tiny)
+    write_whole(given.out, json.dumps({"parts": counts, "seconds": time.monotonic() - started}))
+
+
+def step(given: argparse.Namespace) -> None:
+    """Training steps as a run takes them, without checkpoints, evaluation and export; written after each."""
+    recipe = load_recipe(str(given.recipe))
+    started = time.monotonic()
+    accelerator = make_accelerator(recipe, given.run)
+    job = plan(recipe)
+    given.run.mkdir(parents=True, exist_ok=True)
+    samples = prepare_samples(recipe, job.teacher, job.images, given.run, accelerator, print)
+    trainer = Trainer(job.student, job.teacher, recipe, samples, given.run, accelerator, print)
+    found: dict[str, Any] = {"load_seconds": time.monotonic() - started, "seconds_of_steps": []}
+    found["parameters"] = sum(p.numel() for p in job.teacher.network.parameters())
+    found["trained"] = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
+    for number in range(given.steps):
+        began = time.perf_counter()
+        # It waits for the device to log its numbers.
+        trainer._step(number, StopRequest())
+        found["seconds_of_steps"].append(time.perf_counter() - began)
+        found["bytes"] = peak_memory(accelerator.device)
+        write_whole(given.out, json.dumps(found))
+
+
+def estimate(given: argparse.Namespace) -> None:
+    """What ``fmm-distill --dry-run`` prints of the memory, in bytes."""
+    recipe = load_recipe(str(given.recipe))
+    started = time.monotonic()
+    job = plan(recipe)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_blocks(job.student)
+    memory = forecast_memory(job.student, job.teacher, recipe)
+    found = {"bytes": memory.peak, "parts": asdict(memory), "seconds": time.monotonic() - started}
+    write_whole(given.out, json.dumps(found))
+
+
+def reload(given: argparse.Namespace) -> None:
+    """An exported student as others open it: by diffusers, one step."""
+    from diffusers import DiffusionPipeline
+
+    started = time.monotonic()
+    pipeline = DiffusionPipeline.from_pretrained(given.student, trust_remote_code=True).to(given.device)
+    opened = time.monotonic() - started
+    image = pipeline("a boat", num_inference_steps=1, output_type="pt").images
+    finite = bool(torch.isfinite(image).all())
+    found = {"says": f"{type(pipeline).__name__}, image {list(image.shape)}, finite: {finite}", "open_seconds": opened}
+    write_whole(given.out, json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    acts = parser.add_subparsers(required=True)
+    for act, places in (
+        (build, "folder out"),
+        (step, "recipe run out"),
+        (estimate, "recipe out"),
+        (reload, "student out"),
+    ):
+        made = acts.add_parser(act.__name__)
+        made.set_defaults(act=act)
+        if act is build:
+            made.add_argument("name")
+        for place in places.split():
+            made.add_argument(place, type=Path)
+        made.add_argument("--device", default="cuda")
+        made.add_argument("--tiny", action="store_true")
+        made.add_argument("--steps", type=int, default=5)
+    given = parser.parse_args()
+    given.act(given)
+
+
+if __name__ == "__main__":
+    main()

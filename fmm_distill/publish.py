@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # in its documentation, not in __all__
 
+from fmm_distill import marker
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.export.card import card
@@ -71,8 +72,7 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
         UserError: if there is no student there that was opened and compared, or the steps were not exported.
     """
     check_name(repo)
-    # Both hold a recipe, the exported one a pipeline as well.
-    is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
+    is_run = marker.is_run(source)
     folder = source / "student" if is_run else source
     if folder != source and not folder.is_dir():
         raise UserError(f"{source} has no student yet; run the same distillation command to its end")

@@ -28,7 +28,7 @@ from fmm_distill.plan import at_guidance, open_reference, open_teacher, with_eva
 from fmm_distill.process import PATIENCE, check_joined, silent
 from fmm_distill.recipe import Recipe
 from fmm_distill.reopen import open_run
-from fmm_distill.run_folder import kept_recipe
+from fmm_distill.run_folder import read_recipe
 from fmm_distill.settings import DataSettings, PromptSettings
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def open_subject(source: str, asked: Asked, say: Callable[[str], None] = print) 
 
 def _open_exported(source: str, folder: Path, asked: Asked, say: Callable[[str], None]) -> Subject:
     about = read_about(folder)
-    recipe = kept_recipe(folder) if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+    recipe = (
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+    )
     recipe = with_evaluation(recipe, asked.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from fmm_distill.errors import UserError
+from fmm_distill.reading import BrokenFileError, read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,22 +27,43 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "DamagedCheckpointError",
+    "State",
     "append_line",
     "average_name",
+    "check_writable",
+    "complete",
     "load",
     "newest",
     "newest_state",
     "newest_whole",
     "save",
+    "step_of",
     "write_text",
     "writing",
 ]
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_REPLACED = ".replaced"
+# A run at work removes what was found a moment before. Each look takes longer than that, so few are enough.
+_TRIES, _PAUSE = 20, 0.05
 
 
 class DamagedCheckpointError(UserError):
     """A checkpoint is not as it was written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint without its tensors.
+
+    Attributes:
+        written: seconds since 1970.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    written: float
 
 
 @dataclass
@@ -57,17 +82,43 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+# What an error of a disk means for its user.
+_ADVICE = (
+    (
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "make room or choose another --output, then run the same command again",
+    ),
+    ((errno.EACCES, errno.EPERM), "get the right to write there, or choose another --output"),
+    ((errno.EROFS,), "the file system is read-only: choose another --output"),
+    ((errno.ENOENT,), "its folder does not exist: make it, or correct the path"),
+    ((errno.EISDIR,), "a folder has this name: choose the name of a file"),
+    ((errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY), "a file or a folder is in its place: choose another --output"),
+    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "the system does not take this path: choose another --output"),
+    ((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n), then run it again"),
+)
+_OTHERWISE = "check the disk or the network file system, or choose another --output, then run the same command again"
+
+
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turns a full disk, a size limit or a missing permission while writing ``target`` into one clear line."""
+    """Turns an error of the disk while writing ``target`` into one clear line, with advice that fits the error."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
+        number = _errno(error)
+        advice = next((advice for numbers, advice in _ADVICE if number in numbers), _OTHERWISE)
         raise UserError(
-            f"{target} could not be written ({reason}); what was there before is whole: "
-            "make room or choose another --output, then run the same command again"
+            f"{target} could not be written ({reason}); what was there before is complete: {advice}"
         ) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors writes in Rust, whose errors end with the number.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,7 +143,7 @@ def check_writable(path: Path) -> None:
     """
     with writing(path):
         if path.is_dir():
-            raise IsADirectoryError("it is a folder; wanted a file")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         probe = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             probe.touch()
@@ -112,27 +163,48 @@ def average_name(rate: float) -> str:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint beside the older ones, then remove all but the newest ``keep``.
+    """Write a checkpoint next to the older ones, then remove all but the newest ``keep``.
 
-    The folder gets its name only when every file in it is on the disk; a partial one is removed.
+    The folder gets its name only when every file in it is on the disk; a partial one is removed. One of the same step
+    that is there stays readable until the new one has its name.
     """
-    target = folder / f"step-{checkpoint.step:08d}"
+    target = folder / _name(checkpoint.step)
     partial = folder / f".{target.name}.partial"
     with writing(target):
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(".*.partial"):
             shutil.rmtree(left_over)
+        for left_over in folder.glob(f".*{_REPLACED}"):
+            if left_over not in complete(folder):
+                _remove(left_over)
         try:
             _write(partial, checkpoint)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
+            _swap(partial, target)
             _sync_folder(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        for old in complete(folder)[:-keep]:
+            _remove(old)
     return target
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Give a written checkpoint its name; the one that has it is under another name for that moment, and counts."""
+    replaced = target.with_name(f".{target.name}{_REPLACED}")
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        target.rename(replaced)
+    partial.rename(target)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that it is complete or absent in between, too."""
+    gone = path.with_name(f".{path.name.removeprefix('.')}.removed.partial")
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
@@ -143,7 +215,7 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.tensors.items():
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, partial / f"{name}.safetensors")
-    (partial / "state.json").write_text(json.dumps(checkpoint.state), encoding="utf-8")
+    (partial / _STATE).write_text(json.dumps(checkpoint.state), encoding="utf-8")
     digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
     manifest = {"step": checkpoint.step, "sha256": digests}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -166,34 +238,86 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint by its folder's name; None: it is no checkpoint's, such as a copy of one."""
+    name = path.name
+    if name.startswith(".") and name.endswith(_REPLACED):
+        name = name[1:].removesuffix(_REPLACED)
+    digits = name.removeprefix("step-")
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    return int(digits) if _name(int(digits)) == name else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints by their names, the newest last."""
+    found: dict[int, Path] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir(), reverse=True):
+            step = step_of(path)
+            # One that is being replaced counts until the other has its name, which sorts before it here.
+            if step is not None and path.is_dir():
+                found.setdefault(step, path)
+    return [found[step] for step in sorted(found)]
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint, if there is one."""
-    found = _complete(folder)
+    found = complete(folder)
     return found[-1] if found else None
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
 
+    While the run writes, what was found here may be gone a moment later: then it is looked for again.
+
     Raises:
         UserError: if there are checkpoints and all are damaged.
     """
-    damaged: DamagedCheckpointError | None = None
-    for path in reversed(_complete(folder)):
+    for _ in range(_TRIES):
+        before = _seen(folder)
+        damaged: list[DamagedCheckpointError] = []
+        for path in reversed(complete(folder)):
+            try:
+                found = load(path)
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+                continue
+            if damaged and _seen(folder) != before:
+                break
+            for fault in damaged:
+                say(f"{fault}; the one before it is taken")
+            return path, found
+        if _seen(folder) == before:
+            if damaged:
+                raise UserError(f"{damaged[-1]}, and there is none before it: start again with --fresh")
+            return None
+        time.sleep(_PAUSE)
+    raise _restless(folder)
+
+
+def _seen(folder: Path) -> list[tuple[Path, int]]:
+    """The checkpoints that are there, told from others of the same names."""
+    found = []
+    for path in complete(folder):
         try:
-            found = load(path)
-        except DamagedCheckpointError as error:
-            say(f"{error}; the one before it is taken")
-            damaged = error
-            continue
-        return path, found
-    if damaged is not None:
-        raise UserError(f"{damaged}, and there is none before it: start again with --fresh")
-    return None
+            found.append((path, path.stat().st_ino))
+        except FileNotFoundError:
+            # Another answer than that of the next look.
+            found.append((path, 0))
+    return found
+
+
+def _restless(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: the run writes and removes checkpoints faster than they can be read; run the same command again, "
+        "or when the run has stopped"
+    )
 
 
 def load(path: Path) -> Checkpoint:
@@ -205,11 +329,14 @@ def load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     step, digests = _manifest(path)
-    for name, digest in digests.items():
-        if _digest(path / name) != digest:
-            raise _damaged(path, name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    try:
+        for name, digest in digests.items():
+            if _digest(path / name) != digest:
+                raise _damaged(path, name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
+        tensors = {Path(name).stem: load_file(path / name) for name in digests if name.endswith(".safetensors")}
+        return Checkpoint(step, tensors, read_mapping(path / _STATE, todo="it is damaged"))
+    except (OSError, SafetensorError, BrokenFileError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} can't be read ({error})") from error
 
 
 def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:
@@ -218,24 +345,36 @@ def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:
 
 def _manifest(path: Path) -> tuple[int, dict[str, str]]:
     """The step of a checkpoint and the digest of each of its files, all of which are there."""
+    keys = {"step": int, "sha256": dict}
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        digests, step = manifest["sha256"], manifest["step"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = read_mapping(path / _MANIFEST, keys, todo="it is damaged")
+    except BrokenFileError as error:
         raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
+    digests, step = manifest["sha256"], manifest["step"]
+    if step != step_of(path) or _STATE not in digests or not all(_is_digest(*item) for item in digests.items()):
+        raise _damaged(path, _MANIFEST, "is missing or unreadable: it is not of this checkpoint")
     for name in digests:
         if not (path / name).is_file():
             raise _damaged(path, name, "is missing")
     return step, digests
 
 
-def newest_state(folder: Path) -> tuple[Path, int, dict[str, Any]] | None:
-    """The newest checkpoint whose files are all there, its step, and what in it is not a tensor. Reads no weights."""
-    # A second look: a run at work may put a newer one in the place of what was found.
-    for path in [*reversed(_complete(folder)), *reversed(_complete(folder))]:
-        try:
-            step, _ = _manifest(path)
-            return path, step, json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (DamagedCheckpointError, OSError, ValueError):
-            continue
+def _is_digest(name: str, digest: object) -> bool:
+    return Path(name).name == name and isinstance(digest, str)
+
+
+def newest_state(folder: Path) -> State | None:
+    """The newest checkpoint whose files are all there and what in it is not a tensor. Reads no weights."""
+    for _ in range(_TRIES):
+        before = _seen(folder)
+        for path in reversed(complete(folder)):
+            try:
+                step, _digests = _manifest(path)
+                state = read_mapping(path / _STATE, todo="it is damaged")
+                return State(path, step, state, (path / _MANIFEST).stat().st_mtime)
+            except (DamagedCheckpointError, BrokenFileError, OSError):
+                continue
+        if _seen(folder) == before:
+            return None
+        time.sleep(_PAUSE)
     return None

@@ -12,6 +12,7 @@ from fmm_distill import checkpoint
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.reading import read_lines
 from fmm_distill.tracking import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["Monitor"]
 
 # What of the protocol changes between runs; the rest is said in evaluation.json.
 _ESSENTIALS = ("ode_solver_error", "frechet_samples", "frechet_reference", "noise_seed", "guidance")
+_KEYS = {"step": int, "rows": list, "settings": dict}
 
 
 class Monitor:
@@ -78,16 +80,17 @@ class Monitor:
         """The lines up to a step, which are all that is in the file then."""
         if self.lines is not None and all(line["step"] <= step for line in self.lines):
             return self.lines
-        text = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
-        # What comes after the last newline is half a line, left by a kill.
-        whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        if "".join(kept) != text:
-            checkpoint.write_text(self.log, "".join(kept))
+        lines = read_lines(self.log, _KEYS, todo=f"remove the lines from there on of {self.log.name}, and run it again")
+        kept = [line for line in lines if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if self.log.is_file() and self.log.read_text(encoding="utf-8") != text:
+            # What comes after the last newline is half a line, left by a kill.
+            checkpoint.write_text(self.log, text)
         for picture in self.pictures.glob("samples-*.png"):
-            if int(picture.stem.removeprefix("samples-")) > step:
+            number = picture.stem.removeprefix("samples-")
+            if number.isdecimal() and int(number) > step:
                 picture.unlink()
-        return [json.loads(line) for line in kept]
+        return kept
 
     def _evaluate(self, step: int, student: Student) -> None:
         device = self.accelerator.device

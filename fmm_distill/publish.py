@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from yaml import YAMLError
 
+from fmm_distill import marker
 from fmm_distill.errors import UserError
 from fmm_distill.export.about import ABOUT, read_about
 from fmm_distill.export.card import card
@@ -124,9 +125,7 @@ def _student_of(source: Path) -> tuple[Path, tuple[str, ...]]:
     recover(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; expected a run, or a folder that fmm-distill export wrote")
-    # Both hold a recipe, the exported one a pipeline as well.
-    is_run = (source / "recipe.yaml").is_file() and not (source / "model_index.json").is_file()
-    if not is_run:
+    if not marker.is_run(source):
         return source, ()
     folder = source / "student"
     recover(folder)

@@ -16,6 +16,8 @@ from fmm_distill.export.place import check_replaceable
 from fmm_distill.finish import export_student
 from fmm_distill.plan import Plan, at_guidance, plan, with_evaluation
 from fmm_distill.run_folder import (
+    check_files,
+    check_images,
     kept_prompts,
     kept_recipe,
     pinned,
@@ -58,7 +60,9 @@ def open_run(
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
+    check_files(folder, recipe)
     job = plan(pinned(recipe, folder), kept_prompts(folder), say)
+    check_images(folder, job.images)
     measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
     average = kept.tensors.get(checkpoint.average_name(rate), {})

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from accelerate.utils import broadcast_object_list
+
 from fmm_distill import checkpoint
+from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, table
 from fmm_distill.export.place import check_replaceable
 from fmm_distill.finish import finish, how_to_load
+from fmm_distill.inputs import with_paths
+from fmm_distill.lock import locked
 from fmm_distill.monitor import Monitor
 from fmm_distill.plan import describe, plan
 from fmm_distill.prepare import prepare_samples
@@ -18,8 +24,10 @@ from fmm_distill.process import alone, make_accelerator, on_first, silent
 from fmm_distill.run_folder import (
     PROMPTS,
     check_folder,
+    check_images,
     check_prompts,
     keep_commits,
+    keep_inputs,
     make_folder,
     pinned,
     read_evaluation,
@@ -32,8 +40,11 @@ from fmm_distill.trainer import Trainer
 from fmm_distill.trial import keep_trial, try_export
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from accelerate import Accelerator
+
+    from fmm_distill.plan import Plan
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
 
@@ -58,10 +69,11 @@ def distill(
 
 
 def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], None]) -> Evaluation:
+    recipe = with_paths(recipe)
     accelerator = make_accelerator(recipe, folder, say)
     line = say if accelerator.is_main_process else silent
     changes = check_folder(folder, recipe, fresh=fresh)
-    # No process makes the folder before all have looked at it.
+    # No process takes the folder before all have looked at it.
     accelerator.wait_for_everyone()
     finished = None if fresh or changes else read_evaluation(folder)
     if finished is not None:
@@ -69,10 +81,44 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
         line(table(finished))
         line(how_to_load(folder, recipe))
         return finished
-    if not fresh:
+    with _held(folder, accelerator):
+        # Another process may have worked here until it released the lock.
+        changes = check_folder(folder, recipe, fresh=fresh)
         check_replaceable(folder / "student")
+        _train(recipe, folder, changes, accelerator, line, fresh=fresh)
+    return cast("Evaluation", read_evaluation(folder))
+
+
+@contextmanager
+def _held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The lock of a run's folder, which the first process holds for all; where it is refused, all processes end."""
+    refusal: list[str | None] = [None]
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(locked(folder, "a run"))
+            except UserError as error:
+                refusal = [str(error)]
+        broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        yield
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    changes: list[str],
+    accelerator: Accelerator,
+    line: Callable[[str], None],
+    *,
+    fresh: bool,
+) -> None:
+    """Train, evaluate and export into a folder that is locked."""
     job = plan(recipe if fresh else pinned(recipe, folder), say=line)
-    check_prompts(folder, job.teacher, fresh=fresh)
+    if not fresh:
+        check_prompts(folder, job.teacher, fresh=fresh)
+        check_images(folder, job.images)
     line(describe(job))
     tried: list[str] = []
 
@@ -83,13 +129,8 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
     for change in changes:
         line(f"changed  {change}")
     if accelerator.is_main_process:
-        make_folder(folder, recipe, fresh=fresh)
-        if changes:
-            take_changes(folder, recipe)
-        keep_commits(folder, job.teacher)
+        _make(folder, recipe, job, changes, fresh=fresh)
         keep_trial(folder, tried[0])
-        if isinstance(job.teacher.conditions, Embeddings):
-            checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     accelerator.wait_for_everyone()
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
@@ -103,4 +144,14 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
             job.student = cast("Student", trainer.plain.to(accelerator.device))
             finish(job, averages, folder, accelerator, line)
         accelerator.wait_for_everyone()
-    return cast("Evaluation", read_evaluation(folder))
+
+
+def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], *, fresh: bool) -> None:
+    """Write what explains the run."""
+    make_folder(folder, recipe, fresh=fresh)
+    if changes:
+        take_changes(folder, recipe)
+    keep_commits(folder, job.teacher)
+    keep_inputs(folder, recipe, job.images)
+    if isinstance(job.teacher.conditions, Embeddings):
+        checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")

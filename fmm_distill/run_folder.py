@@ -4,75 +4,93 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
-from fmm_distill import __version__, checkpoint
+from fmm_distill import __version__, checkpoint, inputs
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, from_json
+from fmm_distill.marker import check_clearable, check_vacant, clear, is_run, mark, require_run
+from fmm_distill.reading import BrokenFileError, read_list, read_mapping
 from fmm_distill.recipe import parse
 
 if TYPE_CHECKING:
+    from fmm_distill.data import Images
     from fmm_distill.recipe import Recipe
     from fmm_distill.teachers.base import Teacher
 
 __all__ = [
     "PROMPTS",
+    "check_files",
     "check_folder",
+    "check_images",
     "check_prompts",
     "environment",
     "keep_commits",
+    "keep_inputs",
     "kept_prompts",
     "kept_recipe",
     "make_folder",
     "pinned",
     "read_evaluation",
+    "read_recipe",
     "steps_done",
     "take_changes",
 ]
 
 PROMPTS = "prompts.json"
-_COMMITS = "teacher.json"
-# What a run may go on with otherwise than it began: the steps already made stay what they are.
+_RECIPE, _COMMITS, _EVALUATION = "recipe.yaml", "teacher.json", "evaluation.json"
+# What a run may continue with otherwise than it began: the steps already made stay what they are.
 _FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
+# Paths may change if the files there are the same.
+_INPUTS = ("teacher", "guidance.weaker", "data.source")
+_LOST = "restore it from a copy, or start another run in another --output"
 
 
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
     """Refuse a folder that is not this recipe's, before anything is opened or written.
 
+    Args:
+        recipe: with absolute paths (``inputs.with_paths``).
+
     Returns:
-        What is changed in the recipe of a run that may go on so: each setting, what it was and what it becomes.
+        What is changed in the recipe of a run that may continue: each setting, its value before and after.
 
     Raises:
-        UserError: on a folder of something else, of a run with another recipe, or of one that has done more steps.
+        UserError: on a folder of something else, of a run with another recipe or other inputs, or of one that has done
+            more steps; with ``fresh`` on one that holds more than a run.
     """
-    written = folder / "recipe.yaml"
-    if not written.is_file():
-        if folder.exists() and (not folder.is_dir() or any(path.suffix != ".partial" for path in folder.iterdir())):
-            raise UserError(f"--output {folder} is not empty and holds no run (no recipe.yaml); choose another folder")
+    if not is_run(folder):
+        check_vacant(folder)
         return []
     if fresh:
+        check_clearable(folder)
         return []
-    there = _flat(yaml.safe_load(written.read_text(encoding="utf-8")))
-    here = _flat(yaml.safe_load(recipe.to_yaml()))
+    if not (folder / _RECIPE).exists() and steps_done(folder) == 0:
+        # Killed before the recipe was written.
+        return []
+    there, here = _flat(kept_recipe(folder).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    fixed = [key for key in different if key not in _FREE and not key.startswith(_FREE_GROUPS)]
+    before = inputs.read_inputs(folder) or {}
+    now = inputs.contents(recipe, before)
+    moved = {key for key in _INPUTS if inputs.same_content(key, before, now)}
+    fixed = [key for key in different if key not in {*_FREE, *moved} and not key.startswith(_FREE_GROUPS)]
     if fixed:
         shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in fixed[:6])
         raise UserError(
-            f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove it"
+            f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove what "
+            "that run wrote"
         )
+    inputs.check_inputs(folder, before, now)
     done = steps_done(folder)
     total = recipe.student.regression_steps + recipe.training.steps
     if done > total:
         raise UserError(
-            f"training.steps {recipe.training.steps}: the run in {folder} has done {done} steps already; wanted "
+            f"training.steps {recipe.training.steps}: the run in {folder} has done {done} steps already; expected "
             "as many or more, or another --output"
         )
     return [f"{key}: {there.get(key)} until step {done}, {here.get(key)} from there" for key in different]
@@ -81,25 +99,28 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
 def steps_done(folder: Path) -> int:
     """The step of a run's newest checkpoint; 0 without any."""
     newest = checkpoint.newest(folder / "checkpoints")
-    return 0 if newest is None else int(newest.name.removeprefix("step-"))
+    return (None if newest is None else checkpoint.step_of(newest)) or 0
 
 
 def take_changes(folder: Path, recipe: Recipe) -> None:
-    """Keep the old recipe beside the new one; a finished run is finished no more."""
+    """Store the old recipe next to the new one; a run that was finished is not any more."""
     # The evaluation is what makes a run finished: it goes first, so that a kill leaves no run that only seems so.
-    (folder / "evaluation.json").unlink(missing_ok=True)
-    old = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    (folder / _EVALUATION).unlink(missing_ok=True)
+    old = (folder / _RECIPE).read_text(encoding="utf-8")
     checkpoint.write_text(folder / f"recipe-until-{steps_done(folder)}.yaml", old)
-    checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
+    checkpoint.write_text(folder / _RECIPE, recipe.to_yaml())
 
 
 def make_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Make the folder with its recipe and its environment; what stands there stays unless ``fresh``."""
+    """Make the folder with its marker, its recipe and its environment; what is there stays unless ``fresh``."""
     with checkpoint.writing(folder):
-        if fresh and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    texts = {"recipe.yaml": recipe.to_yaml(), "environment.json": json.dumps(environment(), indent=2) + "\n"}
+        # The marker first: whatever a kill leaves is a run's then.
+        mark(folder)
+        if fresh:
+            clear(folder)
+            checkpoint.write_text(folder / _RECIPE, recipe.to_yaml())
+    texts = {_RECIPE: recipe.to_yaml(), "environment.json": json.dumps(environment(), indent=2) + "\n"}
     for name, text in texts.items():
         if not (folder / name).is_file():
             checkpoint.write_text(folder / name, text)
@@ -113,11 +134,37 @@ def keep_commits(folder: Path, teacher: Teacher) -> None:
         checkpoint.write_text(folder / _COMMITS, json.dumps(kept, indent=2) + "\n")
 
 
+def keep_inputs(folder: Path, recipe: Recipe, images: Images | None) -> None:
+    """Write what the files of the teacher and the data are, once."""
+    if (folder / inputs.INPUTS).is_file():
+        return
+    found = inputs.contents(recipe)
+    if images is not None and "data.source" not in found and not recipe.data.source.startswith("builtin:"):
+        found["data.hub"] = inputs.about_images(images)
+    checkpoint.write_text(folder / inputs.INPUTS, json.dumps(found, indent=1) + "\n")
+
+
+def check_files(folder: Path, recipe: Recipe) -> None:
+    """Refuse to open a run again whose teacher or data are not those that it began with.
+
+    Raises:
+        UserError: with the files, and what to do.
+    """
+    before = inputs.read_inputs(folder) or {}
+    inputs.check_inputs(folder, before, inputs.contents(recipe, before))
+
+
+def check_images(folder: Path, images: Images | None) -> None:
+    """Refuse a run whose dataset on the Hub is another than the one that it began with."""
+    inputs.check_images(folder, inputs.read_inputs(folder) or {}, images)
+
+
 def pinned(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the commits that the run in ``folder`` began with, if there is one: a branch may have moved."""
     if not (folder / _COMMITS).is_file():
         return recipe
-    kept = json.loads((folder / _COMMITS).read_text(encoding="utf-8"))
+    keys = {"revision": str | None, "guidance.weaker_revision": str | None}
+    kept = read_mapping(folder / _COMMITS, keys, todo="remove it, and the run takes the recipe's own revisions")
     weaker = kept["guidance.weaker_revision"] or recipe.guidance.weaker_revision
     guidance = recipe.guidance.model_copy(update={"weaker_revision": weaker})
     return recipe.model_copy(update={"revision": kept["revision"] or recipe.revision, "guidance": guidance})
@@ -145,33 +192,53 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def kept_prompts(folder: Path) -> tuple[str, ...] | None:
     """The prompts of a run, which the recipe names by their file alone."""
     kept = folder / PROMPTS
-    return tuple(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else None
+    return tuple(read_list(kept, str, todo=_LOST)) if kept.is_file() else None
 
 
 def check_prompts(folder: Path, teacher: Teacher, *, fresh: bool) -> None:
-    """Refuse to go on with other prompts than the run began with."""
+    """Refuse to continue with other prompts than the run began with."""
     kept = None if fresh else kept_prompts(folder)
     if kept is not None and teacher.conditions is not None and kept != teacher.conditions.names:
         raise UserError(
-            f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, "
-            "restore the file of prompts, or --fresh to begin anew"
+            f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, or "
+            "restore the file of prompts"
         )
 
 
 def kept_recipe(folder: Path) -> Recipe:
-    """The recipe of a run.
+    """The recipe of a run, with absolute paths.
 
     Raises:
-        UserError: if the folder is no run.
+        UserError: if the folder is no run, or its recipe is broken.
     """
-    written = folder / "recipe.yaml"
-    if not written.is_file():
-        raise UserError(f"{folder} is no run folder (no recipe.yaml); wanted what --output was given")
-    return parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
+    require_run(folder)
+    return read_recipe(folder / _RECIPE)
+
+
+def read_recipe(written: Path) -> Recipe:
+    """A recipe that a run or an export wrote, with absolute paths.
+
+    Raises:
+        UserError: if the file is broken.
+    """
+    return inputs.with_paths(parse(read_mapping(written, {"teacher": str}, todo=_LOST), str(written)))
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """The evaluation of a run that came to its end: it is the last file that a run writes."""
-    if not (folder / "evaluation.json").is_file():
-        return None
-    return from_json(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+    """The evaluation of a run that came to its end: it is the last file that a run writes.
+
+    Raises:
+        UserError: if the file is broken.
+    """
+    written = folder / _EVALUATION
+    todo = "remove it, and the same distillation command measures and exports again"
+    try:
+        kept = read_mapping(written, {"protocol": dict, "rows": list}, todo=todo)
+    except BrokenFileError:
+        if not written.exists():
+            return None
+        raise
+    try:
+        return from_json(kept)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BrokenFileError(f"{written}: its rows are not those of an evaluation ({error}); {todo}") from error

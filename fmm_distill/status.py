@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fmm_distill import checkpoint
-from fmm_distill.errors import UserError
+from fmm_distill.marker import require_run
+from fmm_distill.reading import BrokenFileError, check_keys, read_lines, read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["RunFiles", "describe", "draw", "read_run"]
 
 WINDOW = 100
+_CUT = "remove the lines from there on, and the run continues from its newest checkpoint"
+_STEP = {"step": int, "phase": str, "loss": float | None, "images_per_second": float}
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -32,7 +32,8 @@ class RunFiles:
         records: lines of ``steps.jsonl``.
         evaluations: lines of ``evaluations.jsonl``.
         final: the evaluation at the end, if the run came to it.
-        newest: the newest checkpoint's folder, its step and its state.
+        newest: the newest checkpoint, without its tensors.
+        logged: when the log was written, in seconds since 1970; None: there is none.
     """
 
     folder: Path
@@ -40,7 +41,8 @@ class RunFiles:
     records: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     final: dict[str, Any] | None
-    newest: tuple[Path, int, dict[str, Any]] | None
+    newest: checkpoint.State | None
+    logged: float | None = None
 
     @property
     def total(self) -> int:
@@ -52,35 +54,51 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run's files; half a last line of a log is left out.
 
     Raises:
-        UserError: if the folder is no run, or a log of it has a line that is no JSON.
+        UserError: if the folder is no run, or a file of it is broken.
     """
-    written = folder / "recipe.yaml"
-    if not written.is_file():
-        raise UserError(f"{folder} is no run folder (no recipe.yaml); wanted what --output was given")
-    final = folder / "evaluation.json"
+    require_run(folder)
+    log = folder / "steps.jsonl"
     return RunFiles(
         folder,
-        yaml.safe_load(written.read_text(encoding="utf-8")),
-        _lines(folder / "steps.jsonl"),
-        _lines(folder / "evaluations.jsonl"),
-        json.loads(final.read_text(encoding="utf-8")) if final.is_file() else None,
+        _recipe(folder / "recipe.yaml"),
+        read_lines(log, _STEP, todo=_CUT),
+        read_lines(folder / "evaluations.jsonl", {"step": int, "rows": list}, todo=_CUT),
+        _final(folder / "evaluation.json"),
         checkpoint.newest_state(folder / "checkpoints"),
+        log.stat().st_mtime if log.exists() else None,
     )
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    found = []
-    # What comes after the last newline is being written, or was when the run was killed.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{log}: line {number} is no JSON; wanted one object a line, as the run wrote it: remove the lines "
-                "from there on, and the run goes on from its newest checkpoint"
-            ) from error
+def _recipe(written: Path) -> dict[str, Any]:
+    """The settings that are shown. A recipe of another version has others, which are not looked at."""
+    todo = "restore it from a copy, or start another run in another --output"
+    groups = {"teacher": str, "student": dict, "training": dict, "loss": dict, "also": list, "before": list}
+    found = read_mapping(written, groups, todo=todo)
+    for group, keys in (
+        ("student", {"regression_steps": int}),
+        ("training", {"steps": int, "batch_size": int}),
+        ("loss", {"name": str}),
+    ):
+        check_keys(f"{written}: {group}", found[group], keys, todo=todo)
+    for group in ("also", "before"):
+        for index, term in enumerate(found[group]):
+            where = f"{written}: {group}: item {index}"
+            check_keys(where, {"item": term}, {"item": dict}, todo=todo)
+            check_keys(where, term, {"loss": dict}, todo=todo)
+            check_keys(f"{where}: loss", term["loss"], {"name": str}, todo=todo)
     return found
+
+
+def _final(written: Path) -> dict[str, Any] | None:
+    try:
+        return read_mapping(
+            written, {"rows": list}, todo="remove it, and the same distillation command measures and exports again"
+        )
+    except BrokenFileError:
+        # It was removed meanwhile, by a run that continues.
+        if not written.exists():
+            return None
+        raise
 
 
 def describe(run: RunFiles, now: float | None = None) -> str:
@@ -106,7 +124,7 @@ def _progress(run: RunFiles, now: float) -> dict[str, str]:
         return {"step": f"0 of {run.total:,} (no step is logged yet)"}
     last, done = run.records[-1], run.records[-1]["step"] + 1
     share = 100 * done / run.total
-    ago = _duration(now - (run.folder / "steps.jsonl").stat().st_mtime)
+    ago = _duration(now - (run.logged or now))
     when = f", written {ago} ago" if done < run.total else ""
     lines = {"step": f"{done:,} of {run.total:,} ({share:.1f} %{when})", "phase": str(last["phase"])}
     lines["loss"] = _loss(run.records)
@@ -144,8 +162,7 @@ def _seconds_per_step(run: RunFiles) -> float:
 def _newest(run: RunFiles, now: float) -> str:
     if run.newest is None:
         return "none yet"
-    path, step, _ = run.newest
-    written = (path / "manifest.json").stat().st_mtime
+    step, written = run.newest.step, run.newest.written
     date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
     return f"step {step:,}, written {date} ({_duration(now - written)} ago)"
 
@@ -153,7 +170,7 @@ def _newest(run: RunFiles, now: float) -> str:
 def _bad_steps(run: RunFiles) -> str:
     step, faults = 0, {"skipped": 0, "rate": 1.0}
     if run.newest is not None:
-        step, faults = run.newest[1], run.newest[2]["faults"]
+        step, faults = run.newest.step, run.newest.state["faults"]
     # Steps that a gradient scaler left out to find its scale carry a text there.
     later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
     halved = "; the learning rate was halved" if faults["rate"] < 1 else "; the learning rate is the recipe's"

@@ -27,7 +27,7 @@ from fmm_distill.process import join_processes, silent
 from fmm_distill.prompts import load_prompts
 from fmm_distill.recipe import Recipe
 from fmm_distill.reopen import open_run
-from fmm_distill.run_folder import kept_recipe
+from fmm_distill.run_folder import read_recipe
 from fmm_distill.settings import DataSettings, PromptSettings
 from fmm_distill.state import own_state
 
@@ -99,7 +99,9 @@ def open_subject(source: str, asked: Asked, say: Callable[[str], None] = print) 
 
 def _open_exported(source: str, folder: Path, asked: Asked, say: Callable[[str], None]) -> Subject:
     about = read_about(folder)
-    recipe = kept_recipe(folder) if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+    recipe = (
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+    )
     recipe = with_evaluation(recipe, asked.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})

@@ -12,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 
 from fmm_distill import checkpoint
 from fmm_distill.errors import UserError
+from fmm_distill.reading import read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -77,7 +78,7 @@ def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
     kept = folder / "tracker.json"
     if not kept.is_file():
         checkpoint.write_text(kept, json.dumps({"id": secrets.token_hex(6)}) + "\n")
-    run = json.loads(kept.read_text(encoding="utf-8"))["id"]
+    run = read_mapping(kept, {"id": str}, todo="remove it, and the trackers start a new run")["id"]
     return {
         "tensorboard": {"purge_step": done + 1} if done else {},
         "wandb": {"id": run, "name": folder.name, "dir": str(folder), "resume": "allow"},

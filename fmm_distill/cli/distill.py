@@ -79,9 +79,10 @@ def distil(
 
     # A training of hours does not end at a name that may not be written to.
     if repo is not None and _FIRST:
+        from fmm_distill.inputs import with_paths
         from fmm_distill.publish import check_target
 
-        check_target(repo, resolved.teacher)
+        check_target(repo, with_paths(resolved).teacher)
     distill(resolved, folder, fresh=not resume, say=click.echo)
     if repo is not None and _FIRST:
         _publish(folder, repo, private)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.features import unit_images
+from fmm_distill.lock import locked
 from fmm_distill.memory import held_by
 from fmm_distill.parts import Layout
 
@@ -179,6 +180,22 @@ class Generator:
         width = 0 if self.features is None else self.features.count + self.features.classes
         row = 16 + 4 * (width + torch.Size(self.teacher.event_shape).numel())
         layout = Layout(folder, self.count, row, _PART)
+        # Another evaluation of the same samples waits, and then takes what this one has made.
+        with locked(folder, "an evaluation", say, wait=True):
+            self._fill(layout, make, steps, say)
+            parts = [load_file(file) for file in layout.files]
+            # The lock is that of the first process: it is held until all have read.
+            self._wait()
+        return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0] if name != _SEAL}
+
+    def _fill(
+        self,
+        layout: Layout,
+        make: Callable[[int, int, int], dict[str, Tensor]],
+        steps: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Make what is not on the disk or is damaged there; each process makes its share."""
         process, processes = 0, 1
         if self.accelerator is not None:
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -196,8 +213,6 @@ class Generator:
             self.progress(there * steps)
         layout.fill(lambda *numbers: _sealed(make(*numbers)), process, processes)
         self._wait()
-        parts = [load_file(file) for file in layout.files]
-        return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0] if name != _SEAL}
 
     def _wait(self) -> None:
         if self.accelerator is not None:

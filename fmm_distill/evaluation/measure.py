@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import reference_of
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
 from fmm_distill.evaluation.samplers import of_students, of_teacher
+from fmm_distill.lock import locked
 from fmm_distill.solve import endpoint
 from fmm_distill.teachers.codec import Pixels
 
@@ -228,7 +228,14 @@ class Measure:
     def remove_kept(self) -> None:
         """Remove what was kept on the disk of the samplers that were measured."""
         for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                with locked(folder, "an evaluation"):
+                    for file in folder.glob("*part-*"):
+                        file.unlink(missing_ok=True)
+                folder.rmdir()
+            except (UserError, OSError):
+                # Another evaluation takes its samples from there, and removes them.
+                continue
 
     def _row(self, sampler: Sampler, made: Made) -> Row:
         values: dict[str, Value] = {}

@@ -233,9 +233,11 @@ def test_weights_of_another_network_are_one_line(finished, tmp_path):
 def test_the_run_folder_explains_itself(finished):
     folder, printed = finished
     assert {path.name for path in folder.iterdir()} == {
+        ".fmm_distill-run.json",
         "checkpoints",
         "environment.json",
         "evaluation.json",
+        "inputs.json",
         "recipe.yaml",
         "samples.png",
         "steps.jsonl",

@@ -137,7 +137,7 @@ OPENING = {
     "images of another size": (
         tiny("--data", "images"),
         [
-            "--data images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8",
+            "images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8",
             "data.fit=crop",
         ],
     ),
@@ -249,7 +249,7 @@ def test_the_folder_of_another_recipe_is_refused(tiny, finished):
 def test_a_folder_that_holds_other_things_is_left_alone(place, tiny, fresh):
     before = snapshot(place / "other")
     status, _, err = call("--recipe", tiny, "--output", place / "other", *fresh)
-    check(status, err, ["other is not empty and holds no run (no recipe.yaml); choose another folder"])
+    check(status, err, ["other is not empty and holds no run (no .fmm_distill-run.json); choose another folder"])
     assert snapshot(place / "other") == before
 
 
@@ -284,9 +284,9 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("evaluate", "nowhere"), "nowhere is no run folder (no recipe.yaml)"),
-        (("sample", "other"), "other is no run folder (no recipe.yaml)"),
-        (("export", "other", "out"), "other is no run folder (no recipe.yaml)"),
+        (("evaluate", "nowhere"), "nowhere is no run folder (no .fmm_distill-run.json)"),
+        (("sample", "other"), "other is no run folder (no .fmm_distill-run.json)"),
+        (("export", "other", "out"), "other is no run folder (no .fmm_distill-run.json)"),
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
         (("inspect", "text"), "text: its text_encoder is missing"),

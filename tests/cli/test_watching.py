@@ -21,6 +21,7 @@ from fmm_distill import checkpoint
 from fmm_distill.curves import BAD
 from fmm_distill.ema import load_trained
 from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.marker import MARKER
 from fmm_distill.plan import plan
 from fmm_distill.run_folder import kept_recipe
 from tests.cli.runs import assert_same_run, call, losses, snapshot, training_only
@@ -223,13 +224,17 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
 
 def test_status_before_the_first_step_and_what_is_no_run(tmp_path, stopped):
     (tmp_path / "run").mkdir()
-    shutil.copy(stopped / "recipe.yaml", tmp_path / "run")
+    for name in ("recipe.yaml", MARKER):
+        shutil.copy(stopped / name, tmp_path / "run")
     found = status_of(tmp_path / "run")
     assert found["step"] == "0 of 12 (no step is logged yet)"
     assert found["checkpoint"] == "none yet"
     assert "curves" not in found
     for arguments, message in (
-        ((tmp_path,), f"error: {tmp_path} is no run folder (no recipe.yaml); wanted what --output was given"),
+        (
+            (tmp_path,),
+            f"error: {tmp_path} is no run folder (no .fmm_distill-run.json); expected a folder that was an --output",
+        ),
         ((stopped, "--output", "a.jpg"), "error: --output a.jpg: wanted a name that ends in .png, for the curves"),
         ((stopped, "--output", tmp_path / "no" / "a.png"), f"error: {tmp_path / 'no' / 'a.png'} could not be written"),
     ):

@@ -20,6 +20,7 @@ from fmm_distill.export.about import about_student, read_about
 from fmm_distill.export.card import _table, card, write_card
 from fmm_distill.export.contents import record
 from fmm_distill.export.folder import export_pipeline
+from fmm_distill.marker import mark
 from fmm_distill.publish import pack
 from fmm_distill.recipe import parse
 from fmm_distill.student import make_student
@@ -45,6 +46,7 @@ def folder(tmp_path_factory, teacher_folder):
     student = make_student(teacher)
     recipe = parse({"teacher": str(teacher_folder)}, "here")
     (run / "recipe.yaml").write_text(recipe.to_yaml())
+    mark(run)
     (run / "environment.json").write_text('{"python": "3.11"}')
     # The last line is that of a run that was killed.
     (run / "steps.jsonl").write_text('{"images_per_second": 64.0}\n' * 3600 + '{"images_per')
@@ -261,7 +263,7 @@ def test_folders_that_are_gone_are_not_in_the_card(copy):
 
 
 def test_a_run_without_a_student(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("")
+    mark(tmp_path)
     with pytest.raises(UserError, match="has no student yet"):
         pack(tmp_path, "tester/student")
 

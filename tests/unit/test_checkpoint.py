@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
+import os
+import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fmm_distill import checkpoint
 from fmm_distill.checkpoint import Checkpoint, DamagedCheckpointError
@@ -37,6 +43,145 @@ def test_the_newest_stay(tmp_path):
         checkpoint.save(tmp_path, at(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000012", "step-99999999"]
     assert checkpoint.newest(tmp_path).name == "step-99999999"
+
+
+@pytest.mark.parametrize("step", [100_000_000, 1_234_567_890])
+def test_steps_are_numbers_not_text(tmp_path, step):
+    for number in (99_999_998, 99_999_999, step):
+        checkpoint.save(tmp_path, at(number), keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-99999999", f"step-{step}"}
+    assert checkpoint.newest(tmp_path).name == f"step-{step}"
+    path, found = checkpoint.newest_whole(tmp_path, print)
+    assert (path.name, found.step) == (f"step-{step}", step)
+    assert checkpoint.newest_state(tmp_path).step == step
+
+
+@pytest.mark.parametrize(
+    "name", ["step-abc", "step-00000005-copy", "step-00000099 (1)", "step-99", "step-", "step-0000000²"]
+)
+def test_other_names_are_no_checkpoints_and_stay(tmp_path, name):
+    saved = checkpoint.save(tmp_path, at(5), keep=1)
+    shutil.copytree(saved, tmp_path / name)
+    (tmp_path / "step-00000077").touch()
+    assert checkpoint.newest(tmp_path) == saved
+    assert checkpoint.newest_whole(tmp_path, print)[0] == saved
+    assert checkpoint.newest_state(tmp_path).path == saved
+    checkpoint.save(tmp_path, at(6), keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "step-00000006", "step-00000077"}
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda folder: checkpoint.save(folder, at(9), keep=1),
+        lambda folder: checkpoint.save(folder, at(6), keep=1),
+        lambda folder: [checkpoint.save(folder, at(step), keep=1) for step in (7, 8)],
+    ],
+    ids=["a newer one", "the same again", "two"],
+)
+@pytest.mark.parametrize("reads", ["newest_whole", "newest_state"])
+def test_a_checkpoint_that_goes_away_while_it_is_read_is_not_damaged(tmp_path, monkeypatch, then, reads):
+    """The first files are read, then the run writes, then the others are."""
+    checkpoint.save(tmp_path, at(3), keep=2)
+    checkpoint.save(tmp_path, at(6), keep=2)
+    manifest, lines, busy = checkpoint._manifest, [], []
+
+    def slow(path):
+        found = manifest(path)
+        if not busy:
+            busy.append(path)
+            then(tmp_path)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_manifest", slow)
+    if reads == "newest_state":
+        assert checkpoint.newest_state(tmp_path).path == checkpoint.newest(tmp_path)
+        return
+    path, found = checkpoint.newest_whole(tmp_path, lines.append)
+    assert (path, found.step) == (checkpoint.newest(tmp_path), checkpoint.step_of(path))
+    assert lines == []
+
+
+def test_a_reader_that_is_always_too_late_is_not_told_to_start_again(tmp_path, monkeypatch):
+    steps = itertools.count(6)
+
+    def slow(path):
+        checkpoint.save(tmp_path, at(next(steps)), keep=1)
+        raise DamagedCheckpointError(f"{path} is gone")
+
+    checkpoint.save(tmp_path, at(5), keep=1)
+    monkeypatch.setattr(checkpoint, "load", slow)
+    monkeypatch.setattr(checkpoint, "_PAUSE", 0)
+    with pytest.raises(UserError) as caught:
+        checkpoint.newest_whole(tmp_path, print)
+    assert "fresh" not in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_a_kill_between_two_moves_of_a_swap_loses_nothing(tmp_path, monkeypatch, call):
+    checkpoint.save(tmp_path, at(3), keep=1)
+    calls = itertools.count()
+
+    class KilledError(BaseException):
+        pass
+
+    def deadly(function):
+        def wrapped(*arguments, **keywords):
+            if next(calls) == call:
+                raise KilledError
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "rmdir", "unlink"):
+            patched.setattr(os, name, deadly(getattr(os, name)))
+        with contextlib.suppress(KilledError):
+            checkpoint.save(tmp_path, at(3), keep=1)
+    path, found = checkpoint.newest_whole(tmp_path, pytest.fail)
+    assert found.step == 3
+    assert checkpoint.step_of(path) == 3
+    checkpoint.save(tmp_path, at(3), keep=1)
+    checkpoint.save(tmp_path, at(6), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "{}", '{"step": 3}', '{"sha256": [], "step": 3}'])
+def test_foreign_content_is_damage(tmp_path, name, text):
+    saved = checkpoint.save(tmp_path, at(3), keep=1)
+    (saved / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DamagedCheckpointError):
+        checkpoint.load(saved)
+    if text not in ("{}", '{"step": 3}', '{"sha256": [], "step": 3}') or name == "manifest.json":
+        assert checkpoint.newest_state(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (OSError(errno.EFBIG, "File too large"), "make room"),
+        (PermissionError(errno.EACCES, "Permission denied"), "get the right to write there"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "get the right to write there"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "make it, or correct the path"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), "choose the name of a file"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "is in its place"),
+        (OSError(errno.EIO, "Input/output error"), "check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), "check the disk"),
+    ],
+)
+def test_each_error_of_a_disk_has_its_advice(tmp_path, error, advice):
+    with pytest.raises(UserError) as caught, checkpoint.writing(tmp_path / "a"):
+        raise error
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'a'} could not be written ({error!s}")
+    assert advice in text
+    assert ("make room" in text) == (advice == "make room")
 
 
 def test_a_save_over_the_same_step_replaces_it(tmp_path):

@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill import checkpoint
-from fmm_distill.errors import FmmDistillError
+from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.evaluation.pictures import draw_samples, draw_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
+from fmm_distill.export.contents import CONTENTS
 from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import summary, verify
@@ -103,11 +104,13 @@ def export_student(
         write_card(new, about, evaluation, run)
         try:
             agreements = verify(exported.student, exported.teacher, new, steps)
+        except UserError:
+            raise
         except FmmDistillError as error:
             failed = FmmDistillError(str(error).replace(str(new), str(target)))
-            if target.exists():
-                raise failed from error
-    # A first export stays, to be looked at; it is not published.
+            if (target / CONTENTS).is_file():
+                raise FmmDistillError(f"{failed}; the former export stays there") from error
+    # A first export is put there all the same, to be looked at; it is not published.
     if failed is not None:
         raise failed
     return agreements

@@ -41,7 +41,9 @@ def write_card(folder: Path, about: About, evaluation: Evaluation | None, run: P
         evaluation: None: its numbers are not those of this student, and the card says that there are none.
         run: where the recipe and the pictures are.
     """
-    pictures = () if evaluation is None else ("samples.png", "steps.png")
+    # A user may have removed a picture from the run; the card then shows none.
+    drawn = [name for name in ("samples.png", "steps.png") if (run / name).is_file()]
+    pictures = [] if evaluation is None else drawn
     for name in (*pictures, "recipe.yaml"):
         shutil.copyfile(run / name, folder / name)
     write_about(folder, about)

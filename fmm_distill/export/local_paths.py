@@ -14,7 +14,7 @@ from fmm_distill.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LOCAL", "is_local", "public_name", "strip", "without_known", "without_paths"]
+__all__ = ["LOCAL", "config_without_paths", "is_local", "public_name", "strip", "without_known", "without_paths"]
 
 LOCAL = "local:"
 _OWN = (LOCAL, "builtin:")
@@ -106,7 +106,7 @@ def _strip_config(file: Path) -> None:
         raise UserError(
             f"{file.parent.name}/{file.name} of the teacher is not JSON ({error}); fetch it again"
         ) from error
-    stripped = _of_config(config)
+    stripped = config_without_paths(config)
     if stripped != config:
         write_text(file, json.dumps(stripped, indent=2, ensure_ascii=False) + "\n")
 
@@ -129,11 +129,16 @@ def _strip_metadata(file: Path) -> None:
     partial.replace(file)
 
 
-def _of_config(value: Any, key: str = "") -> Any:  # noqa: ANN401 any JSON
+def config_without_paths(value: Any, key: str = "") -> Any:  # noqa: ANN401 any JSON
+    """A component's settings with the last name of a path in the place of each path.
+
+    Args:
+        key: the name of the setting.
+    """
     if isinstance(value, dict):
-        return {name: _of_config(each, name) for name, each in value.items()}
+        return {name: config_without_paths(each, name) for name, each in value.items()}
     if isinstance(value, list):
-        return [_of_config(each) for each in value]
+        return [config_without_paths(each) for each in value]
     if not isinstance(value, str):
         return value
     # A setting such as a special token may begin with a slash: a path has two names at least.

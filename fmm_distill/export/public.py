@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fmm_distill.export.about import About
-from fmm_distill.export.local_paths import is_local, public_name, without_paths
+from fmm_distill.export.local_paths import config_without_paths, is_local, public_name, without_paths
 from fmm_distill.reading import read_mapping
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def known_paths(folder: Path, about: About) -> dict[str, str]:
 def public_about(about: About, known: Mapping[str, str]) -> About:
     """The facts with a name in the place of each path."""
     facts: dict[str, Any] = without_paths(asdict(about), known)
+    facts["scheduler"] = config_without_paths(facts["scheduler"])
     facts["teacher"] = public_teacher(about.teacher, about.revision)
     return About(**(facts | {"steps": about.steps}))
 

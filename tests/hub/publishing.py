@@ -146,3 +146,80 @@ def publish_into_the_void(hub: Hub, folder: str) -> str:
     hub.faults.append(Fault("GET", ".", cut_after=0, reset=True, times=100))
     with patch("time.sleep"):
         return said(publish, pack(Path(folder), REPO), REPO)
+
+
+def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, Any]:
+    """Files and links of the user's in the folder, an edited card, and files that are not as they were exported."""
+    from fmm_distill.publish import pack, publish
+
+    source, outside, lines = Path(folder), Path(elsewhere), []
+    outside.mkdir()
+    (outside / "secret.json").write_text("hf_secret")
+    (source / "token.txt").write_text("hf_secret")
+    (source / "notes").mkdir()
+    (source / "notes" / "diary.md").write_text("hf_secret")
+    (source / "unet" / "trainer_state.json").write_text("hf_secret")
+    (source / "secret.json").symlink_to(outside / "secret.json")
+    (source / "steps-2").symlink_to(outside)
+    card = (source / "README.md").read_text(encoding="utf-8")
+    (source / "README.md").write_text(card.replace("# A few-step student", "# My student"), encoding="utf-8")
+    parcel = pack(source, REPO)
+    publish(parcel, REPO, say=lines.append)
+    seen: dict[str, Any] = {"lines": lines, "names": sorted(_files(hub)), "dry": parcel.describe()}
+    seen["secrets"] = [name for name, content in _files(hub).items() if b"hf_secret" in content]
+    seen["card"] = _files(hub)["README.md"].decode()
+    seen["how"] = parcel.how_to_load
+    (source / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
+    seen["torn card"] = said(pack, source, REPO)
+    (source / "README.md").unlink()
+    publish(pack(source, REPO), REPO, say=lines.append)
+    seen["card again"] = _files(hub)["README.md"].decode()
+    before = _commits(hub)
+    (source / "steps-4").rename(outside / "steps-4")
+    (source / "steps-4").symlink_to(outside / "steps-4")
+    (source / "samples.png").rename(outside / "samples.png")
+    seen["linked"] = said(pack, source, REPO)
+    seen["without it"] = sorted(pack(source, REPO, steps=(1,)).files)
+    (source / "samples.png").symlink_to(outside / "samples.png")
+    seen["picture"] = said(pack, source, REPO, steps=(1,))
+    (source / "samples.png").unlink()
+    (source / "unet" / "config.json").write_text("{}")
+    seen["changed"] = said(pack, source, REPO, steps=(1,))
+    (source / "unet" / "config.json").unlink()
+    seen["missing"] = said(pack, source, REPO, steps=(1,))
+    return seen | {"commits": _commits(hub) - before}
+
+
+def publish_while_exporting(hub: Hub, run: str) -> dict[str, Any]:
+    """An export into the folder that is running, one that ran in between, and a run that is not finished."""
+    from fmm_distill.export.place import in_use, replacing
+    from fmm_distill.publish import pack, publish
+
+    source, lines = Path(run), []
+    parcel = pack(source, REPO)
+    with in_use(source / "student", "an export"):
+        running = said(publish, parcel, REPO)
+    with replacing(source / "student") as new:
+        (new / "model_index.json").write_text("{}")
+    between = said(publish, parcel, REPO)
+    return {"running": running, "between": between, "made": list(hub.repos), "lines": lines, "notes": parcel.notes}
+
+
+def publish_offline(hub: Hub, run: str) -> dict[str, Any]:
+    """The network is forbidden: a line before anything is read or trained."""
+    from unittest.mock import patch
+
+    from huggingface_hub import constants
+
+    from fmm_distill.publish import check_target, pack, publish
+    from tests.cli.runs import call
+
+    seen: dict[str, Any] = {}
+    with patch.object(constants, "HF_HUB_OFFLINE", True):
+        for name in ("TRANSFORMERS_OFFLINE", "HF_HUB_OFFLINE"):
+            with patch.dict(os.environ, {name: "1"}):
+                seen[name] = said(check_target, REPO, "t")
+                seen[f"{name} publish"] = said(publish, pack(Path(run), REPO), REPO)
+        with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+            seen["distill"] = call("--recipe", "digits", "--push-to-hub", REPO, "--output", f"{run}-new")
+    return seen | {"asked": len(hub.requests), "made": Path(f"{run}-new").exists()}

@@ -20,6 +20,7 @@ from fmm_distill.export.about import about_student, read_about
 from fmm_distill.export.card import _table, card, write_card
 from fmm_distill.export.contents import record
 from fmm_distill.export.folder import export_pipeline
+from fmm_distill.loading import load_student
 from fmm_distill.marker import mark
 from fmm_distill.publish import pack
 from fmm_distill.recipe import parse
@@ -70,8 +71,14 @@ def copy(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def published(folder, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("copies")
+    without = shutil.ignore_patterns(".cache")
+    run = shutil.copytree(folder.parent, scratch / "run", ignore=without)
+    strange = shutil.copytree(folder, scratch / "strange", ignore=without)
     names = ("often", "over_others", "without_right", "through_faults", "into_the_void")
     calls = [(getattr(publishing, f"publish_{name}"), (folder,)) for name in names]
+    calls += [(publishing.publish_with_strangers, (strange, scratch / "elsewhere"))]
+    calls += [(publishing.publish_offline, (run,)), (publishing.publish_while_exporting, (run,))]
     return alone(tmp_path_factory.mktemp("home"), *calls)
 
 
@@ -168,6 +175,74 @@ def test_faults_leave_nothing_half(published, folder):
     assert seen["whole"] == len([path for path in folder.rglob("*") if path.is_file()]) - 2 + 1
 
 
+def test_only_what_the_export_wrote_is_sent(published):
+    seen = published["publish_with_strangers"]
+    assert seen["secrets"] == []
+    assert {name.split("/")[0] for name in seen["names"]} == {
+        ".gitattributes",
+        "README.md",
+        "evaluation.json",
+        "flow_map_pipeline_0_1_0.py",
+        "model_index.json",
+        "recipe.yaml",
+        "samples.png",
+        "scheduler",
+        "steps-1",
+        "steps-4",
+        "steps.png",
+        "student.json",
+        "unet",
+        "verification.json",
+    }
+    assert "unet/trainer_state.json" not in seen["names"]
+    others = "notes/, secret.json, steps-2/, token.txt, unet/trainer_state.json"
+    line = f"left out, as the export did not write it: {others}"
+    assert seen["lines"].count(line) == 2
+    assert line in seen["dry"]
+
+
+def test_an_edited_card_is_sent_and_named(published):
+    seen = published["publish_with_strangers"]
+    assert "# My student of " in seen["card"]
+    assert sum("README.md was edited since the export: it is sent" in line for line in seen["lines"]) == 1
+    assert 'from_pretrained("tester/student", trust_remote_code=True)' in seen["how"]
+    assert "# A few-step student of " in seen["card again"]
+    assert "README.md: no model card (" in seen["torn card"]
+    assert "\n" not in seen["torn card"]
+
+
+def test_what_changed_since_the_export_is_refused(published):
+    seen = published["publish_with_strangers"]
+    assert ": steps-4/model_index.json, steps-4/scheduler/scheduler_config.json" in seen["linked"]
+    assert "changed since the export, or behind a link" in seen["linked"]
+    assert not [name for name in seen["without it"] if name.startswith(("steps-4", "samples"))]
+    assert "samples.png changed since the export, or behind a link" in seen["picture"]
+    assert "unet/config.json changed since the export" in seen["changed"]
+    assert "unet/config.json is missing; export again" in seen["missing"]
+    assert seen["commits"] == 0
+
+
+def test_an_export_and_a_publication_exclude_each_other(published):
+    seen = published["publish_while_exporting"]
+    assert "in use by an export: process " in seen["running"]
+    assert "was exported again in the meantime; run the same command again" in seen["between"]
+    assert seen["made"] == []
+    assert len(seen["notes"]) == 1
+    assert seen["notes"][0].endswith("is not finished: its student is the one exported after step 1000")
+
+
+def test_offline_publishing_is_refused_before_training(published):
+    seen = published["publish_offline"]
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        line = f"tester/student: publishing needs the network, and {name}=1 forbids it; unset {name} and run the same"
+        assert seen[name].startswith(line)
+        assert seen[f"{name} publish"].startswith(line)
+    status, out, err = seen["distill"]
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "unset HF_HUB_OFFLINE" in err
+    assert (seen["asked"], seen["made"]) == (0, False)
+
+
 def test_no_network_is_one_line(published):
     line = published["publish_into_the_void"]
     assert "could not be reached" in line
@@ -241,6 +316,64 @@ def test_what_is_no_whole_student_is_refused(copy, change, wanted):
     with pytest.raises(UserError, match=wanted) as caught:
         pack(copy, "tester/student")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["student.json", "verification.json", "evaluation.json", "recipe.yaml", "export.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"text"', '{"rows": 1}', "\x00\xff"])
+def test_a_damaged_file_is_a_line(copy, name, text):
+    (copy / name).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=rf"{name.split('.')[0]}\.") as caught:
+        pack(copy, "tester/student")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["student.json", "model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_student(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": ["four"]},
+        {"made": {}},
+        {"scheduler": {}},
+        {"guidance": {"scale": "much"}},
+        {"teacher": None},
+        {"licence": "mit"},
+    ],
+)
+def test_facts_of_another_form_are_a_line(copy, change):
+    facts = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps(facts | change))
+    for look in (lambda: pack(copy, "tester/student"), lambda: load_student(copy)):
+        with pytest.raises(UserError, match=rf"student\.json: {next(iter(change))}") as caught:
+            look()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gone", "student"])
+def test_a_source_that_is_not_there(tmp_path, name):
+    (tmp_path / f".{name}.partial").mkdir()
+    with pytest.raises(UserError, match="no such folder; expected a run, or a folder that"):
+        pack(tmp_path / name, "tester/student")
+
+
+def test_an_interrupted_export_is_published_as_it_was(folder, tmp_path):
+    run = shutil.copytree(folder.parent, tmp_path / "run")
+    (run / "student").rename(run / ".student.old")
+    assert pack(run, "tester/student").files.keys() == pack(folder, "tester/student").files.keys()
+    assert (run / "student").is_dir()
+
+
+def test_an_export_without_a_list_says_what_to_do(copy):
+    (copy / "export.json").unlink()
+    with pytest.raises(UserError, match=r"no list of what the export wrote .* run fmm-distill export RUN FOLDER"):
+        pack(copy, "tester/student")
 
 
 def test_steps_that_were_not_exported(folder):

@@ -86,7 +86,7 @@ def test_folder_and_parquet_hold_the_same_pixels(tmp_path, channels):
 def test_an_empty_dataset_is_refused(tmp_path):
     table = datasets.Dataset.from_dict({"img": []}, features=datasets.Features({"img": datasets.Image()}))
     table.to_parquet(str(tmp_path / "none.parquet"))
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="no rows in its parquet"):
         load(tmp_path / "none.parquet", (1, 8, 8))
 
 

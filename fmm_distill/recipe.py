@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fmm_distill.errors import UserError
 from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings
 from fmm_distill.losses.base import Settings
+from fmm_distill.plain_yaml import read, read_file_text
 from fmm_distill.settings import (
     PLAIN,
     DataSettings,
@@ -31,7 +33,7 @@ from fmm_distill.teachers.keywords import refused_keyword
 from fmm_distill.weights import Metric, Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
@@ -203,7 +205,16 @@ def find_recipe(name: str) -> Path:
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
+    if Path(name).is_file():
+        raise UserError(f"recipe {name}: a recipe's file ends in .yaml or .yml; expected `mv {name} {name}.yaml`")
+    if "/" in name or Path(f"{name}.yaml").is_file():
+        raise UserError(f"recipe {name}: no such file; a recipe's file ends in .yaml{_yaml_there(name)}")
     raise UserError(f"recipe {name!r} is unknown{_guess(name, recipe_names())}; known: {', '.join(recipe_names())}")
+
+
+def _yaml_there(name: str) -> str:
+    there = [f"{name}{end}" for end in (".yaml", ".yml") if Path(f"{name}{end}").is_file()]
+    return f", did you mean {there[0]}?" if there else ""
 
 
 def load_recipe(
@@ -215,24 +226,50 @@ def load_recipe(
         UserError: with every mistake in one report, each with the path that a user can type.
     """
     path = find_recipe(name)
+    where = f"recipe {path}"
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+        text = read_file_text(path.read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: can't be read ({error.strerror})") from error
+    settings = read(text, where)
+    # An empty file has every default.
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise UserError(f"recipe {path}: wanted keys and values, got {type(settings).__name__}")
+        raise UserError(f"{where}: wanted keys and values, got {type(settings).__name__}")
+    settings = _written_out(settings)
+    options = {"teacher": ("--teacher", teacher), "data.source": ("--data", data)}
+    given = {key: option for key, (option, value) in options.items() if value is not None}
     # Not by way of an override: a folder may be called 2024 or no.
     if teacher is not None:
         settings["teacher"] = teacher
     if data is not None:
-        _group(settings, "data")["source"] = data
-    return parse(override(settings, overrides), f"recipe {name}")
+        place = _group(settings, "data")
+        if not isinstance(place, dict):
+            raise UserError(f"{where}: data: wanted a source, or a group of settings (got {_shown(place)})")
+        place["source"] = data
+    return parse(override(settings, overrides, given), f"recipe {name}")
 
 
-def override(settings: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Plain settings with ``key.path=value`` changes applied to them in place."""
+def override(
+    settings: dict[str, Any], changes: Sequence[str], given: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Plain settings with ``key.path=value`` changes applied to them in place.
+
+    Args:
+        given: settings that options other than ``--set`` have changed, and these options.
+
+    Raises:
+        UserError: on a change that can't be read, or that another one undoes.
+    """
+    made = dict(given or {})
     for change in changes:
+        key = change.partition("=")[0]
+        for other, option in made.items():
+            # A group after one of its fields resets that field; the same key again is an ordinary override.
+            if (other == key and not option.startswith("--set")) or other.startswith(f"{key}."):
+                raise UserError(f"--set {change!r}: {option} changes {other} too, and one undoes the other: give one")
         _apply(settings, change)
+        made[key] = f"--set {change!r}"
     return settings
 
 
@@ -249,10 +286,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: wanted key=value, e.g. --set training.steps=200")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML") from error
+    value = read(text, f"--set {override!r}")
     *parents, last = key.split(".")
     place = settings
     for parent in parents:
@@ -280,7 +314,7 @@ def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
         name = item["ctx"]["tag"]
         return f"{path}.name: loss {name!r} is unknown{_guess(name, LOSSES)} (fmm-distill losses lists them)"
     if item["type"] == "union_tag_not_found":
-        return f"{path}: wanted a group with a name, e.g. {{name: lagrangian}} (got {item['input']!r})"
+        return f"{path}: wanted a group with a name, e.g. {{name: lagrangian}} (got {_shown(item['input'])})"
     if item["type"] == "extra_forbidden":
         of = next((part for part, tag in zip(place, tags, strict=True) if tag), None)
         if of is not None:
@@ -289,8 +323,22 @@ def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
             return f"{path} is not a setting of {of}{_guess(path, known)} ({whole})"
         return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
     message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], dict | Settings) else f" (got {item['input']!r})"
+    got = "" if isinstance(item["input"], dict | Settings) else f" (got {_shown(item['input'])})"
     return f"{path}: {message}{got}"
+
+
+def _shown(value: object) -> str:
+    """A value of any size, in a line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return " ".join(short.repr(value).split())
+
+
+def _written_out(value: Any) -> Any:  # noqa: ANN401 plain settings
+    """Plain settings of which no part is shared: a change of one place is not one of another that an alias made."""
+    if isinstance(value, dict):
+        return {key: _written_out(part) for key, part in value.items()}
+    return [_written_out(part) for part in value] if isinstance(value, list) else value
 
 
 def _guess(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fmm_distill.losses import AnyLossSettings
 from fmm_distill.losses.base import Settings
@@ -34,15 +34,34 @@ PLAIN = {"data": "source"}
 # Names of features; anything else is a file.
 FEATURES = ("digits", "inception", "none")
 
-Steps = Annotated[int, Field(ge=1)]
+# Checkpoints are sorted by eight digits of their step, regression and training together.
+MOST_STEPS = 40_000_000
+# Far above what a process holds: a typing error fails here and not in an allocation.
+MOST_SAMPLES = 2**20
+# torch seeds its generators with signed 64 bits.
+LAST_SEED = 2**63 - 1
+
+
+def _once(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of steps in ascending order: where rows and folders are written the order has no meaning."""
+    twice = sorted({number for number in steps if steps.count(number) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(str, twice))} is there twice; expected each number of steps once")
+    return tuple(sorted(steps))
+
+
+Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(max_length=64), AfterValidator(_once)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=0, le=1000)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraSettings(Settings):
     """Low-rank adapters in place of training every weight."""
 
-    rank: int = Field(default=0, ge=0)
+    rank: int = Field(default=0, ge=0, le=65536)
     """Of the adapters; 0: every weight is trained."""
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = Field(default=(), max_length=256)
     """Endings of the layers' names that are adapted; none: the attention and feed-forward projections."""
 
 
@@ -51,7 +70,7 @@ class StudentSettings(Settings):
 
     prediction: Literal["teacher", "v_prediction"] = "teacher"
     """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
-    regression_steps: int = Field(default=0, ge=0)
+    regression_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters."""
@@ -77,11 +96,11 @@ class PromptSettings(Settings):
 class TrajectorySettings(Settings):
     """Trajectories that the teacher solves before training."""
 
-    count: int = Field(default=4096, ge=1)
+    count: int = Field(default=4096, ge=1, le=10**8)
     """Trajectories, each from a noise of its own."""
-    points: int = Field(default=9, ge=2)
+    points: int = Field(default=9, ge=2, le=10_000)
     """Times at which each is kept, from t_max to t_min, equally far apart in the teacher's timesteps."""
-    solver_steps: int = Field(default=64, ge=1)
+    solver_steps: int = Field(default=64, ge=1, le=1_000_000)
     """RK4 steps of each; a multiple of points - 1."""
 
     @model_validator(mode="after")
@@ -149,11 +168,11 @@ class DataSettings(Settings):
 class GuidanceSettings(Settings):
     """Classifier-free guidance of the teacher; the student learns the guided velocity."""
 
-    scale: float = Field(default=1.0, ge=0)
+    scale: Scale = 1.0
     """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
-    range: tuple[float, float] | None = None
+    range: tuple[Scale, Scale] | None = None
     """Scales that become an input of the student; scale is then the one that is evaluated and folded."""
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[Share, Share] = (0.0, 1.0)
     """Times between which it acts."""
     weaker: str | None = None
     """Autoguidance: a weaker teacher of the same kind, whose velocity takes the place of v_null."""
@@ -184,7 +203,7 @@ class Term(Settings):
     """Which loss, and its settings."""
     share: float = Field(gt=0, lt=1)
     """Share of the batch that goes to it."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
     """Factor of its weighted loss."""
     pairs: Pairs | None = None
     """Its own pairs of times; none: those of the recipe."""
@@ -204,31 +223,31 @@ class Stage(Settings):
 class TrainingSettings(Settings):
     """The loop."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
     """Optimiser steps on the loss, after the student's regression steps."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_SAMPLES)
     """Samples in one optimiser step, over all processes."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Parts that a process's share of the batch is split into, to save memory."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
     """Peak learning rate of AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Rate, Rate] = (0.9, 0.99)
     """AdamW's averaging rates."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps over which the learning rate grows from 0."""
     decay: Literal["constant", "cosine"] = "cosine"
     """What the learning rate does after its warm-up."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, le=1e9)
     """Largest norm of the gradient."""
-    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.999,)
+    ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
     """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several
     rates the evaluation chooses one, and targets of an average follow the first."""
-    bad_steps: int = Field(default=5, ge=1)
+    bad_steps: int = Field(default=5, ge=1, le=MOST_STEPS)
     """Steps in a row with a loss or a gradient that is no number, each of which is left out, after which the run goes
     back to its newest checkpoint with half the learning rate; the second time it stops."""
-    refresh_steps: int = Field(default=0, ge=0)
+    refresh_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student's forward pass; derivatives, weights and losses stay in float32."""
@@ -236,17 +255,17 @@ class TrainingSettings(Settings):
     """Compute the student's blocks again in the backward pass: less memory; derivatives with gradients are central."""
     compile: Literal["none", "inductor", "eager"] = "none"
     """Compile teacher and student with torch.compile (eager: trace them only); derivatives are central then."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LAST_SEED)
     """Every draw is a function of it, the step and the place in the batch."""
-    checkpoint_every: int = Field(default=500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1, le=MOST_STEPS)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
     """Checkpoints that stay on disk."""
 
     @field_validator("ema", mode="before")
     @classmethod
     def _one_rate(cls, value: object) -> object:
-        return (value,) if isinstance(value, int | float) else value
+        return (value,) if isinstance(value, int | float | str) else value
 
     @field_validator("ema")
     @classmethod
@@ -259,23 +278,23 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     """What is measured at the end, and on the way."""
 
-    every: int = Field(default=0, ge=0)
+    every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Optimiser steps after which the first moving average is measured on the way; 0: only at the end."""
-    steps: tuple[Steps, ...] = (1, 2, 4, 8)
+    steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
-    ddim_steps: tuple[Steps, ...] = (1, 2, 4, 8, 16, 50, 100)
+    ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
     """Numbers of DDIM steps of the teacher, to compare with."""
-    dpmsolver_steps: tuple[Steps, ...] = (1, 2, 4, 6, 8, 16)
+    dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
     """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
-    unipc_steps: tuple[Steps, ...] = ()
+    unipc_steps: Steps = ()
     """Numbers of UniPC steps of the teacher, to compare with."""
-    heun_steps: tuple[Steps, ...] = ()
+    heun_steps: Steps = ()
     """Numbers of Heun steps of the teacher, to compare with; each takes two network calls, the last one."""
-    samples: int = Field(default=1024, ge=2)
+    samples: int = Field(default=1024, ge=2, le=10**7)
     """Images for the Fréchet distance."""
-    endpoint_samples: int = Field(default=256, ge=1)
+    endpoint_samples: int = Field(default=256, ge=1, le=10**6)
     """Noises for the endpoint error."""
-    endpoint_solver_steps: int = Field(default=64, ge=1)
+    endpoint_solver_steps: int = Field(default=64, ge=1, le=100_000)
     """RK4 steps of the teacher's ODE solution; half as many are solved too, and the difference reported."""
     features: str = "none"
     """Features of the Fréchet distance: digits (the built-in classifier), inception (extra `fid`), none (no distance),
@@ -285,7 +304,7 @@ class EvaluationSettings(Settings):
     """Images to compare with; null: those of data, or with features: digits the built-in ones."""
     clip: str | None = None
     """A CLIP model (Hub id or folder) that scores the images of a teacher of prompts; null: not measured."""
-    batch_size: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=256, ge=1, le=MOST_SAMPLES)
     """Images at a time."""
 
     @field_validator("features")
@@ -309,7 +328,7 @@ class EvaluationSettings(Settings):
 class ExportSettings(Settings):
     """What is written for others to load."""
 
-    steps: tuple[Steps, ...] = (1, 2, 4, 8)
+    steps: Steps = (1, 2, 4, 8)
     """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
 
 
@@ -318,3 +337,10 @@ class LoggingSettings(Settings):
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that accelerate starts; none: the JSON lines alone."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError(f"{list(trackers)}: expected each tracker once")
+        return trackers

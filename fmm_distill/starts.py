@@ -40,17 +40,17 @@ class Pairs(Settings):
     """Share of the jumps of length 0, which regress the student's velocity on the teacher's."""
     dyadic: int = Field(default=0, ge=0, le=10)
     """Jumps of 1, 1/2, ... 2^-dyadic of the whole way, from multiples of their length; 0: anywhere in the triangle."""
-    grid: int = Field(default=0, ge=0)
+    grid: int = Field(default=0, ge=0, le=1_000_000)
     """Jumps start and end on a grid of so many equal steps: t is rounded up, r down; 0: anywhere."""
-    band_steps: int = Field(default=0, ge=0)
+    band_steps: int = Field(default=0, ge=0, le=40_000_000)
     """Steps over which the longest jump grows from a tenth of its length to the whole; 0: whole from the start."""
     spacing: Literal["timestep", "time"] = "timestep"
     """What t and r are shares of: the teacher's timesteps, or the time axis itself."""
     distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Of each of the two times before they are sorted, as a share of the way from data to noise."""
-    logit_mean: float = 0.0
+    logit_mean: float = Field(default=0.0, ge=-10, le=10)
     """Of logit_normal: below 0 nearer to data (MeanFlow, arXiv 2505.13447: -0.4)."""
-    logit_std: float = Field(default=1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0, le=10)
     """Of logit_normal."""
 
     @model_validator(mode="after")

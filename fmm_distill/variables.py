@@ -59,6 +59,12 @@ def check_variables() -> None:
     kind = os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE")
     if is_set("ACCELERATE_USE_SAGEMAKER") and kind != "NO":
         raise UserError("ACCELERATE_USE_SAGEMAKER: SageMaker's own data parallelism is not supported; unset it")
+    eight = os.environ.get("ACCELERATE_FP8_BACKEND", "NO")
+    if eight.upper() not in ("NO", ""):
+        # accelerate replaces layers for it, whatever the precision is.
+        raise UserError(
+            f"ACCELERATE_FP8_BACKEND={eight}: fp8 is not supported; unset it, or start with --mixed_precision no"
+        )
     for name in (*SIZES, *RANKS, *LOCAL):
         _number(name, 0)
     if (rank := _number("RANK", 0)) >= launched():

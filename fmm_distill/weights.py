@@ -23,7 +23,7 @@ class Metric(Settings):
 
     kind: Literal["squared", "pseudo_huber"] = "squared"
     """The mean square d over the sample, or ``sqrt(d + constant^2) - constant``, linear for large residuals."""
-    constant: float = Field(default=0.03, gt=0)
+    constant: float = Field(default=0.03, ge=1e-12, le=1e6)
     """Root mean square residual at which pseudo_huber turns from square to linear."""
 
     @model_validator(mode="after")
@@ -40,7 +40,7 @@ class Weight(Settings):
     """By its own loss d, ``(d + constant)^-power``, gradient stopped; ``exp(-w) d + w``, w(t, r) learned; or none."""
     power: float = Field(default=0.5, ge=0, le=2)
     """0: every sample counts the same; 0.5 has the gradient of a pseudo-Huber metric; 1 takes the logarithm."""
-    constant: float = Field(default=1e-3, gt=0)
+    constant: float = Field(default=1e-3, ge=1e-12, le=1e6)
     """What keeps the weight of a small residual finite."""
 
     @model_validator(mode="after")

@@ -48,6 +48,10 @@ def distil(
 
     The same command goes on where it was stopped.
     """
+    from fmm_distill.variables import check_variables
+
+    # accelerate reads some of them as it is imported, and would fail there.
+    check_variables()
     given = [teacher, recipe, data, output, repo, *overrides]
     if context.invoked_subcommand is not None:
         if any(value is not None for value in given) or dry_run or private or not resume:

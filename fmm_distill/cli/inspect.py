@@ -17,6 +17,7 @@ def inspect(teacher: str, revision: str | None, overrides: tuple[str, ...]) -> N
     from fmm_distill.recipe import override, parse
     from fmm_distill.report import describe_teacher
 
-    settings = override({"teacher": teacher, "revision": revision}, overrides)
+    given = {"teacher": f"the teacher {teacher}"} | ({} if revision is None else {"revision": "--revision"})
+    settings = override({"teacher": teacher, "revision": revision}, overrides, given)
     recipe = parse(settings, "inspect")
     click.echo(describe_teacher(open_teacher(recipe), recipe))

@@ -31,6 +31,7 @@ def list_() -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a recipe's file, to copy and edit."""
+    from fmm_distill.plain_yaml import read_file_text
     from fmm_distill.recipe import find_recipe
 
-    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    click.echo(read_file_text(find_recipe(name).read_bytes(), f"recipe {name}"), nl=False)

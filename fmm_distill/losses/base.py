@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -15,9 +17,65 @@ __all__ = ["DerivativeSettings", "LossSettings", "squared_norm"]
 
 
 class Settings(BaseModel):
-    """A closed, frozen group of settings: an unknown key is an error."""
+    """A closed, frozen group of settings: an unknown key is an error, and so is a value of a neighboring type.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Of every group: numbers are finite, ``true`` is no number, a text with a number in it is one (YAML reads ``1e-4`` as
+    text), and texts are not empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        kinds = {name: _kinds(cast("Any", field.annotation)) for name, field in cls.model_fields.items()}
+        return {key: _as_number(part, kinds[key]) if key in kinds else part for key, part in value.items()}
+
+    @field_validator("*")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        if isinstance(value, dict):
+            # Keywords of other people's calls, where an empty text has a meaning.
+            _check_letters("".join(part for pair in value.items() for part in pair if isinstance(part, str)))
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, str):
+                _check_text(part)
+        return value
+
+
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:  # noqa: ANN401 a type or an alias of types
+    """The types that an annotation is made of, those of elements included."""
+    parts = get_args(annotation)
+    return frozenset().union(*map(_kinds, parts)) if parts else frozenset([annotation])
+
+
+def _as_number(value: object, kinds: frozenset[Any]) -> object:
+    """A value of a field with numbers, which pydantic is to see without its own leniency; of a list its elements."""
+    if not kinds & {int, float} or kinds & {bool, str}:
+        return value
+    if isinstance(value, list | tuple):
+        return [_as_number(part, kinds) for part in value]
+    if isinstance(value, bool):
+        # As text it is refused: pydantic takes true for 1.
+        return str(value).lower()
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value.strip()):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    return value
+
+
+def _check_text(value: str) -> None:
+    if not value.strip():
+        raise ValueError("expected a text that is not empty; leave the setting out, or write null where it may be")
+    _check_letters(value)
+
+
+def _check_letters(value: str) -> None:
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("expected text in UTF-8 without NUL characters")
 
 
 class LossSettings(Settings):

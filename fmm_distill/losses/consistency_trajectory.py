@@ -35,7 +35,7 @@ class ConsistencyTrajectorySettings(LossSettings):
     """Whose solver makes the first stretch of the target."""
     target: Literal["student", "average"] = "average"
     """Whose jumps follow it, and take both to data: the student's own, or those of its moving average."""
-    solver_steps: int = Field(default=2, ge=1)
+    solver_steps: int = Field(default=2, ge=1, le=10_000)
     """Heun steps of the first stretch; two calls of the teacher each."""
 
 

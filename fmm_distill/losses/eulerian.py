@@ -26,11 +26,11 @@ class TangentSettings(DerivativeSettings):
 
     normalise_tangent: bool = False
     """Divide the target's step by its norm plus 0.1 (per sample); needs a detached target."""
-    tangent_warmup_steps: int = Field(default=0, ge=0)
+    tangent_warmup_steps: int = Field(default=0, ge=0, le=40_000_000)
     """Steps over which the derivative's share of the target grows from 0 to 1; needs a detached target."""
     tangent_scale: float = Field(default=1.0, ge=0, le=1)
     """The derivative's share of the target once warmed up; needs a detached target where it is not 1."""
-    clamp_tangent: float | None = Field(default=None, gt=0)
+    clamp_tangent: float | None = Field(default=None, gt=0, le=1e9)
     """Largest step of the target in any one value, before the normalisation; needs a detached target."""
 
     @property

@@ -30,7 +30,7 @@ class OperatorRegressionSettings(LossSettings):
     """Which loss this is."""
     velocity: Literal["teacher"] = "teacher"
     """Whose trajectories."""
-    solver_steps: int = Field(default=8, ge=1)
+    solver_steps: int = Field(default=8, ge=1, le=10_000)
     """RK4 steps from t to r; four calls of the teacher each."""
 
 

@@ -34,7 +34,7 @@ class ProgressiveSettings(LossSettings):
     """Whose velocity the solver's steps take (target: ode)."""
     target: Literal["student", "average", "frozen", "ode"] = "student"
     """Whose shorter jumps: the student's (PSD; add flow_matching), its average's, a frozen copy's, or the teacher's."""
-    pieces: int = Field(default=2, ge=2)
+    pieces: int = Field(default=2, ge=2, le=1000)
     """How many shorter jumps."""
     middle: Literal["half", "uniform"] = "half"
     """Where two pieces meet: half-way, or anywhere with equal chance."""

@@ -1,0 +1,110 @@
+"""Settings from YAML text, strictly: one document, each key once, and no value that YAML reads in a surprising way."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from fmm_distill.errors import UserError
+
+__all__ = ["read", "read_file_text"]
+
+# Aliases may repeat a part of a text; a few lines of them can unfold to more values than memory holds.
+LARGEST = 10_000
+
+
+def read_file_text(data: bytes, where: str) -> str:
+    """The text of a file, which has to be UTF-8.
+
+    Raises:
+        UserError: on another encoding.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "UTF-16" if utf16 else f"byte {error.start} is no UTF-8"
+        raise UserError(f"{where}: expected text in UTF-8, got {kind}; save it as UTF-8") from error
+
+
+def read(text: str, where: str) -> Any:  # noqa: ANN401 what YAML holds
+    """The plain value of a YAML text; of an empty one None.
+
+    Args:
+        where: what the text is of, for messages.
+
+    Raises:
+        UserError: on what is not YAML, on a key that is there twice, with both lines, and on a key that is no text.
+    """
+    try:
+        nodes = list(yaml.compose_all(text, yaml.SafeLoader))
+        if len(nodes) > 1:
+            line = nodes[1].start_mark.line + 1
+            raise UserError(
+                f"{where}: expected one document, got {len(nodes)} (--- before line {line}); remove the others"
+            )
+        if not nodes or nodes[0] is None:
+            return None
+        _check(nodes[0], where, [], [0])
+        loader = yaml.SafeLoader("")
+        try:
+            return loader.construct_document(nodes[0])
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise UserError(f"{where}: not YAML of settings (it is nested too deeply)") from error
+    except (yaml.YAMLError, ValueError) as error:
+        # A date without such a day, or a number of thousands of digits, is a ValueError.
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise UserError(f"{where}: not YAML ({reason})") from error
+
+
+def _check(node: yaml.Node, where: str, above: list[tuple[yaml.Node, str]], count: list[int]) -> None:
+    """Refuse what YAML takes without a word.
+
+    Args:
+        above: the nodes around this one, with their keys.
+        count: of the values seen, unfolded.
+    """
+    count[0] += 1
+    if count[0] > LARGEST:
+        raise UserError(f"{where}: its aliases (*name) unfold to more than {LARGEST:,} values; write fewer")
+    line = node.start_mark.line + 1
+    if any(node is other for other, _ in above):
+        raise UserError(f"{where}: line {line}: an alias (*name) of what it is in itself; write the value out")
+    if isinstance(node, yaml.ScalarNode):
+        _check_number(node, where, line)
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _check(value, where, [*above, (node, str(i))], count)
+        return
+    keys: dict[str, int] = {}
+    for key, value in node.value:
+        at = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            _check(value, where, [*above, (node, "<<")], count)
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            shown = f"{key.value!r}" if isinstance(key, yaml.ScalarNode) else "a list or a group"
+            raise UserError(f"{where}: line {at}: a key that YAML does not read as text ({shown}); put it in quotes")
+        if key.value in keys:
+            path = ".".join([*(name for _, name in above), key.value])
+            raise UserError(
+                f"{where}: {path} is there twice (lines {keys[key.value]} and {at}), and only one would act: remove one"
+            )
+        keys[key.value] = at
+        _check(value, where, [*above, (node, key.value)], count)
+
+
+def _check_number(node: yaml.ScalarNode, where: str, line: int) -> None:
+    """YAML 1.1 reads 010 as eight and 1:30 as ninety."""
+    if node.tag != "tag:yaml.org,2002:int" and node.tag != "tag:yaml.org,2002:float":
+        return
+    if re.fullmatch(r"[-+]?0[0-7_]+", node.value) or ":" in node.value:
+        raise UserError(
+            f"{where}: line {line}: {node.value} is another number in YAML than it seems (octal, or in base 60); write "
+            "decimal digits, or quotes around it"
+        )

@@ -26,7 +26,7 @@ from tests.conftest import save_teacher, tiny_unet
 from tests.tiny.diffusion import PIPELINES
 
 STEPS = (1, 4)
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "steps_offset": 1}
 # Name to scheduler and settings; the networks are random, so that outputs and their errors are amplified in full.
 UNETS = {
     "linear epsilon": ("DDPMScheduler", {}),
@@ -39,7 +39,11 @@ UNETS = {
 }
 # Switches of the teacher's own sampling, which are no part of its levels.
 PROMPTED = {
-    "sd1": ("sd1", "DDIMScheduler", {"clip_sample": True, "thresholding": True, "steps_offset": 1}),
+    "sd1": (
+        "sd1",
+        "DDIMScheduler",
+        {"clip_sample": False, "thresholding": True, "set_alpha_to_one": False, "steps_offset": 1},
+    ),
     "sd1 flow": ("sd1", "DPMSolverMultistepScheduler", FLOW),
     "sdxl flow": ("sdxl", "UniPCMultistepScheduler", FLOW),
     "pixart flow": ("pixart-alpha", "DEISMultistepScheduler", FLOW),

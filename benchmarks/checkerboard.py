@@ -140,7 +140,7 @@ def speed(folder: Path, recipe: Recipe) -> dict[str, float]:
 def averages(folder: Path, width: int, rate: float) -> dict[int, Perceptron]:
     """The averaged student of a rate at each checkpoint, by its step."""
     students = {}
-    for path in sorted((folder / "checkpoints").glob("step-*")):
+    for path in checkpoint.complete(folder / "checkpoints"):
         kept = checkpoint.load(path)
         student = Perceptron(0, width=width).requires_grad_(False)
         ema = kept.tensors[checkpoint.average_name(rate)].items()

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from fmm_distill.checkpoint import complete
 from fmm_distill.data import load_images
 from fmm_distill.plan import plan
 from fmm_distill.recipe import Recipe
@@ -215,7 +216,7 @@ def checkpoints(trainer: Trainer, step_seconds: float) -> dict[str, Any]:
     for step in range(1, 6):
         saves.append(timed(lambda step=step: trainer._save(step)) / step_seconds)
         resumes.append(timed(trainer._resume) / step_seconds)
-    newest = sorted((trainer.folder / "checkpoints").glob("step-*"))[-1]
+    newest = complete(trainer.folder / "checkpoints")[-1]
     size = sum(path.stat().st_size for path in newest.iterdir())
     weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
     return {

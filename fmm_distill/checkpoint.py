@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from fmm_distill.errors import UserError
-from fmm_distill.reading import BrokenFileError, read_mapping
+from fmm_distill.reading import BrokenFileError, check_keys, read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -370,7 +370,8 @@ def newest_state(folder: Path) -> State | None:
         for path in reversed(complete(folder)):
             try:
                 step, _digests = _manifest(path)
-                state = read_mapping(path / _STATE, todo="it is damaged")
+                state = read_mapping(path / _STATE, {"faults": dict}, todo="it is damaged")
+                check_keys(str(path), state["faults"], {"skipped": int, "rate": float}, todo="it is damaged")
                 return State(path, step, state, (path / _MANIFEST).stat().st_mtime)
             except (DamagedCheckpointError, BrokenFileError, OSError):
                 continue

@@ -23,7 +23,7 @@ def at(step: int) -> Checkpoint:
         "student": {"a.weight": torch.arange(6.0).reshape(2, 3).T * step},
         "optimizer": {"0.step": torch.tensor(step)},
     }
-    return Checkpoint(step, tensors, {"scaler": None, "number": 0.1})
+    return Checkpoint(step, tensors, {"scaler": None, "faults": {"skipped": 0, "rate": 0.5}})
 
 
 def test_round_trip(tmp_path):
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path):
     assert saved.name == "step-00000007"
     loaded = checkpoint.load(saved)
     assert loaded.step == 7
-    assert loaded.state == {"scaler": None, "number": 0.1}
+    assert loaded.state == {"scaler": None, "faults": {"skipped": 0, "rate": 0.5}}
     assert loaded.tensors["student"]["a.weight"].equal(at(7).tensors["student"]["a.weight"])
     assert loaded.tensors["optimizer"]["0.step"].dtype == torch.int64
     assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
@@ -154,8 +154,7 @@ def test_foreign_content_is_damage(tmp_path, name, text):
     (saved / name).write_text(text, encoding="utf-8")
     with pytest.raises(DamagedCheckpointError):
         checkpoint.load(saved)
-    if text not in ("{}", '{"step": 3}', '{"sha256": [], "step": 3}') or name == "manifest.json":
-        assert checkpoint.newest_state(tmp_path) is None
+    assert checkpoint.newest_state(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from fmm_distill.evaluation.draws import _generator, draw_samples_of
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.evaluation.generate import Generator
+from fmm_distill.evaluation.generate import Cost, Generator
+from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.samplers import Sampler, of_students
+from fmm_distill.lock import locked
 from fmm_distill.student import make_student
 
 COUNT = 1100
@@ -90,7 +93,54 @@ def test_processes_and_the_disk_change_nothing(whole, tmp_path):
         generator(teacher, 256, process(1)).run(sampler, tmp_path / "kept")
     assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == ["part-00001.safetensors"]
     same(generator(teacher, 256, process(0)).run(sampler, tmp_path / "kept"), made)
-    assert waits == [1, 1, 0, 0]
+    # Before the parts are made, when they are, and when they are read: until then the first process has the lock.
+    assert waits == [1, 1, 0, 0, 0]
+
+
+def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
+    """The second waits for the first, makes nothing again, and removes nothing that a third reads."""
+    teacher, sampler, _ = whole
+    calls, lines, at_work = [], [], threading.Event()
+
+    def slow(draws):
+        at_work.set()
+        while not lines:
+            pass
+        return sampler.run(draws)
+
+    def counted(draws):
+        calls.append(len(draws.noise))
+        return sampler.run(draws)
+
+    slowly, counting = (Sampler("student", 1, sampler.network, run) for run in (slow, counted))
+    done = []
+    first = threading.Thread(target=lambda: done.append(generator(teacher, 256)._kept(*kept(slowly))))
+
+    def kept(one):
+        make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop), Cost(1, 0))  # noqa: E731
+        return make, 1, tmp_path / "kept", lines.append
+
+    first.start()
+    at_work.wait()
+    second = generator(teacher, 256)._kept(*kept(counting))
+    first.join()
+    assert len(lines) == 1
+    assert "is in use by an evaluation" in lines[0]
+    assert calls == []
+    assert torch.equal(done[0]["features"], second["features"])
+
+
+def test_what_another_evaluation_reads_is_not_removed(tmp_path):
+    measure = SimpleNamespace(_folders=[tmp_path / "one", tmp_path / "two", tmp_path / "none"])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-00000.safetensors").touch()
+    with locked(tmp_path / "one", "an evaluation"):
+        Measure.remove_kept(measure)
+        assert (tmp_path / "one" / "part-00000.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    Measure.remove_kept(measure)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):

@@ -172,7 +172,7 @@ def _on_changes(
     """The lines on what is left out of a folder."""
     notes = []
     if found.added:
-        notes.append(f"left out, as the export did not write it: {', '.join(found.added)}")
+        notes.append(f"left out, as the export did not write it: {shown(found.added, most=50)}")
     gone = [f"steps-{n}/" for n in exported if n not in there] if steps is None else []
     gone += [name for name in found.missing if name.startswith(_OPTIONAL) and name != "README.md"]
     if gone:

@@ -55,7 +55,7 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
     """
     check_name(repo)
     _check_online(repo)
-    teacher = public_name(teacher) if is_local(teacher) else teacher
+    teacher = _public(teacher)
     if get_token() is None:
         raise UserError(
             f"{repo}: no token for the Hub; log in (hf auth login) or set HF_TOKEN, with the right to write"
@@ -73,6 +73,11 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
     except (*HUB_FAULTS, ValueError) as error:
         raise UserError(f"{repo}: {hub_reason(error)}") from error
     return target
+
+
+def _public(teacher: str) -> str:
+    """The public name of a teacher of which only the name is known."""
+    return public_name(teacher) if is_local(teacher) else teacher
 
 
 def _check_online(repo: str) -> None:
@@ -134,4 +139,5 @@ def _teacher_there(repo: str, target: Target) -> str | None:
     except BrokenFileError:
         return None
     # An earlier version sent the path of a local teacher.
-    return public_teacher(about["teacher"], about.get("revision", "unknown"))
+    teacher: str = about["teacher"]
+    return public_teacher(teacher, about["revision"]) if "revision" in about else _public(teacher)

@@ -19,7 +19,6 @@ __all__ = ["CONTENTS", "Changes", "changes", "contents", "record", "shown", "wri
 CONTENTS = "export.json"
 # Python and file managers leave these in any folder.
 _DEBRIS = ("__pycache__", ".DS_Store")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,11 @@ def changes(folder: Path, skip: tuple[str, ...] = ()) -> Changes:
     return Changes(tuple(sorted(added)), tuple(sorted({*changed, *behind})), tuple(sorted(missing - behind)))
 
 
-def shown(names: tuple[str, ...]) -> str:
-    """Some of the names, and the number of the others."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def shown(names: tuple[str, ...], most: int = 5) -> str:
+    """The first names on one line, and the number of the others."""
+    # A name may hold a line break, or bytes that are no text.
+    plain = [name if name.isprintable() else repr(name) for name in names[:most]]
+    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _walk(folder: Path, listed: dict[str, str]) -> tuple[set[str], set[str]]:

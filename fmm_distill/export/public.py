@@ -23,8 +23,7 @@ _TODO = "export the student again"
 
 def public_teacher(teacher: str, revision: str | None) -> str:
     """The name of a teacher: a Hub id as it is, which has a revision, and ``local:<folder>``."""
-    local = is_local(teacher) or (revision is None and not teacher.startswith("builtin:"))
-    return public_name(teacher) if local else teacher
+    return teacher if revision is not None or teacher.startswith("builtin:") else public_name(teacher)
 
 
 def known_paths(folder: Path, about: About) -> dict[str, str]:

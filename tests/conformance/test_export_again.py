@@ -81,6 +81,11 @@ def a_link_to_nothing(folder):
     return "added steps-8"
 
 
+def a_name_of_two_lines(folder):
+    (folder / "two\nlines").write_text("1")
+    return r"added 'two\nlines'"
+
+
 def a_pipe(folder):
     (folder / "model_index.json").unlink()
     os.mkfifo(folder / "model_index.json")
@@ -88,7 +93,7 @@ def a_pipe(folder):
 
 
 CHANGES = (edited, edited_deeper, a_card, a_file_among_others, a_folder)
-CHANGES += (a_link_to_a_file, a_moved_pipeline, a_link_to_nothing, a_pipe)
+CHANGES += (a_link_to_a_file, a_moved_pipeline, a_link_to_nothing, a_name_of_two_lines, a_pipe)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -19,12 +19,15 @@ class Lossy:
 
     It has no ``buffer``, so that nothing is written past it.
 
+    Args:
+        last: this process prints nothing after it: what the stream still holds is dropped too.
+
     Attributes:
         lost: the first failure of the system; None: nothing was lost.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, *, last: bool = False) -> None:
+        self.stream, self.last = stream, last
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
@@ -48,6 +51,8 @@ class Lossy:
             yield
         except OSError as error:
             self.lost = self.lost or error
+            if not self.last:
+                return
             # What the stream still holds would fail again as Python ends.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -61,8 +66,8 @@ class Lossy:
 
 
 @contextmanager
-def lossy_streams() -> Iterator[tuple[Lossy, Lossy]]:
+def lossy_streams(*, last: bool = False) -> Iterator[tuple[Lossy, Lossy]]:
     """Standard output and error as ``Lossy`` streams, until the end of the context."""
-    out, err = Lossy(sys.stdout), Lossy(sys.stderr)
+    out, err = Lossy(sys.stdout, last=last), Lossy(sys.stderr, last=last)
     with redirect_stdout(cast("TextIO", out)), redirect_stderr(cast("TextIO", err)):
         yield out, err

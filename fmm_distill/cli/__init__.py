@@ -37,7 +37,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Of the processes that a launcher starts the first one prints, --help and --dry-run included.
     first = os.environ.get("RANK", "0") == "0"
-    with lossy_streams() as (out, _):
+    with lossy_streams(last=True) as (out, _):
         with nullcontext() if first else Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere or sys.stdout):
             line, status = _run()
         out.flush()

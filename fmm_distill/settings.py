@@ -237,7 +237,7 @@ class TrainingSettings(Settings):
     """Steps over which the learning rate grows from 0."""
     decay: Literal["constant", "cosine"] = "cosine"
     """What the learning rate does after its warm-up."""
-    clip: float = Field(default=1.0, gt=0, le=1e9)
+    clip: float = Field(default=1.0, gt=0, le=MOST_RATE)
     """Largest norm of the gradient."""
     ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
     """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several

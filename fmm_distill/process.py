@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,7 @@ from accelerate.utils import (
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.sharding import check_sharding
 from fmm_distill.state import changed_state, own_state
+from fmm_distill.streams import lossy_streams
 from fmm_distill.tracking import check_trackers, tracker_folder
 from fmm_distill.variables import (
     check_compile,
@@ -73,7 +75,7 @@ def alone(say: Callable[[str], None]) -> Iterator[None]:
     try:
         if changed := changed_state():
             say(f"set aside while this runs, and restored afterwards: {', '.join(changed)}")
-        with own_state():
+        with own_state(), lossy_streams():
             yield
     finally:
         # An accelerator of the caller's own shares it.
@@ -92,6 +94,12 @@ def check_training(recipe: Recipe) -> None:
     check_variables()
     check_compile(training.compile)
     check_trackers(recipe)
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(
+            "no folder takes temporary files, and the export is verified with some; set TMPDIR to one that does"
+        ) from error
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
     processes = launched()

@@ -40,6 +40,8 @@ MOST_STEPS = 40_000_000
 MOST_SAMPLES = 2**20
 # torch seeds its generators with signed 64 bits.
 LAST_SEED = 2**63 - 1
+# A step of AdamW changes a weight by about the rate: above it float32 overflows at once.
+MOST_RATE = 1e30
 
 
 def _once(steps: tuple[int, ...]) -> tuple[int, ...]:
@@ -229,7 +231,7 @@ class TrainingSettings(Settings):
     """Samples in one optimiser step, over all processes."""
     accumulation: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Parts that a process's share of the batch is split into, to save memory."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    learning_rate: float = Field(default=1e-3, gt=0, le=MOST_RATE)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled weight decay."""
@@ -239,7 +241,7 @@ class TrainingSettings(Settings):
     """Steps over which the learning rate grows from 0."""
     decay: Literal["constant", "cosine"] = "cosine"
     """What the learning rate does after its warm-up."""
-    clip: float = Field(default=1.0, gt=0, le=1e9)
+    clip: float = Field(default=1.0, gt=0, le=MOST_RATE)
     """Largest norm of the gradient."""
     ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
     """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several

@@ -57,7 +57,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A handler that Python did not install can't be put back: it stays.
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, ask) for number in taken}
     try:
         yield request
     finally:

@@ -44,7 +44,7 @@ LOCAL = (
     *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
 # Exact up to rounding; the others round to 8 or 16 bits.
-ATTENTION = ("native", "flex", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "")
+ATTENTION = ("native", "flex", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "xformers", "")
 
 
 def check_variables() -> None:

@@ -39,15 +39,15 @@ def distil(
     resume: bool,
     dry_run: bool,
 ) -> None:
-    r"""Turn a pretrained diffusers model into a few-step generator.
+    """Turn a pretrained diffusers model into a few-step generator.
 
     \b
     fmm-distill --recipe digits
-    fmm-distill --teacher google/ddpm-cifar10-32 --recipe cifar10 --data uoft-cs/cifar10
+    fmm-distill --teacher google/ddpm-cifar10-32 --recipe cifar10
     accelerate launch -m fmm_distill --teacher ID --recipe cifar10
 
-    The same command goes on where it was stopped.
-    """
+    The same command resumes where it was stopped.
+    """  # noqa: D301 click reads the backspace that Python makes of the escape
     from fmm_distill.variables import check_variables
 
     # accelerate reads some of them as it is imported, and would fail there.

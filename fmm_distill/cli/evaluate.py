@@ -13,7 +13,7 @@ __all__ = ["evaluate"]
 _PATH = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Measure a student next to its teacher, or compare results.")
 @click.argument("source", required=False)
 @click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of student steps [the recipe's].")
 @click.option(
@@ -21,14 +21,16 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["teacher", "none"]),
     help="Rows of the teacher: its own pipeline as the reference, and fast solvers at as many network calls [teacher].",
 )
-@click.option("--teacher-steps", type=click.IntRange(1), help="Steps of the reference [its pipeline's own number].")
+@click.option(
+    "--teacher-steps", type=click.IntRange(1, 100_000), help="Steps of the reference [its pipeline's own number]."
+)
 @click.option("--also", multiple=True, metavar="PIPELINE", help="Another pipeline or student, by Hub id or folder.")
 @click.option("--also-steps", type=STEPS, metavar="N,...", help="Its numbers of steps [the student's].")
 @click.option("--features", help="digits, inception, none, or a TorchScript file (*.pt) [the recipe's].")
 @click.option("--reference", metavar="DATA", help="Images to compare with: dataset, parquet or folder [the recipe's].")
 @click.option("--clip", metavar="MODEL", help="A CLIP model, by Hub id or folder, for a teacher of prompts.")
 @click.option("--prompts", metavar="FILE", help="Prompts of an exported student, one a line [its recipe's].")
-@click.option("--samples", type=click.IntRange(4), help="Images for the distances [the recipe's].")
+@click.option("--samples", type=click.IntRange(4, 10**7), help="Images for the distances [the recipe's].")
 @click.option("--output", type=_PATH, help="Write the numbers as JSON to this file.")
 @click.option("--report", type=_PATH, metavar="DIR", help="Write pictures and report.html into this folder.")
 @click.option(
@@ -72,16 +74,15 @@ def evaluate(
     )
     import json
 
-    from fmm_distill.checkpoint import check_writable, write_text, writing
+    from fmm_distill.checkpoint import write_text
+    from fmm_distill.cli.outputs import check_output, check_report
     from fmm_distill.evaluation.result import table
     from fmm_distill.subject import Asked, measure_subject, open_subject
 
     if output is not None:
-        check_writable(output)
+        check_output(output)
     if report is not None:
-        with writing(report):
-            report.mkdir(parents=True, exist_ok=True)
-        check_writable(report / "report.html")
+        check_report(report)
     asked = Asked(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
     measured = measure_subject(open_subject(source, asked, click.echo), asked, report, click.echo)
     # Of several processes the first has the numbers.

@@ -11,7 +11,7 @@ from fmm_distill.cli.numbers import GUIDANCE, STEPS
 __all__ = ["export"]
 
 
-@click.command()
+@click.command(short_help="Write the student of a run as diffusers pipelines.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of steps to fold [the recipe's].")

@@ -7,7 +7,7 @@ import click
 __all__ = ["inspect"]
 
 
-@click.command()
+@click.command(short_help="Show what a teacher is and what it can become.")
 @click.argument("teacher")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. pipeline.height=512.")

@@ -11,7 +11,7 @@ from fmm_distill.cli.numbers import STEPS
 __all__ = ["publish"]
 
 
-@click.command()
+@click.command(short_help="Put a student on the Hub, with its card.")
 @click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

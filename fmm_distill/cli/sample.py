@@ -11,17 +11,22 @@ from fmm_distill.cli.numbers import GUIDANCE, STEPS
 __all__ = ["sample"]
 
 
-@click.command()
+@click.command(short_help="Draw images with the student of a run.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--steps", type=STEPS, default="4", show_default=True, metavar="N,...", help="Numbers of steps, one row each."
 )
 @click.option("--count", type=click.IntRange(1, 64), default=12, show_default=True, help="Images a row.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the noises.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True, help="The picture."
+)
 @GUIDANCE
 def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path, guidance: float | None) -> None:
     """Draw images with the student of a run folder, the same noise in each column."""
+    from fmm_distill.cli.outputs import PICTURES, check_output
+
+    check_output(output, PICTURES)
     from fmm_distill.reopen import draw_run
 
     draw_run(run, steps, count, seed, output, guidance)

@@ -9,16 +9,16 @@ import click
 __all__ = ["status"]
 
 
-@click.command()
+@click.command(short_help="Show the progress of a run and draw its curves.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), metavar="PNG", help="The curves [RUN/curves.png].")
 def status(run: Path, output: Path | None) -> None:
     """Say where a run stands and draw its curves; it may be at work, killed or finished."""
-    from fmm_distill.errors import UserError
+    from fmm_distill.cli.outputs import check_output
     from fmm_distill.status import describe, draw, read_run
 
-    if output is not None and output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: wanted a name that ends in .png, for the curves")
+    if output is not None:
+        check_output(output, (".png",))
     found = read_run(run)
     click.echo(describe(found))
     if found.records:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 
 from fmm_distill.checkpoint import write_text
-from fmm_distill.errors import FmmDistillError
+from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.agreement import Agreement, compare
 from fmm_distill.export.contents import record
 from fmm_distill.export.folded import jump_scheduler, stock_times
@@ -25,7 +27,7 @@ from fmm_distill.export.stock import any_step_times, folded_scheduler, guidance_
 from fmm_distill.teachers.prompted import RecordedCall
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -178,8 +180,25 @@ def _job(export: Exported, call: dict[str, Any], output: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A temporary folder for what the other process writes."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> UserError:
+    return UserError(
+        f"the export is written, but not verified: no temporary files can be written ({error.strerror}); make room "
+        "there, or set TMPDIR to a folder that has some, then run the same command again"
+    )
+
+
 def _reload(exports: Sequence[Exported], calls: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         pairs = zip(exports, calls, strict=True)
         jobs = [_job(export, call, f"{scratch}/{i}.safetensors") for i, (export, call) in enumerate(pairs)]
         written = Path(scratch) / "jobs.json"
@@ -188,6 +207,8 @@ def _reload(exports: Sequence[Exported], calls: Sequence[dict[str, Any]]) -> lis
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if run.returncode:
+            if os.strerror(errno.ENOSPC) in run.stderr:
+                raise _no_room(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             shown = ", ".join(str(export.folder) for export in exports)
             raise FmmDistillError(f"{shown}: stock diffusers does not open the export:\n{run.stderr}")
         return [load_file(job["output"]) for job in jobs]

@@ -173,18 +173,22 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
         made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
     jumps = {"discrete": _whole_jump, "angular": _angular_jump}
     step = types.MethodType(jumps[levels["kind"]], made) if levels["kind"] in jumps else made.step
-    # Pipelines of discrete schedules look for these, which a scheduler of flow models does not have.
+    # Pipelines look for these, whichever scheduler they have; each stock class lacks one or two.
     if not hasattr(made, "init_noise_sigma"):
         made.init_noise_sigma = 1.0
     if not hasattr(made, "scale_model_input"):
         made.scale_model_input = lambda sample, *args, **kwargs: sample
+    if not hasattr(made, "set_begin_index"):
+        made.set_begin_index = lambda begin_index=0: None
     made.steps_done = 0
 
     # With its signature: pipelines look at the parameters.
     @functools.wraps(step)
     def counted(*args, **kwargs):
         made.steps_done += 1
-        return step(*args, **kwargs)
+        result = step(*args, **kwargs)
+        # PixArt takes the prediction of data, the second one, in a single step: the sample after it is that.
+        return (*result, result[0]) if isinstance(result, tuple) and len(result) == 1 else result
 
     made.step = counted
     return made

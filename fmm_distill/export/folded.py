@@ -16,6 +16,7 @@ from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from jaxtyping import Float
     from torch import Tensor
@@ -37,23 +38,23 @@ def why_not_folded(teacher: Teacher) -> str | None:
         return "no stock pipeline of UNet2DModel leaves out a learned variance"
     if teacher.folder is None and teacher.conditions is not None:
         return "no stock pipeline gives UNet2DModel a class"
-    if isinstance(teacher.schedule, FlowMatching) and (needed := _not_of_flows(teacher)) is not None:
-        return f"its pipeline needs a scheduler with {needed}, which the stock scheduler of flow models does not have"
+    if teacher.folder is not None and (needed := _missing_in_scheduler(teacher)) is not None:
+        return f"its pipeline needs a scheduler with {needed}, which the stock one of these levels does not have"
     if isinstance(teacher.schedule, FlowMatching) and isinstance(teacher.codec, LatentCodec) and teacher.folder is None:
         return "no stock pipeline decodes a VQModel after a flow"
     return None
 
 
-def _not_of_flows(teacher: Teacher) -> str | None:
-    """A member of its scheduler that a pipeline of discrete schedules needs; the stock flow schedulers lack both.
+def _missing_in_scheduler(teacher: Teacher) -> str | None:
+    """A member that the teacher's pipeline needs of its scheduler, and the stock one of its levels lacks.
 
-    Others with flow levels round the timesteps that the network is conditioned on: their steps are no exact jumps.
+    Solvers that have all members round the timesteps that the network is conditioned on: their steps are no exact
+    jumps.
     """
-    if teacher.folder is None:
-        return None
-    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads((cast("Path", teacher.folder) / "model_index.json").read_text(encoding="utf-8"))
     code = inspect.getsource(getattr(diffusers, index["_class_name"]))
-    for name in ("init_noise_sigma", "scale_model_input"):
+    flows = isinstance(teacher.schedule, FlowMatching)
+    for name in ("init_noise_sigma", "scale_model_input") if flows else ("set_begin_index",):
         if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
             return name
     return None
@@ -93,8 +94,8 @@ def folded_pipeline(student: Student, teacher: Teacher, steps: int) -> Any:  # n
     """The teacher's stock pipeline with the student of ``steps`` folded into its network."""
     scheduler = jump_scheduler(student, teacher, steps)
     network = fold(student, teacher, stock_times(student, scheduler, steps))
-    if isinstance(student.schedule, FlowMatching):
-        return diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
     if isinstance(teacher.codec, LatentCodec):
         return diffusers.LDMPipeline(unet=network, scheduler=scheduler, vqvae=teacher.codec.autoencoder)
-    return diffusers.DDIMPipeline(unet=network, scheduler=scheduler)
+    # DDIMPipeline makes a DDIMScheduler of every scheduler, with the levels that this one can make.
+    kind = diffusers.DDIMPipeline if type(scheduler) is diffusers.DDIMScheduler else diffusers.DDPMPipeline
+    return kind(unet=network, scheduler=scheduler)

@@ -100,9 +100,6 @@ class _AngularJumps(_Jumps):
 
 
 class _FlowJumps(_Jumps):
-    # Pipelines of discrete schedules scale their noise by it; the stock class has none.
-    init_noise_sigma = 1.0
-
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """The stock grid of a flow model, from equal steps where the pipeline passes none, or the user's own.
 
@@ -122,10 +119,6 @@ class _FlowJumps(_Jumps):
             levels = torch.tensor([*sigmas, 0.0], device=self.sigmas.device)
             self.sigmas = 1 - levels if self.config.invert_sigmas else levels
             self.timesteps = self.sigmas[:-1] * total
-
-    def scale_model_input(self, sample, timestep=None):
-        """The sample as it is. Pipelines call this of all classes but the stock one."""
-        return sample
 
 
 class _ExplodingJumps(_Jumps):
@@ -151,9 +144,19 @@ def _counted(step):
     @functools.wraps(step)
     def counted(self, *args, **kwargs):
         self.steps_done += 1
-        return step(self, *args, **kwargs)
+        result = step(self, *args, **kwargs)
+        # PixArt takes the prediction of data, the second one, in a single step: the sample after it is that.
+        return (*result, result[0]) if isinstance(result, tuple) and len(result) == 1 else result
 
     return counted
+
+
+# Pipelines look for these, whichever scheduler they have; each stock class lacks one or two.
+_EXPECTED = {
+    "init_noise_sigma": 1.0,
+    "scale_model_input": lambda self, sample, timestep=None: sample,
+    "set_begin_index": lambda self, begin_index=0: None,
+}
 
 
 @functools.cache
@@ -162,6 +165,9 @@ def flow_map_scheduler(stock: type, kind: str) -> type:
     kinds = {"discrete": _DiscreteJumps, "angular": _AngularJumps, "flow": _FlowJumps, "exploding": _ExplodingJumps}
     made = type(f"FlowMap{stock.__name__}", (kinds[kind], stock), {"__module__": __name__})
     made.step = _counted(made.step)
+    for name, value in _EXPECTED.items():
+        if not hasattr(stock, name):
+            setattr(made, name, value)
     return made
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fmm_distill.errors import UserError
 from fmm_distill.parametrisation import Parametrisation
+from fmm_distill.schedules import VarianceExploding
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import LatentCodec
 from fmm_distill.teachers.components import open_network, open_scheduler
@@ -23,6 +25,11 @@ def load_dit(found: Found) -> Teacher:
     The label after the last class stands for none. The channels of the learned variance are left out.
     """
     levels = read_scheduler(open_scheduler(found), found.source)
+    if levels.inverted or isinstance(levels.schedule, VarianceExploding):
+        raise UserError(
+            f"{found.source}: DiTPipeline starts from N(0, I) at the first of falling levels, which "
+            f"{levels.config['_class_name']} with these settings does not; expected a discrete or a flow scheduler"
+        )
     network = open_network(found, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm

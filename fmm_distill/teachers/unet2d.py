@@ -69,6 +69,11 @@ def _classes(network: diffusers.UNet2DModel, source: str) -> Classes | None:
 
 def _check_network(network: diffusers.UNet2DModel, levels: Levels, source: str) -> None:
     config = network.config
+    if levels.inverted:
+        raise UserError(
+            f"{source}: its scheduler has invert_sigmas, and no pipeline of UNet2DModel turns the times back; expected "
+            "invert_sigmas: false"
+        )
     # The Fourier embedding takes a logarithm and divides the output by its time: it wants sigma.
     wanted = "fourier" if levels.prediction == "score" else "positional"
     if config.time_embedding_type != wanted:

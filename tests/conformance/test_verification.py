@@ -46,7 +46,7 @@ PROMPTED = {
     ),
     "sd1 flow": ("sd1", "DPMSolverMultistepScheduler", FLOW),
     "sdxl flow": ("sdxl", "UniPCMultistepScheduler", FLOW),
-    "pixart flow": ("pixart-alpha", "DEISMultistepScheduler", FLOW),
+    "pixart flow": ("pixart-alpha", "DPMSolverMultistepScheduler", FLOW),
     "stochastic": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
     "karras": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
 }

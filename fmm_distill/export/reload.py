@@ -19,6 +19,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 
+def unchecked(pipeline):
+    """The pipeline without what replaces images by black ones or draws on them: the student is compared, not these."""
+    for name in ("safety_checker", "watermarker", "watermark"):
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    return pipeline
+
+
 def made_by(pipeline, call, job, steps):
     """What a pipeline returns first, as a tensor."""
     pipeline.set_progress_bar_config(disable=True)
@@ -33,11 +41,12 @@ if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
     for job in jobs:
-        any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
+        any_step = unchecked(DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True))
         made = {}
         for steps in job["steps"]:
             made[f"any-{steps}"] = made_by(any_step, job["any_call"], job, steps)
             folded = f"{job['folder']}/steps-{steps}"
             if os.path.isdir(folded):
-                made[f"folded-{steps}"] = made_by(DiffusionPipeline.from_pretrained(folded), job["call"], job, steps)
+                pipeline = unchecked(DiffusionPipeline.from_pretrained(folded))
+                made[f"folded-{steps}"] = made_by(pipeline, job["call"], job, steps)
         save_file(made, job["output"])

@@ -85,6 +85,9 @@ def stock_scheduler(teacher: Teacher, prediction: str) -> Any:  # noqa: ANN401 a
     if isinstance(teacher.schedule, VariancePreserving):
         stock = diffusers.CogVideoXDDIMScheduler if kind.startswith("CogVideoX") else diffusers.DDIMScheduler
         changes = {"prediction_type": prediction, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+        if str(config.get("variance_type")).startswith("learned"):
+            # Some pipelines hand their scheduler the learned variance if it says so, and this one takes none.
+            config = config | {"variance_type": "fixed_small"}
         return stock.from_config(config, **changes, clip_sample=False, **_no_thresholding(stock))
     if isinstance(teacher.schedule, Angular):
         return diffusers.IPNDMScheduler.from_config(config)
@@ -147,7 +150,10 @@ def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
     names = cast("Any", teacher.conditions).names
     some = [names[i % len(names)] for i in range(count)]
     if isinstance(teacher.parametrisation.call, RecordedCall):
-        return teacher.call | unguided(teacher) | {"prompt": some, "output_type": "latent"}
+        index = json.loads((cast("Path", teacher.folder) / "model_index.json").read_text(encoding="utf-8"))
+        # A pipeline of pixels has no latents to give.
+        output = "latent" if any(name.startswith(("vae", "vq", "movq")) for name in index) else "np"
+        return teacher.call | unguided(teacher) | {"prompt": some, "output_type": output}
     return {"class_labels": [int(name) for name in some], "output_type": "np"} | unguided(teacher)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fmm_distill.errors import UserError
 from fmm_distill.parametrisation import Parametrisation
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import LatentCodec
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.components import Found
 
 __all__ = ["load_dit"]
+
+_CONFIG = "transformer/config.json"
 
 
 def load_dit(found: Found) -> Teacher:
@@ -23,20 +27,29 @@ def load_dit(found: Found) -> Teacher:
     The label after the last class stands for none. The channels of the learned variance are left out.
     """
     levels = read_scheduler(open_scheduler(found), found.source)
+    height, width = image_size(found.config("transformer").get("sample_size", 32), found.source, _CONFIG)
+    if height != width:
+        raise UserError(
+            f"{found.source}: {_CONFIG} has sample_size [{height}, {width}]; wanted one number: it is square"
+        )
     network = open_network(found, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm
-    return Teacher(
+    autoencoder = open_network(found, "vae")
+    check_latents(network, autoencoder, found.source)
+    teacher = Teacher(
         network=network,
         parametrisation=Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
-        event_shape=(config.in_channels, config.sample_size, config.sample_size),
+        event_shape=(config.in_channels, height, width),
         source=found.source,
         adapter="DiTTransformer2DModel, latents, class-conditional",
         scheduler_config=levels.config,
         component="transformer",
         folder=found.folder,
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
-        codec=LatentCodec(open_network(found, "vae")),
+        codec=LatentCodec(autoencoder),
         revision=found.revision,
         licence=found.licence,
     )
+    check_first_call(teacher)
+    return teacher

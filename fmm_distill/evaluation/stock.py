@@ -10,10 +10,12 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
+from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import fetched, find
 from fmm_distill.teachers.recording import run_pipeline
+from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,14 +23,27 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.components import Found
 
 __all__ = ["about_sampler", "other_pipeline", "reference_pipeline"]
 
 
 class _Stock:
-    """A pipeline with its own scheduler and spacing, on the samples' own generators."""
+    """A pipeline with its own scheduler and spacing, on the samples' own generators.
 
-    def __init__(self, pipeline: Any, teacher: Teacher, steps: int, given: dict[str, Any]) -> None:  # noqa: ANN401
+    Args:
+        unchecked: the checkers that it was opened without.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,  # noqa: ANN401 a diffusers class
+        teacher: Teacher,
+        steps: int,
+        given: dict[str, Any],
+        unchecked: str | None = None,
+    ) -> None:
+        self.unchecked = unchecked
         self.pipeline, self.teacher, self.steps = pipeline, teacher, steps
         self.taken = inspect.signature(pipeline.__call__).parameters
         self.given = {key: value for key, value in given.items() if key in self.taken}
@@ -66,9 +81,12 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     Raises:
         UserError: if that pipeline can't make images of the noises that it is compared on.
     """
-    folder = fetched(find(teacher.source, teacher.revision)).folder
+    found = find(teacher.source, teacher.revision)
+    # A teacher of a variant has its weights under the plain names in a folder of its own.
+    folder = fetched(found).folder if teacher.folder is None else teacher.folder
     pipeline = open_pipeline(folder, **{teacher.component: teacher.network}).to(device)
-    return _sampler("teacher", pipeline, teacher, steps, teacher.call | _guidance(teacher))
+    run = _Stock(pipeline, teacher, _steps(pipeline, steps), teacher.call | _guidance(teacher), _unchecked(found))
+    return _sampler("teacher", run)
 
 
 def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: tuple[int, ...]) -> list[Sampler]:
@@ -80,11 +98,14 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     Raises:
         UserError: if it can't be opened, has fewer timesteps, or makes other images than the teacher.
     """
-    pipeline = open_pipeline(fetched(find(source)).folder).to(device)
+    found = fetched(find(source))
+    check_weight_files(found)
+    pipeline = open_pipeline(found.folder).to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: {max(steps)} steps; wanted 1 to {most}, its number of timesteps")
-    return [_sampler(source, pipeline, teacher, count, dict(teacher.call)) for count in steps]
+    runs = [_Stock(pipeline, teacher, count, dict(teacher.call), _unchecked(found)) for count in steps]
+    return [_sampler(source, run) for run in runs]
 
 
 def about_sampler(sampler: Sampler) -> str:
@@ -93,7 +114,8 @@ def about_sampler(sampler: Sampler) -> str:
     if not isinstance(stock, _Stock):
         return f"{sampler.name}, {sampler.steps} steps"
     names = f"{type(stock.pipeline).__name__}, {type(stock.pipeline.scheduler).__name__}"
-    return f"{names}, {sampler.steps} steps{_shown(stock.given)}; seconds are to the decoded image"
+    checked = f"; without its {stock.unchecked}" if stock.unchecked else ""
+    return f"{names}, {sampler.steps} steps{_shown(stock.given)}; seconds are to the decoded image{checked}"
 
 
 def _shown(given: dict[str, Any]) -> str:
@@ -113,19 +135,27 @@ def _guidance(teacher: Teacher) -> dict[str, Any]:
     return {key: value for key, value in keys.fixed.items() if key != "output_type"} | told
 
 
-def _sampler(name: str, pipeline: Any, teacher: Teacher, steps: int | None, given: dict[str, Any]) -> Sampler:  # noqa: ANN401
+def _unchecked(found: Found) -> str | None:
+    return about_checkers(found.pipeline, found.components)
+
+
+def _steps(pipeline: Any, steps: int | None) -> int:  # noqa: ANN401 a diffusers class
+    """A number of steps, or the one that the pipeline takes unless it is given one."""
+    default = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    return steps or (int(default.default) if default is not None else 1)
+
+
+def _sampler(name: str, run: _Stock) -> Sampler:
+    pipeline, teacher = run.pipeline, run.teacher
     component = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
     network = getattr(pipeline, component, None)
-    taken = inspect.signature(pipeline.__call__).parameters
-    if network is None or "output_type" not in taken or "num_inference_steps" not in taken:
+    if network is None or "output_type" not in run.taken or "num_inference_steps" not in run.taken:
         raise UserError(f"{name}: {type(pipeline).__name__} is no pipeline of images by a unet or a transformer")
-    count = int(taken["num_inference_steps"].default) if steps is None else steps
-    stock = _Stock(pipeline, teacher, count, given)
     # Few steps show what is wrong as well as many.
-    trial = _Stock(pipeline, teacher, min(count, 2), given)
+    trial = _Stock(pipeline, teacher, min(run.steps, 2), run.given)
     draws = draw_samples_of(teacher, range(2), NOISE_SEED, next(network.parameters()).device)
     with torch.no_grad():
         made, wanted = tuple(trial(draws).shape[1:]), tuple(teacher.codec.decode(draws.noise[:1]).shape[1:])
     if made != wanted:
         raise UserError(f"{name} makes images of shape {made}, the teacher {wanted}; wanted the same")
-    return Sampler(name, count, network, stock, makes_images=True, follows_ode=False)
+    return Sampler(name, run.steps, network, run, makes_images=True, follows_ode=False)

@@ -62,6 +62,14 @@ def watch_ends(pipeline, call, ends):
         watched(pipeline.scheduler, ends)
 
 
+def unchecked(pipeline):
+    """The pipeline without what replaces images by black ones or draws on them: the student is compared, not these."""
+    for name in ("safety_checker", "watermarker", "watermark"):
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    return pipeline
+
+
 def made_by(pipeline, call, job, steps):
     """The recorded tensors of one call, by the second half of their names."""
     pipeline.set_progress_bar_config(disable=True)
@@ -85,13 +93,13 @@ def made_by(pipeline, call, job, steps):
 
 def record_job(job):
     """The recorded tensors of all pipelines in the folder."""
-    any_step = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True)
+    any_step = unchecked(DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True))
     made = {}
     for steps in job["steps"]:
         calls = {f"any-{steps}": (any_step, job["any_call"])}
         folded = f"{job['folder']}/steps-{steps}"
         if os.path.isdir(folded):
-            calls[f"folded-{steps}"] = (DiffusionPipeline.from_pretrained(folded), job["call"])
+            calls[f"folded-{steps}"] = (unchecked(DiffusionPipeline.from_pretrained(folded)), job["call"])
         for key, (pipeline, call) in calls.items():
             made |= {f"{key}.{name}": value for name, value in made_by(pipeline, call, job, steps).items()}
     return made

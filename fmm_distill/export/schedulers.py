@@ -126,4 +126,8 @@ def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:
                 f"the teacher's scheduler sets {key}: {config[key]!r}, a setting of {name} in diffusers "
                 f"{diffusers.__version__} that this version does not know; try the diffusers of constraints.txt"
             )
-    return kind(**(levels | dict(SWITCHES[name]) | changes))
+    made = kind(**(levels | dict(SWITCHES[name]) | changes))
+    if str(config.get("variance_type")).startswith("learned"):
+        # DeepFloyd's pipeline reads it, and splits the learned variance off only if it is not this scheduler's to use.
+        made.register_to_config(variance_type="fixed_small")
+    return made

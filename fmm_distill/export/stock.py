@@ -181,7 +181,10 @@ def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
     names = cast("Any", teacher.conditions).names
     some = [names[i % len(names)] for i in range(count)]
     if isinstance(teacher.parametrisation.call, RecordedCall):
-        return teacher.call | unguided(teacher) | {"prompt": some, "output_type": "latent"}
+        index = json.loads((cast("Path", teacher.folder) / "model_index.json").read_text(encoding="utf-8"))
+        # A pipeline of pixels has no latents to give.
+        output = "latent" if any(name.startswith(("vae", "vq", "movq")) for name in index) else "np"
+        return teacher.call | unguided(teacher) | {"prompt": some, "output_type": output}
     return {"class_labels": [int(name) for name in some], "output_type": "np"} | unguided(teacher)
 
 

@@ -71,6 +71,21 @@ class Found:
         own = self.folder / name
         return own if own.is_dir() else self.folder
 
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's configuration, before it is opened; empty where it has none.
+
+        Raises:
+            UserError: if it is no dictionary in JSON.
+        """
+        file = self.component_folder(name) / "config.json"
+        try:
+            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.source}: {name}/config.json can't be read ({error}); fetch it again") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{self.source}: {name}/config.json holds no settings; fetch it again")
+        return values
+
 
 def open_component(found: Found, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
     """A component from its folder; whatever diffusers finds wrong with the files is the user's to mend."""

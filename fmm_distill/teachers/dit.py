@@ -11,12 +11,15 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import LatentCodec
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.components import Found
 
 __all__ = ["load_dit"]
+
+_CONFIG = "transformer/config.json"
 
 
 def load_dit(found: Found) -> Teacher:
@@ -30,20 +33,29 @@ def load_dit(found: Found) -> Teacher:
             f"{found.source}: DiTPipeline starts from N(0, I) at the first of falling levels, which "
             f"{levels.config['_class_name']} with these settings does not; expected a discrete or a flow scheduler"
         )
+    height, width = image_size(found.config("transformer").get("sample_size", 32), found.source, _CONFIG)
+    if height != width:
+        raise UserError(
+            f"{found.source}: {_CONFIG} has sample_size [{height}, {width}]; wanted one number: it is square"
+        )
     network = open_network(found, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm
-    return Teacher(
+    autoencoder = open_network(found, "vae")
+    check_latents(network, autoencoder, found.source)
+    teacher = Teacher(
         network=network,
         parametrisation=Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
-        event_shape=(config.in_channels, config.sample_size, config.sample_size),
+        event_shape=(config.in_channels, height, width),
         source=found.source,
         adapter="DiTTransformer2DModel, latents, class-conditional",
         scheduler_config=levels.config,
         component="transformer",
         folder=found.folder,
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
-        codec=LatentCodec(open_network(found, "vae")),
+        codec=LatentCodec(autoencoder),
         revision=found.revision,
         licence=found.licence,
     )
+    check_first_call(teacher)
+    return teacher

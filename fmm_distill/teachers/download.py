@@ -52,15 +52,15 @@ class Snapshot:
             hf_hub_download(self.source, "model_index.json", revision=self.commit, local_files_only=True)
         ).parent
 
-    def config(self, component: str) -> Path:
-        """A component's configuration in the cache.
+    def fetch_config(self, component: str) -> None:
+        """Get a component's configuration into the cache.
 
         Raises:
             UserError: if it can't be had.
         """
         try:
             name = f"{component}/config.json"
-            return Path(hf_hub_download(self.source, name, revision=self.commit, local_files_only=self.cached))
+            hf_hub_download(self.source, name, revision=self.commit, local_files_only=self.cached)
         except (*HUB_FAULTS, ValueError) as error:
             raise UserError(f"{self.source}: {component}/config.json: {hub_reason(error)}") from error
 

@@ -136,23 +136,14 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
         raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
 
     def config_of(name: str) -> dict[str, Any]:
-        file = folder / name / "config.json" if isinstance(place, Path) else place.config(name)
-        return _json(source, file)
+        if isinstance(place, Snapshot):
+            place.fetch_config(name)
+        return Found(source, folder).config(name)
 
     components = current_classes(components, config_of)
     if isinstance(place, Path):
         return Found(source, folder, pipeline=pipeline, components=components)
     return Found(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
-
-
-def _json(source: str, file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {file.parent.name}/{file.name} can't be read ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: {file.parent.name}/{file.name} holds no settings; fetch it again")
-    return values
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:

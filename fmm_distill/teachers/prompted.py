@@ -6,7 +6,6 @@ that it can call the network the same itself.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -18,6 +17,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import FAULTS, check_weights, open_pipeline
 from fmm_distill.teachers.driven import PROBES, STEPS, CallKeywords, DrivenPipeline, check_call
+from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.prompt_embeddings import embed, embeddings_of
 from fmm_distill.teachers.recorded_call import RecordedCall, check_recorded_call, read_call, told_before
 from fmm_distill.teachers.recording import tensor_of
@@ -54,6 +54,10 @@ def load_prompted(
     component = "transformer" if "transformer" in found.components else "unet"
     _check_one_network(found, component)
     _check_no_map(found, component)
+    size = found.config(component).get("sample_size")
+    # Without one the pipeline's own keywords say it; of a video there may be more sides.
+    if size is not None and not (isinstance(size, list) and len(size) > 2):
+        image_size(size, found.source, f"{component}/config.json")
     pipeline = _open(found)
     check_call(pipeline, call or {}, found.source)
     scale = 1.0 if guidance is None else guidance.scale
@@ -70,6 +74,9 @@ def load_prompted(
     again, cond = driven.record(_CHECK_STEPS), embed(driven, recorded, PROBES)
     check_recorded_call(driven.network, recorded, again, cond, levels, found.source)
     width = tuple(tensor_of(probe.asked[0].given[recorded.sample]).shape[1:])
+    if len(width) == 3 and getattr(pipeline, "vae", None) is not None:
+        # Latents that are not packed into tokens.
+        check_latents(driven.network, pipeline.vae, found.source)
     return Teacher(
         network=driven.network.eval().requires_grad_(False),
         parametrisation=Parametrisation(levels.schedule, levels.prediction, recorded, levels.sigma_data),
@@ -128,11 +135,7 @@ def _check_one_network(found: Found, component: str) -> None:
 
 def _check_no_map(found: Found, component: str) -> None:
     """A latent consistency model is recognized by its input of the guidance's scale, whatever its scheduler is."""
-    file = found.component_folder(component) / "config.json"
-    try:
-        width = json.loads(file.read_text(encoding="utf-8")).get("time_cond_proj_dim") if file.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{found.source}: {component}/config.json can't be read ({error}); fetch it again") from error
+    width = found.config(component).get("time_cond_proj_dim")
     if width is not None or found.pipeline.startswith("LatentConsistencyModel"):
         kind = f"time_cond_proj_dim {width}" if width is not None else found.pipeline
         raise UserError(

@@ -10,7 +10,9 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.parametrisation import keywords
 from fmm_distill.schedules import FlowMatching, VarianceExploding
+from fmm_distill.teachers.components import FAULTS
 from fmm_distill.teachers.embedding import EACH, LENGTHS
+from fmm_distill.teachers.first_call import refuse_call
 from fmm_distill.teachers.recording import TIMES, tensor_of
 
 if TYPE_CHECKING:
@@ -133,8 +135,11 @@ def check_recorded_call(
             )
         # Whole timesteps are rounded by the scheduler: the network is to be compared at the one that it got.
         time = (own if float(own).is_integer() else by_level).float().expand(len(x))
-        with torch.no_grad():
-            output = call(network, x, time, cond, None)
+        try:
+            with torch.no_grad():
+                output = call(network, x, time, cond, None)
+        except FAULTS as error:
+            raise refuse_call(source, network, tuple(x.shape[1:]), error) from error
         wanted = cut(asked.output, x)
         if not _near(output.abs(), wanted.abs()):
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.components import FAULTS
+from fmm_distill.teachers.first_call import refuse_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,7 +106,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
             if first_only:
                 seen.asked.append(Asked(given, torch.empty(0)))
                 raise _EnoughError
-            output = original(*args, **kwargs)
+            try:
+                output = original(*args, **kwargs)
+            except FAULTS as error:
+                sample = tensor_of(next(iter(given.values())))
+                raise refuse_call(type(pipeline).__name__, network, tuple(sample.shape[1:]), error) from error
             seen.asked.append(Asked(given, tensor_of(output).clone()))
             return output
 

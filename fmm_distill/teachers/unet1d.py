@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.parametrisation import Parametrisation
@@ -13,6 +10,7 @@ from fmm_distill.schedules import Angular
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.components import open_network, open_scheduler
+from fmm_distill.teachers.first_call import check_first_call
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.components import Found
@@ -60,7 +58,7 @@ def load_unet1d(found: Found) -> Teacher:
         revision=found.revision,
         licence=found.licence,
     )
-    _check_output(teacher)
+    check_first_call(teacher)
     return teacher
 
 
@@ -70,11 +68,7 @@ def _width(found: Found) -> dict[str, int]:
     It was 16 in every network once; diffusers' default is another number now, and such a folder does not open in it.
     The first block says how many channels it has for it.
     """
-    file = found.component_folder("unet") / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{found.source}: {file.name} of its unet can't be read ({error}); fetch it again") from error
+    config = found.config("unet")
     lacks = config.get("time_embedding_dim") is None and config.get("extra_in_channels")
     return {"time_embedding_dim": config["extra_in_channels"]} if lacks else {}
 
@@ -98,25 +92,9 @@ def _check_network(network: Any, source: str) -> None:  # noqa: ANN401 a diffuse
             f"{source}: {config.in_channels} channels in, {config.out_channels} out; wanted the same number"
         )
     part = 2 ** len(config.up_block_types)
-    if not config.sample_rate or not config.sample_size or config.sample_size % part or config.sample_size < 3 * part:
+    size = config.sample_size
+    if not config.sample_rate or type(size) is not int or size % part or size < 3 * part:
         raise UserError(
-            f"{source}: unet/config.json has sample_size {config.sample_size} and sample_rate {config.sample_rate}; "
+            f"{source}: unet/config.json has sample_size {config.sample_size!r} and sample_rate {config.sample_rate}; "
             f"wanted a multiple of {part} from {3 * part} on, its blocks halve it, and a rate: set them there"
-        )
-
-
-@torch.no_grad()
-def _check_output(teacher: Teacher) -> None:
-    """Refuse blocks that do not fit together, or that make their own scheduler's ends of time infinite."""
-    ends = torch.tensor([teacher.schedule.t_min, teacher.schedule.t_max], dtype=torch.float64)
-    try:
-        velocity = teacher.velocity(torch.zeros(2, *teacher.event_shape), ends)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{teacher.source}: its UNet1DModel does not take {' x '.join(map(str, teacher.event_shape))} "
-            f"({str(error).splitlines()[0]}); wanted blocks that fit together"
-        ) from error
-    if not velocity.isfinite().all():
-        raise UserError(
-            f"{teacher.source}: the network's output is not finite at the ends of time; wanted a trained one"
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from fmm_distill.errors import UserError
 from fmm_distill.parametrisation import Parametrisation
 from fmm_distill.schedules import VariancePreserving
@@ -13,6 +11,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import LatentCodec, Pixels
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.components import Found
-    from fmm_distill.teachers.scheduler import Levels
+    from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
+from fmm_distill.teachers.scheduler import Levels
 
 __all__ = ["load_unet2d"]
 
@@ -36,9 +36,11 @@ def load_unet2d(found: Found) -> Teacher:
     _check_network(network, levels, found.source)
     conditions = _classes(network, found.source)
     parametrisation = Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data)
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    codec: Codec = LatentCodec(open_network(found, "vqvae")) if "vqvae" in found.components else Pixels()
+    height, width = image_size(network.config.sample_size, found.source, "unet/config.json")
+    codec: Codec = Pixels()
+    if "vqvae" in found.components:
+        codec = LatentCodec(open_network(found, "vqvae"))
+        check_latents(network, codec.autoencoder, found.source)
     space = "pixels" if isinstance(codec, Pixels) else "latents of a VQModel"
     teacher = Teacher(
         network=network,
@@ -52,7 +54,7 @@ def load_unet2d(found: Found) -> Teacher:
         revision=found.revision,
         licence=found.licence,
     )
-    _check_output(teacher)
+    check_first_call(teacher)
     return teacher
 
 
@@ -86,19 +88,4 @@ def _check_network(network: diffusers.UNet2DModel, levels: Levels, source: str) 
         raise UserError(
             f"{source}: {config.in_channels} channels in, {config.out_channels} out; wanted the same number, or twice "
             "as many (a learned variance, which is left out)"
-        )
-    if config.sample_size is None:
-        raise UserError(f"{source}: unet/config.json has no sample_size; wanted the image size: add it there")
-
-
-@torch.no_grad()
-def _check_output(teacher: Teacher) -> None:
-    """Refuse a network that its own scheduler's ends of time make infinite."""
-    ends = torch.tensor([teacher.schedule.t_min, teacher.schedule.t_max], dtype=torch.float64)
-    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(2))
-    velocity = teacher.velocity(torch.zeros(2, *teacher.event_shape), ends, cond)
-    if not velocity.isfinite().all():
-        raise UserError(
-            f"{teacher.source}: the network's output is not finite at the ends of its scheduler's times; wanted a "
-            "scheduler that belongs to it"
         )

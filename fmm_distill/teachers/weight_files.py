@@ -60,7 +60,7 @@ def check_weight_files(found: Found, say: Callable[[str], None] = print) -> None
         own_folder = folder != found.folder or name == "unet"
         if name in CHECKERS or not folder.is_dir() or not own_folder or _no_model(library, kind):
             continue
-        _check_quantization(found.source, name, folder)
+        _check_quantization(found, name, folder)
         types: set[str] = set()
         for file in _files(found.source, name, folder, _STEMS[library]):
             types |= _check_header(found.source, name, file)
@@ -76,17 +76,12 @@ def _no_model(library: str, name: str) -> bool:
         return True
 
 
-def _check_quantization(source: str, name: str, folder: Path) -> None:
-    config = folder / "config.json"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{source}: {name}/config.json is not JSON ({error}); fetch it again") from error
-    settings = values.get("quantization_config") if isinstance(values, dict) else None
+def _check_quantization(found: Found, name: str, folder: Path) -> None:
+    settings = found.config(name).get("quantization_config")
     packed = sorted(path.name for path in folder.glob("*.gguf"))
     if settings or packed:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        _refuse_quantized(source, name, str(method or (packed[0] if packed else "quantization_config")))
+        _refuse_quantized(found.source, name, str(method or (packed[0] if packed else "quantization_config")))
 
 
 def _refuse_quantized(source: str, name: str, how: str) -> None:

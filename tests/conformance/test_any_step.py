@@ -57,7 +57,7 @@ for folder, component, call, options in json.loads(sys.argv[1]):
     pipeline.save_pretrained(folder + " again")
     again, same = made_by(folder + " again", call, {"dtype": options["dtype"]})
     alone = AutoModel.from_pretrained(f"{folder} again/{component}", trust_remote_code=True)
-    found[folder] = [made.tolist(), float((made - same).abs().max()), type(alone).__name__]
+    found[folder] = [made.tolist(), float((made - same).abs().max() / made.abs().max()), type(alone).__name__]
 print(json.dumps(found))
 """
 
@@ -126,14 +126,15 @@ def test_saved_pipelines_open_in_a_process_without_the_package(exports, tmp_path
             pipeline.to(getattr(torch, options["dtype"]))
         folder = tmp_path / f"{name} of à user.v1"
         pipeline.save_pretrained(folder, **how)
-        expected[str(folder)] = made_by(pipeline, name)
+        expected[str(folder)] = made_by(pipeline, name), torch.finfo(pipeline.dtype).eps * 2 + 1e-6
         jobs.append([str(folder), exports[name].teacher.component, CALLS[name], options])
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-P", "-c", STRANGER, json.dumps(jobs)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for folder, (made, again, kind) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert differ(torch.tensor(made), expected[folder]) < 1e-5
+        # Loading in a lower precision rounds a table of positions that casting afterwards rounds again.
+        assert differ(torch.tensor(made), expected[folder][0]) < expected[folder][1]
         assert again < 1e-5
         assert kind.startswith("TwoTime")
 

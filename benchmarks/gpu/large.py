@@ -16,7 +16,7 @@ import yaml
 from benchmarks.gpu.large_models import MODELS
 from benchmarks.gpu.processes import Background, call, kill, last_line, started
 from benchmarks.gpu.record import read
-from benchmarks.gpu.rows import Row, take
+from benchmarks.gpu.rows import NO_TIME, Row, take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 WORKER = ("-m", "benchmarks.gpu.large_worker")
 STEPS = 5
 LORA_RANK = 64
+# Side of the images at which a pipeline is opened (large_worker.py).
+OPENED_AT = 128
+# Side of the images of which the processor estimates the memory in time, and the row whose opening is timed.
+ESTIMATED, OPENED = 512, "sd15, LoRA, 512"
 
 
 class Large:
@@ -39,7 +43,7 @@ class Large:
         self.work = job.options.work / "large"
         self.work.mkdir(parents=True, exist_ok=True)
         self.building: dict[str, Future[None]] = {}
-        self.estimating: dict[str, Future[None]] = {}
+        self.waiting: dict[tuple[str, str], tuple[Future[None], Path, float]] = {}
 
     def worker(self, *words: object) -> list[str]:
         """Arguments of a worker."""
@@ -94,42 +98,47 @@ class Large:
             "export": {"steps": []},
         }
         if not tiny:
-            settings["pipeline"] = {"height": side, "width": side}
+            settings["pipeline"] = {"height": OPENED_AT, "width": OPENED_AT}
         file = self.work / f"{name}-{student}-{side}{'-short' * bool(training)}.yaml"
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         return file
 
-    def estimate(self, name: str, recipe: Path, row: str) -> None:
-        """Start the program's own estimate, on the processor."""
-        out = recipe.with_suffix(".estimate.json")
+    def side(self, side: int) -> list[str]:
+        """Arguments of a worker on images of this side; tiny models have one size."""
+        return [] if self.job.options.tiny else ["--side", str(side)]
+
+    def start(self, act: str, row: str) -> None:
+        """Start what runs on the processor next to the rows: ``estimate`` of the memory, or ``open``."""
+        if self.job.record.has(f"{act}: {row}") or (act, row) in self.waiting:
+            return
+        name, student, side = row.split(", ")
+        recipe = self.recipe(name, student, int(side))
+        out = recipe.with_suffix(f".{act}.json")
         out.unlink(missing_ok=True)
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2 - 1))}
-        command = self.worker("estimate", recipe, out)
-        self.estimating[row] = self.background.submit(command, recipe.with_suffix(".estimate.log"), threads)
+        command = self.worker(act, recipe, out, *self.side(int(side)))
+        future = self.background.submit(command, recipe.with_suffix(f".{act}.log"), threads)
+        self.waiting[act, row] = future, out, time.monotonic()
 
     def collect(self) -> None:
-        """Write the estimates that are complete."""
-        for row, future in list(self.estimating.items()):
+        """Write what is complete."""
+        for (act, row), (future, out, since) in list(self.waiting.items()):
             if future.done():
-                del self.estimating[row]
-                values: dict[str, Any] = {"what": "estimate", "of": row}
-                try:
-                    future.result()
-                except RuntimeError as error:
-                    status = "skipped" if str(error) == "no time" else "failed"
-                    self.job.record.keep(f"estimate: {row}", status, **values, reason=str(error))
+                del self.waiting[act, row]
+                values = {"what": act, "of": row, "seconds": time.monotonic() - since}
+                error = RuntimeError(NO_TIME) if future.cancelled() else future.exception()
+                if error is None:
+                    self.job.record.keep(f"{act}: {row}", "measured", **values | read(out))
                 else:
-                    name, student, side = row.split(", ")
-                    file = self.recipe(name, student, int(side)).with_suffix(".estimate.json")
-                    self.job.record.keep(f"estimate: {row}", "measured", **values | read(file))
+                    status = "skipped" if str(error) == NO_TIME else "failed"
+                    self.job.record.keep(f"{act}: {row}", status, **values, reason=str(error))
 
-    def step(self, recipe: Path, deadline: Deadline) -> dict[str, Any]:
+    def step(self, recipe: Path, side: int, deadline: Deadline) -> dict[str, Any]:
         """Training steps in a process of their own; those before a kill count."""
         out = recipe.with_suffix(".step.json")
         out.unlink(missing_ok=True)
-        command = self.worker(
-            "step", recipe, recipe.with_suffix(".run"), out, "--steps", 2 if self.job.options.tiny else STEPS
-        )
+        steps = ["--steps", 2 if self.job.options.tiny else STEPS, *self.side(side)]
+        command = self.worker("step", recipe, recipe.with_suffix(".run"), out, *steps)
         log = recipe.with_suffix(".step.log")
         with started(command, log) as process:
             while process.poll() is None and deadline.remaining() > 1:
@@ -151,15 +160,20 @@ class Large:
         tiny = self.job.options.tiny
         yield Row(f"{name}, build", partial(self.built, name), "build", 3 if tiny else 40, {"what": "build"})
         for side in model.sides[:1] if tiny else model.sides:
-            for student in ("LoRA", "full") if side == 512 else ("LoRA",):
+            for student in ("LoRA", "full") if side == ESTIMATED else ("LoRA",):
                 recipe, row = self.recipe(name, student, side), f"{name}, {student}, {side}"
                 about = {"what": "step", "model": model.title, "student": f"{student}, {side} x {side}"}
-                yield Row(row, partial(self._stepped, name, recipe, row), f"step {name}", 3 if tiny else 30, about)
+                yield Row(row, partial(self._stepped, recipe, row), f"step {name}", 3 if tiny else 30, about)
 
-    def _stepped(self, name: str, recipe: Path, row: str, deadline: Deadline) -> dict[str, Any]:
-        if row.endswith("512") and not self.job.record.has(f"estimate: {row}"):
-            self.estimate(name, recipe, row)
-        return self.step(recipe, deadline)
+    def _stepped(self, recipe: Path, row: str, deadline: Deadline) -> dict[str, Any]:
+        side = int(row.split(", ")[-1])
+        if side == ESTIMATED:
+            self.start("estimate", row)
+        try:
+            return self.step(recipe, side, deadline)
+        finally:
+            if row == OPENED:
+                self.start("open", row)
 
     def fsdp(self) -> list[Row]:
         """A run that is killed after its first checkpoint, resumed to the end, exported, and reloaded."""
@@ -237,7 +251,7 @@ def run(job: Job) -> None:
             take(rows, deadline, job.record)
             large.collect()
         take([row for rows in planned for row in rows], job.deadline.within(job.deadline.remaining() - 8), job.record)
-        while large.estimating and job.deadline.remaining() > 6:
+        while large.waiting and job.deadline.remaining() > 6:
             time.sleep(0.2)
             large.collect()
     large.collect()

@@ -13,19 +13,26 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.gpu.record import write_whole
 from fmm_distill.acceleration import checkpoint_blocks
 from fmm_distill.memory import forecast_memory, peak_memory
-from fmm_distill.plan import plan
+from fmm_distill.plan import open_teacher, plan
 from fmm_distill.prepare import prepare_samples
 from fmm_distill.process import make_accelerator
 from fmm_distill.recipe import load_recipe
 from fmm_distill.stopping import StopRequest
 from fmm_distill.trainer import Trainer
+
+if TYPE_CHECKING:
+    from fmm_distill.plan import Plan
+    from fmm_distill.recipe import Recipe
+
+# Pixels by latents of every model.
+SHRINK = 8
 
 
 def build(given: argparse.Namespace) -> None:
@@ -37,12 +44,37 @@ def build(given: argparse.Namespace) -> None:
     write_whole(given.out, json.dumps({"parts": counts, "seconds": time.monotonic() - started}))
 
 
+def planned(recipe: Recipe, side: int | None) -> Plan:
+    """Everything that a recipe needs, opened at the recipe's small size of images and set to samples of another.
+
+    A pipeline is opened by running it, some sixty samples of the network on the processor: at 512 pixels a minute and
+    more with each process. Weights and conditions are the same at every size.
+    """
+    job = plan(recipe)
+    if side is not None:
+        latent = side // SHRINK
+        job.teacher.event_shape = (job.teacher.event_shape[0], latent, latent)
+    return job
+
+
+def open_at(given: argparse.Namespace) -> None:
+    """How long the program takes to open the pipeline at the size of its images."""
+    recipe = load_recipe(str(given.recipe))
+    if given.side is not None:
+        recipe = recipe.model_copy(update={"pipeline": {"height": given.side, "width": given.side}})
+    started = time.monotonic()
+    teacher = open_teacher(recipe)
+    seconds = time.monotonic() - started
+    shape = " x ".join(map(str, teacher.event_shape))
+    write_whole(given.out, json.dumps({"says": f"samples of {shape}", "open_seconds": seconds}))
+
+
 def step(given: argparse.Namespace) -> None:
     """Training steps as a run takes them, without checkpoints, evaluation and export; written after each."""
     recipe = load_recipe(str(given.recipe))
     started = time.monotonic()
     accelerator = make_accelerator(recipe, given.run)
-    job = plan(recipe)
+    job = planned(recipe, given.side)
     given.run.mkdir(parents=True, exist_ok=True)
     samples = prepare_samples(recipe, job.teacher, job.images, given.run, accelerator, print)
     trainer = Trainer(job.student, job.teacher, recipe, samples, given.run, accelerator, print)
@@ -62,7 +94,7 @@ def estimate(given: argparse.Namespace) -> None:
     """What ``fmm-distill --dry-run`` prints of the memory, in bytes."""
     recipe = load_recipe(str(given.recipe))
     started = time.monotonic()
-    job = plan(recipe)
+    job = planned(recipe, given.side)
     if recipe.training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe)
@@ -86,21 +118,18 @@ def reload(given: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(required=True)
-    for act, places in (
-        (build, "folder out"),
-        (step, "recipe run out"),
-        (estimate, "recipe out"),
-        (reload, "student out"),
-    ):
-        made = acts.add_parser(act.__name__)
+    places = {build: "folder out", step: "recipe run out", estimate: "recipe out", open_at: "recipe out"}
+    for act, words in (places | {reload: "student out"}).items():
+        made = acts.add_parser(act.__name__.removesuffix("_at"))
         made.set_defaults(act=act)
         if act is build:
             made.add_argument("name")
-        for place in places.split():
+        for place in words.split():
             made.add_argument(place, type=Path)
         made.add_argument("--device", default="cuda")
         made.add_argument("--tiny", action="store_true")
         made.add_argument("--steps", type=int, default=5)
+        made.add_argument("--side", type=int, help="of the images; the recipe's")
     given = parser.parse_args()
     given.act(given)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.rows import NO_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,11 +93,11 @@ class Background:
 
     def _run(self, command: Sequence[str], log: Path, changes: Mapping[str, str] | None) -> None:
         if self._over.is_set():
-            raise RuntimeError("no time")
+            raise RuntimeError(NO_TIME)
         with started(command, log, changes) as process:
             self._wait(process, self._over.wait)
             if process.poll() is None:
-                raise RuntimeError("no time")
+                raise RuntimeError(NO_TIME)
         if process.returncode:
             raise RuntimeError(f"exit {process.returncode}: {last_line(log)}")
 

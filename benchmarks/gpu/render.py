@@ -159,7 +159,10 @@ def _large(found: Mapping[str, Any]) -> list[str]:
                 *(("", "") if estimate is None else (f"{estimate / GIB:.2f}", f"{row['bytes'] / estimate:.2f}")),
             ]
         )
-    others = [[row["what"], name, f"{row['seconds']:.0f}", row.get("says", "")] for name, row in _others(found)]
+    others = [
+        [row["what"], name, f"{row.get('open_seconds', row['seconds']):.0f}", row.get("says", "")]
+        for name, row in _others(found)
+    ]
     return table(columns, cells, words=2) + table(["what", "row", "s", "result"], others, words=2)
 
 

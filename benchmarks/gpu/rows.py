@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.record import Record
 
-__all__ = ["Row", "take"]
+__all__ = ["NO_TIME", "Row", "take"]
 
 # A row takes at most so much longer than an earlier one of its kind, as a rule.
 MARGIN = 1.2

@@ -100,12 +100,11 @@ def test_processes_and_the_disk_change_nothing(whole, tmp_path):
 def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
     """The second waits for the first, makes nothing again, and removes nothing that a third reads."""
     teacher, sampler, _ = whole
-    calls, lines, at_work = [], [], threading.Event()
+    calls, lines, at_work, waits = [], [], threading.Event(), threading.Event()
 
     def slow(draws):
         at_work.set()
-        while not lines:
-            pass
+        waits.wait(30)
         return sampler.run(draws)
 
     def counted(draws):
@@ -118,7 +117,7 @@ def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
 
     def kept(one):
         make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop), Cost(1, 0))  # noqa: E731
-        return make, 1, tmp_path / "kept", lines.append
+        return make, 1, tmp_path / "kept", lambda line: (lines.append(line), waits.set())
 
     first.start()
     at_work.wait()

@@ -99,18 +99,17 @@ def test_an_empty_folder_that_was_there_stays(tmp_path):
 
 
 def test_one_can_wait_for_the_other(tmp_path):
-    first, lines = threading.Event(), []
+    first, waits, lines = threading.Event(), threading.Event(), []
 
     def hold() -> None:
         with locked(tmp_path / "run", "one"):
             first.set()
-            while not lines:
-                pass
+            waits.wait(30)
 
     thread = threading.Thread(target=hold)
     thread.start()
     first.wait()
-    with locked(tmp_path / "run", "two", lines.append, wait=True):
+    with locked(tmp_path / "run", "two", lambda line: (lines.append(line), waits.set()), wait=True):
         pass
     thread.join()
     assert len(lines) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,16 +107,34 @@ def _put_back(folder: Path) -> None:
     old = _beside(folder, "old")
     if not old.is_dir():
         return
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
     if not os.path.lexists(folder):
         old.rename(folder)
         return
     # A kill while the former export was removed: what is left of it is of no use, but for a file of the user's.
-    if (old / CONTENTS).is_file() and (added := changes(old).added):
+    if not (old / CONTENTS).is_file():
+        raise UserError(f"{old} is in the way of an export, which did not write it (no {CONTENTS}); move it away")
+    if added := changes(old).added:
         raise UserError(f"{old} has files that no export wrote ({shown(added)}); move them away")
+    _remove(old)
+
+
+def _remove(old: Path) -> None:
+    """Remove a former export, its list last: after a kill the list tells that the rest is one."""
+    for path in old.iterdir():
+        if path.name == CONTENTS:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     shutil.rmtree(old)
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
     if folder.exists():
         folder.rename(old)
     try:
@@ -124,7 +142,9 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     except BaseException:
         _put_back(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    # The new export is in its place: what can't be removed now is removed by the next one.
+    with suppress(OSError):
+        _remove(old)
 
 
 def _beside(folder: Path, kind: str) -> Path:

@@ -183,6 +183,23 @@ def test_a_kill_while_the_former_export_is_removed(again):
     (old / "mine.txt").unlink()
     export()
     assert not old.exists()
+    old.mkdir()
+    (old / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=r"\.student\.old is in the way of an export, which did not write it"):
+        export()
+    assert (old / "thesis.txt").is_file()
+
+
+def test_an_empty_folder_in_the_place_of_an_interrupted_export(again):
+    folder, export = again
+    before = snapshot(folder)
+    cut(folder)
+    folder.mkdir()
+    with in_use(folder, "an export"), pytest.raises(UserError, match="in use"):
+        export()
+    with pytest.raises(ZeroDivisionError), replacing(folder):
+        raise ZeroDivisionError
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no space left")])

@@ -80,7 +80,7 @@ class Monitor:
             return self.lines
         text = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
         # What comes after the last newline is half a line, left by a kill.
-        whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        whole = [f"{line}\n" for line in text.split("\n")[:-1]]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
         if "".join(kept) != text:
             checkpoint.write_text(self.log, "".join(kept))

@@ -72,7 +72,7 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     found = []
     # What comes after the last newline is being written, or was when the run was killed.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             found.append(json.loads(line))
         except ValueError as error:

@@ -144,7 +144,14 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, value: object) -> object:
-        return {PLAIN["data"]: value} if isinstance(value, str) else value
+        return {PLAIN["data"]: value} if isinstance(value, str | bool) else value
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _no_is_none(cls, value: object) -> object:
+        if value is False:
+            raise ValueError("YAML reads no and off as false; for no data give none")
+        return value
 
     @property
     def has_images(self) -> bool:

@@ -239,6 +239,9 @@ def from_hub(source: Source, config: str | None, split: str) -> Any:  # noqa: AN
     """
     _refuse_typos(source)
     datasets = datasets_library(source.what)
+    # The library would read every file of the current folder in this format.
+    if source.name in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", {}):
+        raise source.refuse(f"it is the name of a format, not of a dataset; expected {source.expected}")
     offline: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     try:
         # The library would ask six times, and wait in between.

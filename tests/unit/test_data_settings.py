@@ -46,6 +46,11 @@ def test_the_source_can_be_set_before_and_after_a_field_of_its_group():
     ("settings", "wanted"),
     [
         ({"data": 3}, "here: data: "),
+        (yaml.safe_load("data: no"), "here: data.source: YAML reads no and off as false; for no data give none"),
+        (yaml.safe_load("data: {source: off}"), "here: data.source: YAML reads no and off as false"),
+        ({"data": {"background": "black"}}, "here: data: background is of images, and source none has none"),
+        ({"data": {"source": "teacher", "config": "en"}}, "here: data: config is of images"),
+        ({"data": {"source": "x", "background": "pink"}}, "here: data.background: "),
         ({"data": {"source": "x", "on_policy": 1.5}}, "here: data.on_policy: "),
         ({"data": {"sourc": "x"}}, "here: data.sourc is not a setting, did you mean data.source?"),
         ({"data": {"flip": True}}, "here: data: flip is of images, and source none has none"),

@@ -87,7 +87,8 @@ LINES = {
     "b.zip": r"no such file or folder, did you mean a\.zip\?",
     "mnist": "no such file or folder, and on the Hub: not all of it is in the cache, and HF_HUB_OFFLINE=1",
     "owner/photos": "no such file or folder, and on the Hub: not all of it is in the cache",
-    "csv": "no such file or folder, and on the Hub",
+    "csv": "it is the name of a format, not of a dataset; expected none, teacher",
+    "imagefolder": "it is the name of a format",
     "a b": "no such file or folder, and no name on the Hub",
 }
 

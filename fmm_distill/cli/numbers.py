@@ -20,8 +20,10 @@ class _Steps(click.ParamType[tuple[int, ...]]):
             found = tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r}: wanted whole numbers with commas between, e.g. 1,2,4", param, ctx)
-        if not all(1 <= number <= 100_000 for number in found):
-            self.fail(f"{value!r}: wanted numbers from 1 to 100,000", param, ctx)
+        if min(found) < 1:
+            self.fail(f"{value!r}: wanted numbers from 1 up", param, ctx)
+        if max(found) > 100_000:
+            self.fail(f"{value!r}: expected numbers of at most 100,000", param, ctx)
         if len(set(found)) < len(found):
             self.fail(f"{value!r}: expected each number once", param, ctx)
         return found

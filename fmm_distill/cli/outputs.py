@@ -28,7 +28,9 @@ def check_output(path: Path, endings: tuple[str, ...] = ()) -> None:
         one_of = " or ".join([", ".join(endings[:-1]), endings[-1]] if endings[1:] else endings)
         raise UserError(f"--output {path}: expected a name that ends in {one_of}, for a picture")
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: {path.parent} is no folder; make it first, or choose another place")
+        raise UserError(
+            f"--output {path} could not be written ({path.parent} is no folder); make it, or choose another"
+        )
     check_writable(path)
 
 

@@ -36,6 +36,7 @@ UNETS = {
     "score": ("ScoreSdeVeScheduler", {"sigma_max": 1348.0}),
     "edm": ("EDMEulerScheduler", {"sigma_max": 1348.0}),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "video levels": ("CogVideoXDDIMScheduler", {"prediction_type": "v_prediction"}),
 }
 # Switches of the teacher's own sampling, which are no part of its levels.
 PROMPTED = {
@@ -48,6 +49,7 @@ PROMPTED = {
     "sdxl flow": ("sdxl", "UniPCMultistepScheduler", FLOW),
     "pixart flow": ("pixart-alpha", "DPMSolverMultistepScheduler", FLOW),
     "stochastic": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
+    "wan discrete": ("wan", "UniPCMultistepScheduler", {"prediction_type": "v_prediction"}),
     "karras": ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}),
 }
 
@@ -176,7 +178,29 @@ def test_a_broken_export_is_noticed(found, key):
 def test_pipelines_that_need_more_of_a_scheduler_have_the_any_step_pipeline_alone(found):
     reasons = {name: why_not_folded(export.teacher) for name, export in found[0].items() if "flow" in name}
     assert reasons["flow"] is None
+    assert "set_begin_index" in why_not_folded(found[0]["wan discrete"].teacher)
     assert all("init_noise_sigma" in reasons[name] for name in ("sd1 flow", "sdxl flow", "pixart flow"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("EDMEulerScheduler", {}, r"DiTPipeline starts from N\(0, I\)"),
+        ("ScoreSdeVeScheduler", {}, r"DiTPipeline starts from N\(0, I\)"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, r"DiTPipeline starts from N\(0, I\)"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "its scheduler has invert_sigmas"),
+    ],
+)
+def test_a_scheduler_that_no_export_can_have_is_refused_when_the_teacher_is_opened(tmp_path, name, settings, reason):
+    if "DiT" in reason:
+        PIPELINES["dit"].build().save_pretrained(tmp_path)
+        getattr(diffusers, name)(**settings).save_pretrained(tmp_path / "scheduler")
+        index = tmp_path / "model_index.json"
+        index.write_text(index.read_text().replace("DDIMScheduler", name))
+    else:
+        saved(tmp_path, name, **settings)
+    with pytest.raises(UserError, match=reason):
+        load_teacher(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", LEVELS)

@@ -100,7 +100,9 @@ def _noise_levels(self, num_inference_steps=None, device=None, sigmas=None):
         shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
         sigmas = [back(low + (high - low) * share) for share in shares]
     sigmas = torch.tensor(sigmas)
-    self.timesteps = self.precondition_noise(sigmas).to(self.timesteps.device)
+    # The stock scheduler has the logarithm; stable audio's own has the angle.
+    times = sigmas.atan() * 2 / math.pi if self.told == "atan" else self.precondition_noise(sigmas)
+    self.timesteps = times.to(self.timesteps.device)
     self.sigmas = torch.cat([sigmas, torch.zeros(1)])
 
 
@@ -168,18 +170,17 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
     # On the object: some pipelines compare the scheduler's class.
     made.given = _checked(given or {}, levels, made.config.num_train_timesteps)
     made.told_before = levels["kind"] == "flow" and levels["told_before"]
+    made.told = levels.get("told")
     grids = {"discrete": _timesteps, "flow": _flow_levels, "exploding": _noise_levels}
     if levels["kind"] in grids:
         made.set_timesteps = types.MethodType(grids[levels["kind"]], made)
     jumps = {"discrete": _whole_jump, "angular": _angular_jump}
     step = types.MethodType(jumps[levels["kind"]], made) if levels["kind"] in jumps else made.step
-    # Pipelines look for these, whichever scheduler they have; each stock class lacks one or two.
+    # Pipelines of discrete schedules look for these, which a scheduler of flow models does not have.
     if not hasattr(made, "init_noise_sigma"):
         made.init_noise_sigma = 1.0
     if not hasattr(made, "scale_model_input"):
         made.scale_model_input = lambda sample, *args, **kwargs: sample
-    if not hasattr(made, "set_begin_index"):
-        made.set_begin_index = lambda begin_index=0: None
     made.steps_done = 0
 
     # With its signature: pipelines look at the parameters.

@@ -16,7 +16,6 @@ from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from jaxtyping import Float
     from torch import Tensor
@@ -38,23 +37,24 @@ def why_not_folded(teacher: Teacher) -> str | None:
         return "no stock pipeline of UNet2DModel leaves out a learned variance"
     if teacher.folder is None and teacher.conditions is not None:
         return "no stock pipeline gives UNet2DModel a class"
-    if teacher.folder is not None and (needed := _missing_in_scheduler(teacher)) is not None:
-        return f"its pipeline needs a scheduler with {needed}, which the stock one of these levels does not have"
+    if isinstance(teacher.schedule, FlowMatching) and (needed := _not_of_flows(teacher)) is not None:
+        return f"its pipeline needs a scheduler with {needed}, which the stock scheduler of flow models does not have"
     if isinstance(teacher.schedule, FlowMatching) and isinstance(teacher.codec, LatentCodec) and teacher.folder is None:
         return "no stock pipeline decodes a VQModel after a flow"
     return None
 
 
-def _missing_in_scheduler(teacher: Teacher) -> str | None:
-    """A member that the teacher's pipeline needs of its scheduler, and the stock one of its levels lacks.
+def _not_of_flows(teacher: Teacher) -> str | None:
+    """A member of its scheduler that a pipeline of discrete schedules needs; the stock flow scheduler lacks both.
 
     Solvers that have all members round the timesteps that the network is conditioned on: their steps are no exact
     jumps.
     """
-    index = json.loads((cast("Path", teacher.folder) / "model_index.json").read_text(encoding="utf-8"))
+    if teacher.folder is None:
+        return None
+    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
     code = inspect.getsource(getattr(diffusers, index["_class_name"]))
-    flows = isinstance(teacher.schedule, FlowMatching)
-    for name in ("init_noise_sigma", "scale_model_input") if flows else ("set_begin_index",):
+    for name in ("init_noise_sigma", "scale_model_input"):
         if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
             return name
     return None

@@ -145,7 +145,8 @@ def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
         return own | {"kind": "flow", "shift": schedule.shift, "told_before": schedule.told_before}
     exploding = cast("VarianceExploding", schedule)
     rho = None if math.isinf(exploding.rho) else exploding.rho
-    return own | {"kind": "exploding", "sigma_min": exploding.sigma_min, "sigma_max": exploding.sigma_max, "rho": rho}
+    own |= {"kind": "exploding", "told": exploding.told}
+    return own | {"sigma_min": exploding.sigma_min, "sigma_max": exploding.sigma_max, "rho": rho}
 
 
 def _own_settings(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class

@@ -60,6 +60,7 @@ class _Jumps:
         """Take the grid of ``levels``, or the starts of jumps in ``given``, which are ``timesteps`` or ``sigmas``."""
         self.given = _checked(given, levels, self.config.num_train_timesteps)
         self.told_before = levels["kind"] == "flow" and levels["told_before"]
+        self.told = levels.get("told")
         self.steps_done = 0
 
     def _index_of(self, timestep) -> int:
@@ -134,7 +135,9 @@ class _ExplodingJumps(_Jumps):
             shares = [1 - i / num_inference_steps for i in range(num_inference_steps)]
             sigmas = [back(low + (high - low) * share) for share in shares]
         sigmas = torch.tensor(sigmas)
-        self.timesteps = self.precondition_noise(sigmas).to(self.timesteps.device)
+        # The stock scheduler has the logarithm; stable audio's own has the angle.
+        times = sigmas.atan() * 2 / math.pi if self.told == "atan" else self.precondition_noise(sigmas)
+        self.timesteps = times.to(self.timesteps.device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
 
 

@@ -17,6 +17,7 @@ from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
 from fmm_distill.export.verify import Exported, agreements_of
+from fmm_distill.schedules import VarianceExploding
 from fmm_distill.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
@@ -36,6 +37,7 @@ UNETS = {
     "score": ("ScoreSdeVeScheduler", {"sigma_max": 1348.0}),
     "edm": ("EDMEulerScheduler", {"sigma_max": 1348.0}),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "video levels": ("CogVideoXDDIMScheduler", {"prediction_type": "v_prediction"}),
 }
 # Switches of the teacher's own sampling, which are no part of its levels.
 PROMPTED = {
@@ -74,7 +76,17 @@ def quantized(name, folder):
     return load_teacher(str(folder))
 
 
-MAKE = dict.fromkeys(UNETS, unet) | dict.fromkeys(PROMPTED, prompted) | {"quantized": quantized}
+def angular(name, folder):
+    """As with the scheduler of the released stable audio, which needs another package: its network has the angle."""
+    FAMILIES["stable-audio"].build().save_pretrained(folder, safe_serialization=True)
+    teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(FAMILIES["stable-audio"].call))
+    schedule = teacher.schedule
+    ends = (schedule.sigma_min, schedule.sigma_max)
+    schedule = VarianceExploding(*ends, rho=schedule.rho, told="atan", num_timesteps=schedule.num_timesteps)
+    return replace(teacher, parametrisation=replace(teacher.parametrisation, schedule=schedule))
+
+
+MAKE = dict.fromkeys(UNETS, unet) | dict.fromkeys(PROMPTED, prompted) | {"quantized": quantized, "angle": angular}
 
 
 def changed(file, **settings):
@@ -177,6 +189,27 @@ def test_pipelines_that_need_more_of_a_scheduler_have_the_any_step_pipeline_alon
     reasons = {name: why_not_folded(export.teacher) for name, export in found[0].items() if "flow" in name}
     assert reasons["flow"] is None
     assert all("init_noise_sigma" in reasons[name] for name in ("sd1 flow", "sdxl flow", "pixart flow"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("EDMEulerScheduler", {}, r"DiTPipeline starts from N\(0, I\)"),
+        ("ScoreSdeVeScheduler", {}, r"DiTPipeline starts from N\(0, I\)"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, r"DiTPipeline starts from N\(0, I\)"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "its scheduler has invert_sigmas"),
+    ],
+)
+def test_a_scheduler_that_no_export_can_have_is_refused_when_the_teacher_is_opened(tmp_path, name, settings, reason):
+    if "DiT" in reason:
+        PIPELINES["dit"].build().save_pretrained(tmp_path)
+        getattr(diffusers, name)(**settings).save_pretrained(tmp_path / "scheduler")
+        index = tmp_path / "model_index.json"
+        index.write_text(index.read_text().replace("DDIMScheduler", name))
+    else:
+        saved(tmp_path, name, **settings)
+    with pytest.raises(UserError, match=reason):
+        load_teacher(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", LEVELS)

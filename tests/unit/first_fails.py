@@ -28,3 +28,4 @@ for work in (lambda: None, refuse, break_down):
     except (UserError, RuntimeError) as error:
         ends.append(f"{type(error).__name__}: {error}")
 (Path(sys.argv[1]) / str(accelerator.process_index)).write_text(json.dumps(ends))
+accelerator.end_training()

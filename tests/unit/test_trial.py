@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from fmm_distill import trial
 from fmm_distill.errors import UserError
@@ -34,6 +34,15 @@ def flow(tmp_path_factory):
     """A teacher whose time embedding is narrower than a grid of many steps."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return str(save_teacher(tmp_path_factory.mktemp("flow"), scheduler=scheduler))
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A teacher whose pipeline reads levels that the stock scheduler of its schedule does not have."""
+    folder, pipeline = tmp_path_factory.mktemp("wan"), FAMILIES["wan"].build()
+    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="v_prediction")
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +111,8 @@ def test_a_resumed_run_does_not_try_again_unless_the_export_changes(tiny_recipe,
         return {"any-1": SimpleNamespace(difference=0.0, tolerance=1.0)}
 
     monkeypatch.setattr(trial, "verify", verified)
-    recipes = [tiny_recipe, tiny_recipe, tiny_recipe.model_copy(update={"export": {"steps": [1, 4]}})]
-    for recipe in recipes:
-        recipe = parse(recipe.model_dump(mode="json"), "here")
+    more = parse(tiny_recipe.model_dump(mode="json") | {"export": {"steps": [1, 4]}}, "here")
+    for recipe in (tiny_recipe, tiny_recipe, more):
         trial._PASSED.clear()
         with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
             distill(recipe, tmp_path / "run", say=lambda line: None)
@@ -112,7 +120,7 @@ def test_a_resumed_run_does_not_try_again_unless_the_export_changes(tiny_recipe,
     (tmp_path / "run" / "trial.json").write_text("{")
     trial._PASSED.clear()
     with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
-        distill(parse(recipes[2].model_dump(mode="json"), "here"), tmp_path / "run", say=lambda line: None)
+        distill(more, tmp_path / "run", say=lambda line: None)
     assert tried[2:] == [(1, 4)]
 
 
@@ -121,17 +129,21 @@ def tiny_recipe(teacher_folder):
     return recipe_of(teacher_folder)
 
 
-def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, flow, untried, tmp_path):
+def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, untried, tmp_path):
     pipeline = FAMILIES["mochi"].call
     failing = [
         (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported, .*ZeroDivisionError"),
+        (
+            recipe_of(wan, pipeline=FAMILIES["wan"].call),
+            r"its student can't be exported, .*'DDIMScheduler' object has no",
+        ),
         (recipe_of(flow, export={"steps": [1, 500]}), r"its student can't be exported, .*500 different jumps"),
     ]
     (tmp_path / "run").mkdir()
     for recipe, reason in failing:
-        for attempt in (lambda: distill(recipe, tmp_path / "run"), lambda: forecast(recipe, tmp_path / "run")):  # noqa: B023
+        for attempt in (distill, forecast):
             with pytest.raises(UserError, match=reason) as caught:
-                attempt()
+                attempt(recipe, tmp_path / "run")
             assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.name != "run"]
 

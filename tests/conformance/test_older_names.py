@@ -7,8 +7,10 @@ import json
 import diffusers
 import pytest
 
+from fmm_distill.export.folder import export_pipeline
 from fmm_distill.loading import load_student
 from fmm_distill.run import distill
+from fmm_distill.student import make_student
 from fmm_distill.teachers.load import find, load_teacher
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.tiny.diffusion import PIPELINES
@@ -42,17 +44,19 @@ def test_they_open_as_stock_diffusers_opens_them(tmp_path, name):
     assert all(value.equal(stock[key]) for key, value in teacher.network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart-sigma"])
-def test_a_run_from_the_older_names_to_a_verified_export(tmp_path, name):
-    now = published(name, tmp_path / "teacher")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\n")
-    changes = {} if name == "dit" else {"pipeline": dict(PIPELINES[name].call)}
-    recipe = recipe_of(str(tmp_path / "teacher"), prompts, **changes)
-    if name == "dit":
-        recipe = recipe.model_copy(update={"prompts": type(recipe.prompts)()})
+def test_a_run_from_the_older_names_to_a_verified_export(tmp_path):
+    now = published("dit", tmp_path / "teacher")
+    recipe = recipe_of(str(tmp_path / "teacher"), "", prompts={})
     distill(recipe, tmp_path / "run", say=lambda line: None)
     student = tmp_path / "run" / "student"
     assert (student / "verification.json").is_file()
     assert json.loads((student / "steps-1" / "model_index.json").read_text())["transformer"] == ["diffusers", now]
     assert type(load_student(student).teacher.network).__name__ == now
+
+
+def test_an_export_of_prompts_has_the_current_name(tmp_path):
+    now = published("pixart-sigma", tmp_path / "teacher")
+    teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",), call=dict(PIPELINES["pixart-sigma"].call))
+    folder = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    assert json.loads((folder / "steps-2" / "model_index.json").read_text())["transformer"] == ["diffusers", now]
+    assert type(diffusers.DiffusionPipeline.from_pretrained(folder / "steps-2").transformer).__name__ == now

@@ -284,6 +284,59 @@ def _turn_guidance_off(levels: dict, given: dict) -> None:
             logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
 
 
+class _FlowMap:
+    """What ``flow_map_pipeline`` mixes into a stock pipeline class."""
+
+    # Attributes: a file of this name that was changed may replace the globals.
+    module_name, module_source = MODULE, _SOURCE
+
+    def jump_through(self, stock: type, call: tuple, keywords: dict):
+        """Call the stock pipeline, its network conditioned on the jumps of its scheduler."""
+        network = _student(self)
+        levels = network.config.flow_map
+        bound = _bound(stock, self, call, keywords)
+        given = bound.arguments
+        _check_steps(given.get("num_inference_steps"), levels)
+        scale = _chosen_guidance(network.config, levels, given)
+        _turn_guidance_off(levels, given)
+        # Handed to the scheduler: some stock pipelines refuse them, or call the network with others.
+        own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
+        if own:
+            given["num_inference_steps"] = len(next(iter(own.values())))
+
+        def keywords_at(time):
+            length = {"h": _length(self.scheduler, levels, time)}
+            return length if scale is None else length | {"w": scale}
+
+        with network.conditioned(keywords_at):
+            before = self.scheduler
+            self.scheduler = jumping(network.student_scheduler(before), levels, own)
+            try:
+                return stock.__call__(*bound.args, **bound.kwargs)
+            finally:
+                self.scheduler = before
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Take the network over as well, whose class is not the one that diffusers expects."""
+        name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
+        return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
+
+    def to_json_string(self) -> str:
+        """The index, with the modules that pipeline and network are found in."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [self.module_name, type(self).__name__]
+        for name, value in index.items():
+            if isinstance(value, list) and ".two_time" in str(value[0]):
+                index[name] = [_student(self).module_name, value[1]]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Save the index and this file, which makes the class."""
+        write_code(save_directory, self.module_name, self.module_source)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
 @functools.cache
 def flow_map_pipeline(stock: type) -> type:
     """``FlowMap<stock>``: ``stock`` with a two-time network, everything else is its own; for any number of steps.
@@ -295,61 +348,13 @@ def flow_map_pipeline(stock: type) -> type:
     the student's own; of other noise levels it is a ValueError.
     """
 
-    class FlowMapPipeline(stock):
-        __doc__ = flow_map_pipeline.__doc__
-        # Attributes: a file of this name that was changed may replace the globals.
-        module_name, module_source = MODULE, _SOURCE
+    def __call__(self, *args, **kwargs):  # noqa: N807 it becomes the class's own
+        return self.jump_through(stock, args, kwargs)
 
-        def __call__(self, *args, **kwargs):
-            network = _student(self)
-            levels = network.config.flow_map
-            bound = _bound(stock, self, args, kwargs)
-            given = bound.arguments
-            _check_steps(given.get("num_inference_steps"), levels)
-            scale = _chosen_guidance(network.config, levels, given)
-            _turn_guidance_off(levels, given)
-            # Handed to the scheduler: some stock pipelines refuse them, or call the network with others.
-            own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
-            if own:
-                given["num_inference_steps"] = len(next(iter(own.values())))
-
-            def keywords_at(time):
-                length = {"h": _length(self.scheduler, levels, time)}
-                return length if scale is None else length | {"w": scale}
-
-            with network.conditioned(keywords_at):
-                before = self.scheduler
-                self.scheduler = jumping(network.student_scheduler(before), levels, own)
-                try:
-                    return stock.__call__(*bound.args, **bound.kwargs)
-                finally:
-                    self.scheduler = before
-
-        # Users and other pipelines look at the parameters.
-        __call__.__signature__ = inspect.signature(stock.__call__)
-
-        @classmethod
-        def from_pipe(cls, pipeline, **kwargs):
-            """Take the network over as well, whose class is not the one that diffusers expects."""
-            name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
-            return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
-
-        def to_json_string(self) -> str:
-            """The index, with the modules that pipeline and network are found in."""
-            index = json.loads(super().to_json_string())
-            index["_class_name"] = [self.module_name, type(self).__name__]
-            for name, value in index.items():
-                if isinstance(value, list) and ".two_time" in str(value[0]):
-                    index[name] = [_student(self).module_name, value[1]]
-            return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-        def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-            """Save the index and this file, which makes the class."""
-            write_code(save_directory, self.module_name, self.module_source)
-            super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    FlowMapPipeline.__name__ = FlowMapPipeline.__qualname__ = f"FlowMap{stock.__name__}"
-    return FlowMapPipeline
+    # Users and other pipelines look at the parameters.
+    __call__.__signature__ = inspect.signature(stock.__call__)
+    own = {"__module__": __name__, "__doc__": flow_map_pipeline.__doc__, "__call__": __call__}
+    return type(f"FlowMap{stock.__name__}", (_FlowMap, stock), own)
 
 
 def __getattr__(name: str) -> type:

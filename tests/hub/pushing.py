@@ -7,7 +7,7 @@ from typing import Any
 from tests.hub.server import Hub
 
 
-def _made_by(pipeline: Any) -> list[float]:  # noqa: ANN401 a diffusers class
+def _made_by(pipeline: Any) -> list[float]:
     import torch
 
     pipeline.set_progress_bar_config(disable=True)

@@ -158,7 +158,6 @@ def _counted(step):
 _EXPECTED = {
     "init_noise_sigma": 1.0,
     "scale_model_input": lambda self, sample, timestep=None: sample,
-    "set_begin_index": lambda self, begin_index=0: None,
 }
 
 

@@ -51,7 +51,7 @@ def groups(model: type[Settings], found: dict[str, type[Settings]]) -> dict[str,
     return found
 
 
-GROUPS = groups(Recipe, {})
+GROUPS = dict(sorted(groups(Recipe, {}).items()))
 FIELDS = [(group, name) for group in GROUPS for name in GROUPS[group].model_fields]
 
 

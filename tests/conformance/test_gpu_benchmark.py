@@ -99,12 +99,12 @@ def test_rows_that_do_not_fit_are_skipped_with_the_reason(tmp_path, clock):
     calls, record = [], Record(tmp_path / "r.json", {"stage": "steps"})
     row = rows_of(clock, calls)
     listed = [row("a", 10), row("b", 10), row("c", 1), row("d", 1, kind="short"), row("e", 1, kind="other")]
-    # After two of them, a third of the kind is expected to take 12 of the 8 seconds left; others are guessed to fit.
+    # After two of them, a third of the kind is expected to take 13 of the 8 seconds left; others are guessed to fit.
     take(listed, Deadline(28, clock), record)
     assert calls == ["a", "b", "d", "e"]
     kept_rows = read(tmp_path / "r.json")["rows"]
     assert [kept_rows[name]["status"] for name in "abcde"] == ["measured"] * 2 + ["skipped"] + ["measured"] * 2
-    assert kept_rows["c"]["reason"] == "no time: 12 s expected, 8 s left"
+    assert kept_rows["c"]["reason"] == "no time: 13 s expected, 8 s left"
     assert kept_rows["b"] == {"status": "measured", "loss": "b", "value": 10, "kind": "k", "seconds": 10}
     # Again, with time: what is measured stays.
     calls.clear()

@@ -182,7 +182,7 @@ class Large:
         # FSDP needs a GPU; elsewhere the same steps run without it.
         launch = ["--use_fsdp", "--fsdp_version", "2"] if self.job.options.device == "cuda" else ["--cpu"]
         command = ["-m", "accelerate.commands.launch", *launch, "--num_processes", "1", "--num_machines", "1"]
-        command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "fmm_distill"]
+        command += ["--dynamo_backend", "no", "-m", "fmm_distill"]
         command += ["--recipe", str(recipe), "--output", str(run)]
         reload = self.worker("reload", run / "student", self.work / "reload.json")
         guess = 3 if self.job.options.tiny else 50

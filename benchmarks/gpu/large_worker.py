@@ -79,7 +79,7 @@ def step(given: argparse.Namespace) -> None:
     samples = prepare_samples(recipe, job.teacher, job.images, given.run, accelerator, print)
     trainer = Trainer(job.student, job.teacher, recipe, samples, given.run, accelerator, print)
     found: dict[str, Any] = {"load_seconds": time.monotonic() - started, "seconds_of_steps": []}
-    found["parameters"] = sum(p.numel() for p in job.teacher.network.parameters())
+    found["parameters"] = sum(p.numel() for p in job.student.parameters())
     found["trained"] = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
     for number in range(given.steps):
         began = time.perf_counter()

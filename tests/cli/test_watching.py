@@ -244,7 +244,7 @@ def test_status_before_the_first_step_and_what_is_no_run(tmp_path, stopped):
     (tmp_path / "run" / "steps.jsonl").write_text('{"step": 0\n{"step": 1}\n')
     status, _, err = call("status", tmp_path / "run")
     assert status == 2
-    assert "steps.jsonl: line 1 is no JSON; wanted one object a line" in err
+    assert "steps.jsonl: line 1: not JSON (" in err
 
 
 def test_status_loads_no_torch(watched, tmp_path):

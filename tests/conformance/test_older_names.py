@@ -46,7 +46,9 @@ def test_they_open_as_stock_diffusers_opens_them(tmp_path, name):
 
 def test_a_run_from_the_older_names_to_a_verified_export(tmp_path):
     now = published("dit", tmp_path / "teacher")
-    recipe = recipe_of(str(tmp_path / "teacher"), "", prompts={})
+    recipe = recipe_of(str(tmp_path / "teacher"), "none")
+    # Its teacher takes classes.
+    recipe = recipe.model_copy(update={"prompts": type(recipe.prompts)()})
     distill(recipe, tmp_path / "run", say=lambda line: None)
     student = tmp_path / "run" / "student"
     assert (student / "verification.json").is_file()

@@ -281,7 +281,10 @@ def test_images_are_no_data_of_it(folder):
         ({"sample_size": 18}, "sample_size 18 .* wanted a multiple of 4 from 12 on"),
         ({"sample_size": 8}, "sample_size 8 .* wanted a multiple of 4 from 12 on"),
         ({"sample_rate": None}, "sample_rate None"),
-        ({"down_block_types": ("DownBlock1DNoSkip",) * 2}, "does not take 2 x 16 .* wanted blocks that fit together"),
+        (
+            {"down_block_types": ("DownBlock1DNoSkip",) * 2},
+            "does not run on a sample of 2 x 16",
+        ),
         ({"scheduler": diffusers.DDIMScheduler()}, "UNet1DModel with DDIMScheduler; wanted IPNDMScheduler"),
         ({"scheduler": diffusers.IPNDMScheduler(trained_betas=[0.5, 0.2])}, "IPNDMScheduler with trained_betas"),
         ({"scheduler": diffusers.IPNDMScheduler(num_train_timesteps=1)}, "num_train_timesteps is 1"),
@@ -316,5 +319,5 @@ def test_a_configuration_without_the_width_of_its_time_embedding(tmp_path, teach
         assert torch.equal(old.velocity(x, t), teacher.velocity(x, t))
     assert make_student(old).network.config["time_embedding_dim"] == 16
     file.write_text("{")
-    with pytest.raises(UserError, match=r"config\.json of its unet can't be read"):
+    with pytest.raises(UserError, match=r"unet/config\.json can't be read"):
         load_teacher(str(tmp_path))

@@ -92,7 +92,7 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
     assert (student(x, t, r, high) - student(x, t, r, low)).abs().max() > 1e-3
     # The diagonal depends on it too: the velocity that it learns is the guided one.
     assert (student.mean_velocity(x, t, t, high) - student.mean_velocity(x, t, t, low)).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"wants w in .*1.*7.* with h"):
+    with pytest.raises(ValueError, match=r"expects w in .*1.*7.* with h"):
         student(x, t, r, cond)
 
 

@@ -395,8 +395,8 @@ def test_stage_steps_leaves_rows_when_it_is_killed_and_continues(tmp_path):
 
 @pytest.mark.slow
 def test_stage_large(tmp_path):
-    found = stage(tmp_path, "large", 6)
-    names = [f"{model}, {student}, 512" for model in ("sd15", "sd3", "sdxl") for student in ("LoRA", "full")]
+    found = stage(tmp_path, "large", 5)
+    names = ["sd15, LoRA, 512", "sd15, full, 512", "sd3, LoRA, 512", "sdxl, LoRA, 512"]
     for name in names:
         assert {"seconds_a_step", "bytes", "parameters", "seconds_of_steps"} <= set(found["rows"][name])
         assert found["rows"][f"estimate: {name}"]["bytes"] > 0
@@ -408,7 +408,7 @@ def test_stage_large(tmp_path):
 @pytest.mark.slow
 def test_stage_cifar10_keeps_its_teacher(tmp_path):
     write_images(tmp_path / "data", 64, "img")
-    found = stage(tmp_path, "cifar10", 5, "--data", tmp_path / "data")
+    found = stage(tmp_path, "cifar10", 4, "--data", tmp_path / "data")
     student = found["cifar10"]["students"]["lagrangian-0"]
     assert list(student["rows"]) == ["1", "2", "4", "8", "16"]
     assert found["rows"]["fastgen-ECT-0"] == {"status": "skipped", "reason": "no --fastgen"}

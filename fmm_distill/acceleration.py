@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fmm_distill.derivatives import derivative_in_r, without_tensor_float
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def accelerate_networks(
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{name}: {type(network_of(student)).__name__} does not run with it "
-                f"({str(error).strip().splitlines()[0]}); wanted the setting left out"
+                f"({first_line(error)}); wanted the setting left out"
             ) from error
         differences = {key: _difference(after[key], before[key]) for key in before}
         worst = max(differences, key=lambda key: differences[key])

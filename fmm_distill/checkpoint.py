@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 from fmm_distill.reading import BrokenFileError, check_keys, read_mapping
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         number = _errno(error)
         advice = next((advice for numbers, advice in _ADVICE if number in numbers), _OTHERWISE)
         raise UserError(

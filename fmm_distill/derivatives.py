@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.overrides import TorchFunctionMode
 
 from fmm_distill.duals import without_tangents
+from fmm_distill.errors import first_line
 from fmm_distill.forward_mode import RULES
 from fmm_distill.interpolant import expand
 
@@ -381,5 +382,5 @@ def choose_engine(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return "central", f"forward mode does not run through this network ({str(error).splitlines()[0]})"
+        return "central", f"forward mode does not run through this network ({first_line(error)})"
     return "exact", "forward mode runs through this network"

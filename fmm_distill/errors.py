@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FmmDistillError", "UserError"]
+__all__ = ["FmmDistillError", "UserError", "first_line", "named"]
 
 
 class FmmDistillError(Exception):
@@ -14,3 +14,15 @@ class UserError(FmmDistillError):
 
     The command line prints it as it stands and exits with 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """Return an error's class and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"

@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from fmm_distill.errors import named
+
 __all__ = ["HUB_FAULTS", "hub_reason", "login_advice", "no_answer", "offline"]
 
 # The HTTP library under huggingface_hub has changed its name before, and has its own line of errors.
@@ -55,8 +57,8 @@ def hub_reason(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         return _of_status(error)
     if isinstance(error, LocalEntryNotFoundError | _HttpError):
-        return f"{constants.ENDPOINT} could not be reached ({_first_line(error)}); check the network"
-    return _first_line(error)
+        return f"{constants.ENDPOINT} could not be reached ({named(error)}); check the network"
+    return named(error)
 
 
 def no_answer(error: Exception) -> bool:
@@ -109,8 +111,3 @@ def _token() -> str:
         return "no token"
     name = _token_variable()
     return "your token" if name is None else f"the token in {name}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fmm_distill import __version__
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.about import ABOUT, About, read_about
 from fmm_distill.export.place import recover
 from fmm_distill.flow_map import diagonal
@@ -159,7 +159,7 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
             weights |= load_file(file)
         student.network.load_state_dict(weights)
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"{source}: its files are not those of a whole student ({type(error).__name__}: {first}); fetch or export "
             "it again"

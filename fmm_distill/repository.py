@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # in its documentation, not in __all__
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.about import ABOUT
 from fmm_distill.export.local_paths import is_local, public_name
 from fmm_distill.export.public import public_teacher
@@ -26,9 +26,7 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(
-            f"{repo}: no name for a repository ({str(error).splitlines()[0]}); wanted owner/name"
-        ) from error
+        raise UserError(f"{repo}: no name for a repository ({first_line(error)}); wanted owner/name") from error
     if repo.count("/") != 1:
         raise UserError(f"{repo}: no name for a repository; wanted owner/name, such as your user name/{repo}")
 

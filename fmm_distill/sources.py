@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
 from fmm_distill import records, splits
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 from fmm_distill.hub import HUB_FAULTS, hub_reason, no_answer
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Source",
     "datasets_library",
-    "first_line",
     "from_hub",
     "from_parquet",
     "from_saved",
@@ -74,11 +73,6 @@ def datasets_library(what: str) -> Any:  # noqa: ANN401 a module
         raise UserError(f"{what}: reading it needs `pip install fmm-distill[data]`") from error
     datasets.disable_progress_bars()
     return datasets
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager

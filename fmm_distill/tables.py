@@ -14,13 +14,12 @@ import torch
 from PIL import Image, ImageOps
 
 from fmm_distill import records, splits
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, first_line
 from fmm_distill.image_files import list_files, read_folder, read_list
 from fmm_distill.pixels import VERSION, UnsupportedPixelsError, to_pixels
 from fmm_distill.sources import (
     Source,
     datasets_library,
-    first_line,
     from_hub,
     from_parquet,
     from_saved,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.evaluation.draws import prompts_of
 from fmm_distill.evaluation.features import as_bytes
 from fmm_distill.teachers.conditions import Embeddings
@@ -67,9 +67,8 @@ def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -
         # By its name torchmetrics takes four models only.
         metric = CLIPScore(model_name_or_path=lambda: opened, sync_on_compute=False).to(device)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"evaluation.clip {model}: can't be opened ({type(error).__name__}: {first}); wanted a CLIP model with its "
+            f"evaluation.clip {model}: can't be opened ({named(error)}); wanted a CLIP model with its "
             "processor, by its Hub id or folder (pip install fmm-distill[text]); null: not measured"
         ) from error
 

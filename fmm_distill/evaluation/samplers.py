@@ -13,6 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from fmm_distill.errors import first_line
 from fmm_distill.interpolant import expand
 from fmm_distill.sampling import sample
 from fmm_distill.schedules import FlowMatching, VariancePreserving
@@ -136,7 +137,7 @@ def _why_no_heun(teacher: Teacher) -> str | None:
     try:
         HeunDiscreteScheduler.from_config(teacher.scheduler_config)
     except NotImplementedError as error:
-        return f"no Heun: {str(error).strip().splitlines()[0]}"
+        return f"no Heun: {first_line(error)}"
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.checkers import without_checkers
 from fmm_distill.teachers.weight_files import model_class
 
@@ -98,9 +98,8 @@ def open_component(found: Found, component: str, **options: object) -> Any:  # n
             return kind.from_pretrained(found.component_folder(component), **options)
         model, keys = kind.from_pretrained(found.component_folder(component), output_loading_info=True, **options)
     except FAULTS as error:
-        lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{found.source}: its {component} does not open ({type(error).__name__}: {lines[0]}); wanted a complete "
+            f"{found.source}: its {component} does not open ({named(error)}); wanted a complete "
             "pipeline as save_pretrained writes it: fetch or save it again"
         ) from error
     _check_keys(found.source, component, keys)

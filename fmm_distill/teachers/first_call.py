@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.components import FAULTS
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Excepti
         owner: the teacher or its pipeline.
         shape: of one sample.
     """
-    lines = str(error).strip().splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
     return UserError(
-        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({text}); wanted a size, and "
-        "inputs, that its blocks take: check its config.json"
+        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); wanted a size, "
+        "and inputs, that its blocks take: check its config.json"
     )
 
 

@@ -11,7 +11,7 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.state import own_state
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.checkers import about_checkers
@@ -228,10 +228,5 @@ def _licence(folder: Path) -> dict[str, Any]:
         # A model index that is not whole is no matter of the licence.
         said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{card}: the model card's metadata can't be read ({_first_line(error)}); mend it") from error
+        raise UserError(f"{card}: the model card's metadata can't be read ({named(error)}); mend it") from error
     return {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.parametrisation import Parametrisation
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
@@ -162,9 +162,8 @@ def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
     try:
         return open_pipeline(found.folder)
     except FAULTS as error:
-        lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{found.source}: the pipeline does not open ({type(error).__name__}: {lines[0]}); wanted a whole pipeline "
+            f"{found.source}: the pipeline does not open ({named(error)}); wanted a whole pipeline "
             "as save_pretrained writes it, in safetensors"
         ) from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.components import FAULTS
 from fmm_distill.teachers.first_call import refuse_call
 
@@ -153,9 +153,8 @@ def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a 
     except _EnoughError:
         return None
     except FAULTS as error:
-        lines = str(error).strip().splitlines() or [""]
         shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
         raise UserError(
-            f"{type(pipeline).__name__} does not run with {shown[:300]} ({type(error).__name__}: {lines[0]}); wanted a "
+            f"{type(pipeline).__name__} does not run with {shown[:300]} ({named(error)}); wanted a "
             "whole pipeline that starts from prompts alone, and its own keywords under pipeline in the recipe"
         ) from error

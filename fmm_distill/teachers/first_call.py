@@ -41,8 +41,8 @@ def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Excepti
         shape: of one sample.
     """
     return UserError(
-        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); wanted a size, "
-        "and inputs, that its blocks take: check its config.json"
+        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); wanted a "
+        "size, and inputs, that its blocks take: check its config.json"
     )
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordedCall", "load_prompted"]
 
-# Another number than that of the recording, so that most of its times are new ones.
-_CHECK_STEPS = 3
+# Another number than that of the recording, so that most of its times are new ones. PNDM needs four at least.
+_CHECK_STEPS = 5
 
 
 def load_prompted(

@@ -156,3 +156,12 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
         check_recorded_call(
             teacher.network, teacher.parametrisation.call, seen, teacher.conditions.prompts, wrong, "here"
         )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scheduler_that_needs_four_steps_is_checked_too(tmp_path, first):
+    """PNDM begins with Runge-Kutta steps unless they are skipped; its class default is not to."""
+    pipeline = FAMILIES["sd1"].build()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, skip_prk_steps=not first)
+    pipeline.save_pretrained(tmp_path, safe_serialization=True)
+    assert load_teacher(str(tmp_path), prompts=PROMPTS).schedule.num_timesteps == 1000

@@ -110,39 +110,32 @@ def transposed(folder):
             save_file(weights | {name: weights[name].T.contiguous()}, file)
 
 
-def one_timestep_less(folder):
-    """What the network of the any-step pipeline is conditioned on."""
-    pipeline = next(folder.glob("flow_map*.py"))
-    text = pipeline.read_text()
-    ours, stock = "torch.full_like(h, time)", 'levels["flip"] else t)'
-    assert (ours in text) != (stock in text)
-    pipeline.write_text(text.replace(ours, "torch.full_like(h, time - 1)").replace(stock, f"{stock} - 1"))
+def other_jump(folder):
+    """In the any-step pipeline."""
+    for file in folder.glob("*/diffusion_pytorch_model.safetensors"):
+        weights = load_file(file)
+        jumps = {name: 0.9 * value for name, value in weights.items() if name.endswith("linear_1.weight")}
+        save_file(weights | {name: value for name, value in jumps.items() if "jump_embedding" in name}, file)
 
 
-def shorter(folder):
-    """Jumps of which the network is told nine tenths."""
-    pipeline = next(folder.glob("flow_map*.py"))
-    text = pipeline.read_text()
-    ours, stock = "torch.full((len(x),), ", "torch.full((1,), length"
-    assert (ours in text) != (stock in text)
-    pipeline.write_text(
-        text.replace(ours, "0.9 * torch.full((len(x),), ").replace(stock, "torch.full((1,), 0.9 * length")
-    )
+# One less: the last timestep, where a jump from noise starts, is that before it.
+one_timestep_less = scheduler_setting(num_train_timesteps=999)
 
 
 BROKEN = {
-    ("linear epsilon", "last alpha"): scheduler_setting(set_alpha_to_one=False),
+    ("linear epsilon", "jump"): other_jump,
     ("linear epsilon", "prediction"): scheduler_setting(prediction_type="v_prediction"),
     ("linear epsilon", "timestep"): one_timestep_less,
-    ("cosine epsilon", "last alpha"): scheduler_setting(set_alpha_to_one=False),
     ("cosine epsilon", "weight"): transposed,
     ("cosine epsilon", "timestep"): one_timestep_less,
     ("cosine sample", "clipped"): scheduler_setting(clip_sample=True),
+    ("no signal at first", "last alpha"): scheduler_setting(set_alpha_to_one=False),
     ("no signal at first", "betas"): scheduler_setting(rescale_betas_zero_snr=False),
     ("score", "levels"): scheduler_setting(sigma_max=1300.0),
-    ("score", "jump"): shorter,
+    ("score", "weight"): transposed,
     ("edm", "levels"): scheduler_setting(rho=6.9),
     ("edm", "weight"): transposed,
+    ("edm", "jump"): other_jump,
     ("flow", "shift"): scheduler_setting(shift=2.9),
     ("flow", "timestep"): one_timestep_less,
     ("quantized", "weight"): transposed,
@@ -150,6 +143,8 @@ BROKEN = {
     ("sd1", "weight"): transposed,
     ("sd1", "prediction"): scheduler_setting(prediction_type="sample"),
     ("sd1", "timestep"): one_timestep_less,
+    ("sd1", "jump"): other_jump,
+    ("angle", "jump"): other_jump,
     ("stochastic", "steps"): scheduler_setting(stochastic_sampling=True),
     ("karras", "levels"): scheduler_setting(use_karras_sigmas=True),
 }

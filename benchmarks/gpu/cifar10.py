@@ -42,7 +42,7 @@ class Benchmark(cifar10.Benchmark):
         # A step of theirs in torch's own forward mode costs about two of ours.
         peers = [] if options.fastgen is None else list(PEERS)
         budget = replace(budget, beside=2 * len(peers), seeded=0)
-        names = list(METHODS)[: 3 if options.tiny else None]
+        names = list(METHODS)[: 2 if options.tiny else None]
         super().__init__(options.data, work, work / "gpu-cifar10.json", budget, minutes, names)
         self.job, self.peers = job, peers
 

@@ -78,7 +78,9 @@ def try_export(recipe: Recipe, student: Student, teacher: Teacher, folder: Path,
 
 
 def keep_trial(folder: Path, digest: str) -> None:
-    """Write into a run's folder what has passed."""
+    """Write into a run's folder what has passed, unless it is there."""
+    if _kept(folder) == digest:
+        return
     (folder / _KEPT).write_text(json.dumps({"passed": digest}) + "\n", encoding="utf-8")
 
 

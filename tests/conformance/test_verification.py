@@ -105,9 +105,12 @@ def transposed(folder):
     """One square matrix of the network."""
     for file in folder.rglob("diffusion_pytorch_model.safetensors"):
         weights = load_file(file)
-        name = next((name for name in weights if name.endswith("to_q.weight")), None)
+        square = [name for name, value in weights.items() if value.ndim > 1 and value.shape[0] == value.shape[1]]
+        name = next(
+            (name for name in square if name.endswith(("mid_block.resnets.0.conv1.weight", "to_q.weight"))), None
+        )
         if name is not None:
-            save_file(weights | {name: weights[name].T.contiguous()}, file)
+            save_file(weights | {name: weights[name].transpose(0, 1).contiguous()}, file)
 
 
 def other_jump(folder):

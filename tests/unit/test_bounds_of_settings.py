@@ -118,7 +118,7 @@ def test_truth_values_infinities_and_nan_are_no_numbers(group, name):
         ("student.lora.targets=['']", "student.lora.targets: expected a text that is not empty"),
         ('teacher="a\\0b"', "teacher: expected text in UTF-8 without NUL characters"),
         ('variant="\\ud800"', "variant: expected text in UTF-8"),
-        ('pipeline={negative_prompt: "\\ud800"}', "pipeline: expected text in UTF-8"),
+        ('pipeline={system_prompt: "\\ud800"}', "pipeline: expected text in UTF-8"),
         ("guidance.interval=[-1, 0.5]", "guidance.interval.0: "),
         ("weight.constant=1e-300", "weight.constant: Input should be greater than or equal to 0.000000000001"),
     ],
@@ -140,7 +140,7 @@ def test_values_out_of_bounds_are_one_line(change, says):
         ("export.steps=[8, 1, 4]", (1, 4, 8)),
         ("evaluation.ddim_steps=[]", ()),
         ("training.seed=9223372036854775807", 2**63 - 1),
-        ("pipeline.negative_prompt=''", {"negative_prompt": ""}),
+        ("pipeline.system_prompt=''", {"system_prompt": ""}),
     ],
 )
 def test_values_that_are_meant(change, value):

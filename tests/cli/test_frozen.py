@@ -244,6 +244,7 @@ def test_the_run_folder_explains_itself(finished):
         "steps.png",
         "student",
         "teacher.json",
+        "trial.json",
     }
     assert not list(folder.rglob("*.bin"))
     assert not list(folder.rglob("*.pt"))

@@ -106,9 +106,8 @@ def transposed(folder):
     for file in folder.rglob("diffusion_pytorch_model.safetensors"):
         weights = load_file(file)
         square = [name for name, value in weights.items() if value.ndim > 1 and value.shape[0] == value.shape[1]]
-        name = next(
-            (name for name in square if name.endswith(("mid_block.resnets.0.conv1.weight", "to_q.weight"))), None
-        )
+        chosen = [name for name in square if name.endswith(("up_blocks.1.resnets.1.conv2.weight", "to_q.weight"))]
+        name = max(chosen, default=None)
         if name is not None:
             save_file(weights | {name: weights[name].transpose(0, 1).contiguous()}, file)
 

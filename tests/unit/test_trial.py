@@ -141,7 +141,8 @@ def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, un
     ]
     (tmp_path / "run").mkdir()
     for recipe, reason in failing:
-        for attempt in (distill, forecast):
+        # Where it takes a process of its own, one way in is enough.
+        for attempt in (distill, forecast) if recipe.teacher == flow else (distill,):
             with pytest.raises(UserError, match=reason) as caught:
                 attempt(recipe, tmp_path / "run")
             assert "\n" not in str(caught.value)

@@ -105,7 +105,8 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = first_line(error)
+        # Without the number, which is no news to a user.
+        reason = getattr(error, "strerror", None) or first_line(error)
         number = _errno(error)
         advice = next((advice for numbers, advice in _ADVICE if number in numbers), _OTHERWISE)
         raise UserError(

@@ -84,7 +84,7 @@ def test_a_typing_error_is_one_line(arguments, says):
         (("status", "RUN", "--output", "curves.pdf"), "--output curves.pdf: expected a name that ends in .png"),
         (("status", "RUN", "--output", "nowhere/a.png"), "nowhere is no folder"),
         (("status", "RUN", "--output", "pictures.png"), "it is a folder"),
-        (("evaluate", "RUN", "--output", "folder"), "it is a folder; wanted a file"),
+        (("evaluate", "RUN", "--output", "folder"), "it is a folder"),
         (("evaluate", "RUN", "--output", "file/a.json"), "file is no folder"),
         (("evaluate", "RUN", "--report", "file"), "file is a file; wanted a folder"),
         (("evaluate", "RUN", "--report", "file/report"), "is a file; wanted a folder"),

@@ -14,6 +14,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.contents import CONTENTS
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.place import in_use, replacing
+from fmm_distill.marker import mark
 from fmm_distill.publish import pack
 from fmm_distill.reopen import export_run
 from fmm_distill.student import make_student
@@ -162,7 +163,7 @@ def cut(folder):
 @pytest.mark.parametrize("deeper", [False, True], ids=["a folder", "a run"])
 def test_a_kill_between_the_renames_leaves_a_student_that_is_found(again, deeper):
     folder, export = again
-    (folder.parent / "recipe.yaml").write_text("")
+    mark(folder.parent)
     before = snapshot(folder)
     cut(folder)
     # It is no student that was verified: it is found, and named.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fmm_distill.errors import UserError
+from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
@@ -94,8 +94,10 @@ def changed(file, **settings):
 
 
 def scheduler_setting(**settings):
+    """In the folded pipelines: the any-step one refuses other levels itself."""
+
     def corrupt(folder):
-        for place in (folder, *folder.glob("steps-*")):
+        for place in folder.glob("steps-*"):
             changed(place / "scheduler" / "scheduler_config.json", **settings)
 
     return corrupt
@@ -133,9 +135,7 @@ BROKEN = {
     ("cosine sample", "clipped"): scheduler_setting(clip_sample=True),
     ("no signal at first", "last alpha"): scheduler_setting(set_alpha_to_one=False),
     ("no signal at first", "betas"): scheduler_setting(rescale_betas_zero_snr=False),
-    ("score", "levels"): scheduler_setting(sigma_max=1300.0),
     ("score", "weight"): transposed,
-    ("edm", "levels"): scheduler_setting(rho=6.9),
     ("edm", "weight"): transposed,
     ("edm", "jump"): other_jump,
     ("flow", "shift"): scheduler_setting(shift=2.9),
@@ -180,6 +180,15 @@ def test_no_schedule_raises_a_false_alarm(found, name):
 def test_a_broken_export_is_noticed(found, key):
     agreements = found[1][key]
     assert any(one.difference > 2 * one.tolerance for one in agreements.values()), agreements
+
+
+@pytest.mark.parametrize(("name", "settings"), [("score", {"sigma_max": 1300.0}), ("edm", {"rho": 6.9})])
+def test_levels_that_the_any_step_pipeline_refuses_are_no_verified_export(found, tmp_path, name, settings):
+    export = found[0][name]
+    copy = shutil.copytree(export.folder, tmp_path / "student")
+    changed(copy / "scheduler" / "scheduler_config.json", **settings)
+    with pytest.raises(FmmDistillError, match="does not fit this student"):
+        agreements_of([replace(export, folder=copy)])
 
 
 def test_pipelines_that_need_more_of_a_scheduler_have_the_any_step_pipeline_alone(found):

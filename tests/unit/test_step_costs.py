@@ -120,7 +120,7 @@ def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
     monkeypatch.setattr(derivatives, "_apart", lambda *_: False)
     student = make_student(teacher).to("meta")
     away = copy.deepcopy(teacher).to("meta")
-    settings = {"teacher": "", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
+    settings = {"teacher": "none", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
     recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))
     objective = Objective(student, away, recipe, recipe.losses, {"average": student, "frozen": student})
     draws = draw(0, 0, 8, teacher.event_shape).part(0, 8, "meta")

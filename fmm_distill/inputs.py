@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,10 @@ def contents(recipe: Recipe, known: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _pipeline(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Every file of a pipeline's components with its digest and its stamp."""
+    """Digests and stamps of a pipeline's files: those at the top of its folder and those of its components."""
     parts = (part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith("."))
-    files = [folder / "model_index.json"]
+    # The oldest repositories have their one network next to model_index.json.
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.suffix in _SUFFIXES]
     files += [path for part in parts for path in sorted(part.rglob("*")) if path.suffix in _SUFFIXES]
     return {path.relative_to(folder).as_posix(): _file(path, known, folder) for path in files if path.is_file()}
 
@@ -117,13 +119,20 @@ def _files(source: Path) -> dict[str, Any]:
 
 
 def _visible(folder: Path) -> dict[str, Path]:
-    """The files below a folder without hidden ones, which no reader of datasets opens; name to path."""
-    found = {path.relative_to(folder): path for path in folder.rglob("*")}
-    return {
-        name.as_posix(): path
-        for name, path in sorted(found.items())
-        if not any(part.startswith(".") for part in name.parts) and path.is_file()
-    }
+    """The files below a folder without hidden ones, which no reader of datasets opens; name to path.
+
+    Links are followed, and a folder that several links lead to is listed once.
+    """
+    found: dict[Path, Path] = {}
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        # A link to a folder above itself would never end.
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
+        paths = [] if real in seen else [Path(place) / name for name in names if not name.startswith(".")]
+        seen.add(real)
+        found |= {path.relative_to(folder): path for path in paths if path.is_file()}
+    return {name.as_posix(): path for name, path in sorted(found.items())}
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
-
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any, cast
 
 from fmm_distill import checkpoint
-from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, table
 from fmm_distill.export.place import check_replaceable
 from fmm_distill.finish import finish, how_to_load
@@ -40,7 +37,7 @@ from fmm_distill.trainer import Trainer
 from fmm_distill.trial import keep_trial, try_export
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from accelerate import Accelerator
 
@@ -72,7 +69,8 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
     recipe = with_paths(recipe)
     accelerator = make_accelerator(recipe, folder, say)
     line = say if accelerator.is_main_process else silent
-    changes = check_folder(folder, recipe, fresh=fresh)
+    seen: dict[str, Any] = {}
+    changes = check_folder(folder, recipe, fresh=fresh, seen=seen)
     # No process takes the folder before all have looked at it.
     accelerator.wait_for_everyone()
     finished = None if fresh or changes else read_evaluation(folder)
@@ -81,28 +79,14 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
         line(table(finished))
         line(how_to_load(folder, recipe))
         return finished
-    with _held(folder, accelerator):
+    with ExitStack() as held:
+        # The first process holds the lock for all.
+        on_first(accelerator, lambda: held.enter_context(locked(folder, "a run")))
         # Another process may have worked here until it released the lock.
-        changes = check_folder(folder, recipe, fresh=fresh)
-        check_replaceable(folder / "student")
+        changes = check_folder(folder, recipe, fresh=fresh, seen=seen)
+        on_first(accelerator, lambda: check_replaceable(folder / "student"))
         _train(recipe, folder, changes, accelerator, line, fresh=fresh)
     return cast("Evaluation", read_evaluation(folder))
-
-
-@contextmanager
-def _held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """The lock of a run's folder, which the first process holds for all; where it is refused, all processes end."""
-    refusal: list[str | None] = [None]
-    with ExitStack() as stack:
-        if accelerator.is_main_process:
-            try:
-                stack.enter_context(locked(folder, "a run"))
-            except UserError as error:
-                refusal = [str(error)]
-        broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise UserError(refusal[0])
-        yield
 
 
 def _train(
@@ -117,7 +101,7 @@ def _train(
     """Train, evaluate and export into a folder that is locked."""
     job = plan(recipe if fresh else pinned(recipe, folder), say=line)
     if not fresh:
-        check_prompts(folder, job.teacher, fresh=fresh)
+        check_prompts(folder, job.teacher)
         check_images(folder, job.images)
     line(describe(job))
     tried: list[str] = []
@@ -128,10 +112,7 @@ def _train(
     on_first(accelerator, try_first)
     for change in changes:
         line(f"changed  {change}")
-    if accelerator.is_main_process:
-        _make(folder, recipe, job, changes, fresh=fresh)
-        keep_trial(folder, tried[0])
-    accelerator.wait_for_everyone()
+    on_first(accelerator, lambda: _make(folder, recipe, job, changes, tried, fresh=fresh))
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
     average = partial(trainer.whole_average, recipe.training.ema[0])
@@ -146,8 +127,8 @@ def _train(
         accelerator.wait_for_everyone()
 
 
-def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], *, fresh: bool) -> None:
-    """Write what explains the run."""
+def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], tried: list[str], *, fresh: bool) -> None:
+    """Write what explains the run, and the digests of the exports that have passed."""
     make_folder(folder, recipe, fresh=fresh)
     if changes:
         take_changes(folder, recipe)
@@ -155,3 +136,5 @@ def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], *, fresh:
     keep_inputs(folder, recipe, job.images)
     if isinstance(job.teacher.conditions, Embeddings):
         checkpoint.write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
+    for digest in tried:
+        keep_trial(folder, digest)

@@ -48,14 +48,17 @@ _FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoin
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
 # Paths may change if the files there are the same.
 _INPUTS = ("teacher", "guidance.weaker", "data.source")
+# Where prompts come from: check_prompts compares the prompts themselves.
+_PROMPT_SOURCES = ("prompts.file", "prompts.dataset")
 _LOST = "restore it from a copy, or start another run in another --output"
 
 
-def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
+def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, Any]) -> list[str]:
     """Refuse a folder that is not this recipe's, before anything is opened or written.
 
     Args:
         recipe: with absolute paths (``inputs.with_paths``).
+        seen: stores the digests of the teacher and the data for a second call; empty in the first.
 
     Returns:
         What is changed in the recipe of a run that may continue: each setting, its value before and after.
@@ -76,8 +79,11 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> list[str]:
     there, here = _flat(kept_recipe(folder).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     before = inputs.read_inputs(folder) or {}
-    now = inputs.contents(recipe, before)
+    seen.update(now := seen or inputs.contents(recipe, before))
     moved = {key for key in _INPUTS if inputs.same_content(key, before, now)}
+    # A recipe without prompts has nothing that check_prompts could compare.
+    if (folder / PROMPTS).is_file() and any(here.get(key) for key in _PROMPT_SOURCES):
+        moved.update(_PROMPT_SOURCES)
     fixed = [key for key in different if key not in {*_FREE, *moved} and not key.startswith(_FREE_GROUPS)]
     if fixed:
         shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in fixed[:6])
@@ -195,9 +201,9 @@ def kept_prompts(folder: Path) -> tuple[str, ...] | None:
     return tuple(read_list(kept, str, todo=_LOST)) if kept.is_file() else None
 
 
-def check_prompts(folder: Path, teacher: Teacher, *, fresh: bool) -> None:
+def check_prompts(folder: Path, teacher: Teacher) -> None:
     """Refuse to continue with other prompts than the run began with."""
-    kept = None if fresh else kept_prompts(folder)
+    kept = kept_prompts(folder)
     if kept is not None and teacher.conditions is not None and kept != teacher.conditions.names:
         raise UserError(
             f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, or "

@@ -63,7 +63,7 @@ def tracked(accelerator: Accelerator, recipe: Recipe, folder: Path, done: int) -
     except _failures(recipe) as error:
         raise UserError(
             f"logging.trackers: {', '.join(recipe.logging.trackers)} did not start ({' '.join(str(error).split())}); "
-            "mend that or leave it out"
+            "repair it or leave it out"
         ) from error
     try:
         yield

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import diffusers
 import torch
 
-from fmm_distill import __version__
+from fmm_distill import __version__, checkpoint
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
@@ -81,7 +81,7 @@ def keep_trial(folder: Path, digest: str) -> None:
     """Write into a run's folder what has passed, unless it is there."""
     if _kept(folder) == digest:
         return
-    (folder / _KEPT).write_text(json.dumps({"passed": digest}) + "\n", encoding="utf-8")
+    checkpoint.write_text(folder / _KEPT, json.dumps({"passed": digest}) + "\n")
 
 
 def trial_bytes(recipe: Recipe, student: Student, teacher: Teacher) -> int:

@@ -64,16 +64,11 @@ def distil(
             raise click.UsageError("--recipe is missing; `fmm-distill recipes` lists them")
         click.echo(context.get_help())
         return
-    if private and repo is None:
-        raise click.UsageError("--private is of --push-to-hub, and that is missing")
+    _check_repo(repo, private)
     from fmm_distill.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
     folder = output or Path("runs") / Path(recipe).stem
-    if repo is not None:
-        from fmm_distill.publish import check_name
-
-        check_name(repo)
     if dry_run:
         from fmm_distill.plan import forecast
 
@@ -90,6 +85,16 @@ def distil(
     distill(resolved, folder, fresh=not resume, say=click.echo)
     if repo is not None and _FIRST:
         _publish(folder, repo, private)
+
+
+def _check_repo(repo: str | None, private: bool) -> None:
+    """Refuse options of publishing that don't fit together, and a name that no repository can have."""
+    if repo is not None:
+        from fmm_distill.publish import check_name
+
+        check_name(repo)
+    elif private:
+        raise click.UsageError("--private is of --push-to-hub, and that is missing")
 
 
 def _publish(folder: Path, repo: str, private: bool) -> None:

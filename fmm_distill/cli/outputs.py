@@ -42,5 +42,5 @@ def check_report(folder: Path) -> None:
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"--report {folder} could not be written ({there} is a file; wanted a folder)")
+        raise UserError(f"--report {folder} could not be written ({there} is a file; expected a folder)")
     check_writable(there / "report.html" if there == folder else there / folder.name)

@@ -13,7 +13,7 @@ import torch
 
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.checkers import without_checkers
-from fmm_distill.teachers.weight_files import model_class
+from fmm_distill.teachers.weight_files import model_class, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -117,7 +117,7 @@ def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) 
     missing, more = (sorted(keys.get(name, ())) for name in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} weights of its {component} are missing in its file ({_some(missing)}); wanted "
+            f"{source}: {len(missing)} weights of its {component} are missing in its file ({some(missing)}); wanted "
             "the weights of this network: fetch or save it again"
         )
     # An exported student has its own beside those of the stock class.
@@ -125,12 +125,8 @@ def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) 
     if more and component in ("unet", "transformer"):
         raise UserError(
             f"{source}: the file of its {component} holds {len(more)} weights that its class and configuration have no "
-            f"place for ({_some(more)}); wanted the configuration that belongs to them: fetch or save it again"
+            f"place for ({some(more)}); wanted the configuration that belongs to them: fetch or save it again"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

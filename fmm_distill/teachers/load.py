@@ -228,5 +228,5 @@ def _licence(folder: Path) -> dict[str, Any]:
         # A model index that is not whole is no matter of the licence.
         said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{card}: the model card's metadata can't be read ({named(error)}); mend it") from error
+        raise UserError(f"{card}: the model card's metadata can't be read ({named(error)}); repair it") from error
     return {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.components import Found
 
-__all__ = ["check_weight_files", "model_class"]
+__all__ = ["check_weight_files", "model_class", "some"]
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 # As peft, diffusers and LyCORIS name adapters that are not fused.
@@ -105,7 +105,7 @@ def _files(source: str, name: str, folder: Path, stem: str) -> list[Path]:
     if absent := [shard for shard in shards if not (folder / shard).is_file()]:
         raise UserError(
             f"{source}: {len(absent)} of the {len(shards)} shards that {name}/{index.name} names are missing "
-            f"({_some(absent)}); fetch them again"
+            f"({some(absent)}); fetch them again"
         )
     return [folder / shard for shard in shards]
 
@@ -124,7 +124,7 @@ def _refuse_files(source: str, name: str, folder: Path, stem: str) -> None:
     if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
         raise UserError(f"{source}: {name} has shards and no {stem}.safetensors.index.json; fetch it again")
     raise UserError(
-        f"{source}: {name} has {_some(files) or 'no weights'} and no {stem}.safetensors; pickled weights are not "
+        f"{source}: {name} has {some(files) or 'no weights'} and no {stem}.safetensors; pickled weights are not "
         "opened, nor those of other names: save the pipeline again with save_pretrained(folder, "
         "safe_serialization=True)"
     )
@@ -139,16 +139,16 @@ def _check_header(source: str, name: str, file: Path) -> set[str]:
         raise UserError(f"{source}: {name}/{file.name} can't be read ({error}); fetch it again") from error
     if adapters := [key for key in types if _ADAPTERS.search(key)]:
         raise UserError(
-            f"{source}: {name}/{file.name} holds adapters that are not fused ({_some(adapters)}), which stock "
+            f"{source}: {name}/{file.name} holds adapters that are not fused ({some(adapters)}), which stock "
             "diffusers leaves out; call pipeline.fuse_lora() and pipeline.unload_lora_weights(), then save it again"
         )
     whole = [key for key, kind in types.items() if key.endswith("weight") and kind in _WHOLE_NUMBERS]
     if scales := [key for key in types if _SCALES.search(key)] + whole:
-        _refuse_quantized(source, name, _some(scales))
+        _refuse_quantized(source, name, some(scales))
     return set(types.values())
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few of the names."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

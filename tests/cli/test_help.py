@@ -86,8 +86,8 @@ def test_a_typing_error_is_one_line(arguments, says):
         (("status", "RUN", "--output", "pictures.png"), "it is a folder"),
         (("evaluate", "RUN", "--output", "folder"), "it is a folder"),
         (("evaluate", "RUN", "--output", "file/a.json"), "file is no folder"),
-        (("evaluate", "RUN", "--report", "file"), "file is a file; wanted a folder"),
-        (("evaluate", "RUN", "--report", "file/report"), "is a file; wanted a folder"),
+        (("evaluate", "RUN", "--report", "file"), "file is a file; expected a folder"),
+        (("evaluate", "RUN", "--report", "file/report"), "is a file; expected a folder"),
         # Nothing is made before the run is found.
         (("evaluate", "RUN", "--report", "new/report"), "is no run folder"),
         (("sample", "RUN", "--output", "new.png"), "is no run folder"),

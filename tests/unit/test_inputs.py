@@ -122,3 +122,29 @@ def test_other_images_are_noticed(place, monkeypatch, change, large):
         first.rename(first.with_name("7.png"))
     with pytest.raises(UserError, match=r"data\.source: its files are not those"):
         check_inputs(place, before, contents(recipe, before))
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_an_overwritten_network_at_the_top_of_the_folder_is_noticed(place, name):
+    """The oldest repositories have one network, next to model_index.json."""
+    for path in (place / "t" / "unet").iterdir():
+        path.rename(place / "t" / path.name)
+    recipe = with_paths(Recipe(teacher="t"))
+    before = contents(recipe)
+    overwrite(place / "t" / name)
+    with pytest.raises(UserError, match=f"teacher: .*{name} has changed"):
+        check_inputs(place, before, contents(recipe, before))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_images_in_linked_folders_are_noticed(place, depth):
+    top = place / "linked"
+    top.joinpath(*"ab"[: depth - 1]).mkdir(parents=True)
+    top.joinpath(*"ab"[: depth - 1], "class").symlink_to(place / "images", target_is_directory=True)
+    (place / "images" / "loop").symlink_to(top, target_is_directory=True)
+    recipe = with_paths(Recipe.model_validate({"data": "linked"}))
+    before = contents(recipe)
+    assert before["data.source"]["files"] == 3
+    overwrite(place / "images" / "0.png")
+    with pytest.raises(UserError, match=r"data\.source: its files are not those"):
+        check_inputs(place, before, contents(recipe, before))

@@ -14,9 +14,12 @@ from fmm_distill.errors import UserError
 from fmm_distill.lock import is_lock_file, locked
 from fmm_distill.reading import read_mapping
 
-__all__ = ["MARKER", "check_clearable", "check_vacant", "clear", "foreign", "is_run", "mark", "require_run"]
+__all__ = ["MARKER", "TRIAL", "check_clearable", "check_vacant", "clear", "foreign", "is_run", "mark", "require_run"]
 
 MARKER = ".fmm_distill-run.json"
+# Where the export is tried before training: by its name a part of the student. The number of a run's is 0; a dry run,
+# which holds no lock, has one of its own.
+TRIAL = ".student.{}.partial"
 _FORMAT = 1
 _FILES = (
     "curves.png",
@@ -48,6 +51,7 @@ _CHECKPOINTS = "checkpoints"
 _EXPORT_LOCK = ".student.lock"
 # Written next to a file or folder until it is complete, or while it is removed.
 _PARTIAL = re.compile(r"\.(?P<name>.+?)(\.\d+)?(\.removed)?\.(partial|old)")
+_TRIAL = re.compile(r"\.student\.\d+\.partial")
 _STAYS = (MARKER, "recipe.yaml")
 _SHOWN = 4
 
@@ -74,7 +78,7 @@ def check_vacant(folder: Path) -> None:
     """Refuse a folder for a new run that holds anything.
 
     Raises:
-        UserError: if it is a file or holds something other than a lock or a partial marker that a kill left.
+        UserError: if it is a file or holds something other than a lock, a partial marker or a trial that a kill left.
     """
     if not folder.exists():
         return
@@ -87,7 +91,7 @@ def check_vacant(folder: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    return is_lock_file(name) or name == f".{MARKER}.partial"
+    return is_lock_file(name) or name == f".{MARKER}.partial" or _TRIAL.fullmatch(name) is not None
 
 
 def _hint(folder: Path) -> str:

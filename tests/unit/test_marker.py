@@ -35,6 +35,7 @@ WRITTEN = (
     "student/model_index.json",
     "student/steps-1/unet/config.json",
     ".student.partial/steps-1/unet/config.json",
+    ".student.0.partial/unet/config.json",
     ".student.old/model_index.json",
     ".student.lock/.fmm_distill.lock",
     "tensorboard/fmm_distill/events.out.tfevents.1",
@@ -136,7 +137,10 @@ def test_names_make_no_run(tmp_path, names):
 
 
 def test_a_kill_before_the_marker_leaves_a_vacant_folder(tmp_path):
-    put(tmp_path, (f".{MARKER}.partial", ".fmm_distill.lock", ".fmm_distill.claim"))
+    put(
+        tmp_path,
+        (f".{MARKER}.partial", ".fmm_distill.lock", ".fmm_distill.claim", ".student.0.partial/unet/config.json"),
+    )
     check_vacant(tmp_path)
 
 

@@ -137,10 +137,8 @@ def test_names_make_no_run(tmp_path, names):
 
 
 def test_a_kill_before_the_marker_leaves_a_vacant_folder(tmp_path):
-    put(
-        tmp_path,
-        (f".{MARKER}.partial", ".fmm_distill.lock", ".fmm_distill.claim", ".student.0.partial/unet/config.json"),
-    )
+    put(tmp_path, (f".{MARKER}.partial", ".fmm_distill.lock", ".fmm_distill.claim"))
+    put(tmp_path, (".student.0.partial/unet/config.json", ".student.4711.partial/config.json"))
     check_vacant(tmp_path)
 
 

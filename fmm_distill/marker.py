@@ -6,16 +6,20 @@ import json
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from fmm_distill import __version__, checkpoint
 from fmm_distill.errors import UserError
-from fmm_distill.lock import is_lock_file
+from fmm_distill.lock import is_lock_file, locked
 from fmm_distill.reading import read_mapping
 
-__all__ = ["MARKER", "check_clearable", "check_vacant", "clear", "foreign", "is_run", "mark", "require_run"]
+__all__ = ["MARKER", "TRIAL", "check_clearable", "check_vacant", "clear", "foreign", "is_run", "mark", "require_run"]
 
 MARKER = ".fmm_distill-run.json"
+# Where the export is tried before training: by its name a part of the student. The number of a run's is 0; a dry run,
+# which holds no lock, has one of its own.
+TRIAL = ".student.{}.partial"
 _FORMAT = 1
 _FILES = (
     "curves.png",
@@ -43,8 +47,11 @@ _FOLDERS = {
     "wandb": None,
 }
 _CHECKPOINTS = "checkpoints"
+# Where exports into ``student`` have their lock (``export.place``).
+_EXPORT_LOCK = ".student.lock"
 # Written next to a file or folder until it is complete, or while it is removed.
 _PARTIAL = re.compile(r"\.(?P<name>.+?)(\.\d+)?(\.removed)?\.(partial|old)")
+_TRIAL = re.compile(r"\.student\.\d+\.partial")
 _STAYS = (MARKER, "recipe.yaml")
 _SHOWN = 4
 
@@ -71,7 +78,7 @@ def check_vacant(folder: Path) -> None:
     """Refuse a folder for a new run that holds anything.
 
     Raises:
-        UserError: if it is a file or holds something other than a lock or a partial marker that a kill left.
+        UserError: if it is a file or holds something other than a lock, a partial marker or a trial that a kill left.
     """
     if not folder.exists():
         return
@@ -84,7 +91,7 @@ def check_vacant(folder: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    return is_lock_file(name) or name == f".{MARKER}.partial"
+    return is_lock_file(name) or name == f".{MARKER}.partial" or _TRIAL.fullmatch(name) is not None
 
 
 def _hint(folder: Path) -> str:
@@ -131,6 +138,8 @@ def _is_own_file(path: Path) -> bool:
 
 
 def _foreign_in(folder: Path) -> list[Path]:
+    if folder.name == _EXPORT_LOCK:
+        return [path for path in sorted(folder.iterdir()) if path.is_symlink() or not is_lock_file(path.name)]
     name = _without_partial(folder.name)
     if name == _CHECKPOINTS:
         return [path for path in sorted(folder.iterdir()) if not _is_checkpoint(path)]
@@ -144,7 +153,11 @@ def _foreign_in(folder: Path) -> list[Path]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and checkpoint.step_of(Path(_without_partial(path.name))) is not None
+    name = _without_partial(path.name)
+    if name != path.name:
+        # A checkpoint that was replaced, while it is removed.
+        name = name.removesuffix(".replaced")
+    return path.is_dir() and checkpoint.step_of(Path(name)) is not None
 
 
 def _without_partial(name: str) -> str:
@@ -172,14 +185,24 @@ def clear(folder: Path) -> None:
     """Remove what a run has written into its folder. The folder, its marker and its recipe stay.
 
     Raises:
-        UserError: if something else is there, and then nothing is removed.
+        UserError: if something else is there, or its student is being exported or published, and then nothing is
+            removed.
     """
     check_clearable(folder)
+    lock = folder / _EXPORT_LOCK
+    with locked(lock, "--fresh"):
+        _clear(folder)
+    # A process that was killed leaves it.
+    with suppress(OSError):
+        lock.rmdir()
+
+
+def _clear(folder: Path) -> None:
     # The evaluation makes a run finished: without it, a kill in here leaves a run that is not.
     first = folder / "evaluation.json"
     first.unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
-        if path.name in _STAYS or is_lock_file(path.name):
+        if path.name in (*_STAYS, _EXPORT_LOCK) or is_lock_file(path.name):
             continue
         if not path.is_dir():
             path.unlink()

@@ -107,7 +107,7 @@ def _train(
     tried: list[str] = []
 
     def try_first() -> None:
-        tried.append(try_export(recipe, job.student, job.teacher, folder, line))
+        tried.append(try_export(recipe, job.student, job.teacher, folder, line, locked=True))
 
     on_first(accelerator, try_first)
     for change in changes:

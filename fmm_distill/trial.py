@@ -6,25 +6,29 @@ import copy
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 
 from fmm_distill import __version__, checkpoint
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
+from fmm_distill.marker import TRIAL
 from fmm_distill.parts import mebibytes
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import FAULTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fmm_distill.recipe import Recipe
     from fmm_distill.student import Student
@@ -38,15 +42,24 @@ _SEED = 0
 _PASSED: set[str] = set()
 
 
-def try_export(recipe: Recipe, student: Student, teacher: Teacher, folder: Path, say: Callable[[str], None]) -> str:
+def try_export(
+    recipe: Recipe,
+    student: Student,
+    teacher: Teacher,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    locked: bool = False,
+) -> str:
     """Export and verify the student with random jump embeddings, and remove it again.
 
     What is tried is the path that the end of the run takes. The student, the teacher and the random state are left as
     they are. A kind of student that has passed in ``folder`` or in this process is not tried again.
 
     Args:
-        folder: of the run; the export is written next to it, where the final one will be.
+        folder: of the run; the export is written into it, where the final one will be, or next to it if it is missing.
         say: takes the line on the result.
+        locked: the caller holds the lock of ``folder``: what a trial that was killed left there is removed.
 
     Returns:
         The digest for ``keep_trial``.
@@ -54,17 +67,21 @@ def try_export(recipe: Recipe, student: Student, teacher: Teacher, folder: Path,
     Raises:
         UserError: if the export fails, with the reason.
     """
+    if locked:
+        shutil.rmtree(folder / TRIAL.format(0), ignore_errors=True)
     digest = _digest(recipe, student, teacher)
     if digest in _PASSED or _kept(folder) == digest:
         return digest
     steps, place = _tried_steps(recipe), _place(folder)
+    # Next to the folder no run knows the name.
+    name = TRIAL.format(0 if locked else secrets.randbelow(10**9) + 1) if place == folder.absolute() else None
     _check_room(student, teacher, steps, place)
     began = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix=".fmm-distill-", dir=place) as near:
-            exported = write_student(_drawn(student), teacher, Path(near), steps, linked=True)
+        with torch.random.fork_rng(devices=[]), _written(place, name) as written:
+            exported = write_student(_drawn(student), teacher, written, steps, linked=True)
             agreements = verify(exported.student, exported.teacher, exported.folder, steps)
-    except (FmmDistillError, *FAULTS) as error:
+    except (FmmDistillError, SafetensorError, *FAULTS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported, which is tried before training ({_reason(error)})"
         ) from error
@@ -85,7 +102,7 @@ def keep_trial(folder: Path, digest: str) -> None:
 
 
 def trial_bytes(recipe: Recipe, student: Student, teacher: Teacher) -> int:
-    """What a trial takes on the disk: the networks; the other components are links."""
+    """What a trial takes on the disk: what each pipeline has of its own; the other components are links."""
     return network_bytes(student, teacher, _tried_steps(recipe))
 
 
@@ -116,18 +133,33 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()
 
 
-def _place(folder: Path) -> Path | None:
-    """The nearest folder above the run's that is there: on the disk of the run. None: that of temporary files."""
-    near = next(path for path in folder.absolute().parents if path.is_dir())
-    return near if os.access(near, os.W_OK) else None
+def _place(folder: Path) -> Path:
+    """The run's folder or the nearest one above it, on the same disk; that of temporary files if it takes none."""
+    path = folder.absolute()
+    near = next(path for path in (path, *path.parents) if path.is_dir())
+    return near if os.access(near, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def _check_room(student: Student, teacher: Teacher, steps: tuple[int, ...], place: Path | None) -> None:
-    needed, where = network_bytes(student, teacher, steps), place or Path(tempfile.gettempdir())
-    free = shutil.disk_usage(where).free
+@contextmanager
+def _written(place: Path, name: str | None) -> Iterator[Path]:
+    """An empty folder for a trial in ``place``, removed at the end. None: of a name that nothing there has."""
+    if name is None:
+        with tempfile.TemporaryDirectory(prefix=".fmm-distill-", dir=place) as near:
+            yield Path(near)
+        return
+    made = place / name
+    try:
+        made.mkdir()
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_room(student: Student, teacher: Teacher, steps: tuple[int, ...], place: Path) -> None:
+    needed, free = network_bytes(student, teacher, steps), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the export is tried before training and needs {mebibytes(needed)} in {where} for it; {mebibytes(free)} "
+            f"the export is tried before training and needs {mebibytes(needed)} in {place} for it; {mebibytes(free)} "
             "are free there: make room, or take fewer export.steps"
         )
 

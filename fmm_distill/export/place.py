@@ -60,8 +60,14 @@ def in_use(target: Path, purpose: str, waiting: Callable[[str], None] | None = N
     Raises:
         UserError: if another process holds it.
     """
-    with locked(_beside(target.resolve(), "lock"), purpose, waiting or print, wait=waiting is not None):
-        yield
+    folder = _beside(target.resolve(), "lock")
+    try:
+        with locked(folder, purpose, waiting or print, wait=waiting is not None):
+            yield
+    finally:
+        # A process that was killed leaves it, and then it was there before this one; while it is in use it has a file.
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def check_replaceable(target: Path) -> None:

@@ -192,8 +192,8 @@ def _scratch() -> Iterator[str]:
 
 def _no_room(error: OSError) -> UserError:
     return UserError(
-        f"the export is written, but not verified: no temporary files can be written ({error.strerror}); make room "
-        "there, or set TMPDIR to a folder that has some, then run the same command again"
+        f"the export can't be verified: no temporary files can be written ({error.strerror}); make room there, or set "
+        "TMPDIR to a folder that has some, then run the same command again"
     )
 
 

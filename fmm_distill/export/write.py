@@ -45,16 +45,18 @@ def write_student(
 
 
 def network_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:
-    """Of the networks in an export with these numbers of steps: each folded pipeline has its own."""
-    weights = sum(4 * parameter.numel() for parameter in student.network.parameters())
+    """Of what each pipeline of an export with these numbers of steps has of its own: its network.
+
+    Without a stock pipeline that they share, each has its own autoencoder, too.
+    """
+    modules = [student.network]
+    if teacher.folder is None and isinstance(teacher.codec, LatentCodec):
+        modules.append(teacher.codec.autoencoder)
+    weights = sum(4 * parameter.numel() for module in modules for parameter in module.parameters())
     return weights * (1 + (0 if why_not_folded(teacher) else len(steps)))
 
 
 def export_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:
     """What an export takes on the disk."""
     total = network_bytes(student, teacher, steps)
-    if teacher.folder is not None:
-        return total + shared_bytes(teacher)
-    if isinstance(teacher.codec, LatentCodec):
-        total += sum(4 * parameter.numel() for parameter in teacher.codec.autoencoder.parameters())
-    return total
+    return total if teacher.folder is None else total + shared_bytes(teacher)

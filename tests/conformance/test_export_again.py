@@ -256,3 +256,14 @@ def test_a_run_names_edited_files_before_it_trains_again(tmp_path, teacher_folde
     with pytest.raises(UserError, match="move them away"):
         export_run(run, run / "student")
     assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["steps"] == 3
+
+
+@pytest.mark.parametrize("left", [(), (".fmm_distill.lock",), ("notes.txt",)])
+def test_the_folder_of_a_lock_that_a_kill_left_is_removed(tmp_path, left):
+    lock = tmp_path / ".student.lock"
+    lock.mkdir()
+    for name in left:
+        (lock / name).touch()
+    with in_use(tmp_path / "student", "an export"):
+        assert (lock / ".fmm_distill.lock").is_file()
+    assert lock.exists() == ("notes.txt" in left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fmm_distill.errors import UserError
+from fmm_distill.export.place import in_use
 from fmm_distill.marker import MARKER, check_vacant, clear, foreign, is_run, mark, require_run
 
 WRITTEN = (
@@ -27,13 +28,16 @@ WRITTEN = (
     "checkpoints/.step-00000009.partial/state.json",
     "checkpoints/.step-00000009.replaced/state.json",
     "checkpoints/.step-00000003.removed.partial/state.json",
+    "checkpoints/.step-00000004.replaced.removed.partial/state.json",
     "trajectories/part-00000.safetensors",
     "trajectories/.part-00001.safetensors.4711.partial",
     "pictures/samples-500.png",
     "student/model_index.json",
     "student/steps-1/unet/config.json",
     ".student.partial/steps-1/unet/config.json",
+    ".student.0.partial/unet/config.json",
     ".student.old/model_index.json",
+    ".student.lock/.fmm_distill.lock",
     "tensorboard/fmm_distill/events.out.tfevents.1",
     "wandb/run-1/files/config.yaml",
     ".steps.jsonl.partial",
@@ -54,6 +58,8 @@ FOREIGN = (
     "checkpoints/README",
     "pictures/holiday.png",
     "trajectories/part-1.safetensors",
+    ".student.lock/notes.txt",
+    "checkpoints/step-00000006.replaced/state.json",
     ".git/config",
     ".env",
 )
@@ -76,6 +82,17 @@ def test_all_that_a_run_writes_is_removed_and_the_folder_stays(tmp_path):
     clear(tmp_path)
     assert files(tmp_path) == [MARKER, ".fmm_distill.lock", "recipe.yaml"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_student_that_is_in_use_is_not_removed(tmp_path):
+    mark(tmp_path)
+    put(tmp_path, WRITTEN)
+    with in_use(tmp_path / "student", "a publication"):
+        before = files(tmp_path)
+        with pytest.raises(UserError, match="in use by a publication"):
+            clear(tmp_path)
+        assert files(tmp_path) == before
+    assert not (tmp_path / ".student.lock").exists()
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -121,6 +138,7 @@ def test_names_make_no_run(tmp_path, names):
 
 def test_a_kill_before_the_marker_leaves_a_vacant_folder(tmp_path):
     put(tmp_path, (f".{MARKER}.partial", ".fmm_distill.lock", ".fmm_distill.claim"))
+    put(tmp_path, (".student.0.partial/unet/config.json", ".student.4711.partial/config.json"))
     check_vacant(tmp_path)
 
 

@@ -138,6 +138,6 @@ def test_no_room_for_temporary_files_at_the_end_is_one_line(monkeypatch, tmp_pat
         monkeypatch.setattr(verify, "files", lambda _: tmp_path)
         (tmp_path / "export").mkdir()
         (tmp_path / "export" / "reload.py").write_text(full)
-    with pytest.raises(UserError, match="written, but not verified: no temporary files") as caught:
+    with pytest.raises(UserError, match="the export can't be verified: no temporary files") as caught:
         verify._reload([], [])
     assert "\n" not in str(caught.value)

@@ -11,16 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fmm_distill import trial
 from fmm_distill.errors import UserError
+from fmm_distill.export.write import export_bytes, write_student
+from fmm_distill.marker import check_vacant, mark
 from fmm_distill.plan import forecast, plan
 from fmm_distill.recipe import parse
 from fmm_distill.run import distill
-from fmm_distill.trial import try_export
+from fmm_distill.trial import keep_trial, try_export
 from tests.cli.runs import TINY, call, losses, training_only, write_recipe
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
+from tests.tiny.diffusion import ldm
 
 
 @pytest.fixture
@@ -135,7 +140,7 @@ def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, un
         (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported, .*ZeroDivisionError"),
         (
             recipe_of(wan, pipeline=FAMILIES["wan"].call),
-            r"its student can't be exported, .*'DDIMScheduler' object has no",
+            r"its student can't be exported, .*DDIMScheduler' object has no",
         ),
         (recipe_of(flow, export={"steps": [1, 500]}), r"its student can't be exported, .*500 different jumps"),
     ]
@@ -161,10 +166,65 @@ def test_a_dry_run_says_what_was_tried_and_what_the_export_takes(teacher_folder,
 def test_a_disk_without_room_for_the_trial_leaves_the_earlier_run(tiny_recipe, untried, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(tiny_recipe.to_yaml())
+    mark(tmp_path / "run")
+    before = sorted((tmp_path / "run").iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"the export is tried before training and needs .* MiB in .*: make room"):
         distill(tiny_recipe, tmp_path / "run", fresh=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_trial_is_in_the_folder_of_its_run(tiny_recipe, untried, tmp_path, monkeypatch, locked):
+    seen, job, run = [], plan(tiny_recipe), tmp_path / "run"
+    (run / ".student.0.partial").mkdir(parents=True)
+    (run / ".student.0.partial" / "left.txt").touch()
+
+    def full(student, teacher, folder, steps, *, linked):
+        check_vacant(run)
+        assert not list(folder.iterdir())
+        (folder / "unet").mkdir()
+        seen.append(folder)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trial, "write_student", full)
+    with pytest.raises(UserError, match=r"its student can't be exported.*No space left") as caught:
+        try_export(tiny_recipe, job.student, job.teacher, run, print, locked=locked)
+    assert "\n" not in str(caught.value)
+    assert [(path.parent, path.name == ".student.0.partial") for path in seen] == [(run, locked)]
+    # Without the lock, another process's is left alone.
+    assert [path.name for path in run.iterdir()] == ([] if locked else [".student.0.partial"])
+
+
+def test_a_refused_trial_leaves_no_folder_of_a_new_run(tiny_recipe, untried, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"needs .* MiB in .*new/run for it"):
+        distill(tiny_recipe, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rest", ["{", ""])
+def test_what_has_passed_is_written_at_once_or_not(tmp_path, monkeypatch, rest):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "trial.json").write_text(rest)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"trial\.json could not be written .*: make room"):
+        keep_trial(tmp_path, "digest")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("trial.json", rest)]
+
+
+@pytest.mark.parametrize("steps", [(), (1, 2)])
+def test_the_room_for_latents_counts_an_autoencoder_in_each_pipeline(tmp_path, steps):
+    ldm().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    job = plan(recipe_of(tmp_path / "teacher"))
+    (tmp_path / "export").mkdir()
+    write_student(job.student, job.teacher, tmp_path / "export", steps)
+    decoders = [load_file(path) for path in (tmp_path / "export").rglob("vqvae/*.safetensors")]
+    networks = sum(4 * value.numel() for value in job.student.network.parameters()) * (1 + len(steps))
+    written = sum(value.nbytes for tensors in decoders for value in tensors.values())
+    assert export_bytes(job.student, job.teacher, steps) == networks + written
 
 
 def test_what_fails_in_the_first_process_ends_all(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,7 +101,11 @@ def stock_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | 
     schedule = teacher.schedule
     if isinstance(schedule, VariancePreserving):
         name = "CogVideoXDDIMScheduler" if kind.startswith("CogVideoX") else "DDIMScheduler"
-        return _made(name, config, {_OF_PREDICTION: prediction})
+        made = _made(name, config, {_OF_PREDICTION: prediction})
+        if _reads_variance(teacher):
+            # The pipeline splits the learned variance off unless its scheduler takes it.
+            made.register_to_config(variance_type="fixed_small")
+        return made
     if isinstance(schedule, Angular):
         return _made("IPNDMScheduler", config, {})
     if isinstance(schedule, VarianceExploding):
@@ -112,6 +117,15 @@ def stock_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | 
         return _made(kind, config, {"shift_terminal": terminal})
     levels = {"num_train_timesteps": flow.num_timesteps, "shift": flow.shift}
     return _made("FlowMatchEulerDiscreteScheduler", levels, {"shift_terminal": terminal})
+
+
+def _reads_variance(teacher: Teacher) -> bool:
+    """Decide whether the teacher's pipeline reads its scheduler's ``variance_type`` without asking if there is one."""
+    if teacher.folder is None:
+        return False
+    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
+    code = inspect.getsource(getattr(diffusers, index["_class_name"]))
+    return "scheduler.config.variance_type" in code and 'config, "variance_type")' not in code
 
 
 def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:  # noqa: ANN401 a diffusers class
@@ -126,8 +140,4 @@ def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:
                 f"the teacher's scheduler sets {key}: {config[key]!r}, a setting of {name} in diffusers "
                 f"{diffusers.__version__} that this version does not know; try the diffusers of constraints.txt"
             )
-    made = kind(**(levels | dict(SWITCHES[name]) | changes))
-    if str(config.get("variance_type")).startswith("learned"):
-        # DeepFloyd's pipeline reads it, and splits the learned variance off only if it is not this scheduler's to use.
-        made.register_to_config(variance_type="fixed_small")
-    return made
+    return kind(**(levels | dict(SWITCHES[name]) | changes))

@@ -179,6 +179,9 @@ def jumping(scheduler, levels: dict, given: dict | None = None):
     ``given``: the starts of the jumps, as ``timesteps`` or ``sigmas``, whatever a pipeline asks of the scheduler.
     """
     made = flow_map_scheduler(type(scheduler), levels["kind"]).from_config(scheduler.config)
+    if "variance_type" not in made.config:
+        # DeepFloyd's pipeline reads it, and splits the learned variance off unless its scheduler takes it.
+        made.register_to_config(variance_type="fixed_small")
     made.follow(levels, given or {})
     return made
 

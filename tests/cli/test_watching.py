@@ -150,6 +150,7 @@ def test_two_processes_train_the_same_with_and_without(tmp_path, tiny):
 
 def test_only_the_first_process_prints(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments in (("--help",), ("recipes",), ("--recipe", tiny, "--dry-run")):
         assert call(*arguments) == (0, "", "")
     # It may be alone with its mistake, and then says who it is.
@@ -235,7 +236,7 @@ def test_status_before_the_first_step_and_what_is_no_run(tmp_path, stopped):
             (tmp_path,),
             f"error: {tmp_path} is no run folder (no .fmm_distill-run.json); expected a folder that was an --output",
         ),
-        ((stopped, "--output", "a.jpg"), "error: --output a.jpg: wanted a name that ends in .png, for the curves"),
+        ((stopped, "--output", "a.jpg"), "error: --output a.jpg: expected a name that ends in .png, for a picture"),
         ((stopped, "--output", tmp_path / "no" / "a.png"), f"error: {tmp_path / 'no' / 'a.png'} could not be written"),
     ):
         status, _, err = call("status", *arguments)

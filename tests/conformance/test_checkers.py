@@ -116,7 +116,7 @@ def test_the_export_has_the_teachers_checker(pipeline, tmp_path):
     teacher, _ = opened(folder, name)
     student = moved(make_student(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (2,))
-    assert max(verify(student, teacher, made, (2,)).values()) < 1e-4
+    assert all(one.passed for one in verify(student, teacher, made, (2,)).values())
     for place in (made, made / "steps-2"):
         index = json.loads((place / "model_index.json").read_text())
         assert index["safety_checker"][1] == "StableDiffusionSafetyChecker"
@@ -138,7 +138,7 @@ def test_a_learned_variance_and_a_watermark_of_pixels(tmp_path, variance):
     assert (teacher.codec.decode(x) - x).abs().max() < 1e-6
     student = moved(make_student(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
-    assert max(verify(student, teacher, made, (1, 4)).values()) < 1e-4
+    assert all(one.passed for one in verify(student, teacher, made, (1, 4)).values())
 
 
 def test_an_invisible_watermark_is_switched_off():

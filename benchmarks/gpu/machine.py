@@ -83,12 +83,13 @@ def about_code(patterns: Iterable[str], commit: str | None) -> dict[str, Any]:
     """The commit and the digests of what is measured.
 
     Args:
-        commit: of a copy that has no history.
+        commit: of a copy that has another history or none; it wins over the history.
     """
     found = git("rev-parse", "HEAD")
     # A line's first two characters are the state of a file, the third is blank.
     changed = [line[3:] for line in (git("status", "--porcelain", "--untracked-files=no") or "").splitlines()]
-    return {"commit": found or commit, "changed": changed if found else [], "sources": sources(patterns)}
+    own = found if commit is None else None
+    return {"commit": own or commit, "changed": changed if own else [], "sources": sources(patterns)}
 
 
 def about_machine(device: str) -> dict[str, Any]:

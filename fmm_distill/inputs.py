@@ -46,13 +46,23 @@ def with_paths(recipe: Recipe) -> Recipe:
     asked = {"file": _if_there(prompts.file), "dataset": _if_there(prompts.dataset)}
     return recipe.model_copy(
         update={
-            "teacher": _if_there(recipe.teacher, folder=True),
-            "guidance": guidance.model_copy(update={"weaker": _if_there(guidance.weaker, folder=True)}),
+            "teacher": _teacher(recipe.teacher),
+            "guidance": guidance.model_copy(update={"weaker": guidance.weaker and _teacher(guidance.weaker)}),
             "data": _data(data),
             "evaluation": evaluation.model_copy(update=measured),
             "prompts": prompts.model_copy(update=asked),
         }
     )
+
+
+def _teacher(source: str) -> str | None:
+    # Compared as an id of the Hub, a missing path would be reported as another recipe.
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().exists():
+        raise UserError(
+            f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits; if the teacher of a "
+            "run has moved, pass its new path"
+        )
+    return _if_there(source, folder=True)
 
 
 def _data(settings: DataSettings) -> DataSettings:

@@ -69,6 +69,7 @@ def distil(
 
     resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
     folder = output or Path("runs") / Path(recipe).stem
+    _check_recipe(recipe, folder)
     if dry_run:
         from fmm_distill.plan import forecast
 
@@ -85,6 +86,19 @@ def distil(
     distill(resolved, folder, fresh=not resume, say=click.echo)
     if repo is not None and _FIRST:
         _publish(folder, repo, private)
+
+
+def _check_recipe(recipe: str, folder: Path) -> None:
+    """Refuse a recipe in the run's own folder: an edited record would be compared with itself, or written over."""
+    from fmm_distill.errors import UserError
+    from fmm_distill.marker import is_run
+
+    file = Path(recipe)
+    if is_run(folder) and file.is_file() and folder.resolve() in file.resolve().parents:
+        raise UserError(
+            f"--recipe {recipe} is in --output {folder}, and what is there is the run's own record; copy it to another "
+            "folder and pass the copy"
+        )
 
 
 def _check_repo(repo: str | None, private: bool) -> None:

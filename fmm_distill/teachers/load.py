@@ -185,7 +185,7 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
     if "://" in source:
         raise UserError(f"{source}: an address; wanted a pipeline folder, a Hub id (owner/name) or builtin:digits")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: no such folder; wanted a pipeline folder, a Hub id or builtin:digits")
+        raise UserError(f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits")
     return find_on_hub(source, revision, say)
 
 

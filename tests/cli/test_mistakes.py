@@ -102,7 +102,10 @@ RECIPE = {
 }
 
 OPENING = {
-    "no such teacher folder": (tiny("--teacher", "./nowhere"), ["./nowhere: no such folder; wanted a pipeline folder"]),
+    "no such teacher folder": (
+        tiny("--teacher", "./nowhere"),
+        ["./nowhere: no such folder; expected a pipeline"],
+    ),
     "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and of the Hub: "]),
     "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: no such built-in", "builtin:digits"]),
     "folder without a pipeline": (tiny("--teacher", "other"), ["other: no model_index.json in it"]),

@@ -236,3 +236,22 @@ def test_a_log_with_a_foreign_line(run, name, line):
     text = refused("status", run)
     assert f"{log}: line {len(before.splitlines()) + 1}" in text
     assert checkpoints(run) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("more", [(), ("--fresh",), ("--dry-run",)])
+@pytest.mark.parametrize("inside", ["recipe.yaml", "mine/other.yaml"])
+def test_the_record_of_a_run_is_no_recipe_for_it(run, more, inside):
+    file = run / inside
+    file.parent.mkdir(exist_ok=True)
+    file.write_text((run / "recipe.yaml").read_text(encoding="utf-8") + "# mine\n", encoding="utf-8")
+    before = file.read_bytes()
+    line = refused("--recipe", str(file), "--output", str(run), *more)
+    assert "is the run's own record; copy it to another folder and pass the copy" in line
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("typed", ["./gone", "/no/teacher"])
+def test_a_missing_teacher_is_not_another_recipe(run, tiny, typed):
+    line = refused("--recipe", tiny, "--teacher", typed, "--output", str(run))
+    assert f"{typed}: no such folder" in line
+    assert "--fresh" not in line

@@ -54,6 +54,9 @@ def _not_of_flows(teacher: Teacher) -> str | None:
         return None
     index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
     code = inspect.getsource(getattr(diffusers, index["_class_name"]))
+    if "FlowMatchEulerDiscreteScheduler" in code:
+        # It is made for that one, and treats others apart.
+        return None
     for name in ("init_noise_sigma", "scale_model_input"):
         if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
             return name

@@ -176,7 +176,7 @@ BROKEN = {
 FILES = (MARKER, "recipe.yaml", "teacher.json", "inputs.json", "prompts.json", "evaluation.json", "manifests", "states")
 VERBS = {
     "status": ("status", "{run}"),
-    "sample": ("sample", "{run}", "--output", "{out}"),
+    "sample": ("sample", "{run}", "--output", "{out}.png"),
     "evaluate": ("evaluate", "{run}"),
     "export": ("export", "{run}", "{out}"),
     "distill": ("--recipe", "{recipe}", "--output", "{run}"),

@@ -182,7 +182,7 @@ def test_a_broken_export_is_noticed(found, key):
     assert any(one.difference > 2 * one.tolerance for one in agreements.values()), agreements
 
 
-@pytest.mark.parametrize(("name", "settings"), [("score", {"sigma_max": 1300.0}), ("edm", {"rho": 6.9})])
+@pytest.mark.parametrize(("name", "settings"), [("score", {"sigma_max": 1300.0}), ("edm", {"sigma_max": 70.0})])
 def test_levels_that_the_any_step_pipeline_refuses_are_no_verified_export(found, tmp_path, name, settings):
     export = found[0][name]
     copy = shutil.copytree(export.folder, tmp_path / "student")

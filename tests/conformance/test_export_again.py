@@ -14,6 +14,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.contents import CONTENTS
 from fmm_distill.export.folder import export_pipeline
 from fmm_distill.export.place import in_use, replacing
+from fmm_distill.marker import MARKER, mark
 from fmm_distill.publish import pack
 from fmm_distill.reopen import export_run
 from fmm_distill.student import make_student
@@ -163,6 +164,7 @@ def cut(folder):
 def test_a_kill_between_the_renames_leaves_a_student_that_is_found(again, deeper):
     folder, export = again
     (folder.parent / "recipe.yaml").write_text("")
+    mark(folder.parent)
     before = snapshot(folder)
     cut(folder)
     # It is no student that was verified: it is found, and named.
@@ -170,7 +172,7 @@ def test_a_kill_between_the_renames_leaves_a_student_that_is_found(again, deeper
         pack(folder.parent if deeper else folder, "me/student")
     assert snapshot(folder) == before
     export()
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["recipe.yaml", "student"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [MARKER, "recipe.yaml", "student"]
 
 
 def test_a_kill_while_the_former_export_is_removed(again):

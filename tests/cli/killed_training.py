@@ -1,5 +1,7 @@
 """Run by ``test_kills``: a run in forked processes, each killed at a random moment, until one comes to its end.
 
+The first two kills may come while the export is tried, the others come after it.
+
 python killed_training.py RECIPE FOLDER KILLS
 """
 
@@ -20,16 +22,23 @@ import torch
 import fmm_distill.run  # noqa: F401 once, not in every process
 from fmm_distill.cli import main
 
+# Looks at a process that has ended without taking its status.
+ALIVE = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
-def train(recipe: str, folder: str, dies_at_call: int) -> None:
+
+def is_tried(folder: str) -> bool:
+    return Path(folder, "trial.json").exists()
+
+
+def train(recipe: str, folder: str, dies_at_call: int, *, early: bool) -> None:
     """The command line up to the end of training; at a call of what makes files durable the process dies."""
     calls = 0
 
     def deadly(function):
         def call(*arguments, **keywords):
             nonlocal calls
-            calls += 1
-            if calls == dies_at_call:
+            calls += early or is_tried(folder)
+            if calls and calls == dies_at_call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **keywords)
 
@@ -47,14 +56,16 @@ def train(recipe: str, folder: str, dies_at_call: int) -> None:
         main()
 
 
-def forked(recipe: str, folder: str, seconds: float | None, dies_at_call: int) -> int:
+def forked(recipe: str, folder: str, seconds: float | None, dies_at_call: int, *, early: bool = False) -> int:
     """The exit status of one try: minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            train(recipe, folder, dies_at_call)
+            train(recipe, folder, dies_at_call, early=early)
         os._exit(0)
     if seconds is not None:
+        while not early and not is_tried(folder) and os.waitid(os.P_PID, child, ALIVE) is None:
+            time.sleep(0.05)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -68,7 +79,7 @@ if __name__ == "__main__":
     for kill in range(kills):
         by_time = kill % 2 == 0
         seconds, call = (draw.uniform(0.5, 1.5), 0) if by_time else (None, draw.randint(1, 40))
-        statuses.append(forked(recipe, folder, seconds, call))
+        statuses.append(forked(recipe, folder, seconds, call, early=kill < 2))
         found = sorted(Path(folder, "checkpoints").glob("step-*"))
         steps.append(int(found[-1].name.removeprefix("step-")) if found else 0)
     statuses.append(forked(recipe, folder, None, 0))

@@ -187,7 +187,7 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
         (("RUN", "--features", "inception"), "evaluation.features: inception compares with a dataset"),
         (("RUN", "--reference", "builtin:digits"), "evaluation.reference acts with features"),
         (("RUN", "--output", "./nowhere/a.json"), "nowhere/a.json could not be written"),
-        (("RUN", "--output", "tests"), "tests could not be written ([Errno 21] it is a folder); what was there before"),
+        (("RUN", "--output", "tests"), "tests could not be written (it is a folder); what was there before"),
         (("RUN", "--report", "README.md"), "README.md could not be written"),
         (("RUN", "--clip", "some/model"), "evaluation.clip some/model: "),
         (("RUN", "--also", "./nowhere"), "./nowhere: no such folder"),

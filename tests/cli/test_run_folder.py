@@ -201,7 +201,11 @@ def replaced(run: Path, name: str) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"*/{names[name]}")) if name in names else [run / name]
 
 
-@pytest.mark.parametrize("how", BROKEN)
+# Each takes five commands: what one check refuses like another is in the long tests.
+LONG = ("a list", "a word", "null")
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] * (how in LONG)) for how in BROKEN])
 @pytest.mark.parametrize("name", FILES)
 def test_a_broken_file_is_one_line_from_every_verb(tmp_path, tiny, broken, name, how):
     paths = replaced(broken, name)

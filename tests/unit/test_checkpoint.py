@@ -178,7 +178,7 @@ def test_each_error_of_a_disk_has_its_advice(tmp_path, error, advice):
     with pytest.raises(UserError) as caught, checkpoint.writing(tmp_path / "a"):
         raise error
     text = str(caught.value)
-    assert text.startswith(f"{tmp_path / 'a'} could not be written ({error!s}")
+    assert text.startswith(f"{tmp_path / 'a'} could not be written ({getattr(error, 'strerror', None) or error}")
     assert advice in text
     assert ("make room" in text) == (advice == "make room")
 
@@ -208,7 +208,7 @@ def test_a_save_that_fails_leaves_the_older_ones(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(UserError, match=r"step-00000006 could not be written \(\[Errno 28\] No space left on device\)"):
+    with pytest.raises(UserError, match=r"step-00000006 could not be written \(No space left on device\)"):
         checkpoint.save(tmp_path, at(6), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
     assert checkpoint.load(saved).step == 3

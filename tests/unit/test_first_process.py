@@ -40,7 +40,7 @@ def test_what_one_process_writes_or_checks_ends_all_where_it_fails(teacher_folde
     for name in names:
         watch(name)
     monkeypatch.setattr(run, "on_first", watched_first)
-    monkeypatch.setattr(run, "try_export", lambda *_: "a digest")
+    monkeypatch.setattr(run, "try_export", lambda *_, **__: "a digest")
     monkeypatch.setattr(run, "prepare_samples", stop)
     with pytest.raises(UserError, match="far enough"):
         run.distill(Recipe.model_validate({"teacher": str(teacher_folder)} | TINY), tmp_path / "run")

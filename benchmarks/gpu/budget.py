@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Deadline", "OutOfTimeError", "alarm"]
 
 
+# Seconds between two alarms: longer than the clean-up after the first one.
+_AGAIN = 1.0
+
+
 class OutOfTimeError(BaseException):
     """The time is over. Not an ``Exception``: libraries that catch those fall back and continue."""
 
@@ -43,14 +47,18 @@ class Deadline:
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise ``OutOfTimeError`` in the block when so many seconds are over. Works in the main thread only."""
+    """Raise ``OutOfTimeError`` in the block when so many seconds are over, and again every second until it ends.
+
+    Works in the main thread only. Python discards an exception that is raised in a callback of a weak reference, of
+    which torch.compile has many: one alarm alone may be lost there.
+    """
 
     def ring(*_: object) -> None:
         raise OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, ring)
     # Zero would switch the timer off.
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), _AGAIN)
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ def load_dit(found: Found) -> Teacher:
         )
     height, width = image_size(found.config("transformer").get("sample_size", 32), found.source, _CONFIG)
     if height != width:
-        raise UserError(f"{found.source}: {_CONFIG} has sample_size [{height}, {width}]; wanted a square: one number")
+        raise UserError(f"{found.source}: {_CONFIG} has sample_size [{height}, {width}]; expected a square: one number")
     network = open_network(found, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm

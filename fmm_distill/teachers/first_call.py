@@ -22,12 +22,12 @@ def image_size(sample_size: Any, source: str, file: str) -> tuple[int, int]:  # 
         file: the configuration's name, for messages.
     """
     if sample_size is None:
-        raise UserError(f"{source}: {file} has no sample_size; wanted the image size: add it there")
+        raise UserError(f"{source}: {file} has no sample_size; expected the image size: add it there")
     size = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
     numbers = isinstance(size, list | tuple) and all(type(side) is int and side > 0 for side in size)
     if not numbers or len(size) != 2:
         raise UserError(
-            f"{source}: {file} has sample_size {sample_size!r}; wanted one whole number above 0, or [height, width]: "
+            f"{source}: {file} has sample_size {sample_size!r}; expected one whole number above 0, or [height, width]: "
             "set it there"
         )
     return size[0], size[1]
@@ -41,7 +41,7 @@ def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Excepti
         shape: of one sample.
     """
     return UserError(
-        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); wanted a "
+        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); expected a "
         "size, and inputs, that its blocks take: check its config.json"
     )
 
@@ -63,14 +63,14 @@ def check_first_call(teacher: Teacher) -> None:
         if output.shape != x.shape:
             raise UserError(
                 f"{source}: its {type(teacher.network).__name__} makes {_by(tuple(output.shape[1:]))} of a sample of "
-                f"{_by(teacher.event_shape)}; wanted the same shape: set a sample_size that its blocks halve evenly"
+                f"{_by(teacher.event_shape)}; expected the same shape: set a sample_size that its blocks halve evenly"
             )
         velocity = teacher.velocity(x, ends, cond)
     except FAULTS as error:
         raise refuse_call(source, teacher.network, teacher.event_shape, error) from error
     if not velocity.isfinite().all():
         raise UserError(
-            f"{source}: the network's output is not finite at the ends of its scheduler's times; wanted a trained "
+            f"{source}: the network's output is not finite at the ends of its scheduler's times; expected a trained "
             "network, and a scheduler that belongs to it"
         )
 
@@ -81,7 +81,7 @@ def check_latents(network: Any, autoencoder: Any, source: str) -> None:  # noqa:
     if isinstance(own, int) and isinstance(other, int) and own != other:
         raise UserError(
             f"{source}: its {type(network).__name__} has samples of {own} channels, its {type(autoencoder).__name__} "
-            f"latents of {other}; wanted two that belong together: fetch the pipeline again"
+            f"latents of {other}; expected two that belong together: fetch the pipeline again"
         )
 
 

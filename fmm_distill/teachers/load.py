@@ -104,7 +104,7 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return teacher
     if teacher.conditions is None:
-        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} on an unconditional teacher; wanted 1")
+        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} on an unconditional teacher; expected 1")
     teacher.conditions.null(1)
     teacher.guidance = guidance
     return teacher
@@ -130,7 +130,9 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
     }
     pipeline = entries.get("_class_name", "")
     if not isinstance(pipeline, str):
-        raise UserError(f"{source}: its pipeline is code of the repository ({pipeline}); wanted one of diffusers' own")
+        raise UserError(
+            f"{source}: its pipeline is code of the repository ({pipeline}); expected one of diffusers' own"
+        )
     _check_code(source, components)
     if isinstance(place, Path) and revision is not None:
         raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
@@ -152,7 +154,7 @@ def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
         known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
         if not known:
             raise UserError(
-                f"{source}: its {name} is code of the repository ({library}.py), which is not run; wanted components "
+                f"{source}: its {name} is code of the repository ({library}.py), which is not run; expected components "
                 "of diffusers and transformers"
             )
 
@@ -183,7 +185,7 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
     if path.is_file() or path.suffix in _SINGLE_FILES:
         raise UserError(_about_file(source, path))
     if "://" in source:
-        raise UserError(f"{source}: an address; wanted a pipeline folder, a Hub id (owner/name) or builtin:digits")
+        raise UserError(f"{source}: an address; expected a pipeline folder, a Hub id (owner/name) or builtin:digits")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits")
     return find_on_hub(source, revision, say)
@@ -192,13 +194,15 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
 def _about_file(source: str, path: Path) -> str:
     """A file in place of a folder: a checkpoint of another program, in most cases."""
     if path.suffix not in _SINGLE_FILES:
-        return f"{source}: a file; wanted a pipeline folder, a Hub id or builtin:digits"
+        return f"{source}: a file; expected a pipeline folder, a Hub id or builtin:digits"
     if not path.is_file():
-        return f"{source}: no such file, and a single file is no pipeline; wanted a folder, a Hub id or builtin:digits"
+        return (
+            f"{source}: no such file, and a single file is no pipeline; expected a folder, a Hub id or builtin:digits"
+        )
     if path.suffix == ".gguf":
-        return f"{source}: quantized weights in a single file; wanted the pipeline folder of the plain weights"
+        return f"{source}: quantized weights in a single file; expected the pipeline folder of the plain weights"
     return (
-        f"{source}: a single-file checkpoint; wanted a pipeline folder. Convert it once, with the class of its "
+        f"{source}: a single-file checkpoint; expected a pipeline folder. Convert it once, with the class of its "
         'family: python -c "from diffusers import StableDiffusionXLPipeline as P; '
         f"P.from_single_file('{source}').save_pretrained('teacher')\""
     )
@@ -208,16 +212,16 @@ def _instead_of_index(folder: Path) -> str:
     """The remedy, by the files that a folder has."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if any("lora" in name.lower() and name.endswith(_SINGLE_FILES) for name in names):
-        return "it holds a LoRA; wanted the pipeline that it belongs to, fused with it (fuse_lora) and saved"
+        return "it holds a LoRA; expected the pipeline that it belongs to, fused with it (fuse_lora) and saved"
     if "config.json" in names:
-        return "it holds one component; wanted a complete diffusers pipeline, such as the folder above it"
+        return "it holds one component; expected a complete diffusers pipeline, such as the folder above it"
     single = [name for name in names if name.endswith(_SINGLE_FILES)]
     if single:
         return (
             f"it holds {single[0]}, a single-file checkpoint: open it with from_single_file of the pipeline class of "
             "its family, and save it with save_pretrained(folder)"
         )
-    return "wanted a complete diffusers pipeline (save_pretrained)"
+    return "expected a complete diffusers pipeline (save_pretrained)"
 
 
 def _licence(folder: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ OPENING = {
     ),
     "guidance of an unconditional teacher": (
         tiny("--set", "guidance.scale=2"),
-        ["guidance.scale 2.0 on an unconditional teacher; wanted 1"],
+        ["guidance.scale 2.0 on an unconditional teacher; expected 1"],
     ),
     "adapters nowhere": (
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),

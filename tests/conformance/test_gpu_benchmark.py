@@ -61,6 +61,26 @@ def test_parts_pass_on_what_they_leave(tmp_path):
     assert next(parts)[1].remaining() == 65
 
 
+def test_an_alarm_that_is_lost_comes_again(monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.budget._AGAIN", 0.05)
+    lost = []
+
+    def work():
+        while True:
+            try:
+                time.sleep(0.01)
+            except OutOfTimeError:
+                if lost:
+                    raise
+                lost.append(True)
+
+    with pytest.raises(OutOfTimeError), alarm(0.05):
+        work()
+    assert lost
+    # Nothing rings outside of the block.
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_an_alarm_ends_what_catches_exceptions():
     def stubborn():
         while True:

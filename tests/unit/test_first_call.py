@@ -80,7 +80,7 @@ def test_rectangles(saved, tmp_path, kind, size):
 
 
 def test_a_square_network_has_no_rectangle(saved, tmp_path):
-    refused(with_settings(saved, "dit", tmp_path, sample_size=[4, 8]), "dit", "wanted a square")
+    refused(with_settings(saved, "dit", tmp_path, sample_size=[4, 8]), "dit", "expected a square")
 
 
 @pytest.mark.parametrize("channels", [3, 8])

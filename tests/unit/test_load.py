@@ -105,7 +105,7 @@ def test_schedulers_of_one_schedule_are_one_teacher(tmp_path, scheduler, beta_sc
 
 
 def test_missing_folder(tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere", "wanted a pipeline folder")
+    assert "no such folder" in refused(tmp_path / "nowhere", "expected a pipeline folder")
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "~/nowhere", "a/b/c"])

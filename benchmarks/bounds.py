@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import LinearClock
+from fmm_distill.core.flow_map import FlowMap
+from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses import LOSSES, EulerianSettings, LagrangianSettings
 from fmm_distill.teachers.analytic import Gaussian
 

@@ -28,17 +28,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkerboard_report import draw_curves, draw_densities, markdown
 from benchmarks.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, endpoint_error, sample, solved
-from fmm_distill import checkpoint
-from fmm_distill.flow_map import LearnedFlowMap, diagonal
-from fmm_distill.interpolant import LinearClock
-from fmm_distill.recipe import Recipe, load_recipe, parse
-from fmm_distill.trainer import Trainer, TrainingDivergedError
+from fmm_distill.config.recipe import Recipe, load_recipe, parse
+from fmm_distill.core.flow_map import LearnedFlowMap, diagonal
+from fmm_distill.core.time_axis import LinearClock
+from fmm_distill.io.files import write_text
+from fmm_distill.training import checkpoint
+from fmm_distill.training.trainer import Trainer, TrainingDivergedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning
 
 STEPS = (1, 2, 4, 8, 16)
 BINS = (50, 48)
@@ -121,7 +122,7 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     file = folder / "recipe.yaml"
     if file.is_file() and file.read_text(encoding="utf-8") != recipe.to_yaml():
         sys.exit(f"{folder} holds a run with other settings: remove it or choose another --output")
-    checkpoint.write_text(file, recipe.to_yaml())
+    write_text(file, recipe.to_yaml())
 
 
 def train(student: Perceptron, teacher: PlaneTeacher, recipe: Recipe, folder: Path) -> None:
@@ -221,7 +222,7 @@ class Benchmark:
             ]
         if last is not None:
             save_file(last.state_dict(), folder / "average.safetensors")
-        checkpoint.write_text(folder / "result.json", json.dumps(found | {"samples": run.steps * batch}))
+        write_text(folder / "result.json", json.dumps(found | {"samples": run.steps * batch}))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _read(folder / "result.json")
 
@@ -257,7 +258,7 @@ def benchmark(budget: Budget, folder: Path, names: list[str]) -> dict[str, Any]:
     written = folder / "budget.json"
     if written.is_file() and _read(written) != asdict(budget):
         sys.exit(f"{folder} holds runs of another budget ({_read(written)}): choose another --output or remove it")
-    checkpoint.write_text(written, json.dumps(asdict(budget)))
+    write_text(written, json.dumps(asdict(budget)))
     bench = Benchmark(budget, folder)
     network, about = bench.teacher()
     teacher = PlaneTeacher(diagonal(network), LinearClock())
@@ -346,8 +347,8 @@ def main() -> None:
     if set(arguments.only) != set(METHODS):
         print("not every loss was asked for: tables and pictures are left as they were")
         return
-    checkpoint.write_text(folder / "checkerboard.json", json.dumps(results, indent=1))
-    checkpoint.write_text(folder / "checkerboard.md", markdown(results))
+    write_text(folder / "checkerboard.json", json.dumps(results, indent=1))
+    write_text(folder / "checkerboard.md", markdown(results))
     pictures(results, folder)
     print(f"tables and pictures in {folder}")
 

@@ -32,11 +32,11 @@ from benchmarks.cifar10_measure import PICTURED, open_judge, save_whole
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import ROOT, Processes
 from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
-from fmm_distill import checkpoint
-from fmm_distill.data import load_images
-from fmm_distill.loading import load_student
-from fmm_distill.settings import DataSettings
-from fmm_distill.tables import open_table
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import load_images
+from fmm_distill.data.tables import open_table
+from fmm_distill.export.load import load_student
+from fmm_distill.io.files import write_text
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Benchmark:
         own = asdict(budget) | {"parallel": None, "beside": None}
         if written.is_file() and read(written) != json.loads(json.dumps(own)):
             sys.exit(f"{work} holds a run of another budget: choose another --work or remove it")
-        checkpoint.write_text(written, json.dumps(own))
+        write_text(written, json.dumps(own))
         self.processes = Processes(work / "logs", budget.parallel)
 
     def left(self) -> float:
@@ -168,7 +168,7 @@ class Benchmark:
 
     def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
         self._keep_pictures(name, pictures)
-        checkpoint.write_text(self.work / "rows" / f"{name}.json", json.dumps(found))
+        write_text(self.work / "rows" / f"{name}.json", json.dumps(found))
 
     def _keep_pictures(self, name: str, pictures: dict[str, torch.Tensor]) -> None:
         folder = self.work / "rows"
@@ -195,7 +195,7 @@ class Benchmark:
         if not file.is_file():
             speeds = {} if budget.steps else self._speeds()
             steps = budget.steps or self._fitting(speeds)
-            checkpoint.write_text(file, json.dumps({"steps": steps, "seconds_a_step": speeds}))
+            write_text(file, json.dumps({"steps": steps, "seconds_a_step": speeds}))
         steps = read(file)["steps"]
         print(f"{steps} steps of {budget.batch} images for every student", flush=True)
         return steps
@@ -256,7 +256,7 @@ class Benchmark:
         folder = self.work / "recipes"
         folder.mkdir(exist_ok=True)
         file = folder / f"{title}.yaml"
-        checkpoint.write_text(file, recipe.to_yaml())
+        write_text(file, recipe.to_yaml())
         self.processes.start_distilling(title, file, output)
 
     def _measure(self, title: str, name: str) -> None:
@@ -313,7 +313,7 @@ class Benchmark:
         """What there is, into the output; and the same."""
         results = self.results()
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(self.output, json.dumps(results, indent=1) + "\n")
+        write_text(self.output, json.dumps(results, indent=1) + "\n")
         return results
 
     def write(self) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fmm_distill import checkpoint
+from fmm_distill.io.files import write_text
 
 MEAN, DEVIATION = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
@@ -148,7 +148,7 @@ def main() -> None:
     save_file(tensors, options.output / "classifier.safetensors")
     torch.jit.trace(features, torch.rand(2, *images["test"].shape[1:])).save(str(options.output / "classifier.pt"))
     # The last: with it the classifier is there.
-    checkpoint.write_text(options.output / "classifier.json", json.dumps(found, indent=2) + "\n")
+    write_text(options.output / "classifier.json", json.dumps(found, indent=2) + "\n")
     print(f"test accuracy {found['accuracy']:.4f} in {found['seconds']:.0f} s")
 
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
-from fmm_distill import checkpoint
+from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.features import open_features, unit_images
 from fmm_distill.evaluation.metrics import ImageMetrics
-from fmm_distill.sampling import sample
-from fmm_distill.solve import endpoint
+from fmm_distill.io.files import write_text
+from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.cifar10_budget import Budget
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
     Sampler = Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ class Judge:
             reference = torch.cat([self._seen(part.to(device).float() / 255) for part in pixels.split(batch)])
             self.truth = self._solved(some, solver_steps)
             about = self._protocol(pixels, samples, some, solver_steps)
-            checkpoint.write_text(protocol, json.dumps(about))
+            write_text(protocol, json.dumps(about))
             # The last: with it both are there.
             save_whole({"reference": reference, "truth": self.truth.cpu()}, tensors)
         known = load_file(tensors)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.losses import SETTINGS
 from fmm_distill.losses.base import DerivativeSettings
-from fmm_distill.recipe import Recipe, parse
 
 if TYPE_CHECKING:
     from pathlib import Path

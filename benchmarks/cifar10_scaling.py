@@ -29,8 +29,8 @@ from benchmarks.cifar10_measure import open_judge
 from benchmarks.cifar10_methods import recipe_of
 from benchmarks.cifar10_processes import Processes
 from benchmarks.cifar10_report import COLOURS
-from fmm_distill import checkpoint
-from fmm_distill.loading import load_student
+from fmm_distill.export.load import load_student
+from fmm_distill.io.files import write_text
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Size:
         """Start a student; its name."""
         recipe = recipe_of(METHOD, self.folder, self.data, self.budget, steps, 0)
         file = self.made / f"{steps}.yaml"
-        checkpoint.write_text(file, recipe.to_yaml())
+        write_text(file, recipe.to_yaml())
         name = f"{self.title}-{steps}"
         processes.start_distilling(name, file, self.made / str(steps))
         return name
@@ -122,7 +122,7 @@ class Size:
             found: dict[str, Any] = {"steps": steps, "images_seen": steps * self.budget.batch, "rows": rows}
             found["images_per_second"] = statistics.median(line["images_per_second"] for line in log)
             found["peak_memory_gib"] = max(line["peak_memory_gib"] for line in log)
-            checkpoint.write_text(self.made / "rows" / f"{steps}.json", json.dumps(found))
+            write_text(self.made / "rows" / f"{steps}.json", json.dumps(found))
             print(f"{self.title}, {steps} steps: {shown(rows)}", flush=True)
 
     def run(self, lengths: Sequence[int], processes: Processes) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Size:
             judge = open_judge(teacher, self.work, self.budget, device, self.made)
             if not about.is_file():
                 rows, _ = judge.solver("ddim", (1, 50))
-                checkpoint.write_text(about, json.dumps({"rows": rows, "protocol": judge.protocol}))
+                write_text(about, json.dumps({"rows": rows, "protocol": judge.protocol}))
             self.measure(judge, [n for n in lengths if self._is_trained(n)])
         measured = read(about)
         points = [read(self.made / "rows" / f"{n}.json") for n in sorted(lengths)]
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         processes.stop()
     results = {"budget": asdict(BUDGETS[given.budget]), "machine": machine(), "sizes": sizes}
-    checkpoint.write_text(given.output, json.dumps(results, indent=1) + "\n")
+    write_text(given.output, json.dumps(results, indent=1) + "\n")
     draw(results, given.output.with_suffix(".png"))
     print(table(results))
 

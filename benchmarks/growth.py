@@ -31,13 +31,13 @@ from accelerate import Accelerator
 from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, draw, markdown
 from benchmarks.step_cases import CASES, make_dit, make_trainer, make_unet, teacher_of
 from benchmarks.steps import measured, peak, timed
-from fmm_distill.stopping import StopRequest
+from fmm_distill.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.trainer import Trainer
+    from fmm_distill.training.trainer import Trainer
 
 SLOPES = ("lagrangian, target", "lagrangian, teacher")
 LOSSES = (("flow_matching", "none"), *((name, engine) for name in SLOPES for engine in ("central", "exact")))

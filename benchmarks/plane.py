@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from fmm_distill.data import PickedImages
-from fmm_distill.flow_map import FlowMap, LearnedFlowMap
-from fmm_distill.interpolant import LinearClock
-from fmm_distill.solve import solve
+from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
+from fmm_distill.core.solvers import solve
+from fmm_distill.core.time_axis import LinearClock
+from fmm_distill.data.samples import PickedImages
 from fmm_distill.teachers.checkerboard import Checkerboard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fmm_distill.starts import Draws
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = [
     "WIDTH",

@@ -20,17 +20,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
-from fmm_distill.plan import plan
-from fmm_distill.recipe import load_recipe
-from fmm_distill.starts import draw, points, teacher_jump
-from fmm_distill.student import stock_part
-from fmm_distill.trainer import Trainer
+from fmm_distill.config.recipe import load_recipe
+from fmm_distill.core.draws import draw
+from fmm_distill.data.starting_points import points, teacher_jump
+from fmm_distill.run.plan import plan
+from fmm_distill.student.student import stock_part
+from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
     from torch import Tensor
 
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 TIMESTEPS = (0, 200, 400, 600, 800, 900, 999)

@@ -13,10 +13,10 @@ import argparse
 
 import torch
 
-from fmm_distill.derivatives import derivative_along_flow
-from fmm_distill.interpolant import expand
-from fmm_distill.solve import solve
-from fmm_distill.student import make_student
+from fmm_distill.core.derivatives.engines import derivative_along_flow
+from fmm_distill.core.solvers import solve
+from fmm_distill.core.time_axis import expand
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 
 SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)

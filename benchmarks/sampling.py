@@ -19,8 +19,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
 from benchmarks.step_cases import make_teacher
 from benchmarks.steps import measured, timed
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.student import make_student
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ COMMANDS = {
     "inspect builtin:digits": ("-m", "fmm_distill", "inspect", "builtin:digits"),
 }
 # In the order in which they need one another.
-IMPORTS = ("torch", "accelerate", "diffusers", "diffusers.models.unets.unet_2d", "fmm_distill.run")
+IMPORTS = ("torch", "accelerate", "diffusers", "diffusers.models.unets.unet_2d", "fmm_distill.run.distill")
 # Names and the modules that call them, in the order of a run.
 PARTS = {
     ("run", "make_accelerator"): "set up accelerate",
@@ -161,7 +161,7 @@ def work(folder: Path, started: float) -> None:
     for name in IMPORTS:
         with lap(seconds, f"import {name}"):
             importlib.import_module(name)
-    from fmm_distill.trainer import Trainer
+    from fmm_distill.training.trainer import Trainer
 
     for (module, name), title in PARTS.items():
         caller = importlib.import_module(f"fmm_distill.{module}")

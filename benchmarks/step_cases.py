@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 
-from fmm_distill.data import PickedImages, row_of
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.schedules import VariancePreserving
+from fmm_distill.data.samples import PickedImages, row_of
 from fmm_distill.losses import SETTINGS
 from fmm_distill.losses.base import DerivativeSettings
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.recipe import Recipe
-from fmm_distill.schedules import VariancePreserving
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.conditions import Classes
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from accelerate import Accelerator
 
-    from fmm_distill.starts import Draws
+    from fmm_distill.core.draws import Draws
 
 __all__ = [
     "BASELINE",

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from fmm_distill.ema import averaged
-from fmm_distill.objective import condition_of
-from fmm_distill.starts import draw
+from fmm_distill.core.draws import draw
+from fmm_distill.data.starting_points import condition_of
+from fmm_distill.training.ema import averaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from fmm_distill.starts import Draws
-    from fmm_distill.student import Student
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["ECT", "PEERS", "PeerStep"]

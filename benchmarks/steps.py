@@ -31,12 +31,12 @@ from accelerate import Accelerator
 
 from benchmarks.step_cases import BASELINE, CASES, make_teacher, make_trainer
 from benchmarks.step_peers import PEERS, PeerStep
-from fmm_distill.memory import _Live
-from fmm_distill.objective import condition_of
-from fmm_distill.parametrisation import keywords
-from fmm_distill.starts import draw
-from fmm_distill.stopping import StopRequest
-from fmm_distill.student import make_student
+from fmm_distill.core.draws import draw
+from fmm_distill.core.parametrization import keywords
+from fmm_distill.data.starting_points import condition_of
+from fmm_distill.student.student import make_student
+from fmm_distill.training.memory import _Live
+from fmm_distill.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from benchmarks.step_cases import Case, Passes
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.trainer import Trainer
+    from fmm_distill.training.trainer import Trainer
 
 
 class Alone:

@@ -26,20 +26,22 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from fmm_distill.checkpoint import complete
-from fmm_distill.data import load_images
-from fmm_distill.plan import plan
-from fmm_distill.recipe import Recipe
-from fmm_distill.settings import DataSettings
-from fmm_distill.starts import draw, pair_times, points
-from fmm_distill.stopping import StopRequest
-from fmm_distill.trainer import Trainer
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.data.samples import load_images
+from fmm_distill.data.starting_points import points
+from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.run.plan import plan
+from fmm_distill.training.checkpoint import complete
+from fmm_distill.training.signals import StopRequest
+from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from fmm_distill.data import Images
-    from fmm_distill.starts import Draws
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.data.samples import Images
 
 LOSS = {"name": "lagrangian", "stop": "target", "derivative": "central"}
 # Samples a second of one and of two processes: steps that are timed, after one that is not.

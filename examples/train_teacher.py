@@ -25,9 +25,10 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
-from fmm_distill import checkpoint
-from fmm_distill.data import load_images
-from fmm_distill.settings import DataSettings
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import load_images
+from fmm_distill.io.files import write_text
+from fmm_distill.training import checkpoint
 
 TIMESTEPS = 1000
 
@@ -210,7 +211,7 @@ class Training:
         about |= {"trained_steps": self.step, "seconds": self.seconds, "images_seen": self.step * options.batch}
         about["parameters"] = sum(p.numel() for p in self.network.parameters())
         about["device"] = device_name(self.accelerator.device)
-        checkpoint.write_text(output / "training.json", json.dumps(about, indent=2) + "\n")
+        write_text(output / "training.json", json.dumps(about, indent=2) + "\n")
         # Last of all its model_index.json: the training is finished when it is there.
         pipeline.save_pretrained(output, safe_serialization=True)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)

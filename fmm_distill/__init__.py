@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fmm_distill.export.folder import export_pipeline
-    from fmm_distill.loading import load_student
-    from fmm_distill.recipe import Recipe
-    from fmm_distill.run import distill
-    from fmm_distill.sampling import sample
-    from fmm_distill.student import make_student
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.export.load import load_student
+    from fmm_distill.export.pipelines import export_pipeline
+    from fmm_distill.run.distill import distill
+    from fmm_distill.student.sampling import sample
+    from fmm_distill.student.student import make_student
     from fmm_distill.teachers.load import load_teacher
 
 __version__ = "0.1.0"
@@ -31,13 +31,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Recipe": "fmm_distill.recipe",
-    "distill": "fmm_distill.run",
-    "export_pipeline": "fmm_distill.export.folder",
-    "load_student": "fmm_distill.loading",
+    "Recipe": "fmm_distill.config.recipe",
+    "distill": "fmm_distill.run.distill",
+    "export_pipeline": "fmm_distill.export.pipelines",
+    "load_student": "fmm_distill.export.load",
     "load_teacher": "fmm_distill.teachers.load",
-    "make_student": "fmm_distill.student",
-    "sample": "fmm_distill.sampling",
+    "make_student": "fmm_distill.student.student",
+    "sample": "fmm_distill.student.sampling",
 }
 
 

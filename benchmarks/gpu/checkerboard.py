@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from benchmarks.checkerboard import METHODS, NOISE_SEED, STEPS, recipe_for
 from benchmarks.gpu.budget import OutOfTimeError, alarm
 from benchmarks.plane import Board, Perceptron, closed_form, divergence, endpoint_error, sample, solved
-from fmm_distill.stopping import StopRequest
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.signals import StopRequest
+from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from benchmarks.gpu.stage import Job
-    from fmm_distill.recipe import Recipe
+    from fmm_distill.config.recipe import Recipe
 
 BATCH = 100_000
 POINTS = 64_000

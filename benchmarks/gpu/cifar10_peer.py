@@ -21,11 +21,11 @@ from benchmarks.cifar10 import STEPS
 from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_measure import open_judge, save_whole
 from benchmarks.step_peers import ECT, PeerStep
-from fmm_distill import checkpoint
-from fmm_distill.ema import averaged
-from fmm_distill.student import make_student
+from fmm_distill.io.files import append_line, write_text
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import learning_rate
+from fmm_distill.training.ema import averaged
+from fmm_distill.training.trainer import learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.cifar10_budget import Budget
-    from fmm_distill.settings import TrainingSettings
-    from fmm_distill.starts import Draws
-    from fmm_distill.student import Student
+    from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.student.student import Student
 
 __all__ = ["PEERS"]
 
@@ -82,7 +82,7 @@ def train(peer: PeerStep, training: TrainingSettings, log: Path) -> list[float]:
         loss = peer(step)
         if step % max(training.steps // 100, 1) == 0:
             losses.append(loss.item())
-            checkpoint.append_line(log, json.dumps({"step": step, "loss": losses[-1]}))
+            append_line(log, json.dumps({"step": step, "loss": losses[-1]}))
     return losses
 
 
@@ -114,7 +114,7 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
     pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
     save_whole(pixels, work / "rows" / f"{title}-0.safetensors")
     result = {"method": title, "steps": steps, "images_seen": steps * budget.batch, "rows": rows, "loss": losses}
-    checkpoint.write_text(work / "rows" / f"{title}-0.json", json.dumps(result | {"training_seconds": seconds}))
+    write_text(work / "rows" / f"{title}-0.json", json.dumps(result | {"training_seconds": seconds}))
 
 
 def main() -> None:

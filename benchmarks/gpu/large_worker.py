@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.gpu.record import write_whole
-from fmm_distill.acceleration import checkpoint_blocks
-from fmm_distill.memory import forecast_memory, peak_memory
-from fmm_distill.plan import open_teacher, plan
-from fmm_distill.prepare import prepare_samples
-from fmm_distill.process import make_accelerator
-from fmm_distill.recipe import load_recipe
-from fmm_distill.stopping import StopRequest
-from fmm_distill.trainer import Trainer
+from fmm_distill.config.recipe import load_recipe
+from fmm_distill.data.prepare import prepare_samples
+from fmm_distill.run.plan import open_teacher, plan
+from fmm_distill.training.compile import checkpoint_blocks
+from fmm_distill.training.memory import forecast_memory, peak_memory
+from fmm_distill.training.process import make_accelerator
+from fmm_distill.training.signals import StopRequest
+from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from fmm_distill.plan import Plan
-    from fmm_distill.recipe import Recipe
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.run.plan import Plan
 
 # Pixels by latents of every model.
 SHRINK = 8

@@ -20,8 +20,8 @@ from fmm_distill.cli.recipes import recipes
 from fmm_distill.cli.sample import sample
 from fmm_distill.cli.status import status
 from fmm_distill.errors import FmmDistillError, UserError
-from fmm_distill.stopping import TrainingStoppedError
-from fmm_distill.streams import lossy_streams
+from fmm_distill.io.streams import lossy_streams
+from fmm_distill.training.signals import TrainingStoppedError
 
 __all__ = ["command", "main"]
 
@@ -78,7 +78,7 @@ def _run() -> tuple[str | None, int]:
 
 def _recipe_of(arguments: list[str], error: click.UsageError) -> str:
     """The option that is missing before the name of a recipe."""
-    from fmm_distill.recipe import recipe_names
+    from fmm_distill.config.recipe import recipe_names
 
     known = "No such command" in error.format_message() and arguments[:1] and arguments[0] in recipe_names()
     return f" `fmm-distill --recipe {arguments[0]}` distills by that recipe." if known else ""

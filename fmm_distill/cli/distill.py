@@ -48,7 +48,7 @@ def distil(
 
     The same command resumes where it was stopped.
     """  # noqa: D301 click reads the backspace that Python makes of the escape
-    from fmm_distill.variables import check_variables
+    from fmm_distill.training.variables import check_variables
 
     # accelerate reads some of them as it is imported, and would fail there.
     check_variables()
@@ -65,22 +65,22 @@ def distil(
         click.echo(context.get_help())
         return
     _check_repo(repo, private)
-    from fmm_distill.recipe import load_recipe
+    from fmm_distill.config.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides, teacher=teacher, data=data)
     folder = output or Path("runs") / Path(recipe).stem
     _check_recipe(recipe, folder)
     if dry_run:
-        from fmm_distill.plan import forecast
+        from fmm_distill.run.plan import forecast
 
         click.echo(forecast(resolved, folder))
         return
-    from fmm_distill.run import distill
+    from fmm_distill.run.distill import distill
 
     # A training of hours does not end at a name that may not be written to.
     if repo is not None and _FIRST:
-        from fmm_distill.inputs import with_paths
-        from fmm_distill.publish import check_target
+        from fmm_distill.run.inputs import with_paths
+        from fmm_distill.run.publish import check_target
 
         check_target(repo, with_paths(resolved).teacher)
     distill(resolved, folder, fresh=not resume, say=click.echo)
@@ -91,7 +91,7 @@ def distil(
 def _check_recipe(recipe: str, folder: Path) -> None:
     """Refuse a recipe in the run's own folder: an edited record would be compared with itself, or written over."""
     from fmm_distill.errors import UserError
-    from fmm_distill.marker import is_run
+    from fmm_distill.run.marker import is_run
 
     file = Path(recipe)
     if is_run(folder) and file.is_file() and folder.resolve() in file.resolve().parents:
@@ -104,7 +104,7 @@ def _check_recipe(recipe: str, folder: Path) -> None:
 def _check_repo(repo: str | None, private: bool) -> None:
     """Refuse options of publishing that don't fit together, and a name that no repository can have."""
     if repo is not None:
-        from fmm_distill.publish import check_name
+        from fmm_distill.run.publish import check_name
 
         check_name(repo)
     elif private:
@@ -113,7 +113,7 @@ def _check_repo(repo: str | None, private: bool) -> None:
 
 def _publish(folder: Path, repo: str, private: bool) -> None:
     from fmm_distill.errors import UserError
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     try:
         publish(pack(folder, repo), repo, private=private, say=click.echo)

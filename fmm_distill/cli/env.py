@@ -10,7 +10,7 @@ __all__ = ["env"]
 @click.command()
 def env() -> None:
     """Print versions and device for a bug report."""
-    from fmm_distill.run_folder import environment
+    from fmm_distill.run.folder import environment
 
     for name, value in environment().items():
         click.echo(f"{name}: {value}")

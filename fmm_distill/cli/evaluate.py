@@ -74,10 +74,10 @@ def evaluate(
     )
     import json
 
-    from fmm_distill.checkpoint import write_text
     from fmm_distill.cli.outputs import check_output, check_report
     from fmm_distill.evaluation.result import table
-    from fmm_distill.subject import Asked, measure_subject, open_subject
+    from fmm_distill.io.files import write_text
+    from fmm_distill.run.evaluate import Asked, measure_subject, open_subject
 
     if output is not None:
         check_output(output)

@@ -22,7 +22,7 @@ def export(run: Path, folder: Path, steps: tuple[int, ...] | None, guidance: flo
     A second export into a folder replaces the first. It is refused if the folder has files that were added or edited.
     """
     from fmm_distill.export.verify import summary
-    from fmm_distill.reopen import export_run
+    from fmm_distill.run.reopen import export_run
 
     agreements = export_run(run, folder, steps, guidance)
     click.echo(f"{folder}: reloaded with stock diffusers, {summary(agreements)}")

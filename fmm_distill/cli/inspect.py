@@ -13,9 +13,9 @@ __all__ = ["inspect"]
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. pipeline.height=512.")
 def inspect(teacher: str, revision: str | None, overrides: tuple[str, ...]) -> None:
     """Open a teacher and say what was found, and what its students can become."""
-    from fmm_distill.plan import open_teacher
-    from fmm_distill.recipe import override, parse
-    from fmm_distill.report import describe_teacher
+    from fmm_distill.config.recipe import override, parse
+    from fmm_distill.run.inspect import describe_teacher
+    from fmm_distill.run.plan import open_teacher
 
     given = {"teacher": f"the teacher {teacher}"} | ({} if revision is None else {"revision": "--revision"})
     settings = override({"teacher": teacher, "revision": revision}, overrides, given)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fmm_distill.checkpoint import check_writable
 from fmm_distill.errors import UserError
+from fmm_distill.io.files import check_writable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -33,8 +33,8 @@ def publish(
     Only the files that the export wrote are sent; others in the folder are named and left out. After an interruption
     the same command resumes, and sends nothing that is there already.
     """
-    from fmm_distill.publish import pack
-    from fmm_distill.publish import publish as send
+    from fmm_distill.run.publish import pack
+    from fmm_distill.run.publish import publish as send
 
     parcel = pack(source, repo, branch, steps)
     if dry_run:

@@ -18,7 +18,7 @@ def recipes(context: click.Context) -> None:
 @recipes.command("list")
 def list_() -> None:
     """Names and purposes."""
-    from fmm_distill.recipe import find_recipe, recipe_names
+    from fmm_distill.config.recipe import find_recipe, recipe_names
 
     names = recipe_names()
     width = max(map(len, names)) + 2
@@ -31,7 +31,7 @@ def list_() -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a recipe's file, to copy and edit."""
-    from fmm_distill.plain_yaml import read_file_text
-    from fmm_distill.recipe import find_recipe
+    from fmm_distill.config.plain_yaml import read_file_text
+    from fmm_distill.config.recipe import find_recipe
 
     click.echo(read_file_text(find_recipe(name).read_bytes(), f"recipe {name}"), nl=False)

@@ -27,7 +27,7 @@ def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Pat
     from fmm_distill.cli.outputs import PICTURES, check_output
 
     check_output(output, PICTURES)
-    from fmm_distill.reopen import draw_run
+    from fmm_distill.run.reopen import draw_run
 
     draw_run(run, steps, count, seed, output, guidance)
     click.echo(f"{output}: {count} images of {', '.join(map(str, steps))} steps")

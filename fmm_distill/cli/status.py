@@ -15,7 +15,7 @@ __all__ = ["status"]
 def status(run: Path, output: Path | None) -> None:
     """Say where a run stands and draw its curves; it may be at work, killed or finished."""
     from fmm_distill.cli.outputs import check_output
-    from fmm_distill.status import describe, draw, read_run
+    from fmm_distill.run.status import describe, draw, read_run
 
     if output is not None:
         check_output(output, (".png",))

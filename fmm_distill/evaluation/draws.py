@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
-    from fmm_distill.velocity import Conditioning
 
 __all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import constants
 
+from fmm_distill.config.settings import FEATURES
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.digits import load_digits_classifier
-from fmm_distill.settings import FEATURES
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.pictures import still
-from fmm_distill.sampling import sample
-from fmm_distill.solve import endpoint
+from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["COLUMNS", "SEED", "Gallery", "between"]

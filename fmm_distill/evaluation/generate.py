@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from fmm_distill.data.row_store import Layout
 from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.features import unit_images
-from fmm_distill.lock import locked
-from fmm_distill.memory import held_by
-from fmm_distill.parts import Layout
+from fmm_distill.io.lock import locked
+from fmm_distill.training.memory import held_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from fmm_distill.core.solvers import endpoint
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation import features as feature_networks
 from fmm_distill.evaluation.clip import clip_scores
@@ -21,8 +22,7 @@ from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import reference_of
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
 from fmm_distill.evaluation.samplers import of_students, of_teacher
-from fmm_distill.lock import locked
-from fmm_distill.solve import endpoint
+from fmm_distill.io.lock import locked
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.data import Images
+    from fmm_distill.config.settings import EvaluationSettings
+    from fmm_distill.data.samples import Images
     from fmm_distill.evaluation.generate import Made
     from fmm_distill.evaluation.samplers import Sampler
-    from fmm_distill.settings import EvaluationSettings
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Measure", "check_evaluation", "check_evaluation_steps", "evaluate", "image_shape"]

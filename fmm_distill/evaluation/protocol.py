@@ -18,11 +18,11 @@ from fmm_distill.teachers.conditions import Embeddings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fmm_distill.data import Images
+    from fmm_distill.config.settings import EvaluationSettings
+    from fmm_distill.data.samples import Images
     from fmm_distill.evaluation.features import Features
     from fmm_distill.evaluation.metrics import ImageMetrics
     from fmm_distill.evaluation.reference import Reference
-    from fmm_distill.settings import EvaluationSettings
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["differences", "entries", "protocol_of"]

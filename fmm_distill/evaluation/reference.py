@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fmm_distill import checkpoint
 from fmm_distill.errors import UserError
+from fmm_distill.io.files import writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.data import Images
+    from fmm_distill.data.samples import Images
     from fmm_distill.evaluation.features import Features
 
 __all__ = ["Reference", "reference_of"]
@@ -95,7 +95,7 @@ def _read(folder: Path, shape: tuple[int, int], say: Callable[[str], None]) -> T
 def _write(folder: Path, features: Tensor, about: dict[str, Any]) -> None:
     """The folder gets its name when all of it is on the disk."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with checkpoint.writing(folder):
+    with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)

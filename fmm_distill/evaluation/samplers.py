@@ -13,11 +13,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from fmm_distill.core.schedules import FlowMatching, VariancePreserving
+from fmm_distill.core.solvers import solve
+from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import first_line
-from fmm_distill.interpolant import expand
-from fmm_distill.sampling import sample
-from fmm_distill.schedules import FlowMatching, VariancePreserving
-from fmm_distill.solve import solve
+from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.config.settings import EvaluationSettings
     from fmm_distill.evaluation.draws import SampleDraws
-    from fmm_distill.settings import EvaluationSettings
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Sampler", "about_solvers", "of_students", "of_teacher", "steps_within"]

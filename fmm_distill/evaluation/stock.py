@@ -10,11 +10,11 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
-from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import fetched, find
 from fmm_distill.teachers.recording import run_pipeline
+from fmm_distill.teachers.safety import about_checkers
 from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:

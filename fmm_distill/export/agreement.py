@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fmm_distill.interpolant import expand
+from fmm_distill.core.time_axis import expand
 from fmm_distill.teachers.codec import LatentCodec, Waves
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.parametrisation import Parametrisation
-    from fmm_distill.student import Student
+    from fmm_distill.core.parametrization import Parametrisation
+    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.velocity import Conditioning
 
 __all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare"]
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fmm_distill.checkpoint import write_text
 from fmm_distill.evaluation.result import COLUMNS
-from fmm_distill.export.about import read_about, write_about
 from fmm_distill.export.contents import record
+from fmm_distill.export.manifest import read_about, write_about
 from fmm_distill.export.public import known_paths, public_about, public_evaluation
-from fmm_distill.reading import check_keys
+from fmm_distill.io.files import write_text
+from fmm_distill.io.reading import check_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import UnionType
 
     from fmm_distill.evaluation.result import Evaluation
-    from fmm_distill.export.about import About
+    from fmm_distill.export.manifest import About
 
 __all__ = ["card", "write_card"]
 

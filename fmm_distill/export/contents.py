@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmm_distill import __version__
-from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import UserError
-from fmm_distill.reading import check_keys, read_mapping
+from fmm_distill.io.files import write_text
+from fmm_distill.io.reading import check_keys, read_mapping
 
 __all__ = ["CONTENTS", "Changes", "changes", "contents", "record", "shown", "write_contents"]
 

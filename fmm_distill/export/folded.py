@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 
+from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.errors import UserError
 from fmm_distill.export.schedulers import stock_scheduler
-from fmm_distill.schedules import Angular, FlowMatching, VariancePreserving
-from fmm_distill.student import fold
+from fmm_distill.student.student import fold
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.schedules import Schedule
-    from fmm_distill.student import Student
+    from fmm_distill.core.schedules import Schedule
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["check_steps", "folded_pipeline", "jump_scheduler", "stock_times", "why_not_folded"]

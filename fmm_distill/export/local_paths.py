@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import UserError
+from fmm_distill.io.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

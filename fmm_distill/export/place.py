@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmm_distill.checkpoint import writing
 from fmm_distill.errors import UserError
 from fmm_distill.export.contents import CONTENTS, changes, shown, write_contents
-from fmm_distill.lock import locked
+from fmm_distill.io.files import writing
+from fmm_distill.io.lock import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fmm_distill.export.about import About
 from fmm_distill.export.local_paths import config_without_paths, is_local, public_name, without_paths
-from fmm_distill.reading import read_mapping
+from fmm_distill.export.manifest import About
+from fmm_distill.io.reading import read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

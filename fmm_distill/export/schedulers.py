@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 
+from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fmm_distill.interpolant import Prediction
+    from fmm_distill.core.time_axis import Prediction
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["LEVELS", "SWITCHES", "stock_scheduler"]

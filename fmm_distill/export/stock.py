@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
+from fmm_distill.export.remote.stock_pipeline import jumping
 from fmm_distill.export.schedulers import stock_scheduler
-from fmm_distill.export.stock_pipeline import jumping
-from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
-from fmm_distill.student import fold
+from fmm_distill.student.student import fold
 from fmm_distill.teachers.codec import LatentCodec, PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.embedding import told_apart
-from fmm_distill.teachers.prompted import RecordedCall
+from fmm_distill.teachers.prompted.cache import told_apart
+from fmm_distill.teachers.prompted.load import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.student import Student
+    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.velocity import Conditioning
 
 __all__ = [
     "any_step_settings",

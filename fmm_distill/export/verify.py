@@ -18,23 +18,23 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 
-from fmm_distill.checkpoint import write_text
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.agreement import Agreement, compare
 from fmm_distill.export.contents import record
 from fmm_distill.export.folded import jump_scheduler, stock_times
 from fmm_distill.export.stock import any_step_times, folded_scheduler, guidance_keyword, start_of, verification_call
-from fmm_distill.teachers.prompted import RecordedCall
+from fmm_distill.io.files import write_text
+from fmm_distill.teachers.prompted.load import RecordedCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from fmm_distill.student import Student
+    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
-    from fmm_distill.velocity import Conditioning
 
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 

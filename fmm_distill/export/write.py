@@ -6,18 +6,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.folder import write_lora, write_pipelines
+from fmm_distill.export.pipelines import write_lora, write_pipelines
 from fmm_distill.export.stock import shared_bytes
 from fmm_distill.export.verify import Exported
-from fmm_distill.lora import has_lora, merged
-from fmm_distill.student import stock_part
+from fmm_distill.student.lora import has_lora, merged
+from fmm_distill.student.student import stock_part
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from fmm_distill.student import Student
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["export_bytes", "network_bytes", "write_student"]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = ["ConsistencySettings", "consistency"]
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.derivatives import value_and_derivative_along_flow, value_and_parts_along_flow
-from fmm_distill.interpolant import expand
+from fmm_distill.core.derivatives.engines import value_and_derivative_along_flow, value_and_parts_along_flow
+from fmm_distill.core.time_axis import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = ["EulerianSettings", "TangentSettings", "change_over_step", "eulerian", "steadied"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from pydantic import model_validator
 
-from fmm_distill.derivatives import value_and_derivative_along_flow
-from fmm_distill.interpolant import expand
+from fmm_distill.core.derivatives.engines import value_and_derivative_along_flow
+from fmm_distill.core.time_axis import expand
 from fmm_distill.losses.base import squared_norm
 from fmm_distill.losses.eulerian import EulerianSettings, TangentSettings, eulerian
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = ["MeanFlowSettings", "mean_flow"]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from fmm_distill.core.solvers import solve
 from fmm_distill.losses.base import LossSettings, squared_norm
-from fmm_distill.solve import solve
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = ["OperatorRegressionSettings", "operator_regression"]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from fmm_distill.flow_map import diagonal
-from fmm_distill.interpolant import expand
+from fmm_distill.core.flow_map import diagonal
+from fmm_distill.core.time_axis import expand
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
 from fmm_distill.losses.lagrangian import LagrangianSettings, lagrangian
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.flow_map import FlowMap
-    from fmm_distill.velocity import Conditioning, VelocityField
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import Conditioning, VelocityField
 
 __all__ = ["TerminalVelocitySettings", "terminal_velocity"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import LinearClock, expand
+from fmm_distill.core.flow_map import FlowMap
+from fmm_distill.core.time_axis import LinearClock, expand
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.velocity import Conditioning
+    from fmm_distill.core.velocity import Conditioning
 
 __all__ = ["Gaussian", "TwoModes"]
 

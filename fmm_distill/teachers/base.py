@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 
+from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import VariancePreserving
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.interpolant import Prediction, TimeAxis
-    from fmm_distill.parametrisation import Parametrisation
-    from fmm_distill.schedules import Schedule
+    from fmm_distill.core.parametrization import Parametrisation
+    from fmm_distill.core.schedules import Schedule
+    from fmm_distill.core.time_axis import Prediction, TimeAxis
+    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.teachers.guidance import Guidance
-    from fmm_distill.velocity import Conditioning
 
 __all__ = ["Distillable", "Teacher"]
 

@@ -12,14 +12,14 @@ import diffusers
 import torch
 
 from fmm_distill.errors import UserError, named
-from fmm_distill.teachers.checkers import without_checkers
+from fmm_distill.teachers.safety import without_checkers
 from fmm_distill.teachers.weight_files import model_class, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from fmm_distill.teachers.download import Snapshot
+    from fmm_distill.teachers.hub.download import Snapshot
 
 __all__ = [
     "FAULTS",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
-from fmm_distill.velocity import Conditioning
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fmm_distill.interpolant import expand
+from fmm_distill.core.time_axis import expand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.velocity import Conditioning
+    from fmm_distill.core.velocity import Conditioning
 
 __all__ = ["Guidance"]
 

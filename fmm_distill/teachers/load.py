@@ -11,18 +11,18 @@ import diffusers
 import yaml
 from huggingface_hub import ModelCard
 
+from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, named
-from fmm_distill.state import own_state
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.checkers import about_checkers
 from fmm_distill.teachers.components import Found
 from fmm_distill.teachers.dit import load_dit
-from fmm_distill.teachers.download import Snapshot, find_on_hub
-from fmm_distill.teachers.prompted import load_prompted
+from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
+from fmm_distill.teachers.hub.variant import as_plain
+from fmm_distill.teachers.prompted.load import load_prompted
 from fmm_distill.teachers.renamed import current_classes
+from fmm_distill.teachers.safety import about_checkers
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
-from fmm_distill.teachers.variant import as_plain
 from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILTIN", "fetched", "find", "load_teacher"]
 
-BUILTIN = Path(__file__).parent.parent / "builtin"
+BUILTIN = Path(__file__).parent / "builtin"
 _PREFIX = "builtin:"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
 

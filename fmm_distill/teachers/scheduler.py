@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import diffusers
 import torch
 
+from fmm_distill.core.schedules import FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import FlowMatching, VarianceExploding, VariancePreserving
 
 if TYPE_CHECKING:
-    from fmm_distill.interpolant import Prediction
-    from fmm_distill.schedules import Schedule
+    from fmm_distill.core.schedules import Schedule
+    from fmm_distill.core.time_axis import Prediction
 
 __all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "Levels", "read_scheduler"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.schedules import Angular
 from fmm_distill.errors import UserError
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.schedules import Angular
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.components import open_network, open_scheduler

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.checkers import CHECKERS
+from fmm_distill.teachers.safety import CHECKERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -9,7 +9,7 @@ import json
 import sys
 
 from fmm_distill.cli import command
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.trainer import Trainer
 
 
 class FirstStepError(Exception):

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-import fmm_distill.run  # noqa: F401 once, not in every process
+import fmm_distill.run.distill  # noqa: F401 once, not in every process
 from fmm_distill.cli import main
 
 # Looks at a process that has ended without taking its status.
@@ -46,7 +46,7 @@ def train(recipe: str, folder: str, dies_at_call: int, *, early: bool) -> None:
 
     sys.argv = ["fmm-distill", "--recipe", recipe, "--output", folder]
     with (
-        patch("fmm_distill.run.finish"),
+        patch("fmm_distill.run.distill.finish"),
         patch("os.fsync", deadly(os.fsync)),
         patch("os.rename", deadly(os.rename)),
         patch("os.replace", deadly(os.replace)),

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from fmm_distill.cli import main
-from fmm_distill.stopping import StopRequest
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.signals import StopRequest
+from fmm_distill.training.trainer import Trainer
 
 STEPS = 12
 TINY = {
@@ -72,7 +72,7 @@ def training_only(stop_before: int | None = None):
             raise KeyboardInterrupt
         return step_of(self, number, request)
 
-    with patch("fmm_distill.run.finish"), patch.object(Trainer, "_step", step):
+    with patch("fmm_distill.run.distill.finish"), patch.object(Trainer, "_step", step):
         yield
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmm_distill import checkpoint
+from fmm_distill.training import checkpoint
 from tests.cli.runs import call, spawn, training_only, write_recipe
 from tests.conftest import save_teacher, tiny_unet
 
@@ -79,7 +79,7 @@ from unittest.mock import patch
 import sys
 from fmm_distill.cli import main
 sys.argv = ["fmm-distill", "--recipe", {str(tiny)!r}, "--output", {str(tmp_path / "run")!r}]
-with patch("fmm_distill.run.finish"):
+with patch("fmm_distill.run.distill.finish"):
     main()
 """
     (tmp_path / "train.py").write_text(program)

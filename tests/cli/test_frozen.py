@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from fmm_distill import checkpoint
 from fmm_distill.cli import command
+from fmm_distill.config.recipe import Recipe
 from fmm_distill.losses import EulerianSettings
-from fmm_distill.recipe import Recipe
+from fmm_distill.training import checkpoint
 from tests.cli.runs import call
 
 OPTIONS = {

@@ -26,7 +26,7 @@ UNUSED = (
     "onnx",
     "triton",
     "IPython",
-    "fmm_distill.curves",
+    "fmm_distill.run.curves",
 )
 
 
@@ -38,7 +38,7 @@ def test_a_run_loads_nothing_heavy_that_it_does_not_use(tmp_path):
         [sys.executable, str(program), *arguments], env=os.environ | changes, capture_output=True, text=True, check=True
     )
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert {"torch", "diffusers", "fmm_distill.trainer"} <= loaded
+    assert {"torch", "diffusers", "fmm_distill.training.trainer"} <= loaded
     assert [name for name in UNUSED if name in loaded] == []
     # What is not installed can't be loaded: of these the tests have those.
     assert all(find_spec(name) for name in ("matplotlib", "torchmetrics", "tensorboard", "datasets", "pandas"))

@@ -233,7 +233,7 @@ def test_a_run_killed_while_its_folder_is_made_goes_on(place, tmp_path):
         path.write_text(text, encoding="utf-8")
 
     written: list[str] = []
-    with patch("fmm_distill.checkpoint.write_text", killed):
+    with patch("fmm_distill.run.folder.write_text", killed):
         assert call(*command)[0] == 130
     with training_only():
         status, _, err = call(*command)

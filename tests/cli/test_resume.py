@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fmm_distill import checkpoint
-from fmm_distill.stopping import stop_requests
+from fmm_distill.training import checkpoint
+from fmm_distill.training.signals import stop_requests
 from tests.cli.runs import (
     STEPS,
     assert_same_run,

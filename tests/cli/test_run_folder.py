@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from fmm_distill.lock import locked
-from fmm_distill.marker import MARKER
+from fmm_distill.io.lock import locked
+from fmm_distill.run.marker import MARKER
 from tests.cli.runs import TINY, assert_same_run, call, checkpoints, snapshot, training_only
 
 

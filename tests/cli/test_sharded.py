@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
-from fmm_distill.checkpoint import newest
+from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.errors import UserError
-from fmm_distill.settings import TrainingSettings
-from fmm_distill.sharding import check_sharding, name_blocks
+from fmm_distill.training.checkpoint import newest
+from fmm_distill.training.fsdp import check_sharding, name_blocks
 from tests.cli.runs import STEPS, call, losses, spawn
 
 SHARDED = Path(__file__).with_name("sharded_cli.py")

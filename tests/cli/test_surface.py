@@ -13,8 +13,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 import fmm_distill
 from fmm_distill.cli import command
+from fmm_distill.config.recipe import Recipe, _paths, load_recipe, parse, recipe_names
 from fmm_distill.losses import SETTINGS
-from fmm_distill.recipe import Recipe, _paths, load_recipe, parse, recipe_names
 from tests.cli.runs import call
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
         archive.extractall(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/fmm_distill/builtin/digits/unet/diffusion_pytorch_model.safetensors").is_file()
     code = (
-        "import fmm_distill, fmm_distill.recipe as r; "
+        "import fmm_distill, fmm_distill.config.recipe as r; "
         "print(fmm_distill.__file__); print(*r.recipe_names()); r.load_recipe('digits')"
     )
     run = subprocess.run(

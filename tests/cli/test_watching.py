@@ -17,13 +17,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmm_distill import checkpoint
-from fmm_distill.curves import BAD
-from fmm_distill.ema import load_trained
 from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.marker import MARKER
-from fmm_distill.plan import plan
-from fmm_distill.run_folder import kept_recipe
+from fmm_distill.run.curves import BAD
+from fmm_distill.run.folder import kept_recipe
+from fmm_distill.run.marker import MARKER
+from fmm_distill.run.plan import plan
+from fmm_distill.training import checkpoint
+from fmm_distill.training.ema import load_trained
 from tests.cli.runs import assert_same_run, call, losses, snapshot, training_only
 
 SCRIPT = Path(__file__).parent / "watched_training.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fmm_distill.recipe import recipe_names
+from fmm_distill.config.recipe import recipe_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,11 @@ def test_the_wheel_holds_recipes_and_the_built_in_teacher(wheel):
     assert kept <= names
     recipes = {f"fmm_distill/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert recipes <= names
-    assert {"fmm_distill/two_time.py", "fmm_distill/export/pipeline.py", "fmm_distill/export/reload.py"} <= names
+    assert {
+        "fmm_distill/student/two_time.py",
+        "fmm_distill/export/remote/pipeline.py",
+        "fmm_distill/export/reload.py",
+    } <= names
     assert not [name for name in names if name.startswith(("tests/", "docs/", "recipes/")) or "__pycache__" in name]
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fmm_distill.monitor import Monitor
-from fmm_distill.plan import plan
-from fmm_distill.recipe import load_recipe
-from fmm_distill.trainer import Trainer
+from fmm_distill.config.recipe import load_recipe
+from fmm_distill.evaluation.monitor import Monitor
+from fmm_distill.run.plan import plan
+from fmm_distill.training.trainer import Trainer
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from fmm_distill.core.solvers import endpoint, solve
+from fmm_distill.core.time_axis import expand
+from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import expand
-from fmm_distill.solve import endpoint, solve
-from fmm_distill.velocity import Conditioning
 from tests.conformance.truths import PREDICTIONS, SCHEDULES, TRUTHS, exact_teacher
 
 ORDERS = {"euler": 1, "heun": 2, "rk4": 4}

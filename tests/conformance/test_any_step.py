@@ -16,9 +16,9 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.sampling import sample
-from fmm_distill.student import make_student
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import PROMPTS
 from tests.conformance.test_prompted_export import moved, opened

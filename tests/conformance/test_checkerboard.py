@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.solve import solve
+from fmm_distill.core.solvers import solve
 from fmm_distill.teachers.checkerboard import Checkerboard
 
 BOARD = Checkerboard()

@@ -21,8 +21,8 @@ from benchmarks.plane import (
     sample,
     solved,
 )
-from fmm_distill.flow_map import diagonal
-from fmm_distill.interpolant import LinearClock
+from fmm_distill.core.flow_map import diagonal
+from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses import LOSSES
 from fmm_distill.teachers.checkerboard import Checkerboard
 

@@ -12,13 +12,13 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.checkers import without_checkers
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.safety import without_checkers
 from tests.conformance.test_prompted_export import moved
 from tests.tiny import diffusion
 

@@ -27,9 +27,9 @@ from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_methods import METHODS, recipe_of
 from benchmarks.cifar10_processes import Processes
 from benchmarks.cifar10_report import markdown
+from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.losses import SETTINGS
-from fmm_distill.solve import endpoint
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import call
 from tests.conftest import save_teacher, tiny_unet

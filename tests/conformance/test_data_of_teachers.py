@@ -9,16 +9,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from fmm_distill.config.recipe import parse
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.prepare import open_images
 from fmm_distill.errors import UserError
-from fmm_distill.plan import plan
-from fmm_distill.prepare import open_images
-from fmm_distill.recipe import parse
-from fmm_distill.reopen import open_run
-from fmm_distill.run import distill
-from fmm_distill.settings import DataSettings
+from fmm_distill.run.distill import distill
+from fmm_distill.run.plan import plan
+from fmm_distill.run.reopen import open_run
 from fmm_distill.teachers.codec import LatentCodec, encoder_of
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted import FAMILIES, saved
 from tests.conftest import save_teacher, tiny_unet
 from tests.tiny.diffusion import PIPELINES
@@ -150,7 +150,7 @@ def test_classes_belong_to_images_in_a_whole_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffusers.UNet2DModel, "forward", told)
     with monkeypatch.context() as patch:
-        patch.setattr("fmm_distill.run.finish", lambda *_: None)
+        patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
         distill(recipe, tmp_path / "run", say=lambda _: None)
     assert len(seen.picked) == 2
     for _, picked in seen.picked:
@@ -168,7 +168,7 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     seen, said = Seen(monkeypatch), []
     recipe = parse({"teacher": source, "pipeline": call, "data": data} | SHORT, "here")
     with monkeypatch.context() as patch:
-        patch.setattr("fmm_distill.run.finish", lambda *_: None)
+        patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
         distill(recipe, tmp_path / "run", say=said.append)
     prompts = ("a red cat", "two dogs", "a blue car in the snow")
     assert tuple(json.loads((tmp_path / "run" / "prompts.json").read_text())) == prompts
@@ -234,13 +234,13 @@ def test_a_run_from_teacher_data_goes_on_with_the_same_numbers(tmp_path, teacher
     said, logs = [], []
     for name in ("one", "two"):
         with monkeypatch.context() as patch:
-            patch.setattr("fmm_distill.run.finish", lambda *_: None)
+            patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
             if name == "two":
                 patch.setattr(Trainer, "run", _interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     distill(recipe, tmp_path / name, say=said.append)
                 patch.undo()
-                patch.setattr("fmm_distill.run.finish", lambda *_: None)
+                patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
             distill(recipe, tmp_path / name, say=said.append)
         lines = (tmp_path / name / "steps.jsonl").read_text().splitlines()
         logs.append([json.loads(line)["loss"] for line in lines])
@@ -249,7 +249,7 @@ def test_a_run_from_teacher_data_goes_on_with_the_same_numbers(tmp_path, teacher
     assert any("12 trajectories of 3 points take 0.0 MiB" in line and "19 calls" in line for line in said)
     own = parse({"teacher": str(teacher_folder), "data": "none"} | SHORT, "here")
     with monkeypatch.context() as patch:
-        patch.setattr("fmm_distill.run.finish", lambda *_: None)
+        patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
         distill(own, tmp_path / "none", say=said.append)
     first = json.loads((tmp_path / "none" / "steps.jsonl").read_text().splitlines()[0])
     assert first["loss"] != logs[0][0]

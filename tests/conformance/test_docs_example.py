@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from fmm_distill.interpolant import expand
+from fmm_distill.core.time_axis import expand
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-teacher.md"
 

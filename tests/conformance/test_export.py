@@ -10,12 +10,12 @@ import torch
 from diffusers import DDPMScheduler
 
 from fmm_distill.errors import FmmDistillError, UserError
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.export.pipeline import FlowMapPipeline
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.remote.pipeline import FlowMapPipeline
 from fmm_distill.export.stock import pipeline_settings
 from fmm_distill.export.verify import verify
-from fmm_distill.sampling import sample
-from fmm_distill.student import make_student
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_teachers import saved
 from tests.conftest import save_teacher

@@ -12,12 +12,12 @@ import yaml
 
 from fmm_distill.errors import UserError
 from fmm_distill.export.contents import CONTENTS
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.place import in_use, replacing
-from fmm_distill.marker import MARKER, mark
-from fmm_distill.publish import pack
-from fmm_distill.reopen import export_run
-from fmm_distill.student import make_student
+from fmm_distill.run.marker import MARKER, mark
+from fmm_distill.run.publish import pack
+from fmm_distill.run.reopen import export_run
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import call, snapshot, training_only, write_recipe
 

@@ -10,12 +10,12 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.core.time_axis import expand
+from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.export.stock import any_step_settings, start_of, verification_call
-from fmm_distill.export.stock_pipeline import flow_map_pipeline
-from fmm_distill.interpolant import expand
-from fmm_distill.sampling import sample
-from fmm_distill.student import make_student
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_export import moved

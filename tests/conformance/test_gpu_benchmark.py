@@ -207,11 +207,11 @@ def test_the_list_says_of_which_code_results_are(tmp_path):
     line = render.listing(tmp_path).splitlines()[1]
     assert "commit abcdef012345, NVIDIA H100, 2026-11-01 10:00 UTC, 0 of 1 rows measured: current" in line
     assert "no result (gpu-large.json)" in render.listing(tmp_path)
-    changed = now | {"fmm_distill/trainer.py": "0", "fmm_distill/old.py": "0"}
+    changed = now | {"fmm_distill/training/trainer.py": "0", "fmm_distill/old.py": "0"}
     file.write_text(json.dumps(result(changed, commit=None, tiny=True)))
     line = render.listing(tmp_path).splitlines()[1]
     assert "commit unknown" in line
-    assert "tiny: no figures: not current, changed since: fmm_distill/old.py, fmm_distill/trainer.py" in line
+    assert "tiny: no figures: not current, changed since: fmm_distill/old.py, fmm_distill/training/trainer.py" in line
 
 
 def spread(value):

@@ -10,21 +10,23 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 
 from fmm_distill.cli import command as cli
+from fmm_distill.config.recipe import parse
+from fmm_distill.core.draws import draw
+from fmm_distill.data.starting_points import points
 from fmm_distill.errors import UserError
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.stock import start_of, verification_call
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import lagrangian
-from fmm_distill.objective import Objective
-from fmm_distill.plan import open_teacher, plan
-from fmm_distill.recipe import parse
-from fmm_distill.reopen import open_run
-from fmm_distill.run import distill
-from fmm_distill.sampling import sample
-from fmm_distill.starts import draw, pair_times, points
-from fmm_distill.student import fold, make_student
+from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.run.distill import distill
+from fmm_distill.run.plan import open_teacher, plan
+from fmm_distill.run.reopen import open_run
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import fold, make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.training.objective import Objective
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.conftest import save_teacher, tiny_unet

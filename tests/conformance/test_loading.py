@@ -10,15 +10,15 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 import fmm_distill
+from fmm_distill.config.recipe import parse
+from fmm_distill.core.flow_map import diagonal
+from fmm_distill.core.solvers import solve
 from fmm_distill.errors import UserError
-from fmm_distill.export.about import about_student, write_about
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.flow_map import diagonal
-from fmm_distill.loading import load_student
-from fmm_distill.recipe import parse
-from fmm_distill.sampling import sample
-from fmm_distill.solve import solve
-from fmm_distill.student import make_student
+from fmm_distill.export.load import load_student
+from fmm_distill.export.manifest import about_student, write_about
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_export import moved_student

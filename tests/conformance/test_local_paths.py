@@ -11,15 +11,15 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.evaluation.result import Evaluation, Row
-from fmm_distill.export.about import about_student
 from fmm_distill.export.card import write_card
-from fmm_distill.export.folder import write_pipelines
 from fmm_distill.export.local_paths import is_local, public_name, without_paths
+from fmm_distill.export.manifest import about_student
+from fmm_distill.export.pipelines import write_pipelines
 from fmm_distill.export.place import replacing
-from fmm_distill.publish import pack
-from fmm_distill.recipe import parse
-from fmm_distill.student import make_student
+from fmm_distill.run.publish import pack
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.tiny.diffusion import PIPELINES

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.flow_map import FlowMap, diagonal
-from fmm_distill.interpolant import expand
+from fmm_distill.core.flow_map import FlowMap, diagonal
+from fmm_distill.core.time_axis import expand
+from fmm_distill.data.starting_points import interpolant_velocity
 from fmm_distill.losses import (
     LOSSES,
     ConsistencySettings,
@@ -21,7 +22,6 @@ from fmm_distill.losses import (
     ProgressiveSettings,
     TerminalVelocitySettings,
 )
-from fmm_distill.starts import interpolant_velocity
 from tests.conformance.truths import TRUTHS, samples, start
 
 EXACT = {"derivative": "exact"}

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fmm_distill.ema import averaged
-from fmm_distill.flow_map import FlowMap, diagonal
-from fmm_distill.interpolant import LinearClock, expand
+from fmm_distill.core.flow_map import FlowMap, diagonal
+from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.losses import (
     LOSSES,
     SETTINGS,
@@ -29,6 +28,7 @@ from fmm_distill.losses import (
     TerminalVelocitySettings,
 )
 from fmm_distill.teachers.analytic import TwoModes
+from fmm_distill.training.ema import averaged
 from tests.conformance.truths import TRUTHS
 
 # In float32, where the small network is quickest.

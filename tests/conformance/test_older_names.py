@@ -7,10 +7,10 @@ import json
 import diffusers
 import pytest
 
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.loading import load_student
-from fmm_distill.run import distill
-from fmm_distill.student import make_student
+from fmm_distill.export.load import load_student
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.run.distill import distill
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import find, load_teacher
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.tiny.diffusion import PIPELINES

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fmm_distill.derivatives import choose_engine, derivative_in_r
+from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
+from fmm_distill.core.schedules import FlowMatching, VariancePreserving
+from fmm_distill.core.time_axis import expand
+from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.schedules import FlowMatching, VariancePreserving
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import record
-from fmm_distill.velocity import Conditioning
 from tests.tiny import diffusion, flow, video
 
 FAMILIES = {

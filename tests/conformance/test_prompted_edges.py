@@ -11,21 +11,21 @@ import weakref
 import pytest
 import torch
 
-from fmm_distill.derivatives import derivative_in_r
+from fmm_distill.config.recipe import parse
+from fmm_distill.config.settings import EvaluationSettings
+from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
-from fmm_distill.plan import forecast
-from fmm_distill.recipe import parse
-from fmm_distill.reopen import open_run
-from fmm_distill.run import distill
-from fmm_distill.settings import EvaluationSettings
-from fmm_distill.student import make_student
+from fmm_distill.run.distill import distill
+from fmm_distill.run.plan import forecast
+from fmm_distill.run.reopen import open_run
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted import FAMILIES, PROMPTS, saved
 from tests.conformance.test_prompted_export import moved
 from tests.tiny.diffusion import PIPELINES
@@ -124,7 +124,7 @@ def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monke
         train(trainer, reached)
 
     train = Trainer.run
-    monkeypatch.setattr("fmm_distill.teachers.prompted.open_pipeline", watched)
+    monkeypatch.setattr("fmm_distill.teachers.prompted.load.open_pipeline", watched)
     monkeypatch.setattr("fmm_distill.teachers.codec.open_pipeline", watched)
     monkeypatch.setattr(Trainer, "run", run)
     prompts = tmp_path / "prompts.txt"

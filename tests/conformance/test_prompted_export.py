@@ -10,16 +10,16 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.export.about import about_student, write_about
+from fmm_distill.config.recipe import parse
 from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.export.stock_pipeline import flow_map_pipeline
+from fmm_distill.export.load import load_student
+from fmm_distill.export.manifest import about_student, write_about
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
-from fmm_distill.loading import load_student
-from fmm_distill.lora import default_targets
-from fmm_distill.recipe import parse
-from fmm_distill.sampling import sample
-from fmm_distill.student import make_student
+from fmm_distill.student.lora import default_targets
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS

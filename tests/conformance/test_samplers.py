@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.evaluation.samplers import about_solvers, of_teacher, steps_within
 from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
-from fmm_distill.settings import EvaluationSettings
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES

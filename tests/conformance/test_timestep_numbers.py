@@ -17,14 +17,14 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 
+from fmm_distill.core.schedules import FlowMatching, VarianceExploding, VariancePreserving
+from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
-from fmm_distill.interpolant import expand
-from fmm_distill.schedules import FlowMatching, VarianceExploding, VariancePreserving
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.teachers.recorded_call import check_recorded_call
+from fmm_distill.teachers.prompted.call import check_recorded_call
 from fmm_distill.teachers.recording import record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conformance.test_prompted import FAMILIES, PROMPTS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from fmm_distill.interpolant import expand
+from fmm_distill.core.time_axis import expand
 from tests.conformance.truths import TRUTHS, start
 
 EVERY = pytest.mark.parametrize("name", TRUTHS)

@@ -9,24 +9,24 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.derivatives import choose_engine, derivative_in_r
+from fmm_distill.config.recipe import Recipe, parse
+from fmm_distill.config.settings import EvaluationSettings
+from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.schedules import Angular
+from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.stock import any_step_settings
-from fmm_distill.export.stock_pipeline import flow_map_pipeline
-from fmm_distill.interpolant import expand
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.plan import plan
-from fmm_distill.recipe import Recipe, parse
-from fmm_distill.reopen import draw_run
-from fmm_distill.report import describe_teacher
-from fmm_distill.run import distill
-from fmm_distill.sampling import sample
-from fmm_distill.schedules import Angular
-from fmm_distill.settings import EvaluationSettings
-from fmm_distill.student import make_student
+from fmm_distill.run.distill import distill
+from fmm_distill.run.inspect import describe_teacher
+from fmm_distill.run.plan import plan
+from fmm_distill.run.reopen import draw_run
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher

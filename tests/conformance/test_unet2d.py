@@ -10,16 +10,16 @@ import diffusers
 import pytest
 import torch
 
-from fmm_distill.data import Images
+from fmm_distill.config.settings import EvaluationSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.time_axis import expand
+from fmm_distill.data.latents import Latents, encode_images, latent_layout
+from fmm_distill.data.samples import Images
 from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
-from fmm_distill.interpolant import expand
-from fmm_distill.latents import Latents, encode_images, latent_layout
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.settings import EvaluationSettings
-from fmm_distill.starts import draw
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import encoder_of

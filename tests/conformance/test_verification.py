@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fmm_distill.core.schedules import VarianceExploding
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.folder import export_pipeline
+from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
 from fmm_distill.export.verify import Exported, agreements_of
-from fmm_distill.schedules import VarianceExploding
-from fmm_distill.student import make_student
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_export import moved

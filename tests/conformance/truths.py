@@ -8,9 +8,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.schedules import VariancePreserving
+from fmm_distill.core.flow_map import FlowMap
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.teachers.analytic import Gaussian, TwoModes
 from fmm_distill.teachers.base import Teacher
 

@@ -24,7 +24,7 @@ def _commits(hub: Hub, repo: str = REPO) -> int:
 
 def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     """The same student again, then fewer steps of it, a branch, a private one."""
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     source, lines, seen = Path(folder), [], {}
     seen["address"] = publish(pack(source, REPO), REPO, say=lines.append)
@@ -57,7 +57,7 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
 
 def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     """Repositories that hold something else."""
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     source = Path(folder)
     hub.create("tester/else", {"weights.bin": b"1", "README.md": b"mine"})
@@ -89,7 +89,7 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
 
 def publish_without_right(hub: Hub, folder: str) -> dict[str, str]:
     """Names and tokens that don't do."""
-    from fmm_distill.publish import check_target, pack, publish
+    from fmm_distill.run.publish import check_target, pack, publish
 
     source, outcomes = Path(folder), {}
     for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
@@ -114,7 +114,7 @@ def publish_through_faults(hub: Hub, folder: str) -> dict[str, Any]:
     """A file that does not arrive, a connection that is cut, and answers that the Hub gives on a bad day."""
     from unittest.mock import patch
 
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     def send() -> str:
         return said(publish, pack(source, REPO), REPO, say=lambda _: None)
@@ -141,7 +141,7 @@ def publish_into_the_void(hub: Hub, folder: str) -> str:
     """Nobody listens there."""
     from unittest.mock import patch
 
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     hub.faults.append(Fault("GET", ".", cut_after=0, reset=True, times=100))
     with patch("time.sleep"):
@@ -150,7 +150,7 @@ def publish_into_the_void(hub: Hub, folder: str) -> str:
 
 def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, Any]:
     """Files and links of the user's in the folder, an edited card, and files that are not as they were exported."""
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     source, outside, lines = Path(folder), Path(elsewhere), []
     outside.mkdir()
@@ -193,7 +193,7 @@ def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, A
 def publish_while_exporting(hub: Hub, run: str) -> dict[str, Any]:
     """An export into the folder that is running, one that ran in between, and a run that is not finished."""
     from fmm_distill.export.place import in_use, replacing
-    from fmm_distill.publish import pack, publish
+    from fmm_distill.run.publish import pack, publish
 
     source, lines = Path(run), []
     parcel = pack(source, REPO)
@@ -211,7 +211,7 @@ def publish_offline(hub: Hub, run: str) -> dict[str, Any]:
 
     from huggingface_hub import constants
 
-    from fmm_distill.publish import check_target, pack, publish
+    from fmm_distill.run.publish import check_target, pack, publish
     from tests.cli.runs import call
 
     seen: dict[str, Any] = {}

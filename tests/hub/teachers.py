@@ -185,9 +185,9 @@ def offline(hub: Hub, folder: str) -> dict[str, Any]:
 
 def goes_on_at_its_commit(hub: Hub, folder: str, other: str, run: str) -> dict[str, Any]:
     """A run whose teacher's repository has moved on."""
-    from fmm_distill.recipe import parse
-    from fmm_distill.reopen import open_run
-    from fmm_distill.run import distill
+    from fmm_distill.config.recipe import parse
+    from fmm_distill.run.distill import distill
+    from fmm_distill.run.reopen import open_run
 
     repo = hub.create("tester/teacher", files_of(folder))
     begun = repo.at("main").sha

@@ -15,17 +15,17 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 
 from fmm_distill.cli import command
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, Row
-from fmm_distill.export.about import about_student, read_about
 from fmm_distill.export.card import _table, card, write_card
 from fmm_distill.export.contents import record
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.loading import load_student
-from fmm_distill.marker import mark
-from fmm_distill.publish import pack
-from fmm_distill.recipe import parse
-from fmm_distill.student import make_student
+from fmm_distill.export.load import load_student
+from fmm_distill.export.manifest import about_student, read_about
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.run.marker import mark
+from fmm_distill.run.publish import pack
+from fmm_distill.student.student import make_student
 from tests.hub import publishing
 from tests.hub.alone import alone
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fmm_distill.export.folder import export_pipeline
-from fmm_distill.student import make_student
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.student.student import make_student
 from tests.hub import pushing
 from tests.hub.alone import alone
 

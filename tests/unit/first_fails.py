@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from fmm_distill.errors import UserError
-from fmm_distill.process import on_first
+from fmm_distill.training.process import on_first
 
 
 def refuse() -> None:

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from fmm_distill.flow_map import FlowMap, diagonal
-from fmm_distill.interpolant import expand
-from fmm_distill.solve import solve
+from fmm_distill.core.flow_map import FlowMap, diagonal
+from fmm_distill.core.solvers import solve
+from fmm_distill.core.time_axis import expand
 
 
 class Square:

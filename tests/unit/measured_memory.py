@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fmm_distill.memory import peak_memory
-from fmm_distill.plan import plan
-from fmm_distill.recipe import Recipe
-from fmm_distill.trainer import Trainer
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.run.plan import plan
+from fmm_distill.training.memory import peak_memory
+from fmm_distill.training.trainer import Trainer
 
 
 def train(folder: str, settings: dict, output: Path) -> None:

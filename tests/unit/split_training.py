@@ -18,15 +18,15 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from fmm_distill.data import Images
-from fmm_distill.objective import Objective
-from fmm_distill.recipe import Recipe
-from fmm_distill.settings import TrainingSettings
-from fmm_distill.sharding import check_sharding
-from fmm_distill.starts import draw
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.config.settings import TrainingSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.data.samples import Images
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer
+from fmm_distill.training.fsdp import check_sharding
+from fmm_distill.training.objective import Objective
+from fmm_distill.training.trainer import Trainer
 
 
 def images_of(recipe: Recipe) -> Images | None:

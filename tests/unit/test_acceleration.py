@@ -8,12 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fmm_distill.acceleration import accelerate_networks
+from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.errors import UserError
-from fmm_distill.settings import TrainingSettings
-from fmm_distill.starts import Pairs
-from fmm_distill.student import make_student
-from fmm_distill.trainer import Trainer
+from fmm_distill.losses.time_sampling import Pairs
+from fmm_distill.student.student import make_student
+from fmm_distill.training.compile import accelerate_networks
+from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted_export import moved, opened
 from tests.unit.test_trainer import flat, losses, recipe_of, train
 

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fmm_distill.config.plain_yaml import read
+from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.errors import UserError
 from fmm_distill.losses import SETTINGS
 from fmm_distill.losses.base import Settings, _kinds
-from fmm_distill.plain_yaml import read
-from fmm_distill.recipe import Recipe, load_recipe, parse
 
 # Fields with a number that need no bounds of their own, and why.
 UNBOUNDED = {"Recipe.pipeline": "keywords of any pipeline, which judges them itself"}

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fmm_distill import checkpoint
-from fmm_distill.checkpoint import Checkpoint, DamagedCheckpointError
 from fmm_distill.errors import UserError
+from fmm_distill.io.files import write_text, writing
+from fmm_distill.training import checkpoint
+from fmm_distill.training.checkpoint import Checkpoint, DamagedCheckpointError
 
 
 def at(step: int) -> Checkpoint:
@@ -175,7 +176,7 @@ def test_foreign_content_is_damage(tmp_path, name, text):
     ],
 )
 def test_each_error_of_a_disk_has_its_advice(tmp_path, error, advice):
-    with pytest.raises(UserError) as caught, checkpoint.writing(tmp_path / "a"):
+    with pytest.raises(UserError) as caught, writing(tmp_path / "a"):
         raise error
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'a'} could not be written ({getattr(error, 'strerror', None) or error}")
@@ -249,13 +250,13 @@ def test_the_manifest_covers_every_other_file(tmp_path):
 
 def test_write_text_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
     file = tmp_path / "log"
-    checkpoint.write_text(file, "old")
+    write_text(file, "old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(UserError, match="log could not be written"):
-        checkpoint.write_text(file, "new")
+        write_text(file, "new")
     assert file.read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["log"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
+from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.clip import clip_scores
 from fmm_distill.evaluation.draws import prompts_of
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.velocity import Conditioning
 from tests.tiny.tokenizers import clip_tokenizer
 
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from fmm_distill.data import load_images
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import load_images
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.generate import Generator
 from fmm_distill.evaluation.samplers import Sampler
-from fmm_distill.settings import DataSettings
 from fmm_distill.teachers.codec import LatentCodec, Pixels
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.objective import Objective
-from fmm_distill.recipe import parse
-from fmm_distill.starts import draw
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import parse
+from fmm_distill.core.draws import draw
+from fmm_distill.core.velocity import Conditioning
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.velocity import Conditioning
+from fmm_distill.training.objective import Objective
 from tests.conftest import save_teacher, tiny_unet
 
 

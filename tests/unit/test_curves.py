@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fmm_distill.curves import draw_curves, running_mean
+from fmm_distill.run.curves import draw_curves, running_mean
 
 
 def test_running_mean():

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fmm_distill.data import LazyPixels, captions_of, load_images, places_of
-from fmm_distill.ema import averaged
+from fmm_distill.config.settings import DataSettings, PromptSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.data.prompts import load_prompts
+from fmm_distill.data.samples import LazyPixels, captions_of, load_images, places_of
+from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.prompts import load_prompts
-from fmm_distill.settings import DataSettings, PromptSettings
-from fmm_distill.starts import draw
-from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.training.ema import averaged
 
 CLASSES = Classes(("zero", "one", "two", "three"), None)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.errors import UserError
-from fmm_distill.recipe import Recipe, load_recipe, parse
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmm_distill.derivatives import (
+from fmm_distill.core.derivatives.engines import (
     TIME_STEP,
     StockNetworks,
     choose_engine,
@@ -14,11 +14,11 @@ from fmm_distill.derivatives import (
     value_and_derivative_in_r,
     value_and_parts_along_flow,
 )
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import LinearClock, expand
-from fmm_distill.student import make_student
+from fmm_distill.core.flow_map import FlowMap
+from fmm_distill.core.time_axis import LinearClock, expand
+from fmm_distill.core.velocity import Conditioning
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
-from fmm_distill.velocity import Conditioning
 
 
 class Polynomial(FlowMap):

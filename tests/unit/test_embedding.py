@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.embedding import CHUNK, embed_all
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.velocity import Conditioning
+from fmm_distill.teachers.prompted.cache import CHUNK, embed_all
 from tests.conformance.test_prompted import FAMILIES
 
 MANY = tuple(

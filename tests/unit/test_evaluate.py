@@ -11,15 +11,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fmm_distill.data import load_images
+from fmm_distill.config.settings import DataSettings, EvaluationSettings
+from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.measure import Measure, check_evaluation, evaluate
 from fmm_distill.evaluation.result import Evaluation, Row, choose, from_json, table
-from fmm_distill.sampling import sample
-from fmm_distill.settings import DataSettings, EvaluationSettings
-from fmm_distill.student import make_student
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 
 SETTINGS = EvaluationSettings(
     steps=(1, 2, 4),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fmm_distill.data import Images, load_images
+from fmm_distill.config.settings import DataSettings, EvaluationSettings
+from fmm_distill.data.samples import Images, load_images
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.evaluation.compare import compare
 from fmm_distill.evaluation.features import _inception_file, as_bytes, open_features, unit_images
@@ -18,7 +19,6 @@ from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.metrics import ImageMetrics
 from fmm_distill.evaluation.protocol import _prompts, differences
 from fmm_distill.evaluation.result import Evaluation, Row
-from fmm_distill.settings import DataSettings, EvaluationSettings
 from fmm_distill.teachers.conditions import Embeddings
 
 SETTINGS = EvaluationSettings(features="digits", samples=8, endpoint_samples=2, endpoint_solver_steps=2, batch_size=64)

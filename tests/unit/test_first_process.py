@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from fmm_distill import inputs, run
+from fmm_distill.config.recipe import Recipe
 from fmm_distill.errors import UserError
-from fmm_distill.inputs import with_paths
-from fmm_distill.recipe import Recipe
-from fmm_distill.run_folder import PROMPTS, check_folder, make_folder
+from fmm_distill.run import distill as run
+from fmm_distill.run import inputs
+from fmm_distill.run.folder import PROMPTS, check_folder, make_folder
+from fmm_distill.run.inputs import with_paths
 from tests.cli.runs import TINY
 
 

@@ -11,9 +11,11 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fmm_distill import derivatives, duals, forward_attention
-from fmm_distill.derivatives import StockNetworks
-from fmm_distill.memory import _Live
+from fmm_distill.core.derivatives import attention as forward_attention
+from fmm_distill.core.derivatives import dual as duals
+from fmm_distill.core.derivatives import engines as derivatives
+from fmm_distill.core.derivatives.engines import StockNetworks
+from fmm_distill.training.memory import _Live
 
 
 def draws(*shapes):

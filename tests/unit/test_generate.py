@@ -14,8 +14,8 @@ from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.generate import Cost, Generator
 from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.samplers import Sampler, of_students
-from fmm_distill.lock import locked
-from fmm_distill.student import make_student
+from fmm_distill.io.lock import locked
+from fmm_distill.student.student import make_student
 
 COUNT = 1100
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
-from fmm_distill.plan import open_teacher
-from fmm_distill.recipe import parse
+from fmm_distill.run.plan import open_teacher
 from fmm_distill.teachers.guidance import Guidance
 from tests.conftest import save_teacher, tiny_unet
 

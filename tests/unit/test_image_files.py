@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fmm_distill.data import captions_of, load_images
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import captions_of, load_images
+from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.settings import DataSettings
-from fmm_distill.tables import open_table
 from fmm_distill.teachers.conditions import Classes
 
 CLASSES = Classes(tuple("abcdefgh"), None)

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from fmm_distill import inputs
+from fmm_distill.config.recipe import Recipe
 from fmm_distill.errors import UserError
-from fmm_distill.inputs import check_inputs, contents, same_content, with_paths
-from fmm_distill.recipe import Recipe
+from fmm_distill.run import inputs
+from fmm_distill.run.inputs import check_inputs, contents, same_content, with_paths
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.interpolate import PchipInterpolator
 
+from fmm_distill.core.schedules import VariancePreserving
+from fmm_distill.core.time_axis import LinearClock, expand, velocity_from_prediction
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import LinearClock, expand, velocity_from_prediction
-from fmm_distill.schedules import VariancePreserving
 
 EVERY = pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 

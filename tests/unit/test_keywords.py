@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
-from fmm_distill.recipe import parse
-from fmm_distill.teachers.keywords import refused_keyword
+from fmm_distill.teachers.prompted.keywords import refused_keyword
 
 INSTEAD = {
     "prompt": "prompts.file",

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from fmm_distill import parts
-from fmm_distill.data import Images
-from fmm_distill.latents import Latents, encode_images, latent_layout
-from fmm_distill.starts import draw
+from fmm_distill.core.draws import draw
+from fmm_distill.data import row_store as parts
+from fmm_distill.data.latents import Latents, encode_images, latent_layout
+from fmm_distill.data.samples import Images
 from fmm_distill.teachers.codec import LatentCodec
 
 EVENT = (4, 4, 4)

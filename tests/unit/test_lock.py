@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fmm_distill.errors import UserError
-from fmm_distill.lock import LockedError, is_lock_file, locked
+from fmm_distill.io.lock import LockedError, is_lock_file, locked
 
 HOLD = """
 import sys, time

@@ -8,14 +8,14 @@ import torch
 import yaml
 
 from fmm_distill import distill
-from fmm_distill.ema import averaged
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
-from fmm_distill.export.folder import write_lora
-from fmm_distill.lora import add_lora, default_targets, has_lora, merged
+from fmm_distill.export.pipelines import write_lora
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.publish import pack
-from fmm_distill.recipe import parse
-from fmm_distill.student import make_student
+from fmm_distill.run.publish import pack
+from fmm_distill.student.lora import add_lora, default_targets, has_lora, merged
+from fmm_distill.student.student import make_student
+from fmm_distill.training.ema import averaged
 from tests.conformance.test_prompted_export import opened
 
 FAMILIES = ("sd1", "sdxl", "dit", "flux", "z-image", "sana", "wan", "stable-audio")

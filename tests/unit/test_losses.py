@@ -7,8 +7,9 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
-from fmm_distill.flow_map import FlowMap, diagonal
-from fmm_distill.interpolant import LinearClock, expand
+from fmm_distill.core.flow_map import FlowMap, diagonal
+from fmm_distill.core.solvers import solve
+from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.losses import (
     LOSSES,
     SETTINGS,
@@ -26,7 +27,6 @@ from fmm_distill.losses import (
     eulerian,
 )
 from fmm_distill.losses.base import DerivativeSettings, squared_norm
-from fmm_distill.solve import solve
 from tests.unit.losses_as_written import AS_WRITTEN, Net, teacher
 
 VARIANTS = {

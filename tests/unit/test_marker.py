@@ -6,7 +6,7 @@ import pytest
 
 from fmm_distill.errors import UserError
 from fmm_distill.export.place import in_use
-from fmm_distill.marker import MARKER, check_vacant, clear, foreign, is_run, mark, require_run
+from fmm_distill.run.marker import MARKER, check_vacant, clear, foreign, is_run, mark, require_run
 
 WRITTEN = (
     "recipe.yaml",

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fmm_distill.acceleration import checkpoint_blocks
-from fmm_distill.ema import averaged, frozen_copy
-from fmm_distill.lora import add_lora
-from fmm_distill.memory import Memory, forecast_memory
-from fmm_distill.plan import plan
-from fmm_distill.recipe import Recipe
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.run.plan import plan
+from fmm_distill.student.lora import add_lora
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.training.compile import checkpoint_blocks
+from fmm_distill.training.ema import averaged, frozen_copy
+from fmm_distill.training.memory import Memory, forecast_memory
 from tests.conftest import save_teacher, tiny_unet
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ import json
 import torch
 from accelerate import Accelerator
 
-from fmm_distill.data import load_images
-from fmm_distill.monitor import Monitor
-from fmm_distill.recipe import Recipe
-from fmm_distill.settings import DataSettings
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import load_images
+from fmm_distill.evaluation.monitor import Monitor
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 

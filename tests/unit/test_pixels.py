@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmm_distill.data import load_images
+from fmm_distill.config.settings import DataSettings
+from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
-from fmm_distill.settings import DataSettings
 
 GRAY, COLOR = (1, 2, 2), (3, 2, 2)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fmm_distill.config.recipe import load_recipe
 from fmm_distill.errors import UserError
-from fmm_distill.recipe import load_recipe
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)

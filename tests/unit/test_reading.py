@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fmm_distill.errors import UserError
-from fmm_distill.reading import read_lines, read_list, read_mapping
+from fmm_distill.io.reading import read_lines, read_list, read_mapping
 
 TODO = "run the command again"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fmm_distill.config.recipe import Recipe, load_recipe, parse, recipe_names
 from fmm_distill.errors import UserError
 from fmm_distill.losses import EulerianSettings
-from fmm_distill.recipe import Recipe, load_recipe, parse, recipe_names
 
 FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

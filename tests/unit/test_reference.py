@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from fmm_distill.data import Images
+from fmm_distill.data.samples import Images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.reference import reference_of

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from fmm_distill.core.schedules import VariancePreserving
+from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
-from fmm_distill.interpolant import expand
-from fmm_distill.sampling import sample
-from fmm_distill.schedules import VariancePreserving
-from fmm_distill.student import make_student
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 
 STOCK = DDIMScheduler(timestep_spacing="trailing")
 SCHEDULE = VariancePreserving(STOCK.alphas_cumprod)

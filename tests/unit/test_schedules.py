@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
+from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError
-from fmm_distill.schedules import Angular, FlowMatching, VarianceExploding
 
 SCHEDULES = {
     "karras": VarianceExploding(0.002, 80.0),

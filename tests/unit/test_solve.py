@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.interpolant import expand
-from fmm_distill.solve import endpoint, solve
+from fmm_distill.core.solvers import endpoint, solve
+from fmm_distill.core.time_axis import expand
 
 
 def rotation(x, t, cond=None):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fmm_distill.config.settings import DataSettings, PromptSettings
+from fmm_distill.data.prompts import load_prompts
+from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.prompts import load_prompts
-from fmm_distill.settings import DataSettings, PromptSettings
-from fmm_distill.tables import open_table
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from fmm_distill import checkpoint
-from fmm_distill.recipe import Recipe
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer
+from fmm_distill.training import checkpoint
+from fmm_distill.training.trainer import Trainer
 from tests.unit.split_training import images_of
 from tests.unit.test_trainer import EVERY_LOSS, LOSSES, flat, losses
 

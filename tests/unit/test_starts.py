@@ -7,19 +7,12 @@ import torch
 from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
-from fmm_distill.data import PickedImages
-from fmm_distill.interpolant import expand
-from fmm_distill.schedules import VariancePreserving
-from fmm_distill.starts import (
-    Draws,
-    Pairs,
-    diagonal_times,
-    draw,
-    interpolant_velocity,
-    pair_times,
-    points,
-    teacher_jump,
-)
+from fmm_distill.core.draws import Draws, draw
+from fmm_distill.core.schedules import VariancePreserving
+from fmm_distill.core.time_axis import expand
+from fmm_distill.data.samples import PickedImages
+from fmm_distill.data.starting_points import interpolant_velocity, points, teacher_jump
+from fmm_distill.losses.time_sampling import Pairs, diagonal_times, pair_times
 from fmm_distill.teachers.load import load_teacher
 
 NAMES = ("noise", "first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")

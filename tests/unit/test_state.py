@@ -13,13 +13,13 @@ import torch
 from accelerate.state import GradientState
 from safetensors.torch import load_file
 
+from fmm_distill.config.recipe import Recipe, parse
+from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
-from fmm_distill.loading import load_student
-from fmm_distill.recipe import Recipe, parse
-from fmm_distill.run import distill
-from fmm_distill.sampling import sample
-from fmm_distill.state import own_state
-from fmm_distill.student import make_student
+from fmm_distill.export.load import load_student
+from fmm_distill.run.distill import distill
+from fmm_distill.student.sampling import sample
+from fmm_distill.student.student import make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY, training_only
 

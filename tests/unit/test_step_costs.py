@@ -16,14 +16,14 @@ from accelerate import Accelerator
 
 from benchmarks import steps
 from benchmarks.step_cases import CASES, make_teacher, make_trainer
-from fmm_distill import derivatives
-from fmm_distill.data import PickedImages
-from fmm_distill.memory import _Live
-from fmm_distill.objective import Objective
-from fmm_distill.recipe import Recipe
-from fmm_distill.starts import draw
-from fmm_distill.stopping import StopRequest
-from fmm_distill.student import make_student
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.core.derivatives import engines as derivatives
+from fmm_distill.core.draws import draw
+from fmm_distill.data.samples import PickedImages
+from fmm_distill.student.student import make_student
+from fmm_distill.training.memory import _Live
+from fmm_distill.training.objective import Objective
+from fmm_distill.training.signals import StopRequest
 
 # By loss and derivative: calls of the student and its copies, of the teacher; forward passes through the network's
 # convolutions, tangents among them, and backward passes, of any number of samples; KiB of the peak beside weights,

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fmm_distill.stopping import stop_requests
+from fmm_distill.training.signals import stop_requests
 
 HANDLERS = {"default": signal.SIG_DFL, "ignored": signal.SIG_IGN, "python": lambda *_: None}
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.errors import UserError
 from fmm_distill.export import verify
-from fmm_distill.plan import plan
-from fmm_distill.recipe import Recipe, parse
-from fmm_distill.run import distill
-from fmm_distill.streams import Lossy, lossy_streams
+from fmm_distill.io.streams import Lossy, lossy_streams
+from fmm_distill.run.distill import distill
+from fmm_distill.run.plan import plan
 from tests.cli.runs import TINY, losses, training_only
 
 FULL = Path("/dev/full")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.student import fold, make_student
+from fmm_distill.student.student import fold, make_student
 from fmm_distill.teachers.load import load_teacher
 from tests.conftest import save_teacher, tiny_unet
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datasets
 import pytest
 
+from fmm_distill.config.settings import PromptSettings
+from fmm_distill.data.prompts import load_prompts
+from fmm_distill.data.records import read_records
 from fmm_distill.errors import UserError
-from fmm_distill.prompts import load_prompts
-from fmm_distill.records import read_records
-from fmm_distill.settings import PromptSettings
 
 
 def prompts(file, content, **settings):

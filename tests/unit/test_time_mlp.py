@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import UserError
-from fmm_distill.parametrisation import Parametrisation
-from fmm_distill.schedules import FlowMatching
+from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.time_mlp import find_jump_hosts
 
 
 class Waves(nn.Module):

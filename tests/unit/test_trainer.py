@@ -13,21 +13,23 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 
-from fmm_distill import checkpoint
-from fmm_distill.data import Images
+from fmm_distill.config.recipe import Recipe, parse
+from fmm_distill.config.settings import TrainingSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.data.samples import Images
+from fmm_distill.data.starting_points import points
 from fmm_distill.errors import UserError
-from fmm_distill.faults import Faults
 from fmm_distill.losses import SETTINGS, flow_matching
-from fmm_distill.objective import Objective
-from fmm_distill.process import make_accelerator
-from fmm_distill.recipe import Recipe, parse
-from fmm_distill.settings import TrainingSettings
-from fmm_distill.starts import draw, pair_times, points
-from fmm_distill.student import Student, make_student, stock_part
+from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.losses.weighting import Weight
+from fmm_distill.student.student import Student, make_student, stock_part
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.trainer import Trainer, TrainingDivergedError, learning_rate
-from fmm_distill.weights import Weight
+from fmm_distill.training import checkpoint
+from fmm_distill.training.nonfinite import Faults
+from fmm_distill.training.objective import Objective
+from fmm_distill.training.process import make_accelerator
+from fmm_distill.training.trainer import Trainer, TrainingDivergedError, learning_rate
 from tests.conftest import save_teacher, tiny_unet
 
 LOSSES = [

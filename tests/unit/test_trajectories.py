@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmm_distill import parts
+from fmm_distill.config.settings import TrajectorySettings
+from fmm_distill.core.draws import draw
+from fmm_distill.core.flow_map import FlowMap
+from fmm_distill.core.time_axis import LinearClock
+from fmm_distill.data import row_store as parts
+from fmm_distill.data.starting_points import points
+from fmm_distill.data.trajectories import Trajectories, solve_trajectories, trajectory_layout
 from fmm_distill.errors import UserError
-from fmm_distill.flow_map import FlowMap
-from fmm_distill.interpolant import LinearClock
-from fmm_distill.settings import TrajectorySettings
-from fmm_distill.starts import draw, points
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
-from fmm_distill.trajectories import Trajectories, solve_trajectories, trajectory_layout
 from tests.conformance.truths import TRUTHS
 
 AXIS = LinearClock(0.01, 1.0)

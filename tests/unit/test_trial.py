@@ -14,14 +14,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fmm_distill import trial
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.export.write import export_bytes, write_student
-from fmm_distill.marker import check_vacant, mark
-from fmm_distill.plan import forecast, plan
-from fmm_distill.recipe import parse
-from fmm_distill.run import distill
-from fmm_distill.trial import keep_trial, try_export
+from fmm_distill.run import trial
+from fmm_distill.run.distill import distill
+from fmm_distill.run.marker import check_vacant, mark
+from fmm_distill.run.plan import forecast, plan
+from fmm_distill.run.trial import keep_trial, try_export
 from tests.cli.runs import TINY, call, losses, training_only, write_recipe
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from fmm_distill.two_time import JumpEmbedding, two_time
+from fmm_distill.student.two_time import JumpEmbedding, two_time
 from tests.conftest import tiny_unet
 
 HOSTS = {"jump_hosts": ["time_embedding.linear_2"], "jump_widths": [32]}

@@ -13,11 +13,11 @@ import accelerate
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.errors import UserError
-from fmm_distill.plan import plan
-from fmm_distill.process import join_processes, make_accelerator
-from fmm_distill.recipe import Recipe, parse
-from fmm_distill.run import distill
+from fmm_distill.run.distill import distill
+from fmm_distill.run.plan import plan
+from fmm_distill.training.process import join_processes, make_accelerator
 from tests.cli.runs import TINY, call, losses, training_only
 
 # Each variable that accelerate reads, or a prefix of several: what becomes of it, and a value to try.

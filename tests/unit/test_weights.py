@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fmm_distill.weights import LearnedWeight, Metric, Weight, measure, weigh
+from fmm_distill.losses.weighting import LearnedWeight, Metric, Weight, measure, weigh
 
 
 @pytest.mark.parametrize("settings", [Metric, Weight], ids=lambda settings: settings.__name__)

@@ -1,0 +1,1 @@
+"""Derivatives of stock networks: forward mode and central differences."""

@@ -1,0 +1,1 @@
+"""Data: images, tables, prompts, latents and trajectories, and where jumps start."""

@@ -1,0 +1,97 @@
+"""Images as a teacher's latents: encoded once, kept on disk under all they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import constants
+
+from fmm_distill.core.time_axis import expand
+from fmm_distill.data.row_store import Layout, Parts
+from fmm_distill.data.samples import PickedImages, mirrored, row_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.data.samples import Images
+    from fmm_distill.teachers.codec import LatentCodec
+
+__all__ = ["Latents", "encode_images", "latent_layout"]
+
+_BATCH = 64
+_PART = 4096
+
+
+def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, ...]) -> Layout:
+    """Where the latents of these images are kept: beside the Hub's cache, under a digest of all they depend on.
+
+    Args:
+        event_shape: of one latent, in float32.
+    """
+    about = [encoder.digest(), images.fingerprint, len(images), images.flip]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    folder = Path(constants.HF_HOME) / "fmm_distill" / f"latents-{digest[:32]}"
+    numbers = torch.Size(event_shape).numel()
+    return Layout(folder, len(images), 4 * numbers * (2 if images.flip else 1) + 8, _PART)
+
+
+def encode_images(
+    images: Images,
+    encoder: LatentCodec,
+    layout: Layout,
+    device: torch.device | str = "cpu",
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """Encode the images whose latents are not on the disk yet: the mean of the posterior, nothing is drawn.
+
+    The latent of a mirrored image is not the mirrored latent: with ``flip`` both are encoded.
+    """
+
+    def make(number: int, start: int, stop: int) -> dict[str, Tensor]:
+        made: dict[str, list[Tensor]] = {"latents": [], "mirrored": [], "rows": []}
+        for index in torch.arange(start, stop).split(_BATCH):
+            some, rows = images.take(index)
+            some = some.to(device)
+            made["latents"].append(encoder.encode(some).cpu())
+            if images.flip:
+                made["mirrored"].append(encoder.encode(some.flip(-1)).cpu())
+            made["rows"].append(rows)
+        return {name: torch.cat(values) for name, values in made.items() if values}
+
+    encoder.to(device)
+    layout.fill(make, process, processes)
+    encoder.to("cpu")
+
+
+class Latents:
+    """Encoded images as data to start from.
+
+    Args:
+        layout: where ``encode_images`` wrote them.
+
+    Raises:
+        UserError: if a part is missing or damaged.
+    """
+
+    def __init__(self, images: Images, layout: Layout) -> None:
+        self.parts, self.flip, self.conditions = Parts(layout), images.flip, images.conditions
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def pick(self, draws: Draws) -> PickedImages:
+        """The latents at shares of the way through the set, of the mirrored image where ``draws.flip`` says so."""
+        index = row_of(draws.image, len(self))
+        latents = self.parts.rows("latents", index)
+        if self.flip:
+            latents = torch.where(
+                expand(mirrored(draws).cpu(), latents).bool(), self.parts.rows("mirrored", index), latents
+            )
+        rows = self.parts.rows("rows", index)
+        return PickedImages(latents, None if self.conditions is None else self.conditions[rows])

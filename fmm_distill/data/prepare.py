@@ -1,0 +1,129 @@
+"""A run's data made ready before training: images encoded, trajectories solved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fmm_distill.data.latents import Latents, encode_images, latent_layout
+from fmm_distill.data.row_store import mebibytes
+from fmm_distill.data.samples import load_images
+from fmm_distill.data.trajectories import Trajectories, solve_trajectories, trajectory_layout
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.codec import PipelineCodec, Pixels, Waves, encoder_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate import Accelerator
+
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.config.settings import DataSettings
+    from fmm_distill.data.samples import Images, Samples
+    from fmm_distill.data.tables import Table
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["describe_data", "disk_bytes", "open_images", "prepare_samples"]
+
+
+def open_images(
+    settings: DataSettings, teacher: Teacher, table: Table | None, say: Callable[[str], None]
+) -> Images | None:
+    """The images of a recipe, of the size that its teacher's samples decode to; None: it has none.
+
+    Raises:
+        UserError: if they can't be used with this teacher.
+    """
+    if not settings.has_images:
+        return None
+    if isinstance(teacher.codec, Waves):
+        raise UserError(f"--data {settings.source}: {teacher.source} makes sounds; wanted none, data are images")
+    if teacher.conditions is not None and settings.condition is None:
+        raise UserError(
+            f"--data {settings.source}: {teacher.source} is told a condition with every sample; name the column that "
+            "holds the images' classes or captions in data.condition, or take none or teacher"
+        )
+    if teacher.conditions is None and settings.condition is not None:
+        raise UserError(f"data.condition {settings.condition}: {teacher.source} is told nothing; wanted null")
+    shape = teacher.event_shape
+    if not isinstance(teacher.codec, Pixels):
+        shape = tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
+    images = load_images(settings, shape, teacher.conditions, table=table, say=say)
+    if not isinstance(teacher.codec, Pixels):
+        # Says why, where there is no way from images to samples.
+        encoder_of(teacher.codec, shape)
+    return images
+
+
+def prepare_samples(
+    recipe: Recipe,
+    teacher: Teacher,
+    images: Images | None,
+    folder: Path,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Samples | None:
+    """What jumps start from, ready to be picked from; long work is shared by all processes and goes on after a kill.
+
+    Args:
+        folder: of the run; solved trajectories are kept there.
+        say: takes each line that a user should read.
+
+    Raises:
+        UserError: if the disk has no room for it.
+    """
+    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    if recipe.data.source == "teacher":
+        settings = recipe.data.trajectories
+        layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
+        layout.check_room("data: trajectories")
+        calls = 4 * settings.solver_steps + settings.points
+        say(
+            f"data: {settings.count} trajectories of {settings.points} points take {mebibytes(layout.total_bytes)} in "
+            f"{layout.folder}, and {calls} calls of the teacher each"
+        )
+        # Its own number of samples at a time, whatever the processes are: the same bits on every split.
+        batch = recipe.evaluation.batch_size
+        teacher.to(accelerator.device)
+        solve_trajectories(
+            teacher, settings, layout, recipe.training.seed, batch=batch, device=accelerator.device, **share
+        )
+        accelerator.wait_for_everyone()
+        return Trajectories(layout, teacher.schedule, settings.points)
+    if images is None or isinstance(teacher.codec, Pixels):
+        return images
+    encoder = encoder_of(teacher.codec, images.shape)
+    layout = latent_layout(images, encoder, teacher.event_shape)
+    layout.check_room("data: latents")
+    say(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
+    encode_images(images, encoder, layout, accelerator.device, **share)
+    if isinstance(teacher.codec, PipelineCodec):
+        teacher.codec.release()
+    accelerator.wait_for_everyone()
+    return Latents(images, layout)
+
+
+def disk_bytes(recipe: Recipe, teacher: Teacher, images: Images | None) -> int:
+    """What ``prepare_samples`` writes, if nothing of it is there yet."""
+    if recipe.data.source == "teacher":
+        return trajectory_layout(Path(), recipe.data.trajectories, teacher.event_shape).total_bytes
+    if images is None or isinstance(teacher.codec, Pixels):
+        return 0
+    return latent_layout(images, encoder_of(teacher.codec, images.shape), teacher.event_shape).total_bytes
+
+
+def describe_data(settings: DataSettings, images: Images | None) -> str:
+    """The data of a run in one line."""
+    if settings.source == "teacher":
+        solved = settings.trajectories
+        text = f"{solved.count} trajectories of the teacher's own, {solved.solver_steps} RK4 steps"
+    elif images is None:
+        return "none (noise alone)"
+    else:
+        text = f"{len(images)} images of {images.source}"
+        text += f", told {settings.condition}" if settings.condition else ""
+        text += ", resized and cropped" if settings.fit == "crop" else ""
+        text += ", half of them mirrored" if settings.flip else ""
+    return text + (f"; a share of {settings.on_policy:g} starts from the student's jumps" if settings.on_policy else "")

@@ -1,0 +1,140 @@
+"""Rows of tensors on disk, in safetensors files that are whole or absent: made part by part, read memory-mapped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fmm_distill.errors import UserError
+from fmm_distill.io.files import writing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from jaxtyping import Int
+    from torch import Tensor
+
+__all__ = ["Layout", "Parts", "mebibytes"]
+
+PART_BYTES = 64 * 2**20
+_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where many rows stand: ``part-00000.safetensors`` and so on in one folder.
+
+    Attributes:
+        count: rows in all.
+        row_bytes: of one row, over all its tensors.
+        most: rows of a part at most: what a kill can cost, and what processes share.
+    """
+
+    folder: Path
+    count: int
+    row_bytes: int
+    most: int
+
+    @property
+    def size(self) -> int:
+        """Rows of a part; the last one has what is left."""
+        return max(1, min(self.count, self.most, PART_BYTES // self.row_bytes))
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all parts."""
+        return self.count * self.row_bytes
+
+    @property
+    def files(self) -> list[Path]:
+        """The parts, there or not."""
+        return [self.folder / f"part-{i:05d}.safetensors" for i in range(-(-self.count // self.size))]
+
+    def check_room(self, what: str) -> None:
+        """Refuse what does not fit on the disk beside what is there.
+
+        Raises:
+            UserError: if the parts that are missing need more than is free.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        there = sum(file.stat().st_size for file in self.folder.glob("part-*.safetensors"))
+        free = shutil.disk_usage(self.folder).free
+        if self.total_bytes - there > free:
+            raise UserError(
+                f"{what} need {mebibytes(self.total_bytes - there)} more in {self.folder}, and {mebibytes(free)} are "
+                "free there: make room, or ask for less"
+            )
+
+    def fill(self, make: Callable[[int, int, int], dict[str, Tensor]], process: int = 0, processes: int = 1) -> None:
+        """Write the parts that are not there yet; of several processes each writes its share.
+
+        Args:
+            make: the tensors of a part, from its number and its first and last but one row; a function of these.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob(".*.partial"):
+                # Others may be writing here now, but nobody writes at one part for a day.
+                if time.time() - left_over.stat().st_mtime > _DAY:
+                    left_over.unlink(missing_ok=True)
+        for number, file in enumerate(self.files):
+            if number % processes == process and not file.is_file():
+                start = number * self.size
+                _write(file, make(number, start, min(start + self.size, self.count)))
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    """The file gets its name when all of it is on the disk."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with writing(file):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Parts:
+    """All rows of a layout, read from disk as they are asked for.
+
+    Raises:
+        UserError: if a part is missing or damaged.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._parts = [_read(file) for file in layout.files]
+
+    def __len__(self) -> int:
+        return self.layout.count
+
+    def rows(self, name: str, index: Int[Tensor, " some"], among: Int[Tensor, " some"] | None = None) -> Tensor:
+        """The rows of one tensor at these places; ``among`` picks one entry of each row, and only that is read."""
+        size = self.layout.size
+        if among is None:
+            return torch.stack([self._parts[i // size][name][i % size] for i in index.tolist()])
+        pairs = zip(index.tolist(), among.tolist(), strict=True)
+        return torch.stack([self._parts[i // size][name][i % size, j] for i, j in pairs])
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing or damaged ({error}); remove it, and the same command makes it") from error
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes, to be read by people."""
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,155 @@
+"""``report.html``: numbers, pictures and protocol in one file that opens offline, on a phone too."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from fmm_distill.evaluation.pictures import DRAWN, draw_steps, measured_of, styles_of
+from fmm_distill.evaluation.result import COLUMNS
+from fmm_distill.io.files import write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fmm_distill.evaluation.result import Column, Evaluation, Row
+
+__all__ = ["write_report"]
+
+_PICTURES = {
+    "samples.png": "The same noise down each column: the end of the ODE, then the student.",
+    "interpolation.png": "Noises on the way from one to another.",
+}
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p, figcaption { color: #444; } figure { margin: 1rem 0; }
+img { display: block; max-width: 100%; height: auto; }
+.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; border: 1px solid #ccc; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e5e5; }
+thead th { background: #f2f2f2; } small { color: #555; }
+th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: #fff;
+  white-space: normal; min-width: 8rem; border-right: 1px solid #ccc; }
+thead th:first-child { background: #f2f2f2; }
+.wide img { min-width: 40rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
+.mark { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border: 1px solid #333; }
+dl { font-size: .875rem; } dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: #333; }
+"""
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``report.html`` into a folder, with the pictures that stand there inside it.
+
+    Raises:
+        UserError: if the disk does not take it.
+    """
+    subject = escape(str(evaluation.protocol.get("of") or "a student").rstrip("/").rpartition("/")[2])
+    parts = [
+        f"<h1>What {subject} loses and gains</h1>",
+        _lead(evaluation),
+        f"<h2>Numbers</h2>{_table(evaluation)}",
+        "<p>Small numbers are standard errors. Ratios are to the teacher's own sampler. Arrows: the better way.</p>",
+        f"<h2>Against network calls</h2>{_curves(evaluation)}",
+        f"<h2>Samples</h2>{_figures(folder)}",
+        _consistency(evaluation),
+        f"<h2>How it was measured</h2>{_protocol(evaluation)}",
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Evaluation of {subject}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    write_text(folder / "report.html", page)
+
+
+def _curves(evaluation: Evaluation) -> str:
+    """A picture a quantity, so that one fills a phone's width."""
+    pictures = []
+    for column in measured_of(evaluation, DRAWN):
+        drawn = BytesIO()
+        draw_steps(evaluation, drawn, (column.key,))
+        pictures.append(f'<img src="{_inline(drawn.getvalue())}" alt="{escape(column.title)} against network calls">')
+    return f'<div class="curves">{"".join(pictures)}</div><p>Bars are two standard errors to each side.</p>'
+
+
+def _figures(folder: Path) -> str:
+    return "".join(
+        f'<figure><div class="wide"><img src="{_inline((folder / name).read_bytes())}" alt="{escape(text)}"></div>'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+        for name, text in _PICTURES.items()
+        if (folder / name).is_file()
+    )
+
+
+def _inline(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def _lead(evaluation: Evaluation) -> str:
+    """What most people read."""
+    base = next((row for row in evaluation.rows if row.sampler == "teacher"), None)
+    if base is None:
+        return "<p>The teacher's own sampler was not measured, so there is nothing to be faster than.</p>"
+    lines = [
+        f"<li>{row.steps} {'step' if row.steps == 1 else 'steps'}: {1 / row.seconds_ratio:.3g} times as fast"
+        f"{_against(row, base)}</li>"
+        for row in evaluation.rows
+        if row.sampler == "student" and row.seconds_ratio
+    ]
+    about = escape(str(evaluation.protocol.get("reference_sampler")))
+    return f"<p>Against the teacher's own sampler ({about}):</p><ul>{''.join(lines)}</ul>"
+
+
+def _against(row: Row, base: Row) -> str:
+    if row.frechet is None or base.frechet is None:
+        return ""
+    return f", Fréchet distance {row.frechet:.3f} instead of {base.frechet:.3f}"
+
+
+def _table(evaluation: Evaluation) -> str:
+    shown = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in evaluation.rows)]
+    styles = styles_of(evaluation)
+    titles = "".join(f"<th>{escape(c.title)} {'↓' if c.better == 'lower' else '↑'}</th>" for c in shown)
+    lines = []
+    for row in evaluation.rows:
+        colour, _, name = styles[row.sampler]
+        mark = f'<span class="mark" style="background:{colour}"></span>'
+        cells = "".join(_cell(row, column) for column in shown)
+        label = f'<td title="{escape(name)}">{mark}{escape(name)}</td>'
+        lines.append(f"<tr>{label}<td>{row.steps}</td><td>{row.calls}</td>{cells}</tr>")
+    head = f"<thead><tr><th>sampler</th><th>steps</th><th>calls</th>{titles}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(row: Row, column: Column) -> str:
+    value, error = getattr(row, column.key), row.errors.get(column.key)
+    if value is None:
+        return "<td>-</td>"
+    told = "" if error is None else f" <small>±{error:{column.form}}</small>"
+    return f"<td>{value:{column.form}}{told}</td>"
+
+
+def _consistency(evaluation: Evaluation) -> str:
+    if not evaluation.consistency:
+        return ""
+    lines = [
+        f"<li>{escape(name)}: " + "; ".join(f"{pair.replace(',', ' and ')} steps {d:.4f}" for pair, d in pairs.items())
+        for name, pairs in evaluation.consistency.items()
+    ]
+    about = escape(str(evaluation.protocol.get("consistency", "")))
+    return f"<h2>Do all numbers of steps give the same image?</h2><p>{about}</p><ul>{''.join(lines)}</ul>"
+
+
+def _protocol(evaluation: Evaluation) -> str:
+    told = {key: value for key, value in evaluation.protocol.items() if value is not None}
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items())
+        + "</dl>"
+    )

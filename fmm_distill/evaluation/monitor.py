@@ -1,0 +1,119 @@
+"""Evaluation on the way: the moving average is measured every so many steps, and the training does not notice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import Measure
+from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.io.files import append_line, write_text, writing
+from fmm_distill.io.reading import read_lines
+from fmm_distill.training.trackers import log_picture, log_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.data.samples import Images
+    from fmm_distill.student.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["Monitor"]
+
+# What of the protocol changes between runs; the rest is said in evaluation.json.
+_ESSENTIALS = ("ode_solver_error", "frechet_samples", "frechet_reference", "noise_seed", "guidance")
+_KEYS = {"step": int, "rows": list, "settings": dict}
+
+
+class Monitor:
+    """Writes ``evaluations.jsonl`` and ``pictures/`` into the folder of a run; every process has one, the first writes.
+
+    Args:
+        student: gives the first moving average as it is by then; every process asks, the first uses it.
+        reference: images for the Fréchet distance.
+        folder: of the run, which exists.
+    """
+
+    def __init__(
+        self,
+        student: Callable[[], Student],
+        teacher: Teacher,
+        recipe: Recipe,
+        reference: Images | None,
+        folder: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student, self.teacher, self.reference = student, teacher, reference
+        self.recipe, self.accelerator = recipe, accelerator
+        self.total = recipe.student.regression_steps + recipe.training.steps
+        self.log, self.pictures = folder / "evaluations.jsonl", folder / "pictures"
+        self.lines: list[dict[str, Any]] | None = None
+        self.means: tuple[Measure, Gallery] | None = None
+
+    def reached(self, step: int) -> None:
+        """Drop what is of later steps, and measure if this is the step for it and that was not done before.
+
+        Args:
+            step: how many steps are done; the last is left to the evaluation at the end.
+
+        Raises:
+            UserError: if a file can't be written.
+        """
+        every, main = self.recipe.evaluation.every, self.accelerator.is_main_process
+        if main:
+            self.lines = self._cut(step)
+        if every and 0 < step < self.total and step % every == 0:
+            student = self.student()
+            if main and all(line["step"] != step for line in self.lines or ()):
+                self._evaluate(step, student)
+            self.accelerator.wait_for_everyone()
+
+    def _cut(self, step: int) -> list[dict[str, Any]]:
+        """The lines up to a step, which are all that is in the file then."""
+        if self.lines is not None and all(line["step"] <= step for line in self.lines):
+            return self.lines
+        lines = read_lines(self.log, _KEYS, todo=f"remove the lines from there on of {self.log.name}, and run it again")
+        kept = [line for line in lines if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if self.log.is_file() and self.log.read_text(encoding="utf-8") != text:
+            # What comes after the last newline is half a line, left by a kill.
+            write_text(self.log, text)
+        for picture in self.pictures.glob("samples-*.png"):
+            number = picture.stem.removeprefix("samples-")
+            if number.isdecimal() and int(number) > step:
+                picture.unlink()
+        return kept
+
+    def _evaluate(self, step: int, student: Student) -> None:
+        device = self.accelerator.device
+        # Random weights of a network for features, before its own are loaded, are drawn from the global generator.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            measure, gallery = self.means = self.means or self._means(device)
+            rows = measure.of_students({"student": student})
+            settings = self.recipe.evaluation.model_dump(mode="json", exclude={"every"})
+            measured = [line for line in self.lines or () if line["settings"] == settings]
+            if not any(row["sampler"] != "student" for line in measured for row in line["rows"]):
+                rows += measure.of_teacher()
+            picture = self.pictures / f"samples-{step}.png"
+            with writing(picture):
+                self.pictures.mkdir(exist_ok=True)
+                draw_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
+        line: dict[str, Any] = {"step": step, "ema": self.recipe.training.ema[0], "rows": [asdict(row) for row in rows]}
+        line |= {"settings": settings, "protocol": {key: measure.protocol[key] for key in _ESSENTIALS}}
+        append_line(self.log, json.dumps(line))
+        self.lines = [*(self.lines or ()), line]
+        log_rows(self.accelerator, line["rows"], step)
+        log_picture(self.accelerator, picture, step)
+
+    def _means(self, device: torch.device) -> tuple[Measure, Gallery]:
+        settings = self.recipe.evaluation
+        measure = Measure(self.teacher, settings, self.reference, device, quick=True)
+        return measure, Gallery(self.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)

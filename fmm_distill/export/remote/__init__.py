@@ -1,0 +1,1 @@
+"""Modules that travel with an exported student. They import torch and diffusers alone."""

@@ -1,0 +1,1 @@
+"""Files and streams: atomic writes, checked reads, locks."""

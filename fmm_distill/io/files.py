@@ -1,0 +1,96 @@
+"""Files that are complete or absent: atomic writes, and errors of a disk as one clear line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from fmm_distill.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["append_line", "check_writable", "write_text", "writing"]
+
+# What an error of a disk means for its user.
+_ADVICE = (
+    (
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "make room or choose another --output, then run the same command again",
+    ),
+    ((errno.EACCES, errno.EPERM), "get the right to write there, or choose another --output"),
+    ((errno.EROFS,), "the file system is read-only: choose another --output"),
+    ((errno.ENOENT,), "its folder does not exist: make it, or correct the path"),
+    ((errno.EISDIR,), "a folder has this name: choose the name of a file"),
+    ((errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY), "a file or a folder is in its place: choose another --output"),
+    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "the system does not take this path: choose another --output"),
+    ((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n), then run it again"),
+)
+
+
+_OTHERWISE = "check the disk or the network file system, or choose another --output, then run the same command again"
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns an error of the disk while writing ``target`` into one clear line, with advice that fits the error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # Without the number, which is no news to a user.
+        reason = getattr(error, "strerror", None) or first_line(error)
+        number = _errno(error)
+        advice = next((advice for numbers, advice in _ADVICE if number in numbers), _OTHERWISE)
+        raise UserError(
+            f"{target} could not be written ({reason}); what was there before is complete: {advice}"
+        ) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors writes in Rust, whose errors end with the number.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that its old content stays until the new one is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that ``write_text`` could not write, before what it is to hold is computed.
+
+    Raises:
+        UserError: if it is a folder, or its folder is not there or takes no files.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a log. Unbuffered: a full disk fails at the write, with nothing left over to fail again."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        file.write(text.encode() + b"\n")

@@ -1,0 +1,139 @@
+"""The end of a run: evaluation, pictures, export and verification."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate import Accelerator
+
+from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
+from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.result import Evaluation, choose, table
+from fmm_distill.export.card import write_card
+from fmm_distill.export.contents import CONTENTS
+from fmm_distill.export.folded import check_steps, why_not_folded
+from fmm_distill.export.manifest import about_student
+from fmm_distill.export.place import check_replaceable, replacing
+from fmm_distill.export.verify import summary, verify
+from fmm_distill.export.write import write_student
+from fmm_distill.io.files import write_text, writing
+from fmm_distill.run.plan import Plan
+from fmm_distill.training.trackers import log_picture, log_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.core.flow_map import LearnedFlowMap
+    from fmm_distill.export.agreement import Agreement
+    from fmm_distill.student.student import Student
+
+__all__ = ["export_student", "finish", "how_to_load"]
+
+
+def finish(
+    job: Plan,
+    averages: Mapping[float, LearnedFlowMap],
+    folder: Path,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
+    """Evaluate the averages, export the best; the student has its weights then."""
+    # Before an evaluation that may take hours.
+    check_replaceable(folder / "student")
+    say("evaluating")
+    device = accelerator.device
+    names = {f"student, ema {rate:g}": rate for rate in averages}
+    students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
+    rate, evaluation = choose(measured, names)
+    job.student.load_state_dict(averages[rate].state_dict())
+    job.student.eval()
+    _draw(job, evaluation, folder, device)
+    say("exporting")
+    if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
+        say(f"export.steps: only the any-step pipeline is written ({reason})")
+    student = folder / "student"
+    steps = job.recipe.export.steps
+    made = job.recipe.student.regression_steps + job.recipe.training.steps
+    agreements = export_student(job, student, steps, folder, evaluation, made, say)
+    evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
+    write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    log_rows(accelerator, evaluation.to_json()["rows"], made)
+    log_picture(accelerator, folder / "samples.png", made)
+    say(table(evaluation))
+    say(f"reloaded with stock diffusers: {summary(agreements)}")
+    say(how_to_load(folder, job.recipe))
+
+
+def export_student(
+    job: Plan,
+    target: Path,
+    steps: tuple[int, ...],
+    run: Path,
+    evaluation: Evaluation | None,
+    made: int,
+    waiting: Callable[[str], None] | None = None,
+) -> dict[str, Agreement]:
+    """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
+
+    ``target`` is replaced once all of this is done.
+
+    Args:
+        evaluation: None: its numbers are not those of this student.
+        made: the number of training steps.
+        waiting: takes the line that another export into ``target`` is waited for; None: it is refused.
+
+    Raises:
+        UserError: on a number of steps that does not divide the timesteps, files in ``target`` that no export wrote,
+            another export into it at the same time, or a full disk.
+        FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
+    """
+    check_steps(steps, job.student.schedule)
+    about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
+    # Pipelines are opened on the CPU, and this is the last that is done with the two.
+    failed: FmmDistillError | None = None
+    agreements: dict[str, Agreement] = {}
+    with replacing(target, waiting) as new:
+        exported = write_student(job.student, job.teacher, new, steps)
+        write_card(new, about, evaluation, run)
+        try:
+            agreements = verify(exported.student, exported.teacher, new, steps)
+        except UserError:
+            raise
+        except FmmDistillError as error:
+            failed = FmmDistillError(str(error).replace(str(new), str(target)))
+            if (target / CONTENTS).is_file():
+                raise FmmDistillError(f"{failed}; the former export stays there") from error
+    # A first export is put there all the same, to be looked at; it is not published.
+    if failed is not None:
+        raise failed
+    return agreements
+
+
+def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
+    settings = job.recipe.evaluation
+    rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
+    with writing(folder / "samples.png"):
+        draw_samples(rows, folder / "samples.png")
+        draw_steps(evaluation, folder / "steps.png")
+
+
+def how_to_load(folder: Path, recipe: Recipe) -> str:
+    """The lines that load a finished run's student."""
+    n = recipe.export.steps[-1] if recipe.export.steps else 0
+    folded = folder / "student" / f"steps-{n}"
+    lines = ["load it with diffusers alone (README.md there has the whole call):"]
+    lines += ["  from diffusers import DiffusionPipeline"]
+    if folded.is_dir():
+        lines += [f'  pipeline = DiffusionPipeline.from_pretrained("{folded}")  # num_inference_steps={n}']
+    lines += [
+        "or, for any number of steps:",
+        f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',
+    ]
+    return "\n".join(lines)

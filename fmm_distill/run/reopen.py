@@ -1,0 +1,104 @@
+"""A run opened again: its student at the newest checkpoint, samples of it, and an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.core.torch_state import own_state
+from fmm_distill.errors import UserError
+from fmm_distill.evaluation.gallery import Gallery
+from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.export.place import check_replaceable
+from fmm_distill.io.files import writing
+from fmm_distill.run.finish import export_student
+from fmm_distill.run.folder import (
+    check_files,
+    check_images,
+    kept_prompts,
+    kept_recipe,
+    pinned,
+    read_evaluation,
+    steps_done,
+)
+from fmm_distill.run.plan import Plan, at_guidance, plan, with_evaluation
+from fmm_distill.training import checkpoint
+from fmm_distill.training.ema import load_trained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fmm_distill.export.agreement import Agreement
+
+
+__all__ = ["draw_run", "export_run", "open_run"]
+
+
+@own_state()
+def open_run(
+    folder: Path | str,
+    guidance: float | None = None,
+    say: Callable[[str], None] = print,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The teacher of a run and its averaged student at the newest checkpoint.
+
+    Of several averages the one that the run's evaluation chose; before that the first.
+
+    Args:
+        guidance: another scale of a run with ``guidance.range`` than its recipe's.
+        evaluation: settings of the evaluation that are other than the recipe's.
+
+    Raises:
+        UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
+    """
+    folder = Path(folder)
+    recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
+    # Before the teacher is opened, which takes long.
+    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
+    path, kept = found
+    check_files(folder, recipe)
+    job = plan(pinned(recipe, folder), kept_prompts(folder), say)
+    check_images(folder, job.images)
+    measured = read_evaluation(folder)
+    rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
+    average = kept.tensors.get(checkpoint.average_name(rate), {})
+    try:
+        weights = {name: value for name, value in average.items() if name != "n_averaged"}
+        load_trained(job.student, job.student, weights)
+    except KeyError as error:
+        raise UserError(
+            f"{path} holds the weights of another network than this recipe's student, or those of an earlier version "
+            "of fmm_distill: distil again into another --output"
+        ) from error
+    return job
+
+
+@own_state()
+def draw_run(
+    folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
+) -> None:
+    """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
+    job = open_run(folder, guidance)
+    solver_steps = job.recipe.evaluation.endpoint_solver_steps
+    rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
+    with writing(picture):
+        draw_samples(rows, picture)
+
+
+@own_state()
+def export_run(
+    folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
+) -> dict[str, Agreement]:
+    """Export a run's averaged student at its newest checkpoint; gives how far the reloaded pipelines are from it."""
+    # Before the teacher is opened, which takes long.
+    check_replaceable(target)
+    job = open_run(folder, guidance)
+    folded = job.recipe.export.steps if steps is None else steps
+    # The run's numbers are of one scale of guidance.
+    evaluation = None if guidance is not None else read_evaluation(Path(folder))
+    return export_student(job, target, folded, Path(folder), evaluation, steps_done(Path(folder)))

@@ -1,0 +1,224 @@
+"""Where a run stands, read from the files of its folder alone, while it goes on or after it was killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fmm_distill.io.files import writing
+from fmm_distill.io.reading import BrokenFileError, check_keys, read_lines, read_mapping
+from fmm_distill.run.marker import require_run
+from fmm_distill.training import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["RunFiles", "describe", "draw", "read_run"]
+
+WINDOW = 100
+_CUT = "remove the lines from there on, and the run continues from its newest checkpoint"
+_STEP = {"step": int, "phase": str, "loss": float | None, "images_per_second": float}
+SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass
+class RunFiles:
+    """What the files of a run say.
+
+    Attributes:
+        recipe: its settings.
+        records: lines of ``steps.jsonl``.
+        evaluations: lines of ``evaluations.jsonl``.
+        final: the evaluation at the end, if the run came to it.
+        newest: the newest checkpoint, without its tensors.
+        logged: when the log was written, in seconds since 1970; None: there is none.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    records: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    final: dict[str, Any] | None
+    newest: checkpoint.State | None
+    logged: float | None = None
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"])
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's files; half a last line of a log is left out.
+
+    Raises:
+        UserError: if the folder is no run, or a file of it is broken.
+    """
+    require_run(folder)
+    log = folder / "steps.jsonl"
+    return RunFiles(
+        folder,
+        _recipe(folder / "recipe.yaml"),
+        read_lines(log, _STEP, todo=_CUT),
+        read_lines(folder / "evaluations.jsonl", {"step": int, "rows": list}, todo=_CUT),
+        _final(folder / "evaluation.json"),
+        checkpoint.newest_state(folder / "checkpoints"),
+        log.stat().st_mtime if log.exists() else None,
+    )
+
+
+def _recipe(written: Path) -> dict[str, Any]:
+    """The settings that are shown. A recipe of another version has others, which are not looked at."""
+    todo = "restore it from a copy, or start another run in another --output"
+    groups = {"teacher": str, "student": dict, "training": dict, "loss": dict, "also": list, "before": list}
+    found = read_mapping(written, groups, todo=todo)
+    for group, keys in (
+        ("student", {"regression_steps": int}),
+        ("training", {"steps": int, "batch_size": int}),
+        ("loss", {"name": str}),
+    ):
+        check_keys(f"{written}: {group}", found[group], keys, todo=todo)
+    for group in ("also", "before"):
+        for index, term in enumerate(found[group]):
+            where = f"{written}: {group}: item {index}"
+            check_keys(where, {"item": term}, {"item": dict}, todo=todo)
+            check_keys(where, term, {"loss": dict}, todo=todo)
+            check_keys(f"{where}: loss", term["loss"], {"name": str}, todo=todo)
+    return found
+
+
+def _final(written: Path) -> dict[str, Any] | None:
+    try:
+        return read_mapping(
+            written, {"rows": list}, todo="remove it, and the same distillation command measures and exports again"
+        )
+    except BrokenFileError:
+        # It was removed meanwhile, by a run that continues.
+        if not written.exists():
+            return None
+        raise
+
+
+def describe(run: RunFiles, now: float | None = None) -> str:
+    """One line a property.
+
+    Args:
+        now: seconds since 1970; None: the clock's.
+    """
+    now = time.time() if now is None else now
+    recipe = run.recipe
+    beside = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["also"])])
+    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["before"]), beside])
+    lines = {"teacher": str(recipe["teacher"]), "losses": losses} | _progress(run, now)
+    lines["checkpoint"] = _newest(run, now)
+    lines["bad steps"] = _bad_steps(run)
+    lines["evaluated"] = _evaluated(run)
+    lines["size"] = _size(run.folder)
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _progress(run: RunFiles, now: float) -> dict[str, str]:
+    if not run.records:
+        return {"step": f"0 of {run.total:,} (no step is logged yet)"}
+    last, done = run.records[-1], run.records[-1]["step"] + 1
+    share = 100 * done / run.total
+    ago = _duration(now - (run.logged or now))
+    when = f", written {ago} ago" if done < run.total else ""
+    lines = {"step": f"{done:,} of {run.total:,} ({share:.1f} %{when})", "phase": str(last["phase"])}
+    lines["loss"] = _loss(run.records)
+    seconds = _seconds_per_step(run)
+    lines["rate"] = f"{run.recipe['training']['batch_size'] / seconds:,.1f} images per second, {seconds:.3g} s a step"
+    if done < run.total:
+        lines["time left"] = f"{_duration((run.total - done) * seconds)} at that rate"
+    return lines
+
+
+def _loss(records: Sequence[Mapping[str, Any]]) -> str:
+    now, before = _mean_loss(records[-WINDOW:]), _mean_loss(records[-2 * WINDOW : -WINDOW])
+    if now is None:
+        return f"no number in the last {min(WINDOW, len(records))} steps"
+    text = f"{now:.4g} (mean of the last {min(WINDOW, len(records))} steps"
+    if before is None:
+        return text + ")"
+    phases = {record["phase"] for record in records[-2 * WINDOW :]}
+    mixed = "; of two phases, not to be compared" if len(phases) > 1 else ""
+    change = f", {100 * (now / before - 1):+.1f} %" if before > 0 else ""
+    count = len(records[-2 * WINDOW : -WINDOW])
+    return f"{text}; of the {count} before {before:.4g}{change}{mixed})"
+
+
+def _mean_loss(records: Sequence[Mapping[str, Any]]) -> float | None:
+    losses = [record["loss"] for record in records if record["loss"] is not None]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _seconds_per_step(run: RunFiles) -> float:
+    batch, records = run.recipe["training"]["batch_size"], run.records[-WINDOW:]
+    return float(sum(batch / record["images_per_second"] for record in records) / len(records))
+
+
+def _newest(run: RunFiles, now: float) -> str:
+    if run.newest is None:
+        return "none yet"
+    step, written = run.newest.step, run.newest.written
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
+    return f"step {step:,}, written {date} ({_duration(now - written)} ago)"
+
+
+def _bad_steps(run: RunFiles) -> str:
+    step, faults = 0, {"skipped": 0, "rate": 1.0}
+    if run.newest is not None:
+        step, faults = run.newest.step, run.newest.state["faults"]
+    # Steps that a gradient scaler left out to find its scale carry a text there.
+    later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
+    halved = "; the learning rate was halved" if faults["rate"] < 1 else "; the learning rate is the recipe's"
+    return f"{faults['skipped'] + later:,} left out{halved}"
+
+
+def _evaluated(run: RunFiles) -> str:
+    times = len(run.evaluations)
+    on_the_way = f", {times} {'time' if times == 1 else 'times'} on the way" if times else ""
+    return ("yes" if run.final is not None else "not at the end yet") + on_the_way
+
+
+def _size(folder: Path) -> str:
+    size = 0.0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 os.walk's own
+            except FileNotFoundError:
+                # A run at work has removed an old checkpoint since its folder was listed.
+                continue
+    unit = 0
+    while size >= 1024 and unit < len(SIZES) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {SIZES[unit]}" if unit else f"{size:.0f} B"
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(max(0.0, seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours < 48:
+        return f"{minutes} min" if minutes < 60 else f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def draw(run: RunFiles, picture: Path) -> None:
+    """Draw the curves of a run that has logged a step.
+
+    Raises:
+        UserError: if the picture can't be written, or has no name of a PNG.
+    """
+    from fmm_distill.run.curves import draw_curves
+
+    evaluations = list(run.evaluations)
+    if run.final is not None:
+        evaluations.append({"step": run.total, "rows": run.final["rows"]})
+    with writing(picture):
+        draw_curves(run.records, evaluations, run.total, picture)

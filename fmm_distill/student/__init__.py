@@ -1,0 +1,1 @@
+"""The student: the teacher's network with a second time, as a flow map."""

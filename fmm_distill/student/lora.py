@@ -1,0 +1,139 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a student's network, by peft; without them it is the teacher.
+
+So one copy of the large weights serves both.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.codec import PipelineCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from fmm_distill.student.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["AdaptersOff", "add_lora", "default_targets", "has_lora", "lora_state", "merged"]
+
+_ADAPTED = ("attn", "attention", "to_q", "to_k", "to_v", "to_out", "qkv", "ff", "ffn", "feed_forward")
+# Modulations and embeddings inside such blocks are left as they are.
+_LEFT = ("norm", "ada", "embed", "mod")
+
+
+class AdaptersOff(nn.Module):
+    """A network with its adapters switched off while it is asked; its weights stay the network's own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # A tuple hides the network: its weights are counted, moved and saved once, with the student.
+        self._network = (network,)
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
+        """The network's."""
+        return cast("Any", self._network[0]).config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
+        """The teacher's answer."""
+        with _switched_off(self._network[0]):
+            return self._network[0](*args, **kwargs)
+
+
+def _layers(network: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def has_lora(network: nn.Module) -> bool:
+    """Whether adapters were added to a network."""
+    return any(name.endswith(("lora_A", "lora_B")) for name, _ in network.named_modules())
+
+
+@contextmanager
+def _switched_off(network: nn.Module) -> Iterator[None]:
+    layers = _layers(network)
+    for _, layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.enable_adapters(True)
+
+
+def default_targets(network: nn.Module) -> list[str]:
+    """The linear layers of attention and feed-forward blocks."""
+    found = []
+    for name, module in network.named_modules():
+        parts = name.split(".")
+        left = any(part.startswith(_LEFT) or part.endswith(_LEFT) for part in parts)
+        if isinstance(module, nn.Linear) and not left and any(_is(part, _ADAPTED) for part in parts):
+            found.append(name)
+    return found
+
+
+def _is(part: str, names: tuple[str, ...]) -> bool:
+    """``attn``, ``attn1`` and ``ff_context`` are; ``affine`` is not."""
+    return any(part == name or (part.startswith(name) and not part[len(name)].isalpha()) for name in names)
+
+
+def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = ()) -> None:
+    """Freeze the student's network but for its jump embeddings, put adapters on it, and let the teacher share it.
+
+    Args:
+        targets: endings of layers' names; none: attention and feed-forward.
+
+    Raises:
+        UserError: without peft, or where no layer is found.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("student.lora needs `pip install fmm-distill[lora]`") from error
+    network = student.network
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [name for name in linear if name.endswith(targets)] if targets else default_targets(network)
+    chosen = [name for name in chosen if not name.startswith("jump_embedding.")]
+    if not chosen:
+        wanted = ", ".join(targets) or "attention or feed-forward"
+        raise UserError(
+            f"student.lora: no linear layer of {type(network).__name__} is {wanted}; give student.lora.targets, e.g. "
+            f"[{linear[0].rpartition('.')[2]}]"
+        )
+    network.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
+    cast("Any", network).jump_embedding.requires_grad_(True)
+    teacher.network = AdaptersOff(network).eval()
+    if isinstance(teacher.codec, PipelineCodec):
+        teacher.codec.network = network
+
+
+def merged(student: Student) -> Student:
+    """A copy of the student with its adapters added to the weights: an ordinary two-time network."""
+    plain = copy.deepcopy(student)
+    for name, layer in _layers(plain.network):
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(plain.network.get_submodule(parent), last, layer.get_base_layer())
+    return plain
+
+
+def lora_state(student: Student, component: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters under the names that diffusers gives them, and the jump embeddings."""
+    adapters, jumps = {}, {}
+    for name, value in student.network.state_dict().items():
+        if ".lora_" in name:
+            adapters[f"{component}.{name.replace('.default.', '.')}"] = value.contiguous()
+        elif name.startswith("jump_embedding."):
+            jumps[name] = value.contiguous()
+    return adapters, jumps

@@ -1,0 +1,39 @@
+"""N jumps from noise to data."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.student.student import Student
+
+__all__ = ["sample"]
+
+
+@torch.no_grad()
+def sample(
+    student: Student,
+    noise: Float[Tensor, "batch *event"],
+    steps: int | Float[Tensor, " points"],
+    cond: Conditioning | None = None,
+) -> Float[Tensor, "batch *event"]:
+    """Samples of the teacher's kind from its own N(0, I), by ``steps`` jumps of the student's map.
+
+    Args:
+        steps: how many, on the schedule's own grid; or the times between which to jump, from t_max to 0.
+
+    Raises:
+        UserError: if there are more steps than timesteps, or none.
+    """
+    times = (student.schedule.grid(steps) if isinstance(steps, int) else steps).to(noise.device)
+    x = student.parametrisation.prior(noise)
+    for t, r in pairwise(times):
+        x = student(x, t.expand(len(x)), r.expand(len(x)), cond)
+    return x

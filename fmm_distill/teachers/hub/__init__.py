@@ -1,0 +1,1 @@
+"""Pipelines of the Hub: what is fetched, and what its answers mean."""

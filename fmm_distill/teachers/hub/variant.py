@@ -1,0 +1,63 @@
+"""A variant of a pipeline's weights, such as fp16, under the names of the plain ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.hub.links import linked_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["as_plain"]
+
+
+def as_plain(source: str, folder: Path, variant: str) -> Path:
+    """A folder of links to the pipeline's files, where those of the variant stand in for the plain ones.
+
+    Stock classes open it without being told of the variant, and so does whoever gets a copy of it. Components that do
+    not come in this variant keep their plain weights.
+
+    Raises:
+        UserError: if no component comes in this variant.
+    """
+
+    def fill(target: Path) -> None:
+        shutil.copyfile(folder / "model_index.json", target / "model_index.json")
+        found = 0
+        for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+            there = target if part == folder else target / part.name
+            there.mkdir(exist_ok=True)
+            found += _link_part(part, there, variant)
+        if not found:
+            raise UserError(f"{source}: no weights of the variant {variant} in it; wanted one of its own, or none")
+
+    return linked_folder("variants", folder, variant, fill)
+
+
+def _link_part(part: Path, target: Path, variant: str) -> int:
+    """Link one component's files; gives how many of the variant there are."""
+    files = [path for path in sorted(part.iterdir()) if path.is_file() and path.name != "model_index.json"]
+    plain = {path.name: _plain_name(path.name, variant) for path in files}
+    chosen = {name for name in plain if plain[name] != name}
+    for path in files:
+        name = plain[path.name]
+        if path.name not in chosen and chosen and ".safetensors" in path.name:
+            continue
+        if path.name in chosen and path.suffix == ".json":
+            index = json.loads(path.read_text(encoding="utf-8"))
+            index["weight_map"] = {key: _plain_name(file, variant) for key, file in index["weight_map"].items()}
+            (target / name).write_text(json.dumps(index), encoding="utf-8")
+        else:
+            (target / name).symlink_to(path.resolve())
+    return len(chosen)
+
+
+def _plain_name(name: str, variant: str) -> str:
+    """``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``, ``model.safetensors.index.fp16.json``."""
+    for behind in (".safetensors", "-", ".json", ".index.json"):
+        name = name.replace(f".{variant}{behind}", behind)
+    return name

@@ -1,0 +1,1 @@
+"""Teachers of prompts: how a stock pipeline calls its network, found by watching it."""

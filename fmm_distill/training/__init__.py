@@ -1,0 +1,1 @@
+"""Training: the loop, its objective, its averages and its checkpoints."""

@@ -1,0 +1,300 @@
+"""Checkpoints: a folder of safetensors that is complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from fmm_distill.errors import UserError
+from fmm_distill.io.files import writing
+from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpointError",
+    "State",
+    "average_name",
+    "complete",
+    "load",
+    "newest",
+    "newest_state",
+    "newest_whole",
+    "save",
+    "step_of",
+]
+
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_REPLACED = ".replaced"
+# A run at work removes what was found a moment before. Each look takes longer than that, so few are enough.
+_TRIES, _PAUSE = 20, 0.05
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not as it was written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint without its tensors.
+
+    Attributes:
+        written: seconds since 1970.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    written: float
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on.
+
+    Attributes:
+        step: the number of steps done.
+        tensors: file stem to named tensors: student, an average a rate, optimizer, and frozen and weight where there
+            are any.
+        state: what is not a tensor.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def average_name(rate: float) -> str:
+    """The file stem of a moving average in a checkpoint."""
+    return f"ema-{rate:g}"
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint next to the older ones, then remove all but the newest ``keep``.
+
+    The folder gets its name only when every file in it is on the disk; a partial one is removed. One of the same step
+    that is there stays readable until the new one has its name.
+    """
+    target = folder / _name(checkpoint.step)
+    partial = folder / f".{target.name}.partial"
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".*.partial"):
+            shutil.rmtree(left_over)
+        for left_over in folder.glob(f".*{_REPLACED}"):
+            if left_over not in complete(folder):
+                _remove(left_over)
+        try:
+            _write(partial, checkpoint)
+            _swap(partial, target)
+            _sync_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in complete(folder)[:-keep]:
+            _remove(old)
+    return target
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Give a written checkpoint its name; the one that has it is under another name for that moment, and counts."""
+    replaced = target.with_name(f".{target.name}{_REPLACED}")
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        target.rename(replaced)
+    partial.rename(target)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that it is complete or absent in between, too."""
+    gone = path.with_name(f".{path.name.removeprefix('.')}.removed.partial")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    # Here and below: where a run stands is read without torch.
+    from safetensors.torch import save_file
+
+    partial.mkdir()
+    for name, tensors in checkpoint.tensors.items():
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, partial / f"{name}.safetensors")
+    (partial / _STATE).write_text(json.dumps(checkpoint.state), encoding="utf-8")
+    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    manifest = {"step": checkpoint.step, "sha256": digests}
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(partial)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint by its folder's name; None: it is no checkpoint's, such as a copy of one."""
+    name = path.name
+    if name.startswith(".") and name.endswith(_REPLACED):
+        name = name[1:].removesuffix(_REPLACED)
+    digits = name.removeprefix("step-")
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    return int(digits) if _name(int(digits)) == name else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints by their names, the newest last."""
+    found: dict[int, Path] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir(), reverse=True):
+            step = step_of(path)
+            # One that is being replaced counts until the other has its name, which sorts before it here.
+            if step is not None and path.is_dir():
+                found.setdefault(step, path)
+    return [found[step] for step in sorted(found)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, if there is one."""
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
+
+    While the run writes, what was found here may be gone a moment later: then it is looked for again.
+
+    Raises:
+        UserError: if there are checkpoints and all are damaged.
+    """
+    for _ in range(_TRIES):
+        before = _seen(folder)
+        damaged: list[DamagedCheckpointError] = []
+        for path in reversed(complete(folder)):
+            try:
+                found = load(path)
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+                continue
+            if damaged and _seen(folder) != before:
+                break
+            for fault in damaged:
+                say(f"{fault}; the one before it is taken")
+            return path, found
+        if _seen(folder) == before:
+            if damaged:
+                raise UserError(f"{damaged[-1]}, and there is none before it: start again with --fresh")
+            return None
+        time.sleep(_PAUSE)
+    raise _restless(folder)
+
+
+def _seen(folder: Path) -> list[tuple[Path, int]]:
+    """The checkpoints that are there, told from others of the same names."""
+    found = []
+    for path in complete(folder):
+        try:
+            found.append((path, path.stat().st_ino))
+        except FileNotFoundError:
+            # Another answer than that of the next look.
+            found.append((path, 0))
+    return found
+
+
+def _restless(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: the run writes and removes checkpoints faster than they can be read; run the same command again, "
+        "or when the run has stopped"
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """A checkpoint, checked against the digests written with it.
+
+    Raises:
+        DamagedCheckpointError: if a file of it is missing or is not the one that was written.
+    """
+    from safetensors.torch import load_file
+
+    step, digests = _manifest(path)
+    try:
+        for name, digest in digests.items():
+            if _digest(path / name) != digest:
+                raise _damaged(path, name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
+        tensors = {Path(name).stem: load_file(path / name) for name in digests if name.endswith(".safetensors")}
+        return Checkpoint(step, tensors, read_mapping(path / _STATE, todo="it is damaged"))
+    except (OSError, SafetensorError, BrokenFileError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} can't be read ({error})") from error
+
+
+def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint {path}: {name} {what}")
+
+
+def _manifest(path: Path) -> tuple[int, dict[str, str]]:
+    """The step of a checkpoint and the digest of each of its files, all of which are there."""
+    keys = {"step": int, "sha256": dict}
+    try:
+        manifest = read_mapping(path / _MANIFEST, keys, todo="it is damaged")
+    except BrokenFileError as error:
+        raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
+    digests, step = manifest["sha256"], manifest["step"]
+    if step != step_of(path) or _STATE not in digests or not all(_is_digest(*item) for item in digests.items()):
+        raise _damaged(path, _MANIFEST, "is missing or unreadable: it is not of this checkpoint")
+    for name in digests:
+        if not (path / name).is_file():
+            raise _damaged(path, name, "is missing")
+    return step, digests
+
+
+def _is_digest(name: str, digest: object) -> bool:
+    return Path(name).name == name and isinstance(digest, str)
+
+
+def newest_state(folder: Path) -> State | None:
+    """The newest checkpoint whose files are all there and what in it is not a tensor. Reads no weights."""
+    for _ in range(_TRIES):
+        before = _seen(folder)
+        for path in reversed(complete(folder)):
+            try:
+                step, _digests = _manifest(path)
+                state = read_mapping(path / _STATE, {"faults": dict}, todo="it is damaged")
+                check_keys(str(path), state["faults"], {"skipped": int, "rate": float}, todo="it is damaged")
+                return State(path, step, state, (path / _MANIFEST).stat().st_mtime)
+            except (DamagedCheckpointError, BrokenFileError, OSError):
+                continue
+        if _seen(folder) == before:
+            return None
+        time.sleep(_PAUSE)
+    return None

@@ -1,0 +1,85 @@
+"""Moving averages of a student's weights: one of them is evaluated and exported."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fmm_distill.training.fsdp import local, placed_like
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def frozen_copy(network: Network) -> Network:
+    """A copy in evaluation mode that is not trained; parameters that ``network`` does not train are its own.
+
+    So a student with adapters and all its copies hold the large weights once.
+    """
+    shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(network, shared).requires_grad_(False).eval()
+
+
+class _Average(AveragedModel):
+    """Counts on the CPU: torch's own update asks the device for the count, and so waits for all its work."""
+
+    def __init__(self, module: nn.Module, rate: float) -> None:
+        # It would copy the whole network, untrained weights too.
+        super().__init__(nn.Identity())
+        self.module, self.rate = module, rate
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """One more state of the model's parameters and buffers; the first is taken as it is."""
+        n = int(self.n_averaged)
+        # Of tensors that are split over processes each averages its part.
+        ours, theirs = (
+            [local(tensor.detach()) for tensor in itertools.chain(part.parameters(), part.buffers())]
+            for part in (self.module, model)
+        )
+        if n:
+            torch._foreach_lerp_(ours, theirs, 1 - min(self.rate, (1 + n) / (10 + n)))
+        else:
+            torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
+
+
+def averaged(network: nn.Module, rate: float) -> AveragedModel:
+    """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
+
+    The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
+    network's own: one copy of them in memory.
+    """
+    return _Average(frozen_copy(network), rate).requires_grad_(False).eval()
+
+
+def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
+    """What training changes of a module's state: all but the frozen parameters.
+
+    Args:
+        like: a copy of ``student`` whose state is meant; none: the student's own.
+    """
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    state = (student if like is None else like).state_dict()
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def load_trained(module: nn.Module, student: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what ``trained_state`` gave.
+
+    Raises:
+        KeyError: if it is the state of another network.
+    """
+    wanted = trained_state(student).keys()
+    if state.keys() != wanted:
+        raise KeyError(", ".join(sorted(state.keys() ^ wanted)[:4]))
+    module.load_state_dict(placed_like(state, module.state_dict()), strict=False)

@@ -1,0 +1,232 @@
+"""The process that trains: its accelerator, its precision, and the processes launched with it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
+
+from fmm_distill.core.torch_state import changed_state, own_state
+from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.io.streams import lossy_streams
+from fmm_distill.training.fsdp import check_sharding
+from fmm_distill.training.trackers import check_trackers, tracker_folder
+from fmm_distill.training.variables import (
+    check_compile,
+    check_variables,
+    ignored_variables,
+    is_set,
+    launched,
+    set_variables,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fmm_distill.config.recipe import Recipe
+
+
+__all__ = ["PATIENCE", "alone", "check_training", "join_processes", "make_accelerator", "on_first", "silent"]
+
+# The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
+PATIENCE = timedelta(hours=12)
+
+# Ways to split that check_sharding judges.
+SPLITS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+_one_run = threading.Lock()
+
+
+@contextmanager
+def alone(say: Callable[[str], None]) -> Iterator[None]:
+    """One run at a time in this process, in its own state; what the caller had is restored.
+
+    Args:
+        say: takes a line on what is set aside.
+
+    Raises:
+        UserError: if another run is active, in this thread or in another.
+    """
+    if not _one_run.acquire(blocking=False):
+        raise UserError(
+            "another distill() is active in this process, and accelerate has one state per process: wait for it, or "
+            "start this one in a process of its own"
+        )
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    loading, gradients = os.environ.get(variable), dict(GradientState._shared_state)
+    try:
+        if changed := changed_state():
+            say(f"set aside while this runs, and restored afterwards: {', '.join(changed)}")
+        with own_state(), lossy_streams():
+            yield
+    finally:
+        # An accelerator of the caller's own shares it.
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(gradients)
+        if loading is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = loading
+        _one_run.release()
+
+
+def check_training(recipe: Recipe) -> None:
+    """Refuse settings of the training that this machine or this launch can't do."""
+    training = recipe.training
+    check_variables()
+    check_compile(training.compile)
+    check_trackers(recipe)
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(
+            "no folder takes temporary files, and the export is verified with some; set TMPDIR to one that does"
+        ) from error
+    if training.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+    processes = launched()
+    parts = processes * training.accumulation
+    if training.batch_size % parts:
+        raise UserError(
+            f"training.batch_size {training.batch_size} does not split over {processes} processes "
+            f"x {training.accumulation} accumulation steps: take a multiple of {parts}"
+        )
+
+
+def make_accelerator(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> Accelerator:
+    """The accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers.
+
+    Args:
+        say: takes a line for each environment variable that the recipe overrides.
+    """
+    training = recipe.training
+    check_training(recipe)
+    expected = {"fp32": "no"}.get(training.precision, training.precision)
+    before = AcceleratorState._shared_state.get("_mixed_precision", expected)
+    if before != expected:
+        raise UserError(
+            f"training.precision: {training.precision}, but this process has run in {before.replace('no', 'fp32')}, "
+            "and accelerate keeps one precision a process: start another"
+        )
+    if is_set("ACCELERATE_USE_FSDP"):
+        # transformers would open text encoders without their buffers in all processes but the first.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    lines = ignored_variables(recipe)
+    accelerator = _accelerator(
+        mixed_precision=expected,
+        # Arguments that are not passed are read from the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.accumulation),
+        log_with=list(recipe.logging.trackers) or None,
+        project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
+        # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
+        # cache for the call that is to have them, and gets none (pytorch issue 112583).
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(cache_enabled=False)],
+    )
+    if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type not in SPLITS:
+        raise UserError(
+            "ACCELERATE_USE_FSDP is set, but accelerate splits nothing here: one process without a launcher, or no "
+            "GPU; unset it, or start with accelerate launch"
+        )
+    check_sharding(accelerator, training, recipe.student.lora.rank)
+    for line in lines if accelerator.is_main_process else ():
+        say(line)
+    return accelerator
+
+
+def join_processes() -> Accelerator:
+    """The accelerator of processes that share an evaluation and train nothing."""
+    check_variables()
+    precision = AcceleratorState._shared_state.get("_mixed_precision", "no")
+    return _accelerator(mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def _accelerator(**settings: Any) -> Accelerator:  # noqa: ANN401 accelerate's own arguments
+    """An accelerator that compiles nothing by itself, of processes that know of one another."""
+    _check_device()
+    plain = TorchDynamoPlugin(
+        backend="no", mode="default", dynamic=False, fullgraph=False, use_regional_compilation=False
+    )
+    try:
+        accelerator = Accelerator(dynamo_plugin=plain, **settings)
+    except (ImportError, NotImplementedError, AssertionError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"accelerate does not start ({reason}); the environment has {set_variables()}") from error
+    # An accelerator that the caller made before shares its state.
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise UserError(
+            "an Accelerator of this process compiles networks, and accelerate keeps one such setting a process: start "
+            "another, with training.compile"
+        )
+    check_joined(accelerator)
+    return accelerator
+
+
+def _check_device() -> None:
+    """Refuse a device of ``ACCELERATE_TORCH_DEVICE`` that is not there, or that several processes would share."""
+    name = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE={name}: no device here that computes; unset it, or take cpu or cuda"
+        ) from error
+    if launched() > 1 and device.type != "cpu":
+        raise UserError(f"ACCELERATE_TORCH_DEVICE={name}: {launched()} processes would share it; unset it")
+
+
+def check_joined(accelerator: Accelerator) -> None:
+    """Refuse processes that were launched together and don't know of one another.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if accelerator.num_processes != launched():
+        raise UserError(
+            f"{launched()} processes were launched, but accelerate joins {accelerator.num_processes}: on CPU set "
+            "ACCELERATE_USE_CPU=true, so that they don't run side by side in one folder"
+        )
+
+
+def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do ``work`` in the first process while the others wait; what it raises ends all of them.
+
+    Raises:
+        UserError: in the other processes, with the first one's message.
+    """
+    failure: list[str | None] = ["the first process has failed"]
+    try:
+        if accelerator.is_main_process:
+            work()
+            failure = [None]
+    except FmmDistillError as error:
+        failure = [str(error)]
+        raise
+    finally:
+        broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
+
+
+def silent(_: str) -> None:
+    """Processes other than the first say nothing."""

@@ -1,0 +1,138 @@
+"""Trackers: the numbers and pictures of a run in TensorBoard, wandb or trackio, by way of accelerate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import secrets
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from accelerate.tracking import get_available_trackers
+
+from fmm_distill.errors import UserError
+from fmm_distill.io.files import write_text
+from fmm_distill.io.reading import read_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from fmm_distill.config.recipe import Recipe
+
+__all__ = ["check_trackers", "log_picture", "log_rows", "log_step", "tracked", "tracker_folder"]
+
+PROJECT = "fmm_distill"
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse trackers that are not installed, before anything starts."""
+    installed = [str(name) for name in get_available_trackers()]
+    missing = [name for name in recipe.logging.trackers if name not in installed]
+    if missing:
+        raise UserError(
+            f"logging.trackers: {', '.join(missing)} not installed: `pip install {' '.join(missing)}`, or leave it out "
+            "(steps.jsonl is written always)"
+        )
+
+
+def tracker_folder(folder: Path) -> Path:
+    """Where trackers that write files do so in a run folder."""
+    return folder / "tensorboard"
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, recipe: Recipe, folder: Path, done: int) -> Iterator[None]:
+    """Starts the recipe's trackers and closes them, whatever happens between.
+
+    Args:
+        folder: of the run, which exists.
+        done: steps that the run has done; above 0 it goes on in the trackers' runs of before.
+
+    Raises:
+        UserError: if a tracker does not start, such as wandb without an account.
+    """
+    if not recipe.logging.trackers or not accelerator.is_main_process:
+        yield
+        return
+    try:
+        config = _flat(recipe.model_dump(mode="json")) if done == 0 else None
+        accelerator.init_trackers(PROJECT, config, _settings(folder, done))
+    except _failures(recipe) as error:
+        raise UserError(
+            f"logging.trackers: {', '.join(recipe.logging.trackers)} did not start ({' '.join(str(error).split())}); "
+            "repair it or leave it out"
+        ) from error
+    try:
+        yield
+    finally:
+        # accelerate's end_training ends the processes' group too, and a second run in the same processes needs it.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
+    """What each tracker needs to go on where it was."""
+    kept = folder / "tracker.json"
+    if not kept.is_file():
+        write_text(kept, json.dumps({"id": secrets.token_hex(6)}) + "\n")
+    run = read_mapping(kept, {"id": str}, todo="remove it, and the trackers start a new run")["id"]
+    return {
+        "tensorboard": {"purge_step": done + 1} if done else {},
+        "wandb": {"id": run, "name": folder.name, "dir": str(folder), "resume": "allow"},
+        "trackio": {"name": f"{folder.name}-{run}", "resume": "allow"},
+    }
+
+
+def _failures(recipe: Recipe) -> tuple[type[Exception], ...]:
+    """What a tracker raises that can't be started here."""
+    if "wandb" not in recipe.logging.trackers:
+        return (ImportError, OSError, RuntimeError, ValueError)
+    wandb = importlib.import_module("wandb")
+    return (ImportError, OSError, RuntimeError, ValueError, cast("type[Exception]", wandb.errors.Error))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole path; trackers take plain values, so lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def log_step(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
+    """The finite numbers of a line of ``steps.jsonl``, under the number of steps then done."""
+    numbers = {f"train/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+    del numbers["train/step"]
+    accelerator.log(numbers, step=record["step"] + 1)
+
+
+def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: int) -> None:
+    """The rows of an evaluation after ``step`` steps: ``evaluation/<quantity>/<sampler>, <number of its steps>``."""
+    numbers = {
+        f"evaluation/{quantity}/{row['sampler']}, {row['steps']}": row[quantity]
+        for row in rows
+        for quantity in ("endpoint_error", "frechet")
+        if row[quantity] is not None
+    }
+    accelerator.log(numbers, step=step)
+
+
+def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
+    """A picture's file, for the trackers that take images."""
+    trackers = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
+    if not trackers:
+        return
+    import matplotlib.image
+
+    for tracker in trackers:
+        pixels = (matplotlib.image.imread(picture)[..., :3] * 255).round().astype("uint8")
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"samples": [pixels]}, step=step)

@@ -62,9 +62,9 @@ def loss_on_its_line(student: FlowMap, name: str) -> Tensor:
         t, r = torch.ones_like(TIMES), TIMES
     else:
         t, r = TIMES, torch.zeros_like(TIMES)
-    centre = (1 - t) * TRUTH.mean
+    center = (1 - t) * TRUTH.mean
     spread = ((1 - t).square() * TRUTH.std**2 + t.square()).sqrt()
-    points = [(centre + sign * spread)[:, None] for sign in (-1, 1)]
+    points = [(center + sign * spread)[:, None] for sign in (-1, 1)]
     losses = [LOSSES[name](student, TRUTH.velocity, x, t, r, settings=SETTINGS[name]) for x in points]
     return torch.stack(losses).mean()
 

@@ -86,7 +86,7 @@ class Budget:
 
     Attributes:
         width: units in each of the four hidden layers.
-        teacher_steps, steps: optimiser steps of the teacher and of each student.
+        teacher_steps, steps: optimizer steps of the teacher and of each student.
         long_steps: of the one long Lagrangian run; a quarter with the closed-form teacher.
         seeds: students of each loss.
         solver_steps: Heun steps of the teacher's ODE, the reference.

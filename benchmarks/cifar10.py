@@ -187,7 +187,7 @@ class Benchmark:
             f"speed-{name}": name for name in self.names
         }
         for title, name in self.timed.items():
-            self._distil(title, name, 10**6, 0, folder / title)
+            self._distill(title, name, 10**6, 0, folder / title)
 
     def _steps(self) -> int:
         """How many steps every student gets: chosen once, from what the steps of each loss cost of the device."""
@@ -239,7 +239,7 @@ class Benchmark:
         while (waiting or running) and self.left() > 0:
             while waiting and len(running) < self.budget.parallel:
                 title = waiting.pop(0)
-                self._distil(title, titles[title], steps, seed, self.work / "students" / title)
+                self._distill(title, titles[title], steps, seed, self.work / "students" / title)
             finished = self.processes.finished()
             for title in finished:
                 if self.processes.code(title) == 0:
@@ -251,7 +251,7 @@ class Benchmark:
             print(f"the time is over before these are finished; the same command goes on: {', '.join(running)}")
             self.processes.stop()
 
-    def _distil(self, title: str, name: str, steps: int, seed: int, output: Path) -> None:
+    def _distill(self, title: str, name: str, steps: int, seed: int, output: Path) -> None:
         recipe = recipe_of(name, self.work / "teacher", self.data, self.budget, steps, seed)
         folder = self.work / "recipes"
         folder.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@
 
 Writes ``classifier.pt``, a TorchScript module from images in [0, 1], shape ``[batch, 3, size, size]``, to the features
 before the last layer, shape ``[batch, width]``; the weights as safetensors; and ``classifier.json`` with its accuracy
-on the test images. A residual network of nine layers; about half a minute on a data-centre GPU.
+on the test images. A residual network of nine layers; about half a minute on a data-center GPU.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def train(
     batch = min(batch, len(pixels))
     in_epoch = len(pixels) // batch
     steps = epochs * in_epoch
-    optimiser = torch.optim.SGD(both.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.2)
+    optimizer = torch.optim.SGD(both.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.2)
     for step in range(steps):
         if step % in_epoch == 0:
             order = torch.randperm(len(pixels), device=device)
@@ -102,9 +102,9 @@ def train(
         images = augmented(pixels[chosen]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = F.cross_entropy(head(features(images)).float(), labels[chosen], label_smoothing=0.1)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % 200 == 0:
             print(f"step {step} of {steps}  loss {loss.item():.3f}", flush=True)

@@ -19,8 +19,8 @@ __all__ = ["draw_minutes", "draw_steps", "markdown", "write_samples"]
 
 STEPS = ("1", "2", "4", "8", "16")
 SOLVERS = {"ddim": "teacher, DDIM", "dpmsolver++": "teacher, DPM-Solver++"}
-# Okabe and Ito's colours, which the colour-blind can tell apart; styles tell the rest.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, which the color-blind can tell apart; styles tell the rest.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X<>hd"
 
 
@@ -105,7 +105,7 @@ def _style(results: dict[str, Any], title: str) -> dict[str, Any]:
     """Students of one method look alike."""
     methods = list(dict.fromkeys(title.rpartition("-")[0] for title in results["students"]))
     i = methods.index(title.rpartition("-")[0])
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
 def draw_steps(results: dict[str, Any], path: Path) -> None:

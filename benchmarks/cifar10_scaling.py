@@ -28,7 +28,7 @@ from benchmarks.cifar10_budget import BUDGETS
 from benchmarks.cifar10_measure import open_judge
 from benchmarks.cifar10_methods import recipe_of
 from benchmarks.cifar10_processes import Processes
-from benchmarks.cifar10_report import COLOURS
+from benchmarks.cifar10_report import COLORS
 from fmm_distill.export.load import load_student
 from fmm_distill.io.files import write_text
 from fmm_distill.teachers.load import load_teacher
@@ -201,17 +201,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for i, size in enumerate(results["sizes"].values()):
             floor = size["teacher_frechet"] if quantity == "frechet" else 0.0
             images = [point["images_seen"] for point in size["points"]]
-            for n, colour in zip(CALLS, COLOURS, strict=False):
+            for n, color in zip(CALLS, COLORS, strict=False):
                 values = [point["rows"][str(n)][quantity] - floor for point in size["points"]]
                 label = f"{size['parameters'] / 1e6:.1f}M, {n} call{'s' * (n > 1)}"
-                axis.plot(images, values, "os"[i % 2], color=colour, label=label, fillstyle=("full", "none")[i % 2])
+                axis.plot(images, values, "os"[i % 2], color=color, label=label, fillstyle=("full", "none")[i % 2])
                 kept = size["fits"][f"{quantity}, {n}"]
                 if kept:
                     ends = [min(images), PUBLISHED[-1]]
-                    axis.plot(ends, [Fit(**kept).at(x) for x in ends], ("--", ":")[i % 2], color=colour, linewidth=1)
+                    axis.plot(ends, [Fit(**kept).at(x) for x in ends], ("--", ":")[i % 2], color=color, linewidth=1)
         for budget in PUBLISHED:
-            axis.axvline(budget, color="grey", linewidth=0.6)
-        axis.set(xscale="log", yscale="log", xlabel="images seen (grey: published budgets)")
+            axis.axvline(budget, color="gray", linewidth=0.6)
+        axis.set(xscale="log", yscale="log", xlabel="images seen (gray: published budgets)")
         axis.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("endpoint error (RMS)")
     panels[1].set_ylabel("Fréchet distance above the teacher's")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.cifar10_report import COLOURS, MARKERS
+from benchmarks.cifar10_report import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,7 +134,7 @@ def _draw_panel(panel: Axes, curves: Sequence[dict[str, Any]], unit: float) -> N
     for i, entry in enumerate(curves):
         label = entry["loss"] + "".join(f"  {text}" for text in _slopes(entry))
         values = [value / unit for value in entry["values"]]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         # Curves that lie on one another stay visible: later ones have smaller marks and thinner lines.
         panel.plot(entry["at"], values, label=label, markersize=9 - 1.2 * i, linewidth=2.6 - 0.4 * i, **style)
     panel.set(xscale="log", yscale="log")

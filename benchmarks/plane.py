@@ -137,7 +137,7 @@ class Board:
 def divergence(points: Tensor, bins: int) -> float:
     """KL divergence from the board to a histogram of ``points``, in nats.
 
-    The board is uniform on the bins whose centre lies on a white square (the published protocol with 50 bins). A white
+    The board is uniform on the bins whose center lies on a white square (the published protocol with 50 bins). A white
     bin without a point counts as if it had one.
     """
     place = ((points.double() / HALF_WIDTH + 1) / 2 * bins).floor()

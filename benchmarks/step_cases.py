@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.data.samples import PickedImages, row_of
 from fmm_distill.losses import SETTINGS
@@ -166,7 +166,7 @@ def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
     told = isinstance(network, DiTTransformer2DModel)
     return Teacher(
         network=network.requires_grad_(False).eval(),
-        parametrisation=Parametrisation(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
+        parametrization=Parametrization(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
         event_shape=(channels, side, side),
         source="random weights",
         adapter="benchmark",

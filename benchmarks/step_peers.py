@@ -1,7 +1,7 @@
 """Training steps of FastGen's mean-flow, sCM and ECT losses, run from a checkout of theirs, on a student of ours.
 
 Their loss files run as they stand. What those import of the framework around them (configurations, logging) is
-replaced by names that do nothing, their networks by ours, and trainer, optimiser and average are those that our own
+replaced by names that do nothing, their networks by ours, and trainer, optimizer and average are those that our own
 losses are timed with, so that a step differs in the loss alone.
 """
 
@@ -173,7 +173,7 @@ class PeerStep:
     Attributes:
         images: the images of some draws, in [-1, 1]; noise unless it is replaced.
         steps: of the run, for ECT's schedule.
-        optimiser, average: of the student.
+        optimizer, average: of the student.
     """
 
     steps = 1
@@ -187,8 +187,8 @@ class PeerStep:
         made = {"fastgen sCM": self._scm, ECT: self._ect}
         self.loss, module = made[name]() if name in made else self._mean_flow(differences=name.endswith("differences"))
         module.to(device)
-        optimiser = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-        self.module, self.optimiser = module, optimiser
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+        self.module, self.optimizer = module, optimizer
         self.average = averaged(student, 0.999)
         self.images: Callable[[Draws], Tensor] = lambda draws: draws.noise * SIGMA_DATA
 
@@ -200,9 +200,9 @@ class PeerStep:
             loss = self.loss(self.images(draws), condition, step).float().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         self.average.update_parameters(self.student)
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         return loss.detach()
 
     def _mean_flow(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:

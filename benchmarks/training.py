@@ -90,7 +90,7 @@ class Bare:
         self.moving = self.t < axis.t_max
         self.x = points(self.teacher, self.student, draws, self.t, None)
         self.time, self.end = (axis.network_time(times).float() for times in (self.t, self.r))
-        self.length = (self.student.clock.position(self.t) - self.student.clock.position(self.r)).float()
+        self.length = (self.student.clock.warp(self.t) - self.student.clock.warp(self.r)).float()
         self.noise = draws.noise
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
         "draws": lambda step: draw(training.seed, step, training.batch_size, teacher.event_shape),
         "times and noise levels": times,
         "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.clip),
-        "optimiser": lambda _: trainer.optimizer.step(),
+        "optimizer": lambda _: trainer.optimizer.step(),
         "averages": average,
         "log": line,
     }

@@ -1,6 +1,6 @@
 """Train the teacher that ships as ``builtin:digits``, and the classifier that judges its samples.
 
-A plain diffusers script: a DDPM (v_prediction, linear betas) on scikit-learn's 1797 grey 8x8 digits.
+A plain diffusers script: a DDPM (v_prediction, linear betas) on scikit-learn's 1797 gray 8x8 digits.
 
     pip install scikit-learn
     python examples/train_digits_teacher.py --output fmm_distill/builtin/digits
@@ -39,13 +39,13 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[Digits
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     network = DigitsClassifier()
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     for _ in range(40):
         for batch in train[torch.randperm(len(train))].split(64):
             loss = F.cross_entropy(network.logits(images[batch] / 2 + 0.5), labels[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     with torch.no_grad():
         right = network.logits(images[test] / 2 + 0.5).argmax(1) == labels[test]
     return network, right.float().mean().item()
@@ -64,7 +64,7 @@ def new_unet() -> UNet2DModel:
         attention_head_dim=16,
         resnet_time_scale_shift="scale_shift",
         time_embedding_dim=128,
-        # 1797 images are few: without it the ODE learns them by heart and branches between neighbours.
+        # 1797 images are few: without it the ODE learns them by heart and branches between neighbors.
         dropout=0.1,
     )
 
@@ -73,9 +73,9 @@ def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch
     """The exponential moving average of a network trained by the simple loss of the scheduler's prediction."""
     network = new_unet()
     average = copy.deepcopy(network)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-3)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         x_0 = images[torch.randint(len(images), (batch,))]
         noise = torch.randn_like(x_0)
@@ -83,10 +83,10 @@ def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch
         prediction = network(scheduler.add_noise(x_0, noise, timestep), timestep).sample
         is_epsilon = scheduler.config.prediction_type == "epsilon"
         loss = F.mse_loss(prediction, noise if is_epsilon else scheduler.get_velocity(x_0, noise, timestep))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         decay = min(0.9995, (1 + step) / (10 + step))
         with torch.no_grad():
             for kept, new in zip(average.parameters(), network.parameters(), strict=True):
@@ -121,7 +121,7 @@ license: cc-by-4.0
 pipeline_tag: unconditional-image-generation
 tags: [ddpm, digits]
 ---
-# 8x8 grey digits: a small DDPM
+# 8x8 gray digits: a small DDPM
 
 `UNet2DModel` ({parameters} parameters), `DDPMScheduler` (linear betas, {prediction}), trained from scratch on
 the 1797 images of scikit-learn's `load_digits` (Optical Recognition of Handwritten Digits, E. Alpaydin and

@@ -120,7 +120,7 @@ class Batches:
 
 
 class Training:
-    """Network, its moving average and optimiser, and how far they are."""
+    """Network, its moving average and optimizer, and how far they are."""
 
     def __init__(self, options: argparse.Namespace, accelerator: Accelerator) -> None:
         torch.manual_seed(options.seed)
@@ -128,7 +128,7 @@ class Training:
         network = new_network(options.size, options.channels, options.layers)
         self.network = network.to(accelerator.device, memory_format=layout(accelerator.device))
         self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=options.lr, betas=(0.9, 0.99), fused=accelerator.device.type == "cuda"
         )
         self.step, self.seconds = 0, 0.0
@@ -137,7 +137,7 @@ class Training:
         if options.compile:
             # In place: the names of the weights stay.
             self.network.compile()
-        # The optimiser stays as it is: without a gradient scaler there is nothing to prepare in it.
+        # The optimizer stays as it is: without a gradient scaler there is nothing to prepare in it.
         self.wrapped = accelerator.prepare(self.objective)
         self._pairs = [list(module.parameters()) for module in (self.average, self.network)]
 
@@ -147,13 +147,13 @@ class Training:
         while self.step < options.steps and self.seconds < options.minutes * 60:
             progress = max(self.step / options.steps, self.seconds / 60 / options.minutes)
             rate = options.lr * min(1, (self.step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * progress))
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = rate
             loss = self.wrapped(*batches.at(self.step))
             self.accelerator.backward(loss)
             nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(*self._pairs, 1 - decay)
@@ -177,11 +177,11 @@ class Training:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        moments = self.optimiser.state_dict()["state"]
+        moments = self.optimizer.state_dict()["state"]
         tensors = {
             "network": dict(self.network.state_dict()),
             "average": dict(self.average.state_dict()),
-            "optimiser": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+            "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
         }
         kept = checkpoint.Checkpoint(self.step, tensors, {"seconds": self.seconds})
         checkpoint.save(self.options.output / "checkpoints", kept, 1)
@@ -194,11 +194,11 @@ class Training:
         self.network.load_state_dict(kept.tensors["network"])
         self.average.load_state_dict(kept.tensors["average"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in kept.tensors["optimiser"].items():
+        for key, value in kept.tensors["optimizer"].items():
             index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.seconds = kept.step, kept.state["seconds"]
         self.accelerator.print(f"going on from step {self.step}")
 

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 
 def tiny_unet(**changes: object) -> UNet2DModel:
-    """A UNet of 8x8 grey images with attention and some thousand parameters; the same one every time."""
+    """A UNet of 8x8 gray images with attention and some thousand parameters; the same one every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = {

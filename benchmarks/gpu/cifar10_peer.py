@@ -61,7 +61,7 @@ def consistency(student: Student, steps: int) -> Callable[[Tensor], Tensor]:
     def sample(noise: Tensor) -> Tensor:
         generator = torch.Generator(noise.device).manual_seed(0)
         times = student.schedule.grid(steps).to(noise.device)
-        x = student.parametrisation.prior(noise)
+        x = student.parametrization.prior(noise)
         for t, r in pairwise(times):
             at = t.expand(len(x))
             x = x - t.to(x.dtype) * student.mean_velocity(x, at, at)
@@ -77,7 +77,7 @@ def train(peer: PeerStep, training: TrainingSettings, log: Path) -> list[float]:
     """All steps; the losses of some."""
     losses = []
     for step in range(training.steps):
-        for group in peer.optimiser.param_groups:
+        for group in peer.optimizer.param_groups:
             group["lr"] = learning_rate(training, step, training.steps)
         loss = peer(step)
         if step % max(training.steps // 100, 1) == 0:

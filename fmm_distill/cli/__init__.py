@@ -1,4 +1,4 @@
-"""The command line: bare, it distils; the rest are verbs, one file each. Heavy imports stay in command bodies."""
+"""The command line: bare, it distills; the rest are verbs, one file each. Heavy imports stay in command bodies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from fmm_distill.cli.distill import distil
+from fmm_distill.cli.distill import distill
 from fmm_distill.cli.env import env
 from fmm_distill.cli.evaluate import evaluate
 from fmm_distill.cli.export import export
@@ -25,7 +25,7 @@ from fmm_distill.training.signals import TrainingStoppedError
 
 __all__ = ["command", "main"]
 
-command = distil
+command = distill
 for verb in (inspect, status, sample, evaluate, export, publish, recipes, losses, env):
     command.add_command(verb)
 

@@ -9,7 +9,7 @@ import click
 
 from fmm_distill import __version__
 
-__all__ = ["distil"]
+__all__ = ["distill"]
 
 # Of the processes that a launcher starts one talks to the Hub.
 _FIRST = os.environ.get("RANK", "0") == "0"
@@ -27,7 +27,7 @@ _FIRST = os.environ.get("RANK", "0") == "0"
 @click.option("--resume/--fresh", default=True, show_default=True, help="Go on in the run folder, or remove it first.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would happen, and stop.")
 @click.pass_context
-def distil(
+def distill(
     context: click.Context,
     teacher: str | None,
     recipe: str | None,

@@ -129,7 +129,7 @@ class DataSettings(Settings):
     condition: str | None = None
     """The column of classes or captions, for a teacher that is told one."""
     fit: Literal["none", "crop"] = "none"
-    """Images of another size are refused, or resized (antialiased) to cover the teacher's size and centre-cropped."""
+    """Images of another size are refused, or resized (antialiased) to cover the teacher's size and center-cropped."""
     background: Literal["white", "gray", "black"] = "white"
     """Color that images with transparent pixels are composited on."""
     flip: bool = False
@@ -233,9 +233,9 @@ class TrainingSettings(Settings):
     """The loop."""
 
     steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
-    """Optimiser steps on the loss, after the student's regression steps."""
+    """Optimizer steps on the loss, after the student's regression steps."""
     batch_size: int = Field(default=64, ge=1, le=MOST_SAMPLES)
-    """Samples in one optimiser step, over all processes."""
+    """Samples in one optimizer step, over all processes."""
     accumulation: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Parts that a process's share of the batch is split into, to save memory."""
     learning_rate: float = Field(default=1e-3, gt=0, le=MOST_RATE)
@@ -288,7 +288,7 @@ class EvaluationSettings(Settings):
     """What is measured at the end, and on the way."""
 
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Optimiser steps after which the first moving average is measured on the way; 0: only at the end."""
+    """Optimizer steps after which the first moving average is measured on the way; 0: only at the end."""
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)

@@ -23,7 +23,7 @@ class FlowMap(ABC):
     """A two-time map of the teacher's ODE: from ``x`` at time t to time r, identity at r = t by construction.
 
     What differs between maps is one function, the mean velocity as a function of the jump's length
-    ``h = clock.position(t) - clock.position(r)``, and the clock that measures it.
+    ``h = clock.warp(t) - clock.warp(r)``, and the clock that measures it.
     """
 
     clock: Clock
@@ -49,7 +49,7 @@ class FlowMap(ABC):
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """``u(x, t, r)``, which is the velocity where r = t (tangent condition)."""
-        return self.mean_velocity_of_jump(x, t, self.clock.position(t) - self.clock.position(r), cond)
+        return self.mean_velocity_of_jump(x, t, self.clock.warp(t) - self.clock.warp(r), cond)
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.time_axis import Prediction
     from fmm_distill.core.velocity import Conditioning
 
-__all__ = ["Call", "Parametrisation", "call_stock", "keywords"]
+__all__ = ["Call", "Parametrization", "call_stock", "keywords"]
 
 
 class Call(Protocol):
@@ -66,7 +66,7 @@ def call_stock(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning |
 
 
 @dataclass(frozen=True)
-class Parametrisation:
+class Parametrization:
     """A network's output as a velocity on the time axis.
 
     Attributes:

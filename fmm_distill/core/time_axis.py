@@ -54,12 +54,12 @@ def velocity_from_prediction(
 class Clock(Protocol):
     """How a flow map measures the length of a jump: ``h = position(t) - position(r)``."""
 
-    def position(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """A smooth increasing function of t, of order one over the whole axis."""
         ...
 
-    def rate(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The derivative of ``position``."""
+    def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The derivative of ``warp``."""
         ...
 
 
@@ -84,10 +84,10 @@ class LinearClock:
         """The time at a share of the way from t_min to t_max."""
         return self.t_min + (self.t_max - self.t_min) * share
 
-    def position(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The time itself."""
         return t
 
-    def rate(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """One."""
         return torch.ones_like(t)

@@ -208,8 +208,8 @@ class Images:
 
     def take(self, index: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch channels height width"], Tensor]:
         """The images at these rows, in [-1, 1], and the rows that they really are of (see ``LazyPixels``)."""
-        grey, index = self._unit(index)
-        return grey * 2 - 1, index
+        gray, index = self._unit(index)
+        return gray * 2 - 1, index
 
     def _unit(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """As ``take``, in [0, 1]."""
@@ -355,7 +355,7 @@ def places_of(values: Sequence[Any], conditions: Conditions, where: str) -> Floa
             if value not in known:
                 raise UserError(f"{where}: row {row} has {value!r}, which is none of the run's prompts; wanted text")
         index = torch.tensor([known[value] for value in values], dtype=torch.float64)
-    # In the middle of a condition's stretch: rounding does not move it to a neighbour.
+    # In the middle of a condition's stretch: rounding does not move it to a neighbor.
     return (index + 0.5) / count
 
 

@@ -17,7 +17,7 @@ __all__ = ["DigitsClassifier", "load_digits_classifier"]
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional classifier of 8x8 grey digits; its last hidden layer is the feature.
+    """A small convolutional classifier of 8x8 gray digits; its last hidden layer is the feature.
 
     Trained by ``examples/train_digits_teacher.py``, shipped beside the built-in teacher.
     """

@@ -79,7 +79,7 @@ def _generator(seed: int, number: int, stream: int = 0) -> torch.Generator:
     """The generator of one sample; numbers below 2^32 never share one.
 
     Torch's generator keeps 32 bits of its seed, so sums of seed and number are scrambled by a map that is one to one
-    (the finaliser of MurmurHash3), and neighbours have nothing in common.
+    (the finalizer of MurmurHash3), and neighbors have nothing in common.
     """
     word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD

@@ -179,7 +179,7 @@ def _from_file(name: str, shape: tuple[int, ...]) -> Features:
         got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise UserError(f"evaluation.features {name}: made {got} of one image, {shown}; wanted floats of shape [1, d]")
     if not found.isfinite().all():
-        raise UserError(f"evaluation.features {name}: not all features of a grey image are numbers; wanted finite ones")
+        raise UserError(f"evaluation.features {name}: not all features of a gray image are numbers; wanted finite ones")
     digest = _sha256(path)
     about = f"{found.shape[1]} features of {path.name} (TorchScript, sha256 {digest})"
     return Features(
@@ -209,10 +209,10 @@ def _inception(shape: tuple[int, ...]) -> Features:
         return Seen(features.float(), scores.float())
 
     digest = _sha256(path)
-    grey = ", grey repeated to three channels" if shape[0] == 1 else ""
+    gray = ", gray repeated to three channels" if shape[0] == 1 else ""
     return Features(
         f"2048 Inception features (torch-fidelity, sha256 {digest[:16]}...)",
-        f"clipped to [0, 1], rounded to uint8{grey}, resized to 299 as in TensorFlow 1 (bilinear, no antialiasing)",
+        f"clipped to [0, 1], rounded to uint8{gray}, resized to 299 as in TensorFlow 1 (bilinear, no antialiasing)",
         f"{digest} uint8 299",
         2048,
         1008,

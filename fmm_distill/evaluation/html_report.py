@@ -118,8 +118,8 @@ def _table(evaluation: Evaluation) -> str:
     titles = "".join(f"<th>{escape(c.title)} {'↓' if c.better == 'lower' else '↑'}</th>" for c in shown)
     lines = []
     for row in evaluation.rows:
-        colour, _, name = styles[row.sampler]
-        mark = f'<span class="mark" style="background:{colour}"></span>'
+        color, _, name = styles[row.sampler]
+        mark = f'<span class="mark" style="background:{color}"></span>'
         cells = "".join(_cell(row, column) for column in shown)
         label = f'<td title="{escape(name)}">{mark}{escape(name)}</td>'
         lines.append(f"<tr>{label}<td>{row.steps}</td><td>{row.calls}</td>{cells}</tr>")

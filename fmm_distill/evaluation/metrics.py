@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageMetrics", "Value", "rms_error"]
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 SPLITS = 10
 SUBSETS = 10
 # A resample leaves out one in so many samples.
 LEFT_OUT = 10
 # Precision and recall need all pairs of distances.
-MOST_NEIGHBOURS = 10_000
+MOST_NEIGHBORS = 10_000
 MOST_SUBSET = 1000
 # Samples whose pairs say how uncertain a kernel distance is.
 MOST_PAIRS = 2000
@@ -73,7 +73,7 @@ class ImageMetrics:
         self.reference, self.samples = reference.double(), samples
         count, width = reference.shape
         self.subset = min(MOST_SUBSET, samples // 2, count // 2)
-        self.neighbours = min(MOST_NEIGHBOURS, samples, count)
+        self.neighbors = min(MOST_NEIGHBORS, samples, count)
         self.resamples = 50 if width <= _WIDE else 20
         self._frechet = _frechet_metric(width)
         self._frechet.update(self.reference, real=True)
@@ -159,19 +159,19 @@ class ImageMetrics:
         """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2).
 
         The share of samples within the reference's manifold, and of the reference within that of the samples. The
-        manifold of a set is made of balls around its members, each as wide as the way to its third neighbour.
+        manifold of a set is made of balls around its members, each as wide as the way to its third neighbor.
         """
         self.check(features)
-        fake = features[: self.neighbours].double()
+        fake = features[: self.neighbors].double()
         if self._near is None or self._radii is None:
-            index = torch.linspace(0, len(self.reference) - 1, self.neighbours, dtype=torch.float64).round().long()
+            index = torch.linspace(0, len(self.reference) - 1, self.neighbors, dtype=torch.float64).round().long()
             self._near = self.reference[index]
             self._radii = _radii(self._near)
         shares = (
             _share_within(fake, self._near, self._radii),
             _share_within(self._near, fake, _radii(fake)),
         )
-        precision, recall = (Value(p, math.sqrt(p * (1 - p) / self.neighbours)) for p in shares)
+        precision, recall = (Value(p, math.sqrt(p * (1 - p) / self.neighbors)) for p in shares)
         return precision, recall
 
 
@@ -219,8 +219,8 @@ def _frechet_metric(width: int) -> FrechetInceptionDistance:
 
 def _moments(features: Float[Tensor, "count d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    centered = features - mean
+    return mean, centered.T @ centered / (len(features) - 1)
 
 
 def _square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -234,17 +234,17 @@ def _cubic(one: Float[Tensor, "count d"], other: Float[Tensor, "others d"]) -> F
 
 
 def _radii(points: Float[Tensor, "count d"]) -> Float[Tensor, " count"]:
-    """How far it is from each point to its third neighbour."""
-    nearest = min(NEIGHBOURS, len(points) - 1) + 1
+    """How far it is from each point to its third neighbor."""
+    nearest = min(NEIGHBORS, len(points) - 1) + 1
     found = [torch.cdist(part, points).topk(nearest, largest=False).values[:, -1] for part in points.split(_CHUNK)]
     return torch.cat(found)
 
 
 def _share_within(
-    points: Float[Tensor, "count d"], centres: Float[Tensor, "others d"], radii: Float[Tensor, " others"]
+    points: Float[Tensor, "count d"], centers: Float[Tensor, "others d"], radii: Float[Tensor, " others"]
 ) -> float:
     """The share of the points that lie in one of the balls."""
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(_CHUNK)]
+    inside = [(torch.cdist(part, centers) <= radii).any(1) for part in points.split(_CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAWN", "STYLES", "draw_samples", "draw_steps", "measured_of", "still", "styles_of"]
 
-# Okabe and Ito's palette: told apart by the colour-blind; markers differ too.
+# Okabe and Ito's palette: told apart by the color-blind; markers differ too.
 STYLES = {
     "student": ("#D55E00", "o", "student"),
     "teacher-ddim": ("#0072B2", "s", "teacher, DDIM"),
@@ -39,7 +39,7 @@ DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_s
 
 
 def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and label of each sampler of an evaluation, the student first."""
+    """Color, marker and label of each sampler of an evaluation, the student first."""
     there = list(dict.fromkeys(row.sampler for row in evaluation.rows))
     known = {name: style for name, style in STYLES.items() if name in there}
     free = cycle(_OTHERS)
@@ -47,7 +47,7 @@ def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
 
 
 def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
-    """One picture a sample: the middle frame of a video, a sound's waves as a grey band."""
+    """One picture a sample: the middle frame of a video, a sound's waves as a gray band."""
     if samples.ndim == 5:
         return samples[:, :, samples.shape[2] // 2]
     return samples if samples.ndim == 4 else samples.unsqueeze(1)
@@ -110,7 +110,7 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
 
     labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}
     shown: list[Row] = []
-    for sampler, (colour, marker, name) in styles_of(evaluation).items():
+    for sampler, (color, marker, name) in styles_of(evaluation).items():
         rows = [row for row in evaluation.rows if row.sampler == sampler and getattr(row, column.key) is not None]
         rows.sort(key=lambda row: row.calls)
         shown += rows
@@ -118,7 +118,7 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
             calls = [row.calls for row in rows]
             values = [getattr(row, column.key) for row in rows]
             errors = [2 * row.errors.get(column.key, 0.0) for row in rows]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "capsize": 2}
+            style: dict[str, Any] = {"color": color, "marker": marker, "label": name, "capsize": 2}
             # The student's curve is not hidden by one that it lies on.
             axis.errorbar(calls, values, errors, zorder=4 if sampler == "student" else 3, **style)
     positive = all(getattr(row, column.key) > 0 for row in shown)

@@ -124,7 +124,7 @@ def _of_images(
         "reference_sha256": reference.digest,
         "kid": f"cubic kernel, mean over {metrics.SUBSETS} subsets of {image_metrics.subset}, drawn with seed 0",
         "inception_score": scores,
-        "precision_recall": f"neighbour {metrics.NEIGHBOURS}, {image_metrics.neighbours} samples and as many images",
+        "precision_recall": f"neighbor {metrics.NEIGHBORS}, {image_metrics.neighbors} samples and as many images",
         "standard_errors": f"Fréchet: {image_metrics.resamples} resamples without a tenth, seed 0; KID: variance of a "
         "U-statistic; inception score: its splits; the rest: of a mean or a share; the reference is fixed",
     }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.core.parametrization import Parametrisation
+    from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.velocity import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
@@ -95,8 +95,8 @@ def _share(agreement: Agreement) -> float:
 
 
 def _size_inside(student: Student, t: Tensor) -> float:
-    """What a preconditioned network's input is divided by; see ``Parametrisation``."""
-    spread = student.parametrisation.sigma_data
+    """What a preconditioned network's input is divided by; see ``Parametrization``."""
+    spread = student.parametrization.sigma_data
     if spread is None:
         return 1.0
     sigma = student.schedule.alpha_sigma(t)[1]
@@ -108,7 +108,7 @@ def _rounding(*terms: float) -> float:
 
 
 def _start(student: Student, x: Tensor, noise: Tensor, t: Tensor) -> Agreement:
-    own = student.parametrisation.prior(noise) * student.schedule.scale(t).to(noise)
+    own = student.parametrization.prior(noise) * student.schedule.scale(t).to(noise)
     return Agreement(_largest(x - own), _rounding(_largest(own)))
 
 
@@ -118,17 +118,17 @@ def _jump(
     t, r = (time.double().expand(len(x)) for time in times)
     before, then = (expand(student.schedule.scale(time), x) for time in (t, r))
     own = student(x / before, t, r, cond) * then
-    kept = abs(_share_of_state(student.parametrisation, *times)) * _largest(x)
+    kept = abs(_share_of_state(student.parametrization, *times)) * _largest(x)
     # The network's term is at most what is left: B f = own - A x.
     walked = _OF_STATE / ROUNDINGS * _largest(x)
     return Agreement(_largest(own - after), _rounding(2 * kept, _largest(own), walked))
 
 
-def _share_of_state(parametrisation: Parametrisation, t: Tensor, r: Tensor) -> float:
+def _share_of_state(parametrization: Parametrization, t: Tensor, r: Tensor) -> float:
     """The A of a jump from t to r: 1 / alpha at the start of an epsilon schedule, 1 of a flow model."""
     one = torch.ones(1, 1, dtype=torch.float64)
     t, r = t.double().reshape(1), r.double().reshape(1)
-    schedule, silent = parametrisation.schedule, replace(parametrisation, call=_silent)
+    schedule, silent = parametrization.schedule, replace(parametrization, call=_silent)
     x = one / expand(schedule.scale(t), one)
     moved = x - expand(t - r, one) * silent.velocity(cast("Any", None), x, t)
     return float(moved * expand(schedule.scale(r), one))

@@ -181,7 +181,7 @@ def _metadata(about: About, evaluation: dict[str, Any] | None, name: str) -> Mod
     results = [] if evaluation is None or about.pipeline_tag is None else _results(about.pipeline_tag, evaluation)
     # A relation to a model that the Hub does not have is none.
     base: dict[str, Any] = {"base_model": about.teacher, "base_model_relation": "finetune"} if about.revision else {}
-    licence: dict[str, Any] = about.licence
+    license: dict[str, Any] = about.license
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=about.pipeline_tag,
@@ -189,7 +189,7 @@ def _metadata(about: About, evaluation: dict[str, Any] | None, name: str) -> Mod
         datasets=None if about.dataset is None else [about.dataset],
         model_name=name if results else None,
         eval_results=results or None,
-        **licence,
+        **license,
         **base,
     )
 

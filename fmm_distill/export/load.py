@@ -121,7 +121,7 @@ class LoadedStudent:
         times = schedule.time_at(torch.linspace(0, 1, steps + 1, dtype=torch.float64)).to(samples.device)
         cond = self.told(len(samples), conditions)
         ends = solve(diagonal(self.flow_map), samples, times, method="heun", cond=cond)
-        return ends / self.flow_map.parametrisation.prior(torch.ones_like(samples))
+        return ends / self.flow_map.parametrization.prior(torch.ones_like(samples))
 
     def decode(self, samples: Float[Tensor, "batch *event"]) -> Tensor:
         """What samples stand for: images of range -1 to 1, videos or waves; pixels are themselves."""

@@ -34,7 +34,7 @@ _TYPES: dict[str, type | UnionType] = {
     "fmm_distill": str,
     "teacher": str,
     "revision": str | None,
-    "licence": dict,
+    "license": dict,
     "pipeline_tag": str | None,
     "steps": list,
     "not_folded": str | None,
@@ -68,7 +68,7 @@ class About:
     Attributes:
         fmm_distill: the version that wrote it.
         teacher: the id or folder of its teacher; ``revision``: the commit, if it is on the Hub.
-        licence: what the Hub calls ``license``, and its name and link where it has them; empty: not stated.
+        license: what the Hub calls ``license``, and its name and link where it has them; empty: not stated.
         pipeline_tag: the Hub's name of the task; None: it has none.
         steps: the numbers of steps with a folded pipeline.
         not_folded: why there are none, if there can be none.
@@ -88,7 +88,7 @@ class About:
     fmm_distill: str
     teacher: str
     revision: str | None
-    licence: dict[str, Any]
+    license: dict[str, Any]
     pipeline_tag: str | None
     steps: tuple[int, ...]
     not_folded: str | None
@@ -129,7 +129,7 @@ def about_student(
         fmm_distill=__version__,
         teacher=teacher.source,
         revision=teacher.revision,
-        licence=dict(teacher.licence or {}),
+        license=dict(teacher.license or {}),
         pipeline_tag=_task(teacher),
         steps=() if reason else steps,
         not_folded=reason,

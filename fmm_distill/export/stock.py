@@ -130,7 +130,7 @@ def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
     Args:
         scheduler: the one that the student is exported with.
     """
-    schedule, ask = teacher.schedule, teacher.parametrisation.call
+    schedule, ask = teacher.schedule, teacher.parametrization.call
     slope, offset = (ask.slope, ask.offset) if isinstance(ask, RecordedCall) else (1.0, 0.0)
     inverted = bool(teacher.scheduler_config.get("invert_sigmas"))
     own: dict[str, Any] = {"slope": slope, "offset": offset, "flip": schedule.num_timesteps if inverted else None}
@@ -181,7 +181,7 @@ def verification_call(teacher: Teacher, count: int) -> dict[str, Any]:
         return {"batch_size": count}
     names = cast("Any", teacher.conditions).names
     some = [names[i % len(names)] for i in range(count)]
-    if isinstance(teacher.parametrisation.call, RecordedCall):
+    if isinstance(teacher.parametrization.call, RecordedCall):
         index = json.loads((cast("Path", teacher.folder) / "model_index.json").read_text(encoding="utf-8"))
         # A pipeline of pixels has no latents to give.
         output = "latent" if any(name.startswith(("vae", "vq", "movq")) for name in index) else "np"
@@ -218,7 +218,7 @@ def start_of(
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
     seen = record(pipeline, teacher.component, given, first_only=True)
     x = tensor_of(next(iter(seen.asked[0].given.values())))
-    ask, cond = teacher.parametrisation.call, None
+    ask, cond = teacher.parametrization.call, None
     if isinstance(ask, RecordedCall):
         one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
         single = record(pipeline, teacher.component, one, first_only=True).asked[0].given
@@ -228,7 +228,7 @@ def start_of(
 
 def _gain_of_start(teacher: Teacher) -> float:
     """The size of the network's first input; of exploding levels the scheduler's own start, preconditioned."""
-    schedule, spread = teacher.schedule, teacher.parametrisation.sigma_data
+    schedule, spread = teacher.schedule, teacher.parametrization.sigma_data
     if not isinstance(schedule, VarianceExploding):
         return 1.0
     high = schedule.sigma_max**2
@@ -248,7 +248,7 @@ def folded_scheduler(student: Student, teacher: Teacher, steps: int) -> tuple[An
     if isinstance(schedule, VariancePreserving):
         return scheduler, schedule.grid(steps)
     times = _stock_times(teacher, scheduler, steps)
-    last = float(schedule.position(times[-2:-1]))
+    last = float(schedule.warp(times[-2:-1]))
     # Where the network is told the time before the shift the pipeline gives its own timesteps, which don't stretch.
     told_before = isinstance(schedule, FlowMatching) and schedule.told_before
     if steps > 1 and last < 0.5 / steps and not told_before:

@@ -165,7 +165,7 @@ def _times(export: Exported, key: str) -> Tensor:
 
 
 def _job(export: Exported, call: dict[str, Any], output: str) -> dict[str, Any]:
-    teacher, ask = export.teacher, export.teacher.parametrisation.call
+    teacher, ask = export.teacher, export.teacher.parametrization.call
     return {
         "folder": str(export.folder.resolve()),
         "call": call,

@@ -73,7 +73,7 @@ def consistency(
     The gradient of the published ``|X(x_t, t, r) - sg X(x_s, s, r)|^2`` is this one's times ``(t - s)(t - r)`` (Song
     et al., arXiv 2303.01469), a weight that vanishes near the diagonal and with the step. As the step
     goes to 0, at first order, g is the Eulerian residual; ``step=0`` is ``eulerian`` with ``stop="target"`` (with
-    ``normalise_tangent`` sCM, arXiv 2410.11081, on our axis instead of its trigonometric one).
+    ``normalize_tangent`` sCM, arXiv 2410.11081, on our axis instead of its trigonometric one).
     """
     if not settings.step:
         shared = settings.model_dump(include=set(TangentSettings.model_fields))

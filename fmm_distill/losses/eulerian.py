@@ -24,14 +24,14 @@ __all__ = ["EulerianSettings", "TangentSettings", "change_over_step", "eulerian"
 class TangentSettings(DerivativeSettings):
     """What keeps a detached Eulerian target steady."""
 
-    normalise_tangent: bool = False
+    normalize_tangent: bool = False
     """Divide the target's step by its norm plus 0.1 (per sample); needs a detached target."""
     tangent_warmup_steps: int = Field(default=0, ge=0, le=40_000_000)
     """Steps over which the derivative's share of the target grows from 0 to 1; needs a detached target."""
     tangent_scale: float = Field(default=1.0, ge=0, le=1)
     """The derivative's share of the target once warmed up; needs a detached target where it is not 1."""
     clamp_tangent: float | None = Field(default=None, gt=0, le=1e9)
-    """Largest step of the target in any one value, before the normalisation; needs a detached target."""
+    """Largest step of the target in any one value, before the normalization; needs a detached target."""
 
     @property
     def keeps_graph(self) -> bool:
@@ -84,9 +84,9 @@ class EulerianSettings(TangentSettings):
 
     @model_validator(mode="after")
     def _acts_on_target(self) -> Self:
-        steadied = self.normalise_tangent or self.tangent_warmup_steps or self.clamp_tangent is not None
+        steadied = self.normalize_tangent or self.tangent_warmup_steps or self.clamp_tangent is not None
         if self.stop != "target" and (steadied or self.tangent_scale != 1):
-            names = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tangent"
+            names = "normalize_tangent, tangent_warmup_steps, tangent_scale and clamp_tangent"
             raise ValueError(f"{names} act on stop: target only")
         return self
 
@@ -111,7 +111,7 @@ def eulerian(
     - ``stop="teacher"``: the gradient passes through ``d_t X`` but not through ``grad X . v`` (the rule of ESD,
       arXiv 2505.18825, eq. 94).
     - ``stop="target"``: u is regressed on a detached ``u - g``, g the residual (AYF-EMD, arXiv 2506.14603;
-      MeanFlow, arXiv 2505.13447, eq. 9 to 11, with the teacher's velocity). ``normalise_tangent`` takes
+      MeanFlow, arXiv 2505.13447, eq. 9 to 11, with the teacher's velocity). ``normalize_tangent`` takes
       ``g / (|g| + 0.1)`` with the norm over the event (sCM, arXiv 2410.11081, section 4). With a ``step`` g is
       ``change_over_step``: a network's own roughness in time is averaged over it, where a derivative takes it whole.
     """
@@ -127,7 +127,7 @@ def eulerian(
         u, du_dt, transport = value_and_parts_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=engine)
         return squared_norm(u - v + length * (du_dt + transport))
     if settings.step:
-        u, s = flow_map.mean_velocity(x_t, t, r, cond), t - settings.step / flow_map.clock.rate(t)
+        u, s = flow_map.mean_velocity(x_t, t, r, cond), t - settings.step / flow_map.clock.dwarp_dt(t)
         change = change_over_step(
             flow_map, velocity, x_t, t, torch.maximum(s, r), r, u, v, cond=cond, solver=settings.solver
         )
@@ -172,9 +172,9 @@ def change_over_step(
 
 
 def steadied(g: Float[Tensor, "batch *event"], settings: TangentSettings) -> Float[Tensor, "batch *event"]:
-    """The step of a detached target, clamped and normalised as the settings say."""
+    """The step of a detached target, clamped and normalized as the settings say."""
     if settings.clamp_tangent is not None:
         g = g.clamp(-settings.clamp_tangent, settings.clamp_tangent)
-    if settings.normalise_tangent:
+    if settings.normalize_tangent:
         g = g / expand(g.flatten(1).norm(dim=1) + 0.1, g)
     return g

@@ -50,7 +50,7 @@ def flow_map_matching(
     """``|d_r X(y, t, r) - v|^2 + |X(y, t, r) - x_r|^2``, ``y = X(x_r, r, t)``, ``v = eps - x_0``, one a sample.
 
     x_r is the same sample's point at r, ``x_t - (t - r) v`` on the linear interpolant, so velocity must be the
-    sample's own. Given that the second term vanishes, the first one's minimiser is the Lagrangian equation (arXiv
+    sample's own. Given that the second term vanishes, the first one's minimizer is the Lagrangian equation (arXiv
     2406.07507, proposition 3.11). Where ``share`` is above one half t and r change places: both directions of time
     are needed for the round trip.
     """

@@ -44,7 +44,7 @@ def flow_matching(
     """``|u(x_t, t, t) - v(x_t, t)|^2``, mean over the event, one number a sample; r plays no part.
 
     With the interpolant's velocity ``eps - x_0`` it is flow matching (Lipman et al., arXiv 2210.02747), whose
-    minimiser is its conditional mean; with the teacher's, the tangent condition.
+    minimizer is its conditional mean; with the teacher's, the tangent condition.
     """
     del r
     with torch.no_grad():

@@ -39,9 +39,9 @@ class MeanFlowSettings(TangentSettings):
 
     @model_validator(mode="after")
     def _regresses_on_velocity(self) -> Self:
-        if self.improved and (self.normalise_tangent or self.clamp_tangent is not None):
+        if self.improved and (self.normalize_tangent or self.clamp_tangent is not None):
             raise ValueError(
-                "improved regresses on the velocity itself: normalise_tangent and clamp_tangent do nothing"
+                "improved regresses on the velocity itself: normalize_tangent and clamp_tangent do nothing"
             )
         return self
 
@@ -60,7 +60,7 @@ def mean_flow(
 
     Plain, it is ``eulerian`` with ``stop="target"`` (Geng et al., arXiv 2505.13447, eq. 9 to 11). Improved, the
     residual is ``u + (t - r) sg(du/dt) - v`` with du/dt along the predicted ``u(x_t, t, t)``, so that the regression
-    target is free of the network and its minimiser a conditional mean (arXiv 2512.02012).
+    target is free of the network and its minimizer a conditional mean (arXiv 2512.02012).
     """
     if not settings.improved:
         shared = settings.model_dump(include=set(TangentSettings.model_fields))

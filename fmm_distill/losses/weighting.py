@@ -1,4 +1,4 @@
-"""From a sample's squared residual to what is minimised: its metric and its weight."""
+"""From a sample's squared residual to what is minimized: its metric and its weight."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_curves", "running_mean"]
 
-# Of Okabe and Ito's palette, with markers: told apart by the colour-blind.
+# Of Okabe and Ito's palette, with markers: told apart by the color-blind.
 RAW, SMOOTH, BAD = "#56B4E9", "#003A5D", "#D55E00"
 STEPS = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 QUANTITIES = {"endpoint_error": "endpoint error", "frechet": "Fréchet distance"}
@@ -135,10 +135,10 @@ def _evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], quantity:
     rows = [(e["step"], row) for e in evaluations for row in e["rows"] if row[quantity] is not None]
     student = [(step, row) for step, row in rows if row["sampler"] == "student"]
     for i, steps in enumerate(sorted({row["steps"] for _, row in student})):
-        colour, marker = STEPS[i % len(STEPS)]
+        color, marker = STEPS[i % len(STEPS)]
         points = sorted((step, row[quantity]) for step, row in student if row["steps"] == steps)
         label = "1 step" if steps == 1 else f"{steps} steps"
-        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3, label=label)
+        axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
     teacher = [row for _, row in rows if not row["sampler"].startswith("student")]
     if teacher:
         best = min(teacher, key=lambda row: row[quantity])

@@ -51,7 +51,7 @@ __all__ = ["distill"]
 def distill(
     recipe: Recipe, output: Path | str, *, fresh: bool = False, say: Callable[[str], None] = print
 ) -> Evaluation:
-    """Distil, evaluate and export into the folder ``output``; the same call goes on where it was stopped.
+    """Distill, evaluate and export into the folder ``output``; the same call goes on where it was stopped.
 
     Args:
         fresh: remove what an earlier run left in ``output``.

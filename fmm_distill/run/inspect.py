@@ -48,13 +48,13 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "second time": _hosts(student),
         "memory": _memory(teacher, student, recipe),
         "exports": _exports(teacher),
-        "licence": teacher.licence.get("license", "not stated: ask the teacher's authors before you publish a student"),
+        "license": teacher.license.get("license", "not stated: ask the teacher's authors before you publish a student"),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
 def _prediction(teacher: Teacher) -> str:
-    edm = teacher.parametrisation.sigma_data
+    edm = teacher.parametrization.sigma_data
     return teacher.prediction + (f", preconditioned with sigma_data {edm:g}" if edm is not None else "")
 
 
@@ -71,7 +71,7 @@ def _schedule(teacher: Teacher) -> str:
 
 
 def _shape_means(teacher: Teacher) -> str:
-    if isinstance(teacher.parametrisation.call, RecordedCall):
+    if isinstance(teacher.parametrization.call, RecordedCall):
         return " (as the pipeline gives it to the network)"
     return " (channels x length)" if isinstance(teacher.codec, Waves) else " (channels x height x width)"
 
@@ -90,7 +90,7 @@ def _conditions(teacher: Teacher) -> str:
 
 
 def _asked(teacher: Teacher) -> str:
-    call = teacher.parametrisation.call
+    call = teacher.parametrization.call
     if not isinstance(call, RecordedCall):
         return "network(sample, time)"
     time = f"{call.slope:g} x the scheduler's" + (f" + {call.offset:g}" if call.offset else "")

@@ -73,7 +73,7 @@ def open_run(
     except KeyError as error:
         raise UserError(
             f"{path} holds the weights of another network than this recipe's student, or those of an earlier version "
-            "of fmm_distill: distil again into another --output"
+            "of fmm_distill: distill again into another --output"
         ) from error
     return job
 

@@ -33,7 +33,7 @@ def sample(
         UserError: if there are more steps than timesteps, or none.
     """
     times = (student.schedule.grid(steps) if isinstance(steps, int) else steps).to(noise.device)
-    x = student.parametrisation.prior(noise)
+    x = student.parametrization.prior(noise)
     for t, r in pairwise(times):
         x = student(x, t.expand(len(x)), r.expand(len(x)), cond)
     return x

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.core.parametrization import Parametrisation
+    from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
     from fmm_distill.core.velocity import Conditioning
@@ -37,22 +37,22 @@ class Student(LearnedFlowMap):
     arXiv 2010.02502, eq. 12 with sigma = 0) from t to r.
     """
 
-    def __init__(self, network: nn.Module, parametrisation: Parametrisation) -> None:
+    def __init__(self, network: nn.Module, parametrization: Parametrization) -> None:
         super().__init__()
         self.network = network
-        self.parametrisation = parametrisation
-        self.clock = parametrisation.schedule
-        self.t_max = parametrisation.schedule.t_max
+        self.parametrization = parametrization
+        self.clock = parametrization.schedule
+        self.t_max = parametrization.schedule.t_max
 
     @property
     def schedule(self) -> Schedule:
         """The teacher's noise levels."""
-        return self.parametrisation.schedule
+        return self.parametrization.schedule
 
     @property
     def prediction(self) -> Prediction:
         """What the network predicts."""
-        return self.parametrisation.prediction
+        return self.parametrization.prediction
 
     def mean_velocity_of_jump(
         self,
@@ -62,7 +62,7 @@ class Student(LearnedFlowMap):
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """u of the jump of length h (a share of the whole way) that starts at t."""
-        return self.parametrisation.velocity(self.network, x, t, cond, h)
+        return self.parametrization.velocity(self.network, x, t, cond, h)
 
 
 @own_state()
@@ -89,7 +89,7 @@ def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *,
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
-    student = Student(network.eval(), replace(teacher.parametrisation, prediction=kept))
+    student = Student(network.eval(), replace(teacher.parametrization, prediction=kept))
     _fill_tables(student, teacher)
     return student
 
@@ -124,7 +124,7 @@ def stock_part(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) -> nn.Module:
-    """The stock network that equals the student's on the grid ``times``, one jump between neighbours.
+    """The stock network that equals the student's on the grid ``times``, one jump between neighbors.
 
     On a uniform grid the jumps have one length h, so their embeddings are one vector: it goes into the bias that it was
     added to. On another the smallest change of weight and bias that gives every jump its own vector at the time
@@ -137,7 +137,7 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     network = cast("Any", student.network)
     stock = stock_part(student.network)
     device = next(student.network.parameters()).device
-    starts, places = times[:-1].to(device), student.clock.position(times.to(device))
+    starts, places = times[:-1].to(device), student.clock.warp(times.to(device))
     lengths = (places[:-1] - places[1:]).float()
     scale = None if network.config["guidance_range"] is None else cast("Any", teacher.guidance).scale
     share = network.guidance_share(None if scale is None else torch.full_like(lengths, scale))

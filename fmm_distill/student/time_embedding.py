@@ -78,7 +78,7 @@ def _outputs(teacher: Teacher, of_kind: Callable[[nn.Module], bool], x: Tensor, 
     ]
     cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(x.device)
     try:
-        teacher.parametrisation.velocity(teacher.network, x, t, cond)
+        teacher.parametrization.velocity(teacher.network, x, t, cond)
     finally:
         for hook in hooks:
             hook.remove()

@@ -54,7 +54,7 @@ class Gaussian(FlowMap):
 
 
 class TwoModes(FlowMap):
-    """Data: two modes at +centre and -centre, equal weights, each N(., std^2 I). Events are vectors.
+    """Data: two modes at +center and -center, equal weights, each N(., std^2 I). Events are vectors.
 
     Along the line through the modes the map carries quantiles to quantiles, across it the map is the Gaussian one.
     """
@@ -62,26 +62,26 @@ class TwoModes(FlowMap):
     clock = LinearClock()
     t_max = 1.0
 
-    def __init__(self, centre: Float[Tensor, " dim"], std: float) -> None:
-        self.centre, self.std = centre, std
-        self.offset = float(centre.norm())
-        self.direction = centre / self.offset
-        self.across = Gaussian(torch.zeros_like(centre), std)
+    def __init__(self, center: Float[Tensor, " dim"], std: float) -> None:
+        self.center, self.std = center, std
+        self.offset = float(center.norm())
+        self.direction = center / self.offset
+        self.across = Gaussian(torch.zeros_like(center), std)
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
         a, s = expand(alpha, x), expand(sigma, x)
         variance = a.square() * self.std**2 + s.square()
-        lean = torch.tanh(a * (x @ self.centre).unsqueeze(1) / variance)
+        lean = torch.tanh(a * (x @ self.center).unsqueeze(1) / variance)
         gain = a * self.std**2 / variance
-        return lean * self.centre + gain * (x - a * lean * self.centre)
+        return lean * self.center + gain * (x - a * lean * self.center)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
         """``(x - x0_hat) / t``, in a form that is finite at t = 0."""
         s = expand(t, x)
         spread = _spread(s, self.std)
-        lean = torch.tanh((1 - s) * (x @ self.centre).unsqueeze(1) / spread.square())
-        mean = lean * self.centre
+        lean = torch.tanh((1 - s) * (x @ self.center).unsqueeze(1) / spread.square())
+        mean = lean * self.center
         return (s - (1 - s) * self.std**2) / spread.square() * (x - (1 - s) * mean) - mean
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
@@ -99,8 +99,8 @@ class TwoModes(FlowMap):
 
     def _distribution(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Cumulative distribution and density at t along the line."""
-        spread, centre = _spread(t, self.std), (1 - t) * self.offset
-        a, b = (y - centre) / spread, (y + centre) / spread
+        spread, center = _spread(t, self.std), (1 - t) * self.offset
+        a, b = (y - center) / spread, (y + center) / spread
         cumulative = (torch.special.ndtr(a) + torch.special.ndtr(b)) / 2
         density = ((-a.square() / 2).exp() + (-b.square() / 2).exp()) / (2 * math.sqrt(2 * math.pi) * spread)
         return cumulative, density

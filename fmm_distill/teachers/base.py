@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.core.parametrization import Parametrisation
+    from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction, TimeAxis
     from fmm_distill.core.velocity import Conditioning
@@ -70,11 +70,11 @@ class Distillable(Protocol):
 
 @dataclass
 class Teacher:
-    """A network and its parametrisation as a velocity field; what it is and where it comes from.
+    """A network and its parametrization as a velocity field; what it is and where it comes from.
 
     Attributes:
         network: frozen, in evaluation mode.
-        parametrisation: its schedule, what it predicts and how it is called.
+        parametrization: its schedule, what it predicts and how it is called.
         event_shape: shape of one sample, (channels, height, width) of an image or its latent.
         source: the id or folder that it was loaded from.
         adapter: the name of the rule that opened it.
@@ -87,11 +87,11 @@ class Teacher:
         weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
         codec: from its samples to images and back.
         revision: the commit on the Hub, where it comes from there.
-        licence: ``license``, ``license_name`` and ``license_link`` of its model card, those that it has.
+        license: ``license``, ``license_name`` and ``license_link`` of its model card, those that it has.
     """
 
     network: nn.Module
-    parametrisation: Parametrisation
+    parametrization: Parametrization
     event_shape: tuple[int, ...]
     source: str
     adapter: str
@@ -104,7 +104,7 @@ class Teacher:
     weaker: Teacher | None = None
     codec: Codec = field(default_factory=Pixels)
     revision: str | None = None
-    licence: dict[str, Any] = field(default_factory=dict)
+    license: dict[str, Any] = field(default_factory=dict)
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
@@ -114,14 +114,14 @@ class Teacher:
             wanted = "is unconditional, but a condition came" if self.conditions is None else "wants a condition"
             raise UserError(f"{self.source} {wanted}: pass {'none' if self.conditions is None else 'one'}")
         scales, cond = (None, None) if cond is None else (cond.guidance, cond.unguided())
-        v = self.parametrisation.velocity(self.network, x, t, cond)
+        v = self.parametrization.velocity(self.network, x, t, cond)
         if self.guidance is None:
             return v
         weaker = self.weaker
         if weaker is not None:
             return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t, scales)
         null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
-        return self.guidance.guided(v, lambda: self.parametrisation.velocity(self.network, x, t, null), t, scales)
+        return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
     def told(self, places: Float[Tensor, " batch"]) -> Conditioning | None:
         """The conditions at these places, uniform in [0, 1), with the scale that is evaluated and folded."""
@@ -133,12 +133,12 @@ class Teacher:
     @property
     def schedule(self) -> Schedule:
         """Its noise levels on the time axis."""
-        return self.parametrisation.schedule
+        return self.parametrization.schedule
 
     @property
     def prediction(self) -> Prediction:
         """What the network predicts."""
-        return self.parametrisation.prediction
+        return self.parametrization.prediction
 
     @property
     def config(self) -> dict[str, Any]:
@@ -147,8 +147,8 @@ class Teacher:
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """Where sampling starts, at t_max, from N(0, I); see ``Parametrisation.prior``."""
-        return self.parametrisation.prior(noise)
+        """Where sampling starts, at t_max, from N(0, I); see ``Parametrization.prior``."""
+        return self.parametrization.prior(noise)
 
     def to(self, device: torch.device | str) -> Self:
         """The same teacher with its network and schedule, and those of a weaker one, on ``device``."""

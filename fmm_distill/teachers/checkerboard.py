@@ -43,8 +43,8 @@ class Checkerboard:
         """``E[x_0 | x_t = x]``: a normal cut to the white squares, which factorises into intervals of the axes."""
         precise, time = x.double(), expand(t.double(), x.double())
         early = time.clamp_max(_NEAR_NOISE)
-        centre, spread = precise / (1 - early), early * self.scale / (1 - early)
-        log_mass, mean = _intervals(centre, spread)
+        center, spread = precise / (1 - early), early * self.scale / (1 - early)
+        log_mass, mean = _intervals(center, spread)
         logits = log_mass[:, 0, :, None] + log_mass[:, 1, None, :] + _WHITE.log().to(x.device)
         share = logits.flatten(1).softmax(1).unflatten(1, (4, 4))
         inside = torch.stack([(share.sum(2) * mean[:, 0]).sum(1), (share.sum(1) * mean[:, 1]).sum(1)], 1)
@@ -61,13 +61,13 @@ class Checkerboard:
         return (x - self.denoise(x, t)) / expand(t, x)
 
 
-def _intervals(centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm of the mass and mean of N(centre, spread^2) cut to each of the board's four intervals (a last axis).
+def _intervals(center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of the mass and mean of N(center, spread^2) cut to each of the board's four intervals (a last axis).
 
     In logarithms, so that a point far off the board still has its nearest square.
     """
-    edges = _EDGES.to(centre.device)
-    z = (edges - centre[..., None]) / spread[..., None]
+    edges = _EDGES.to(center.device)
+    z = (edges - center[..., None]) / spread[..., None]
     low, high = z[..., :-1], z[..., 1:]
     # An interval in the upper tail is taken as its mirror image, where the distribution keeps its digits.
     upper = low > 0
@@ -76,5 +76,5 @@ def _intervals(centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     log_mass = log_near + torch.log1p(-(log_far - log_near).exp())
     log_density = -z.square() / 2 - math.log(math.sqrt(2 * math.pi))
     slope = (log_density[..., :-1] - log_mass).exp() - (log_density[..., 1:] - log_mass).exp()
-    mean = centre[..., None] + spread[..., None] * slope
+    mean = center[..., None] + spread[..., None] * slope
     return log_mass, torch.minimum(torch.maximum(mean, edges[:-1]), edges[1:])

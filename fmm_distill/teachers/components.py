@@ -61,7 +61,7 @@ class Found:
     source: str
     folder: Path
     revision: str | None = None
-    licence: dict[str, Any] = field(default_factory=dict)
+    license: dict[str, Any] = field(default_factory=dict)
     pipeline: str = ""
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
     snapshot: Snapshot | None = None

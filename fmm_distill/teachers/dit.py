@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VarianceExploding
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
@@ -43,7 +43,7 @@ def load_dit(found: Found) -> Teacher:
     check_latents(network, autoencoder, found.source)
     teacher = Teacher(
         network=network,
-        parametrisation=Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
+        parametrization=Parametrization(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
         event_shape=(config.in_channels, height, width),
         source=found.source,
         adapter="DiTTransformer2DModel, latents, class-conditional",
@@ -53,7 +53,7 @@ def load_dit(found: Found) -> Teacher:
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
         codec=LatentCodec(autoencoder),
         revision=found.revision,
-        licence=found.licence,
+        license=found.license,
     )
     check_first_call(teacher)
     return teacher

@@ -57,7 +57,7 @@ def check_first_call(teacher: Teacher) -> None:
     x, source = torch.zeros(2, *teacher.event_shape), teacher.source
     try:
         cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(2))
-        output = teacher.parametrisation.call(
+        output = teacher.parametrization.call(
             teacher.network, x, teacher.schedule.network_time(ends).float(), cond, None
         )
         if output.shape != x.shape:

@@ -160,10 +160,10 @@ def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
 
 
 def fetched(found: Found, variant: str | None = None, say: Callable[[str], None] = print) -> Found:
-    """The same with all its files on this disk, its licence, and the weights of the variant as the plain ones."""
+    """The same with all its files on this disk, its license, and the weights of the variant as the plain ones."""
     if found.snapshot is not None:
         found.snapshot.fetch(variant, say)
-    found = replace(found, licence=_licence(found.folder))
+    found = replace(found, license=_license(found.folder))
     return found if variant is None else replace(found, folder=as_plain(found.source, found.folder, variant))
 
 
@@ -224,12 +224,12 @@ def _instead_of_index(folder: Path) -> str:
     return "expected a complete diffusers pipeline (save_pretrained)"
 
 
-def _licence(folder: Path) -> dict[str, Any]:
+def _license(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
-        # A model index that is not whole is no matter of the licence.
+        # A model index that is not whole is no matter of the license.
         said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{card}: the model card's metadata can't be read ({named(error)}); repair it") from error

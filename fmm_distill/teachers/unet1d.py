@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import Angular
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
@@ -48,7 +48,7 @@ def load_unet1d(found: Found) -> Teacher:
     _check_network(network, found.source)
     teacher = Teacher(
         network=network,
-        parametrisation=Parametrisation(Angular(config["num_train_timesteps"]), "v_prediction"),
+        parametrization=Parametrization(Angular(config["num_train_timesteps"]), "v_prediction"),
         event_shape=(network.config.in_channels, network.config.sample_size),
         source=found.source,
         adapter="UNet1DModel, sound, unconditional",
@@ -56,7 +56,7 @@ def load_unet1d(found: Found) -> Teacher:
         folder=found.folder,
         codec=Waves(),
         revision=found.revision,
-        licence=found.licence,
+        license=found.license,
     )
     check_first_call(teacher)
     return teacher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
@@ -35,7 +35,7 @@ def load_unet2d(found: Found) -> Teacher:
     network = open_network(found, "unet")
     _check_network(network, levels, found.source)
     conditions = _classes(network, found.source)
-    parametrisation = Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data)
+    parametrization = Parametrization(levels.schedule, levels.prediction, sigma_data=levels.sigma_data)
     height, width = image_size(network.config.sample_size, found.source, "unet/config.json")
     codec: Codec = Pixels()
     if "vqvae" in found.components:
@@ -44,7 +44,7 @@ def load_unet2d(found: Found) -> Teacher:
     space = "pixels" if isinstance(codec, Pixels) else "latents of a VQModel"
     teacher = Teacher(
         network=network,
-        parametrisation=parametrisation,
+        parametrization=parametrization,
         event_shape=(network.config.in_channels, height, width),
         source=found.source,
         adapter=f"UNet2DModel, {space}, {'unconditional' if conditions is None else 'class-conditional'}",
@@ -52,7 +52,7 @@ def load_unet2d(found: Found) -> Teacher:
         conditions=conditions,
         codec=codec,
         revision=found.revision,
-        licence=found.licence,
+        license=found.license,
     )
     check_first_call(teacher)
     return teacher

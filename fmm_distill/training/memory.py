@@ -53,7 +53,7 @@ class Memory:
         weights: of student, teacher and a weaker teacher, each tensor once; without a GPU of an autoencoder too.
         gradients: that exist at that moment: where activations are most of the memory it comes before most of the
             gradients. Under several processes with the buckets in which they are exchanged.
-        optimiser: the moments.
+        optimizer: the moments.
         averages: the moving averages, one a rate, and a frozen copy.
         activations: what the backward pass still needs, tangents of forward mode and temporary tensors with it.
         per_sample: by how much one more sample at a time raises the peak.
@@ -61,7 +61,7 @@ class Memory:
 
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     averages: int
     activations: int
     per_sample: int
@@ -69,10 +69,10 @@ class Memory:
     @property
     def peak(self) -> int:
         """The sum."""
-        return self.weights + self.gradients + self.optimiser + self.averages + self.activations
+        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
 
     def __str__(self) -> str:
-        names = ("weights", "gradients", "optimiser", "averages", "activations")
+        names = ("weights", "gradients", "optimizer", "averages", "activations")
         parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
         return f"{self.peak / GIB:.2f} GiB at peak: {parts}"
 
@@ -144,7 +144,7 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
     The loss and its backward pass are run on one sample and on two (more where several losses share a batch), in the
     recipe's precision and with the derivatives' engine that training takes; every tensor is watched from its making to
     its end, and each moment's bytes are a line in the number of samples. Of the moments in all phases of training and
-    of the optimiser's step the largest counts. The student stays as it is.
+    of the optimizer's step the largest counts. The student stays as it is.
 
     Not in it: what Python and its libraries take; scratch of kernels, and what an allocator keeps or loses between its
     blocks (docs/benchmarks.md: 7 to 33 % on a CPU); the data; the evaluation, whose batch is
@@ -167,14 +167,14 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
         for phase in phases
         for moment, growth in phase
     ]
-    # The optimiser's step works in place.
+    # The optimizer's step works in place.
     moments.append((_Moment(trained, trained), 0.0))
     peak, growth = max(moments, key=lambda pair: pair[0].live)
     gradients = max(peak.gradients, kept)
     return Memory(
         weights=_bytes(_weights(student, teacher)),
         gradients=round(gradients) + (trained if processes > 1 else 0),
-        optimiser=2 * trained,
+        optimizer=2 * trained,
         averages=copies * (trained + buffers),
         activations=round(peak.live - gradients),
         per_sample=round(growth),

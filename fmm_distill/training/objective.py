@@ -1,4 +1,4 @@
-"""The loss of a batch as one module: what accelerate wraps, so that gradients are synchronised whole."""
+"""The loss of a batch as one module: what accelerate wraps, so that gradients are synchronized whole."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = ["Objective", "settle_engine"]
 
 
 class Objective(nn.Module):
-    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronised whole.
+    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronized whole.
 
     Args:
         losses: the recipe's losses, in its order, with their derivatives' engine settled.
@@ -68,7 +68,7 @@ class Objective(nn.Module):
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
 
     def forward(self, draws: Draws, data: Picked | None, step: int) -> tuple[Tensor, Tensor]:
-        """Mean squared residual of each sample, and what is minimised: its metric, weighted; shape ``[batch]`` both."""
+        """Mean squared residual of each sample, and what is minimized: its metric, weighted; shape ``[batch]`` both."""
         draws = draws if data is None else data.told(draws)
         if step < self.recipe.student.regression_steps:
             return self._regression(draws, data)
@@ -164,7 +164,7 @@ class Objective(nn.Module):
         if self.weight is None:
             return weigh(values, self.recipe.weight)
         clock = self.student.clock
-        weighted: Tensor = self.weight(values, clock.position(t), clock.position(r))
+        weighted: Tensor = self.weight(values, clock.warp(t), clock.warp(r))
         return weighted
 
     def _regression(self, draws: Draws, data: Picked | None) -> tuple[Tensor, Tensor]:

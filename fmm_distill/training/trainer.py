@@ -67,7 +67,7 @@ def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
 
 
 class Trainer:
-    """A student, its moving averages and its optimiser; ``run`` goes on from the newest checkpoint in ``folder``.
+    """A student, its moving averages and its optimizer; ``run`` goes on from the newest checkpoint in ``folder``.
 
     Args:
         say: takes each line that a user should read.
@@ -169,7 +169,7 @@ class Trainer:
             return
         training = self.recipe.training
         main = self.accelerator.is_main_process
-        bar = tqdm(total=self.total, initial=step, unit="step", disable=not main, mininterval=1.0, desc="distil")
+        bar = tqdm(total=self.total, initial=step, unit="step", disable=not main, mininterval=1.0, desc="distill")
         log = self.folder / "steps.jsonl"
         with stop_requests() as request, bar:
             while step < self.total:
@@ -201,7 +201,7 @@ class Trainer:
         bar.update()
 
     def _step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
-        """One optimiser step, left out if it is no number; its record, and whether any process was asked to stop."""
+        """One optimizer step, left out if it is no number; its record, and whether any process was asked to stop."""
         training = self.recipe.training
         self._refresh(step - self.recipe.student.regression_steps)
         rate = learning_rate(training, step, self.total) * self.faults.rate
@@ -376,7 +376,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def restore(self, kept: checkpoint.Checkpoint) -> None:
-        """Put a checkpoint's weights, averages, optimiser state and counts in place."""
+        """Put a checkpoint's weights, averages, optimizer state and counts in place."""
         load_trained(self.student, self.student, kept.tensors["student"])
         for rate, average in self.averages.items():
             state = dict(kept.tensors[checkpoint.average_name(rate)])

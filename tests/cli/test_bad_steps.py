@@ -67,7 +67,7 @@ def test_bad_steps_are_left_out_counted_and_named(one):
     assert f"{len(bad)} of {STEPS} steps were left out: loss or gradient was no number" in out
     good = weights(folder)["network.conv_in.weight"]
     assert good.isfinite().all()
-    # Neither the optimiser nor the averages have seen them.
+    # Neither the optimizer nor the averages have seen them.
     assert int(weights(folder, "ema-0.999")["n_averaged"]) == STEPS - len(bad)
     assert {int(v) for k, v in weights(folder, "optimizer").items() if k.endswith(".step")} == {STEPS - len(bad)}
 

@@ -151,7 +151,7 @@ def test_fields_of_the_eulerian_loss():
         "clamp_tangent",
         "derivative",
         "name",
-        "normalise_tangent",
+        "normalize_tangent",
         "solver",
         "step",
         "stop",

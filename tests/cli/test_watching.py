@@ -218,7 +218,7 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
     assert found["evaluated"] == "not at the end yet"
     size = sum(len(content) for _, content in before.values())
     assert found["size"] == f"{size / 2**20:.1f} MiB"
-    # The bad steps are marked in their colour.
+    # The bad steps are marked in their color.
     marked = (abs(imread(tmp_path / "here.png")[..., :3] - to_rgb(BAD)).sum(-1) < 0.02).sum()
     assert marked > 10
 

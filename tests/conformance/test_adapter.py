@@ -21,8 +21,8 @@ def along_the_axis(name, schedule, batch=60):
     generator = torch.Generator().manual_seed(1)
     t = torch.linspace(schedule.t_min, schedule.t_max, batch, dtype=torch.float64)
     noise = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
-    centre = truth.mean if name.startswith("gaussian") else truth.centre
-    return truth, centre * expand(1 - t, noise) + expand((t**2 + ((1 - t) * truth.std) ** 2).sqrt(), noise) * noise, t
+    center = truth.mean if name.startswith("gaussian") else truth.center
+    return truth, center * expand(1 - t, noise) + expand((t**2 + ((1 - t) * truth.std) ** 2).sqrt(), noise) * noise, t
 
 
 @pytest.mark.parametrize("beta_schedule", SCHEDULES)

@@ -163,7 +163,7 @@ def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(checkerboard, "outside", lambda *_: 0.5)
     again = checkerboard.benchmark(TINY, tmp_path, names)
-    assert "distil:" not in capsys.readouterr().err
+    assert "distill:" not in capsys.readouterr().err
     assert again["runs"] == results["runs"]
     assert again["teacher"] == results["teacher"]
 

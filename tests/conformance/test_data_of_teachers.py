@@ -129,7 +129,7 @@ class Seen:
 
 
 def greys(shape, count):
-    """Images whose grey is their number."""
+    """Images whose gray is their number."""
     return torch.linspace(0, 255, count).byte().reshape(-1, 1, 1, 1).expand(count, *shape)
 
 

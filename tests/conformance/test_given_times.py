@@ -104,7 +104,7 @@ def test_latents_of_a_level_go_on_from_it(any_step):
     assert (x - made).abs().max() < 1e-4
 
 
-def test_neighbours_that_half_precision_does_not_tell_apart(any_step):
+def test_neighbors_that_half_precision_does_not_tell_apart(any_step):
     family, lengths = any_step("flux"), []
     network = family.student.network
     hook = network.jump_embedding[0].register_forward_pre_hook(lambda _, inputs: lengths.append(float(inputs[0])))

@@ -125,7 +125,7 @@ def test_it_folds_to_the_teachers_scale(folders, name):
     network = fold(student, teacher, times)
     x, _, _, places = inputs(teacher)
     t = times[:1].expand(3)
-    v = student.parametrisation.velocity(network, x, t, teacher.conditions.pick(places))
+    v = student.parametrization.velocity(network, x, t, teacher.conditions.pick(places))
     told = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places))
     torch.testing.assert_close(v, told, atol=1e-4, rtol=1e-4)
     other = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places).guided(5.0))

@@ -82,7 +82,7 @@ def test_the_way_back_is_the_diagonals(loaded):
     student.double(), again.flow_map.double()
     down = student.schedule.time_at(torch.linspace(1, 0, 129, dtype=torch.float64))
     try:
-        data = solve(diagonal(student), student.parametrisation.prior(noise), down)
+        data = solve(diagonal(student), student.parametrization.prior(noise), down)
         errors = [(again.encode(data, n) - noise).pow(2).mean().sqrt().item() for n in (16, 32, 64)]
     finally:
         student.float(), again.flow_map.float()

@@ -1,4 +1,4 @@
-"""Every loss, minimised by a small network on a mixture, leads to that mixture's closed-form flow map."""
+"""Every loss, minimized by a small network on a mixture, leads to that mixture's closed-form flow map."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fmm_distill.training.ema import averaged
 from tests.conformance.truths import TRUTHS
 
 # In float32, where the small network is quickest.
-TRUTH = TwoModes(TRUTHS["modes-plane"][0].centre.float(), TRUTHS["modes-plane"][0].std)
+TRUTH = TwoModes(TRUTHS["modes-plane"][0].center.float(), TRUTHS["modes-plane"][0].std)
 
 
 class Network(nn.Module, FlowMap):
@@ -111,7 +111,7 @@ CASES = {
     "eulerian-none": Case(EulerianSettings(stop="none"), 0.19),
     "eulerian-teacher": Case(EulerianSettings(stop="teacher"), 0.19),
     "eulerian-target": Case(EulerianSettings(stop="target"), 0.19),
-    "eulerian-normalised": Case(EulerianSettings(normalise_tangent=True), 0.19, steps=600),
+    "eulerian-normalized": Case(EulerianSettings(normalize_tangent=True), 0.19, steps=600),
     "eulerian-self": Case(EulerianSettings(velocity="self"), 0.17, beside=0.5),
     "progressive-half": Case(ProgressiveSettings(), 0.15, beside=0.5),
     "progressive-uniform": Case(ProgressiveSettings(middle="uniform"), 0.15, beside=0.5),
@@ -143,7 +143,7 @@ DIAGONAL_CASES = {
 
 def mixture(batch, generator):
     sign = torch.randint(0, 2, (batch, 1), generator=generator) * 2.0 - 1
-    return sign * TRUTH.centre + TRUTH.std * torch.randn(batch, 2, generator=generator)
+    return sign * TRUTH.center + TRUTH.std * torch.randn(batch, 2, generator=generator)
 
 
 def network_of(seed):

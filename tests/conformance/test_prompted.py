@@ -27,7 +27,7 @@ FAMILIES = {
     for name, tiny in module.PIPELINES.items()
     if name not in ("dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step", "wan-two")
 }
-# Their pipelines renormalise the guided answer, or have no guidance by two answers.
+# Their pipelines renormalize the guided answer, or have no guidance by two answers.
 UNGUIDED = {"lumina2", "qwen-image", "longcat-image", "flux2"}
 PROMPTS = ("a cat", "two dogs in the snow")
 
@@ -111,7 +111,7 @@ def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
     # The same sums, but kernels round by where in memory the weights lie.
     assert (at_start - v).abs().max() <= 1e-6 * v.abs().max()
     assert (student.mean_velocity(x, t, 0 * t, cond) - v).abs().max() <= 1e-6 * v.abs().max()
-    # A prompt moves the answer, and a sample does not see its neighbour's.
+    # A prompt moves the answer, and a sample does not see its neighbor's.
     other = teacher.velocity(x, t, cond.rows(torch.tensor([1, 0])))
     assert ((other - v).flatten(1).norm(dim=1) > 1e-4 * v.flatten(1).norm(dim=1)).all()
     alone = teacher.velocity(x[1:], t[1:], cond.rows(torch.tensor([1])))
@@ -152,9 +152,9 @@ def test_the_derivative_in_r_and_its_gradient(opened):
     wide = Conditioning({k: v.double() if v.is_floating_point() else v for k, v in cond.inputs.items()}, cond.shared)
     with InDouble(), torch.no_grad():
         exact = derivative_in_r(student, x.double(), t, r, cond=wide)
-        h = student.clock.position(t) - student.clock.position(r)
+        h = student.clock.warp(t) - student.clock.warp(r)
         ends = [student.mean_velocity_of_jump(x.double(), t, h + step, wide) for step in (1e-5, -1e-5)]
-    central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.rate(r), x.double())
+    central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.dwarp_dt(r), x.double())
     assert (exact - central).norm() < 1e-5 * exact.norm()
     assert (single - exact).norm() < 1e-4 * exact.norm()
     assert (differences - exact).norm() < 1e-3 * exact.norm()
@@ -187,7 +187,7 @@ def test_guidance_is_the_pipelines_own(opened):
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.5, 0.8], dtype=torch.float64))
     v, nothing = (
-        teacher.parametrisation.velocity(teacher.network, x, t, c) for c in (teacher.conditions.prompts, null)
+        teacher.parametrization.velocity(teacher.network, x, t, c) for c in (teacher.conditions.prompts, null)
     )
     teacher.guidance = Guidance(3.0, (teacher.schedule.t_min, float(t[0])))
     guided = teacher.velocity(x, t, teacher.conditions.prompts)

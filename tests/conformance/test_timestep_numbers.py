@@ -81,7 +81,7 @@ def teachers(tmp_path_factory):
 @torch.no_grad()
 def test_times_between_the_recorded_ones_are_the_stock_pipelines_own(teachers, case):
     teacher, call = teachers[case], dict(FAMILIES[case[0]].call)
-    schedule, ask = teacher.schedule, teacher.parametrisation.call
+    schedule, ask = teacher.schedule, teacher.parametrization.call
     assert schedule.num_timesteps == case[1]
     pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
     off = {"guidance_scale": 0.0 if case[0] == "z-image" else 1.0, "output_type": "latent"}
@@ -154,7 +154,7 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
     wrong = read_scheduler(pipeline.scheduler, "here", told_before=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):
         check_recorded_call(
-            teacher.network, teacher.parametrisation.call, seen, teacher.conditions.prompts, wrong, "here"
+            teacher.network, teacher.parametrization.call, seen, teacher.conditions.prompts, wrong, "here"
         )
 
 

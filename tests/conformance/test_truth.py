@@ -78,5 +78,5 @@ def test_map_carries_the_prior_to_the_data():
     ones = torch.ones(4000, dtype=torch.float64)
     data = truth(noise, ones, 0 * ones)
     assert data.mean(0).abs().max() < 0.06
-    expected = 0.5**2 * torch.eye(2, dtype=torch.float64) + torch.outer(truth.centre, truth.centre)
+    expected = 0.5**2 * torch.eye(2, dtype=torch.float64) + torch.outer(truth.center, truth.center)
     assert (data.T.cov() - expected).abs().max() < 0.06

@@ -12,7 +12,7 @@ import torch
 from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import Angular
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
@@ -152,7 +152,7 @@ class ExactNetwork(torch.nn.Module):
 def test_velocity_is_the_closed_form_over_the_range_of_t():
     truth = Gaussian(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4), 0.6)
     teacher = Teacher(
-        ExactNetwork(truth), Parametrisation(Angular(), "v_prediction"), (2, 4), "here", "closed form", {}
+        ExactNetwork(truth), Parametrization(Angular(), "v_prediction"), (2, 4), "here", "closed form", {}
     )
     t = torch.linspace(teacher.schedule.t_min, 1, 200, dtype=torch.float64)
     x = torch.randn(200, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -185,9 +185,9 @@ def test_the_derivative_in_r(teacher):
     student.double()
     with InDouble(), torch.no_grad():
         exact = derivative_in_r(student, x.double(), t, r)
-        h = student.clock.position(t) - student.clock.position(r)
+        h = student.clock.warp(t) - student.clock.warp(r)
         ends = [student.mean_velocity_of_jump(x.double(), t, h + step) for step in (1e-5, -1e-5)]
-        central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.rate(r), x.double())
+        central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.dwarp_dt(r), x.double())
     assert (exact - central).norm() < 1e-5 * exact.norm()
     assert (single - exact).norm() < 1e-4 * exact.norm()
     assert (differences - exact).norm() < 1e-3 * exact.norm()

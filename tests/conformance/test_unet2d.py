@@ -12,7 +12,7 @@ import torch
 
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.draws import draw
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.latents import Latents, encode_images, latent_layout
 from fmm_distill.data.samples import Images
@@ -159,8 +159,8 @@ def test_velocity_is_the_closed_form_over_the_range_of_t(kind):
     }.get(kind, lambda: diffusers.EDMEulerScheduler(**EDM, prediction_type=prediction))()
     levels = read_scheduler(scheduler, "here")
     network = ExactNetwork(truth, kind, 0.5)
-    parametrisation = Parametrisation(levels.schedule, levels.prediction, sigma_data=levels.sigma_data)
-    teacher = Teacher(network, parametrisation, (3, 2, 2), "here", "closed form", {})
+    parametrization = Parametrization(levels.schedule, levels.prediction, sigma_data=levels.sigma_data)
+    teacher = Teacher(network, parametrization, (3, 2, 2), "here", "closed form", {})
     t = torch.linspace(teacher.schedule.t_min, teacher.schedule.t_max, 200, dtype=torch.float64)
     x = torch.randn(200, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(teacher.velocity(x, t), truth.velocity(x, t), rtol=1e-9, atol=1e-9)

@@ -83,7 +83,7 @@ def angular(name, folder):
     schedule = teacher.schedule
     ends = (schedule.sigma_min, schedule.sigma_max)
     schedule = VarianceExploding(*ends, rho=schedule.rho, told="atan", num_timesteps=schedule.num_timesteps)
-    return replace(teacher, parametrisation=replace(teacher.parametrisation, schedule=schedule))
+    return replace(teacher, parametrization=replace(teacher.parametrization, schedule=schedule))
 
 
 MAKE = dict.fromkeys(UNETS, unet) | dict.fromkeys(PROMPTED, prompted) | {"quantized": quantized, "angle": angular}

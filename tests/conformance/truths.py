@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from fmm_distill.core.flow_map import FlowMap
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.teachers.analytic import Gaussian, TwoModes
 from fmm_distill.teachers.base import Teacher
@@ -54,7 +54,7 @@ def samples(name: str, batch: int, seed: int = 0, low: float = 0.05) -> tuple[Fl
         data = truth.mean + spread
     else:
         sign = torch.where(uniform() < 0.5, -1.0, 1.0)
-        data = sign.unsqueeze(1) * truth.centre + spread
+        data = sign.unsqueeze(1) * truth.center + spread
     return truth, data, noise, t, r
 
 
@@ -94,4 +94,4 @@ def exact_teacher(name: str, beta_schedule: str, prediction: str) -> Teacher:
     truth, shape = TRUTHS[name]
     schedule = schedule_of(beta_schedule)
     network = Exact(truth, schedule, prediction)
-    return Teacher(network, Parametrisation(schedule, prediction), shape, name, "closed form", {})
+    return Teacher(network, Parametrization(schedule, prediction), shape, name, "closed form", {})

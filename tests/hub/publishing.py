@@ -99,7 +99,7 @@ def publish_without_right(hub: Hub, folder: str) -> dict[str, str]:
     hub.faults.append(Fault("GET", "auth-check", status=403, body={"error": "no"}))
     outcomes["locked"] = said(check_target, "tester/locked", "t")
     del hub.repos["tester/locked"]
-    hub.faults.append(Fault("POST", "validate-yaml", status=400, body={"errors": [{"message": "licence"}]}))
+    hub.faults.append(Fault("POST", "validate-yaml", status=400, body={"errors": [{"message": "license"}]}))
     outcomes["card"] = said(publish, pack(source, REPO), REPO)
     hub.faults.append(Fault("POST", "repos/create", status=403, body={"error": "no"}))
     outcomes["forbidden"] = said(publish, pack(source, REPO), REPO)

@@ -40,7 +40,7 @@ def open_by_id(hub: Hub, folder: str, other: str) -> dict[str, Any]:
         teacher = load_teacher("tester/teacher", revision=revision)
         seen[name] = [teacher.revision, _first_weight(teacher)]
         seen[f"{name} fetched"] = [r.path for r in hub.requests[before:] if r.method == "GET" and "/resolve/" in r.path]
-    seen["licence"] = teacher.licence
+    seen["license"] = teacher.license
     here = load_teacher(folder)
     seen["same as the folder"] = _first_weight(here) == seen["main"][1]
     seen["unknown"] = said(load_teacher, "tester/teacher", revision="nowhere")

@@ -153,7 +153,7 @@ def test_without_the_right_nothing_is_made(published):
     assert seen["other owner"].startswith("somebody/student: your token is of tester; wanted one of somebody")
     assert "403" in seen["forbidden"]
     assert "may not do this" in seen["locked"]
-    assert "licence" in seen["card"]
+    assert "license" in seen["card"]
     # A login has no effect while the variable is set.
     assert "the Hub refuses the token in HF_TOKEN; set HF_TOKEN to another token" in seen["hf_wrong"]
     assert "may only read" in seen["hf_reads"]
@@ -283,7 +283,7 @@ def test_the_card_has_what_else_was_measured():
 
 def test_a_teacher_of_the_hub_is_the_base_model(folder, copy):
     about = json.loads((folder / "student.json").read_text())
-    known = {"teacher": "google/ddpm", "revision": "c" * 40, "licence": {"license": "mit"}, "dataset": "a/b"}
+    known = {"teacher": "google/ddpm", "revision": "c" * 40, "license": {"license": "mit"}, "dataset": "a/b"}
     (copy / "student.json").write_text(json.dumps(about | known))
     data = yaml.safe_load(card(copy).split("---")[1])
     assert data["base_model"] == "google/ddpm"
@@ -346,7 +346,7 @@ def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
         {"scheduler": {}},
         {"guidance": {"scale": "much"}},
         {"teacher": None},
-        {"licence": "mit"},
+        {"license": "mit"},
     ],
 )
 def test_facts_of_another_form_are_a_line(copy, change):

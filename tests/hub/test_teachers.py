@@ -61,7 +61,7 @@ def test_a_teacher_is_the_commit_that_a_name_stands_for(seen):
     assert any(path.endswith(teachers.WEIGHTS) for path in seen["branch fetched"])
     assert seen["commit fetched"] == []
     assert seen["same as the folder"]
-    assert seen["licence"] == {"license": "mit"}
+    assert seen["license"] == {"license": "mit"}
     assert "tester/teacher at nowhere: " in seen["unknown"]
     assert "no such branch, tag or commit" in seen["unknown"]
     assert "is of a teacher on the Hub, this is a folder" in seen["folder at a revision"]

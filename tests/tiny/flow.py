@@ -48,7 +48,7 @@ AXES = (4, 6, 6)
 
 
 def sd3() -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3.5 medium: normalised queries and a block of two attentions."""
+    """Stable Diffusion 3.5 medium: normalized queries and a block of two attentions."""
     transformer = SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,

@@ -143,7 +143,7 @@ def hunyuan_image_vae() -> AutoencoderKLHunyuanImage:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        # Its normalisation has 32 groups.
+        # Its normalization has 32 groups.
         block_out_channels=(32, 32),
         layers_per_block=1,
         spatial_compression_ratio=2,

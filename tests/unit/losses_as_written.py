@@ -19,10 +19,10 @@ from fmm_distill.core.time_axis import expand
 class Square:
     """A clock that is not the time itself."""
 
-    def position(self, t):
+    def warp(self, t):
         return t.square()
 
-    def rate(self, t):
+    def dwarp_dt(self, t):
         return 2 * t
 
 
@@ -61,7 +61,7 @@ def moving_start(flow_map, x, t, r, v, rate=1):
 def steady(g, settings):
     if settings.clamp_tangent:
         g = g.clamp(-settings.clamp_tangent, settings.clamp_tangent)
-    if settings.normalise_tangent:
+    if settings.normalize_tangent:
         g = torch.stack([sample / (sample.square().sum().sqrt() + 0.1) for sample in g])
     return g
 
@@ -84,7 +84,7 @@ def eulerian_as_written(settings, live, still, average, x, t, r, share):
     u, u_still = live.mean_velocity(x, t, r), still.mean_velocity(x, t, r)
     unscaled = u_still - v
     if getattr(settings, "step", 0) and settings.name == "eulerian":
-        s = torch.maximum(t - settings.step / live.clock.rate(t), r)
+        s = torch.maximum(t - settings.step / live.clock.dwarp_dt(t), r)
         field = diagonal(still) if settings.velocity == "self" else teacher
         x_s = solve(field, x, torch.stack([t, s]), method=settings.solver)
         whole = (still(x_s, s, r) - still(x, t, r)) / expand(t - s, x)

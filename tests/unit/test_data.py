@@ -131,8 +131,8 @@ def test_four_channels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 24), (40, 16)])
-def test_cropped_images_keep_the_centre_and_their_proportions(tmp_path, height, width):
-    # A sine along the longer side, finer than the small image can show at its ends: antialiasing leaves grey.
+def test_cropped_images_keep_the_center_and_their_proportions(tmp_path, height, width):
+    # A sine along the longer side, finer than the small image can show at its ends: antialiasing leaves gray.
     along = np.linspace(0, 1, max(height, width))
     ramp = np.round(along * 255).astype(np.uint8)
     array = np.broadcast_to(ramp[:, None] if height > width else ramp, (height, width)).copy()
@@ -140,9 +140,9 @@ def test_cropped_images_keep_the_centre_and_their_proportions(tmp_path, height, 
     fitted = load(tmp_path, (1, 4, 4), fit="crop").pixels[0, 0].double() / 255
     line = fitted.mean(1 if height > width else 0)
     short, long = min(height, width), max(height, width)
-    # Centres of the four pixels of the middle square, as shares of the longer side.
-    centres = (torch.arange(4) + 0.5) / 4 * short / long + (1 - short / long) / 2
-    torch.testing.assert_close(line, (centres * long - 0.5).double() / (long - 1), rtol=0, atol=0.01)
+    # Centers of the four pixels of the middle square, as shares of the longer side.
+    centers = (torch.arange(4) + 0.5) / 4 * short / long + (1 - short / long) / 2
+    torch.testing.assert_close(line, (centers * long - 0.5).double() / (long - 1), rtol=0, atol=0.01)
 
 
 def test_resizing_is_antialiased(tmp_path):
@@ -235,7 +235,7 @@ def test_flips_are_of_the_sample_and_agree_between_processes(tmp_path):
 
 
 def test_conditions_belong_to_images(tmp_path):
-    # An image's grey is its class.
+    # An image's gray is its class.
     labels = [3, 0, 2, 1, 1, 3, 0]
     files = [png(np.full((6, 4, 3), 60 * label, np.uint8)) for label in labels]
     place = parquet(tmp_path / "a.parquet", files, kind=labels)
@@ -253,10 +253,10 @@ def test_conditions_belong_to_images(tmp_path):
 
 
 def test_folders_of_images_are_classes(tmp_path):
-    for name, grey in (("cat", 100), ("ape", 0), ("dog", 200)):
+    for name, gray in (("cat", 100), ("ape", 0), ("dog", 200)):
         (tmp_path / name).mkdir()
         for i in range(2):
-            (tmp_path / name / f"{i}.png").write_bytes(png(np.full((6, 4, 1), grey + i, np.uint8)))
+            (tmp_path / name / f"{i}.png").write_bytes(png(np.full((6, 4, 1), gray + i, np.uint8)))
     images = load(tmp_path, (1, 6, 4), CLASSES, condition="label")
     told = CLASSES.pick(images.conditions).inputs["class_labels"]
     assert told.tolist() == (images.pixels[:, 0, 0, 0] // 100).tolist()

@@ -156,7 +156,7 @@ def test_engines_agree_along_the_flow(teacher, student, jumps):
     assert t[0] == student.t_max
     central = derivative_along_flow(student, x, t, r, v, engine="central")
     # At t_max it is that of a point of the flow a step before.
-    before = torch.minimum(student.t_max - TIME_STEP / student.clock.rate(t) - t, torch.zeros_like(t))
+    before = torch.minimum(student.t_max - TIME_STEP / student.clock.dwarp_dt(t) - t, torch.zeros_like(t))
     assert (before < 0).tolist() == [True] + 5 * [False]
     exact = derivative_along_flow(student, x + expand(before, x) * v, t + before, r, v)
     assert exact.abs().max() > 0.1
@@ -178,7 +178,7 @@ def test_exact_in_r_is_the_reverse_mode_derivative(student, jumps):
 def test_exact_in_r_against_differences(student, jumps):
     student.double()
     x, t, r = jumps[0].double(), *jumps[1:]
-    h = student.clock.position(t) - student.clock.position(r)
+    h = student.clock.warp(t) - student.clock.warp(r)
     step = 1e-2
     with torch.no_grad():
 
@@ -186,7 +186,7 @@ def test_exact_in_r_against_differences(student, jumps):
             return student.mean_velocity_of_jump(x, t, h + shift * step)
 
         fourth_order = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
-        difference = -expand(student.clock.rate(r), x) * fourth_order
+        difference = -expand(student.clock.dwarp_dt(r), x) * fourth_order
         assert relative(derivative_in_r(student, x, t, r), difference) < 1e-4
 
 
@@ -273,7 +273,7 @@ def test_short_jumps_at_the_end_have_a_derivative():
 
 def test_stock_network_has_no_forward_mode_without_the_mode(student, jumps):
     x, t, r = jumps
-    h = student.clock.position(t) - student.clock.position(r)
+    h = student.clock.warp(t) - student.clock.warp(r)
 
     def of_jump(length):
         return student.mean_velocity_of_jump(x, t, length)
@@ -364,10 +364,10 @@ def test_choose_tries_what_is_trained(jumps):
 
 def test_rate_of_the_clock_is_applied():
     class Fast(LinearClock):
-        def position(self, t):
+        def warp(self, t):
             return t.square()
 
-        def rate(self, t):
+        def dwarp_dt(self, t):
             return 2 * t
 
     flow_map = Polynomial()

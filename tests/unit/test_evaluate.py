@@ -86,19 +86,19 @@ def test_every_metric_of_the_digits(teacher):
     assert student.memory > 0
     protocol = evaluation.protocol
     assert protocol["frechet_samples"] == 60
-    assert protocol["precision_recall"] == "neighbour 3, 60 samples and as many images"
+    assert protocol["precision_recall"] == "neighbor 3, 60 samples and as many images"
     assert protocol["kid"] == "cubic kernel, mean over 10 subsets of 30, drawn with seed 0"
     assert protocol["reference_sha256"] == hashlib.sha256(reference.fingerprint.encode()).hexdigest()
 
 
 def test_features_that_do_not_fit(teacher):
-    coloured = replace(teacher, event_shape=(3, 32, 32))
+    colored = replace(teacher, event_shape=(3, 32, 32))
     with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
-        check_evaluation(EvaluationSettings(features="digits"), coloured)
+        check_evaluation(EvaluationSettings(features="digits"), colored)
 
 
 class Moments(torch.nn.Module):
-    """Three features of grey images of 8x8 pixels."""
+    """Three features of gray images of 8x8 pixels."""
 
     def __init__(self, number: float = 1.0) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_features_from_a_file(teacher, tmp_path):
     [
         (Moments(), (3, 32, 33), r"failed on one image, 1 x 3 x 32 x 33 \(.*shape.*invalid"),
         (Pooled(), (1, 8, 8), r"made \[1, 1, 1, 1\] of one image, 1 x 1 x 8 x 8; wanted floats of shape \[1, d\]"),
-        (Moments(float("nan")), (1, 8, 8), "not all features of a grey image are numbers"),
+        (Moments(float("nan")), (1, 8, 8), "not all features of a gray image are numbers"),
         (None, (1, 8, 8), "can't be opened .*wanted a TorchScript module as torch.jit.save writes it"),
         ("nothing", (1, 8, 8), "no such file; wanted a TorchScript module"),
     ],

@@ -31,7 +31,7 @@ def protocol(teacher, images=None, settings=SETTINGS):
 
 
 def pictures(folder, suffix, **options):
-    """Grey images of 16 x 16 pixels, as files."""
+    """Gray images of 16 x 16 pixels, as files."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(4):
@@ -51,7 +51,7 @@ def test_range_and_kind_of_numbers():
     assert unit_images(torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.2])).tolist() == [0, 0, 0.5, 1, 1]
 
 
-def test_grey_and_colour():
+def test_gray_and_color():
     with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\); wanted \(1, 8, 8\)"):
         open_features("digits", (1, 8, 8))(torch.rand(3, 3, 8, 8))
     with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 8 x 8"):

@@ -245,8 +245,8 @@ def plain(layer, x):
     if not isinstance(layer, torch.nn.LayerNorm):
         return layer(x)
     axes = tuple(range(-len(layer.normalized_shape), 0))
-    centred = x - x.mean(axes, keepdim=True)
-    normal = centred / (centred.square().mean(axes, keepdim=True) + layer.eps).sqrt()
+    centered = x - x.mean(axes, keepdim=True)
+    normal = centered / (centered.square().mean(axes, keepdim=True) + layer.eps).sqrt()
     return normal if layer.weight is None else normal * layer.weight + layer.bias
 
 

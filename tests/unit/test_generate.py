@@ -67,7 +67,7 @@ def test_noises_are_independent_and_normal(teacher):
     noise = draw_samples_of(teacher, range(4000), 0).noise.flatten(1)
     assert abs(float(noise.mean())) < 0.01
     assert abs(float(noise.var()) - 1) < 0.02
-    # Neighbours have nothing in common.
+    # Neighbors have nothing in common.
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.01
     seeds = {_generator(0, number).initial_seed() for number in range(20_000)}
     assert len(seeds) == 20_000

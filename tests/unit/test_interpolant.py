@@ -54,7 +54,7 @@ def test_timestep_increases(beta_schedule):
     schedule = schedule_of(beta_schedule)
     t = inside(schedule)
     assert (schedule.timestep(t).diff() > 0).all()
-    assert (schedule.rate(t) > 0).all()
+    assert (schedule.dwarp_dt(t) > 0).all()
 
 
 @EVERY
@@ -73,15 +73,15 @@ def test_rate_is_the_derivative_of_position(beta_schedule):
     schedule = schedule_of(beta_schedule)
     t = schedule.time(torch.arange(0, 999, 7)) + 1e-4 * torch.rand(143, dtype=torch.float64)
     step = 1e-9
-    difference = (schedule.position(t + step) - schedule.position(t - step)) / (2 * step)
-    torch.testing.assert_close(schedule.rate(t), difference, rtol=1e-4, atol=1e-4)
+    difference = (schedule.warp(t + step) - schedule.warp(t - step)) / (2 * step)
+    torch.testing.assert_close(schedule.dwarp_dt(t), difference, rtol=1e-4, atol=1e-4)
 
 
 @EVERY
 def test_once_differentiable_across_the_knots(beta_schedule):
     schedule = schedule_of(beta_schedule)
     knots = schedule.time(torch.arange(0, 999))
-    before, after = schedule.rate(knots - 1e-13), schedule.rate(knots + 1e-13)
+    before, after = schedule.dwarp_dt(knots - 1e-13), schedule.dwarp_dt(knots + 1e-13)
     torch.testing.assert_close(before, after, rtol=1e-5, atol=0)
     # Not so for piecewise-linear interpolation, whose kinks this rules out.
     assert (schedule.time(torch.arange(-1, 1000)).diff().diff().abs() > 1e-9).any()
@@ -89,10 +89,10 @@ def test_once_differentiable_across_the_knots(beta_schedule):
 
 def test_position_is_the_share_of_timesteps():
     schedule = schedule_of("linear")
-    position = schedule.position(schedule.time(torch.tensor([-1, 499, 999])))
+    position = schedule.warp(schedule.time(torch.tensor([-1, 499, 999])))
     torch.testing.assert_close(position, torch.tensor([-0.001, 0.499, 0.999], dtype=torch.float64))
-    torch.testing.assert_close(schedule.rate(torch.tensor([0.5]).float()), schedule.rate(torch.tensor([0.5])))
-    assert schedule.rate(torch.tensor([0.5])).dtype == torch.float64
+    torch.testing.assert_close(schedule.dwarp_dt(torch.tensor([0.5]).float()), schedule.dwarp_dt(torch.tensor([0.5])))
+    assert schedule.dwarp_dt(torch.tensor([0.5])).dtype == torch.float64
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
@@ -128,7 +128,7 @@ def test_zero_terminal_snr_ends_in_pure_noise():
     assert schedule.scale(end) == 1
     timesteps = torch.arange(-1, 1000)
     torch.testing.assert_close(schedule.timestep(schedule.time(timesteps)), timesteps.double(), rtol=0, atol=1e-9)
-    assert schedule.rate(end).isfinite().all()
+    assert schedule.dwarp_dt(end).isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -153,8 +153,8 @@ def test_expand_takes_shape_and_dtype():
 
 def test_linear_clock():
     t = torch.rand(3, dtype=torch.float64)
-    assert torch.equal(LinearClock().position(t), t)
-    assert torch.equal(LinearClock().rate(t), torch.ones_like(t))
+    assert torch.equal(LinearClock().warp(t), t)
+    assert torch.equal(LinearClock().dwarp_dt(t), torch.ones_like(t))
 
 
 def test_tables_stay_on_the_device_of_the_teacher(teacher):

@@ -48,7 +48,7 @@ def test_loads_a_saved_pipeline(teacher, teacher_folder):
     assert teacher.prediction == "v_prediction"
     assert teacher.source == str(teacher_folder)
     assert teacher.revision is None
-    assert teacher.licence == {}
+    assert teacher.license == {}
     assert "UNet2DModel" in teacher.adapter
     assert teacher.scheduler_config["beta_schedule"] == "linear"
     assert teacher.config["block_out_channels"] in ([8, 16], (8, 16))
@@ -66,9 +66,9 @@ def test_loads_single_precision_from_half(tmp_path):
     assert {value.dtype for value in teacher.network.parameters()} == {torch.float32}
 
 
-def test_finds_the_licence(folder):
+def test_finds_the_license(folder):
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: own\ntags: [a]\n---\n# A model\n")
-    assert load_teacher(str(folder)).licence == {"license": "other", "license_name": "own"}
+    assert load_teacher(str(folder)).license == {"license": "other", "license_name": "own"}
 
 
 def test_a_rectangle(tmp_path):

@@ -111,7 +111,7 @@ def test_the_file_is_what_diffusers_loads(tmp_path, folders):
     x, t, _, cond = points(teacher)
     with torch.no_grad():
         ours = student.mean_velocity(x, t, t, cond)
-        theirs = student.parametrisation.velocity(pipeline.unet, x, t, cond)
+        theirs = student.parametrization.velocity(pipeline.unet, x, t, cond)
     assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
 
 

@@ -132,7 +132,7 @@ def test_without_warm_up_every_step_is_alike(name):
     assert SETTINGS[name]().at_step(0) == SETTINGS[name]()
 
 
-TANGENT = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tangent act on stop: target only"
+TANGENT = "normalize_tangent, tangent_warmup_steps, tangent_scale and clamp_tangent act on stop: target only"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ TANGENT = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tang
             ({"name": "eulerian", "stop": stop} | setting, TANGENT)
             for stop in ("none", "teacher")
             for setting in (
-                {"normalise_tangent": True},
+                {"normalize_tangent": True},
                 {"tangent_warmup_steps": 5},
                 {"tangent_scale": 0.5},
                 {"clamp_tangent": 1.0},
@@ -152,7 +152,7 @@ TANGENT = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tang
         ({"name": "eulerian", "tangent_warmup_steps": -1}, "greater than or equal to 0"),
         ({"name": "eulerian", "tangent_scale": 1.5}, "less than or equal to 1"),
         ({"name": "eulerian", "clamp_tangent": 0}, "greater than 0"),
-        ({"name": "lagrangian", "normalise_tangent": True}, "Extra inputs"),
+        ({"name": "lagrangian", "normalize_tangent": True}, "Extra inputs"),
         ({"name": "lagrangian", "stop": "nowhere"}, "Input should be 'teacher', 'none' or 'target'"),
         ({"name": "lagrangian", "derivative": "symbolic"}, "Input should be 'auto', 'exact' or 'central'"),
         ({"name": "progressive", "pieces": 1}, "greater than or equal to 2"),
@@ -163,7 +163,7 @@ TANGENT = "normalise_tangent, tangent_warmup_steps, tangent_scale and clamp_tang
         ({"name": "flow_map_matching", "velocity": "teacher"}, "Input should be 'data'"),
         ({"name": "flow_map_matching", "directions": "neither"}, "Input should be 'both' or 'generate'"),
         ({"name": "flow_matching", "velocity": "self"}, "Input should be 'teacher' or 'data'"),
-        ({"name": "mean_flow", "improved": True, "normalise_tangent": True}, "improved regresses on the velocity"),
+        ({"name": "mean_flow", "improved": True, "normalize_tangent": True}, "improved regresses on the velocity"),
         ({"name": "mean_flow", "improved": True, "clamp_tangent": 1.0}, "improved regresses on the velocity"),
         ({"name": "mean_flow", "stop": "none"}, "Extra inputs"),
         ({"name": "eulerian", "solver": "euler"}, "solver acts on a finite step only; set loss.step"),
@@ -200,10 +200,10 @@ def test_invalid_settings(values, message):
     "values",
     [
         {"name": "progressive", "target": "ode", "solver": "euler", "pieces": 4},
-        {"name": "consistency", "tangent_warmup_steps": 5, "normalise_tangent": True, "derivative": "central"},
+        {"name": "consistency", "tangent_warmup_steps": 5, "normalize_tangent": True, "derivative": "central"},
         {"name": "consistency", "step": 0.1, "solver": "heun", "target": "average", "clamp_tangent": 1.0},
         {"name": "mean_flow", "improved": True, "tangent_warmup_steps": 5, "tangent_scale": 0.5},
-        {"name": "eulerian", "velocity": "self", "stop": "target", "normalise_tangent": True},
+        {"name": "eulerian", "velocity": "self", "stop": "target", "normalize_tangent": True},
     ],
     ids=str,
 )

@@ -42,10 +42,10 @@ VARIANTS = {
     "eulerian-scaled": EulerianSettings(tangent_scale=0.25),
     "eulerian-step": EulerianSettings(step=0.1),
     "eulerian-step-euler": EulerianSettings(step=0.1, solver="euler", tangent_scale=0.5),
-    "eulerian-step-self": EulerianSettings(step=0.05, velocity="self", normalise_tangent=True),
+    "eulerian-step-self": EulerianSettings(step=0.05, velocity="self", normalize_tangent=True),
     "eulerian-clamped": EulerianSettings(clamp_tangent=0.3),
-    "eulerian-normalised": EulerianSettings(normalise_tangent=True),
-    "eulerian-clamped-normalised": EulerianSettings(clamp_tangent=0.3, normalise_tangent=True),
+    "eulerian-normalized": EulerianSettings(normalize_tangent=True),
+    "eulerian-clamped-normalized": EulerianSettings(clamp_tangent=0.3, normalize_tangent=True),
     "eulerian-self": EulerianSettings(velocity="self"),
     "eulerian-self-none": EulerianSettings(velocity="self", stop="none"),
     "eulerian-self-teacher": EulerianSettings(velocity="self", stop="teacher"),
@@ -61,17 +61,17 @@ VARIANTS = {
     "flow_matching": FlowMatchingSettings(),
     "flow_matching-data": FlowMatchingSettings(velocity="data"),
     "mean_flow": MeanFlowSettings(),
-    "mean_flow-clamped-normalised": MeanFlowSettings(clamp_tangent=0.3, normalise_tangent=True),
+    "mean_flow-clamped-normalized": MeanFlowSettings(clamp_tangent=0.3, normalize_tangent=True),
     "mean_flow-improved": MeanFlowSettings(improved=True),
     "mean_flow-improved-scaled": MeanFlowSettings(improved=True, tangent_scale=0.5),
     "consistency": ConsistencySettings(),
     "consistency-data": ConsistencySettings(velocity="data"),
-    "consistency-normalised": ConsistencySettings(normalise_tangent=True, tangent_scale=0.5),
+    "consistency-normalized": ConsistencySettings(normalize_tangent=True, tangent_scale=0.5),
     "consistency-step": ConsistencySettings(step=0.1),
     "consistency-step-data": ConsistencySettings(step=0.1, velocity="data"),
     "consistency-step-heun": ConsistencySettings(step=0.1, solver="heun"),
     "consistency-step-average": ConsistencySettings(step=0.1, target="average"),
-    "consistency-step-normalised": ConsistencySettings(step=0.1, clamp_tangent=0.3, normalise_tangent=True),
+    "consistency-step-normalized": ConsistencySettings(step=0.1, clamp_tangent=0.3, normalize_tangent=True),
     "consistency_trajectory": ConsistencyTrajectorySettings(),
     "consistency_trajectory-student": ConsistencyTrajectorySettings(target="student", solver_steps=3),
     "progressive_distillation": ProgressiveDistillationSettings(),
@@ -86,7 +86,7 @@ EVERY = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
 def those(condition):
-    """Parametrised over the variants of which it is true."""
+    """Parametrized over the variants of which it is true."""
     chosen = {name: settings for name, settings in VARIANTS.items() if condition(settings)}
     return pytest.mark.parametrize("settings", chosen.values(), ids=chosen)
 
@@ -278,7 +278,7 @@ def test_diagonal_is_flow_matching(name, target):
     same(call(settings, flow_map, x, t, t, share), expected, flow_map)
 
 
-STEADIED = [{}, {"normalise_tangent": True}, {"clamp_tangent": 0.3, "tangent_scale": 0.5}]
+STEADIED = [{}, {"normalize_tangent": True}, {"clamp_tangent": 0.3, "tangent_scale": 0.5}]
 
 
 @pytest.mark.parametrize("steadied", STEADIED, ids=str)
@@ -312,7 +312,7 @@ def test_terminal_velocity_is_lagrangian_on_the_averages_diagonal_and_flow_match
     same(call(TerminalVelocitySettings(), flow_map, x, t, r, share, target_map=average), moved + taught, flow_map)
 
 
-@those(lambda settings: settings.name == "consistency" and settings.step and not settings.normalise_tangent)
+@those(lambda settings: settings.name == "consistency" and settings.step and not settings.normalize_tangent)
 def test_gradient_of_consistency_is_the_published_ones_by_the_weight_it_says(settings):
     flow_map, average = Net(), Net(1)
     x, t, r, share = batch()
@@ -331,7 +331,7 @@ def orders(errors):
     return [torch.log2(before.norm() / after.norm()).item() for before, after in pairwise(errors)]
 
 
-@pytest.mark.parametrize("steadied", [{}, {"normalise_tangent": True}], ids=str)
+@pytest.mark.parametrize("steadied", [{}, {"normalize_tangent": True}], ids=str)
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("kind", [ConsistencySettings, EulerianSettings])
 def test_a_finite_step_tends_to_the_derivative(kind, solver, steadied):
@@ -408,7 +408,7 @@ def parameter(value):
 
 
 @those(
-    lambda settings: not getattr(settings, "normalise_tangent", None) and not getattr(settings, "clamp_tangent", None)
+    lambda settings: not getattr(settings, "normalize_tangent", None) and not getattr(settings, "clamp_tangent", None)
 )
 def test_of_a_constant_field(settings):
     # The residual is u - v = 3, times a length of time where ends of jumps are compared; a map agrees with itself.
@@ -434,8 +434,8 @@ def test_eulerian_tangent_scale(scale):
     torch.testing.assert_close(loss, residual.square().mean(1))
 
 
-def test_eulerian_normalised_tangent():
-    settings = EulerianSettings(normalise_tangent=True, derivative="exact")
+def test_eulerian_normalized_tangent():
+    settings = EulerianSettings(normalize_tangent=True, derivative="exact")
     loss = eulerian(Linear(parameter(0.5)), two, X, T, R, settings=settings)
     residual = 0.5 * X - 2 + (T - R).unsqueeze(1)
     norm = residual.norm(dim=1)

@@ -99,7 +99,7 @@ def test_what_is_counted(teacher_folder):
     base = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS})
     student = make_student(load_teacher(str(teacher_folder)))
     trained = 4 * sum(p.numel() for p in student.parameters())
-    assert base.optimiser == 2 * trained
+    assert base.optimizer == 2 * trained
     assert trained <= base.averages < 1.01 * trained
     rates = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"ema": (0.9, 0.99, 0.999)}})
     assert rates.peak - base.peak == 2 * base.averages

@@ -77,13 +77,13 @@ def test_precision_and_recall_against_loops():
     index = [round(i * 40 / 36) for i in range(37)]
     real, fake = reference[index].double().numpy(), samples.double().numpy()
 
-    def share(points, centres):
+    def share(points, centers):
         inside = 0
         for point in points:
-            for centre in centres:
-                others = sorted(np.linalg.norm(centre - other) for other in centres)
-                # The first of these is the centre itself.
-                if np.linalg.norm(point - centre) <= others[3]:
+            for center in centers:
+                others = sorted(np.linalg.norm(center - other) for other in centers)
+                # The first of these is the center itself.
+                if np.linalg.norm(point - center) <= others[3]:
                     inside += 1
                     break
         return inside / len(points)

@@ -21,7 +21,7 @@ def test_grid_that_divides_is_the_stock_one(steps):
     assert torch.equal(times[:-1], SCHEDULE.time(STOCK.timesteps))
     assert times[-1] == 0
     # And its jumps are as long as one another, which the fold needs.
-    lengths = -SCHEDULE.position(times).diff()
+    lengths = -SCHEDULE.warp(times).diff()
     torch.testing.assert_close(lengths, torch.full_like(lengths, 1 / steps), rtol=1e-9, atol=1e-12)
 
 
@@ -46,7 +46,7 @@ def test_grid_where_the_stock_one_rounds_away(steps):
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_wrong_number_of_steps(steps):
-    with pytest.raises(UserError, match=f"{steps} sampling steps; wanted 1 to 1000"):
+    with pytest.raises(UserError, match=f"{steps} sampling steps; expected 1 to 1000"):
         SCHEDULE.grid(steps)
 
 
@@ -80,7 +80,7 @@ def test_two_steps_are_two_jumps(student, teacher, noise):
     assert not torch.allclose(expected, sample(student, noise, 1), atol=1e-3)
 
 
-def test_samples_do_not_depend_on_their_neighbours(student, noise):
+def test_samples_do_not_depend_on_their_neighbors(student, noise):
     alone = torch.cat([sample(student, noise[i : i + 1], 4) for i in range(3)])
     torch.testing.assert_close(sample(student, noise, 4), alone, rtol=1e-5, atol=1e-5)
 

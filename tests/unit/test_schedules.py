@@ -40,12 +40,12 @@ def test_times_run_from_one_end_to_the_other(schedule):
 
 def test_rate_is_the_derivative_of_position(schedule):
     t = inside(schedule)[1:-1].requires_grad_()
-    (slope,) = torch.autograd.grad(schedule.position(t).sum(), t)
-    torch.testing.assert_close(schedule.rate(t.detach()), slope, rtol=1e-10, atol=0)
+    (slope,) = torch.autograd.grad(schedule.warp(t).sum(), t)
+    torch.testing.assert_close(schedule.dwarp_dt(t.detach()), slope, rtol=1e-10, atol=0)
 
 
 def test_position_counts_equal_shares_equally(schedule):
-    places = schedule.position(inside(schedule))
+    places = schedule.warp(inside(schedule))
     steps = places.diff()
     torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=1e-9, atol=0)
     assert float(places[-1]) == pytest.approx(1)
@@ -57,11 +57,11 @@ def test_the_grid_is_uniform_and_ends_at_data(schedule):
         assert len(times) == steps + 1
         assert float(times[0]) == pytest.approx(schedule.t_max)
         assert times[-1] == 0
-        jumps = -schedule.position(times).diff()
+        jumps = -schedule.warp(times).diff()
         torch.testing.assert_close(jumps, torch.full_like(jumps, 1 / steps), rtol=1e-9, atol=1e-12)
         assert schedule.is_uniform(steps)
     for wrong in (0, schedule.num_timesteps + 1):
-        with pytest.raises(UserError, match=f"{wrong} sampling steps; wanted 1 to {schedule.num_timesteps}"):
+        with pytest.raises(UserError, match=f"{wrong} sampling steps; expected 1 to {schedule.num_timesteps}"):
             schedule.grid(wrong)
 
 
@@ -85,7 +85,7 @@ def test_what_the_network_is_told_is_what_stock_schedulers_tell_it():
     t = (sigma / (1 + sigma)).clamp_min(SCHEDULES["karras"].t_min)
     torch.testing.assert_close(SCHEDULES["karras"].network_time(t), edm.timesteps.double(), rtol=1e-5, atol=1e-5)
     # Karras's levels are equal shares of the way.
-    places = SCHEDULES["karras"].position(t)
+    places = SCHEDULES["karras"].warp(t)
     torch.testing.assert_close(places, torch.linspace(1, 0, 9, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])

@@ -1,6 +1,6 @@
 """What a training step costs, in counts that no clock enters: calls, passes through autograd, bytes.
 
-A count that grows is an optimisation that was lost; one that falls is to be recorded here.
+A count that grows is an optimization that was lost; one that falls is to be recorded here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def teacher():
 
 
 def step_of(case, engine, teacher, folder):
-    """Counts of the second step of a trainer, when its optimiser has its moments."""
+    """Counts of the second step of a trainer, when its optimizer has its moments."""
     trainer = make_trainer(case, engine, teacher, 4, Accelerator(cpu=True), folder)
     trainer._step(0, StopRequest())
     copies = [average.module for average in trainer.averages.values()]

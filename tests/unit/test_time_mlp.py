@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import UserError
 from fmm_distill.student.time_embedding import find_jump_hosts
@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 
 def teacher_of(*layers):
-    return Teacher(Network(*layers), Parametrisation(FlowMatching(), "flow_prediction"), (1, 4), "here", "own", {})
+    return Teacher(Network(*layers), Parametrization(FlowMatching(), "flow_prediction"), (1, 4), "here", "own", {})
 
 
 def test_the_second_of_two_linear_layers():

@@ -124,7 +124,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
     # Away from its teacher, so that no loss is zero.
     with torch.no_grad():
         student.network.conv_out.bias += 0.3
-    watched = Watched(student.network, student.parametrisation)
+    watched = Watched(student.network, student.parametrization)
     draws = draw(0, 0, 64, teacher.event_shape)
     losses, weighted = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
     (from_noise, _), diagonal = asked[0], asked[-1]
@@ -160,7 +160,7 @@ def test_the_learned_weight_is_asked_at_the_jump_that_is_trained(teacher_folder,
     draws = draw(0, 0, 8, teacher.event_shape)
     losses, weighted = objective(draws, None, 0)
     t, r = pair_times(plain.pairs, teacher.schedule, draws, 0)
-    start, end = (teacher.schedule.position(time) for time in (t, t if on_the_diagonal else r))
+    start, end = (teacher.schedule.warp(time) for time in (t, t if on_the_diagonal else r))
     torch.testing.assert_close(weighted, objective.weight(losses, start, end))
 
 

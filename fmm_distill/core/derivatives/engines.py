@@ -92,12 +92,12 @@ def derivative_in_r(
     the slow embedding of h alone, where differences are exact enough; the schedule is steep near its ends.
     The central engine takes two calls, and is within 1e-3 of the exact one in float32.
     """
-    h = flow_map.clock.position(t) - flow_map.clock.position(r)
+    h = flow_map.clock.warp(t) - flow_map.clock.warp(r)
     if engine == "exact":
         du_dh = _forward_mode(_of_jump(flow_map, x, t, cond), (h,), (torch.ones_like(h),), hooked=flow_map.hooked)[1]
     else:
         du_dh = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond))[1] / JUMP_STEP
-    return -expand(flow_map.clock.rate(r), x) * du_dh
+    return -expand(flow_map.clock.dwarp_dt(r), x) * du_dh
 
 
 def value_and_derivative_in_r(
@@ -125,7 +125,7 @@ def value_and_derivative_in_r(
         with torch.no_grad():
             du_dr = derivative_in_r(flow_map, x, t, r, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du_dr
-    h = flow_map.clock.position(t) - flow_map.clock.position(r)
+    h = flow_map.clock.warp(t) - flow_map.clock.warp(r)
     if engine == "exact":
         of_jump = _of_jump(flow_map, x, t, cond)
         along = (torch.ones_like(h),)
@@ -133,7 +133,7 @@ def value_and_derivative_in_r(
     else:
         u, difference = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond), detached=detached)
         du_dh = difference / JUMP_STEP
-    return u, -expand(flow_map.clock.rate(r), x) * du_dh
+    return u, -expand(flow_map.clock.dwarp_dt(r), x) * du_dh
 
 
 def _of_jump(flow_map: FlowMap, x: Tensor, t: Tensor, cond: Conditioning | None) -> Callable[[Tensor], Tensor]:
@@ -173,7 +173,7 @@ def _beside_point(
     flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Conditioning | None
 ) -> tuple[_Beside, Tensor]:
     """A step before and after a point of the flow; and the step, to be divided by."""
-    step = TIME_STEP / flow_map.clock.rate(t)
+    step = TIME_STEP / flow_map.clock.dwarp_dt(t)
     # A schedule ends at t_max.
     moved = torch.minimum(flow_map.t_max - step - t, torch.zeros_like(t))
 

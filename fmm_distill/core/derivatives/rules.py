@@ -51,13 +51,13 @@ def _linear(
 def _project(v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """``rstd (v - mean(v) - x_hat mean(x_hat v))`` in every row: the derivative of x_hat in x, a symmetric matrix.
 
-    So it is what layer normalisation computes in its backward pass, in one kernel.
+    So it is what layer normalization computes in its backward pass, in one kernel.
     """
     projected: Tensor = _layer_norm_backward(v, x, x.shape[-1:], mean, rstd, None, None, (True, False, False))[0]
     return projected
 
 
-class _Normalised(torch.autograd.Function):
+class _Normalized(torch.autograd.Function):
     """The tangent of ``x_hat = (x - mean) rstd`` in every row."""
 
     @staticmethod
@@ -84,10 +84,10 @@ class _Normalised(torch.autograd.Function):
         return -rstd * turned, back, None, None
 
 
-def _normalised(x: Tensor, dx: Tensor, size: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """The tangent of x normalised in rows of this size, times a weight of the right shape."""
+def _normalized(x: Tensor, dx: Tensor, size: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """The tangent of x normalized in rows of this size, times a weight of the right shape."""
     rows = (x.reshape(-1, size), dx.reshape(-1, size), mean.detach().reshape(-1, 1), rstd.detach().reshape(-1, 1))
-    moved: Tensor = _Normalised.apply(*rows) if torch.is_grad_enabled() else _project(rows[1], rows[0], *rows[2:])
+    moved: Tensor = _Normalized.apply(*rows) if torch.is_grad_enabled() else _project(rows[1], rows[0], *rows[2:])
     moved = moved.reshape(x.shape)
     if weight is None:
         return moved
@@ -116,7 +116,7 @@ def _group_norm(
     out, mean, rstd = torch.native_group_norm(value, weight, bias, rows, channels, size, num_groups, eps)
     with torch.set_grad_enabled(graph):
         scale = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
-        moved = _normalised(value, tangent, channels // num_groups * size, mean, rstd, scale)
+        moved = _normalized(value, tangent, channels // num_groups * size, mean, rstd, scale)
     return together(out, moved)
 
 
@@ -136,7 +136,7 @@ def _layer_norm(
         return layer(x, normalized_shape, weight, bias, eps)
     out, mean, rstd = torch.native_layer_norm(value, normalized_shape, weight, bias, eps)
     with torch.set_grad_enabled(graph):
-        moved = _normalised(value, tangent, math.prod(normalized_shape), mean, rstd, weight)
+        moved = _normalized(value, tangent, math.prod(normalized_shape), mean, rstd, weight)
     return together(out, moved)
 
 

@@ -245,7 +245,7 @@ def _length(scheduler, levels: dict, time: torch.Tensor) -> float:
     """The length of the jump that starts where the network is told ``time``, of shape ``[]``."""
     told, jumps = float(time), _jumps(scheduler, levels)
     distances = [abs(start - told) for start, _ in jumps]
-    # In half precision neighbours are told one time: of those the jump that is next.
+    # In half precision neighbors are told one time: of those the jump that is next.
     rounding = 2 * torch.finfo(time.dtype).eps * abs(told) if time.is_floating_point() else 0.0
     near = [i for i, distance in enumerate(distances) if distance <= min(distances) + rounding]
     return jumps[min(near, key=lambda i: abs(i - scheduler.steps_done))][1]

@@ -92,7 +92,7 @@ class Snapshot:
         )
 
     def _fetch_card(self, say: Callable[[str], None]) -> None:
-        """The licence stands in the card, which stock diffusers leaves; a model may have none."""
+        """The license stands in the card, which stock diffusers leaves; a model may have none."""
         try:
             hf_hub_download(self.source, "README.md", revision=self.commit, local_files_only=self.cached)
         except RemoteEntryNotFoundError:
@@ -100,7 +100,7 @@ class Snapshot:
         except EntryNotFoundError as error:
             if try_to_load_from_cache(self.source, "README.md", revision=self.commit) is _CACHED_NO_EXIST:
                 return
-            say(f"{self.source}: its card, with its licence, is not to be had ({hub_reason(error)})")
+            say(f"{self.source}: its card, with its license, is not to be had ({hub_reason(error)})")
 
 
 def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -> Snapshot:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
-from fmm_distill.core.parametrization import Parametrisation
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
@@ -79,7 +79,7 @@ def load_prompted(
         check_latents(driven.network, pipeline.vae, found.source)
     return Teacher(
         network=driven.network.eval().requires_grad_(False),
-        parametrisation=Parametrisation(levels.schedule, levels.prediction, recorded, levels.sigma_data),
+        parametrization=Parametrization(levels.schedule, levels.prediction, recorded, levels.sigma_data),
         event_shape=width,
         source=found.source,
         adapter=f"{driven.kind} with {type(driven.network).__name__}, found by running it",
@@ -93,7 +93,7 @@ def load_prompted(
             found.folder, component, driven.network, driven.keys.call(("",), STEPS), driven.keys, width
         ),
         revision=found.revision,
-        licence=found.licence,
+        license=found.license,
     )
 
 

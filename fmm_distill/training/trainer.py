@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from fmm_distill.core.derivatives.engines import without_tensor_float
 from fmm_distill.core.draws import draw
-from fmm_distill.data.starting_points import somewhere
+from fmm_distill.data.starting_points import probe_inputs
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.io.files import append_line, write_text
-from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.training import checkpoint
 from fmm_distill.training.compile import accelerate_networks, network_of
 from fmm_distill.training.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.training.fsdp import is_sharded, name_blocks, placed_like, shard, whole, whole_state
 from fmm_distill.training.memory import peak_memory
 from fmm_distill.training.nonfinite import Faults
-from fmm_distill.training.objective import Objective, settle_engine
+from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.trackers import log_step
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.data.samples import Samples
-    from fmm_distill.losses import AnyLossSettings
+    from fmm_distill.losses.base import Loss
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.signals import StopRequest
 
@@ -101,13 +101,13 @@ class Trainer:
         # Evaluation mode: dropout would differ between value and target (it is off in arXiv 2505.18825 too).
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         self.frozen: LearnedFlowMap | None = None
-        if any(loss.follows == "frozen" for loss in recipe.losses):
+        if any(loss.target_network == "frozen" for loss in recipe.losses):
             self.frozen = copies["frozen"] = frozen_copy(student)
-        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
-        losses = [self._settle_engine(settings) for settings in recipe.losses]
-        slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
+        accelerate_networks(training, student, teacher, probe_inputs(teacher, accelerator.device), say)
+        losses = [self._resolve_engine(loss) for loss in recipe.losses]
+        slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
-        objective = Objective(student, teacher, recipe, losses, copies, in_step=self.sharded).eval()
+        objective = Objective(student, teacher, recipe, losses, copies, lockstep=self.sharded).eval()
         self.weight = objective.weight
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -144,11 +144,11 @@ class Trainer:
         average.load_state_dict(state)
         return average.to(self.accelerator.device)
 
-    def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
-        settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
+    def _resolve_engine(self, loss: Loss) -> Loss:
+        resolved, reason = resolve_engine(self.student, self.teacher, loss, self.recipe.training)
         if reason is not None:
             self.say(reason)
-        return settled
+        return resolved
 
     def run(self, reached: Callable[[int], None] | None = None) -> None:
         """Train to the last step; checkpoints and one JSON line a step on the way.
@@ -281,15 +281,13 @@ class Trainer:
         if step < regression:
             return {"phase": "regression"}
         index, step = recipe.stage_at(step - regression)
-        stage = None if index is None else recipe.before[index]
-        loss, pairs = (recipe.loss, recipe.pairs) if stage is None else (stage.loss, stage.pairs or recipe.pairs)
+        stage = None if index is None else recipe.stages[index]
+        loss = recipe.loss if stage is None else stage.loss
+        sampling = (None if stage is None else stage.time_sampling) or recipe.time_sampling
         now: dict[str, Any] = {"phase": loss.name}
-        if step < pairs.band_steps:
-            now["longest_jump"] = 0.1 + 0.9 * step / pairs.band_steps
-        settled = loss.at_step(step)
-        if settled != loss:
-            now["tangent_scale"] = cast("Any", settled).tangent_scale
-        return now
+        if step < sampling.band_steps:
+            now["longest_jump"] = sampling.longest_jump(step)
+        return now | loss.progress(step)
 
     def _worst(self, draws: Draws, losses: Tensor, step: int) -> list[dict[str, float | None]]:
         """Up to four samples of all processes, those without a finite loss first, then by its size: t, r and loss."""

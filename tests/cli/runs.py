@@ -21,7 +21,7 @@ from fmm_distill.training.trainer import Trainer
 STEPS = 12
 TINY = {
     "data": "none",
-    "loss": {"name": "lagrangian", "stop": "target"},
+    "loss": {"name": "lagrangian", "stop_gradient": "target"},
     "training": {"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "keep_checkpoints": 2},
     "evaluation": {
         "steps": [1, 2],

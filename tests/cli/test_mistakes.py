@@ -88,7 +88,10 @@ RECIPE = {
         ["loss.stp is not a setting of lagrangian, did you mean loss.st"],
     ),
     "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
-    "shares": (tiny("--set", "pairs={prior: 0.7, diagonal: 0.5}"), ["pairs: ", "their sum is 1.2"]),
+    "shares": (
+        tiny("--set", "time_sampling={prior: 0.7, diagonal: 0.5}"),
+        ["time_sampling: ", "expected a sum of 1, got 1.2"],
+    ),
     "two at once": (
         tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),
         [

@@ -104,7 +104,7 @@ SHORT = {
     "training": {"steps": 2, "batch_size": 6, "checkpoint_every": 2},
     "evaluation": EVALUATION,
     "export": {"steps": []},
-    "pairs": {"prior": 0.0},
+    "time_sampling": {"prior": 0.0},
 }
 
 
@@ -178,7 +178,7 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     latents = encoder.encode(job.images.take(torch.arange(4))[0])
     for draws, picked in seen.picked:
         which = (picked.images[:, None] - latents).flatten(2).abs().sum(2).argmin(1)
-        told = job.teacher.conditions.pick(picked.told(draws).condition).inputs["encoder_hidden_states"]
+        told = job.teacher.conditions.pick(picked.with_conditions(draws).condition).inputs["encoder_hidden_states"]
         rows = job.teacher.conditions.prompts.inputs["encoder_hidden_states"]
         wanted = torch.stack([rows[prompts.index(captions[i])] for i in which])
         assert told.equal(wanted)

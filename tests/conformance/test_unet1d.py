@@ -20,7 +20,8 @@ from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.stock import any_step_settings
-from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.run.distill import distill
 from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.run.plan import plan
@@ -197,7 +198,7 @@ def test_a_step_makes_the_map_depend_on_r(teacher):
     student = make_student(teacher)
     x, t, r = jumps(teacher)
     optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
-    lagrangian(student, teacher.velocity, x, t, r, settings=LagrangianSettings()).sum().backward()
+    Lagrangian()(student, teacher.velocity, Jump(x, t, r, None, t)).sum().backward()
     optimizer.step()
     with torch.no_grad():
         change = student.mean_velocity(x, t, r) - student.mean_velocity(x, t, t)

@@ -14,7 +14,7 @@ from PIL import Image
 from fmm_distill.config.settings import DataSettings, PromptSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.prompts import load_prompts
-from fmm_distill.data.samples import LazyPixels, captions_of, load_images, places_of
+from fmm_distill.data.samples import LazyPixels, captions_of, load_images, positions_of
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import Classes
@@ -242,7 +242,7 @@ def test_conditions_belong_to_images(tmp_path):
     images = load(place, (3, 6, 4), CLASSES, condition="kind")
     draws = draw(0, 0, 100, (1,))
     picked = images.pick(draws)
-    told = CLASSES.pick(picked.told(draws).condition).inputs["class_labels"]
+    told = CLASSES.pick(picked.with_conditions(draws).condition).inputs["class_labels"]
     seen = ((picked.images[:, 0, 0, 0] + 1) / 2 * 255 / 60).round().long()
     assert told.equal(seen)
     assert set(told.tolist()) == {0, 1, 2, 3}
@@ -265,12 +265,12 @@ def test_folders_of_images_are_classes(tmp_path):
 @pytest.mark.parametrize(("value", "shown"), [(4, "4"), (-1, "-1"), (None, "None"), ("cat", "'cat'"), (True, "True")])
 def test_what_is_no_class_is_refused(value, shown):
     with pytest.raises(UserError, match=f"here: row 1 has {shown}; wanted a class of the teacher, 0 to 3"):
-        places_of([2, value], CLASSES, "here")
+        positions_of([2, value], CLASSES, "here")
 
 
 def test_places_lead_back_to_their_classes():
     many = Classes(tuple(str(i) for i in range(1000)), None)
-    places = places_of(list(range(1000)), many, "here")
+    places = positions_of(list(range(1000)), many, "here")
     assert many.pick(places).inputs["class_labels"].tolist() == list(range(1000))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -127,7 +128,7 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 def train(student: Perceptron, teacher: PlaneTeacher, recipe: Recipe, folder: Path) -> None:
     """Train to the last step, from the newest checkpoint in ``folder``."""
-    Trainer(student, teacher, recipe, Board(), folder, Accelerator(cpu=True), print).run()
+    Trainer(student, teacher, recipe, Board(), folder, Accelerator(cpu=True)).run()
 
 
 def speed(folder: Path, recipe: Recipe) -> dict[str, float]:
@@ -238,7 +239,7 @@ def outside(changes: dict[str, Any], network: Perceptron, teacher: PlaneTeacher,
     recipe = recipe_for(changes, steps, 0, 1)
     student = copy.deepcopy(network).requires_grad_()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(student, teacher, recipe, Board(), Path(folder), Accelerator(cpu=True), print)
+        trainer = Trainer(student, teacher, recipe, Board(), Path(folder), Accelerator(cpu=True))
         with profile(activities=[ProfilerActivity.CPU]) as record:
             started = time.perf_counter()
             trainer.run()
@@ -328,6 +329,7 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/checkerboard"), help="folder of runs and results")
     parser.add_argument("--quick", action="store_true", help="a narrower network and fewer steps: ten minutes")

@@ -38,8 +38,8 @@ from fmm_distill.training.trainer import Trainer, TrainingDivergedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import FlowMap
-    from fmm_distill.core.velocity import Conditioning
 
 STEPS = (1, 2, 4, 8, 16)
 BINS = (50, 48)

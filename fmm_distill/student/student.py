@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["OWN_SETTINGS", "Student", "StudentPrediction", "fold", "make_student", "stock_part"]
@@ -104,7 +104,7 @@ def _fill_tables(student: Student, teacher: Teacher) -> None:
 
 
 def _some_condition(teacher: Teacher, device: torch.device) -> Conditioning | None:
-    cond = teacher.told(torch.zeros(1))
+    cond = teacher.conditioned_on(torch.zeros(1))
     return None if cond is None else cond.to(device)
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Distillable
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
@@ -116,7 +116,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
         return checkpoint(again, *args, use_reentrant=False)
 
     told.enable_gradient_checkpointing(checkpointed)
-    student.hooked = True
+    student.needs_functional_jvp = True
 
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.derivatives.engines import (
     TIME_STEP,
     StockNetworks,
@@ -16,7 +17,6 @@ from fmm_distill.core.derivatives.engines import (
 )
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.student.student import make_student
 from fmm_distill.teachers.analytic import Gaussian
 

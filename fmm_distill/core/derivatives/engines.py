@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import FlowMap
-    from fmm_distill.core.velocity import Conditioning
 
 __all__ = [
     "Engine",
@@ -94,7 +94,12 @@ def derivative_in_r(
     """
     h = flow_map.clock.warp(t) - flow_map.clock.warp(r)
     if engine == "exact":
-        du_dh = _forward_mode(_of_jump(flow_map, x, t, cond), (h,), (torch.ones_like(h),), hooked=flow_map.hooked)[1]
+        du_dh = _forward_mode(
+            _of_jump(flow_map, x, t, cond),
+            (h,),
+            (torch.ones_like(h),),
+            functional=flow_map.needs_functional_jvp,
+        )[1]
     else:
         du_dh = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond))[1] / JUMP_STEP
     return -expand(flow_map.clock.dwarp_dt(r), x) * du_dh
@@ -118,7 +123,7 @@ def value_and_derivative_in_r(
     Args:
         detached: the derivative has no gradient. Of the central engine's two calls the later has a graph then: the
             value's gradient is that of a jump longer by 2e-3 of the clock. In half precision, where derivatives stay
-            in float32, and for the exact engine where a call leaves hooks (``FlowMap.hooked``), the value has a call of
+            in float32, and for the exact engine where a call leaves hooks (``needs_functional_jvp``), the value has a call of
             its own.
     """
     if detached and _apart(flow_map, x, engine):
@@ -129,7 +134,7 @@ def value_and_derivative_in_r(
     if engine == "exact":
         of_jump = _of_jump(flow_map, x, t, cond)
         along = (torch.ones_like(h),)
-        u, du_dh = _forward_mode(of_jump, (h,), along, detached=detached, hooked=flow_map.hooked)
+        u, du_dh = _forward_mode(of_jump, (h,), along, detached=detached, functional=flow_map.needs_functional_jvp)
     else:
         u, difference = _mean_and_difference(_beside_jump(flow_map, x, t, h, cond), detached=detached)
         du_dh = difference / JUMP_STEP
@@ -164,7 +169,7 @@ def derivative_along_flow(
     """
     if engine == "exact":
         along = _along(flow_map, r, cond)
-        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), hooked=flow_map.hooked)[1]
+        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), functional=flow_map.needs_functional_jvp)[1]
     beside, step = _beside_point(flow_map, x, t, r, v, cond)
     return _mean_and_difference(beside)[1] / step
 
@@ -248,8 +253,8 @@ def value_and_derivative_along_flow(
             du = derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)
         return flow_map.mean_velocity(x, t, r, cond), du
     if engine == "exact":
-        along, hooked = _along(flow_map, r, cond), flow_map.hooked
-        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), detached=detached, hooked=hooked)
+        along = _along(flow_map, r, cond)
+        return _forward_mode(along, (x, t), (v, torch.ones_like(t)), detached=detached, functional=needs_functional_jvp)
     beside, step = _beside_point(flow_map, x, t, r, v, cond)
     u, difference = _mean_and_difference(beside, detached=detached)
     return u, difference / step
@@ -274,7 +279,12 @@ def value_and_parts_along_flow(
         with torch.no_grad():
             transport = _forward_mode(lambda y: flow_map.mean_velocity(y, t, r, cond), (x,), (v,))[1]
         in_t = (torch.ones_like(t),)
-        u, du_dt = _forward_mode(lambda s: flow_map.mean_velocity(x, s, r, cond), (t,), in_t, hooked=flow_map.hooked)
+        u, du_dt = _forward_mode(
+            lambda s: flow_map.mean_velocity(x, s, r, cond),
+            (t,),
+            in_t,
+            functional=flow_map.needs_functional_jvp,
+        )
         return u, du_dt, transport
     beside, step = _beside_point(flow_map, x, t, r, torch.zeros_like(x), cond)
     aside = PLACE_STEP / TIME_STEP * step
@@ -301,7 +311,7 @@ def _apart(flow_map: FlowMap, like: Tensor, engine: Engine) -> bool:
     It does where calls are in half precision, since it stays in float32, and in forward mode where a call with a graph
     leaves hooks that have no rule.
     """
-    return torch.is_autocast_enabled(like.device.type) or (engine == "exact" and flow_map.hooked)
+    return torch.is_autocast_enabled(like.device.type) or (engine == "exact" and flow_map.needs_functional_jvp)
 
 
 @contextlib.contextmanager
@@ -330,7 +340,7 @@ def _forward_mode(
     along: tuple[Tensor, ...],
     *,
     detached: bool = False,
-    hooked: bool = False,
+    functional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Value and directional derivative, which may be one without a graph.
 
@@ -341,7 +351,7 @@ def _forward_mode(
         raise RuntimeError("forward mode does not run in torch.inference_mode; wanted torch.no_grad")
     # What is compiled has no tangent; where no graph is kept, not even an error.
     plain = torch.compiler.set_stance("force_eager")
-    if hooked and torch.is_grad_enabled():
+    if functional and torch.is_grad_enabled():
         with plain, StockNetworks(), _precise(at[0]):
             return torch.func.jvp(function, at, along)[:2]
     # Not torch.func.jvp: it wraps every tensor, a sixth of the time of a step.

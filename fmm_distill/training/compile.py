@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fmm_distill.core.derivatives.engines import derivative_in_r, without_tensor_float
+from fmm_distill.core.derivatives.engines import derivative_in_r
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import AutocastKwargs, gather_object
 from tqdm import tqdm
 
-from fmm_distill.core.derivatives.engines import without_tensor_float
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import somewhere
 from fmm_distill.errors import FmmDistillError

@@ -24,7 +24,7 @@ from fmm_distill.config.recipe import load_recipe
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import points, teacher_jump
 from fmm_distill.run.plan import plan
-from fmm_distill.student.student import stock_part
+from fmm_distill.student.fold import stock_part
 from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:

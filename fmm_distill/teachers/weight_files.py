@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["check_weight_files", "model_class", "some"]
 
@@ -49,7 +49,7 @@ def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class 
     return None
 
 
-def check_weight_files(found: Found) -> None:
+def check_weight_files(found: PipelineIndex) -> None:
     """Refuse weights that no plain float network can be read from, by their configurations and headers alone.
 
     Raises:
@@ -78,7 +78,7 @@ def _no_model(library: str, name: str) -> bool:
         return True
 
 
-def _check_quantization(found: Found, name: str, folder: Path) -> None:
+def _check_quantization(found: PipelineIndex, name: str, folder: Path) -> None:
     settings = found.config(name).get("quantization_config")
     packed = sorted(path.name for path in folder.glob("*.gguf"))
     if settings or packed:

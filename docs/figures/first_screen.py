@@ -66,7 +66,10 @@ def table() -> str:
         "teacher, DDIM": ("50", teacher["ddim"]["50"], "ddim-50"),
         "teacher, DPM-Solver++": ("8", teacher["dpmsolver++"]["8"], "dpmsolver++-8"),
     }
-    lines = ["| | network calls | Fréchet distance | endpoint error | CPU seconds per image |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| | network calls | Fréchet distance | endpoint error | CPU seconds per image |",
+        "|---|---:|---:|---:|---:|",
+    ]
     numbered = [(name, *row) for name, row in rows.items()]
     numbered += [("**student**", steps, student[steps], f"student-{steps}") for steps in ("1", "2", "4")]
     for name, steps, row, key in numbered:

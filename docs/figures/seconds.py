@@ -1,4 +1,4 @@
-"""Measure the seconds of the README's table: CPU time of one image by each sampler, in the network of the CIFAR-10 table.
+"""Measure the seconds of the README's table: CPU time per image of each sampler, in the network of that table.
 
     python docs/figures/seconds.py --output docs/results/cifar10-seconds.json
 

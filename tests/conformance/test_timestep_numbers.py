@@ -22,7 +22,7 @@ from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.call import check_recorded_call
 from fmm_distill.teachers.recording import record, tensor_of
@@ -88,7 +88,7 @@ def test_times_between_the_recorded_ones_are_the_stock_pipelines_own(teachers, c
     given = call | off | {"prompt": list(PROMPTS), "num_inference_steps": 7, "generator": torch.manual_seed(0)}
     seen = record(pipeline, teacher.component, given)
     whole = [float(step.timestep).is_integer() for step in seen.steps]
-    for i, (asked, step) in enumerate(zip(seen.asked, seen.steps, strict=True)):
+    for i, (asked, step) in enumerate(zip(seen.calls, seen.steps, strict=True)):
         if isinstance(schedule, VariancePreserving):
             t = schedule.time(torch.tensor([int(step.timestep)]))
         else:
@@ -137,7 +137,7 @@ def test_exports_are_verified(teachers, tmp_path):
     names = [*chosen, "flow of 500", "discrete of 100", "exploding of 2000"]
     exports = []
     for i, name in enumerate(names):
-        student = moved(make_student(teachers[name]))
+        student = moved(Student.from_teacher(teachers[name]))
         folder = export_pipeline(student, teachers[name], tmp_path / str(i), (1, 4))
         exports.append(Exported(student, teachers[name], folder, (1, 4)))
     found = dict(zip(names, verify_all(exports), strict=True))
@@ -151,7 +151,7 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
     pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
     off = {"guidance_scale": 1.0, "output_type": "latent", "prompt": list(PROMPTS), "num_inference_steps": 3}
     seen = record(pipeline, teacher.component, call | off | {"generator": torch.manual_seed(0)})
-    wrong = read_scheduler(pipeline.scheduler, "here", told_before=True)
+    wrong = read_scheduler(pipeline.scheduler, "here", uses_unshifted_time=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):
         check_recorded_call(
             teacher.network, teacher.parametrization.call, seen, teacher.conditions.prompts, wrong, "here"

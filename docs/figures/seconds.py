@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
-from fmm_distill import load_teacher, make_student, sample
+from fmm_distill import Student, load_teacher, sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,7 @@ def samplers() -> dict[str, Callable]:
     teacher = pipeline()
     with tempfile.TemporaryDirectory() as folder:
         teacher.save_pretrained(folder)
-        student = make_student(load_teacher(folder)).eval()
+        student = Student.from_teacher(load_teacher(folder)).eval()
     ddim = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
     solver = DPMSolverMultistepScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
     found: dict[str, Callable] = {"ddim-50": stock(teacher, ddim, 50), "dpmsolver++-8": stock(teacher, solver, 8)}

@@ -12,7 +12,7 @@ from fmm_distill.student.lora import default_targets
 from fmm_distill.student.student import make_student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.training.memory import GIB, forecast_memory
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.manifest import ABOUT, About, read_about
 from fmm_distill.export.place import recover
 from fmm_distill.io.reading import read_mapping
+from fmm_distill.student.fold import OWN_SETTINGS
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import OWN_SETTINGS, make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.components import quiet
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
@@ -153,7 +154,7 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
         guidance = Guidance(about.guidance["scale"], range=None if scales is None else tuple(scales))
     try:
         teacher = _open(_stock_view(folder, about), str(source), prompts, about.call, guidance)
-        student = make_student(teacher)
+        student = Student.from_teacher(teacher)
         weights: dict[str, Tensor] = {}
         for file in sorted((folder / teacher.component).glob("*.safetensors")):
             weights |= load_file(file)

@@ -17,7 +17,7 @@ import torch
 from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.export.remote.stock_pipeline import jumping
 from fmm_distill.export.schedulers import stock_scheduler
-from fmm_distill.student.student import fold
+from fmm_distill.student.fold import fold
 from fmm_distill.teachers.codec import LatentCodec, PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.prompted.arguments import split_arguments

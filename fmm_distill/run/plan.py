@@ -20,7 +20,7 @@ from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.write import export_bytes
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.data.samples import Images
-    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Plan", "at_guidance", "describe", "forecast", "open_reference", "open_teacher", "plan", "with_evaluation"]
@@ -76,7 +75,7 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
     check_steps(recipe.export.steps, teacher.schedule)
     images = open_images(data, teacher, table, say)
     reference = open_reference(recipe, teacher, images, say)
-    student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
+    student = Student.from_teacher(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)

@@ -173,7 +173,7 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
         if name == "checkerboard":
             raise UserError(
                 f"{source} is a velocity field on the plane, not a diffusers pipeline; in a checkout of the project "
-                "run python -m benchmarks.checkerboard"
+                "run python -m experiments.checkerboard"
             )
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:

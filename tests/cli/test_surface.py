@@ -22,13 +22,20 @@ ROOT = Path(__file__).parents[2]
 
 def test_public_names():
     assert fmm_distill.__all__ == [
+        "FlowMap",
+        "LearnedFlowMap",
         "Recipe",
+        "Student",
+        "Teacher",
         "__version__",
         "distill",
+        "evaluate",
         "export_pipeline",
+        "export_run",
         "load_student",
         "load_teacher",
-        "make_student",
+        "losses",
+        "publish",
         "sample",
     ]
     for name in fmm_distill.__all__:

@@ -22,8 +22,9 @@ from fmm_distill.losses.time_sampling import pair_times
 from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.run.reopen import open_run
+from fmm_distill.student.fold import fold
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import fold, make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.objective import Objective
@@ -88,7 +89,7 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
     x, t, r, places = inputs(teacher)
     cond = teacher.conditions.pick(places)
     low, high = cond.guided(1.0), cond.guided(7.0)
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     torch.testing.assert_close(student.mean_velocity(x, t, r, high), teacher.velocity(x, t, low), atol=1e-6, rtol=1e-5)
     moved(student)
     assert (student(x, t, r, high) - student(x, t, r, low)).abs().max() > 1e-3
@@ -102,7 +103,7 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
 def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
     recipe = parse({"loss": {"name": "lagrangian"}, "pairs": {"prior": 0.25}}, "here")
     teacher = opened(folders["dit"], "dit")
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     draws = draw(0, 0, 16, teacher.event_shape)
     losses, _ = Objective(student, teacher, recipe, recipe.losses)(draws, None, 0)
     t, r = pair_times(recipe.pairs, teacher.schedule, draws, 0)
@@ -120,7 +121,7 @@ def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
 @torch.no_grad()
 def test_it_folds_to_the_teachers_scale(folders, name):
     teacher = opened(folders[name], name)
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     times = student.schedule.grid(1)
     network = fold(student, teacher, times)
     x, _, _, places = inputs(teacher)
@@ -137,7 +138,7 @@ def exports(folders, tmp_path_factory):
     made = {}
     for name in NAMES:
         teacher = opened(folders[name], name)
-        student, folder = moved(make_student(teacher)), tmp_path_factory.mktemp("out") / "student"
+        student, folder = moved(Student.from_teacher(teacher)), tmp_path_factory.mktemp("out") / "student"
         made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder, (2,)), (2,))
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 

@@ -18,7 +18,7 @@ from fmm_distill.export.load import load_student
 from fmm_distill.export.manifest import about_student, write_about
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_export import moved_student
@@ -29,7 +29,7 @@ RECIPE = parse({"teacher": "builtin:digits"}, "here")
 
 
 def exported(folder, teacher, prediction="teacher"):
-    student = moved_student(teacher) if prediction == "teacher" else make_student(teacher, prediction).eval()
+    student = moved_student(teacher) if prediction == "teacher" else Student.from_teacher(teacher, prediction).eval()
     export_pipeline(student, teacher, folder, ())
     write_about(folder, about_student(student, teacher, RECIPE, ()))
     return student

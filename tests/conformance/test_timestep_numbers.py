@@ -23,7 +23,7 @@ from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.probe import PipelineProbe
 from fmm_distill.teachers.recording import record, tensor_of
@@ -138,7 +138,7 @@ def test_exports_are_verified(teachers, tmp_path):
     names = [*chosen, "flow of 500", "discrete of 100", "exploding of 2000"]
     exports = []
     for i, name in enumerate(names):
-        student = moved(make_student(teachers[name]))
+        student = moved(Student.from_teacher(teachers[name]))
         folder = export_pipeline(student, teachers[name], tmp_path / str(i), (1, 4))
         exports.append(Exported(student, teachers[name], folder, (1, 4)))
     found = dict(zip(names, verify_all(exports), strict=True))

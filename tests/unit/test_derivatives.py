@@ -17,7 +17,7 @@ from fmm_distill.core.derivatives.engines import (
 from fmm_distill.core.derivatives.forward_mode import StockNetworks
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.analytic import Gaussian
 
 
@@ -33,7 +33,7 @@ class Polynomial(FlowMap):
 
 @pytest.fixture
 def student(teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with torch.no_grad():
         student.network.jump_embedding[0].linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return student

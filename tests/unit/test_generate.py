@@ -15,7 +15,7 @@ from fmm_distill.evaluation.generate import Cost, Generator
 from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.samplers import Sampler, of_students
 from fmm_distill.io.lock import locked
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 
 COUNT = 1100
 
@@ -25,7 +25,7 @@ def whole(teacher_folder):
     from fmm_distill.teachers.load import load_teacher
 
     teacher = load_teacher(str(teacher_folder))
-    (sampler,) = of_students({"student": make_student(teacher)}, (1,))
+    (sampler,) = of_students({"student": Student.from_teacher(teacher)}, (1,))
     return teacher, sampler, generator(teacher, batch=256).run(sampler)
 
 
@@ -165,7 +165,7 @@ def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
 def test_costs(whole):
     teacher, _, made = whole
     assert made.cost.calls == 1
-    four = generator(teacher, 16, count=16).run(of_students({"student": make_student(teacher)}, (4,))[0])
+    four = generator(teacher, 16, count=16).run(of_students({"student": Student.from_teacher(teacher)}, (4,))[0])
     assert four.cost.calls == 4
     # Steps follow one another: they take no more memory than one.
     assert made.cost.memory <= four.cost.memory < 1.5 * made.cost.memory

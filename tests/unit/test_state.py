@@ -19,7 +19,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.load import load_student
 from fmm_distill.run.distill import distill
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY, training_only
 
@@ -154,8 +154,8 @@ def test_a_complete_run_and_its_reload(tmp_path, teacher_folder):
 @pytest.mark.parametrize("name", ["bfloat16", "a device around it", "inference_mode"])
 def test_a_teacher_and_a_student_by_hand(teacher_folder, teacher, name):
     with STATES[name]():
-        student = make_student(load_teacher(str(teacher_folder)))
-    expected = make_student(teacher)
+        student = Student.from_teacher(load_teacher(str(teacher_folder)))
+    expected = Student.from_teacher(teacher)
     for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
         assert ours.dtype == torch.float32
         assert ours.equal(theirs)

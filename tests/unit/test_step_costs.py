@@ -20,7 +20,7 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.core.derivatives import central, exact, forward_mode
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import PickedImages
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.objective import Objective
 from fmm_distill.training.signals import StopRequest
@@ -121,7 +121,7 @@ def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
         monkeypatch.setattr(module, "full_precision", lambda _: contextlib.nullcontext())
     for engine in (central.Central, exact.Exact):
         monkeypatch.setattr(engine, "needs_value_call", lambda *_: False)
-    student = make_student(teacher).to("meta")
+    student = Student.from_teacher(teacher).to("meta")
     away = copy.deepcopy(teacher).to("meta")
     settings = {"teacher": "none", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
     recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))

@@ -84,7 +84,7 @@ def _conditions(teacher: Teacher) -> str:
         return f"{len(conditions.names)} classes; {guided}"
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
-    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.why})"
+    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
     return f"prompts by {names}; {guided}"
 
 

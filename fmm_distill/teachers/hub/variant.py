@@ -33,9 +33,7 @@ def as_plain(source: str, folder: Path, variant: str) -> Path:
             there.mkdir(exist_ok=True)
             found += _link_part(part, there, variant)
         if not found:
-            raise UserError(
-                f"{source}: expected weights of the variant {variant}, got none; try another, or no variant"
-            )
+            raise UserError(f"{source}: expected weights of variant {variant}, got none; try another, or no variant")
 
     return linked_folder("variants", folder, variant, fill)
 
@@ -59,7 +57,11 @@ def _link_part(part: Path, target: Path, variant: str) -> int:
 
 
 def _plain_name(name: str, variant: str) -> str:
-    """Return the default name of ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``, ``model.safetensors.index.fp16.json``."""
+    """Return the default name of a file of the variant.
+
+    The variant is in one of three positions: ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``,
+    ``model.safetensors.index.fp16.json``.
+    """
     for suffix in (".safetensors", "-", ".json", ".index.json"):
         name = name.replace(f".{variant}{suffix}", suffix)
     return name

@@ -32,7 +32,7 @@ from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.losses.registry import AnyLoss, registered_losses
 from fmm_distill.losses.time_sampling import TimeSampling
 from fmm_distill.losses.weighting import Distance, Weight
-from fmm_distill.teachers.prompted.keywords import refused_keyword
+from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

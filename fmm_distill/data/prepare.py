@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.codec import PipelineCodec, Pixels, Waves, encoder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from accelerate import Accelerator
 
     from fmm_distill.config.recipe import Recipe
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_data", "disk_bytes", "open_images", "prepare_samples"]
 
+logger = logging.getLogger(__name__)
 
-def open_images(
-    settings: DataSettings, teacher: Teacher, table: Table | None, say: Callable[[str], None]
-) -> Images | None:
+
+def open_images(settings: DataSettings, teacher: Teacher, table: Table | None) -> Images | None:
     """Return the images of a recipe, of the size that its teacher's samples decode to; None if it has none.
 
     Raises:
@@ -54,7 +53,7 @@ def open_images(
     shape = teacher.event_shape
     if not isinstance(teacher.codec, Pixels):
         shape = tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
-    images = load_images(settings, shape, teacher.conditions, table=table, say=say)
+    images = load_images(settings, shape, teacher.conditions, table=table)
     if not isinstance(teacher.codec, Pixels):
         # Raises if images cannot be encoded.
         encoder_of(teacher.codec, shape)
@@ -67,13 +66,11 @@ def prepare_samples(
     images: Images | None,
     folder: Path,
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> Samples | None:
     """Return the data that jumps start from; all processes share the work, and it resumes after a kill.
 
     Args:
         folder: folder of the run, where solved trajectories are stored.
-        say: receives each line that a user should read.
 
     Raises:
         UserError: if the disk has no room for it.
@@ -84,7 +81,7 @@ def prepare_samples(
         layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
         layout.check_room("data: trajectories")
         calls = 4 * settings.solver_steps + settings.points
-        say(
+        logger.info(
             f"data: {settings.count} trajectories of {settings.points} points take {mebibytes(layout.total_bytes)} in "
             f"{layout.folder}, and {calls} calls of the teacher each"
         )
@@ -101,7 +98,7 @@ def prepare_samples(
     encoder = encoder_of(teacher.codec, images.shape)
     layout = latent_layout(images, encoder, teacher.event_shape)
     layout.check_room("data: latents")
-    say(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
+    logger.info(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
     encode_images(images, encoder, layout, accelerator.device, **work)
     if isinstance(teacher.codec, PipelineCodec):
         teacher.codec.release()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.draws import draw
 from fmm_distill.core.time_axis import expand
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.draws import Draws
-    from fmm_distill.core.velocity import Conditioning, VelocityField
+    from fmm_distill.core.velocity import VelocityField
     from fmm_distill.data.samples import Batch
     from fmm_distill.teachers.base import Distillable
 
@@ -94,7 +95,7 @@ class StartingPoints:
         rows = (inside & ~jumps).nonzero()[:, 0]
         if self.data is not None and len(rows):
             own = self.data.rows(rows).points(draws.rows(rows), t[rows])
-            x = x.index_copy(0, sent(rows, x.device), own.to(x.dtype))
+            x = x.index_copy(0, to_device(rows, x.device), own.to(x.dtype))
         return x
 
     def _moved(self, x: Tensor, t: Tensor, rows: Tensor, cond: Conditioning | None) -> Tensor:
@@ -103,7 +104,7 @@ class StartingPoints:
         if not len(rows) and not (self.lockstep and may_be_called):
             return x
         called = rows if len(rows) else rows.new_zeros(1)
-        end, index = sent(t[called], x.device), sent(called, x.device)
+        end, index = to_device(t[called], x.device), to_device(called, x.device)
         start = torch.full_like(end, self.teacher.schedule.t_max)
         moved = self.mover(x[index], start, end, None if cond is None else cond.rows(index))[: len(rows)]
         return x.index_copy(0, index[: len(rows)], moved.to(x.dtype))

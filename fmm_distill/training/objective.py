@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fmm_distill.core.derivatives.engines import choose_engine
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.data.starting_points import (
     StartingPoints,
@@ -119,7 +119,7 @@ class Objective(nn.Module):
             losses, weighted = self._term(term, draws.rows(term.rows), some, step)
             if term.factor:
                 both = both.index_copy(
-                    1, sent(term.rows, both.device), torch.stack([losses, term.factor * weighted]).to(both.dtype)
+                    1, to_device(term.rows, both.device), torch.stack([losses, term.factor * weighted]).to(both.dtype)
                 )
             else:
                 # Its backward pass gathers the networks too.
@@ -176,7 +176,7 @@ class Objective(nn.Module):
         teacher, loss = self.fixed.teacher, term.loss.at_step(step)
         times = sample_times(term.sampling, teacher.schedule, draws, step)
         # One copy to the device instead of three.
-        t, r, u = sent(torch.stack([*times, draws.u]), draws.noise.device)
+        t, r, u = to_device(torch.stack([*times, draws.u]), draws.noise.device)
         cond = draw_conditioning(teacher, draws)
         starting_points = StartingPoints(
             teacher,
@@ -211,7 +211,7 @@ class Objective(nn.Module):
         """Return ``|u(x, t, t) - v(x, t)|^2`` at points that the teacher itself reaches, and the same weighted."""
         teacher = self.fixed.teacher
         times = sample_diagonal_times(self.recipe.time_sampling, teacher.schedule, draws)
-        t = sent(times, draws.noise.device)
+        t = to_device(times, draws.noise.device)
         cond = draw_conditioning(teacher, draws)
         starting_points = StartingPoints(teacher, teacher_jump(teacher), data, on_policy=self.on_policy)
         x_t = starting_points(draws, times, cond)

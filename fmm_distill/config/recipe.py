@@ -29,7 +29,7 @@ from fmm_distill.core.settings import Settings
 from fmm_distill.errors import UserError
 from fmm_distill.losses.base import Loss
 from fmm_distill.losses.lagrangian import Lagrangian
-from fmm_distill.losses.registry import AnyLoss, registered_losses
+from fmm_distill.losses.registry import GROUP, AnyLoss, find_loss, registered_losses
 from fmm_distill.losses.time_sampling import TimeSampling
 from fmm_distill.losses.weighting import Distance, Weight
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
@@ -326,7 +326,8 @@ def _mistake(item: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401 pydant
     path = ".".join(map(str, item["loc"])) or "recipe"
     if item["type"] == "loss_unknown":
         name, known = item["ctx"]["name"], registered_losses()
-        return f"{path}.name: loss {name!r} is unknown{_guess(name, known)} (fmm-distill losses lists them)"
+        others = f"one of another package needs that package, with an entry point in {GROUP}"
+        return f"{path}.name: loss {name!r} is unknown{_guess(name, known)} (fmm-distill losses lists them; {others})"
     if item["type"] == "extra_forbidden":
         return _unknown_key(path, item["loc"], settings)
     message = item["msg"].removeprefix("Value error, ")
@@ -341,7 +342,8 @@ def _unknown_key(path: str, keys: tuple[str | int, ...], settings: dict[str, Any
         for key in keys[:-1]:
             group = group[key]
         where = path.rpartition(".")[0]
-        known = [f"{where}.{name}" for name in registered_losses()[group["name"]].model_fields]
+        kind = find_loss(group["name"])
+        known = [] if kind is None else [f"{where}.{name}" for name in kind.model_fields]
         renamed = f"{where}.{_RENAMED_OF_LOSSES.get(str(keys[-1]))}"
         meant = f"; expected its new name, {renamed}" if renamed in known else _guess(path, known)
         fresh = f"--set '{where}={{name: {group['name']}}}' starts from that loss's own settings"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
-__all__ = ["BUILT_IN", "GROUP", "AnyLoss", "registered_losses"]
+__all__ = ["BUILT_IN", "GROUP", "AnyLoss", "find_loss", "incomplete", "registered_losses", "reload_losses"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,17 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class _Registry:
-    """The losses by name, and the reason why an entry point is not among them."""
+    """The losses by name.
+
+    Attributes:
+        losses: of this package and of entry points.
+        passed: classes of instances that a recipe was given in this process: a run that is resumed by the same Python
+            program reads them from its recipe's file.
+        broken: the reason why an entry point is not among the losses.
+    """
 
     losses: dict[str, type[Loss]] = field(default_factory=dict)
+    passed: dict[str, type[Loss]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,6 +64,17 @@ def registered_losses() -> Mapping[str, type[Loss]]:
     that names it is refused with the same reason.
     """
     return dict(_registry().losses)
+
+
+def find_loss(name: str) -> type[Loss] | None:
+    """Return the class of a loss by its name: a registered one, or one that this process passed to a recipe."""
+    known = _registry()
+    return known.losses.get(name) or known.passed.get(name)
+
+
+def reload_losses() -> None:
+    """Forget the losses, so that the next use reads the entry points again, after an installation for instance."""
+    _registry.cache_clear()
 
 
 @cache
@@ -132,15 +151,17 @@ def _validate(value: object) -> Loss:
                 "{own} has the name of {other}: give it another name",
                 {"own": type(value).__name__, "other": f"{other.__module__}.{other.__name__}"},
             )
+        if value.name not in known.losses:
+            known.passed[value.name] = type(value)
         return value
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise PydanticCustomError("loss_without_name", "expected a group with a name, e.g. {{name: lagrangian}}")
     name = value["name"]
     if name in known.broken:
         raise PydanticCustomError("loss_broken", "{reason}", {"reason": known.broken[name]})
-    if name not in known.losses:
+    if (kind := find_loss(name)) is None:
         raise PydanticCustomError("loss_unknown", "loss {name} is unknown", {"name": name})
-    return known.losses[name].model_validate(value)
+    return kind.model_validate(value)
 
 
 class _ByName:

@@ -1,4 +1,4 @@
-"""Where jumps start: points x_t of data, of the prior, or at the end of a map's own jumps from noise."""
+"""Starting points of jumps: points x_t of data, of the prior, or at the end of a map's own jumps from noise."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Eulerian(TangentLoss):
     velocity: Literal["teacher", "self"] = "teacher"
     """Velocity that the start follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
     stop_gradient: Literal["nowhere", "teacher_input", "target"] = "target"
-    """Where gradients stop: nowhere in the student, at the term with the velocity, or at a detached target."""
+    """Gradients stop nowhere in the student, at the term with the velocity, or at a detached target."""
     step: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the teacher's timesteps over which the change along the flow is taken; 0: its derivative."""
     solver: Literal["euler", "heun"] = "heun"

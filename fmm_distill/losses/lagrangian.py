@@ -43,7 +43,7 @@ class Lagrangian(DerivativeLoss):
     velocity: Literal["teacher", "self"] = "teacher"
     """Velocity that the end follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
     stop_gradient: Literal["teacher_input", "nowhere", "target"] = "teacher_input"
-    """Where gradients stop: at the teacher's input, nowhere (as published), or at a detached regression target."""
+    """Gradients stop at the teacher's input, nowhere (as published), or at a detached regression target."""
 
     @property
     def keeps_graph(self) -> bool:

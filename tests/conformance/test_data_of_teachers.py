@@ -191,17 +191,17 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
         open_run(tmp_path / "run")
     # Where the other data are meant, the run can't have been trained on it.
     (tmp_path / "run" / "inputs.json").unlink()
-    with pytest.raises(UserError, match="row 3 has 'a cow', which is none of the run's prompts"):
+    with pytest.raises(UserError, match="row 3: expected one of the run's prompts, got 'a cow'"):
         open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("told", "condition", "wanted"),
     [
-        ("class", None, "told a condition with every sample; name the column .* in data.condition"),
+        ("class", None, "expected data.condition, the images' classes or captions, because .* is conditional"),
         ("class", "text", "prompts and pipeline are for pipelines with a text encoder"),
-        ("nothing", "label", r"data\.condition label: .* is told nothing; wanted null"),
-        ("prompt", "label", "row 0 has 0, which is none of the run's prompts; wanted text"),
+        ("nothing", "label", r"data\.condition label: expected null, because .* is unconditional"),
+        ("prompt", "label", "row 0: expected one of the run's prompts, got 0"),
     ],
 )
 def test_data_that_do_not_belong_to_a_teacher(tmp_path, told, condition, wanted):

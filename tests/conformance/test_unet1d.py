@@ -268,7 +268,7 @@ def test_the_any_step_pipeline_is_the_stock_one(teacher):
 
 
 def test_images_are_no_data_of_it(folder):
-    with pytest.raises(UserError, match=r"builtin:digits: .* makes sounds; wanted none, data are images"):
+    with pytest.raises(UserError, match=r"builtin:digits: expected none, because data are images and .* makes sounds"):
         plan(parse({"teacher": str(folder)} | TINY | {"data": "builtin:digits"}, "here"))
 
 

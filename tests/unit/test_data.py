@@ -78,7 +78,7 @@ def test_folder_and_parquet_hold_the_same_pixels(tmp_path, channels):
     assert load(tmp_path / "parquet", (channels, 6, 4), split="test").pixels.equal(wanted[[3]])
     with pytest.raises(UserError, match="no split valid: its parquet files are of test, train"):
         load(tmp_path / "parquet", (channels, 6, 4), split="valid")
-    wrong = f"{channels} x 6 x 4 .* the teacher makes {channels} x 8 x 8.*data.fit=crop"
+    wrong = f"expected {channels} x 8 x 8 .* got {channels} x 6 x 4.*data.fit=crop"
     with pytest.raises(UserError, match=wrong):
         load(folder, (channels, 8, 8))
 
@@ -126,7 +126,7 @@ def test_unknown_builtin_images_are_not_sought_on_the_hub():
 
 def test_four_channels_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="4 x 8 x 8; images have 1 or 3 channels"):
+    with pytest.raises(UserError, match="4 x 8 x 8; expected none, because images have 1 or 3 channels"):
         load(tmp_path, (4, 8, 8))
 
 
@@ -188,7 +188,7 @@ def test_unreadable_images_are_counted_and_said_once(tmp_path, in_memory):
 @pytest.mark.parametrize("in_memory", [2**31, 0])
 def test_too_many_unreadable_images_are_refused(tmp_path, in_memory):
     place = parquet(tmp_path / "a.parquet", broken([png(array) for array in arrays(20, 16, 16)]))
-    with pytest.raises(UserError, match=r"of 22 images can't be read.*wanted at most a share of 0\.01"):
+    with pytest.raises(UserError, match=r"of 22 images can't be read.*expected at most a fraction of 0\.01"):
         load(place, (3, 16, 16), in_memory=in_memory).pick(at(np.linspace(0, 0.999, 66)))
     nothing = parquet(tmp_path / "b.parquet", [b"x", b"y"])
     with pytest.raises(UserError, match="2 of 2 images can't be read"):
@@ -266,7 +266,7 @@ def test_folders_of_images_are_classes(tmp_path):
 
 @pytest.mark.parametrize(("value", "shown"), [(4, "4"), (-1, "-1"), (None, "None"), ("cat", "'cat'"), (True, "True")])
 def test_what_is_no_class_is_refused(value, shown):
-    with pytest.raises(UserError, match=f"here: row 1 has {shown}; wanted a class of the teacher, 0 to 3"):
+    with pytest.raises(UserError, match=f"here: row 1: expected a class of the teacher, 0 to 3, got {shown}"):
         positions_of([2, value], CLASSES, "here")
 
 
@@ -282,7 +282,9 @@ def test_captions_are_kept_once_in_their_order(tmp_path):
     assert captions_of(table, "text") == ("two dogs", "a cat", "")
     assert captions_of(table, "label") == ()
     holes = open_table(DataSettings(source=str(parquet(tmp_path / "b.parquet", files, text=["a", None, "b", "c"]))))
-    with pytest.raises(UserError, match=r"data\.condition text: row 1 has None; wanted a caption"):
+    with pytest.raises(
+        UserError, match=r"data\.condition text: row 1: expected a caption, which may be empty, got None"
+    ):
         captions_of(holes, "text")
 
 

@@ -211,7 +211,7 @@ def test_another_seed_has_other_noises(tmp_path):
 def test_a_full_disk_is_told_before_anything_is_solved(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     layout = trajectory_layout(tmp_path / "new", replace_count(free // 10), (2,))
-    with pytest.raises(UserError, match=r"trajectories need [0-9,.]+ MiB more in .* MiB are free there"):
+    with pytest.raises(UserError, match=r"trajectories: expected [0-9,.]+ MiB free in .*, got [0-9,.]+ MiB; make room"):
         layout.check_room("trajectories")
 
 

@@ -106,10 +106,22 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return a line for each run and part that is not equal."""
     found = [f"{name}: in one file only" for name in sorted(before.keys() ^ after.keys())]
     for name in sorted(before.keys() & after.keys()):
-        for part in before[name].keys() | after[name].keys():
+        found += _steps_that_differ(name, before[name]["steps"], after[name]["steps"])
+        for part in sorted((before[name].keys() | after[name].keys()) - {"steps"}):
             if before[name].get(part) != after[name].get(part):
                 found.append(f"{name}: {part} differ")
     return found
+
+
+def _steps_that_differ(name: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """Return a line for the first step whose common fields are not equal; a renamed field is no difference."""
+    if len(before) != len(after):
+        return [f"{name}: {len(before)} steps and {len(after)}"]
+    for number, (one, other) in enumerate(zip(before, after, strict=True)):
+        common = one.keys() & other.keys()
+        if unequal := sorted(key for key in common if one[key] != other[key]) or sorted({"loss"} - common):
+            return [f"{name}: step {number}: {', '.join(unequal)} differ"]
+    return []
 
 
 def make(names: list[str] | None, output: Path) -> None:

@@ -70,8 +70,8 @@ class Layout:
         free = shutil.disk_usage(self.folder).free
         if self.total_bytes - there > free:
             raise UserError(
-                f"{what}: expected {mebibytes(self.total_bytes - there)} free in {self.folder}, got {mebibytes(free)}; make "
-                "room, or set fewer"
+                f"{what}: expected {mebibytes(self.total_bytes - there)} free in {self.folder}, got {mebibytes(free)}; "
+                "make room, or set fewer"
             )
 
     def fill(self, make: Callable[[int, int, int], dict[str, Tensor]], process: int = 0, processes: int = 1) -> None:
@@ -120,7 +120,7 @@ class Parts:
         return self.layout.count
 
     def rows(self, name: str, index: Int[Tensor, " some"], among: Int[Tensor, " some"] | None = None) -> Tensor:
-        """Return the rows of one tensor at these indices; ``among`` picks one entry of each row, and only that is read."""
+        """Return the rows of one tensor at these indices; with ``among`` only that entry of each row is read."""
         size = self.layout.size
         if among is None:
             return torch.stack([self._parts[i // size][name][i % size] for i in index.tolist()])

@@ -143,7 +143,8 @@ OPENING = {
     "images of another size": (
         tiny("--data", "images"),
         [
-            "images, image 0: expected 1 x 8 x 8 (channels x height x width), the size of the teacher's images, got 1 x 12 x 8",
+            "images, image 0: expected 1 x 8 x 8 (channels x height x width)",
+            "the teacher's images, got 1 x 12 x 8",
             "data.fit=crop",
         ],
     ),

@@ -19,6 +19,7 @@ from fmm_distill.config.settings import (
     ExportSettings,
     GuidanceSettings,
     LoggingSettings,
+    OptimizerSettings,
     PromptSettings,
     Stage,
     StudentSettings,
@@ -36,6 +37,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
+
+
+# Names of settings before the first release: the new ones are often too different to be guessed.
+_RENAMED = {
+    "training.accumulation": "training.gradient_accumulation_steps",
+    "training.bad_steps": "training.max_non_finite_steps",
+    "training.betas": "optimizer.betas",
+    "training.clip": "training.max_grad_norm",
+    "training.decay": "training.lr_schedule",
+    "training.keep_checkpoints": "training.checkpoints_total_limit",
+    "training.learning_rate": "optimizer.lr",
+    "training.refresh_steps": "training.target_update_every",
+    "training.weight_decay": "optimizer.weight_decay",
+}
 
 
 class Recipe(Settings):
@@ -69,8 +84,10 @@ class Recipe(Settings):
     """How much a sample counts."""
     pairs: Pairs = Pairs()
     """Where jumps start and end."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """The optimizer and its learning rate."""
     training: TrainingSettings = TrainingSettings()
-    """The loop."""
+    """The training loop."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What is measured at the end, and on the way."""
     export: ExportSettings = ExportSettings()
@@ -145,8 +162,8 @@ class Recipe(Settings):
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
         if (share := sum(stage.share for stage in self.before)) >= 1:
             raise ValueError(f"before: the shares come to {share:g}; the main loss needs a part of the steps")
-        if self.training.refresh_steps and all(loss.follows != "frozen" for loss in self.losses):
-            raise ValueError("training.refresh_steps acts on losses with target: frozen only")
+        if self.training.target_update_every and all(loss.follows != "frozen" for loss in self.losses):
+            raise ValueError("training.target_update_every acts on losses with target: frozen only")
         self._pairs_fit()
         return self
 
@@ -321,6 +338,8 @@ def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
             known = [f"{path.rpartition('.')[0]}.{name}" for name in SETTINGS[of].model_fields]
             whole = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from that loss's own settings"
             return f"{path} is not a setting of {of}{_guess(path, known)} ({whole})"
+        if new := _RENAMED.get(".".join(part for part in path.split(".") if not part.isdecimal())):
+            return f"{path} is not a setting; expected its new name, {new}"
         return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | Settings) else f" (got {_shown(item['input'])})"

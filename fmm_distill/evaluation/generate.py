@@ -15,7 +15,7 @@ from fmm_distill.data.row_store import Layout
 from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.features import unit_images
 from fmm_distill.io.lock import locked
-from fmm_distill.training.memory import held_by
+from fmm_distill.training.memory import peak_memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ class Generator:
         hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
         draws = self.draws(range(WARM_UP))
         try:
-            memory = held_by(lambda: self._sampled(sampler, draws), self.device)
+            memory = peak_memory_of(lambda: self._sampled(sampler, draws), self.device)
         finally:
             hook.remove()
         return Cost(len(calls), memory)

@@ -58,23 +58,28 @@ class Monitor:
         self.lines: list[dict[str, Any]] | None = None
         self.means: tuple[Measure, Gallery] | None = None
 
-    def reached(self, step: int) -> None:
+    def reached(self, step: int) -> list[dict[str, Any]] | None:
         """Drop what is of later steps, and measure if this is the step for it and that was not done before.
 
         Args:
             step: how many steps are done; the last is left to the evaluation at the end.
 
+        Returns:
+            The rows, in the first process and if it measured.
+
         Raises:
             UserError: if a file can't be written.
         """
+        rows = None
         every, main = self.recipe.evaluation.every, self.accelerator.is_main_process
         if main:
             self.lines = self._cut(step)
         if every and 0 < step < self.total and step % every == 0:
             student = self.student()
             if main and all(line["step"] != step for line in self.lines or ()):
-                self._evaluate(step, student)
+                rows = self._evaluate(step, student)
             self.accelerator.wait_for_everyone()
+        return rows
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
         """The lines up to a step, which are all that is in the file then."""
@@ -92,7 +97,7 @@ class Monitor:
                 picture.unlink()
         return kept
 
-    def _evaluate(self, step: int, student: Student) -> None:
+    def _evaluate(self, step: int, student: Student) -> list[dict[str, Any]]:
         device = self.accelerator.device
         # Random weights of a network for features, before its own are loaded, are drawn from the global generator.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -112,6 +117,7 @@ class Monitor:
         self.lines = [*(self.lines or ()), line]
         log_rows(self.accelerator, line["rows"], step)
         log_picture(self.accelerator, picture, step)
+        return list(line["rows"])
 
     def _means(self, device: torch.device) -> tuple[Measure, Gallery]:
         settings = self.recipe.evaluation

@@ -32,7 +32,7 @@ from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import describe, plan
 from fmm_distill.run.trial import keep_trial, try_export
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.training.process import alone, make_accelerator, on_first, silent
+from fmm_distill.training.process import alone, make_accelerator, no_log, on_first
 from fmm_distill.training.trackers import tracked
 from fmm_distill.training.trainer import Trainer
 
@@ -68,7 +68,7 @@ def distill(
 def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], None]) -> Evaluation:
     recipe = with_paths(recipe)
     accelerator = make_accelerator(recipe, folder, say)
-    line = say if accelerator.is_main_process else silent
+    line = say if accelerator.is_main_process else no_log
     seen: dict[str, Any] = {}
     changes = check_folder(folder, recipe, fresh=fresh, seen=seen)
     # No process takes the folder before all have looked at it.
@@ -115,12 +115,12 @@ def _train(
     on_first(accelerator, lambda: _make(folder, recipe, job, changes, tried, fresh=fresh))
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
-    average = partial(trainer.whole_average, recipe.training.ema[0])
+    average = partial(trainer.full_average, recipe.training.ema[0])
     watched = cast("Callable[[], Student]", average)
     monitor = Monitor(watched, job.teacher, recipe, job.reference, folder, accelerator)
     with tracked(accelerator, recipe, folder, steps_done(folder)):
-        trainer.run(monitor.reached)
-        averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
+        trainer.run(evaluate=monitor.reached)
+        averages = {rate: trainer.full_average(rate) for rate in trainer.averages}
         if accelerator.is_main_process:
             job.student = cast("Student", trainer.plain.to(accelerator.device))
             finish(job, averages, folder, accelerator, line)

@@ -29,7 +29,7 @@ from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
 from fmm_distill.run.reopen import open_run
 from fmm_distill.teachers.hub.errors import HUB_FAULTS
-from fmm_distill.training.process import join_processes, silent
+from fmm_distill.training.process import join_processes, no_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +149,7 @@ def measure_subject(
     """
     # The first process computes metrics, the ODE's end and pictures while the others wait for it.
     accelerator = join_processes()
-    line = say if accelerator.is_main_process else silent
+    line = say if accelerator.is_main_process else no_log
     device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
     student = subject.student.to(device).eval()
     settings = subject.settings.model_copy(update=steps_within(teacher, subject.settings.steps))

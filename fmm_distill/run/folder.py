@@ -47,7 +47,12 @@ __all__ = [
 PROMPTS = "prompts.json"
 _RECIPE, _COMMITS, _EVALUATION = "recipe.yaml", "teacher.json", "evaluation.json"
 # What a run may continue with otherwise than it began: the steps already made stay what they are.
-_FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
+_FREE = (
+    "training.steps",
+    "training.checkpoint_every",
+    "training.checkpoints_total_limit",
+    "training.max_non_finite_steps",
+)
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
 # Paths may change if the files there are the same.
 _INPUTS = ("teacher", "guidance.weaker", "data.source")

@@ -57,7 +57,7 @@ def open_run(
     folder = Path(folder)
     recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
     # Before the teacher is opened, which takes long.
-    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    found = checkpoint.newest_complete(folder / "checkpoints", say)
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found

@@ -169,13 +169,13 @@ def _newest(run: RunFiles, now: float) -> str:
 
 
 def _bad_steps(run: RunFiles) -> str:
-    step, faults = 0, {"skipped": 0, "rate": 1.0}
+    step, non_finite = 0, {"skipped": 0, "lr_scale": 1.0}
     if run.newest is not None:
-        step, faults = run.newest.step, run.newest.state["faults"]
+        step, non_finite = run.newest.step, run.newest.state["non_finite_steps"]
     # Steps that a gradient scaler left out to find its scale carry a text there.
     later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
-    halved = "; the learning rate was halved" if faults["rate"] < 1 else "; the learning rate is the recipe's"
-    return f"{faults['skipped'] + later:,} left out{halved}"
+    halved = "; the learning rate was halved" if non_finite["lr_scale"] < 1 else "; the learning rate is the recipe's"
+    return f"{non_finite['skipped'] + later:,} left out{halved}"
 
 
 def _evaluated(run: RunFiles) -> str:

@@ -27,7 +27,8 @@ from accelerate.utils import (
 from fmm_distill.core.torch_state import changed_state, own_state
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.io.streams import lossy_streams
-from fmm_distill.training.fsdp import check_sharding
+from fmm_distill.training.fsdp import check_sharding, gather_in_float32, is_sharded
+from fmm_distill.training.optimizer import check_optimizer
 from fmm_distill.training.trackers import check_trackers, tracker_folder
 from fmm_distill.training.variables import (
     check_compile,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
 
 
-__all__ = ["PATIENCE", "alone", "check_training", "join_processes", "make_accelerator", "on_first", "silent"]
+__all__ = ["PATIENCE", "alone", "check_training", "join_processes", "make_accelerator", "no_log", "on_first"]
 
 # The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
 PATIENCE = timedelta(hours=12)
@@ -94,6 +95,7 @@ def check_training(recipe: Recipe) -> None:
     check_variables()
     check_compile(training.compile)
     check_trackers(recipe)
+    check_optimizer(recipe.optimizer)
     try:
         tempfile.gettempdir()
     except OSError as error:
@@ -103,11 +105,11 @@ def check_training(recipe: Recipe) -> None:
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
     processes = launched()
-    parts = processes * training.accumulation
+    parts = processes * training.gradient_accumulation_steps
     if training.batch_size % parts:
         raise UserError(
             f"training.batch_size {training.batch_size} does not split over {processes} processes "
-            f"x {training.accumulation} accumulation steps: take a multiple of {parts}"
+            f"x {training.gradient_accumulation_steps} accumulation steps: take a multiple of {parts}"
         )
 
 
@@ -133,7 +135,7 @@ def make_accelerator(recipe: Recipe, folder: Path, say: Callable[[str], None] = 
     accelerator = _accelerator(
         mixed_precision=expected,
         # Arguments that are not passed are read from the environment.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.accumulation),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.gradient_accumulation_steps),
         log_with=list(recipe.logging.trackers) or None,
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
         # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
@@ -145,7 +147,9 @@ def make_accelerator(recipe: Recipe, folder: Path, say: Callable[[str], None] = 
             "ACCELERATE_USE_FSDP is set, but accelerate splits nothing here: one process without a launcher, or no "
             "GPU; unset it, or start with accelerate launch"
         )
-    check_sharding(accelerator, training, recipe.student.lora.rank)
+    check_sharding(accelerator, recipe)
+    if is_sharded(accelerator):
+        gather_in_float32(accelerator)
     for line in lines if accelerator.is_main_process else ():
         say(line)
     return accelerator
@@ -228,5 +232,5 @@ def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise UserError(failure[0])
 
 
-def silent(_: str) -> None:
-    """Processes other than the first say nothing."""
+def no_log(_: str) -> None:
+    """Log nothing: the line of a process other than the first."""

@@ -65,8 +65,8 @@ RECIPE = {
     "unknown recipe": (("--recipe", "digit"), ["recipe 'digit' is unknown, did you mean digits?", "known: "]),
     "no such recipe file": (("--recipe", "nowhere.yaml"), ["recipe nowhere.yaml: no such file"]),
     "out of range": (
-        tiny("--set", "training.learning_rate=-1"),
-        ["training.learning_rate: Input should be greater than 0 (got -1)"],
+        tiny("--set", "optimizer.lr=-1"),
+        ["optimizer.lr: Input should be greater than 0 (got -1)"],
     ),
     "no number": (tiny("--set", "training.steps=many"), ["training.steps: ", "(got 'many')"]),
     "unknown loss": (
@@ -80,8 +80,8 @@ RECIPE = {
     "not YAML": (("--recipe", "torn.yaml"), ["recipe torn.yaml: not YAML"]),
     "no keys": (("--recipe", "list.yaml"), ["recipe list.yaml: wanted keys and values, got list"]),
     "misspelled key": (
-        tiny("--set", "training.lerning_rate=1e-3"),
-        ["training.lerning_rate is not a setting, did you mean training.learning_rate?"],
+        tiny("--set", "training.warmup_stps=3"),
+        ["training.warmup_stps is not a setting, did you mean training.warmup_steps?"],
     ),
     "misspelled key of a loss": (
         tiny("--set", "loss.stp=teacher"),
@@ -150,7 +150,7 @@ OPENING = {
         ["export.steps 3, 7: wanted divisors of the teacher's 1000 timesteps"],
     ),
     "batch that does not split": (
-        tiny("--set", "training.accumulation=3"),
+        tiny("--set", "training.gradient_accumulation_steps=3"),
         ["training.batch_size 8 does not split", "take a multiple of 3"],
     ),
     "fp16 without GPU": (tiny("--set", "training.precision=fp16"), ["training.precision: fp16 needs a GPU"]),
@@ -209,7 +209,7 @@ def test_a_dry_run_finds_it_too(place, monkeypatch, name):
 def test_a_corrected_command_runs_in_the_same_folder(place, tmp_path):
     command = ("--recipe", place / "tiny.yaml", "--output", tmp_path / "run")
     assert call(*command, "--teacher", tmp_path / "nowhere")[0] == 2
-    assert call(*command, "--set", "training.accumulation=3")[0] == 2
+    assert call(*command, "--set", "training.gradient_accumulation_steps=3")[0] == 2
     with training_only():
         status, _, err = call(*command)
     assert status == 0, err
@@ -306,8 +306,8 @@ def test_mistakes_of_the_verbs(place, monkeypatch, arguments, wanted):
 
 
 def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
-    status, _, err = call("--recipe", tiny, "--output", tmp_path / "run", "--set", "training.learning_rate=1e30")
+    status, _, err = call("--recipe", tiny, "--output", tmp_path / "run", "--set", "optimizer.lr=1e30")
     assert status == 3
     last = err.splitlines()[-1]
     assert last.startswith("error: step ")
-    assert "Lower training.learning_rate" in last
+    assert "Lower optimizer.lr" in last

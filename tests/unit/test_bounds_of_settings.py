@@ -97,11 +97,11 @@ def test_truth_values_infinities_and_nan_are_no_numbers(group, name):
             "training.steps=true",
             "training.steps: Input should be a valid integer, unable to parse string as an integer (got 'true')",
         ),
-        ("training.learning_rate=yes", "training.learning_rate: Input should be a valid number"),
+        ("optimizer.lr=yes", "optimizer.lr: Input should be a valid number"),
         ("training.ema=[false]", "training.ema.0: Input should be a valid number"),
-        ("training.betas=[1.5, 2]", "training.betas.0: Input should be less than 1"),
-        ("training.learning_rate=.inf", "training.learning_rate: Input should be a finite number"),
-        ("training.clip=.nan", "training.clip: Input should be a finite number"),
+        ("optimizer.betas=[1.5, 2]", "optimizer.betas.0: Input should be less than 1"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("training.max_grad_norm=.nan", "training.max_grad_norm: Input should be a finite number"),
         (
             "training.seed=18446744073709551616",
             "training.seed: Input should be less than or equal to 9223372036854775807",
@@ -133,7 +133,7 @@ def test_values_out_of_bounds_are_one_line(change, says):
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        ("training.learning_rate=1e-4", 1e-4),
+        ("optimizer.lr=1e-4", 1e-4),
         ("training.steps=1e3", 1000),
         ("training.steps='250'", 250),
         ("training.ema=9e-1", (0.9,)),

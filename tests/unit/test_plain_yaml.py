@@ -79,10 +79,10 @@ def test_another_encoding(tmp_path, data, says):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("start", ["", "\ufeff", "---\n", "%YAML 1.1\n---\n"])
 def test_what_editors_write_is_read(tmp_path, start, end):
-    text = start + "teacher: builtin:digits\ntraining:\n  steps: 7\n  learning_rate: 1e-4\n"
+    text = start + "teacher: builtin:digits\noptimizer:\n  lr: 1e-4\ntraining:\n  steps: 7\n"
     (tmp_path / "mine.yml").write_bytes(text.replace("\n", end).encode())
-    training = load_recipe(str(tmp_path / "mine.yml")).training
-    assert (training.steps, training.learning_rate) == (7, 1e-4)
+    recipe = load_recipe(str(tmp_path / "mine.yml"))
+    assert (recipe.training.steps, recipe.optimizer.lr) == (7, 1e-4)
 
 
 def test_anchors_and_merges_are_read_and_shared_parts_change_apart(tmp_path):

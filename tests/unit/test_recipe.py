@@ -39,12 +39,10 @@ def test_a_round_trip_keeps_what_is_not_the_default():
 def test_numbers_as_people_write_them():
     """YAML 1.1 reads 1e-4 as a string."""
     assert isinstance(yaml.safe_load("1e-4"), str)
-    recipe = load_recipe(
-        "digits", ["training.learning_rate=1e-4", "weight.constant=1E-5", "training.betas=[0.9, 0.95]"]
-    )
-    assert recipe.training.learning_rate == 1e-4
+    recipe = load_recipe("digits", ["optimizer.lr=1e-4", "weight.constant=1E-5", "optimizer.betas=[0.9, 0.95]"])
+    assert recipe.optimizer.lr == 1e-4
     assert recipe.weight.constant == 1e-5
-    assert recipe.training.betas == (0.9, 0.95)
+    assert recipe.optimizer.betas == (0.9, 0.95)
 
 
 def test_overrides_win_in_order_and_leave_the_rest():
@@ -71,7 +69,7 @@ def test_an_override_of_the_whole_loss_changes_its_kind():
             "here: loss.derivativ is not a setting of eulerian, did you mean loss.d",
         ),
         ({"loss": {"stop": "teacher"}}, "here: loss: "),
-        ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),
+        ({"optimizer": {"betas": [0.9]}}, "here: optimizer.betas.1: Field required"),
         ({"training": None}, "here: training: "),
         ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior, data and diagonal are shares"),
         ({"evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception compares"),

@@ -51,7 +51,7 @@ def _once(steps: tuple[int, ...]) -> tuple[int, ...]:
     """Sort numbers of steps, which name rows and folders, and refuse duplicates."""
     twice = sorted({number for number in steps if steps.count(number) > 1})
     if twice:
-        raise ValueError(f"expected each number of steps once, got {', '.join(map(str, twice))} twice")
+        raise ValueError(f"expected each number of steps once, not {', '.join(map(str, twice))} twice")
     return tuple(sorted(steps))
 
 
@@ -157,7 +157,7 @@ class DataSettings(Settings):
     @classmethod
     def _no_is_none(cls, value: object) -> object:
         if value is False:
-            raise ValueError("expected text, got false, as YAML reads no and off; try none for no data")
+            raise ValueError("expected text, and YAML reads no and off as false; try none for no data")
         return value
 
     @property
@@ -268,7 +268,7 @@ class OptimizerSettings(Settings):
     @classmethod
     def _options_are_no_fields(cls, options: dict[str, object]) -> dict[str, object]:
         if fields := sorted(options.keys() & {*cls.model_fields, "params"}):
-            raise ValueError(f"expected keyword arguments without a field of their own, got {', '.join(fields)}")
+            raise ValueError(f"expected keyword arguments other than {', '.join(fields)}")
         return options
 
 
@@ -317,7 +317,7 @@ class TrainingSettings(Settings):
     @classmethod
     def _rates_differ(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
-            raise ValueError(f"expected one or more different rates, got {list(rates)}")
+            raise ValueError("expected one or more different rates")
         return rates
 
 
@@ -388,5 +388,5 @@ class LoggingSettings(Settings):
     @classmethod
     def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(trackers)) < len(trackers):
-            raise ValueError(f"expected each tracker once, got {list(trackers)}")
+            raise ValueError("expected each tracker once")
         return trackers

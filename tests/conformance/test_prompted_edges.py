@@ -182,5 +182,5 @@ def test_keywords_that_are_the_programs_own(tmp_path, key):
 
 @pytest.mark.parametrize("interval", [[0.9, 0.1], [0.5, 0.5]])
 def test_an_interval_that_holds_no_time(interval):
-    with pytest.raises(UserError, match=r"guidance\.interval .*: wanted two times in \[0, 1\], the smaller first"):
+    with pytest.raises(UserError, match=r"guidance\.interval: expected two increasing times in \[0, 1\]"):
         parse({"guidance": {"scale": 2.0, "interval": interval}}, "here")

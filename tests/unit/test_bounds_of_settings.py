@@ -18,7 +18,10 @@ from fmm_distill.losses import SETTINGS
 from fmm_distill.losses.base import Settings, _kinds
 
 # Fields with a number that need no bounds of their own, and why.
-UNBOUNDED = {"Recipe.pipeline": "keywords of any pipeline, which judges them itself"}
+UNBOUNDED = {
+    "Recipe.pipeline": "keywords of any pipeline, which judges them itself",
+    "OptimizerSettings.options": "keywords of any optimizer, which judges them itself",
+}
 HARD = (
     True,
     False,
@@ -108,12 +111,12 @@ def test_truth_values_infinities_and_nan_are_no_numbers(group, name):
         ),
         ("training.batch_size=100000000000", "training.batch_size: Input should be less than or equal to 1048576"),
         ("training.ema=[-0.5]", "training.ema.0: Input should be greater than or equal to 0"),
-        ("training.ema=[]", "training.ema: []: wanted at least one rate"),
+        ("training.ema=[]", "training.ema: expected one or more different rates"),
         ("training.steps=1000000000000", "training.steps: Input should be less than or equal to 40000000"),
         ("evaluation.steps=[]", "evaluation.steps: Tuple should have at least 1 item"),
-        ("evaluation.steps=[4, 4]", "evaluation.steps: 4 is there twice; expected each number of steps once"),
-        ("export.steps=[8, 1, 8]", "export.steps: 8 is there twice"),
-        ("logging.trackers=[wandb, wandb]", "logging.trackers: ['wandb', 'wandb']: expected each tracker once"),
+        ("evaluation.steps=[4, 4]", "evaluation.steps: expected each number of steps once, not 4 twice"),
+        ("export.steps=[8, 1, 8]", "export.steps: expected each number of steps once, not 8 twice"),
+        ("logging.trackers=[wandb, wandb]", "logging.trackers: expected each tracker once (got ['wandb', 'wandb'])"),
         ("teacher=''", "teacher: expected a text that is not empty"),
         ("student.lora.targets=['']", "student.lora.targets: expected a text that is not empty"),
         ('teacher="a\\0b"', "teacher: expected text in UTF-8 without NUL characters"),

@@ -17,8 +17,14 @@ __all__ = ["Classes", "Conditions", "Embeddings"]
 
 
 class Conditions(Protocol):
-    """A set of conditions to draw from."""
+    """A set of conditions to draw from.
 
+    Attributes:
+        names: one per condition.
+        noun: the name of what they are, ``classes`` or ``prompts``.
+    """
+
+    noun: str
     names: tuple[str, ...]
 
     def pick(self, places: Float[Tensor, " batch"]) -> Conditioning:
@@ -45,6 +51,8 @@ class Classes:
         names: one a class.
     """
 
+    noun = "classes"
+
     def __init__(self, names: tuple[str, ...], null_label: int | None, keyword: str = "class_labels") -> None:
         self.names, self.null_label, self.keyword = names, null_label, keyword
 
@@ -66,6 +74,8 @@ class Embeddings:
         names: the prompts.
         why: there is no empty prompt to be guided away from, where there is none.
     """
+
+    noun = "prompts"
 
     def __init__(self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, why: str = "") -> None:
         self.names, self.prompts, self.empty, self.why = names, rows, empty, why

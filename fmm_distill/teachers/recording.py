@@ -55,12 +55,14 @@ class Recording:
     Attributes:
         mu: the shift that the pipeline gave its scheduler, where it did.
         sigmas: the scheduler's levels, where it has them.
+        grids: the arguments of each call of the scheduler's ``set_timesteps``.
     """
 
     asked: list[Asked] = field(default_factory=list)
     steps: list[Stepped] = field(default_factory=list)
     mu: float | None = None
     sigmas: list[float] = field(default_factory=list)
+    grids: list[dict[str, Any]] = field(default_factory=list)
 
 
 def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 whatever a network takes or returns
@@ -127,8 +129,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
         return step
 
     def watch_times(original: Callable[..., Any]) -> Callable[..., Any]:
+        taken = inspect.signature(original)
+
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the scheduler's own
             seen.mu = kwargs.get("mu")
+            seen.grids.append(dict(taken.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 
         return set_timesteps

@@ -17,6 +17,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import FAULTS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
+from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call import RecordedCall, check_recorded_call, read_call, told_before
 from fmm_distill.teachers.prompted.embeddings import embed, embeddings_of
 from fmm_distill.teachers.prompted.probe import PROBES, STEPS, CallKeywords, DrivenPipeline, check_call
@@ -84,17 +85,18 @@ def load_prompted(
         source=found.source,
         adapter=f"{driven.kind} with {type(driven.network).__name__}, found by running it",
         scheduler_config=levels.config,
-        component=component,
-        folder=found.folder,
-        call=dict(call or {}),
+        pipeline=_stock_pipeline(found, component, dict(call or {}), driven.keys),
         conditions=conditions,
         guidance=_checked(guidance, conditions, probe),
-        codec=PipelineCodec(
-            found.folder, component, driven.network, driven.keys.call(("",), STEPS), driven.keys, width
-        ),
+        codec=PipelineCodec(found.folder, component, driven.network, driven.keys.call(("",), STEPS), width),
         revision=found.revision,
         license=found.license,
     )
+
+
+def _stock_pipeline(found: Found, component: str, call: dict[str, Any], keys: CallKeywords) -> StockPipeline:
+    scale = keys.fixed.get("guidance_scale")
+    return StockPipeline(found.folder, component, call, "prompt", keys.guidance, keys.off, network_guidance=scale)
 
 
 def _levels(pipeline: Any, probe: Recording, source: str) -> Levels:  # noqa: ANN401 a diffusers class

@@ -306,6 +306,21 @@ def test_an_index_without_the_autoencoder_opens(exports, tmp_path):
     del index["vqvae"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert open_folder(folder).vqvae is None
+    # As SD pipelines without a safety checker are saved.
+    (folder / "model_index.json").write_text(json.dumps(index | {"vqvae": [None, None]}))
+    pipeline = open_folder(folder)
+    assert pipeline.vqvae is None
+    pipeline.save_pretrained(tmp_path / "again")
+    expected = made_by(open_folder(exports["ldm"].folder), "ldm")
+    assert torch.equal(made_by(open_folder(tmp_path / "again"), "ldm"), expected)
+
+
+def test_a_folder_whose_autoencoder_is_gone_has_the_message_of_diffusers(exports, tmp_path):
+    folder = shutil.copytree(exports["ldm"].folder, tmp_path / "student")
+    shutil.rmtree(folder / "vqvae")
+    with pytest.raises(OSError, match="vqvae"):
+        open_folder(folder)
+    assert open_folder(folder, vqvae=None).vqvae is None
 
 
 @pytest.mark.parametrize("name", ["pixels", "ldm", "sd1"])

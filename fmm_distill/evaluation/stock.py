@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["about_sampler", "other_pipeline", "reference_pipeline"]
 
@@ -132,7 +132,7 @@ def _guided_call(teacher: Teacher) -> dict[str, Any]:
     return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
 
 
-def _unchecked(found: Found) -> str | None:
+def _unchecked(found: PipelineIndex) -> str | None:
     return about_checkers(found.pipeline, found.components)
 
 

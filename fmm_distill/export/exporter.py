@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.schedules import Schedule
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 

@@ -14,11 +14,11 @@ from fmm_distill.export.pipeline_files import copy_parts, parts_bytes
 from fmm_distill.export.remote import stock_pipeline as remote
 from fmm_distill.export.remote.scheduler import FlowMapScheduler
 from fmm_distill.export.schedulers import make_scheduler, settings_of, why_levels_do_not_fold
-from fmm_distill.student.student import fold
+from fmm_distill.student.fold import fold
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.prompted.cache import told_apart
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.arguments import split_arguments
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.schedules import FlowMatching, VarianceExploding
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.pipeline import StockPipeline
@@ -137,7 +137,7 @@ class StockPipelineExporter:
         last = float(schedule.warp(times[-2:-1]))
         # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
         # stretch.
-        if steps > 1 and last < 0.5 / steps and not schedule.told_before:
+        if steps > 1 and last < 0.5 / steps and not schedule.uses_unshifted_time:
             # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
             scheduler = make_scheduler(self.teacher, student.prediction, float(schedule.grid(steps)[-2]))
             times = self._times(scheduler, steps)
@@ -204,12 +204,12 @@ class StockPipelineExporter:
         pipeline, component = self._open(scheduler), self.component
         given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
         seen = record(pipeline, component, given, first_only=True)
-        x = tensor_of(next(iter(seen.asked[0].given.values())))
+        x = tensor_of(next(iter(seen.calls[0].arguments.values())))
         cond = self.teacher.first_conditions(count)
         if (ask := self.network_call) is not None:
             one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
-            single = record(pipeline, component, one, first_only=True).asked[0].given
-            cond = told_apart(seen.asked[0].given, (ask.sample, ask.time), count, single)
+            single = record(pipeline, component, one, first_only=True).calls[0].arguments
+            cond = split_arguments(seen.calls[0].arguments, (ask.sample, ask.time), count, single)
             cond = cond if self.teacher.guidance is None else self.teacher.guidance.at(cond)
         return x[:count] / self._gain_of_start(), cond
 

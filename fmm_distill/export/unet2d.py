@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fmm_distill.export.remote.pipeline import FlowMapPipeline
 from fmm_distill.export.schedulers import make_scheduler, settings_of, why_levels_do_not_fold
-from fmm_distill.student.student import fold
+from fmm_distill.student.fold import fold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 

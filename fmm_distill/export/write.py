@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import write_lora, write_pipelines
 from fmm_distill.export.verify import Exported
+from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
-from fmm_distill.student.student import stock_part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

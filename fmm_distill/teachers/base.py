@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction, TimeAxis
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.teachers.guidance import Guidance
@@ -118,11 +118,15 @@ class Teacher:
         null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
-    def told(self, places: Float[Tensor, " batch"]) -> Conditioning | None:
-        """The conditions at these places, uniform in [0, 1), with the scale that is evaluated and folded."""
+    def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:
+        """Return the conditions at these positions in [0, 1), with the guidance scale that is evaluated and folded.
+
+        Args:
+            positions: one per sample; uniform positions give every condition the same probability.
+        """
         if self.conditions is None:
             return None
-        cond = self.conditions.pick(places)
+        cond = self.conditions.pick(positions)
         return cond if self.guidance is None else self.guidance.at(cond)
 
     def first_conditions(self, count: int) -> Conditioning | None:
@@ -130,7 +134,7 @@ class Teacher:
         if self.conditions is None:
             return None
         total = len(self.conditions.names)
-        return self.told((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
+        return self.conditioned_on((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
 
     @property
     def schedule(self) -> Schedule:

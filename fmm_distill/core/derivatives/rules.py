@@ -96,14 +96,13 @@ class _NormalizedTangent(torch.autograd.Function):
 def _normalized_tangent(x: Tensor, dx: Tensor, size: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     """Return the tangent of x normalized in rows of ``size`` numbers, times a weight that broadcasts to x."""
     rows = (x.reshape(-1, size), dx.reshape(-1, size), mean.detach().reshape(-1, 1), rstd.detach().reshape(-1, 1))
-    out_tangent: Tensor = (
-        _NormalizedTangent.apply(*rows) if torch.is_grad_enabled() else _project(rows[1], rows[0], *rows[2:])
-    )
-    out_tangent = out_tangent.reshape(x.shape)
+    graph = torch.is_grad_enabled()
+    flat: Tensor = _NormalizedTangent.apply(*rows) if graph else _project(rows[1], rows[0], *rows[2:])
+    out_tangent = flat.reshape(x.shape)
     if weight is None:
         return out_tangent
     # In place where nothing else uses the tensor.
-    return out_tangent * weight if torch.is_grad_enabled() else out_tangent.mul_(weight)
+    return out_tangent * weight if graph else out_tangent.mul_(weight)
 
 
 def _group_norm(

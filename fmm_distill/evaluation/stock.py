@@ -12,7 +12,7 @@ from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
-from fmm_distill.teachers.load import fetched, find
+from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import about_checkers
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -81,10 +81,10 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     Raises:
         UserError: if that pipeline can't make images of the noises that it is compared on.
     """
-    found = find(teacher.source, teacher.revision)
+    found = find_index(teacher.source, teacher.revision)
     # A teacher of a variant has its weights under the plain names in a folder of its own.
     stock = teacher.pipeline
-    folder, component = (fetched(found).folder, "unet") if stock is None else (stock.folder, stock.component)
+    folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
     pipeline = open_pipeline(folder, **{component: teacher.network}).to(device)
     run = _Stock(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher), _unchecked(found))
     return _sampler("teacher", run)
@@ -99,7 +99,7 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     Raises:
         UserError: if it can't be opened, has fewer timesteps, or makes other images than the teacher.
     """
-    found = fetched(find(source))
+    found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
+from fmm_distill.io.cache import cache_key, cache_path
+from fmm_distill.io.files import atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,8 +78,7 @@ def cache_file(found: PipelineIndex, prompts: Sequence[str], call: dict[str, str
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     marks = [(str(path.relative_to(found.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     about = [str(found.folder.resolve()), found.revision, found.pipeline, marks, list(prompts), call]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "fmm_distill" / f"{digest[:32]}.safetensors"
+    return cache_path(f"{cache_key(about)}.safetensors")
 
 
 def embed_all(embed: Callable[[Sequence[str]], Conditioning], prompts: tuple[str, ...], place: Path) -> Conditioning:
@@ -96,9 +93,8 @@ def embed_all(embed: Callable[[Sequence[str]], Conditioning], prompts: tuple[str
     if not place.is_file():
         longest, rows = _embed_in_parts(embed, prompts)
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
-        save_file(rows, partial, metadata={"longest": longest})
-        partial.replace(place)
+        with atomic_file(place, shared=True) as partial:
+            save_file(rows, partial, metadata={"longest": longest})
     with safe_open(place, "pt") as file:
         longest = file.metadata()["longest"]
     # What all samples share is no tensor of rows and is looked up again; it may depend on the longest prompt.

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from benchmarks.cifar10 import STEPS
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import open_judge, save_whole
 from benchmarks.step_peers import ECT, PeerStep
+from experiments.cifar10.budget import BUDGETS
+from experiments.cifar10.experiment import STEPS
+from experiments.cifar10.measure import open_judge, save_whole
 from fmm_distill.io.files import append_line, write_text
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.ema import averaged
 from fmm_distill.training.optimizer import learning_rate
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.cifar10_budget import Budget
+    from experiments.cifar10.budget import Budget
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
-    from fmm_distill.student.student import Student
 
 __all__ = ["PEERS"]
 
@@ -88,7 +87,7 @@ def train(peer: PeerStep, recipe: Recipe, log: Path) -> list[float]:
 
 def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> None:
     """Train, measure, write."""
-    from benchmarks.cifar10_methods import recipe_of
+    from experiments.cifar10.methods import recipe_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = "bf16" if budget.student_precision == "bf16" else "no"
@@ -96,7 +95,8 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
     teacher = load_teacher(str(work / "teacher")).to(device)
     # The settings of our students; the loss plays no part.
     recipe = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0)
-    peer = PeerStep(name, fastgen, make_student(teacher, seed=recipe.training.seed), teacher, budget.batch, accelerator)
+    student = Student.from_teacher(teacher, seed=recipe.training.seed)
+    peer = PeerStep(name, fastgen, student, teacher, budget.batch, accelerator)
     peer.steps, peer.average = steps, averaged(peer.student, recipe.training.ema[0])
     peer.images = picker(load_file(work / "images.safetensors")["train"], accelerator.device)
     title = f"{name.replace(' ', '-')}"

@@ -12,19 +12,18 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import diffusers
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction, TimeAxis
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.teachers.pipeline import StockPipeline
 
 __all__ = ["Distillable", "Teacher"]
 
@@ -79,9 +78,7 @@ class Teacher:
         source: the id or folder that it was loaded from.
         adapter: the name of the rule that opened it.
         scheduler_config: the configuration of its diffusers scheduler.
-        component: the network's name in the pipeline.
-        folder: where the pipeline stands on this disk, if students are exported into copies of it.
-        call: keywords of that pipeline's call besides prompt and guidance.
+        pipeline: the stock pipeline into copies of which students are exported; None: there is none.
         conditions: what it can be told; None: nothing.
         guidance: how much it is drawn away from what it says untold, or from a weaker teacher; None: not at all.
         weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
@@ -96,9 +93,7 @@ class Teacher:
     source: str
     adapter: str
     scheduler_config: dict[str, Any]
-    component: str = "unet"
-    folder: Path | None = None
-    call: dict[str, Any] = field(default_factory=dict)
+    pipeline: StockPipeline | None = None
     conditions: Conditions | None = None
     guidance: Guidance | None = None
     weaker: Teacher | None = None
@@ -123,12 +118,23 @@ class Teacher:
         null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
-    def told(self, places: Float[Tensor, " batch"]) -> Conditioning | None:
-        """The conditions at these places, uniform in [0, 1), with the scale that is evaluated and folded."""
+    def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:
+        """Return the conditions at these positions in [0, 1), with the guidance scale that is evaluated and folded.
+
+        Args:
+            positions: one per sample; uniform positions give every condition the same probability.
+        """
         if self.conditions is None:
             return None
-        cond = self.conditions.pick(places)
+        cond = self.conditions.pick(positions)
         return cond if self.guidance is None else self.guidance.at(cond)
+
+    def first_conditions(self, count: int) -> Conditioning | None:
+        """Return the first ``count`` conditions, from the first again after the last; None: unconditional."""
+        if self.conditions is None:
+            return None
+        total = len(self.conditions.names)
+        return self.conditioned_on((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
 
     @property
     def schedule(self) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import AutocastKwargs, gather_object
 
-from fmm_distill.core.derivatives.engines import without_tensor_float
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import somewhere
 from fmm_distill.errors import FmmDistillError
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "wrap"]
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingDivergedError(FmmDistillError):
     """Too many consecutive losses or gradients are not finite."""
@@ -76,7 +79,6 @@ class Trainer:
     Args:
         images: data that jumps may start from; None: noise alone.
         folder: the folder of the run, which exists.
-        say: logs a line.
         optimizer: builds the optimizer of the trained parameters. Its own learning rates are the peaks of the schedule.
             None: the recipe's optimizer.
     """
@@ -89,25 +91,24 @@ class Trainer:
         images: Samples | None,
         folder: Path,
         accelerator: Accelerator,
-        say: Callable[[str], None],
         *,
         optimizer: OptimizerFactory | None = None,
     ) -> None:
         training = recipe.training
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
-        self.accelerator, self.say = accelerator, say
+        self.accelerator = accelerator
         self.total = recipe.student.regression_steps + training.steps
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         self.student = student
-        self.sharded = student.hooked = is_sharded(accelerator)
+        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         # Under FSDP the first process evaluates and exports a copy that is not split.
         self.plain = frozen_copy(student).to("cpu") if self.sharded and accelerator.is_main_process else student
         self.frozen = frozen_copy(student) if any(loss.follows == "frozen" for loss in recipe.losses) else None
-        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
+        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device))
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -117,7 +118,7 @@ class Trainer:
         defaults = [dict(group) for group in built.param_groups]
         self.peaks = [float(group["lr"]) for group in built.param_groups]
         if self.sharded:
-            say(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
+            logger.info(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
         copies = [self.averaged_student(rate) for rate in self.averages]
         copies += [] if self.frozen is None else [self.frozen]
         self.objective, self.optimizer = wrap(accelerator, objective, built, copies)
@@ -181,7 +182,7 @@ class Trainer:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
                 self._evaluated(step, hooks, evaluate)
         if skipped := self.non_finite.skipped:
-            self.say(f"{skipped} of {self.total} steps had a non-finite loss or gradient and were skipped")
+            logger.warning(f"{skipped} of {self.total} steps had a non-finite loss or gradient and were skipped")
 
     def _started(self, step: int, hooks: CallbackList) -> int:
         hooks.on_start(step)
@@ -239,7 +240,7 @@ class Trainer:
             return "the gradient scaler lowers its scale"
         worst = None if finite else self._worst(draws, losses, step)
         if self.non_finite.count(finite):
-            self.say(
+            logger.warning(
                 f"step {step}: loss {loss:g}, gradient norm {norm:g}: the step is skipped (steps.jsonl has the times "
                 "t, r of its samples; further steps are counted)"
             )
@@ -283,7 +284,7 @@ class Trainer:
     def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
         settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
         if reason is not None:
-            self.say(reason)
+            logger.warning(reason)
         return settled
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -326,13 +327,13 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest complete checkpoint and return its number of steps; 0 if there is none."""
-        found = checkpoint.newest_complete(self.folder / "checkpoints", self.say)
+        found = checkpoint.newest_complete(self.folder / "checkpoints")
         if found is None:
             return 0
         path, stored = found
         self.restore(stored)
         if stored.step < self.total:
-            self.say(f"resuming from {path.name}")
+            logger.info(f"resuming from {path.name}")
         return stored.step
 
     def restore(self, stored: checkpoint.Checkpoint) -> None:
@@ -350,13 +351,13 @@ class Trainer:
                 "training.precision: fp32, look at the times t, r of the samples (steps.jsonl), and start with --fresh"
             )
         halved = self.non_finite.halved()
-        found = checkpoint.newest_complete(self.folder / "checkpoints", self.say)
+        found = checkpoint.newest_complete(self.folder / "checkpoints")
         if found is not None:
             self.restore(found[1])
             step = found[1].step
         self.non_finite = halved
         where = f"step {step}" if found is None else found[0].name
-        self.say(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")
+        logger.warning(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")
         return step
 
 

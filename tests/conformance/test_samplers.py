@@ -12,7 +12,7 @@ from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.measure import evaluate
 from fmm_distill.evaluation.samplers import about_solvers, of_teacher, steps_within
 from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES
@@ -37,7 +37,7 @@ def test_every_solver_comes_to_the_odes_end(tmp_path, prediction):
     rows = {
         (row.sampler, row.steps): row
         for some in (few, settings())
-        for row in evaluate({"student": make_student(teacher)}, teacher, some, None, CPU).rows
+        for row in evaluate({"student": Student.from_teacher(teacher)}, teacher, some, None, CPU).rows
     }
     for name in ("teacher-ddim", "teacher-dpmsolver++", "teacher-unipc", "teacher-heun"):
         (many,) = [row for (sampler, steps), row in rows.items() if sampler == name and steps > 5]

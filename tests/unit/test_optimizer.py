@@ -13,7 +13,7 @@ from torch import nn
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import OptimizerSettings
 from fmm_distill.errors import UserError
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training import checkpoint
 from fmm_distill.training.memory import forecast_memory
@@ -45,8 +45,8 @@ def trainer_of(teacher_folder, folder, factory=None, **settings):
     teacher = load_teacher(recipe.teacher)
     folder.mkdir(exist_ok=True)
     accelerator = Accelerator(cpu=True)
-    student = make_student(teacher)
-    return Trainer(student, teacher, recipe, None, folder, accelerator, lambda _: None, optimizer=factory)
+    student = Student.from_teacher(teacher)
+    return Trainer(student, teacher, recipe, None, folder, accelerator, optimizer=factory)
 
 
 def records(folder):
@@ -144,7 +144,7 @@ def test_a_state_that_a_checkpoint_can_not_hold(teacher_folder, tmp_path):
 def test_the_size_of_the_state(teacher_folder, settings):
     recipe = Recipe.model_validate({"teacher": str(teacher_folder), "optimizer": settings})
     teacher = load_teacher(recipe.teacher)
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     memory = forecast_memory(student, teacher, recipe)
     parameters = list(student.parameters())
     optimizer = build_optimizer(parameters, recipe.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,9 +24,12 @@ class VarianceExploding:
     arXiv 2206.00364, eq. 5), or in log sigma where rho is infinite. Below sigma_min nothing is longer.
 
     Args:
-        told: what the network is told: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4`` (Karras),
-            or ``2 atan(sigma) / pi`` (stable audio, arXiv 2404.10301).
+        network_input: the network's time input: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4``
+            (Karras), or ``2 atan(sigma) / pi`` (stable audio, arXiv 2404.10301).
     """
+
+    kind = "exploding"
+    folds = False
 
     def __init__(
         self,
@@ -34,12 +37,12 @@ class VarianceExploding:
         sigma_max: float,
         *,
         rho: float = 7.0,
-        told: Literal["sigma", "log", "atan"] = "log",
+        network_input: Literal["sigma", "log", "atan"] = "log",
         num_timesteps: int = 1000,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise UserError(f"the scheduler's sigmas run from {sigma_min} to {sigma_max}; wanted 0 < min < max")
-        self.sigma_min, self.sigma_max, self.rho, self.told = sigma_min, sigma_max, rho, told
+        self.sigma_min, self.sigma_max, self.rho, self.network_input = sigma_min, sigma_max, rho, network_input
         self.num_timesteps = num_timesteps
         self.t_min, self.t_max = sigma_min / (1 + sigma_min), sigma_max / (1 + sigma_max)
         ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
@@ -73,9 +76,9 @@ class VarianceExploding:
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """What ``told`` says, of sigma."""
         sigma = self._sigma(t)
-        if self.told == "sigma":
+        if self.network_input == "sigma":
             return sigma
-        return sigma.log() / 4 if self.told == "log" else sigma.atan() * 2 / math.pi
+        return sigma.log() / 4 if self.network_input == "log" else sigma.atan() * 2 / math.pi
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         """One and sigma."""
@@ -92,6 +95,12 @@ class VarianceExploding:
         times = self.time_at(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
         times[-1] = 0
         return times
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON; ``rho`` is None for equal steps of log sigma."""
+        rho = None if math.isinf(self.rho) else self.rho
+        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {"kind": self.kind, "network_time": self.network_input} | ends | {"rho": rho}
 
     def is_uniform(self, steps: int) -> bool:
         """Always."""

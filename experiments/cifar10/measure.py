@@ -1,0 +1,188 @@
+"""Fréchet distance and endpoint error of samplers on the same noises, on one device."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+from fmm_distill.core.solvers import endpoint
+from fmm_distill.evaluation.features import open_features, unit_images
+from fmm_distill.evaluation.metrics import ImageMetrics
+from fmm_distill.io.files import write_text
+from fmm_distill.student.sampling import sample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from experiments.cifar10.budget import Budget
+    from fmm_distill.student.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+    Sampler = Callable[[Tensor], Tensor]
+
+NOISE_SEED = 20_240_607
+PICTURED = 10
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(file)
+
+
+class Judge:
+    """The noises, where the teacher's ODE takes some of them, and the reference images' features; made once.
+
+    Args:
+        pixels: reference images, uint8, shape ``[count, 3, size, size]``.
+        features: a TorchScript file: images in [0, 1] to features.
+        precision: ``"bf16"`` or ``"fp32"``, of sampling; the ODE is solved in float32.
+        kept: where features and ends of the ODE are kept, with the protocol, for the next one that is alike.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        teacher: Teacher,
+        features: Path,
+        pixels: Tensor,
+        device: str,
+        *,
+        samples: int,
+        endpoint_samples: int,
+        solver_steps: int,
+        batch: int,
+        precision: str,
+        kept: Path,
+    ) -> None:
+        self.teacher, self.device, self.batch, self.precision = teacher.to(device), device, batch, precision
+        noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        self.noise = noise.to(device)
+        found = open_features(str(features), teacher.event_shape)
+        assert found is not None
+        self.features = found.to(torch.device(device))
+        some = self.noise[:endpoint_samples]
+        tensors, protocol = kept / "judge.safetensors", kept / "protocol.json"
+        if not tensors.is_file():
+            reference = torch.cat([self._seen(part.to(device).float() / 255) for part in pixels.split(batch)])
+            self.truth = self._solved(some, solver_steps)
+            about = self._protocol(pixels, samples, some, solver_steps)
+            write_text(protocol, json.dumps(about))
+            # The last: with it both are there.
+            save_whole({"reference": reference, "truth": self.truth.cpu()}, tensors)
+        known = load_file(tensors)
+        self.truth = known["truth"].to(device)
+        self.metrics = ImageMetrics(known["reference"], samples)
+        self.protocol: dict[str, Any] = json.loads(protocol.read_text(encoding="utf-8"))
+
+    def _protocol(self, pixels: Tensor, samples: int, some: Tensor, solver_steps: int) -> dict[str, Any]:
+        """What every number depends on, and how far the solver and half precision move them."""
+        halved = self._solved(some, max(solver_steps // 2, 1))
+        ddim = _stock(self.teacher, "ddim", 16)
+        exact = torch.cat([ddim(part) for part in some.split(self.batch)])
+        moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
+        return {
+            "samples": samples,
+            "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
+            "features": f"{self.features.count} of the classifier (sha256 {self.features.digest[:12]}), images "
+            f"{self.features.pixels}",
+            "endpoint_samples": len(some),
+            "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
+            "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
+            "ode_range": self.truth.abs().max().item(),
+            "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
+            "precision": self.precision,
+            "precision_moves_ddim_16": moved,
+            "noise_seed": NOISE_SEED,
+        }
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Features of images in [0, 1], on the CPU: distances are taken in float64, which not all GPUs have all of."""
+        # TorchScript would compile the network anew for every size of batch.
+        with torch.jit.optimized_execution(False):
+            return self.features(images).features.cpu()
+
+    def _solved(self, noise: Tensor, steps: int) -> Tensor:
+        teacher = self.teacher
+        parts = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(x), steps) for x in noise.split(self.batch)]
+        return torch.cat(parts)
+
+    def _sampled(self, sampler: Sampler, noise: Tensor) -> Tensor:
+        """The protocol has how far bfloat16 moves a sample."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            return torch.cat([sampler(part) for part in noise.split(self.batch)]).float()
+
+    @torch.no_grad()
+    def row(self, sampler: Sampler) -> tuple[dict[str, float], Tensor]:
+        """Fréchet distance, endpoint error and images a second of a sampler; and its first samples."""
+        started = time.perf_counter()
+        x = self._sampled(sampler, self.noise)
+        error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
+        # The error has waited for the samples.
+        rate = len(x) / (time.perf_counter() - started)
+        seen = torch.cat([self._seen(unit_images(part)) for part in x.split(self.batch)])
+        distance = self.metrics.frechet(seen, with_error=False).value
+        found = {"frechet": distance, "endpoint": error, "images_per_second": rate}
+        return found, x[:PICTURED].cpu()
+
+    def student(
+        self, student: Student, steps: tuple[int, ...]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        """A row a number of jumps, and the first samples of each."""
+        student = student.to(self.device).eval()
+        return self._rows({str(n): _jumps(student, n) for n in steps})
+
+    def solver(self, kind: str, steps: tuple[int, ...]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        """The same of the teacher under a stock scheduler: ``ddim`` or ``dpmsolver++``."""
+        return self._rows({str(n): _stock(self.teacher, kind, n) for n in steps})
+
+    def _rows(self, samplers: dict[str, Sampler]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+        found = {name: self.row(sampler) for name, sampler in samplers.items()}
+        return {name: row for name, (row, _) in found.items()}, {name: x for name, (_, x) in found.items()}
+
+
+def open_judge(teacher: Teacher, work: Path, budget: Budget, device: str, kept: Path) -> Judge:
+    """The judge of a teacher's students, by the images and the classifier in ``work``."""
+    return Judge(
+        teacher,
+        work / "classifier" / "classifier.pt",
+        load_file(work / "images.safetensors")["train"],
+        device,
+        samples=budget.samples,
+        endpoint_samples=budget.endpoint_samples,
+        solver_steps=budget.solver_steps,
+        batch=budget.measure_batch,
+        precision=budget.precision,
+        kept=kept,
+    )
+
+
+def _jumps(student: Student, steps: int) -> Sampler:
+    return lambda noise: sample(student, noise, steps)
+
+
+def _stock(teacher: Teacher, kind: str, steps: int) -> Sampler:
+    """What diffusers does with the teacher's own network and scheduler, spacing trailing."""
+    classes = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+    settings: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if kind == "dpmsolver++":
+        settings |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
+
+    def run(noise: Tensor) -> Tensor:
+        scheduler = classes[kind].from_config(teacher.scheduler_config | settings)
+        scheduler.set_timesteps(steps, device=noise.device)
+        x = noise
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
+        return x
+
+    return run

@@ -1,4 +1,4 @@
-"""Exploding and flow matching schedules; the discrete one is in test_interpolant."""
+"""Exploding and flow matching schedules; the discrete one is in test_time_axis."""
 
 from __future__ import annotations
 

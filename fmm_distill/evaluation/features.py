@@ -5,7 +5,6 @@ What happens to an image on the way (clipping, rounding, resizing, channels) is 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from huggingface_hub import constants
 from fmm_distill.config.settings import FEATURES
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.digits import load_digits_classifier
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
@@ -150,7 +150,15 @@ def _digits(shape: tuple[int, ...]) -> Features:
 
     about = "32 features of the classifier in builtin:digits"
     return Features(
-        about, _NOT_ROUNDED, _sha256(file), network.num_features, 10, shape, widens=False, network=network, see=see
+        about,
+        _NOT_ROUNDED,
+        sha256_of_file(file),
+        network.num_features,
+        10,
+        shape,
+        widens=False,
+        network=network,
+        see=see,
     )
 
 
@@ -180,7 +188,7 @@ def _from_file(name: str, shape: tuple[int, ...]) -> Features:
         raise UserError(f"evaluation.features {name}: made {got} of one image, {shown}; wanted floats of shape [1, d]")
     if not found.isfinite().all():
         raise UserError(f"evaluation.features {name}: not all features of a gray image are numbers; wanted finite ones")
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     about = f"{found.shape[1]} features of {path.name} (TorchScript, sha256 {digest})"
     return Features(
         about,
@@ -208,7 +216,7 @@ def _inception(shape: tuple[int, ...]) -> Features:
         features, scores = network(as_bytes(images))
         return Seen(features.float(), scores.float())
 
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     gray = ", gray repeated to three channels" if shape[0] == 1 else ""
     return Features(
         f"2048 Inception features (torch-fidelity, sha256 {digest[:16]}...)",
@@ -241,14 +249,9 @@ def _inception_file() -> Path:
                 reason = _line(error)
         if not path.is_file():
             raise UserError(f"evaluation.features: inception has no weights here ({reason}): {bring}; {WITHOUT}")
-    if not _sha256(path).startswith("6726825d"):
+    if not sha256_of_file(path).startswith("6726825d"):
         raise UserError(f"evaluation.features: {path} is not torch-fidelity's file (its sha256 is another): {bring}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(error: Exception) -> str:

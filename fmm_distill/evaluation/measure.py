@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from itertools import combinations
@@ -23,6 +21,8 @@ from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import reference_of
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
 from fmm_distill.evaluation.samplers import of_students, of_teacher
+from fmm_distill.io.cache import cache_key
+from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.io.lock import locked
 from fmm_distill.teachers.codec import Pixels
 
@@ -216,13 +216,14 @@ class Measure:
         """Tells what a sampler makes from what others, other weights or other settings make."""
         network = sampler.network
         if network not in self._digests:
-            self._digests[network] = _weights_digest(network)
+            self._digests[network] = sha256_of_tensors(network.state_dict())
         generator, conditions, guidance = self.generator, self.teacher.conditions, self.teacher.guidance
         about = [sampler.name, sampler.steps, self._digests[network], generator.count, generator.first, generator.batch]
         about += [generator.seed, generator.decodes, self.settings.clip, None if guidance is None else repr(guidance)]
         about += [None if self.features is None else self.features.digest]
-        about += [None if conditions is None else conditions.names, self.teacher.source, self.teacher.call]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+        about += [None if conditions is None else conditions.names, self.teacher.source]
+        about += [{} if self.teacher.pipeline is None else self.teacher.pipeline.call]
+        return cache_key(about)
 
     def remove_kept(self) -> None:
         """Remove what was kept on the disk of the samplers that were measured."""
@@ -303,14 +304,6 @@ class Measure:
         for row in rows:
             row.seconds_ratio = row.seconds_per_image / base.seconds_per_image
             row.memory_ratio = row.memory / base.memory if row.memory and base.memory else None
-
-
-def _weights_digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _truth(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +10,7 @@ from fmm_distill.evaluation import metrics
 from fmm_distill.evaluation.draws import NOISE_SEED
 from fmm_distill.evaluation.generate import WARM_UP
 from fmm_distill.evaluation.samplers import about_solvers
+from fmm_distill.io.hashes import sha256_of_json
 from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.conditions import Embeddings
 
@@ -98,7 +97,7 @@ def _prompts(teacher: Teacher) -> dict[str, str]:
     if not isinstance(teacher.conditions, Embeddings):
         return {}
     names = teacher.conditions.names
-    return {"prompts": f"{len(names)}, sha256 {hashlib.sha256(json.dumps(names).encode()).hexdigest()}"}
+    return {"prompts": f"{len(names)}, sha256 {sha256_of_json(names)}"}
 
 
 def _of_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,8 @@ class Angular:
             scheduler's first level, s = 1 / N, it is 200, and the derivative in r would be noise.
     """
 
+    kind = "angular"
+    folds = False
     t_max = 1.0
 
     def __init__(self, num_timesteps: int = 1000) -> None:
@@ -79,6 +81,10 @@ class Angular:
         """Return the times of ``IPNDMScheduler``, in equal steps of s, and 0 at the end."""
         check_steps(steps, self.num_timesteps)
         return self._time(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the noise levels as JSON."""
+        return {"kind": self.kind}
 
     def is_uniform(self, steps: int) -> bool:
         """Return True: jumps are measured in s."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,9 @@ from huggingface_hub.errors import (
 )
 
 from fmm_distill.errors import UserError
+from fmm_distill.io.cache import cache_path
+from fmm_distill.io.files import atomic_file
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 __all__ = ["Snapshot", "find_on_hub"]
@@ -173,7 +175,7 @@ def _check_digests(source: str, folder: Path) -> None:
     Raises:
         UserError: if a file differs; it is removed from the cache.
     """
-    seen_in = Path(constants.HF_HOME) / "fmm_distill" / "fetched" / f"{folder.name}.json"
+    seen_in = cache_path("fetched", f"{folder.name}.json")
     seen = set(json.loads(seen_in.read_text(encoding="utf-8"))) if seen_in.is_file() else set()
     # The direct target of a link has the digest as its name; it may itself be a link into a shared store.
     links = {path: path.parent / path.readlink() for path in folder.rglob("*") if path.is_symlink()}
@@ -190,12 +192,10 @@ def _check_digests(source: str, folder: Path) -> None:
         )
     if not new:
         return
-    # Atomic, since several processes may write the file.
-    partial = seen_in.with_suffix(f".{os.getpid()}")
     try:
         seen_in.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new.values()})), encoding="utf-8")
-        partial.replace(seen_in)
+        with atomic_file(seen_in, shared=True) as partial:
+            partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new.values()})), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{seen_in} can't be written ({error}); try HF_HOME on a disk with free space") from error
 
@@ -205,5 +205,4 @@ def _digest(blob: Path) -> str:
     if len(blob.name) == 40:
         content = blob.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(blob)

@@ -196,7 +196,7 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
         (("RUN", "--also", "./nowhere"), "./nowhere: no such folder"),
         (("RUN", "--teacher-steps", "1001"), "--teacher-steps 1001: wanted 1 to 1000"),
         (("RUN", "--steps", "1001"), "evaluation.steps 1001: wanted 1 to 1000"),
-        (("nobody/nothing",), "nobody/nothing: no such folder here, and of the Hub: "),
+        (("nobody/nothing",), "nobody/nothing: no such folder here, and on the Hub: "),
     ],
     ids=str,
 )

@@ -109,21 +109,21 @@ OPENING = {
         tiny("--teacher", "./nowhere"),
         ["./nowhere: no such folder; expected a pipeline"],
     ),
-    "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and of the Hub: "]),
-    "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: no such built-in", "builtin:digits"]),
+    "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and on the Hub: "]),
+    "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: expected one of ", "builtin:digits"]),
     "folder without a pipeline": (tiny("--teacher", "other"), ["other: no model_index.json in it"]),
     "pickled weights": (
         tiny("--teacher", "pickled"),
-        ["pickled: unet has diffusion_pytorch_model.bin and no ", "pickled weights are not opened"],
+        ["in unet, got diffusion_pytorch_model.bin; pickled weights are not opened", "safe_serialization"],
     ),
     "another network's scheduler": (
         tiny("--teacher", "ve"),
-        ["ve: time_embedding_type 'positional'; wanted 'fourier'"],
+        ["ve: time_embedding_type 'positional'; expected 'fourier'"],
     ),
     "missing text encoder": (tiny("--teacher", "text"), ["text: its text_encoder is missing (no folder of that name)"]),
     "prompts for a teacher that takes none": (
         tiny("--set", "prompts.file=torn.yaml"),
-        ["prompts and pipeline are for pipelines with a text encoder"],
+        ["expected a pipeline with a text encoder for prompts and pipeline"],
     ),
     "no file of prompts": (tiny("--set", "prompts.file=nowhere.txt"), ["prompts.file nowhere.txt: can't be read"]),
     "two sources of prompts": (

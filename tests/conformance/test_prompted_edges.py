@@ -38,7 +38,7 @@ def test_a_network_that_is_told_its_guidance_is_told_the_scale(tmp_path, name):
     assert four.guidance is None
     told = [teacher.conditions.prompts.inputs["guidance"] for teacher in (one, four)]
     torch.testing.assert_close(told[1], 4 * told[0])
-    with pytest.raises(UserError, match=r"guidance\.interval: this network is told its guidance"):
+    with pytest.raises(UserError, match=r"guidance\.interval: expected \[0, 1\] for a network that is conditioned on"):
         load_teacher(source, prompts=PROMPTS, call=call, guidance=Guidance(4.0, (0.2, 0.6)))
 
 

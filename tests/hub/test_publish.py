@@ -163,7 +163,7 @@ def test_without_the_right_nothing_is_made(published):
 def test_faults_leave_nothing_half(published, folder):
     seen = published["publish_through_faults"]
     assert seen["lost"].endswith(
-        "the Hub is not well (status 500); run the same command again later; nothing of it was published"
+        "the Hub has an internal error (status 500); run the same command again later; nothing of it was published"
     )
     # Two pictures, one of which was lost, and two networks: folded, an untrained student is the same at all steps.
     assert seen["arrived"] == 3

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.result import Column
 
-__all__ = ["Change", "Comparison", "compare", "read_result", "report"]
+__all__ = ["Change", "Comparison", "compare", "format_comparison", "read_result"]
 
 # In standard errors: intervals are 95 %, and a difference of three, which chance makes once in 370, has moved.
 INTERVAL = 1.96
@@ -157,7 +157,7 @@ def _changes(before: Row, after: Row) -> Iterator[Change]:
         yield Change(before.sampler, before.steps, column, one, other, errors)
 
 
-def report(comparison: Comparison) -> str:
+def format_comparison(comparison: Comparison) -> str:
     """The comparison as text: values with their 95 % intervals, and what moved."""
     lines = [f"different protocols: {key}: {a} there, {b} here" for key, (a, b) in comparison.different.items()]
     lines += [f"not there any more: {name}" for name in comparison.missing]

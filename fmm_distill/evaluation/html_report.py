@@ -7,7 +7,7 @@ from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from fmm_distill.evaluation.pictures import DRAWN, draw_steps, measured_of, styles_of
+from fmm_distill.evaluation.pictures import PLOTTED, measured_of, plot_steps, styles_of
 from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.io.files import write_text
 
@@ -71,9 +71,9 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 def _curves(evaluation: Evaluation) -> str:
     """A picture a quantity, so that one fills a phone's width."""
     pictures = []
-    for column in measured_of(evaluation, DRAWN):
+    for column in measured_of(evaluation, PLOTTED):
         drawn = BytesIO()
-        draw_steps(evaluation, drawn, (column.key,))
+        plot_steps(evaluation, drawn, (column.key,))
         pictures.append(f'<img src="{_inline(drawn.getvalue())}" alt="{escape(column.title)} against network calls">')
     return f'<div class="curves">{"".join(pictures)}</div><p>Bars are two standard errors to each side.</p>'
 

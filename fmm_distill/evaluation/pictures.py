@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.result import Column, Evaluation, Row
 
-__all__ = ["DRAWN", "STYLES", "draw_samples", "draw_steps", "measured_of", "still", "styles_of"]
+__all__ = ["PLOTTED", "STYLES", "measured_of", "plot_samples", "plot_steps", "still", "styles_of"]
 
 # Okabe and Ito's palette: told apart by the color-blind; markers differ too.
 STYLES = {
@@ -35,7 +35,7 @@ STYLES = {
 }
 _OTHERS = (("#56B4E9", "P"), ("#7F7F7F", "X"), ("#F0E442", "p"), ("#56B4E9", "h"))
 # What the report draws.
-DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
+PLOTTED = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
 
 
 def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
@@ -53,7 +53,7 @@ def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batc
     return samples if samples.ndim == 4 else samples.unsqueeze(1)
 
 
-def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
+def plot_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
     """One row a sampler, one column a noise; images in [-1, 1]."""
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], 
     figure.savefig(path)
 
 
-def draw_steps(
+def plot_steps(
     evaluation: Evaluation, target: Path | BytesIO, quantities: Sequence[str] = ("endpoint_error", "frechet")
 ) -> None:
     """Each quantity that was measured against network calls; bars are two standard errors to each side.
@@ -88,7 +88,7 @@ def draw_steps(
     figure = Figure(figsize=(5.2 * across, 3.8 * down), dpi=160)
     places = figure.subplots(down, across, squeeze=False).flatten()
     for axis, column in zip(places, drawn, strict=False):
-        _draw_quantity(axis, evaluation, column)
+        _plot_quantity(axis, evaluation, column)
     for axis in places[len(drawn) :]:
         axis.set_axis_off()
     figure.tight_layout()
@@ -105,7 +105,7 @@ def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Colum
     return found or [COLUMNS[0]]
 
 
-def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
+def _plot_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
     labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}

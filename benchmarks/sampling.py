@@ -20,7 +20,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from benchmarks.step_cases import make_teacher
 from benchmarks.steps import measured, timed
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def exported(folder: Path, size: str) -> DiffusionPipeline:
     scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
     DDPMPipeline(unet=make_teacher("unet", size).network, scheduler=scheduler).save_pretrained(folder / "teacher")
     teacher = load_teacher(str(folder / "teacher"))
-    export_pipeline(make_student(teacher), teacher, folder / "student", steps=())
+    export_pipeline(Student.from_teacher(teacher), teacher, folder / "student", steps=())
     pipeline = DiffusionPipeline.from_pretrained(folder / "student", trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -49,7 +49,7 @@ PARTS = {
     ("run", "make_accelerator"): "set up accelerate",
     ("plan", "open_teacher"): "open the teacher",
     ("plan", "open_reference"): "open the reference",
-    ("plan", "make_student"): "make the student",
+    ("plan", "open_student"): "make the student",
     ("run", "make_folder"): "write the run folder",
     ("run", "prepare_samples"): "prepare the samples",
     ("run", "Trainer"): "make the trainer",

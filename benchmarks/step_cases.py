@@ -15,7 +15,7 @@ from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.data.samples import PickedImages, row_of
 from fmm_distill.losses import SETTINGS
 from fmm_distill.losses.base import DerivativeSettings
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.training.trainer import Trainer
@@ -198,4 +198,4 @@ def make_trainer(
     }
     recipe = Recipe.model_validate(settings)
     samples = _Fixed(teacher.event_shape) if case.data else None
-    return Trainer(make_student(teacher), teacher, recipe, samples, folder, accelerator, lambda _: None)
+    return Trainer(Student.from_teacher(teacher), teacher, recipe, samples, folder, accelerator)

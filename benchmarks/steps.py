@@ -34,7 +34,7 @@ from benchmarks.step_peers import PEERS, PeerStep
 from fmm_distill.core.draws import draw
 from fmm_distill.core.parametrization import keywords
 from fmm_distill.data.starting_points import condition_of
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.signals import StopRequest
 
@@ -215,7 +215,9 @@ def peers_of(
     """The peers' steps, each on a student of its own."""
     if checkout is None:
         return {}
-    return {name: PeerStep(name, checkout, make_student(teacher), teacher, batch, accelerator) for name in PEERS}
+    return {
+        name: PeerStep(name, checkout, Student.from_teacher(teacher), teacher, batch, accelerator) for name in PEERS
+    }
 
 
 def about_peers(
@@ -225,7 +227,7 @@ def about_peers(
     peers, failed = {}, {}
     for name in PEERS:
         try:
-            peer = PeerStep(name, checkout, make_student(teacher), teacher, batch, accelerator)
+            peer = PeerStep(name, checkout, Student.from_teacher(teacher), teacher, batch, accelerator)
             peer(0)
         except Exception as error:  # noqa: BLE001 a peer's code in torch's own forward mode fails in many ways
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"

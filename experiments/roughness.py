@@ -16,7 +16,7 @@ import torch
 from fmm_distill.core.derivatives.engines import derivative_along_flow
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import expand
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 
 SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
@@ -31,7 +31,7 @@ def rms(x: torch.Tensor) -> float:
 def row(teacher_id: str, samples: int) -> list[str]:
     """Of each share of the way from data to noise: t, the velocity, its derivative, its change over the steps."""
     teacher = load_teacher(teacher_id)
-    student, schedule = make_student(teacher), teacher.schedule
+    student, schedule = Student.from_teacher(teacher), teacher.schedule
     noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     lines = []
     for share in SHARES:

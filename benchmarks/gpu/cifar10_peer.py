@@ -22,7 +22,7 @@ from experiments.cifar10.budget import BUDGETS
 from experiments.cifar10.experiment import STEPS
 from experiments.cifar10.measure import open_judge, save_whole
 from fmm_distill.io.files import append_line, write_text
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.ema import averaged
 from fmm_distill.training.trainer import learning_rate
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from experiments.cifar10.budget import Budget
     from fmm_distill.config.settings import TrainingSettings
     from fmm_distill.core.draws import Draws
-    from fmm_distill.student.student import Student
 
 __all__ = ["PEERS"]
 
@@ -96,7 +95,9 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
     teacher = load_teacher(str(work / "teacher")).to(device)
     # The settings of our students; the loss plays no part.
     training = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0).training
-    peer = PeerStep(name, fastgen, make_student(teacher, seed=training.seed), teacher, budget.batch, accelerator)
+    peer = PeerStep(
+        name, fastgen, Student.from_teacher(teacher, seed=training.seed), teacher, budget.batch, accelerator
+    )
     peer.steps, peer.average = steps, averaged(peer.student, training.ema[0])
     peer.images = picker(load_file(work / "images.safetensors")["train"], accelerator.device)
     title = f"{name.replace(' ', '-')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from dataclasses import dataclass
 from itertools import combinations
@@ -34,7 +35,7 @@ from fmm_distill.evaluation.samplers import of_students, of_teacher
 from fmm_distill.io.lock import locked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationSpec", "Evaluator", "evaluate"]
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate(
     students: Mapping[str, Student],
@@ -59,8 +62,6 @@ def evaluate(
     settings: EvaluationSettings,
     reference: Images | None,
     device: torch.device,
-    *,
-    say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Evaluate students and the solvers of their teacher on the same noises.
 
@@ -68,7 +69,7 @@ def evaluate(
         students: by the name of their rows.
         reference: images to compare with; None: no metrics of images.
     """
-    evaluator = Evaluator(EvaluationSpec(teacher, settings, reference, device), say=say)
+    evaluator = Evaluator(EvaluationSpec(teacher, settings, reference, device))
     rows = evaluator.rows([*of_students(students, settings.steps), *of_teacher(teacher, settings)])
     return Evaluation(evaluator.protocol, rows, evaluator.consistency)
 
@@ -105,9 +106,6 @@ class EvaluationSpec:
 class Evaluator:
     """Evaluates samplers with noises, endpoints and a reference that are computed once.
 
-    Args:
-        say: called with lines about damaged files of the caches and about non-finite samples.
-
     Attributes:
         protocol: the conditions of the measurement.
         consistency: of each sampler that was evaluated at several numbers of steps; see ``Evaluation``.
@@ -115,9 +113,9 @@ class Evaluator:
     """
 
     @torch.no_grad()
-    def __init__(self, spec: EvaluationSpec, *, say: Callable[[str], None] = print) -> None:
-        self.spec, self.say = spec, say
-        self.reference = _reference(spec, say)
+    def __init__(self, spec: EvaluationSpec) -> None:
+        self.spec = spec
+        self.reference = _reference(spec)
         self.generator = _generator(spec, self.reference)
         endpoints, solver_error = _endpoints(spec) if spec.is_main and spec.solves_ode else (None, None)
         self.endpoint_error = None if endpoints is None else EndpointError(endpoints)
@@ -185,7 +183,7 @@ class Evaluator:
         cache = self.spec.cache
         folder = None if cache is None else cache / self._key(sampler)
         self._folders += [] if folder is None else [folder]
-        return self.generator.run(sampler, folder, self.say)
+        return self.generator.run(sampler, folder)
 
     def _key(self, sampler: Sampler) -> str:
         """Return the name of the cache folder, a digest of everything that the samples depend on."""
@@ -229,7 +227,7 @@ class Evaluator:
         if not finite.all():
             # An eigendecomposition of non-finite values can end the process.
             bad = int((~finite).sum())
-            self.say(f"{sampler.name}, {sampler.steps} steps: {bad} of {len(features)} samples are non-finite")
+            logger.warning(f"{sampler.name}, {sampler.steps} steps: {bad} of {len(features)} samples are non-finite")
             return {name: Value(math.nan, None) for metric in metrics for name in metric.quantities}
         values: dict[str, Value] = {}
         for metric in self.feature_metrics:
@@ -250,12 +248,12 @@ class Evaluator:
         return (self.samples[one] - self.samples[other]).square().mean().sqrt().item()
 
 
-def _reference(spec: EvaluationSpec, say: Callable[[str], None]) -> Reference | None:
+def _reference(spec: EvaluationSpec) -> Reference | None:
     settings, images = spec.settings, spec.images
     network = None if images is None else open_features(settings.features, images.shape)
     if images is None or network is None:
         return None
-    reference = compute_reference(images, network, settings.batch_size, spec.device, say)
+    reference = compute_reference(images, network, settings.batch_size, spec.device)
     network.to(spec.device)
     return reference
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Cost", "GeneratedSamples", "GenerationSpec", "SampleGenerator"]
+
+logger = logging.getLogger(__name__)
 
 # Samples of a file of the cache: an interruption loses at most these, and processes divide the work by files.
 _PART = 512
@@ -116,13 +119,12 @@ class SampleGenerator:
         self.teacher, self.device, self.features = spec.teacher, spec.device, spec.features
         self.decodes = spec.decodes or spec.features is not None or spec.clip is not None
 
-    def run(self, sampler: Sampler, cache: Path | None = None, say: Callable[[str], None] = print) -> GeneratedSamples:
+    def run(self, sampler: Sampler, cache: Path | None = None) -> GeneratedSamples:
         """Generate all samples of a sampler.
 
         Args:
             cache: a folder for finished parts, from which an interrupted call resumes; several processes need it.
                 None: in memory.
-            say: called with a line if a file of the cache is damaged.
         """
         cost, size = self._warm_up(sampler), self.spec.batch_size
 
@@ -131,7 +133,7 @@ class SampleGenerator:
             return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
         count = self.spec.count
-        rows = make(0, 0, count) if cache is None else self._cached(make, sampler.steps, cache, say)
+        rows = make(0, 0, count) if cache is None else self._cached(make, sampler.steps, cache)
         return GeneratedSamples(
             rows["samples"][: self.spec.stored],
             rows.get("features"),
@@ -193,15 +195,15 @@ class SampleGenerator:
         return made
 
     def _cached(
-        self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path, say: Callable[[str], None]
+        self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path
     ) -> dict[str, Tensor]:
         """Return all rows by way of the disk: parts of earlier calls are reused, and processes divide the others."""
         width = 0 if self.features is None else self.features.width + self.features.classes
         row = 16 + 4 * (width + torch.Size(self.teacher.event_shape).numel())
         layout = Layout(folder, self.spec.count, row, _PART)
         # Another evaluation of the same samples waits, and then reuses the files.
-        with locked(folder, "an evaluation", say, wait=True):
-            self._fill(layout, make, steps, say)
+        with locked(folder, "an evaluation", wait=True):
+            self._fill(layout, make, steps)
             parts = [load_file(file) for file in layout.files]
             # The first process holds the lock until all processes have read.
             self._wait()
@@ -212,7 +214,6 @@ class SampleGenerator:
         layout: Layout,
         make: Callable[[int, int, int], dict[str, Tensor]],
         steps: int,
-        say: Callable[[str], None],
     ) -> None:
         """Generate the missing and the damaged parts, divided among the processes."""
         process, processes, accelerator = 0, 1, self.spec.accelerator
@@ -221,7 +222,7 @@ class SampleGenerator:
         if process == 0:
             for file in layout.files:
                 if file.is_file() and not _is_intact(file):
-                    say(f"{file} is damaged; its samples are generated again")
+                    logger.warning(f"{file} is damaged; its samples are generated again")
                     file.unlink()
         self._wait()
         mine = enumerate(layout.files[process::processes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,8 +20,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.io.files import writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Float
     from torch import Tensor
 
@@ -31,6 +30,8 @@ __all__ = ["MIN_IMAGES", "Reference", "compute_reference"]
 
 # Fewer samples have no covariance to speak of, nor the third neighbor of precision and recall.
 MIN_IMAGES = 4
+
+logger = logging.getLogger(__name__)
 
 _FILE = "features.safetensors"
 
@@ -54,14 +55,11 @@ class Reference:
         return len(self.features)
 
 
-def compute_reference(
-    images: Images, network: FeatureNetwork, batch: int, device: torch.device, say: Callable[[str], None]
-) -> Reference:
+def compute_reference(images: Images, network: FeatureNetwork, batch: int, device: torch.device) -> Reference:
     """Return the reference of a set of images, from the cache if its features were computed before.
 
     Args:
         batch: images per network call.
-        say: called with a line if the cache is damaged.
 
     Raises:
         UserError: if there are too few images, or their features can't be written.
@@ -72,7 +70,7 @@ def compute_reference(
     key = hashlib.sha256(json.dumps([digest, len(images), network.digest]).encode()).hexdigest()
     folder = Path(constants.HF_HOME) / "fmm_distill" / f"reference-{key[:32]}"
     shape = (len(images), network.width)
-    features = _read(folder, shape, say)
+    features = _read(folder, shape)
     if features is None:
         network.to(device)
         parts = [network(part.to(device)).features.float().cpu() for part in images.batches(batch)]
@@ -81,7 +79,7 @@ def compute_reference(
     return Reference(images, network, features, digest)
 
 
-def _read(folder: Path, shape: tuple[int, int], say: Callable[[str], None]) -> Tensor | None:
+def _read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
     """Return the cached features; None if there are none or they are damaged."""
     if not folder.is_dir():
         return None
@@ -94,7 +92,7 @@ def _read(folder: Path, shape: tuple[int, int], say: Callable[[str], None]) -> T
         if tuple(features.shape) != shape:
             raise ValueError(f"expected shape {shape}, got {tuple(features.shape)}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        say(f"{folder} is damaged ({error}); its features are computed again")
+        logger.warning(f"{folder} is damaged ({error}); its features are computed again")
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return features

@@ -11,7 +11,7 @@ import diffusers
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.errors import UserError
 from fmm_distill.export.schedulers import stock_scheduler
-from fmm_distill.student.student import fold
+from fmm_distill.student.fold import fold
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.pipelines import write_lora, write_pipelines
 from fmm_distill.export.stock import shared_bytes
 from fmm_distill.export.verify import Exported
+from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
-from fmm_distill.student.student import stock_part
 from fmm_distill.teachers.codec import LatentCodec
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import describe, plan
 from fmm_distill.run.trial import keep_trial, try_export
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.training.process import alone, make_accelerator, on_first, silent
+from fmm_distill.training.process import alone, first_process_logs, make_accelerator, on_first
 from fmm_distill.training.trackers import tracked
 from fmm_distill.training.trainer import Trainer
 
@@ -47,37 +48,40 @@ if TYPE_CHECKING:
 
 __all__ = ["distill"]
 
+logger = logging.getLogger(__name__)
 
-def distill(
-    recipe: Recipe, output: Path | str, *, fresh: bool = False, say: Callable[[str], None] = print
-) -> Evaluation:
+
+def distill(recipe: Recipe, output: Path | str, *, fresh: bool = False) -> Evaluation:
     """Distill, evaluate and export into the folder ``output``; the same call goes on where it was stopped.
 
     Args:
         fresh: remove what an earlier run left in ``output``.
-        say: takes each line that a user should read.
 
     Raises:
         UserError: on input that can't be used, a folder of another recipe, a damaged checkpoint or a full disk.
         TrainingDivergedError: when the loss is no number any more.
     """
-    with alone(say):
-        return _distill(recipe, Path(output), fresh, say)
+    with alone():
+        return _distill(recipe, Path(output), fresh)
 
 
-def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], None]) -> Evaluation:
+def _distill(recipe: Recipe, folder: Path, fresh: bool) -> Evaluation:
     recipe = with_paths(recipe)
-    accelerator = make_accelerator(recipe, folder, say)
-    line = say if accelerator.is_main_process else silent
+    accelerator = make_accelerator(recipe, folder)
+    with first_process_logs(accelerator):
+        return _locked_run(recipe, folder, accelerator, fresh)
+
+
+def _locked_run(recipe: Recipe, folder: Path, accelerator: Accelerator, fresh: bool) -> Evaluation:
     seen: dict[str, Any] = {}
     changes = check_folder(folder, recipe, fresh=fresh, seen=seen)
     # No process takes the folder before all have looked at it.
     accelerator.wait_for_everyone()
     finished = None if fresh or changes else read_evaluation(folder)
     if finished is not None:
-        line(f"{folder} is finished; --fresh starts again")
-        line(table(finished))
-        line(how_to_load(folder, recipe))
+        logger.info(f"{folder} is finished; --fresh starts again")
+        logger.info(table(finished))
+        logger.info(how_to_load(folder, recipe))
         return finished
     with ExitStack() as held:
         # The first process holds the lock for all.
@@ -85,7 +89,7 @@ def _distill(recipe: Recipe, folder: Path, fresh: bool, say: Callable[[str], Non
         # Another process may have worked here until it released the lock.
         changes = check_folder(folder, recipe, fresh=fresh, seen=seen)
         on_first(accelerator, lambda: check_replaceable(folder / "student"))
-        _train(recipe, folder, changes, accelerator, line, fresh=fresh)
+        _train(recipe, folder, changes, accelerator, fresh=fresh)
     return cast("Evaluation", read_evaluation(folder))
 
 
@@ -94,27 +98,26 @@ def _train(
     folder: Path,
     changes: list[str],
     accelerator: Accelerator,
-    line: Callable[[str], None],
     *,
     fresh: bool,
 ) -> None:
     """Train, evaluate and export into a folder that is locked."""
-    job = plan(recipe if fresh else pinned(recipe, folder), say=line)
+    job = plan(recipe if fresh else pinned(recipe, folder))
     if not fresh:
         check_prompts(folder, job.teacher)
         check_images(folder, job.images)
-    line(describe(job))
+    logger.info(describe(job))
     tried: list[str] = []
 
     def try_first() -> None:
-        tried.append(try_export(recipe, job.student, job.teacher, folder, line, locked=True))
+        tried.append(try_export(recipe, job.student, job.teacher, folder, locked=True))
 
     on_first(accelerator, try_first)
     for change in changes:
-        line(f"changed  {change}")
+        logger.info(f"changed  {change}")
     on_first(accelerator, lambda: _make(folder, recipe, job, changes, tried, fresh=fresh))
-    samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, line)
-    trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, line)
+    samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator)
+    trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator)
     average = partial(trainer.whole_average, recipe.training.ema[0])
     watched = cast("Callable[[], Student]", average)
     monitor = Monitor(watched, job.teacher, recipe, job.reference, folder, accelerator)
@@ -123,7 +126,7 @@ def _train(
         averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
         if accelerator.is_main_process:
             job.student = cast("Student", trainer.plain.to(accelerator.device))
-            finish(job, averages, folder, accelerator, line)
+            finish(job, averages, folder, accelerator)
         accelerator.wait_for_everyone()
 
 

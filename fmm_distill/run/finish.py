@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +27,7 @@ from fmm_distill.run.plan import Plan
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.flow_map import LearnedFlowMap
@@ -35,40 +36,41 @@ if TYPE_CHECKING:
 
 __all__ = ["export_student", "finish", "how_to_load"]
 
+logger = logging.getLogger(__name__)
+
 
 def finish(
     job: Plan,
     averages: Mapping[float, LearnedFlowMap],
     folder: Path,
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> None:
     """Evaluate the averages, export the best; the student has its weights then."""
     # Before an evaluation that may take hours.
     check_replaceable(folder / "student")
-    say("evaluating")
+    logger.info("evaluating")
     device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
-    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
+    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
-    say("exporting")
+    logger.info("exporting")
     if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
-        say(f"export.steps: only the any-step pipeline is written ({reason})")
+        logger.warning(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
     made = job.recipe.student.regression_steps + job.recipe.training.steps
-    agreements = export_student(job, student, steps, folder, evaluation, made, say)
+    agreements = export_student(job, student, steps, folder, evaluation, made, wait=True)
     evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], made)
     log_picture(accelerator, folder / "samples.png", made)
-    say(table(evaluation))
-    say(f"reloaded with stock diffusers: {summary(agreements)}")
-    say(how_to_load(folder, job.recipe))
+    logger.info(table(evaluation))
+    logger.info(f"reloaded with stock diffusers: {summary(agreements)}")
+    logger.info(how_to_load(folder, job.recipe))
 
 
 def export_student(
@@ -78,7 +80,8 @@ def export_student(
     run: Path,
     evaluation: Evaluation | None,
     made: int,
-    waiting: Callable[[str], None] | None = None,
+    *,
+    wait: bool = False,
 ) -> dict[str, Agreement]:
     """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
 
@@ -87,7 +90,7 @@ def export_student(
     Args:
         evaluation: None: its numbers are not those of this student.
         made: the number of training steps.
-        waiting: takes the line that another export into ``target`` is waited for; None: it is refused.
+        wait: wait for another export into ``target`` instead of refusing.
 
     Raises:
         UserError: on a number of steps that does not divide the timesteps, files in ``target`` that no export wrote,
@@ -99,7 +102,7 @@ def export_student(
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
-    with replacing(target, waiting) as new:
+    with replacing(target, wait=wait) as new:
         exported = write_student(job.student, job.teacher, new, steps)
         write_card(new, about, evaluation, run)
         try:

@@ -9,15 +9,14 @@ from torch import nn
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.export.folded import why_not_folded
 from fmm_distill.student.lora import default_targets
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.training.memory import GIB, forecast_memory
 
 if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
-    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["describe_teacher"]
@@ -34,7 +33,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
     Raises:
         UserError: if no student can be made of it.
     """
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     parameters = sum(p.numel() for p in teacher.network.parameters())
     lines = {
         "source": teacher.source + (f" at {teacher.revision}" if teacher.revision else ""),
@@ -85,7 +84,7 @@ def _conditions(teacher: Teacher) -> str:
         return f"{len(conditions.names)} classes; {guided}"
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
-    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.why})"
+    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
     return f"prompts by {names}; {guided}"
 
 

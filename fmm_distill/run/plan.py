@@ -20,7 +20,7 @@ from fmm_distill.export.folded import check_steps, why_not_folded
 from fmm_distill.export.write import export_bytes
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -30,11 +30,10 @@ from fmm_distill.training.process import check_training
 from fmm_distill.training.variables import launched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.data.samples import Images
-    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Plan", "at_guidance", "describe", "forecast", "open_reference", "open_teacher", "plan", "with_evaluation"]
@@ -51,12 +50,11 @@ class Plan:
     reference: Images | None
 
 
-def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Plan:
+def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Plan:
     """Open the teacher and the data and check what can be checked.
 
     Args:
         prompts: those of a run that was begun before; None: the recipe's.
-        say: takes the line on images that can't be read.
 
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
@@ -66,7 +64,7 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = open_teacher(recipe, prompts, say)
+    teacher = open_teacher(recipe, prompts)
     if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
@@ -74,17 +72,15 @@ def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[
         )
     check_evaluation(recipe.evaluation, teacher)
     check_steps(recipe.export.steps, teacher.schedule)
-    images = open_images(data, teacher, table, say)
-    reference = open_reference(recipe, teacher, images, say)
-    student = make_student(teacher, recipe.student.prediction, seed=recipe.training.seed)
+    images = open_images(data, teacher, table)
+    reference = open_reference(recipe, teacher, images)
+    student = Student.from_teacher(teacher, recipe.student.prediction, seed=recipe.training.seed)
     if recipe.student.lora.rank:
         add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
     return Plan(recipe, teacher, student, images, reference)
 
 
-def open_reference(
-    recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]
-) -> Images | None:
+def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:
     """What images are compared with: the recipe's own reference, its data, or the built-in digits.
 
     Args:
@@ -92,7 +88,7 @@ def open_reference(
     """
     settings = recipe.evaluation
     if settings.reference is not None:
-        images = load_images(settings.reference, image_shape(teacher), say=say)
+        images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
     if images is not None and settings.features != "none" and len(images) < 4:
@@ -100,13 +96,13 @@ def open_reference(
     return images
 
 
-def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Teacher:
+def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
     """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     alone = settings.scale == 1 and settings.range is None
     guidance = None if alone else Guidance(settings.scale, settings.interval, settings.range)
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline), "say": say}
+    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
         return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **told)
@@ -199,7 +195,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     lines = _export_disk(job)
     # Of processes that were launched together the first one tries; the others print nothing.
     if os.environ.get("RANK", "0") == "0":
-        try_export(recipe, job.student, job.teacher, folder, lines.append)
+        try_export(recipe, job.student, job.teacher, folder)
     processes, training = launched(), recipe.training
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)

@@ -28,7 +28,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.export.agreement import Agreement
 
@@ -40,7 +40,6 @@ __all__ = ["draw_run", "export_run", "open_run"]
 def open_run(
     folder: Path | str,
     guidance: float | None = None,
-    say: Callable[[str], None] = print,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The teacher of a run and its averaged student at the newest checkpoint.
@@ -57,12 +56,12 @@ def open_run(
     folder = Path(folder)
     recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
     # Before the teacher is opened, which takes long.
-    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    found = checkpoint.newest_whole(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
     check_files(folder, recipe)
-    job = plan(pinned(recipe, folder), kept_prompts(folder), say)
+    job = plan(pinned(recipe, folder), kept_prompts(folder))
     check_images(folder, job.images)
     measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]

@@ -1,33 +1,38 @@
-"""The student: the teacher's network with one more input, as a flow map; and the fold back into a stock network."""
+"""The student: a network conditioned on two times, read as a flow map on the teacher's schedule."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
+from diffusers import ModelMixin
+from torch import nn
 
 from fmm_distill.core.flow_map import LearnedFlowMap
+from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
+from fmm_distill.student.own_network import MapNetwork, TwoTimeNetwork
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
+from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor, nn
+    from collections.abc import Mapping
 
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["OWN_SETTINGS", "Student", "StudentPrediction", "fold", "make_student", "stock_part"]
+__all__ = ["Student", "StudentPrediction"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
-# What the configuration of a two-time network holds more than the stock one's.
-OWN_SETTINGS = ("jump_hosts", "jump_widths", "guidance_range", "flow_map")
 
 
 class Student(LearnedFlowMap):
@@ -44,6 +49,72 @@ class Student(LearnedFlowMap):
         self.clock = parametrization.schedule
         self.t_max = parametrization.schedule.t_max
 
+    @classmethod
+    @own_state()
+    def from_teacher(
+        cls,
+        teacher: Teacher,
+        prediction: StudentPrediction = "teacher",
+        *,
+        network: nn.Module | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Return a student with the teacher's weights, or with those of ``network``.
+
+        With the teacher's weights and prediction it equals the teacher for every (t, r) until it is trained. With
+        ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be regressed
+        on the teacher's velocity first (``student.regression_steps`` of a recipe).
+
+        Args:
+            network: the network to start from, which a teacher without a network needs: a network that is called as
+                the stock ones of diffusers are, ``network(x, timestep).sample``, and that predicts the velocity, or a
+                ``LearnedFlowMap`` of your own, which measures jumps on the teacher's time axis.
+            seed: seed of the new layers' initialization.
+
+        Raises:
+            UserError: if there is no network, it has no time embedding to add the jump to, it is not called with h, or
+                the teacher's schedule does not have the prediction.
+        """
+        if isinstance(network, LearnedFlowMap):
+            return cls._of_map(teacher, network)
+        if network is not None:
+            parametrization = Parametrization(teacher.schedule, "flow_prediction")
+            if not isinstance(teacher.network, VelocityNetwork):
+                parametrization = teacher.parametrization
+            teacher = replace(teacher, network=network, parametrization=parametrization)
+        if isinstance(teacher.network, VelocityNetwork):
+            raise UserError(
+                f"{teacher.source}: a velocity field has no network that a student could start from; expected "
+                "student=..., a diffusers network of its samples or a LearnedFlowMap"
+            )
+        chosen = teacher.prediction if prediction == "teacher" else prediction
+        if chosen != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
+            raise UserError(
+                f"student.prediction: expected teacher for a teacher of {teacher.prediction}, got {chosen}; "
+                "leave it out"
+            )
+        student = cls(
+            _two_time_copy(teacher, find_jump_hosts(teacher), seed).eval(),
+            replace(teacher.parametrization, prediction=chosen),
+        )
+        _check_first_call(student, teacher)
+        return student
+
+    @classmethod
+    def _of_map(cls, teacher: Teacher, flow_map: LearnedFlowMap) -> Self:
+        student = cls(MapNetwork(flow_map).eval(), VelocityParametrization(teacher.schedule, "flow_prediction"))
+        clock = getattr(flow_map, "clock", None)
+        if clock is not None:
+            t = torch.linspace(teacher.schedule.t_min, teacher.schedule.t_max, 5, dtype=torch.float64)
+            own, expected = (one.warp(t) - one.warp(t[:1]) for one in (clock, student.clock))
+            # A map whose h had another meaning would be trained and sampled on different jumps.
+            if not torch.allclose(own, expected, rtol=1e-6):
+                raise UserError(
+                    f"student: expected a {type(flow_map).__name__} whose clock is the teacher's time axis, got "
+                    f"{type(clock).__name__}; try clock = teacher.schedule"
+                )
+        return student
+
     @property
     def schedule(self) -> Schedule:
         """The teacher's noise levels."""
@@ -51,7 +122,7 @@ class Student(LearnedFlowMap):
 
     @property
     def prediction(self) -> Prediction:
-        """What the network predicts."""
+        """The quantity that the network predicts."""
         return self.parametrization.prediction
 
     def mean_velocity_of_jump(
@@ -61,123 +132,46 @@ class Student(LearnedFlowMap):
         h: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """u of the jump of length h (a share of the whole way) that starts at t."""
+        """Return u of the jump of length h (a fraction of the axis) that starts at t."""
         return self.parametrization.velocity(self.network, x, t, cond, h)
 
 
-@own_state()
-def make_student(teacher: Teacher, prediction: StudentPrediction = "teacher", *, seed: int = 0) -> Student:
-    """A student with the teacher's weights; equal to the teacher for every (t, r) where it keeps its prediction.
-
-    With ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be
-    regressed on the teacher's velocity first (the trainer does, see ``student.regression_steps``).
-
-    Raises:
-        UserError: on a network without a time embedding to add the jump to, or a prediction that the teacher's schedule
-            does not have.
-    """
-    kept = teacher.prediction if prediction == "teacher" else prediction
-    if kept != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
-        raise UserError(f"student.prediction: {kept} on a teacher of {teacher.prediction}; wanted teacher")
-    hosts = find_jump_hosts(teacher)
-    config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
-    config["guidance_range"] = None if teacher.guidance is None else teacher.guidance.range
-    # The new embedding's first layer is drawn: from a seed of its own, so that a run can begin twice.
+def _two_time_copy(teacher: Teacher, hosts: Mapping[str, int], seed: int) -> nn.Module:
+    """Return a copy of the teacher's network with h as one more input."""
+    guidance_range = None if teacher.guidance is None else teacher.guidance.range
+    # The first layer of the new embedding is random: from a seed of its own, so that a run is reproducible.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _open(two_time(cast("Any", type(teacher.network))), config)
+        if not isinstance(teacher.network, ModelMixin):
+            return TwoTimeNetwork(teacher.network, hosts, guidance_range)
+        config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
+        kind = cast("Any", two_time(cast("Any", type(teacher.network))))
+        network = cast("nn.Module", kind.from_config(config | {"guidance_range": guidance_range}))
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
-    student = Student(network.eval(), replace(teacher.parametrization, prediction=kept))
-    _fill_tables(student, teacher)
-    return student
+    return network
 
 
 @torch.no_grad()
-def _fill_tables(student: Student, teacher: Teacher) -> None:
-    """One ordinary call: some networks keep tables of positions from their first, and forward mode would wrap them."""
-    device = next(student.parameters()).device
-    cond = _some_condition(teacher, device)
-    t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
-    student.mean_velocity(torch.zeros(1, *teacher.event_shape, device=device), t, t, cond)
+def _check_first_call(student: Student, teacher: Teacher) -> None:
+    """Call the student once, and refuse a call that leaves out h.
 
-
-def _some_condition(teacher: Teacher, device: torch.device) -> Conditioning | None:
-    cond = teacher.told(torch.zeros(1))
-    return None if cond is None else cond.to(device)
-
-
-def _open(kind: Any, config: dict[str, Any]) -> nn.Module:  # noqa: ANN401 a diffusers class
-    return cast("nn.Module", kind.from_config(config))
-
-
-def stock_part(network: nn.Module) -> nn.Module:
-    """A stock network of the same class with the weights of a two-time one, its jump embeddings left out."""
-    config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
-    config = {key: value for key, value in config.items() if key not in OWN_SETTINGS}
-    stock = _open(type(network).__bases__[-1], config)
-    state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
-    stock.load_state_dict(state)
-    return stock.eval()
-
-
-@torch.no_grad()
-def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) -> nn.Module:
-    """The stock network that equals the student's on the grid ``times``, one jump between neighbors.
-
-    On a uniform grid the jumps have one length h, so their embeddings are one vector: it goes into the bias that it was
-    added to. On another the smallest change of weight and bias that gives every jump its own vector at the time
-    where it starts (least squares; the times are fewer than the layer's inputs). A range of guidance folds to the
-    teacher's scale.
-
-    Raises:
-        UserError: on a grid with more different jumps than the layer can hold.
+    Some networks cache tables of positions in their first call, which forward mode would wrap.
     """
-    network = cast("Any", student.network)
-    stock = stock_part(student.network)
-    device = next(student.network.parameters()).device
-    starts, places = times[:-1].to(device), student.clock.warp(times.to(device))
-    lengths = (places[:-1] - places[1:]).float()
-    scale = None if network.config["guidance_range"] is None else cast("Any", teacher.guidance).scale
-    share = network.guidance_share(None if scale is None else torch.full_like(lengths, scale))
-    for name, embedding in zip(network.config["jump_hosts"], network.jump_embedding, strict=True):
-        host = cast("nn.Linear", stock.get_submodule(name))
-        wanted = embedding(lengths, share).double()
-        mean = torch.zeros_like(wanted[0]) if host.bias is None else wanted.mean(0)
-        if host.bias is not None:
-            host.bias.add_(mean.to(host.bias))
-        rest = wanted - mean
-        if float(rest.abs().max()) > 1e-6 * float(wanted.abs().max()):
-            _tilt(host, _host_inputs(student, teacher, name, starts), rest)
-    return stock
-
-
-def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -> Tensor:
-    """What the layer that h is added to is given at these times: it depends on them alone."""
-    seen: list[Tensor] = []
-    host = student.network.get_submodule(name)
-    hook = host.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    cond = _some_condition(teacher, times.device)
+    device = next(student.parameters()).device
+    cond = teacher.conditioned_on(torch.zeros(1))
+    cond = None if cond is None else cond.to(device)
+    t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+    calls: list[int] = []
+    embedding = cast("Any", student.network).jump_embedding[0]
+    hook = embedding.register_forward_hook(lambda *_: calls.append(1))
     try:
-        for t in times:
-            x = torch.zeros(1, *teacher.event_shape, device=times.device)
-            student.mean_velocity_of_jump(x, t[None], torch.zeros(1, device=times.device), cond)
+        student.mean_velocity(torch.zeros(1, *teacher.event_shape, device=device), t, t, cond)
     finally:
         hook.remove()
-    return torch.cat([inputs.reshape(-1, inputs.shape[-1])[:1] for inputs in seen])
-
-
-def _tilt(host: nn.Linear, inputs: Tensor, wanted: Tensor) -> None:
-    """The smallest change of weight and bias (where there is one) that adds ``wanted`` at ``inputs``."""
-    constant = inputs.new_full((len(inputs), 1), float(host.bias is not None))
-    rows = torch.cat([inputs, constant], 1).double()
-    change = torch.linalg.pinv(rows) @ wanted
-    if float((rows @ change - wanted).abs().max()) > 1e-5 * float(wanted.abs().max()):
+    if not calls:
         raise UserError(
-            f"a grid of {len(inputs)} different jumps does not fold into a layer of {host.in_features} inputs; wanted "
-            "fewer steps in export.steps"
+            f"{teacher.source}: expected the call of its Parametrization to pass h on, got one that leaves it out; try "
+            "network(x, time, h=h) where h is not None"
         )
-    host.weight.add_(change[:-1].T.to(host.weight))
-    if host.bias is not None:
-        host.bias.add_(change[-1].to(host.bias))

@@ -56,7 +56,7 @@ class JumpEmbedding(nn.Module):
     """``g(h) - g(0)``: a sinusoid of low frequency and two linear layers, the last one zero at the start.
 
     So h = 0 adds nothing, at any time of training. A bias of the last layer would cancel: there is none.
-    ``guided`` adds another such term of the guidance, a share of its range.
+    ``guided`` adds another such term of the guidance, a fraction of its range.
     """
 
     num_frequencies = 32
@@ -68,10 +68,10 @@ class JumpEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.linear_2.weight)
 
-    def forward(self, h: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
-        """Shape ``[batch]`` (the jump's length as a share of the whole way) to ``[batch, width]``."""
+    def forward(self, h: torch.Tensor, fraction: torch.Tensor | None = None) -> torch.Tensor:
+        """Shape ``[batch]`` (the jump's length as a fraction of the whole way) to ``[batch, width]``."""
         jump = self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
-        return jump if self.guidance is None else jump + self.guidance(share)
+        return jump if self.guidance is None else jump + self.guidance(fraction)
 
     def _hidden(self, h: torch.Tensor) -> torch.Tensor:
         # Angular frequencies from 10 down to 0.1 on h in [0, 1]: smooth enough to be differentiated.
@@ -99,7 +99,7 @@ class _TwoTime:
         own = {"jump_widths": jump_widths, "guidance_range": guidance_range, "flow_map": flow_map}
         self.register_to_config(jump_hosts=jump_hosts, **own)
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
-        # The length of the jump and the share of the guidance that the current call is conditioned on.
+        # The length of the jump and the fraction of the guidance that the current call is conditioned on.
         self.jump = (None, None)
         self._register_jump_hooks()
 
@@ -111,10 +111,10 @@ class _TwoTime:
                 host.register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        h, share = self.jump
+        h, fraction = self.jump
         if h is None:
             return output
-        jump = self.jump_embedding[index](h, share).to(output.dtype)
+        jump = self.jump_embedding[index](h, fraction).to(output.dtype)
         # A network that embeds a time for every token or frame has several rows per sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
@@ -165,8 +165,8 @@ class _TwoTime:
         # Not an attribute: a lock can't be copied or pickled.
         return _locks.setdefault(self, threading.RLock())
 
-    def guidance_share(self, w: torch.Tensor | None) -> torch.Tensor | None:
-        """The scale of guidance as a share of its range."""
+    def guidance_fraction(self, w: torch.Tensor | None) -> torch.Tensor | None:
+        """The scale of guidance as a fraction of its range."""
         if (w is None) != (self.config.guidance_range is None):
             wanted = "takes no w" if w is not None else f"expects w in {self.config.guidance_range} with h"
             raise ValueError(f"{type(self).__name__} {wanted}: the scale of guidance, one per sample")
@@ -176,11 +176,11 @@ class _TwoTime:
         return (w - low) / (high - low)
 
     def forward(self, *args: object, h: torch.Tensor | None = None, w: torch.Tensor | None = None, **kwargs: object):
-        """The stock forward; h, shape ``[batch]``, is the length of the jump as a share of the whole way.
+        """The stock forward; h, shape ``[batch]``, is the length of the jump as a fraction of the whole way.
 
         w, shape ``[batch]``, goes with h where there is a ``guidance_range``: the scale of guidance.
         """
-        with self.jumping((None, None) if h is None else (h, self.guidance_share(w))):
+        with self.jumping((None, None) if h is None else (h, self.guidance_fraction(w))):
             return super().forward(*args, **kwargs)
 
     def student_scheduler(self, scheduler):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fmm_distill.core.derivatives.engines import derivative_in_r, without_tensor_float
+from fmm_distill.core.derivatives.engines import derivative_in_r
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -16,21 +18,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Distillable
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
 
 __all__ = ["accelerate_networks", "checkpoint_blocks", "network_of"]
 
+logger = logging.getLogger(__name__)
+
 # Compiled float32 arithmetic is in another order; half precision compiles to the same number of digits.
 TOLERANCE = 1e-3
 
 
-def accelerate_networks(
-    training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points, say: Callable[[str], None]
-) -> None:
+def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points) -> None:
     """Switch on ``training.gradient_checkpointing`` and ``training.compile``, if they change nothing.
 
     Args:
@@ -61,7 +63,9 @@ def accelerate_networks(
                 f"{name}: the {worst} differs by {differences[worst]:.1e} (relative) from the plain network's, above "
                 f"{TOLERANCE:g}; wanted the setting left out"
             )
-        say(f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})")
+        logger.info(
+            f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})"
+        )
 
 
 def network_of(student: LearnedFlowMap) -> nn.Module:
@@ -116,7 +120,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
         return checkpoint(again, *args, use_reentrant=False)
 
     told.enable_gradient_checkpointing(checkpointed)
-    student.hooked = True
+    student.needs_functional_jvp = True
 
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import PROMPTS
 from tests.conformance.test_prompted_export import moved, opened
@@ -80,7 +80,7 @@ def exports(tmp_path_factory):
     for name in CALLS:
         folder = tmp_path_factory.mktemp(name)
         teacher = teacher_of(name, folder / "teacher")
-        student = moved(make_student(teacher))
+        student = moved(Student.from_teacher(teacher))
         student_folder = export_pipeline(student, teacher, folder / "student", ())
         made[name] = SimpleNamespace(student=student, teacher=teacher, folder=student_folder)
     return made

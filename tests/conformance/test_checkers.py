@@ -14,12 +14,13 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.safety import without_checkers
 from tests.conformance.test_prompted_export import moved
+from tests.logs import logged
 from tests.tiny import diffusion
 
 PROMPTS = ("a cat", "two dogs in the snow")
@@ -78,7 +79,8 @@ def deep_floyd(variance):
 def opened(folder, name, **given) -> tuple[Teacher, list[str]]:
     lines: list[str] = []
     call = dict(diffusion.PIPELINES[name].call) if name in diffusion.PIPELINES else {"clean_caption": False}
-    return load_teacher(str(folder), prompts=PROMPTS, call=call, say=lines.append, **given), lines
+    with logged(lines):
+        return load_teacher(str(folder), prompts=PROMPTS, call=call, **given), lines
 
 
 @pytest.fixture(scope="module", params=["sd1", "hunyuan-dit"])
@@ -114,7 +116,7 @@ def test_stock_rows_of_an_evaluation_have_none_and_say_so(pipeline):
 def test_the_export_has_the_teachers_checker(pipeline, tmp_path):
     name, folder = pipeline
     teacher, _ = opened(folder, name)
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (2,))
     assert all(one.passed for one in verify(student, teacher, made, (2,)).values())
     for place in (made, made / "steps-2"):
@@ -136,7 +138,7 @@ def test_a_learned_variance_and_a_watermark_of_pixels(tmp_path, variance):
     assert guided.guidance is not None
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     assert (teacher.codec.decode(x) - x).abs().max() < 1e-6
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
     assert all(one.passed for one in verify(student, teacher, made, (1, 4)).values())
 

@@ -15,7 +15,7 @@ from fmm_distill.export.remote.pipeline import FlowMapPipeline
 from fmm_distill.export.stock import pipeline_settings
 from fmm_distill.export.verify import verify
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_teachers import saved
 from tests.conftest import save_teacher
@@ -25,7 +25,7 @@ STEPS = (1, 2, 4, 8)
 
 def moved_student(teacher):
     """A student whose jumps differ from its teacher's steps, and from one another."""
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         torch.nn.init.normal_(student.network.jump_embedding[0].linear_2.weight, std=0.3)
@@ -91,7 +91,7 @@ def test_any_number_of_steps_for_every_prediction(tmp_path, prediction, steps):
 def test_the_scheduler_of_an_export_clips_nothing(tmp_path):
     folder = save_teacher(tmp_path / "teacher", scheduler=DDPMScheduler(clip_sample=True, thresholding=True))
     teacher = load_teacher(str(folder))
-    target = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    target = export_pipeline(Student.from_teacher(teacher), teacher, tmp_path / "student", (2,))
     for place in ("scheduler", "steps-2/scheduler"):
         config = json.loads((target / place / "scheduler_config.json").read_text())
         assert (config["clip_sample"], config["thresholding"]) == (False, False)
@@ -99,7 +99,7 @@ def test_the_scheduler_of_an_export_clips_nothing(tmp_path):
 
 
 def test_an_export_replaces_an_export_and_nothing_else(tmp_path, teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     target = export_pipeline(student, teacher, tmp_path / "student", (1, 2))
     export_pipeline(student, teacher, target, (4,))
     assert sorted(path.name for path in target.glob("steps-*")) == ["steps-4"]

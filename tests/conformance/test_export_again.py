@@ -17,7 +17,7 @@ from fmm_distill.export.place import in_use, replacing
 from fmm_distill.run.marker import MARKER, mark
 from fmm_distill.run.publish import pack
 from fmm_distill.run.reopen import export_run
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import call, snapshot, training_only, write_recipe
 
@@ -26,7 +26,7 @@ from tests.cli.runs import call, snapshot, training_only, write_recipe
 def exported(tmp_path_factory, teacher_folder):
     """A teacher, its student, and a folder that it was exported to."""
     teacher = load_teacher(str(teacher_folder))
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("exported") / "student", (1,))
     return student, teacher, folder
 

@@ -15,7 +15,7 @@ from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.export.stock import any_step_settings, start_of, verification_call
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_export import moved
@@ -36,7 +36,7 @@ def any_step(tmp_path_factory):
             built.scheduler = diffusers.EDMEulerScheduler(sigma_min=0.01, sigma_max=80.0)
         built.save_pretrained(folder, safe_serialization=True)
         teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(tiny.call))
-        student = moved(make_student(teacher))
+        student = moved(Student.from_teacher(teacher))
         scheduler = stock_scheduler(teacher, student.prediction)
         student.network.register_to_config(flow_map=any_step_settings(teacher, scheduler))
         stock = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -59,7 +59,7 @@ def times_of(schedule, name, given):
     given = torch.tensor(given, dtype=torch.float64)
     if hasattr(schedule, "shift"):
         level = given / schedule.num_timesteps if name == "timesteps" else given
-        if name == "sigmas" or schedule.told_before:
+        if name == "sigmas" or schedule.uses_unshifted_time:
             level = schedule.shift * level / (1 + (schedule.shift - 1) * level)
     else:
         level = schedule.time(given.long()) if name == "timesteps" else given / (1 + given)

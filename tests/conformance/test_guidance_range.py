@@ -22,14 +22,16 @@ from fmm_distill.losses.time_sampling import pair_times
 from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.run.reopen import open_run
+from fmm_distill.student.fold import fold
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import fold, make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.objective import Objective
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES
 
 # Discrete levels, latents of classes, and a flow whose guidance is off at 0.
@@ -76,7 +78,7 @@ def test_every_sample_is_guided_by_its_own_scale(folders, name):
     wanted = null + scales.reshape(-1, *[1] * (v.ndim - 1)) * (v - null)
     torch.testing.assert_close(teacher.velocity(x, t, cond.guided(scales)), wanted, atol=1e-4, rtol=1e-4)
     fixed = opened(folders[name], name, Guidance(3.0))
-    assert torch.equal(teacher.velocity(x, t, teacher.told(places)), fixed.velocity(x, t, cond))
+    assert torch.equal(teacher.velocity(x, t, teacher.conditioned_on(places)), fixed.velocity(x, t, cond))
     # Its parts and rows keep their scales.
     assert cond.guided(scales).part(1, 3).rows(torch.tensor([1])).guidance.tolist() == [6.0]
 
@@ -88,7 +90,7 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
     x, t, r, places = inputs(teacher)
     cond = teacher.conditions.pick(places)
     low, high = cond.guided(1.0), cond.guided(7.0)
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     torch.testing.assert_close(student.mean_velocity(x, t, r, high), teacher.velocity(x, t, low), atol=1e-6, rtol=1e-5)
     moved(student)
     assert (student(x, t, r, high) - student(x, t, r, low)).abs().max() > 1e-3
@@ -102,7 +104,7 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
 def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
     recipe = parse({"loss": {"name": "lagrangian"}, "pairs": {"prior": 0.25}}, "here")
     teacher = opened(folders["dit"], "dit")
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     draws = draw(0, 0, 16, teacher.event_shape)
     losses, _ = Objective(student, teacher, recipe, recipe.losses)(draws, None, 0)
     t, r = pair_times(recipe.pairs, teacher.schedule, draws, 0)
@@ -120,15 +122,15 @@ def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
 @torch.no_grad()
 def test_it_folds_to_the_teachers_scale(folders, name):
     teacher = opened(folders[name], name)
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     times = student.schedule.grid(1)
     network = fold(student, teacher, times)
     x, _, _, places = inputs(teacher)
     t = times[:1].expand(3)
     v = student.parametrization.velocity(network, x, t, teacher.conditions.pick(places))
-    told = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places))
+    told = student.mean_velocity(x, t, times[1:].expand(3), teacher.conditioned_on(places))
     torch.testing.assert_close(v, told, atol=1e-4, rtol=1e-4)
-    other = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places).guided(5.0))
+    other = student.mean_velocity(x, t, times[1:].expand(3), teacher.conditioned_on(places).guided(5.0))
     assert (v - other).abs().max() > 1e-3
 
 
@@ -137,7 +139,7 @@ def exports(folders, tmp_path_factory):
     made = {}
     for name in NAMES:
         teacher = opened(folders[name], name)
-        student, folder = moved(make_student(teacher)), tmp_path_factory.mktemp("out") / "student"
+        student, folder = moved(Student.from_teacher(teacher)), tmp_path_factory.mktemp("out") / "student"
         made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder, (2,)), (2,))
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 
@@ -181,7 +183,8 @@ def test_a_run_is_sampled_evaluated_and_exported_at_any_scale_of_its_range(folde
     prompts.write_text("a cat\na dog\n")
     recipe = recipe_of(str(folders["sd1"]), prompts, guidance={"scale": 2.0, "range": [1.0, 5.0]})
     lines = []
-    measured = distill(recipe, tmp_path / "run", say=lines.append)
+    with logged(lines):
+        measured = distill(recipe, tmp_path / "run")
     assert measured.protocol["guidance"] == 2.0
     assert "2 prompts, guided by 2 (an input: 1 to 5)" in "\n".join(lines)
     card = (tmp_path / "run" / "student" / "README.md").read_text()

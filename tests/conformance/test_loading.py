@@ -18,7 +18,7 @@ from fmm_distill.export.load import load_student
 from fmm_distill.export.manifest import about_student, write_about
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_export import moved_student
@@ -29,7 +29,7 @@ RECIPE = parse({"teacher": "builtin:digits"}, "here")
 
 
 def exported(folder, teacher, prediction="teacher"):
-    student = moved_student(teacher) if prediction == "teacher" else make_student(teacher, prediction).eval()
+    student = moved_student(teacher) if prediction == "teacher" else Student.from_teacher(teacher, prediction).eval()
     export_pipeline(student, teacher, folder, ())
     write_about(folder, about_student(student, teacher, RECIPE, ()))
     return student
@@ -139,9 +139,9 @@ def test_a_network_that_is_told_its_guidance_is_told_it_again(tmp_path):
     recipe = parse({"teacher": "builtin:digits", "guidance": {"scale": 3.5}}, "here")
     write_about(tmp_path / "student", about_student(student, teacher, recipe, ()))
     again = load_student(tmp_path / "student")
-    own = sample(student, noises(teacher), 2, teacher.told(torch.zeros(3, dtype=torch.float64)))
+    own = sample(student, noises(teacher), 2, teacher.conditioned_on(torch.zeros(3, dtype=torch.float64)))
     assert (again.generate(noises(teacher), 2) - own).abs().max() <= 1e-5 * own.abs().max()
-    told = again.teacher.told(torch.zeros(1, dtype=torch.float64))
+    told = again.teacher.conditioned_on(torch.zeros(1, dtype=torch.float64))
     assert 3.5 in [float(value.flatten()[0]) for value in told.inputs.values() if value.is_floating_point()]
 
 

@@ -19,7 +19,7 @@ from fmm_distill.export.manifest import about_student
 from fmm_distill.export.pipelines import write_pipelines
 from fmm_distill.export.place import replacing
 from fmm_distill.run.publish import pack
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.tiny.diffusion import PIPELINES
@@ -141,7 +141,7 @@ def packed(request, tmp_path_factory):
         "clip_score": f"{USER}/models/clip, 100 times the cosine",
     }
     evaluation = Evaluation(protocol, [Row("student", 1, 1, 0.5, 3.0, 0.1)])
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with replacing(home / "student") as new:
         write_pipelines(student, teacher, new, (1,))
         about = about_student(student, teacher, recipe, (1,), run)

@@ -10,7 +10,7 @@ import pytest
 from fmm_distill.export.load import load_student
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.run.distill import distill
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import find, load_teacher
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.tiny.diffusion import PIPELINES
@@ -49,7 +49,7 @@ def test_a_run_from_the_older_names_to_a_verified_export(tmp_path):
     recipe = recipe_of(str(tmp_path / "teacher"), "none")
     # Its teacher takes classes.
     recipe = recipe.model_copy(update={"prompts": type(recipe.prompts)()})
-    distill(recipe, tmp_path / "run", say=lambda line: None)
+    distill(recipe, tmp_path / "run")
     student = tmp_path / "run" / "student"
     assert (student / "verification.json").is_file()
     assert json.loads((student / "steps-1" / "model_index.json").read_text())["transformer"] == ["diffusers", now]
@@ -59,6 +59,6 @@ def test_a_run_from_the_older_names_to_a_verified_export(tmp_path):
 def test_an_export_of_prompts_has_the_current_name(tmp_path):
     now = published("pixart-sigma", tmp_path / "teacher")
     teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",), call=dict(PIPELINES["pixart-sigma"].call))
-    folder = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    folder = export_pipeline(Student.from_teacher(teacher), teacher, tmp_path / "student", (2,))
     assert json.loads((folder / "steps-2" / "model_index.json").read_text())["transformer"] == ["diffusers", now]
     assert type(diffusers.DiffusionPipeline.from_pretrained(folder / "steps-2").transformer).__name__ == now

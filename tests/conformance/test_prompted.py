@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
 from fmm_distill.core.schedules import FlowMatching, VariancePreserving
 from fmm_distill.core.time_axis import expand
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import record
@@ -103,7 +103,7 @@ def test_one_euler_step_is_one_stock_step(opened):
 @torch.no_grad()
 def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
     _, _, teacher = opened
-    student, cond = make_student(teacher), teacher.conditions.prompts
+    student, cond = Student.from_teacher(teacher), teacher.conditions.prompts
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.4, 0.9], dtype=torch.float64))
     v = teacher.velocity(x, t, cond)
@@ -134,7 +134,7 @@ class InDouble(TorchFunctionMode):
 def test_the_derivative_in_r_and_its_gradient(opened):
     """Exact forward mode is what central differences say in float64, and a step through it makes the map see r."""
     _, _, teacher = opened
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for embedding in student.network.jump_embedding:
@@ -162,7 +162,7 @@ def test_the_derivative_in_r_and_its_gradient(opened):
 
 def test_a_step_makes_the_map_depend_on_r(opened):
     _, _, teacher = opened
-    student, cond = make_student(teacher), teacher.conditions.prompts
+    student, cond = Student.from_teacher(teacher), teacher.conditions.prompts
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
     r = teacher.schedule.time_at(torch.tensor([0.2, 0.5], dtype=torch.float64))

@@ -21,7 +21,7 @@ from fmm_distill.export.verify import verify
 from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import forecast
 from fmm_distill.run.reopen import open_run
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -46,7 +46,7 @@ def test_prompts_padded_beside_a_long_one_are_verified_as_the_pipeline_pads_them
     source, call = saved("cogview4", tmp_path / "teacher")
     prompts = (*"abcdefgh", "a prompt that is a good deal longer than all the others together")
     teacher = load_teacher(source, prompts=prompts, call=call)
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     folder = export_pipeline(student, teacher, tmp_path / "student", (2,))
     assert len(verify(student, teacher, folder, (2,))) == 2
 
@@ -59,7 +59,7 @@ def test_cogvideox_is_measured_against_solvers_with_its_own_noise_levels(tmp_pat
     settings = EvaluationSettings(
         steps=(50,), ddim_steps=(50,), dpmsolver_steps=(50,), samples=4, endpoint_samples=4, endpoint_solver_steps=100
     )
-    rows = evaluate({"student": make_student(teacher)}, teacher, settings, None, torch.device("cpu")).rows
+    rows = evaluate({"student": Student.from_teacher(teacher)}, teacher, settings, None, torch.device("cpu")).rows
     # The untrained student is its teacher's DDIM.
     assert [row.sampler for row in rows] == ["student", "teacher-ddim"]
     assert rows[0].endpoint_error == pytest.approx(rows[1].endpoint_error, rel=1e-3)
@@ -68,7 +68,7 @@ def test_cogvideox_is_measured_against_solvers_with_its_own_noise_levels(tmp_pat
 def test_central_differences_stay_in_single_precision_under_autocast(tmp_path):
     source, call = saved("sd1", tmp_path)
     teacher = load_teacher(source, prompts=PROMPTS, call=call)
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t, r = (teacher.schedule.time_at(torch.tensor(s, dtype=torch.float64)) for s in ([0.6, 0.9], [0.2, 0.5]))
     with torch.no_grad():
@@ -102,12 +102,12 @@ def test_a_run_keeps_its_prompts(tmp_path):
     prompts.write_text("a cat\n")
     recipe = recipe_of(source, prompts)
     assert re.search(r"GiB at peak: weights .*, activations ", forecast(recipe, tmp_path / "run"))
-    distill(recipe, tmp_path / "run", say=lambda line: None)
+    distill(recipe, tmp_path / "run")
     prompts.write_text("a cat\na dog\n")
     assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
     (tmp_path / "run" / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
-        distill(recipe, tmp_path / "run", say=lambda line: None)
+        distill(recipe, tmp_path / "run")
 
 
 def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monke
     # Without help of the garbage collector, which may come late.
     gc.disable()
     try:
-        distill(recipe, tmp_path / "run", say=lambda line: None)
+        distill(recipe, tmp_path / "run")
     finally:
         gc.enable()
     assert alive == [[]]
@@ -150,7 +150,7 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
     PIPELINES["dit"].build().save_pretrained(tmp_path / "teacher")
     teacher = load_teacher(str(tmp_path / "teacher"))
     monkeypatch.setattr(os, "link", refused)
-    folder = export_pipeline(make_student(teacher), teacher, tmp_path / "student", (2,))
+    folder = export_pipeline(Student.from_teacher(teacher), teacher, tmp_path / "student", (2,))
     assert (folder / "steps-2" / "vae" / "config.json").is_file()
 
 

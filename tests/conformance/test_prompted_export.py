@@ -19,7 +19,7 @@ from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.student.lora import default_targets
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
@@ -57,7 +57,7 @@ def exports(tmp_path_factory):
     for name in (*UNPROMPTED, *FAMILIES):
         folder, steps = tmp_path_factory.mktemp(name), FROM_TWO.get(name, STEPS)
         teacher = opened(name, folder / "teacher")
-        student = moved(make_student(teacher))
+        student = moved(Student.from_teacher(teacher))
         made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder / "student", steps), steps)
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 
@@ -80,7 +80,7 @@ def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     loaded = load_student(export.folder, prompts=PROMPTS if name in FAMILIES else ())
     noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
-    told = None if teacher.conditions is None else teacher.told(torch.tensor([0.0, 0.0], dtype=torch.float64))
+    told = None if teacher.conditions is None else teacher.conditioned_on(torch.tensor([0.0, 0.0], dtype=torch.float64))
     own = sample(export.student, noise, 3, told)
     made = loaded.generate(noise, 3, None if told is None else [0, 0])
     assert (made - own).abs().max() <= 1e-5 * own.abs().max()

@@ -13,7 +13,7 @@ from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.evaluation.samplers import of_teacher
 from fmm_distill.evaluation.solvers import describe_solvers, steps_within
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES
@@ -38,7 +38,7 @@ def test_every_solver_comes_to_the_odes_end(tmp_path, prediction):
     rows = {
         (row.sampler, row.steps): row
         for some in (few, settings())
-        for row in evaluate({"student": make_student(teacher)}, teacher, some, None, CPU).rows
+        for row in evaluate({"student": Student.from_teacher(teacher)}, teacher, some, None, CPU).rows
     }
     for name in ("teacher-ddim", "teacher-dpmsolver++", "teacher-unipc", "teacher-heun"):
         (many,) = [row for (sampler, steps), row in rows.items() if sampler == name and steps > 5]

@@ -12,7 +12,7 @@ import torch
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.time_axis import expand
 from fmm_distill.evaluation.evaluator import evaluate
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import DISCRETE as SCHEDULERS
 from tests.conftest import save_teacher
@@ -113,7 +113,7 @@ def test_solvers_of_the_evaluation_take_every_configuration(tmp_path, name):
     settings = EvaluationSettings(
         steps=(1,), ddim_steps=(5, 50), dpmsolver_steps=(25,), samples=2, endpoint_samples=2, endpoint_solver_steps=50
     )
-    evaluation = evaluate({"student": make_student(teacher)}, teacher, settings, None, torch.device("cpu"))
+    evaluation = evaluate({"student": Student.from_teacher(teacher)}, teacher, settings, None, torch.device("cpu"))
     clips = teacher.scheduler_config.get("clip_sample", False)
     assert f"clip_sample={clips}" in evaluation.protocol["solvers"]
     errors = {(row.sampler, row.steps): row.endpoint_error for row in evaluation.rows}

@@ -26,13 +26,14 @@ from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.run.plan import plan
 from fmm_distill.run.reopen import draw_run
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY
 from tests.conformance.test_prompted import InDouble
 from tests.conformance.test_prompted_export import moved
+from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES, redraw
 
 # As planners in reinforcement learning have it (Diffuser, arXiv 2205.09991).
@@ -161,7 +162,7 @@ def test_velocity_is_the_closed_form_over_the_range_of_t():
 
 @torch.no_grad()
 def test_the_student_is_its_teacher_at_the_start(teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     x, t = some(teacher, 6), teacher.schedule.time_at(torch.linspace(0, 1, 6, dtype=torch.float64))
     v = teacher.velocity(x, t)
     # The same sums, but kernels round by where in memory the weights lie.
@@ -176,7 +177,7 @@ def test_the_student_is_its_teacher_at_the_start(teacher):
 
 
 def test_the_derivative_in_r(teacher):
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     x, t, r = jumps(teacher)
     engine, reason = choose_engine(student, x, t, r)
     assert engine == "exact", reason
@@ -194,7 +195,7 @@ def test_the_derivative_in_r(teacher):
 
 
 def test_a_step_makes_the_map_depend_on_r(teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     x, t, r = jumps(teacher)
     optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
     lagrangian(student, teacher.velocity, x, t, r, settings=LagrangianSettings()).sum().backward()
@@ -208,7 +209,7 @@ def test_more_steps_of_the_teacher_come_closer_to_its_ode(teacher):
     settings = EvaluationSettings(
         steps=(2,), ddim_steps=(2, 20), dpmsolver_steps=(4,), samples=2, endpoint_samples=2, endpoint_solver_steps=30
     )
-    evaluation = evaluate({"student": make_student(teacher)}, teacher, settings, None, torch.device("cpu"))
+    evaluation = evaluate({"student": Student.from_teacher(teacher)}, teacher, settings, None, torch.device("cpu"))
     assert [row.sampler for row in evaluation.rows] == ["student", "teacher-euler", "teacher-euler"]
     few, many = (row.endpoint_error for row in evaluation.rows[1:])
     assert many < few / 2
@@ -230,7 +231,8 @@ def run(tmp_path_factory):
     """
     target, lines = tmp_path_factory.mktemp("run"), []
     source = changed(target / "teacher", sample_rate=49)
-    distill(parse({"teacher": source} | TINY, "here"), target / "run", say=lines.append)
+    with logged(lines):
+        distill(parse({"teacher": source} | TINY, "here"), target / "run")
     return target / "run", "\n".join(lines)
 
 
@@ -249,7 +251,7 @@ def test_a_whole_run(run, teacher):
 
 
 def test_the_any_step_pipeline_is_the_stock_one(teacher):
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     stock = diffusers.IPNDMScheduler()
     student.network.register_to_config(flow_map=any_step_settings(teacher, stock))
     pipeline = flow_map_pipeline(diffusers.DanceDiffusionPipeline)(unet=student.network, scheduler=stock)
@@ -317,7 +319,7 @@ def test_a_configuration_without_the_width_of_its_time_embedding(tmp_path, teach
     x, t, _ = jumps(teacher)
     with torch.no_grad():
         assert torch.equal(old.velocity(x, t), teacher.velocity(x, t))
-    assert make_student(old).network.config["time_embedding_dim"] == 16
+    assert Student.from_teacher(old).network.config["time_embedding_dim"] == 16
     file.write_text("{")
     with pytest.raises(UserError, match=r"unet/config\.json can't be read"):
         load_teacher(str(tmp_path))

@@ -19,7 +19,7 @@ from fmm_distill.data.samples import Images
 from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import encoder_of
@@ -183,7 +183,7 @@ def test_students_in_stock_diffusers(tmp_path):
 def test_student_and_evaluation(tmp_path, name):
     """The student is its teacher at the start, and it can be measured."""
     teacher = row(name, tmp_path)
-    student, cond = make_student(teacher), told(teacher, 6)
+    student, cond = Student.from_teacher(teacher), told(teacher, 6)
     x = torch.randn(6, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.linspace(0, 1, 6, dtype=torch.float64))
     with torch.no_grad():

@@ -18,7 +18,7 @@ from fmm_distill.export.folded import why_not_folded
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
 from fmm_distill.export.verify import Exported, agreements_of
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_export import moved
@@ -82,7 +82,7 @@ def angular(name, folder):
     teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(FAMILIES["stable-audio"].call))
     schedule = teacher.schedule
     ends = (schedule.sigma_min, schedule.sigma_max)
-    schedule = VarianceExploding(*ends, rho=schedule.rho, told="atan", num_timesteps=schedule.num_timesteps)
+    schedule = VarianceExploding(*ends, rho=schedule.rho, network_input="atan", num_timesteps=schedule.num_timesteps)
     return replace(teacher, parametrization=replace(teacher.parametrization, schedule=schedule))
 
 
@@ -159,7 +159,7 @@ def found(tmp_path_factory):
     for name, make in MAKE.items():
         folder = tmp_path_factory.mktemp("export")
         teacher = make(name, folder / "teacher")
-        student = moved(make_student(teacher))
+        student = moved(Student.from_teacher(teacher))
         exports[name] = Exported(student, teacher, export_pipeline(student, teacher, folder / "student", STEPS), STEPS)
     for (name, kind), corrupt in BROKEN.items():
         copy = exports[name].folder.with_name(f"student-{kind}".replace(" ", "-"))

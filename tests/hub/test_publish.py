@@ -25,7 +25,7 @@ from fmm_distill.export.manifest import about_student, read_about
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.run.marker import mark
 from fmm_distill.run.publish import pack
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from tests.hub import publishing
 from tests.hub.alone import alone
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory, teacher_folder):
     run = tmp_path_factory.mktemp("published") / "run"
     run.mkdir()
     teacher = load_teacher(str(teacher_folder))
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     recipe = parse({"teacher": str(teacher_folder)}, "here")
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     mark(run)

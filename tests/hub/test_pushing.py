@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from tests.hub import pushing
 from tests.hub.alone import alone
 
 
 @pytest.fixture
 def pushed(teacher, tmp_path):
-    folder = export_pipeline(make_student(teacher), teacher, tmp_path / "student", ())
+    folder = export_pipeline(Student.from_teacher(teacher), teacher, tmp_path / "student", ())
     return alone(tmp_path / "home", (pushing.push_by_diffusers, (folder,)))["push_by_diffusers"]
 
 

@@ -22,7 +22,7 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import Images
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.fsdp import check_sharding
 from fmm_distill.training.objective import Objective
@@ -52,8 +52,8 @@ def difference(recipe: Recipe, accelerator: Accelerator) -> float:
     ]
 
     def objective() -> Objective:
-        copies = {name: make_student(teacher).requires_grad_(False).eval() for name in ("average", "frozen")}
-        return Objective(make_student(teacher), teacher, recipe, losses, copies).eval()
+        copies = {name: Student.from_teacher(teacher).requires_grad_(False).eval() for name in ("average", "frozen")}
+        return Objective(Student.from_teacher(teacher), teacher, recipe, losses, copies).eval()
 
     rank, half = accelerator.process_index, recipe.training.batch_size // 2
     mine = gradient(accelerator.prepare(objective()), recipe, slice(rank * half, (rank + 1) * half))
@@ -89,8 +89,8 @@ if __name__ == "__main__":
         else:
             differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)
-        student, data = make_student(teacher), images_of(recipe)
-        trainer = Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None)
+        student, data = Student.from_teacher(teacher), images_of(recipe)
+        trainer = Trainer(student, teacher, recipe, data, folder, accelerator)
         trainer.run()
         assert all(isinstance(p, DTensor) == shards for p in trainer.objective.parameters())
         # The next one is not to be compared with it.

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.errors import UserError
 from fmm_distill.losses.time_sampling import Pairs
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.training.compile import accelerate_networks
 from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted_export import moved, opened
+from tests.logs import logged
 from tests.unit.test_trainer import flat, losses, recipe_of, train
 
 DETACHED = {"name": "eulerian", "stop": "target"}
@@ -36,7 +37,8 @@ def said_by(recipe, folder, teacher_folder):
     from fmm_distill.teachers.load import load_teacher
 
     lines, teacher = [], load_teacher(str(teacher_folder))
-    Trainer(make_student(teacher), teacher, recipe, None, folder, Accelerator(cpu=True), lines.append)
+    with logged(lines):
+        Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, Accelerator(cpu=True))
     return lines
 
 
@@ -67,10 +69,13 @@ def test_differences_are_taken_in_r_alone_where_both_engines_run(tmp_path, teach
 @pytest.mark.parametrize("name", ["dit", "sd1", "flux", "wan"])
 def test_blocks_that_embed_the_time_themselves_are_computed_again_with_their_own_jump(tmp_path, name):
     teacher = opened(name, tmp_path / "teacher")
-    student = moved(make_student(teacher))
+    student = moved(Student.from_teacher(teacher))
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.7, 1.0], dtype=torch.float64))
-    r, cond = teacher.schedule.time_at(torch.tensor([0.1, 0.4], dtype=torch.float64)), teacher.told(torch.zeros(2))
+    r, cond = (
+        teacher.schedule.time_at(torch.tensor([0.1, 0.4], dtype=torch.float64)),
+        teacher.conditioned_on(torch.zeros(2)),
+    )
 
     def gradient():
         student.zero_grad()
@@ -81,13 +86,14 @@ def test_blocks_that_embed_the_time_themselves_are_computed_again_with_their_own
 
     plain, lines = gradient(), []
     training = TrainingSettings(gradient_checkpointing=True)
-    accelerate_networks(training, student, teacher, (x, t, r, cond), lines.append)
+    with logged(lines):
+        accelerate_networks(training, student, teacher, (x, t, r, cond))
     assert "compared with the plain networks" in lines[0]
     torch.testing.assert_close(gradient(), plain, atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_that_answers_otherwise_is_refused(teacher, monkeypatch):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     block = student.network.down_blocks[0].resnets[0]
     # A block that forgets, in the second pass, what it was told: dropout on, drawn anew.
     plain = block.forward
@@ -103,7 +109,7 @@ def test_a_network_that_answers_otherwise_is_refused(teacher, monkeypatch):
     with pytest.raises(
         UserError, match=r"training\.gradient_checkpointing: the .* differs by .* wanted the setting left"
     ):
-        accelerate_networks(TrainingSettings(gradient_checkpointing=True), student, teacher, (x, t, t / 2, None), print)
+        accelerate_networks(TrainingSettings(gradient_checkpointing=True), student, teacher, (x, t, t / 2, None))
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fmm_distill.config.recipe import parse
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.draws import draw
-from fmm_distill.core.velocity import Conditioning
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.objective import Objective
@@ -31,7 +31,7 @@ def labels_of(network):
 def test_student_and_teacher_are_told_what_was_drawn(teacher, also, prior):
     terms = [{"loss": {"name": "flow_matching", "velocity": "teacher"}, "share": 0.5}] if also else []
     recipe = parse({"loss": {"name": "lagrangian"}, "pairs": {"prior": prior}, "also": terms}, "here")
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     draws = draw(0, 3, 64, teacher.event_shape)
     drawn = teacher.conditions.pick(draws.condition).inputs["class_labels"]
     assert set(drawn.tolist()) == set(range(7))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmm_distill.core.conditioning import Conditioning
+from fmm_distill.core.derivatives.central import TIME_STEP
 from fmm_distill.core.derivatives.engines import (
-    TIME_STEP,
-    StockNetworks,
     choose_engine,
     derivative_along_flow,
     derivative_in_r,
@@ -14,10 +14,10 @@ from fmm_distill.core.derivatives.engines import (
     value_and_derivative_in_r,
     value_and_parts_along_flow,
 )
+from fmm_distill.core.derivatives.forward_mode import StockNetworks
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
-from fmm_distill.core.velocity import Conditioning
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.analytic import Gaussian
 
 
@@ -33,7 +33,7 @@ class Polynomial(FlowMap):
 
 @pytest.fixture
 def student(teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with torch.no_grad():
         student.network.jump_embedding[0].linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return student

@@ -20,7 +20,8 @@ from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator, evaluate
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.result import Evaluation, Row, choose, from_json, table
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
+from tests.logs import logged
 
 SETTINGS = EvaluationSettings(
     steps=(1, 2, 4),
@@ -35,7 +36,7 @@ SETTINGS = EvaluationSettings(
 
 @pytest.fixture
 def measured(teacher):
-    return evaluate({"student": make_student(teacher)}, teacher, SETTINGS, None, torch.device("cpu"))
+    return evaluate({"student": Student.from_teacher(teacher)}, teacher, SETTINGS, None, torch.device("cpu"))
 
 
 def test_rows(measured):
@@ -65,7 +66,7 @@ def test_json_and_table(measured):
 
 
 def test_consistency_is_the_distance_between_numbers_of_steps(teacher, measured):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     noise = draw_samples_of(teacher, range(8), NOISE_SEED).noise
     one, four = sample(student, noise, 1), sample(student, noise, 4)
     assert measured.consistency["student"]["1,4"] == pytest.approx(float((one - four).square().mean().sqrt()), rel=1e-4)
@@ -75,7 +76,7 @@ def test_consistency_is_the_distance_between_numbers_of_steps(teacher, measured)
 def test_every_metric_of_the_digits(teacher):
     reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     settings = SETTINGS.model_copy(update={"features": "digits", "samples": 60, "steps": (2,), "ddim_steps": (2,)})
-    evaluation = evaluate({"student": make_student(teacher)}, teacher, settings, reference, torch.device("cpu"))
+    evaluation = evaluate({"student": Student.from_teacher(teacher)}, teacher, settings, reference, torch.device("cpu"))
     by_name = {row.sampler: row for row in evaluation.rows if row.steps == 2}
     student, ddim = by_name["student"], by_name["teacher-ddim"]
     keys = {"endpoint_error", "frechet", "kid", "inception_score", "precision", "recall"}
@@ -200,11 +201,12 @@ def test_samples_that_are_no_numbers(teacher):
     few = {"features": "digits", "steps": (1,), "ddim_steps": (), "dpmsolver_steps": ()}
     settings = SETTINGS.model_copy(update=few)
     images = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
-    broken, said = make_student(teacher), []
+    broken, said = Student.from_teacher(teacher), []
     with torch.no_grad():
         next(broken.network.parameters()).fill_(torch.nan)
-    students = {"broken": broken, "whole": make_student(teacher)}
-    measured = evaluate(students, teacher, settings, images, torch.device("cpu"), say=said.append)
+    students = {"broken": broken, "whole": Student.from_teacher(teacher)}
+    with logged(said):
+        measured = evaluate(students, teacher, settings, images, torch.device("cpu"))
     assert said == ["broken, 1 steps: 16 of 16 samples are non-finite"]
     one, other = measured.rows
     assert all(math.isnan(value) for value in (one.endpoint_error, one.frechet, one.kid, one.recall))

@@ -15,7 +15,8 @@ from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.generate import GenerationSpec, SampleGenerator
 from fmm_distill.evaluation.samplers import Sampler, of_students
 from fmm_distill.io.lock import locked
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
+from tests.logs import logged
 
 COUNT = 1100
 
@@ -25,7 +26,7 @@ def whole(teacher_folder):
     from fmm_distill.teachers.load import load_teacher
 
     teacher = load_teacher(str(teacher_folder))
-    (sampler,) = of_students({"student": make_student(teacher)}, (1,))
+    (sampler,) = of_students({"student": Student.from_teacher(teacher)}, (1,))
     return teacher, sampler, generator(teacher, batch=256).run(sampler)
 
 
@@ -119,11 +120,12 @@ def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
 
     def kept(one):
         make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop))  # noqa: E731
-        return make, 1, tmp_path / "kept", lambda line: (lines.append(line), waits.set())
+        return make, 1, tmp_path / "kept"
 
     first.start()
     at_work.wait()
-    second = generator(teacher, 256)._cached(*kept(counting))
+    with logged(lines, lambda _: waits.set()):
+        second = generator(teacher, 256)._cached(*kept(counting))
     first.join()
     assert len(lines) == 1
     assert "is in use by an evaluation" in lines[0]
@@ -158,7 +160,8 @@ def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
     tensors = load_file(files[1])
     tensors["features"][3, 4] += 1e-3
     save_file(tensors, files[1])
-    same(generator(teacher, 256).run(counting, tmp_path / "kept", lines.append), made)
+    with logged(lines):
+        same(generator(teacher, 256).run(counting, tmp_path / "kept"), made)
     assert sum(calls) == 16 + 1024
     (line,) = lines
     assert "part-00001.safetensors is damaged; its samples are generated again" in line
@@ -167,7 +170,7 @@ def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
 def test_costs(whole):
     teacher, _, made = whole
     assert made.cost.calls == 1
-    four = generator(teacher, 16, count=16).run(of_students({"student": make_student(teacher)}, (4,))[0])
+    four = generator(teacher, 16, count=16).run(of_students({"student": Student.from_teacher(teacher)}, (4,))[0])
     assert four.cost.calls == 4
     # Steps follow one another: they take no more memory than one.
     assert made.cost.memory <= four.cost.memory < 1.5 * made.cost.memory

@@ -14,9 +14,10 @@ from fmm_distill.export.pipelines import write_lora
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.run.publish import pack
 from fmm_distill.student.lora import add_lora, default_targets, has_lora, merged
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.training.ema import averaged
 from tests.conformance.test_prompted_export import opened
+from tests.logs import logged
 
 FAMILIES = ("sd1", "sdxl", "dit", "flux", "z-image", "sana", "wan", "stable-audio")
 
@@ -29,7 +30,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(params=FAMILIES)
 def pair(request, folders):
     teacher = opened(request.param, folders[request.param])
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     add_lora(student, teacher, 2)
     return request.param, teacher, student
 
@@ -102,7 +103,7 @@ def test_an_average_holds_the_large_weights_once(pair):
 
 def test_the_file_is_what_diffusers_loads(tmp_path, folders):
     teacher = opened("sd1", folders["sd1"])
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     add_lora(student, teacher, 2)
     step(teacher, student)
     write_lora(student, teacher, tmp_path)
@@ -125,7 +126,7 @@ def test_default_targets_are_attention_and_feed_forward(folders):
 def test_targets_that_are_not_there(folders):
     teacher = opened("sd1", folders["sd1"])
     with pytest.raises(UserError, match=r"no linear layer of TwoTimeUNet2DConditionModel is nowhere; give .*targets"):
-        add_lora(make_student(teacher), teacher, 2, ("nowhere",))
+        add_lora(Student.from_teacher(teacher), teacher, 2, ("nowhere",))
 
 
 def test_a_whole_run(tmp_path, folders):
@@ -151,7 +152,8 @@ def test_a_whole_run(tmp_path, folders):
         "here",
     )
     said = []
-    evaluation = distill(recipe, tmp_path / "run", say=said.append)
+    with logged(said):
+        evaluation = distill(recipe, tmp_path / "run")
     assert "2 prompts, guided by 2" in "\n".join(said)
     assert "in adapters of rank 2" in "\n".join(said)
     calls = {row.sampler: row.calls for row in evaluation.rows}

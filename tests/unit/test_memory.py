@@ -13,7 +13,7 @@ import pytest
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.run.plan import plan
 from fmm_distill.student.lora import add_lora
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.compile import checkpoint_blocks
 from fmm_distill.training.ema import averaged, frozen_copy
@@ -97,7 +97,7 @@ def test_the_student_stays_as_it_is(teacher_folder):
 def test_what_is_counted(teacher_folder):
     """Averages, copies, parts and processes each add what they hold."""
     base = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS})
-    student = make_student(load_teacher(str(teacher_folder)))
+    student = Student.from_teacher(load_teacher(str(teacher_folder)))
     trained = 4 * sum(p.numel() for p in student.parameters())
     assert base.optimizer == 2 * trained
     assert trained <= base.averages < 1.01 * trained
@@ -140,7 +140,7 @@ def test_the_phase_that_takes_most_counts(teacher_folder):
 
 def test_copies_share_what_is_not_trained(teacher_folder):
     teacher = load_teacher(str(teacher_folder))
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     add_lora(student, teacher, 2)
     for copied in (frozen_copy(student), averaged(student, 0.9).module):
         for own, kept in zip(student.parameters(), copied.parameters(), strict=True):

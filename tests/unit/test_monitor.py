@@ -11,7 +11,7 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.evaluation.monitor import Monitor
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 
@@ -38,7 +38,7 @@ class Drawing(Teacher):
 def test_generator_modes_and_weights_are_untouched(tmp_path, teacher_folder):
     recipe = Recipe.model_validate({"teacher": str(teacher_folder), "training": {"steps": 9}, "evaluation": EVALUATION})
     teacher = Drawing(**vars(load_teacher(recipe.teacher)))
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     # Modes that nobody has on purpose, so that a change shows.
     student.train()
     teacher.network.train()

@@ -8,7 +8,7 @@ from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.student.sampling import sample
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 
 STOCK = DDIMScheduler(timestep_spacing="trailing")
 SCHEDULE = VariancePreserving(STOCK.alphas_cumprod)
@@ -52,7 +52,7 @@ def test_wrong_number_of_steps(steps):
 
 @pytest.fixture
 def student(teacher):
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     with torch.no_grad():
         student.network.jump_embedding[0].linear_2.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return student
@@ -95,4 +95,4 @@ def test_untrained_student_samples_as_the_stock_sampler_does(teacher, noise, ste
             x = ddim.step(teacher.network(x, timestep).sample, timestep, x).prev_sample
     # t_max to data without a second rescaling: at data the two coordinates are one.
     assert expand(teacher.schedule.scale(torch.zeros(1)), x).item() == 1
-    torch.testing.assert_close(sample(make_student(teacher), noise, steps), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample(Student.from_teacher(teacher), noise, steps), x, rtol=1e-4, atol=1e-4)

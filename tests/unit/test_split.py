@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.student.student import make_student
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training import checkpoint
 from fmm_distill.training.trainer import Trainer
@@ -44,7 +44,7 @@ def train(settings, folder):
     folder.mkdir(parents=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
     teacher, data = load_teacher(recipe.teacher), images_of(recipe)
-    Trainer(make_student(teacher), teacher, recipe, data, folder, accelerator, lambda _: None).run()
+    Trainer(Student.from_teacher(teacher), teacher, recipe, data, folder, accelerator).run()
 
 
 def on_two_processes(folder, teacher_folder, steps, numbers, *how):
@@ -82,7 +82,7 @@ def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, te
     train(settings, tmp_path / "one")
     settings["training"]["accumulation"] = 2
     train(settings, tmp_path / "parts")
-    start = flat(make_student(load_teacher(str(teacher_folder))).state_dict())
+    start = flat(Student.from_teacher(load_teacher(str(teacher_folder))).state_dict())
     whole = weights(tmp_path / "one")
     moved = (whole - start).norm()
     assert moved > 0.05

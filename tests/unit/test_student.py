@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fmm_distill.losses import LagrangianSettings, lagrangian
-from fmm_distill.student.student import fold, make_student
+from fmm_distill.student.fold import fold
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conftest import save_teacher, tiny_unet
 
@@ -25,7 +26,7 @@ def relative(a, b):
 
 @pytest.fixture
 def student(teacher):
-    return make_student(teacher)
+    return Student.from_teacher(teacher)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def jumps(teacher):
 def test_starts_as_the_teacher(tmp_path, jumps, prediction, beta_schedule):
     scheduler = DDPMScheduler(prediction_type=prediction, beta_schedule=beta_schedule)
     teacher = load_teacher(str(save_teacher(tmp_path, scheduler=scheduler)))
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     x, t, r = jumps
     t, r = (time * teacher.schedule.t_max / t.max() for time in (t, r))
     v = teacher.velocity(x, t)
@@ -144,7 +145,7 @@ def test_is_trainable_and_the_teacher_is_not(teacher, student):
 @pytest.mark.parametrize(("asked", "kept"), [("teacher", "epsilon"), ("v_prediction", "v_prediction")])
 def test_prediction(tmp_path, asked, kept):
     teacher = load_teacher(str(save_teacher(tmp_path, scheduler=DDPMScheduler(prediction_type="epsilon"))))
-    assert make_student(teacher, asked).prediction == kept
+    assert Student.from_teacher(teacher, asked).prediction == kept
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])

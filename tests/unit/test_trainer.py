@@ -22,7 +22,8 @@ from fmm_distill.errors import UserError
 from fmm_distill.losses import SETTINGS, flow_matching
 from fmm_distill.losses.time_sampling import pair_times
 from fmm_distill.losses.weighting import Weight
-from fmm_distill.student.student import Student, make_student, stock_part
+from fmm_distill.student.fold import stock_part
+from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training import checkpoint
@@ -31,6 +32,7 @@ from fmm_distill.training.objective import Objective
 from fmm_distill.training.process import make_accelerator
 from fmm_distill.training.trainer import Trainer, TrainingDivergedError, learning_rate
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 
 LOSSES = [
     {"name": "lagrangian", "stop": "teacher"},
@@ -68,7 +70,7 @@ def train(recipe: Recipe, folder: Path) -> Trainer:
     teacher = load_teacher(recipe.teacher)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
-    trainer = Trainer(make_student(teacher), teacher, recipe, None, folder, accelerator, lambda _: None)
+    trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, accelerator)
     trainer.run()
     return trainer
 
@@ -99,9 +101,9 @@ def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs
     teacher = load_teacher(recipe.teacher)
     pixels = torch.randint(0, 256, (10, *teacher.event_shape), dtype=torch.uint8)
     images = Images(pixels, "noise") if from_data else None
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     before = flat(student.network.state_dict()).clone()
-    Trainer(student, teacher, recipe, images, folder, Accelerator(cpu=True), lambda _: None).run()
+    Trainer(student, teacher, recipe, images, folder, Accelerator(cpu=True)).run()
     assert (flat(student.network.state_dict()) - before).norm() > 1e-3
     assert len(losses(folder)) == 2
     assert all(math.isfinite(value) for value in losses(folder))
@@ -120,7 +122,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
             asked.append((t, r))
             return super().mean_velocity(x, t, r, cond)
 
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     # Away from its teacher, so that no loss is zero.
     with torch.no_grad():
         student.network.conv_out.bias += 0.3
@@ -143,7 +145,7 @@ def test_the_metric_comes_before_the_weight(teacher_folder):
     metric = {"kind": "pseudo_huber", "constant": 0.1}
     recipe = Recipe.model_validate(plain | main | {"metric": metric, "weight": {"power": 1.0}})
     teacher = load_teacher(recipe.teacher)
-    losses, weighted = Objective(make_student(teacher), teacher, recipe, recipe.losses)(
+    losses, weighted = Objective(Student.from_teacher(teacher), teacher, recipe, recipe.losses)(
         draw(0, 0, 8, teacher.event_shape), None, 0
     )
     huber = (losses + 0.01).sqrt() - 0.1
@@ -155,7 +157,7 @@ def test_the_metric_comes_before_the_weight(teacher_folder):
 def test_the_learned_weight_is_asked_at_the_jump_that_is_trained(teacher_folder, name, on_the_diagonal):
     plain = recipe_of(teacher_folder, {"name": name}).model_copy(update={"weight": Weight(kind="learned")})
     teacher = load_teacher(plain.teacher)
-    objective = Objective(make_student(teacher), teacher, plain, plain.losses)
+    objective = Objective(Student.from_teacher(teacher), teacher, plain, plain.losses)
     torch.nn.init.normal_(objective.weight.linear.weight, generator=torch.Generator().manual_seed(0))
     draws = draw(0, 0, 8, teacher.event_shape)
     losses, weighted = objective(draws, None, 0)
@@ -196,7 +198,7 @@ def test_the_frozen_copy_is_the_average_of_the_last_refresh(tmp_path, teacher_fo
 
 def test_a_frozen_copy_that_is_never_refreshed_is_the_start(tmp_path, teacher_folder):
     trained = train(recipe_of(teacher_folder, {"name": "progressive", "target": "frozen"}), tmp_path)
-    start = flat(make_student(load_teacher(str(teacher_folder))).state_dict())
+    start = flat(Student.from_teacher(load_teacher(str(teacher_folder))).state_dict())
     assert torch.equal(flat(trained.frozen.state_dict()), start)
     assert not torch.equal(flat(trained.student.state_dict()), start)
 
@@ -232,7 +234,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
     settings["student"] = {"prediction": "v_prediction", "regression_steps": 40}
     recipe = Recipe.model_validate(settings)
     teacher = load_teacher(str(folder))
-    student = make_student(teacher, recipe.student.prediction)
+    student = Student.from_teacher(teacher, recipe.student.prediction)
     wanted = ddim_samples(teacher.network, scheduler, "epsilon")
 
     def distance(student):
@@ -242,7 +244,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
     before = distance(student)
     run = tmp_path / "run"
     run.mkdir()
-    trainer = Trainer(student, teacher, recipe, None, run, Accelerator(cpu=True), lambda _: None)
+    trainer = Trainer(student, teacher, recipe, None, run, Accelerator(cpu=True))
     trainer.run()
     assert before > 1
     assert distance(trainer.averaged_student(0.9)) < 0.75 * before
@@ -282,8 +284,9 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
     # The fifth and the sixth step.
     teacher.sick = (5, 6)
     said = []
-    trainer = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
-    trainer.run()
+    with logged(said):
+        trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        trainer.run()
     assert "2 steps in a row without a finite loss and gradient: going on from step-00000003, at half the rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))
@@ -292,8 +295,9 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
     assert teacher.asked == 6 + 5
     # The half rate and the count survive an interruption.
     shutil.rmtree(checkpoint.newest(tmp_path / "checkpoints"))
-    resumed = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
-    resumed.run()
+    with logged(said):
+        resumed = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        resumed.run()
     assert torch.equal(flat(resumed.student.state_dict()), flat(trainer.student.state_dict()))
     assert resumed.faults == trainer.faults == Faults(2, 0.5, 2, 0)
 
@@ -355,8 +359,9 @@ def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teach
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     teacher.sick = (2, 3, 5)
     said = []
-    trainer = Trainer(make_student(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append)
-    trainer.run()
+    with logged(said):
+        trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        trainer.run()
     assert "2 steps in a row without a finite loss and gradient: going on from here, at half the rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["loss"] is None for record in records] == [False, True, True, False, True, False]
@@ -380,12 +385,12 @@ def test_casts_without_gradients_are_not_kept_for_those_with(tmp_path):
 def test_the_backward_pass_of_a_difference_is_without_tensor_float(tmp_path, teacher_folder, loss, precise):
     recipe = recipe_of(teacher_folder, loss | {"derivative": "central"}, steps=1)
     teacher = load_teacher(recipe.teacher)
-    student = make_student(teacher)
+    student = Student.from_teacher(teacher)
     seen = []
     first = next(student.parameters())
     first.register_post_accumulate_grad_hook(lambda _: seen.append(torch.backends.cudnn.conv.fp32_precision))
     before = torch.backends.cudnn.conv.fp32_precision
-    Trainer(student, teacher, recipe, None, tmp_path, Accelerator(cpu=True), lambda _: None).run()
+    Trainer(student, teacher, recipe, None, tmp_path, Accelerator(cpu=True)).run()
     assert set(seen) == {"ieee" if precise else before}
     assert before != "ieee"
     assert torch.backends.cudnn.conv.fp32_precision == before

@@ -41,7 +41,7 @@ _NOT_COMPARED = (
     "solvers",
     "reference_sampler",
     "also",
-    "of",
+    "student",
 )
 
 

@@ -182,7 +182,7 @@ def _measure(subject: Subject, asked: Asked, report: Path | None, accelerator: A
     )
     evaluator = Evaluator(spec)
     rows = evaluator.rows(samplers, reference)
-    evaluator.protocol["of"] = subject.source
+    evaluator.protocol["student"] = subject.source
     evaluator.protocol["reference_sampler"] = None if reference is None else reference.description
     others = [sampler.description for sampler in samplers if sampler.name in asked.also]
     evaluator.protocol["also"] = others or None

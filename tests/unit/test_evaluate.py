@@ -191,7 +191,7 @@ def test_of_several_averages_the_one_that_is_nearest(measured):
         *((row.sampler, row.endpoint_error) for row in other + teacher),
     ]
     assert chosen.protocol["ema"] == rate
-    said = "mean Fréchet distance over the steps, on these samples (0.999: 0.55, 0.9: 0.45)"
+    said = "mean Fréchet distance over the numbers of steps, on these samples (0.999: 0.55, 0.9: 0.45)"
     assert (said in chosen.protocol["ema_chosen"]) == measured
     assert choose(Evaluation({}, slow), {"slow": 0.999})[1].protocol == {"ema": 0.999}
 

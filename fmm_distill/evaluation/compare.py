@@ -171,11 +171,7 @@ def format_comparison(comparison: Comparison) -> str:
         name = f"{change.sampler:<20}{change.steps:>6}  {change.column.title:<16}"
         lines.append(f"{name}{before:>28} {after:>28}  {_verdict(change)}")
     worse = sum(change.worse and change.judged for change in comparison.changes)
-    lines.append(
-        f"student: {worse} {'value is' if worse == 1 else 'values are'} worse"
-        if worse
-        else "student: no value is worse"
-    )
+    lines.append(f"student: {worse or 'no'} {'value is' if worse <= 1 else 'values are'} worse")
     return "\n".join(lines)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -32,6 +30,8 @@ from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import compute_reference
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
 from fmm_distill.evaluation.samplers import of_students, of_teacher
+from fmm_distill.io.cache import cache_key
+from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.io.lock import locked
 
 if TYPE_CHECKING:
@@ -189,14 +189,15 @@ class Evaluator:
         """Return the name of the cache folder, a digest of everything that the samples depend on."""
         network = sampler.network
         if network not in self._digests:
-            self._digests[network] = _weights_digest(network)
+            self._digests[network] = sha256_of_tensors(network.state_dict())
         generation, teacher = self.generator.spec, self.spec.teacher
         features, conditions, guidance = generation.features, teacher.conditions, teacher.guidance
         parts = [sampler.name, sampler.steps, self._digests[network], generation.count, generation.stored]
         parts += [generation.batch_size, generation.seed, self.generator.decodes, self.spec.settings.clip]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
-        parts += [None if conditions is None else conditions.names, teacher.source, teacher.call]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        parts += [None if conditions is None else conditions.names, teacher.source]
+        parts += [{} if teacher.pipeline is None else teacher.pipeline.call]
+        return cache_key(parts)
 
     def _row(self, sampler: Sampler, generated: GeneratedSamples) -> Row:
         values: dict[str, Value] = {}
@@ -310,11 +311,3 @@ def _set_ratios(rows: list[Row], reference: Sampler | None) -> None:
     for row in rows:
         row.seconds_ratio = row.seconds_per_image / base.seconds_per_image
         row.memory_ratio = row.memory / base.memory if row.memory and base.memory else None
-
-
-def _weights_digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

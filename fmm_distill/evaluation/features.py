@@ -5,7 +5,6 @@ All preprocessing of an image (clipping, rounding, resizing, channels) is done a
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from huggingface_hub import constants
 from fmm_distill.config.settings import FEATURES
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.digits import load_digits_classifier
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _digits(shape: tuple[int, ...]) -> FeatureNetwork:
     return FeatureNetwork(
         "32 features of the classifier in builtin:digits",
         _NOT_ROUNDED,
-        _sha256(file),
+        sha256_of_file(file),
         network.num_features,
         10,
         shape,
@@ -189,7 +189,7 @@ def _from_file(name: str, shape: tuple[int, ...]) -> FeatureNetwork:
         )
     if not found.isfinite().all():
         raise UserError(f"evaluation.features {name}: expected finite features of a gray image; got nan or inf")
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     return FeatureNetwork(
         f"{found.shape[1]} features of {path.name} (TorchScript, sha256 {digest})",
         _NOT_ROUNDED,
@@ -218,7 +218,7 @@ def _inception(shape: tuple[int, ...]) -> FeatureNetwork:
         features, scores = network(as_bytes(images))
         return FeatureOutput(features.float(), scores.float())
 
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     gray = ", gray repeated to three channels" if shape[0] == 1 else ""
     return FeatureNetwork(
         f"2048 Inception features (torch-fidelity, sha256 {digest[:16]}...)",
@@ -253,14 +253,9 @@ def _inception_file() -> Path:
             raise UserError(
                 f"evaluation.features: the weights of inception are missing ({reason}): {remedy}; {ALTERNATIVES}"
             )
-    if not _sha256(path).startswith("6726825d"):
+    if not sha256_of_file(path).startswith("6726825d"):
         raise UserError(f"evaluation.features: expected torch-fidelity's file, got another sha256 of {path}: {remedy}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from fmm_distill.data.row_store import Layout
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.features import unit_images
+from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.io.lock import locked
 from fmm_distill.training.memory import held_by
 
@@ -240,11 +240,7 @@ class SampleGenerator:
 
 
 def _digest(tensors: dict[str, Tensor]) -> Tensor:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray.fromhex(sha256_of_tensors(tensors)), dtype=torch.uint8)
 
 
 def _sealed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

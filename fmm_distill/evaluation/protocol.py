@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +13,7 @@ from fmm_distill.evaluation.metrics.inception_score import SPLITS
 from fmm_distill.evaluation.metrics.kernel import SUBSETS, subset_size
 from fmm_distill.evaluation.metrics.precision_recall import NEIGHBORS, compared_samples
 from fmm_distill.evaluation.solvers import describe_solvers
+from fmm_distill.io.hashes import sha256_of_json
 from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.conditions import Embeddings
 
@@ -103,7 +102,7 @@ def _prompts(teacher: Teacher) -> dict[str, str]:
     if not isinstance(teacher.conditions, Embeddings):
         return {}
     names = teacher.conditions.names
-    return {"prompts": f"{len(names)}, sha256 {hashlib.sha256(json.dumps(names).encode()).hexdigest()}"}
+    return {"prompts": f"{len(names)}, sha256 {sha256_of_json(names)}"}
 
 
 def _without_images(settings: EvaluationSettings) -> dict[str, Any]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.errors import UserError
-from fmm_distill.io.files import writing
+from fmm_distill.io.cache import cache_key, cache_path
+from fmm_distill.io.files import atomic_folder, writing
+from fmm_distill.io.hashes import sha256_of_file, sha256_of_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,9 +65,8 @@ def compute_reference(images: Images, network: FeatureNetwork, batch: int, devic
     """
     if len(images) < MIN_IMAGES:
         raise UserError(f"{images.source}: expected at least {MIN_IMAGES} reference images, got {len(images)}")
-    digest = hashlib.sha256(images.fingerprint.encode()).hexdigest()
-    key = hashlib.sha256(json.dumps([digest, len(images), network.digest]).encode()).hexdigest()
-    folder = Path(constants.HF_HOME) / "fmm_distill" / f"reference-{key[:32]}"
+    digest = sha256_of_text(images.fingerprint)
+    folder = cache_path(f"reference-{cache_key([digest, len(images), network.digest])}")
     shape = (len(images), network.width)
     features = _read(folder, shape)
     if features is None:
@@ -85,9 +83,8 @@ def _read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
         return None
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        with (folder / _FILE).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"]:
-                raise ValueError("its sha256 differs from the manifest's")
+        if sha256_of_file(folder / _FILE) != manifest["sha256"]:
+            raise ValueError("its sha256 differs from the manifest's")
         features = load_file(folder / _FILE)["features"]
         if tuple(features.shape) != shape:
             raise ValueError(f"expected shape {shape}, got {tuple(features.shape)}")
@@ -100,20 +97,7 @@ def _read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
 
 def _write(folder: Path, features: Tensor, manifest: dict[str, Any]) -> None:
     """Write features and manifest; the folder gets its name once both are on the disk."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            save_file({"features": features.contiguous()}, partial / _FILE)
-            with (partial / _FILE).open("rb") as file:
-                manifest |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            try:
-                partial.rename(folder)
-            except OSError:
-                # Another process was first; its features are the same.
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with writing(folder), atomic_folder(folder) as partial:
+        save_file({"features": features.contiguous()}, partial / _FILE)
+        manifest |= {"sha256": sha256_of_file(partial / _FILE)}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -12,7 +12,7 @@ from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
-from fmm_distill.teachers.load import fetched, find
+from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import about_checkers
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -73,11 +73,12 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     Raises:
         UserError: if the pipeline can't generate images from the evaluation's noises.
     """
-    found = find(teacher.source, teacher.revision)
+    found = find_index(teacher.source, teacher.revision)
     # A teacher that was loaded from a variant has a folder with its weights under the plain names.
-    folder = fetched(found).folder if teacher.folder is None else teacher.folder
-    pipeline = open_pipeline(folder, **{teacher.component: teacher.network}).to(device)
-    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), teacher.call | _guidance(teacher))
+    stock = teacher.pipeline
+    folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
+    pipeline = open_pipeline(folder, **{component: teacher.network}).to(device)
+    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher))
     return _sampler("teacher", run, _unchecked(found))
 
 
@@ -90,13 +91,14 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     Raises:
         UserError: if it can't be opened, has fewer timesteps, or generates images of another shape.
     """
-    found = fetched(find(source))
+    found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: expected 1 to {most} steps, its number of timesteps; got {max(steps)}")
-    runs = [_PipelineRun(pipeline, teacher, count, dict(teacher.call)) for count in steps]
+    call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
+    runs = [_PipelineRun(pipeline, teacher, count, call) for count in steps]
     return [_sampler(source, run, _unchecked(found)) for run in runs]
 
 
@@ -107,19 +109,14 @@ def _describe(run: _PipelineRun, unchecked: str | None) -> str:
     return f"{names}, {run.steps} steps{options}; seconds include decoding{without}"
 
 
-def _guidance(teacher: Teacher) -> dict[str, Any]:
+def _guided_call(teacher: Teacher) -> dict[str, Any]:
     """Return the keywords of a stock call with the teacher's guidance."""
     scale = 1.0 if teacher.guidance is None else teacher.guidance.scale
     if teacher.guidance is not None and (teacher.weaker is not None or teacher.guidance.interval != (0.0, 1.0)):
         raise UserError(
             "expected guidance that a stock pipeline supports; got guidance by a weaker teacher or on an interval"
         )
-    keys = getattr(teacher.codec, "keys", None)
-    if keys is None:
-        return {"guidance_scale": scale}
-    # Scales of some pipelines count from 0, of others from 1; `off` is the scale without guidance.
-    guidance = {} if keys.guidance is None else {keys.guidance: keys.off + scale - 1}
-    return {key: value for key, value in keys.fixed.items() if key != "output_type"} | guidance
+    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
 
 
 def _unchecked(found: PipelineIndex) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import DataSettings, PromptSettings
@@ -27,6 +27,7 @@ from fmm_distill.evaluation.solvers import steps_within
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
 from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.io.cache import cache_path
 from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
@@ -177,7 +178,7 @@ def _measure(subject: Subject, asked: Asked, report: Path | None, accelerator: A
         device,
         solves_ode=subject.knows_ode,
         decodes=any(sampler.makes_images for sampler in samplers),
-        cache=Path(constants.HF_HOME) / "fmm_distill" / "evaluation",
+        cache=cache_path("evaluation"),
         accelerator=accelerator,
     )
     evaluator = Evaluator(spec)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
-from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.student.lora import default_targets
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
@@ -123,7 +123,7 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> str:
 
 
 def _exports(teacher: Teacher) -> str:
-    reason, tried = why_not_folded(teacher), "not tried: --dry-run exports and verifies an untrained student"
+    reason, tried = exporter_of(teacher).not_fixed, "not tried: --dry-run exports and verifies an untrained student"
     if reason:
         return f"any number of steps; no fixed number ({reason}); {tried}"
     total = teacher.schedule.num_timesteps

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, draw, markdown
+from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, markdown, plot
 from benchmarks.step_cases import CASES, make_dit, make_trainer, make_unet, teacher_of
 from benchmarks.steps import measured, peak, timed
 from fmm_distill.training.signals import StopRequest
@@ -239,7 +239,7 @@ def run(given: argparse.Namespace, sizes: Sizes) -> None:
             write(found, given.output)
         found["options"] = options(sizes, given, Path(folder))
     write(found, given.output)
-    draw(found, given.picture)
+    plot(found, given.picture)
     print(f"\n{markdown(found)}")
 
 

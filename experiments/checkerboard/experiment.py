@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.checkerboard.report import draw_curves, draw_densities
+from experiments.checkerboard.report import plot_curves, plot_densities
 from experiments.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, endpoint_error, sample, solved
 from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.core.flow_map import LearnedFlowMap, diagonal
@@ -312,9 +312,9 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
             continue
         student = bench.finished(name)
         rows[title] = {f"{n} step{'s' * (n > 1)}": sample(student, bench.noise, n) for n in STEPS}
-    draw_densities(rows, folder / "checkerboard.png")
+    plot_densities(rows, folder / "checkerboard.png")
     curves = {"lagrangian, long run": results["long"], "the same, closed-form teacher": results["exact"]}
-    draw_curves(
+    plot_curves(
         {name: run["curve"] for name, run in curves.items()},
         {name: run["teacher"]["kl_50"] for name, run in curves.items()},
         folder / "checkerboard-curve.png",

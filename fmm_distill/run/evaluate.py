@@ -16,13 +16,15 @@ from fmm_distill.core.torch_state import own_state
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
+from fmm_distill.evaluation.checks import check_evaluation, check_evaluation_steps, image_shape
+from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.html_report import write_report
-from fmm_distill.evaluation.measure import Measure, check_evaluation, check_evaluation_steps, image_shape
-from fmm_distill.evaluation.pictures import DRAWN, draw_samples, draw_steps
+from fmm_distill.evaluation.pictures import PLOTTED, plot_samples, plot_steps
 from fmm_distill.evaluation.result import Evaluation
-from fmm_distill.evaluation.samplers import of_students, of_teacher, steps_within
-from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
+from fmm_distill.evaluation.samplers import of_students, of_teacher
+from fmm_distill.evaluation.solvers import steps_within
+from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
 from fmm_distill.export.manifest import ABOUT, read_about
 from fmm_distill.io.cache import cache_path
@@ -169,27 +171,28 @@ def _measure(subject: Subject, asked: Asked, report: Path | None, accelerator: A
     samplers += [] if reference is None else [reference]
     for source in dict.fromkeys(asked.also):
         samplers += _beside(source, teacher, asked.also_steps or settings.steps, device)
-    measure = Measure(
+    spec = EvaluationSpec(
         teacher,
         settings,
         subject.reference,
         device,
-        knows_ode=subject.knows_ode,
+        solves_ode=subject.knows_ode,
         decodes=any(sampler.makes_images for sampler in samplers),
-        keep=cache_path("evaluation"),
+        cache=cache_path("evaluation"),
         accelerator=accelerator,
     )
-    rows = measure.of(samplers, reference)
-    measure.protocol["of"] = subject.source
-    measure.protocol["reference_sampler"] = None if reference is None else about_sampler(reference)
-    others = [about_sampler(sampler) for sampler in samplers if sampler.name in asked.also]
-    measure.protocol["also"] = others or None
+    evaluator = Evaluator(spec)
+    rows = evaluator.rows(samplers, reference)
+    evaluator.protocol["student"] = subject.source
+    evaluator.protocol["reference_sampler"] = None if reference is None else reference.description
+    others = [sampler.description for sampler in samplers if sampler.name in asked.also]
+    evaluator.protocol["also"] = others or None
     if not accelerator.is_main_process:
         return None
-    evaluation = Evaluation(measure.protocol, rows, measure.consistency)
+    evaluation = Evaluation(evaluator.protocol, rows, evaluator.consistency)
     if report is not None:
         _draw(evaluation, subject, student, report, device)
-    measure.remove_kept()
+    evaluator.clear_cache()
     return evaluation
 
 
@@ -239,7 +242,7 @@ def _draw(evaluation: Evaluation, subject: Subject, student: Student, folder: Pa
         gallery.name = "student's ODE"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        draw_steps(evaluation, folder / "steps.png", DRAWN)
-        draw_samples(gallery.rows(student, settings.steps), folder / "samples.png")
-        draw_samples(gallery.interpolation(student, settings.steps), folder / "interpolation.png")
+        plot_steps(evaluation, folder / "steps.png", PLOTTED)
+        plot_samples(gallery.rows(student, settings.steps), folder / "samples.png")
+        plot_samples(gallery.interpolation(student, settings.steps), folder / "interpolation.png")
     write_report(evaluation, folder)

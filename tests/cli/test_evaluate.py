@@ -118,8 +118,8 @@ def test_an_exported_folder_is_the_same_student(measured, finished, tmp_path):
     status, out, _ = call("evaluate", "--compare", measured[2] / "a.json", tmp_path / "b.json")
     # The student beside it is not there any more, and that is said.
     assert status == 0
-    assert f"not there any more: {finished[0] / 'student'}, 2" in out
-    assert out.splitlines()[-1] == "no value of the student is worse"
+    assert f"missing in the second: {finished[0] / 'student'}, 2" in out
+    assert out.splitlines()[-1] == "student: no value is worse"
 
 
 def test_without_the_teacher(finished, tmp_path):

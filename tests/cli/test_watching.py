@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.run.curves import BAD
 from fmm_distill.run.folder import kept_recipe
 from fmm_distill.run.marker import MARKER

@@ -15,7 +15,7 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
 from fmm_distill.run.distill import distill

@@ -16,7 +16,7 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import Angular
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.losses import LagrangianSettings, lagrangian

@@ -221,7 +221,8 @@ class Measure:
         about = [sampler.name, sampler.steps, self._digests[network], generator.count, generator.first, generator.batch]
         about += [generator.seed, generator.decodes, self.settings.clip, None if guidance is None else repr(guidance)]
         about += [None if self.features is None else self.features.digest]
-        about += [None if conditions is None else conditions.names, self.teacher.source, self.teacher.call]
+        about += [None if conditions is None else conditions.names, self.teacher.source]
+        about += [{} if self.teacher.pipeline is None else self.teacher.pipeline.call]
         return cache_key(about)
 
     def remove_kept(self) -> None:

@@ -12,7 +12,7 @@ from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
-from fmm_distill.teachers.load import fetched, find
+from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import about_checkers
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -81,11 +81,12 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     Raises:
         UserError: if that pipeline can't make images of the noises that it is compared on.
     """
-    found = find(teacher.source, teacher.revision)
+    found = find_index(teacher.source, teacher.revision)
     # A teacher of a variant has its weights under the plain names in a folder of its own.
-    folder = fetched(found).folder if teacher.folder is None else teacher.folder
-    pipeline = open_pipeline(folder, **{teacher.component: teacher.network}).to(device)
-    run = _Stock(pipeline, teacher, _steps(pipeline, steps), teacher.call | _guidance(teacher), _unchecked(found))
+    stock = teacher.pipeline
+    folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
+    pipeline = open_pipeline(folder, **{component: teacher.network}).to(device)
+    run = _Stock(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher), _unchecked(found))
     return _sampler("teacher", run)
 
 
@@ -98,13 +99,14 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     Raises:
         UserError: if it can't be opened, has fewer timesteps, or makes other images than the teacher.
     """
-    found = fetched(find(source))
+    found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: {max(steps)} steps; wanted 1 to {most}, its number of timesteps")
-    runs = [_Stock(pipeline, teacher, count, dict(teacher.call), _unchecked(found)) for count in steps]
+    call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
+    runs = [_Stock(pipeline, teacher, count, call, _unchecked(found)) for count in steps]
     return [_sampler(source, run) for run in runs]
 
 
@@ -122,17 +124,12 @@ def _shown(given: dict[str, Any]) -> str:
     return "".join(f", {key}={value!r}" for key, value in given.items())
 
 
-def _guidance(teacher: Teacher) -> dict[str, Any]:
+def _guided_call(teacher: Teacher) -> dict[str, Any]:
     """The keywords of a stock call that guide as the teacher is guided."""
     scale = 1.0 if teacher.guidance is None else teacher.guidance.scale
     if teacher.guidance is not None and (teacher.weaker is not None or teacher.guidance.interval != (0.0, 1.0)):
         raise UserError("guidance by a weaker teacher or on an interval is none that a stock pipeline has")
-    keys = getattr(teacher.codec, "keys", None)
-    if keys is None:
-        return {"guidance_scale": scale}
-    # Where the keyword counts from 0, off is 0.
-    told = {} if keys.guidance is None else {keys.guidance: keys.off + scale - 1}
-    return {key: value for key, value in keys.fixed.items() if key != "output_type"} | told
+    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
 
 
 def _unchecked(found: PipelineIndex) -> str | None:

@@ -156,7 +156,9 @@ def load_student(source: str | Path, *, revision: str | None = None, prompts: Se
         teacher = _open(_stock_view(folder, about), str(source), prompts, about.call, guidance)
         student = Student.from_teacher(teacher)
         weights: dict[str, Tensor] = {}
-        for file in sorted((folder / teacher.component).glob("*.safetensors")):
+        for file in sorted(
+            (folder / ("unet" if teacher.pipeline is None else teacher.pipeline.component)).glob("*.safetensors")
+        ):
             weights |= load_file(file)
         student.network.load_state_dict(weights)
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:

@@ -11,14 +11,11 @@ import torch
 
 from fmm_distill import __version__
 from fmm_distill.errors import UserError
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
-from fmm_distill.export.folded import why_not_folded
-from fmm_distill.export.stock import guidance_keyword, unguided
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
-from fmm_distill.teachers.codec import Waves
-from fmm_distill.teachers.conditions import Classes, Embeddings
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -124,7 +121,8 @@ def about_student(
         run: the run's folder, for hardware and hours.
         trained: steps that were made; None: all of the recipe.
     """
-    reason = why_not_folded(teacher)
+    exporter = exporter_of(teacher)
+    reason = exporter.not_fixed
     return About(
         fmm_distill=__version__,
         teacher=teacher.source,
@@ -136,9 +134,9 @@ def about_student(
         any_step=_example(teacher, any_step=True),
         folded=_example(teacher, any_step=False),
         limits=_limits(recipe, teacher),
-        pipeline=_pipeline(teacher),
+        pipeline=None if teacher.pipeline is None else teacher.pipeline.class_name,
         scheduler=_scheduler(student, teacher),
-        call=dict(teacher.call),
+        call={} if teacher.pipeline is None else dict(teacher.pipeline.call),
         guidance=_guidance(teacher),
         lora=has_lora(student.network),
         dataset=_dataset(recipe),
@@ -179,52 +177,45 @@ def read_about(folder: Path) -> About:
 
 def _example(teacher: Teacher, *, any_step: bool) -> str:
     if teacher.conditions is None:
-        made = "audios" if isinstance(teacher.codec, Waves) else "images"
-        return f"{made} = pipeline(batch_size=4, num_inference_steps={{steps}}).{made}"
-    guidance = unguided(teacher) if teacher.folder is not None else {}
-    if any_step and teacher.guidance is not None and teacher.guidance.range is not None:
-        guidance |= {str(guidance_keyword(teacher)): teacher.guidance.scale}
-    keywords = "".join(f", {key}={value!r}" for key, value in (teacher.call | guidance).items())
-    if isinstance(teacher.conditions, Classes):
+        outputs = teacher.codec.outputs
+        return f"{outputs} = pipeline(batch_size=4, num_inference_steps={{steps}}).{outputs}"
+    pipeline = teacher.pipeline
+    given = {} if pipeline is None else pipeline.call | pipeline.unguided()
+    if any_step and pipeline is not None and teacher.guidance is not None and teacher.guidance.range is not None:
+        given |= {str(pipeline.guidance): teacher.guidance.scale}
+    keywords = "".join(f", {key}={value!r}" for key, value in given.items())
+    if teacher.conditions.noun == "classes":
         return f"images = pipeline(class_labels=[0, 1], num_inference_steps={{steps}}{keywords})[0]"
     return f'samples = pipeline("a prompt", num_inference_steps={{steps}}{keywords})[0]'
 
 
 def _limits(recipe: Recipe, teacher: Teacher) -> str:
-    copies = "It copies its teacher's ODE: what the teacher can't draw it can't either."
+    copies = "It follows its teacher's ODE: it can't generate what the teacher can't."
     if teacher.conditions is None:
         return f"Unconditional. {copies}"
-    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
     scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
     baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
-    call = "Turn the pipeline's own guidance off, as above: it would come on top."
-    if guidance_keyword(teacher) is None:
-        call = "Its network is told its guidance: call it with the keywords above."
+    call = "Turn the pipeline's own guidance off, as above: it would be applied on top."
+    if teacher.pipeline is not None and teacher.pipeline.guidance is None:
+        call = "Its network takes the guidance as an input: call it with the keywords above."
     if teacher.guidance is not None and (scales := teacher.guidance.range) is not None:
         baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
         call = (
             f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
-            "above, it would come on top."
+            "above, or it is applied on top."
         )
-    return f"It has seen {len(teacher.conditions.names)} {kind}; {baked}. {call} {copies}"
+    return f"Trained on {len(teacher.conditions.names)} {teacher.conditions.noun}; {baked}. {call} {copies}"
 
 
 def _task(teacher: Teacher) -> str | None:
     # The Hub has no task of sounds without a condition.
-    if isinstance(teacher.codec, Waves):
+    if teacher.codec.outputs == "audios":
         return None
-    if not isinstance(teacher.conditions, Embeddings):
+    if teacher.conditions is None or teacher.conditions.noun != "prompts":
         return "unconditional-image-generation"
     return {5: "text-to-video", 3: "text-to-audio"}.get(
         teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
     )
-
-
-def _pipeline(teacher: Teacher) -> str | None:
-    if teacher.folder is None:
-        return None
-    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
-    return str(index["_class_name"])
 
 
 def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:
@@ -237,9 +228,8 @@ def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:
 
 
 def _guidance(teacher: Teacher) -> dict[str, Any] | None:
-    keys = getattr(teacher.codec, "keys", None)
-    if keys is not None and "guidance_scale" in keys.fixed:
-        return {"scale": keys.fixed["guidance_scale"], "range": None}
+    if teacher.pipeline is not None and teacher.pipeline.network_guidance is not None:
+        return {"scale": teacher.pipeline.network_guidance, "range": None}
     if teacher.guidance is None or teacher.guidance.range is None:
         return None
     return {"scale": teacher.guidance.scale, "range": list(teacher.guidance.range)}

@@ -17,7 +17,7 @@ from fmm_distill.evaluation.pictures import draw_samples, draw_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.card import write_card
 from fmm_distill.export.contents import CONTENTS
-from fmm_distill.export.folded import check_steps, why_not_folded
+from fmm_distill.export.exporter import check_steps
 from fmm_distill.export.manifest import about_student
 from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import summary, verify
@@ -58,8 +58,6 @@ def finish(
     job.student.eval()
     _draw(job, evaluation, folder, device)
     logger.info("exporting")
-    if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
-        logger.warning(f"export.steps: only the any-step pipeline is written ({reason})")
     student = folder / "student"
     steps = job.recipe.export.steps
     made = job.recipe.student.regression_steps + job.recipe.training.steps
@@ -106,7 +104,7 @@ def export_student(
         exported = write_student(job.student, job.teacher, new, steps)
         write_card(new, about, evaluation, run)
         try:
-            agreements = verify(exported.student, exported.teacher, new, steps)
+            agreements = verify(exported)
         except UserError:
             raise
         except FmmDistillError as error:

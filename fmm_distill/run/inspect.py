@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
-from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.student.lora import default_targets
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.training.memory import GIB, forecast_memory
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _conditions(teacher: Teacher) -> str:
         return f"{len(conditions.names)} classes; {guided}"
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
-    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.why})"
+    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
     return f"prompts, as {names}; {guided}"
 
 
@@ -130,7 +130,7 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str
 
 
 def _exports(teacher: Teacher) -> str:
-    if reason := why_not_folded(teacher):
+    if reason := exporter_of(teacher).not_fixed:
         return f"an any-step pipeline alone; no stock pipelines of fixed numbers of steps ({reason})"
     total = teacher.schedule.num_timesteps
     which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "any"

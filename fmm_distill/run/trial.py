@@ -82,7 +82,7 @@ def try_export(
     try:
         with torch.random.fork_rng(devices=[]), _written(place, name) as written:
             exported = write_student(_drawn(student), teacher, written, steps, linked=True)
-            agreements = verify(exported.student, exported.teacher, exported.folder, steps)
+            agreements = verify(exported)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported, which is tried before training ({_reason(error)})"
@@ -127,10 +127,10 @@ def _tried_steps(recipe: Recipe) -> tuple[int, ...]:
 
 def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
     """Of what decides how the export is written: its code and every configuration, not the weights."""
-    index = None if teacher.folder is None else (teacher.folder / "model_index.json").read_text(encoding="utf-8")
+    pipeline = None if teacher.pipeline is None else [teacher.pipeline.call, teacher.pipeline.index]
     about = [
         [__version__, diffusers.__version__, torch.__version__],
-        [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), teacher.call, index],
+        [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
     ]

@@ -14,8 +14,8 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import points
 from fmm_distill.errors import UserError
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.export.stock import start_of, verification_call
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import lagrangian
 from fmm_distill.losses.time_sampling import pair_times
@@ -140,7 +140,7 @@ def exports(folders, tmp_path_factory):
     for name in NAMES:
         teacher = opened(folders[name], name)
         student, folder = moved(Student.from_teacher(teacher)), tmp_path_factory.mktemp("out") / "student"
-        made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder, (2,)), (2,))
+        made[name] = Exported(student, exporter_of(teacher), export_pipeline(student, teacher, folder, (2,)), (2,))
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 
 
@@ -156,9 +156,8 @@ def test_the_any_step_pipeline_takes_a_scale_by_the_stock_keyword(exports, name,
     made = exports[0][name]
     pipeline = DiffusionPipeline.from_pretrained(made.folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    call = verification_call(made.teacher, 2)
-    noise, cond = start_of(made.teacher, call, 0)
-    cond = made.teacher.conditions.pick(torch.tensor([0.0, 0.0011])) if cond is None else cond
+    call = made.exporter.verification_call(2)
+    noise, cond = made.exporter.start(call, 2, 0)
     own = sample(made.student, noise, 2, cond.guided(6.0))
     del call["guidance_scale"]
 

@@ -78,12 +78,12 @@ def times_of(scheduler, schedule):
 @torch.no_grad()
 def test_one_euler_step_is_one_stock_step(opened):
     name, call, teacher = opened
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(teacher.folder)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(teacher.pipeline.folder)
     pipeline.scheduler = euler_of(pipeline, teacher)
     off = {"guidance_scale": 0.0 if name == "z-image" else 1.0, "output_type": "latent"}
     seen = record(
         pipeline,
-        teacher.component,
+        teacher.pipeline.component,
         call | off | {"prompt": list(PROMPTS), "num_inference_steps": 10, "generator": torch.manual_seed(0)},
     )
     assert len(seen.steps) == 10

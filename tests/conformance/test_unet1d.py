@@ -17,9 +17,8 @@ from fmm_distill.core.schedules import Angular
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
-from fmm_distill.export.stock import any_step_settings
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.run.distill import distill
 from fmm_distill.run.inspect import describe_teacher
@@ -243,12 +242,12 @@ def run(tmp_path_factory):
 
 def test_a_whole_run(run, teacher):
     target, said = run
-    assert f"only the any-step pipeline is written ({why_not_folded(teacher)})" in said
+    assert f"only the any-step pipeline is written ({exporter_of(teacher).not_fixed})" in said
     verified = json.loads((target / "student" / "verification.json").read_text())
     assert sorted(verified["pipelines"]) == ["any-1", "any-2"]
     assert verified["passed"]
     card = (target / "student" / "README.md").read_text()
-    assert why_not_folded(teacher) in card
+    assert exporter_of(teacher).not_fixed in card
     assert "audios = pipeline(batch_size=4, num_inference_steps=3).audios" in card
     assert "pipeline_tag" not in card
     draw_run(target, (1, 3), 2, 0, target / "more.png")
@@ -258,7 +257,7 @@ def test_a_whole_run(run, teacher):
 def test_the_any_step_pipeline_is_the_stock_one(teacher):
     student = moved(Student.from_teacher(teacher))
     stock = diffusers.IPNDMScheduler()
-    student.network.register_to_config(flow_map=any_step_settings(teacher, stock))
+    student.network.register_to_config(flow_map=exporter_of(teacher).settings(stock))
     pipeline = flow_map_pipeline(diffusers.DanceDiffusionPipeline)(unet=student.network, scheduler=stock)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 3, 7):

@@ -19,7 +19,7 @@ from diffusers import (
 )
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.load import BUILTIN, find, load_teacher
+from fmm_distill.teachers.load import BUILTIN, find_index, load_teacher
 from tests.conftest import save_teacher, tiny_unet
 
 
@@ -171,7 +171,7 @@ def test_unknown_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     message = refused(tmp_path, "no adapter for transformer: DiTTransformer2DModel;")
     assert "known: UNet2DModel" in message
-    assert find(str(tmp_path)).components == {"transformer": ("diffusers", "DiTTransformer2DModel")}
+    assert find_index(str(tmp_path)).components == {"transformer": ("diffusers", "DiTTransformer2DModel")}
 
 
 def test_empty_pipeline(tmp_path):

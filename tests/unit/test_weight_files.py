@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.load import find, load_teacher
+from fmm_distill.teachers.load import find_index, load_teacher
 from fmm_distill.teachers.weight_files import check_weight_files
 from tests.conftest import save_teacher, tiny_unet
 from tests.logs import logged
@@ -230,4 +230,4 @@ def test_what_is_looked_at_are_headers_alone(saved, monkeypatch):
 
     monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", load)
     monkeypatch.setattr("safetensors.torch.load_file", load)
-    check_weight_files(find(str(saved / "sd1")))
+    check_weight_files(find_index(str(saved / "sd1")))

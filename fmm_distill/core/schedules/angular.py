@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,8 @@ class Angular:
             first level, s = 1 / N, it is 200, and the derivative in r would be noise.
     """
 
+    kind = "angular"
+    folds = False
     t_max = 1.0
 
     def __init__(self, num_timesteps: int = 1000) -> None:
@@ -79,6 +81,10 @@ class Angular:
         """The levels of ``IPNDMScheduler``, equal steps of s, and data at their end."""
         check_steps(steps, self.num_timesteps)
         return self._time(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON."""
+        return {"kind": self.kind}
 
     def is_uniform(self, steps: int) -> bool:
         """Always."""

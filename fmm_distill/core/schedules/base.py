@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fmm_distill.core.time_axis import TimeAxis
 from fmm_distill.errors import UserError
@@ -19,8 +19,12 @@ class Schedule(TimeAxis, Protocol):
 
     Attributes:
         num_timesteps: into how many timesteps its scheduler divides the way: the most steps that a sampler takes.
+        kind: the name of the family: ``discrete``, ``angular``, ``exploding`` or ``flow``.
+        folds: a stock scheduler of first order has these noise levels, so that a student folds into a stock network.
     """
 
+    kind: str
+    folds: bool
     num_timesteps: int
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -41,6 +45,10 @@ class Schedule(TimeAxis, Protocol):
         Raises:
             UserError: if there are more steps than timesteps, or none.
         """
+        ...
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON, for a pipeline that measures jumps without this package."""
         ...
 
     def is_uniform(self, steps: int) -> bool:

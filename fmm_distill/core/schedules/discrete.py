@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ class VariancePreserving:
     Raises:
         UserError: on a schedule that does not decrease, or leaves (0, 1) before its end.
     """
+
+    kind = "discrete"
+    folds = True
 
     def __init__(self, alphas_cumprod: Float[Tensor, " timesteps"]) -> None:
         products = alphas_cumprod.detach().double().cpu()
@@ -110,6 +113,10 @@ class VariancePreserving:
         check_steps(steps, n)
         remaining = torch.arange(steps, -1, -1, dtype=torch.float64) * n / steps
         return self.time(remaining.round().long() - 1)
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON."""
+        return {"kind": self.kind, "total": self.num_timesteps}
 
     def is_uniform(self, steps: int) -> bool:
         """Whether ``steps`` divides the number of timesteps."""

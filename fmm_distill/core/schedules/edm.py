@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ class VarianceExploding:
         network_input: the network's time input: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4``
             (Karras), or ``2 atan(sigma) / pi`` (stable audio, arXiv 2404.10301).
     """
+
+    kind = "exploding"
+    folds = False
 
     def __init__(
         self,
@@ -92,6 +95,12 @@ class VarianceExploding:
         times = self.time_at(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
         times[-1] = 0
         return times
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON; ``rho`` is None for equal steps of log sigma."""
+        rho = None if math.isinf(self.rho) else self.rho
+        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {"kind": self.kind, "network_time": self.network_input} | ends | {"rho": rho}
 
     def is_uniform(self, steps: int) -> bool:
         """Always."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,8 @@ class FlowMatching:
         uses_unshifted_time: the network is told s, not t.
     """
 
+    kind = "flow"
+    folds = True
     t_max = 1.0
 
     def __init__(self, shift: float = 1.0, num_timesteps: int = 1000, *, uses_unshifted_time: bool = False) -> None:
@@ -69,6 +71,10 @@ class FlowMatching:
         """Equal steps before the shift."""
         check_steps(steps, self.num_timesteps)
         return self._shifted(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+
+    def to_config(self) -> dict[str, Any]:
+        """The noise levels as JSON."""
+        return {"kind": self.kind, "shift": self.shift, "unshifted_time": self.uses_unshifted_time}
 
     def is_uniform(self, steps: int) -> bool:
         """Always."""

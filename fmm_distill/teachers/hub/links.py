@@ -1,4 +1,4 @@
-"""Folders of links beside the Hub's cache: the same files under other names, made once, by any of several processes."""
+"""Folders of links next to the Hub's cache: the same files under other names, made once by one of many processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ __all__ = ["linked_folder"]
 
 
 def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path], None]) -> Path:
-    """What ``fill`` makes of an empty folder, kept for as long as the files in ``folder`` stay what they are.
+    """Return a folder that ``fill`` has filled; it is made again when the files in ``folder`` change.
 
     Args:
-        about: what else the result depends on, as JSON has it.
+        kind: the name of the cache folder.
+        about: a JSON value on which the result depends as well.
+        fill: called with an empty folder.
 
     Raises:
-        UserError: if the disk does not take it.
+        UserError: if the folder can't be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -33,5 +35,5 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
         with atomic_folder(target) as partial:
             fill(partial)
     except OSError as error:
-        raise UserError(f"{target} could not be made ({error}); set HF_HOME to a folder with room") from error
+        raise UserError(f"{target} can't be written ({error}); try HF_HOME on a disk with free space") from error
     return target

@@ -21,12 +21,12 @@ from fmm_distill.run.folder import (
     check_folder,
     check_images,
     check_prompts,
-    keep_commits,
-    keep_inputs,
     make_folder,
     pinned,
     read_evaluation,
     steps_done,
+    store_commits,
+    store_inputs,
     take_changes,
 )
 from fmm_distill.run.inputs import with_paths
@@ -135,8 +135,8 @@ def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], tried: li
     make_folder(folder, recipe, fresh=fresh)
     if changes:
         take_changes(folder, recipe)
-    keep_commits(folder, job.teacher)
-    keep_inputs(folder, recipe, job.images)
+    store_commits(folder, job.teacher)
+    store_inputs(folder, recipe, job.images)
     if isinstance(job.teacher.conditions, Embeddings):
         write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     for digest in tried:

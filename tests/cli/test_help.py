@@ -89,8 +89,8 @@ def test_a_typing_error_is_one_line(arguments, says):
         (("evaluate", "RUN", "--report", "file"), "file is a file; expected a folder"),
         (("evaluate", "RUN", "--report", "file/report"), "is a file; expected a folder"),
         # Nothing is made before the run is found.
-        (("evaluate", "RUN", "--report", "new/report"), "is no run folder"),
-        (("sample", "RUN", "--output", "new.png"), "is no run folder"),
+        (("evaluate", "RUN", "--report", "new/report"), "expected a run folder"),
+        (("sample", "RUN", "--output", "new.png"), "expected a run folder"),
     ],
 )
 def test_outputs_are_checked_before_anything_is_opened(tmp_path, monkeypatch, arguments, says):

@@ -247,7 +247,7 @@ def test_a_run_killed_while_its_folder_is_made_goes_on(place, tmp_path):
 def test_the_folder_of_another_recipe_is_refused(tiny, finished):
     before = snapshot(finished[0])
     status, _, err = call("--recipe", tiny, "--output", finished[0], "--set", "training.batch_size=4")
-    check(status, err, [f"--output {finished[0]} is a run of another recipe (training.batch_size: 8 there, 4 here)"])
+    check(status, err, [f"--output {finished[0]} is a run of another recipe (training.batch_size: expected 8, got 4)"])
     assert snapshot(finished[0]) == before
 
 
@@ -255,7 +255,11 @@ def test_the_folder_of_another_recipe_is_refused(tiny, finished):
 def test_a_folder_that_holds_other_things_is_left_alone(place, tiny, fresh):
     before = snapshot(place / "other")
     status, _, err = call("--recipe", tiny, "--output", place / "other", *fresh)
-    check(status, err, ["other is not empty and holds no run (no .fmm_distill-run.json); choose another folder"])
+    check(
+        status,
+        err,
+        ["other: expected a run folder or an empty one, got other files and no "],
+    )
     assert snapshot(place / "other") == before
 
 
@@ -290,9 +294,18 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("evaluate", "nowhere"), "nowhere is no run folder (no .fmm_distill-run.json)"),
-        (("sample", "other"), "other is no run folder (no .fmm_distill-run.json)"),
-        (("export", "other", "out"), "other is no run folder (no .fmm_distill-run.json)"),
+        (
+            ("evaluate", "nowhere"),
+            "nowhere: expected a run folder (the --output of a run), got nothing there",
+        ),
+        (
+            ("sample", "other"),
+            "other: expected a run folder (the --output of a run), got a folder without .",
+        ),
+        (
+            ("export", "other", "out"),
+            "other: expected a run folder (the --output of a run), got a folder without .",
+        ),
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
         (("inspect", "text"), "text: its text_encoder is missing"),

@@ -117,8 +117,8 @@ def test_the_losses_are_listed_with_what_each_needs():
         assert "    paper: arXiv " in entry
     assert entries["mean_flow"].rstrip().endswith("needs: data")
     assert entries["flow_matching"].rstrip().endswith("needs: a teacher or data")
-    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching beside it")
-    assert [name for name, entry in entries.items() if "beside it with its default target" in entry] == [
+    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching as an extra loss")
+    assert [name for name, entry in entries.items() if "as an extra loss with the default target" in entry] == [
         "progressive",
         "progressive_distillation",
     ]

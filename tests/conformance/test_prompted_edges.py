@@ -106,7 +106,7 @@ def test_a_run_keeps_its_prompts(tmp_path):
     prompts.write_text("a cat\na dog\n")
     assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
     (tmp_path / "run" / "evaluation.json").unlink()
-    with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
+    with pytest.raises(UserError, match=r"expected the 1 prompts in its prompts\.json, got others"):
         distill(recipe, tmp_path / "run")
 
 

@@ -392,9 +392,9 @@ def test_an_export_of_an_earlier_version_says_what_to_do(folder, tmp_path):
 
 def test_folders_that_are_gone_are_not_in_the_card(copy):
     shutil.rmtree(copy / "steps-4")
-    parcel = pack(copy, "tester/student")
-    assert "steps-4" not in parcel.card
-    assert json.loads(parcel.texts["student.json"])["steps"] == [1]
+    upload = pack(copy, "tester/student")
+    assert "steps-4" not in upload.card
+    assert json.loads(upload.texts["student.json"])["steps"] == [1]
 
 
 def test_a_run_without_a_student(tmp_path):

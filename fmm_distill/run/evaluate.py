@@ -24,7 +24,7 @@ from fmm_distill.evaluation.result import Evaluation
 from fmm_distill.evaluation.samplers import of_students, of_teacher, steps_within
 from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
@@ -92,7 +92,7 @@ def open_subject(source: str, asked: Asked) -> Subject:
         UserError: if it is none of these, or what is asked can't be measured.
     """
     folder = Path(source).expanduser()
-    if (folder / ABOUT).is_file():
+    if (folder / MANIFEST).is_file():
         return _open_exported(source, folder, asked)
     if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
         job = open_run(folder, asked.guidance, asked.evaluation)
@@ -101,14 +101,14 @@ def open_subject(source: str, asked: Asked) -> Subject:
 
 
 def _open_exported(source: str, folder: Path, asked: Asked) -> Subject:
-    about = read_about(folder)
+    manifest = read_manifest(folder)
     recipe = (
-        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=manifest.teacher)
     )
     recipe = with_evaluation(recipe, asked.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})
-    recipe = recipe.model_copy(update={"teacher": about.teacher, "revision": about.revision})
+    recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
     recipe = at_guidance(recipe, asked.guidance)
     prompts = _prompts(recipe, asked)
     loaded = load_student(folder, prompts=prompts)
@@ -214,7 +214,7 @@ def _beside(source: str, teacher: Teacher, steps: tuple[int, ...], device: torch
             "wanted a student of the same noises"
         )
     check_evaluation_steps(f"--also {source}: steps", steps, teacher)
-    same = loaded.about.teacher == teacher.source
+    same = loaded.manifest.teacher == teacher.source
     return of_students({source: loaded.flow_map.to(device).eval()}, steps, follows_ode=same)
 
 
@@ -222,9 +222,9 @@ def _holds_student(source: str) -> bool:
     """Whether fmm_distill exported what is there."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return (folder / ABOUT).is_file()
+        return (folder / MANIFEST).is_file()
     try:
-        hf_hub_download(source, ABOUT)
+        hf_hub_download(source, MANIFEST)
     except (*HUB_ERRORS, ValueError):
         # It is opened as a pipeline then, which says what is wrong with it.
         return False

@@ -26,7 +26,7 @@ from fmm_distill.evaluation.samplers import of_students, of_teacher
 from fmm_distill.evaluation.solvers import steps_within
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.io.cache import cache_path
 from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
@@ -98,7 +98,7 @@ def open_target(source: str, request: EvaluationRequest) -> EvaluationTarget:
         UserError: if ``source`` is none of these, or the request doesn't fit it.
     """
     folder = Path(source).expanduser()
-    if (folder / ABOUT).is_file():
+    if (folder / MANIFEST).is_file():
         return _open_exported(source, folder, request)
     if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
         job = open_run(folder, request.guidance, request.evaluation)
@@ -107,14 +107,14 @@ def open_target(source: str, request: EvaluationRequest) -> EvaluationTarget:
 
 
 def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> EvaluationTarget:
-    about = read_about(folder)
+    manifest = read_manifest(folder)
     recipe = (
-        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=manifest.teacher)
     )
     recipe = with_evaluation(recipe, request.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})
-    recipe = recipe.model_copy(update={"teacher": about.teacher, "revision": about.revision})
+    recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
     recipe = at_guidance(recipe, request.guidance)
     prompts = _prompts(recipe, request)
     loaded = load_student(folder, prompts=prompts)
@@ -227,7 +227,7 @@ def _samplers_of(source: str, teacher: Teacher, steps: tuple[int, ...], device: 
             f"{loaded.event_shape}; choose a student of such a teacher"
         )
     check_evaluation_steps(f"--also {source}: steps", steps, teacher)
-    same = loaded.about.teacher == teacher.source
+    same = loaded.manifest.teacher == teacher.source
     return of_students({source: loaded.flow_map.to(device).eval()}, steps, follows_ode=same)
 
 
@@ -235,9 +235,9 @@ def _holds_student(source: str) -> bool:
     """Tell an exported student from any other pipeline by its manifest."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return (folder / ABOUT).is_file()
+        return (folder / MANIFEST).is_file()
     try:
-        hf_hub_download(source, ABOUT)
+        hf_hub_download(source, MANIFEST)
     except (*HUB_ERRORS, ValueError):
         # Opening it as a pipeline reports what is wrong with it.
         return False

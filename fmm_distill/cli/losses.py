@@ -1,4 +1,4 @@
-"""``fmm-distill losses``: the losses that can be trained, their papers, and what each needs."""
+"""``fmm-distill losses``: the losses, their papers and their requirements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def losses() -> None:
         click.echo(f"{name}\n{textwrap.indent(textwrap.fill(loss.summary, 96), '    ')}")
         click.echo(f"    paper: {loss.paper}")
         term = (
-            ", and flow_matching as an extra loss with its default target"
+            ", and flow_matching as an extra loss with the default target"
             if loss.model_validate({}).needs_velocity_term
             else ""
         )

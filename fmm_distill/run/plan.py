@@ -15,8 +15,9 @@ from fmm_distill.data.row_store import mebibytes
 from fmm_distill.data.samples import captions_of, load_images
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import check_evaluation, image_shape
-from fmm_distill.export.folded import check_steps, why_not_folded
+from fmm_distill.evaluation.checks import check_evaluation, image_shape
+from fmm_distill.export.choose import exporter_of
+from fmm_distill.export.exporter import check_steps, describe_export
 from fmm_distill.export.write import export_bytes
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
@@ -114,7 +115,7 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
             f"guidance.weaker {settings.weaker}: shape and range of time are {there}, the teacher's {here}; wanted the "
             "same, such as an earlier or a smaller model on the same data"
         )
-    if settings.range is not None and (teacher.conditions is None or teacher.folder is None):
+    if settings.range is not None and (teacher.conditions is None or teacher.pipeline is None):
         raise UserError(
             f"guidance.range: {recipe.teacher} has no pipeline that is called with a guidance_scale; wanted none, and "
             "the one guidance.scale"
@@ -157,7 +158,7 @@ def at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
 
 
 def describe(job: Plan) -> str:
-    """The lines of a run's start: teacher, student, data and steps, and what of the export is left out."""
+    """The lines of a run's start: teacher, student, data, steps and formats of the export."""
     teacher, training = job.teacher, job.recipe.training
     trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
     jump = sum(p.numel() for p in cast("Any", job.student.network).jump_embedding.parameters())
@@ -166,17 +167,15 @@ def describe(job: Plan) -> str:
     lora = f", {adapters:,} in adapters of rank {job.recipe.student.lora.rank}" if adapters else ""
     shape = " x ".join(map(str, teacher.event_shape))
     steps = job.recipe.student.regression_steps + training.steps
-    reason = why_not_folded(job.teacher)
-    left_out = (
-        f"\nexport:  only the any-step pipeline is written ({reason})" if reason and job.recipe.export.steps else ""
-    )
+    export = describe_export(exporter_of(job.teacher), job.recipe.export.steps)
     told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
     return (
         f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
         f"parameters{told})\n"
         f"student: {job.student.prediction}, {jump:,} new parameters for the second time{lora}\n"
         f"data:    {describe_data(job.recipe.data, job.images)}\n"
-        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}{left_out}"
+        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}\n"
+        f"export:  {export}"
     )
 
 
@@ -200,7 +199,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)
-    part = training.batch_size // (processes * training.accumulation)
+    part = training.batch_size // (processes * training.gradient_accumulation_steps)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
     exported = "\n".join(lines)

@@ -39,12 +39,10 @@ def test_a_round_trip_keeps_what_is_not_the_default():
 def test_numbers_as_people_write_them():
     """YAML 1.1 reads 1e-4 as a string."""
     assert isinstance(yaml.safe_load("1e-4"), str)
-    recipe = load_recipe(
-        "digits", ["training.learning_rate=1e-4", "weight.constant=1E-5", "training.betas=[0.9, 0.95]"]
-    )
-    assert recipe.training.learning_rate == 1e-4
+    recipe = load_recipe("digits", ["optimizer.lr=1e-4", "weight.constant=1E-5", "optimizer.betas=[0.9, 0.95]"])
+    assert recipe.optimizer.lr == 1e-4
     assert recipe.weight.constant == 1e-5
-    assert recipe.training.betas == (0.9, 0.95)
+    assert recipe.optimizer.betas == (0.9, 0.95)
 
 
 def test_overrides_win_in_order_and_leave_the_rest():
@@ -71,13 +69,17 @@ def test_an_override_of_the_whole_loss_changes_its_kind():
             "here: loss.derivativ is not a setting of eulerian, did you mean loss.d",
         ),
         ({"loss": {"stop_gradient": "teacher_input"}}, "here: loss: "),
-        ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),
+        ({"student": {"lora": {"\n": None}}}, r"here: student.lora.'\n' is not a setting"),
+        ({"optimizer": {"betas": [0.9]}}, "here: optimizer.betas.1: Field required"),
         ({"training": None}, "here: training: "),
         (
             {"time_sampling": {"prior": 0.9, "diagonal": 0.2}},
             "here: time_sampling: prior, data and diagonal are fractions",
         ),
-        ({"evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception compares"),
+        (
+            {"evaluation": {"features": "inception"}},
+            "here: recipe: evaluation.features: expected data or evaluation.reference",
+        ),
     ],
 )
 def test_mistakes_are_told_by_their_path(settings, wanted):
@@ -114,12 +116,12 @@ def test_recipes_are_frozen():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["loss.name=lagrangain"], "'lagrangain' is unknown, did you mean lagrangian?"),
+        (["loss.name=lagrangain"], "got 'lagrangain', did you mean lagrangian?"),
         (["loss={name: mean_flow}"], "learns from data and there are none; take eulerian with stop_gradient: target"),
         (["loss={name: terminal_velocity}"], "take lagrangian with velocity: self"),
         (["loss={name: consistency, velocity: data}"], "set its velocity: teacher, or give --data"),
         (["loss.name=eulerian", "loss.clam_tangent=1"], "loss.clam_tangent is not a setting of eulerian, did you mean"),
-        (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from that loss's own settings"),
+        (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from the defaults of that loss"),
         (["loss={name: progressive}"], "alone learns no velocity"),
         (["loss.velocity=self"], "alone learns no velocity"),
         (["loss={name: consistency}"], "--set 'time_sampling={prior: 0, data: 1}' (got prior: 0.5, data: 0)"),
@@ -167,3 +169,23 @@ def test_one_rate_of_averaging_or_several():
     for wrong in ([], [0.9, 0.9]):
         with pytest.raises(UserError, match=r"training\.ema"):
             ema(wrong)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("training.clip", "training.max_grad_norm"),
+        ("training.decay", "training.lr_schedule"),
+        ("training.accumulation", "training.gradient_accumulation_steps"),
+        ("training.keep_checkpoints", "training.checkpoints_total_limit"),
+        ("training.refresh_steps", "training.target_update_every"),
+        ("training.bad_steps", "training.max_non_finite_steps"),
+        ("training.learning_rate", "optimizer.lr"),
+        ("training.weight_decay", "optimizer.weight_decay"),
+        ("training.betas", "optimizer.betas"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", [f"{old}=1"])
+    assert str(caught.value) == f"recipe digits: {old} is not a setting; expected its new name, {new}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from fmm_distill.config.recipe import Recipe
+from fmm_distill.losses import registered_losses
 from tests.cli.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,7 @@ def test_a_run_is_reopened_with_the_package_and_refused_by_one_line_without(trai
     done = run("-m", "fmm_distill", "evaluate", trained)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "loss.name: loss 'brightness' is unknown" in done.stderr
+    assert "loss.name: expected a loss of fmm-distill losses, got 'brightness'" in done.stderr
     assert "fmm_distill.losses" in done.stderr
 
 
@@ -106,12 +108,14 @@ def test_every_test_over_the_losses_runs_on_it(package):
     assert len(own) > 30
 
 
-def test_a_recipe_takes_the_instance_without_registration(monkeypatch):
-    names: dict[str, object] = {}
-    monkeypatch.setattr("sys.modules", sys.modules | {})
-    exec(compile(MODULE, FILE, "exec"), names)
-    loss = names["Brightness"](factor=2)
+def test_a_recipe_takes_the_instance_without_registration(package, monkeypatch):
+    # Without the metadata that registers it.
+    (package / "module").mkdir()
+    (package / "module" / FILE).write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(package / "module")
+    loss = importlib.import_module(FILE.removesuffix(".py")).Brightness(factor=2)
     recipe = Recipe(loss=loss)
     assert recipe.loss is loss
     assert Recipe.model_validate(recipe.model_dump() | {"loss": loss}).loss is loss
+    assert "brightness" not in registered_losses()
     assert "distill(Recipe(loss=Brightness(factor=2))" in SCRIPT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +24,7 @@ from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import write_student
 from fmm_distill.io.files import write_text, writing
 from fmm_distill.run.plan import Plan
+from fmm_distill.student.student import WEIGHTS
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -33,7 +35,22 @@ if TYPE_CHECKING:
     from fmm_distill.export.agreement import Agreement
     from fmm_distill.student.student import Student
 
-__all__ = ["export_student", "finish", "how_to_load"]
+__all__ = ["Trained", "export_student", "finish", "how_to_load", "save_weights"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The run that a student comes from.
+
+    Attributes:
+        folder: of the run.
+        steps: the number of training steps.
+        evaluation: of this student; None: there are no numbers of it.
+    """
+
+    folder: Path
+    steps: int
+    evaluation: Evaluation | None
 
 
 def finish(
@@ -43,50 +60,61 @@ def finish(
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> None:
-    """Evaluate the averages, export the best; the student has its weights then."""
+    """Evaluate the averages and export the best, whose weights the student has afterwards."""
+    student = folder / "student"
     # Before an evaluation that may take hours.
-    check_replaceable(folder / "student")
+    check_replaceable(student)
     say("evaluating")
-    device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
-    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device, say=say)
+    settings, device = job.recipe.evaluation, accelerator.device
+    measured = evaluate(students, job.teacher, settings, job.reference, device, say=say)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
+    trained = Trained(folder, job.recipe.student.regression_steps + job.recipe.training.steps, evaluation)
     say("exporting")
+    if job.weights_alone is not None:
+        save_weights(job, student, say)
+    else:
+        _export(job, student, trained, say)
+    write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
+    log_picture(accelerator, folder / "samples.png", trained.steps)
+    say(table(evaluation))
+    say(how_to_load(folder, job.recipe))
+
+
+def _export(job: Plan, target: Path, trained: Trained, say: Callable[[str], None]) -> None:
+    """Export the student and note how far the reloaded pipelines are from it."""
     if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
         say(f"export.steps: only the any-step pipeline is written ({reason})")
-    student = folder / "student"
-    steps = job.recipe.export.steps
-    made = job.recipe.student.regression_steps + job.recipe.training.steps
-    agreements = export_student(job, student, steps, folder, evaluation, made, say)
-    evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
-    write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
-    log_rows(accelerator, evaluation.to_json()["rows"], made)
-    log_picture(accelerator, folder / "samples.png", made)
-    say(table(evaluation))
+    agreements = export_student(job, target, job.recipe.export.steps, trained, say)
+    difference = max(one.difference for one in agreements.values())
+    cast("Evaluation", trained.evaluation).protocol["reloaded_difference"] = difference
     say(f"reloaded with stock diffusers: {summary(agreements)}")
-    say(how_to_load(folder, job.recipe))
+
+
+def save_weights(job: Plan, target: Path, waiting: Callable[[str], None] | None = None) -> None:
+    """Write the weights of a student that no pipeline can hold; ``target`` is replaced once they are written."""
+    with replacing(target, waiting) as new:
+        job.student.to("cpu").save_weights(new)
 
 
 def export_student(
     job: Plan,
     target: Path,
     steps: tuple[int, ...],
-    run: Path,
-    evaluation: Evaluation | None,
-    made: int,
+    trained: Trained,
     waiting: Callable[[str], None] | None = None,
 ) -> dict[str, Agreement]:
-    """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
+    """Write, describe and verify a student as pipelines; ``target`` is replaced once all of this is done.
 
-    ``target`` is replaced once all of this is done.
+    A student with adapters has the merged weights, and the adapters in ``lora/``.
 
     Args:
-        evaluation: None: its numbers are not those of this student.
-        made: the number of training steps.
+        steps: the numbers of steps with a pipeline of their own.
         waiting: takes the line that another export into ``target`` is waited for; None: it is refused.
 
     Raises:
@@ -95,13 +123,13 @@ def export_student(
         FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
     """
     check_steps(steps, job.student.schedule)
-    about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
-    # Pipelines are opened on the CPU, and this is the last that is done with the two.
+    about = about_student(job.student, job.teacher, job.recipe, steps, trained.folder, trained.steps)
+    # Pipelines are opened on the CPU, where both stay: nothing is done with them afterwards.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, waiting) as new:
         exported = write_student(job.student, job.teacher, new, steps)
-        write_card(new, about, evaluation, run)
+        write_card(new, about, trained.evaluation, trained.folder)
         try:
             agreements = verify(exported.student, exported.teacher, new, steps)
         except UserError:
@@ -125,15 +153,24 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
 
 
 def how_to_load(folder: Path, recipe: Recipe) -> str:
-    """The lines that load a finished run's student."""
+    """Return the lines that load a finished run's student."""
+    student = folder / "student"
+    if (student / WEIGHTS).is_file():
+        return "\n".join(
+            [
+                "load its weights into a student of the same teacher (and network):",
+                "  student = Student.from_teacher(teacher)  # from a velocity field: network=...",
+                f'  student.load_weights("{student}")',
+            ]
+        )
     n = recipe.export.steps[-1] if recipe.export.steps else 0
-    folded = folder / "student" / f"steps-{n}"
-    lines = ["load it with diffusers alone (README.md there has the whole call):"]
+    folded = student / f"steps-{n}"
+    lines = ["load it with diffusers alone (README.md there has the complete call):"]
     lines += ["  from diffusers import DiffusionPipeline"]
     if folded.is_dir():
         lines += [f'  pipeline = DiffusionPipeline.from_pretrained("{folded}")  # num_inference_steps={n}']
     lines += [
         "or, for any number of steps:",
-        f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',
+        f'  pipeline = DiffusionPipeline.from_pretrained("{student}", trust_remote_code=True)',
     ]
     return "\n".join(lines)

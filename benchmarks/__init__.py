@@ -1,6 +1,6 @@
-"""Measurements of the package and of its methods; not installed with it."""
+"""Measurements of time and memory; not installed with the package."""
 
 import os
 
-# Before torch is imported, as the command line does: waiting threads sleep instead of stealing a busy machine's cores.
+# OpenMP reads this when torch is imported. Waiting threads then sleep and leave the cores to other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.cifar10_report import COLORS, MARKERS
+from experiments.cifar10.report import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.checkerboard import METHODS, NOISE_SEED, STEPS, recipe_for
 from benchmarks.gpu.budget import OutOfTimeError, alarm
-from benchmarks.plane import Board, Perceptron, closed_form, divergence, endpoint_error, sample, solved
+from experiments.checkerboard.experiment import METHODS, NOISE_SEED, STEPS, recipe_for
+from experiments.plane import Board, Perceptron, closed_form, divergence, endpoint_error, sample, solved
 from fmm_distill.training.signals import StopRequest
 from fmm_distill.training.trainer import Trainer
 

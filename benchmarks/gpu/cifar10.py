@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import cifar10
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_methods import METHODS
 from benchmarks.gpu.budget import OutOfTimeError, alarm
 from benchmarks.gpu.cifar10_peer import PEERS
 from benchmarks.gpu.kept import pack, unpack
+from experiments.cifar10 import experiment
+from experiments.cifar10.budget import BUDGETS
+from experiments.cifar10.methods import METHODS
 
 if TYPE_CHECKING:
     from benchmarks.gpu.stage import Job
@@ -27,7 +27,7 @@ KEPT = ("teacher", "classifier/classifier.pt", "classifier/classifier.json")
 PICTURES = ("steps", "minutes", "samples")
 
 
-class Benchmark(cifar10.Benchmark):
+class Experiment(experiment.Experiment):
     """The benchmark, whose teacher is kept for later calls and which trains FastGen's students too."""
 
     def __init__(self, job: Job, minutes: float) -> None:
@@ -123,7 +123,7 @@ def halve(teacher: Path) -> None:
 def run(job: Job) -> None:
     """Both parts; what there is at the end of the minutes is written."""
     (_, students), (_, peers) = list(job.parts())
-    benchmark = Benchmark(job, students.remaining() / 60)
+    benchmark = Experiment(job, students.remaining() / 60)
     try:
         with alarm(job.deadline.remaining() - 4):
             benchmark.run()

@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from benchmarks.cifar10 import STEPS
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import open_judge, save_whole
 from benchmarks.step_peers import ECT, PeerStep
+from experiments.cifar10.budget import BUDGETS
+from experiments.cifar10.experiment import STEPS
+from experiments.cifar10.measure import open_judge, save_whole
 from fmm_distill.io.files import append_line, write_text
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.cifar10_budget import Budget
+    from experiments.cifar10.budget import Budget
     from fmm_distill.config.settings import TrainingSettings
     from fmm_distill.core.draws import Draws
 
@@ -87,7 +87,7 @@ def train(peer: PeerStep, training: TrainingSettings, log: Path) -> list[float]:
 
 def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> None:
     """Train, measure, write."""
-    from benchmarks.cifar10_methods import recipe_of
+    from experiments.cifar10.methods import recipe_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = "bf16" if budget.student_precision == "bf16" else "no"

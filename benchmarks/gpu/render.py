@@ -173,7 +173,7 @@ def _others(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _cifar10(found: Mapping[str, Any]) -> list[str]:
     if "cifar10" not in found:
         return []
-    from benchmarks.cifar10_report import markdown
+    from experiments.cifar10.report import markdown
 
     return [markdown(found["cifar10"]), *_behind(found["cifar10"]["students"])]
 

@@ -21,8 +21,9 @@ BASE = (
     *("jaxtyping", "torchmetrics", "tqdm", "click", "matplotlib"),
 )
 TEXT = ("transformers", "tokenizers", "peft", "sentencepiece")
-# The command line, reports and the Hub are no part of what a step costs.
-STEP = ("fmm_distill/*.py", "fmm_distill/losses/*.py", "fmm_distill/teachers/*.py")
+# The command line, the reports and the Hub don't change the cost of a step.
+STEP_PACKAGES = ("core", "losses", "teachers", "student", "config", "data", "training")
+STEP = tuple(f"fmm_distill/{name}/**/*.py" for name in STEP_PACKAGES)
 ALL = ("fmm_distill/**/*.py",)
 
 
@@ -146,7 +147,7 @@ _STAGES = (
         "students of every loss and of FastGen's sCM, mean flow and ECT from one teacher, 1 to 16 calls",
         "ahead of every peer at every number of calls",
         (Part("teacher, classifier, our students", 0.74), Part("FastGen's students, measuring, pictures", 0.22)),
-        (*STEP, "benchmarks/cifar10*.py", "benchmarks/step_peers.py", "examples/train_teacher.py"),
+        (*STEP, "experiments/cifar10/*.py", "benchmarks/step_peers.py", "examples/train_teacher.py"),
         ("datasets", "pyarrow", "PIL"),
         ("data",),
     ),
@@ -155,7 +156,7 @@ _STAGES = (
         "one Lagrangian student of the exact checkerboard: KL at 1 to 16 steps against samples seen",
         "at most 0.086, 0.077, 0.071, 0.070, 0.071 at 1, 2, 4, 8, 16 steps (arXiv 2505.18825)",
         (Part("speed, then one run whose rate falls to zero at the end", 0.94),),
-        (*STEP, "benchmarks/plane.py", "benchmarks/checkerboard.py", "recipes/checkerboard.yaml"),
+        (*STEP, "experiments/plane.py", "experiments/checkerboard/experiment.py", "recipes/checkerboard.yaml"),
     ),
     Stage(
         "sampling",

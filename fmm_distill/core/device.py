@@ -1,4 +1,4 @@
-"""Tensors from the CPU to where networks are, without the host waiting for the device."""
+"""Copies of tensors from the CPU to the device of the networks that do not block the host."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["sent"]
+__all__ = ["to_device"]
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on ``device``; of one that is there, itself.
-
-    A copy of pageable memory to a GPU waits for all that the GPU has been given to do.
-    """
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on ``device``; a tensor that is already there is returned unchanged."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        # A copy from pageable memory waits until the GPU has finished all queued work; one from pinned memory does not.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -53,12 +53,12 @@ class Draws:
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
         """Samples ``start`` to ``stop`` of the batch, their noise on ``device``."""
         some = {name: values[start:stop] for name, values in vars(self).items()}
-        return Draws(**some | {"noise": sent(some["noise"], device)})
+        return Draws(**some | {"noise": to_device(some["noise"], device)})
 
     def rows(self, index: Int[Tensor, " some"]) -> Draws:
         """The samples at these rows, counted on the CPU."""
         some = {name: values[index] for name, values in vars(self).items() if name != "noise"}
-        return Draws(self.noise[sent(index, self.noise.device)], **some)
+        return Draws(self.noise[to_device(index, self.noise.device)], **some)
 
 
 def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.time_axis import Clock
-    from fmm_distill.core.velocity import Conditioning, VelocityField
+    from fmm_distill.core.velocity import VelocityField
 
 __all__ = ["FlowMap", "LearnedFlowMap", "diagonal"]
 
@@ -29,7 +30,7 @@ class FlowMap(ABC):
     clock: Clock
     t_max: float
     # Whether a call with a graph leaves hooks that forward mode has no rule for: blocks computed again, or gathered.
-    hooked: bool = False
+    needs_functional_jvp: bool = False
 
     @abstractmethod
     def mean_velocity_of_jump(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
-    from fmm_distill.core.velocity import Conditioning
 
 __all__ = ["Call", "Parametrization", "call_stock", "keywords"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from safetensors.torch import load_file
 
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.tables import Unreadable, check_shape, open_table
 from fmm_distill.errors import UserError
@@ -98,17 +98,17 @@ class PickedImages:
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """``(1 - t) x_0 + t eps``."""
-        t = sent(t, self.images.device)
+        t = to_device(t, self.images.device)
         return expand(1 - t, self.images) * self.images + expand(t, self.images) * draws.noise
 
     def rows(self, index: Int[Tensor, " some"]) -> Self:
         """The samples at these rows, counted on the CPU."""
         conditions = None if self.conditions is None else self.conditions[index]
-        return type(self)(self.images[sent(index, self.images.device)], conditions)
+        return type(self)(self.images[to_device(index, self.images.device)], conditions)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
-        return type(self)(sent(self.images, device), self.conditions)
+        return type(self)(to_device(self.images, device), self.conditions)
 
 
 class LazyPixels:

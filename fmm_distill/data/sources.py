@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from fmm_distill.data import records, splits
 from fmm_distill.errors import UserError, first_line
-from fmm_distill.teachers.hub.errors import HUB_FAULTS, hub_reason, no_answer
+from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -242,8 +242,8 @@ def from_hub(source: Source, config: str | None, split: str) -> Any:  # noqa: AN
         HfApi().dataset_info(source.name, timeout=10)
     except HFValidationError as error:
         raise source.refuse(f"no such file or folder, and no name on the Hub; expected {source.expected}") from error
-    except HUB_FAULTS as error:
-        if not no_answer(error):
+    except HUB_ERRORS as error:
+        if not is_unreachable(error):
             raise source.refuse(
                 f"no such file or folder, and on the Hub: {hub_reason(error)}; expected {source.expected}"
             ) from error

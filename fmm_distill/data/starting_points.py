@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.draws import draw
 from fmm_distill.core.time_axis import expand
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.draws import Draws
-    from fmm_distill.core.velocity import Conditioning, VelocityField
+    from fmm_distill.core.velocity import VelocityField
     from fmm_distill.data.samples import Picked
     from fmm_distill.teachers.base import Distillable
 
@@ -79,7 +80,7 @@ def points(
     rows = jumps.nonzero()[:, 0]
     if len(rows) or (in_step and (data is None or on_policy > 0)):
         asked = rows if len(rows) else rows.new_zeros(1)
-        end, place = sent(t[asked], x.device), sent(asked, x.device)
+        end, place = to_device(t[asked], x.device), to_device(asked, x.device)
         start = torch.full_like(end, teacher.schedule.t_max)
         told = None if cond is None else cond.rows(place)
         moved = mover(x[place], start, end, told)[: len(rows)]
@@ -87,7 +88,7 @@ def points(
     rows = (inside & ~jumps).nonzero()[:, 0]
     if data is not None and len(rows):
         own = data.rows(rows).points(draws.rows(rows), t[rows])
-        x = x.index_copy(0, sent(rows, x.device), own.to(x.dtype))
+        x = x.index_copy(0, to_device(rows, x.device), own.to(x.dtype))
     return x
 
 

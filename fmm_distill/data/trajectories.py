@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.draws import draw
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import expand
@@ -147,7 +147,7 @@ class PickedPoints:
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """The teacher's own x_t."""
-        return sent(self.trajectories.at(self.index, t), draws.noise.device)
+        return to_device(self.trajectories.at(self.index, t), draws.noise.device)
 
     def rows(self, index: Int[Tensor, " some"]) -> PickedPoints:
         """The samples at these rows."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
 
@@ -59,7 +59,7 @@ def draw_samples_of(teacher: Teacher, numbers: range, seed: int, device: torch.d
     noise = torch.cat([torch.randn(shape, generator=_generator(seed, number)) for number in numbers])
     cond = None
     if teacher.conditions is not None:
-        told = teacher.told(_places_of(numbers, seed))
+        told = teacher.conditioned_on(_places_of(numbers, seed))
         cond = None if told is None else told.to(device)
     return SampleDraws(seed, numbers, noise.to(device), cond)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["about_sampler", "other_pipeline", "reference_pipeline"]
 
@@ -135,7 +135,7 @@ def _guidance(teacher: Teacher) -> dict[str, Any]:
     return {key: value for key, value in keys.fixed.items() if key != "output_type"} | told
 
 
-def _unchecked(found: Found) -> str | None:
+def _unchecked(found: PipelineIndex) -> str | None:
     return about_checkers(found.pipeline, found.components)
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 

@@ -28,7 +28,7 @@ from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.components import quiet
 from fmm_distill.teachers.guidance import Guidance
-from fmm_distill.teachers.hub.errors import HUB_FAULTS, hub_reason
+from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
 from fmm_distill.teachers.load import load_teacher
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["LoadedStudent", "fetch_student", "load_student"]
@@ -79,7 +80,7 @@ class LoadedStudent:
                 f"conditions {numbers}: wanted {count} numbers below {len(known.names)}, one a sample; they are those "
                 "of the classes, or of the prompts that load_student was given"
             )
-        return self.teacher.told((torch.tensor(numbers, dtype=torch.float64) + 0.5) / len(known.names))
+        return self.teacher.conditioned_on((torch.tensor(numbers, dtype=torch.float64) + 0.5) / len(known.names))
 
     def generate(
         self,
@@ -185,7 +186,7 @@ def fetch_student(source: str, revision: str | None = None) -> Path:
         folder = Path(snapshot_download(source, revision=revision, ignore_patterns=["steps-*", "lora/*"]))
     except HFValidationError as error:
         raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
-    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: no such folder here, and of the Hub: {hub_reason(error)}") from error
     if not (folder / ABOUT).is_file():
         raise UserError(f"{source} holds no exported student (no {ABOUT}); wanted what fmm-distill publish sends")

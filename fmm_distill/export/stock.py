@@ -20,7 +20,7 @@ from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.student.fold import fold
 from fmm_distill.teachers.codec import LatentCodec, PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.prompted.cache import told_apart
+from fmm_distill.teachers.prompted.cache import split_arguments
 from fmm_distill.teachers.prompted.load import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -142,10 +142,10 @@ def any_step_settings(teacher: Teacher, scheduler: Any) -> dict[str, Any]:  # no
     if isinstance(schedule, Angular):
         return own | {"kind": "angular"}
     if isinstance(schedule, FlowMatching):
-        return own | {"kind": "flow", "shift": schedule.shift, "told_before": schedule.told_before}
+        return own | {"kind": "flow", "shift": schedule.shift, "told_before": schedule.uses_unshifted_time}
     exploding = cast("VarianceExploding", schedule)
     rho = None if math.isinf(exploding.rho) else exploding.rho
-    own |= {"kind": "exploding", "told": exploding.told}
+    own |= {"kind": "exploding", "told": exploding.network_input}
     return own | {"sigma_min": exploding.sigma_min, "sigma_max": exploding.sigma_max, "rho": rho}
 
 
@@ -217,12 +217,12 @@ def start_of(
     count = next((len(value) for value in call.values() if isinstance(value, list)), call.get("batch_size", 1))
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
     seen = record(pipeline, teacher.component, given, first_only=True)
-    x = tensor_of(next(iter(seen.asked[0].given.values())))
+    x = tensor_of(next(iter(seen.calls[0].given.values())))
     ask, cond = teacher.parametrization.call, None
     if isinstance(ask, RecordedCall):
         one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
-        single = record(pipeline, teacher.component, one, first_only=True).asked[0].given
-        cond = told_apart(seen.asked[0].given, (ask.sample, ask.time), count, single)
+        single = record(pipeline, teacher.component, one, first_only=True).calls[0].given
+        cond = split_arguments(seen.calls[0].given, (ask.sample, ask.time), count, single)
     return x[:count] / _gain_of_start(teacher), cond
 
 
@@ -250,7 +250,7 @@ def folded_scheduler(student: Student, teacher: Teacher, steps: int) -> tuple[An
     times = _stock_times(teacher, scheduler, steps)
     last = float(schedule.warp(times[-2:-1]))
     # Where the network is told the time before the shift the pipeline gives its own timesteps, which don't stretch.
-    told_before = isinstance(schedule, FlowMatching) and schedule.told_before
+    told_before = isinstance(schedule, FlowMatching) and schedule.uses_unshifted_time
     if steps > 1 and last < 0.5 / steps and not told_before:
         # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
         terminal = float(schedule.grid(steps)[-2])

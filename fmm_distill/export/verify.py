@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
@@ -125,7 +125,9 @@ def _first_conditions(teacher: Teacher) -> tuple[list[int], Conditioning]:
     conditions = cast("Conditions", teacher.conditions)
     count = len(conditions.names)
     numbers = [i % count for i in range(_batch(teacher))]
-    return numbers, cast("Conditioning", teacher.told((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count))
+    return numbers, cast(
+        "Conditioning", teacher.conditioned_on((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count)
+    )
 
 
 def _agreements(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, Agreement]:

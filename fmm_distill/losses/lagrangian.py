@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import FlowMap
-    from fmm_distill.core.velocity import Conditioning, VelocityField
+    from fmm_distill.core.velocity import VelocityField
 
 __all__ = ["LagrangianSettings", "lagrangian"]
 

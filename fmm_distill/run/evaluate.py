@@ -28,7 +28,7 @@ from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
 from fmm_distill.run.reopen import open_run
-from fmm_distill.teachers.hub.errors import HUB_FAULTS
+from fmm_distill.teachers.hub.errors import HUB_ERRORS
 from fmm_distill.training.process import join_processes, silent
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _holds_student(source: str) -> bool:
         return (folder / ABOUT).is_file()
     try:
         hf_hub_download(source, ABOUT)
-    except (*HUB_FAULTS, ValueError):
+    except (*HUB_ERRORS, ValueError):
         # It is opened as a pipeline then, which says what is wrong with it.
         return False
     return True

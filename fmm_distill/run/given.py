@@ -97,7 +97,7 @@ def _velocity(teacher: Teacher) -> list[float]:
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.3, 0.8], dtype=torch.float64))
     device = next(iter(teacher.network.parameters()), torch.empty(0)).device
-    cond = teacher.told(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    cond = teacher.conditioned_on(torch.tensor([0.0, 0.5], dtype=torch.float64))
     cond = None if cond is None else cond.to(device)
     v = teacher.velocity(x.to(device), t.to(device), cond).flatten(1).double().cpu()
     return cast("list[float]", torch.cat([v.mean(1), v.square().mean(1).sqrt(), v[:, 0]]).tolist())

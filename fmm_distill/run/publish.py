@@ -21,7 +21,7 @@ from fmm_distill.export.public import known_paths, public_about, public_json, pu
 from fmm_distill.io.reading import read_mapping
 from fmm_distill.run import marker
 from fmm_distill.run.repository import check_name, check_target
-from fmm_distill.teachers.hub.errors import HUB_FAULTS, hub_reason, no_answer
+from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -294,9 +294,9 @@ def _send(
             revision=branch,
             parent_commit=target.commit,
         )
-    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
         ends = "nothing of it was published"
-        if no_answer(error):
+        if is_unreachable(error):
             ends = "if it was the last answer that was lost, it is published: run the same command again to see"
         raise UserError(f"{repo}: {hub_reason(error)}; {ends}") from error
     address = f"{api.endpoint}/{repo}" + ("" if branch is None else f"/tree/{branch}")

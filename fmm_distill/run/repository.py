@@ -14,7 +14,7 @@ from fmm_distill.export.local_paths import is_local, public_name
 from fmm_distill.export.manifest import ABOUT
 from fmm_distill.export.public import public_teacher
 from fmm_distill.io.reading import BrokenFileError, read_mapping
-from fmm_distill.teachers.hub.errors import HUB_FAULTS, hub_reason, login_advice, offline
+from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, login_advice, offline
 
 __all__ = ["Target", "check_name", "check_target"]
 
@@ -68,7 +68,7 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
             target = replace(target, teacher=_teacher_there(repo, target))
         if not force:
             _check_ours(repo, teacher, target)
-    except (*HUB_FAULTS, ValueError) as error:
+    except (*HUB_ERRORS, ValueError) as error:
         raise UserError(f"{repo}: {hub_reason(error)}") from error
     return target
 

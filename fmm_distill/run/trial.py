@@ -26,7 +26,7 @@ from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.run.marker import TRIAL
 from fmm_distill.teachers.codec import PipelineCodec
-from fmm_distill.teachers.components import FAULTS
+from fmm_distill.teachers.components import STOCK_ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ def try_export(
         with torch.random.fork_rng(devices=[]), _written(place, name) as written:
             exported = write_student(_drawn(student), teacher, written, steps, linked=True)
             agreements = verify(exported.student, exported.teacher, exported.folder, steps)
-    except (FmmDistillError, SafetensorError, *FAULTS) as error:
+    except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported, which is tried before training ({_reason(error)})"
         ) from error

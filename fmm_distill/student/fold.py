@@ -72,7 +72,7 @@ def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -
     seen: list[Tensor] = []
     host = student.network.get_submodule(name)
     hook = host.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    cond = teacher.told(torch.zeros(1))
+    cond = teacher.conditioned_on(torch.zeros(1))
     cond = None if cond is None else cond.to(times.device)
     try:
         for t in times:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.core.velocity import Conditioning
 
 __all__ = ["MapNetwork", "TwoTimeNetwork"]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.student.student import Student
 
 __all__ = ["sample"]

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["WEIGHTS", "Student", "StudentPrediction"]
@@ -186,7 +187,7 @@ def _check_first_call(student: Student, teacher: Teacher) -> None:
     Some networks cache tables of positions in their first call, which forward mode would wrap.
     """
     device = next(student.parameters()).device
-    cond = teacher.told(torch.zeros(1))
+    cond = teacher.conditioned_on(torch.zeros(1))
     cond = None if cond is None else cond.to(device)
     t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
     calls: list[int] = []

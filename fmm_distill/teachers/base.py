@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction, TimeAxis
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.teachers.guidance import Guidance
@@ -123,11 +123,15 @@ class Teacher:
         null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
-    def told(self, places: Float[Tensor, " batch"]) -> Conditioning | None:
-        """The conditions at these places, uniform in [0, 1), with the scale that is evaluated and folded."""
+    def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:
+        """Return the conditions at these positions in [0, 1), with the guidance scale that is evaluated and folded.
+
+        Args:
+            positions: one per sample; uniform positions give every condition the same probability.
+        """
         if self.conditions is None:
             return None
-        cond = self.conditions.pick(places)
+        cond = self.conditions.pick(positions)
         return cond if self.guidance is None else self.guidance.at(cond)
 
     @property

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.hub.download import Snapshot
 
 __all__ = [
-    "FAULTS",
-    "Found",
+    "STOCK_ERRORS",
+    "PipelineIndex",
     "_check_keys",
     "check_weights",
     "open_component",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 # What a stock pipeline raises on files or keywords that it can't use.
-FAULTS = (
+STOCK_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -49,7 +49,7 @@ FAULTS = (
 
 
 @dataclass
-class Found:
+class PipelineIndex:
     """A pipeline folder on this disk, before any weight is loaded.
 
     Attributes:
@@ -87,7 +87,7 @@ class Found:
         return values
 
 
-def open_component(found: Found, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
+def open_component(found: PipelineIndex, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
     """A component from its folder; whatever diffusers finds wrong with the files is the user's to mend."""
     name = found.components[component][1]
     kind = getattr(diffusers, name, None)
@@ -97,7 +97,7 @@ def open_component(found: Found, component: str, **options: object) -> Any:  # n
         if model_class("diffusers", name) is None:
             return kind.from_pretrained(found.component_folder(component), **options)
         model, keys = kind.from_pretrained(found.component_folder(component), output_loading_info=True, **options)
-    except FAULTS as error:
+    except STOCK_ERRORS as error:
         raise UserError(
             f"{found.source}: its {component} does not open ({named(error)}); wanted a complete "
             "pipeline as save_pretrained writes it: fetch or save it again"
@@ -180,12 +180,12 @@ def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # 
     return {name: model}
 
 
-def open_scheduler(found: Found) -> Any:  # noqa: ANN401 a diffusers class
+def open_scheduler(found: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
     """The pipeline's scheduler."""
     return open_component(found, "scheduler")
 
 
-def open_network(found: Found, component: str, **missing: object) -> Any:  # noqa: ANN401 a diffusers class
+def open_network(found: PipelineIndex, component: str, **missing: object) -> Any:  # noqa: ANN401 a diffusers class
     """A network from safetensors, in float32, checked to be whole and finite; frozen, in evaluation mode.
 
     Args:

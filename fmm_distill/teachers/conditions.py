@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fmm_distill.core.velocity import Conditioning
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class Conditions(Protocol):
 
     names: tuple[str, ...]
 
-    def pick(self, places: Float[Tensor, " batch"]) -> Conditioning:
-        """The conditions at these places, uniform in [0, 1)."""
+    def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
+        """The conditions at these positions, uniform in [0, 1)."""
         ...
 
     def null(self, count: int) -> Conditioning:
@@ -34,8 +34,8 @@ class Conditions(Protocol):
         ...
 
 
-def _index(places: Tensor, count: int) -> Int[Tensor, " batch"]:
-    return (places.cpu() * count).long().clamp_max(count - 1)
+def _index(positions: Tensor, count: int) -> Int[Tensor, " batch"]:
+    return (positions.cpu() * count).long().clamp_max(count - 1)
 
 
 class Classes:
@@ -48,9 +48,9 @@ class Classes:
     def __init__(self, names: tuple[str, ...], null_label: int | None, keyword: str = "class_labels") -> None:
         self.names, self.null_label, self.keyword = names, null_label, keyword
 
-    def pick(self, places: Float[Tensor, " batch"]) -> Conditioning:
+    def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
         """Labels, each as likely as the others."""
-        return Conditioning({self.keyword: _index(places, len(self.names))})
+        return Conditioning({self.keyword: _index(positions, len(self.names))})
 
     def null(self, count: int) -> Conditioning:
         """The label that stands for none."""
@@ -70,9 +70,9 @@ class Embeddings:
     def __init__(self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, why: str = "") -> None:
         self.names, self.prompts, self.empty, self.why = names, rows, empty, why
 
-    def pick(self, places: Float[Tensor, " batch"]) -> Conditioning:
+    def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
         """Prompts, each as likely as the others."""
-        return self.prompts.rows(_index(places, len(self.names)))
+        return self.prompts.rows(_index(positions, len(self.names)))
 
     def null(self, count: int) -> Conditioning:
         """The empty prompt."""

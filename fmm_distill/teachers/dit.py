@@ -15,14 +15,14 @@ from fmm_distill.teachers.first_call import check_first_call, check_latents, ima
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["load_dit"]
 
 _CONFIG = "transformer/config.json"
 
 
-def load_dit(found: Found) -> Teacher:
+def load_dit(found: PipelineIndex) -> Teacher:
     """The teacher in a folder as ``DiTPipeline`` saves it (Peebles and Xie 2022, arXiv 2212.09748).
 
     The label after the last class stands for none. The channels of the learned variance are left out.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError, named
-from fmm_distill.teachers.components import FAULTS
+from fmm_distill.teachers.components import STOCK_ERRORS
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
@@ -66,7 +66,7 @@ def check_first_call(teacher: Teacher) -> None:
                 f"{_by(teacher.event_shape)}; expected the same shape: set a sample_size that its blocks halve evenly"
             )
         velocity = teacher.velocity(x, ends, cond)
-    except FAULTS as error:
+    except STOCK_ERRORS as error:
         raise refuse_call(source, teacher.network, teacher.event_shape, error) from error
     if not velocity.isfinite().all():
         raise UserError(

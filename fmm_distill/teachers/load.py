@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.components import Found
+from fmm_distill.teachers.components import PipelineIndex
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
 from fmm_distill.teachers.hub.variant import as_plain
@@ -73,8 +73,8 @@ def load_teacher(
 
 
 def _adapter(
-    found: Found, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
-) -> Callable[[Found], Teacher]:
+    found: PipelineIndex, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
+) -> Callable[[PipelineIndex], Teacher]:
     """What opens a pipeline of these components."""
     networks = {name: cls for name, (_, cls) in found.components.items() if name in ("unet", "transformer")}
     has_text = any(name.startswith("text_encoder") for name in found.components)
@@ -110,7 +110,7 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     return teacher
 
 
-def find(source: str, revision: str | None = None, say: Callable[[str], None] = print) -> Found:
+def find(source: str, revision: str | None = None, say: Callable[[str], None] = print) -> PipelineIndex:
     """The pipeline's folder and components; of a Hub id the index alone is fetched, the rest by ``fetched``."""
     place = _place(source, revision, say)
     folder = place if isinstance(place, Path) else place.folder
@@ -140,12 +140,12 @@ def find(source: str, revision: str | None = None, say: Callable[[str], None] = 
     def config_of(name: str) -> dict[str, Any]:
         if isinstance(place, Snapshot):
             place.fetch_config(name)
-        return Found(source, folder).config(name)
+        return PipelineIndex(source, folder).config(name)
 
     components = current_classes(components, config_of)
     if isinstance(place, Path):
-        return Found(source, folder, pipeline=pipeline, components=components)
-    return Found(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
+        return PipelineIndex(source, folder, pipeline=pipeline, components=components)
+    return PipelineIndex(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
@@ -159,7 +159,7 @@ def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
             )
 
 
-def fetched(found: Found, variant: str | None = None, say: Callable[[str], None] = print) -> Found:
+def fetched(found: PipelineIndex, variant: str | None = None, say: Callable[[str], None] = print) -> PipelineIndex:
     """The same with all its files on this disk, its license, and the weights of the variant as the plain ones."""
     if found.snapshot is not None:
         found.snapshot.fetch(variant, say)
@@ -173,7 +173,7 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
         if name == "checkerboard":
             raise UserError(
                 f"{source} is a velocity field on the plane, not a diffusers pipeline; in a checkout of the project "
-                "run python -m benchmarks.checkerboard"
+                "run python -m experiments.checkerboard"
             )
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError, named
-from fmm_distill.teachers.components import FAULTS
+from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.first_call import refuse_call
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Asked", "Recording", "Stepped", "record", "replaced", "run_pipeline", "tensor_of"]
+__all__ = ["NetworkCall", "Recording", "SchedulerStep", "record", "replaced", "run_pipeline", "tensor_of"]
 
 TIMES = ("timestep", "timesteps", "t")
 
@@ -32,7 +32,7 @@ class _EnoughError(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class NetworkCall:
     """One call of the network: its arguments by name, and the first thing that it returned."""
 
     given: dict[str, Any]
@@ -40,7 +40,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class SchedulerStep:
     """One step of the scheduler."""
 
     output: Tensor
@@ -57,8 +57,8 @@ class Recording:
         sigmas: the scheduler's levels, where it has them.
     """
 
-    asked: list[Asked] = field(default_factory=list)
-    steps: list[Stepped] = field(default_factory=list)
+    calls: list[NetworkCall] = field(default_factory=list)
+    steps: list[SchedulerStep] = field(default_factory=list)
     mu: float | None = None
     sigmas: list[float] = field(default_factory=list)
 
@@ -104,14 +104,14 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
             given = dict(signature.bind(*args, **kwargs).arguments)
             if first_only:
-                seen.asked.append(Asked(given, torch.empty(0)))
+                seen.calls.append(NetworkCall(given, torch.empty(0)))
                 raise _EnoughError
             try:
                 output = original(*args, **kwargs)
-            except FAULTS as error:
+            except STOCK_ERRORS as error:
                 sample = tensor_of(next(iter(given.values())))
                 raise refuse_call(type(pipeline).__name__, network, tuple(sample.shape[1:]), error) from error
-            seen.asked.append(Asked(given, tensor_of(output).clone()))
+            seen.calls.append(NetworkCall(given, tensor_of(output).clone()))
             return output
 
         return forward
@@ -121,7 +121,9 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
 
         def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the scheduler's own
             given = parameters.bind(*args, **kwargs).arguments
-            seen.steps.append(Stepped(given["model_output"].clone(), float(given["timestep"]), given["sample"].clone()))
+            seen.steps.append(
+                SchedulerStep(given["model_output"].clone(), float(given["timestep"]), given["sample"].clone())
+            )
             return original(*args, **kwargs)
 
         return step
@@ -140,7 +142,7 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
     ):
         run_pipeline(pipeline, call)
         seen.sigmas = [float(sigma) for sigma in getattr(pipeline.scheduler, "sigmas", ())]
-    if not seen.asked:
+    if not seen.calls:
         raise UserError(f"{type(pipeline).__name__} never calls its {component}; wanted a pipeline that does")
     return seen
 
@@ -152,7 +154,7 @@ def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a 
         return pipeline(**call)
     except _EnoughError:
         return None
-    except FAULTS as error:
+    except STOCK_ERRORS as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
         raise UserError(
             f"{type(pipeline).__name__} does not run with {shown[:300]} ({named(error)}); wanted a "

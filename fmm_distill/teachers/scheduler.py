@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
 
-__all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "Levels", "read_scheduler"]
+__all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "ScheduleSpec", "read_scheduler"]
 
 # Discrete, variance preserving: they have alphas_cumprod.
 DISCRETE = (
@@ -59,7 +59,7 @@ _NO_FIELD = {
 
 
 @dataclass(frozen=True)
-class Levels:
+class ScheduleSpec:
     """What a scheduler says of its teacher.
 
     Attributes:
@@ -79,13 +79,13 @@ def read_scheduler(
     source: str,
     *,
     shift: float | None = None,
-    told_before: bool = False,
-) -> Levels:
+    uses_unshifted_time: bool = False,
+) -> ScheduleSpec:
     """The levels of a scheduler, and its configuration whole.
 
     Args:
         shift: of a flow model whose scheduler takes it at every call (dynamic shifting).
-        told_before: a flow model's network is told the time before the shift.
+        uses_unshifted_time: a flow model's network is told the time before the shift.
 
     Raises:
         UserError: on a scheduler, or settings of one, that can't be read exactly.
@@ -101,7 +101,7 @@ def read_scheduler(
     # Without this list another class takes what is written, not its own defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     if name in FLOW or config.get("use_flow_sigmas"):
-        return _flow(config, source, shift, told_before)
+        return _flow(config, source, shift, uses_unshifted_time)
     if name in CONTINUOUS:
         return _exploding(name, config, source)
     return _preserving(scheduler, config, source)
@@ -120,30 +120,30 @@ def _prediction(config: dict[str, Any], known: tuple[str, ...], source: str) -> 
     return cast("Prediction", prediction)
 
 
-def _flow(config: dict[str, Any], source: str, shift: float | None, told_before: bool) -> Levels:
+def _flow(config: dict[str, Any], source: str, shift: float | None, uses_unshifted_time: bool) -> ScheduleSpec:
     if "use_flow_sigmas" in config:
         _prediction(config, ("flow_prediction",), source)
         shift = config["flow_shift"] if shift is None else shift
     elif config.get("use_dynamic_shifting") and shift is None:
         raise UserError(f"{source}: its scheduler is shifted by the pipeline at every call; wanted the whole pipeline")
     shift = config["shift"] if shift is None else shift
-    schedule = FlowMatching(shift, config["num_train_timesteps"], told_before=told_before)
-    return Levels(schedule, "flow_prediction", config, inverted=bool(config.get("invert_sigmas")))
+    schedule = FlowMatching(shift, config["num_train_timesteps"], uses_unshifted_time=uses_unshifted_time)
+    return ScheduleSpec(schedule, "flow_prediction", config, inverted=bool(config.get("invert_sigmas")))
 
 
-def _exploding(name: str, config: dict[str, Any], source: str) -> Levels:
+def _exploding(name: str, config: dict[str, Any], source: str) -> ScheduleSpec:
     ends, steps = (config["sigma_min"], config["sigma_max"]), config["num_train_timesteps"]
     if name == "ScoreSdeVeScheduler":
-        schedule = VarianceExploding(*ends, rho=math.inf, told="sigma", num_timesteps=steps)
-        return Levels(schedule, "score", config)
+        schedule = VarianceExploding(*ends, rho=math.inf, network_input="sigma", num_timesteps=steps)
+        return ScheduleSpec(schedule, "score", config)
     rho = config["rho"] if config["sigma_schedule"] == "karras" else math.inf
-    told: Literal["atan", "log"] = "atan" if name == "CosineDPMSolverMultistepScheduler" else "log"
-    schedule = VarianceExploding(*ends, rho=rho, told=told, num_timesteps=steps)
+    network_input: Literal["atan", "log"] = "atan" if name == "CosineDPMSolverMultistepScheduler" else "log"
+    schedule = VarianceExploding(*ends, rho=rho, network_input=network_input, num_timesteps=steps)
     prediction = _prediction(config, ("epsilon", "v_prediction"), source)
-    return Levels(schedule, prediction, config, sigma_data=config["sigma_data"])
+    return ScheduleSpec(schedule, prediction, config, sigma_data=config["sigma_data"])
 
 
-def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> Levels:  # noqa: ANN401 a diffusers class
+def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> ScheduleSpec:  # noqa: ANN401 a diffusers class
     prediction = _prediction(config, ("epsilon", "sample", "v_prediction"), source)
     if config.get("timestep_type") == "continuous":
         raise UserError(
@@ -161,7 +161,7 @@ def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> Levels: 
             f"{source}: its schedule ends in pure noise (rescale_betas_zero_snr), where a noise prediction says "
             "nothing; wanted v_prediction or sample"
         )
-    return Levels(schedule, prediction, config)
+    return ScheduleSpec(schedule, prediction, config)
 
 
 def _check_stock(scheduler: Any, config: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class

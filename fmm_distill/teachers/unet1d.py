@@ -13,7 +13,7 @@ from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.first_call import check_first_call
 
 if TYPE_CHECKING:
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["load_unet1d"]
 
@@ -21,7 +21,7 @@ __all__ = ["load_unet1d"]
 _WANTED = {"time_embedding_type": "fourier", "use_timestep_embedding": False, "out_block_type": None}
 
 
-def load_unet1d(found: Found) -> Teacher:
+def load_unet1d(found: PipelineIndex) -> Teacher:
     """The teacher in a folder as ``DanceDiffusionPipeline`` saves it: ``UNet1DModel`` and ``IPNDMScheduler``.
 
     ``IPNDMScheduler`` has ``sigma = sin(pi s / 2)^2``, ``alpha = sqrt(1 - sigma^2)``, a network that is told
@@ -62,7 +62,7 @@ def load_unet1d(found: Found) -> Teacher:
     return teacher
 
 
-def _width(found: Found) -> dict[str, int]:
+def _width(found: PipelineIndex) -> dict[str, int]:
     """The width of the time embedding where the configuration lacks it, as the oldest do.
 
     It was 16 in every network once; diffusers' default is another number now, and such a folder does not open in it.

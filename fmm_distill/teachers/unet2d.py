@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import diffusers
 
     from fmm_distill.teachers.codec import Codec
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
     from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
-from fmm_distill.teachers.scheduler import Levels
+from fmm_distill.teachers.scheduler import ScheduleSpec
 
 __all__ = ["load_unet2d"]
 
 
-def load_unet2d(found: Found) -> Teacher:
+def load_unet2d(found: PipelineIndex) -> Teacher:
     """The teacher in a folder with a ``UNet2DModel``, a scheduler and, for latents, a ``VQModel``.
 
     Raises:
@@ -69,7 +69,7 @@ def _classes(network: diffusers.UNet2DModel, source: str) -> Classes | None:
     return None if count is None else Classes(tuple(str(label) for label in range(count)), null_label=None)
 
 
-def _check_network(network: diffusers.UNet2DModel, levels: Levels, source: str) -> None:
+def _check_network(network: diffusers.UNet2DModel, levels: ScheduleSpec, source: str) -> None:
     config = network.config
     if levels.inverted:
         raise UserError(

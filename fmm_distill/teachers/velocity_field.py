@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import TimeAxis
-    from fmm_distill.core.velocity import Conditioning
 
 __all__ = ["KnownVelocity", "OwnAxis", "VelocityNetwork", "VelocityParametrization", "as_teacher"]
 
@@ -186,7 +186,7 @@ def _schedule_of(axis: Any, name: str) -> Schedule:  # noqa: ANN401 whatever the
 def _check_velocity(teacher: Teacher) -> None:
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.5, 1.0], dtype=torch.float64))
-    cond = teacher.told(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    cond = teacher.conditioned_on(torch.tensor([0.0, 0.5], dtype=torch.float64))
     device = next(iter(teacher.network.parameters()), x).device
     v = teacher.velocity(x.to(device), t.to(device), None if cond is None else cond.to(device))
     if v.shape != x.shape:

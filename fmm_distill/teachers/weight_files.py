@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["check_weight_files", "model_class", "some"]
 
@@ -46,7 +46,7 @@ def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class 
     return None
 
 
-def check_weight_files(found: Found, say: Callable[[str], None] = print) -> None:
+def check_weight_files(found: PipelineIndex, say: Callable[[str], None] = print) -> None:
     """Refuse weights that no plain float network can be read from, by their configurations and headers alone.
 
     Args:
@@ -76,7 +76,7 @@ def _no_model(library: str, name: str) -> bool:
         return True
 
 
-def _check_quantization(found: Found, name: str, folder: Path) -> None:
+def _check_quantization(found: PipelineIndex, name: str, folder: Path) -> None:
     settings = found.config(name).get("quantization_config")
     packed = sorted(path.name for path in folder.glob("*.gguf"))
     if settings or packed:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fmm_distill.core.derivatives.engines import derivative_in_r, without_tensor_float
+from fmm_distill.core.derivatives.engines import derivative_in_r
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.core.velocity import Conditioning
     from fmm_distill.teachers.base import Distillable
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
@@ -116,7 +117,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
         return checkpoint(again, *args, use_reentrant=False)
 
     told.enable_gradient_checkpointing(checkpointed)
-    student.hooked = True
+    student.needs_functional_jvp = True
 
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:

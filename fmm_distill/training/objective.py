@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fmm_distill.core.derivatives.engines import choose_engine
-from fmm_distill.core.device import sent
+from fmm_distill.core.device import to_device
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.data.starting_points import condition_of, interpolant_velocity, points, somewhere, teacher_jump
 from fmm_distill.errors import UserError
@@ -82,7 +82,7 @@ class Objective(nn.Module):
             losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
             if factor:
                 both = both.index_copy(
-                    1, sent(rows, both.device), torch.stack([losses, factor * weighted]).to(both.dtype)
+                    1, to_device(rows, both.device), torch.stack([losses, factor * weighted]).to(both.dtype)
                 )
             else:
                 # Its backward pass gathers the networks too.
@@ -141,7 +141,7 @@ class Objective(nn.Module):
         settings = settings.at_step(step)
         times = pair_times(pairs, teacher.schedule, draws, step)
         # One copy of the three.
-        t, r, random = sent(torch.stack([*times, draws.share]), draws.noise.device)
+        t, r, random = to_device(torch.stack([*times, draws.share]), draws.noise.device)
         cond = condition_of(teacher, draws)
         on_path = settings.velocity == "data"
         share, in_step = self.on_policy, self.in_step
@@ -171,7 +171,7 @@ class Objective(nn.Module):
         """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
         teacher, _ = self._fixed
         here = diagonal_times(self.recipe.pairs, teacher.schedule, draws)
-        t = sent(here, draws.noise.device)
+        t = to_device(here, draws.noise.device)
         cond = condition_of(teacher, draws)
         x_t = points(teacher, teacher_jump(teacher), draws, here, data, cond, on_policy=self.on_policy)
         with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import AutocastKwargs, gather_object
 from tqdm import tqdm
 
-from fmm_distill.core.derivatives.engines import without_tensor_float
+from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import somewhere
 from fmm_distill.errors import FmmDistillError
@@ -92,7 +92,7 @@ class Trainer:
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         self.student = student
-        self.sharded = student.hooked = is_sharded(accelerator)
+        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
         self.averages = {rate: averaged(student, rate) for rate in recipe.training.ema}
         # What is evaluated and exported, where the student and its averages are split; the first process does that.

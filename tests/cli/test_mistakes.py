@@ -293,7 +293,7 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
         (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
         (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
         (("inspect", "text"), "text: its text_encoder is missing"),
-        (("--recipe", "checkerboard", "--data", "none"), "run python -m benchmarks.checkerboard"),
+        (("--recipe", "checkerboard", "--data", "none"), "run python -m experiments.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit' is unknown, did you mean digits?"),
     ],
 )

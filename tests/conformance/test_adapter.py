@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.solvers import endpoint, solve
 from fmm_distill.core.time_axis import expand
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
 from tests.conformance.truths import PREDICTIONS, SCHEDULES, TRUTHS, exact_teacher
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.bounds import SETTINGS, TRUTH, Affine, constant, distance, loss_on_its_line, run
+from experiments.bounds import SETTINGS, TRUTH, Affine, constant, distance, loss_on_its_line, run
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import checkerboard
-from benchmarks.plane import (
+from experiments.checkerboard import experiment as checkerboard
+from experiments.checkerboard.report import markdown
+from experiments.plane import (
     HALF_WIDTH,
     REACH,
     WIDTH,
@@ -112,7 +113,7 @@ def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
         return recipe.model_copy(update={"training": training})
 
     monkeypatch.setattr(checkerboard, "recipe_for", recipe_for)
-    bench = checkerboard.Benchmark(TINY, tmp_path)
+    bench = checkerboard.Experiment(TINY, tmp_path)
     network = Perceptron(0, width=TINY.width)
     teacher = PlaneTeacher(diagonal(network), LinearClock())
     result = bench.student("hot", checkerboard.Run(hot, 4), network, teacher, torch.zeros_like(bench.noise))
@@ -132,7 +133,7 @@ def test_chunks_change_nothing(monkeypatch):
     network, noise = Perceptron(1, width=16), torch.randn(37, 2)
     teacher = PlaneTeacher(diagonal(network), LinearClock())
     whole = sample(network, noise, 2), solved(teacher, noise, 3)
-    monkeypatch.setattr("benchmarks.plane.CHUNK", 5)
+    monkeypatch.setattr("experiments.plane.CHUNK", 5)
     torch.testing.assert_close((sample(network, noise, 2), solved(teacher, noise, 3)), whole)
 
 
@@ -145,7 +146,7 @@ def test_every_loss_is_in_the_table():
 @pytest.mark.slow
 def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     names = ["lagrangian", "progressive-half", "consistency", "operator_regression", "mean_flow"]
-    results = checkerboard.benchmark(TINY, tmp_path, names)
+    results = checkerboard.run_experiment(TINY, tmp_path, names)
     assert {name: len(runs) for name, runs in results["runs"].items()} == dict.fromkeys(names, 2)
     first = [tuple(runs[0]["endpoint"].values()) for runs in results["runs"].values()]
     assert len(set(first)) == len(names)
@@ -157,12 +158,12 @@ def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     checkerboard.pictures(results, tmp_path)
     assert (tmp_path / "checkerboard.png").stat().st_size > 10_000
     assert (tmp_path / "checkerboard-curve.png").stat().st_size > 10_000
-    table = checkerboard.markdown(results | {"minutes": 1.0})
+    table = markdown(results | {"minutes": 1.0})
     assert all(table.count(f"| {name} |") == 4 for name in names)
 
     capsys.readouterr()
     monkeypatch.setattr(checkerboard, "outside", lambda *_: 0.5)
-    again = checkerboard.benchmark(TINY, tmp_path, names)
+    again = checkerboard.run_experiment(TINY, tmp_path, names)
     assert "distill:" not in capsys.readouterr().err
     assert again["runs"] == results["runs"]
     assert again["teacher"] == results["teacher"]
@@ -170,11 +171,11 @@ def test_a_small_benchmark_resumes_and_reports(tmp_path, monkeypatch, capsys):
     # What is missing is made again, to the last bit.
     (tmp_path / "lagrangian-1" / "result.json").unlink()
     (tmp_path / "lagrangian-1" / "steps.jsonl").unlink()
-    third = checkerboard.benchmark(TINY, tmp_path, names)["runs"]["lagrangian"][1]
+    third = checkerboard.run_experiment(TINY, tmp_path, names)["runs"]["lagrangian"][1]
     assert third["endpoint"] == results["runs"]["lagrangian"][1]["endpoint"]
 
 
 def test_another_budget_is_refused(tmp_path):
     (tmp_path / "budget.json").write_text(json.dumps({"width": 9}))
     with pytest.raises(SystemExit, match="another budget"):
-        checkerboard.benchmark(TINY, tmp_path, [])
+        checkerboard.run_experiment(TINY, tmp_path, [])

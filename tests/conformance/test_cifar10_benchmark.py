@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from benchmarks import cifar10_classifier, cifar10_scaling
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_methods import METHODS, recipe_of
-from benchmarks.cifar10_processes import Processes
-from benchmarks.cifar10_report import markdown
+from experiments.cifar10 import classifier, scaling
+from experiments.cifar10.budget import BUDGETS
+from experiments.cifar10.methods import METHODS, recipe_of
+from experiments.cifar10.processes import Processes
+from experiments.cifar10.report import markdown
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.losses import SETTINGS
@@ -142,8 +142,8 @@ def test_the_classifier_learns_and_its_file_is_taken(tmp_path, size):
     labels = torch.arange(64) % 2
     # Dark and bright: two classes that a network must tell apart.
     images = (labels[:, None, None, None] * 160 + torch.randint(0, 90, (64, 3, size, size))).to(torch.uint8)
-    features, head = cifar10_classifier.train(images, labels, width=8, epochs=6, batch=16, lr=0.1, precision="fp32")
-    assert cifar10_classifier.accuracy(features, head, images, labels) == 1
+    features, head = classifier.train(images, labels, width=8, epochs=6, batch=16, lr=0.1, precision="fp32")
+    assert classifier.accuracy(features, head, images, labels) == 1
     file = tmp_path / "classifier.pt"
     torch.jit.trace(features, torch.rand(2, 3, size, size)).save(str(file))
     loaded = open_features(str(file), (3, size, size))
@@ -156,10 +156,10 @@ def test_moved_images_keep_their_pixels():
     torch.manual_seed(0)
     # Every pixel of an image says which one it is.
     images = (torch.arange(6)[:, None, None, None] * 40).expand(6, 3, 32, 32).to(torch.uint8)
-    assert torch.equal(cifar10_classifier.augmented(images), images.float() / 255)
+    assert torch.equal(classifier.augmented(images), images.float() / 255)
     for size in (16, 32):
         image = pixels(1, size).expand(8, -1, -1, -1)
-        moved = cifar10_classifier.augmented(image)
+        moved = classifier.augmented(image)
         assert len({moved[i].sum().item() for i in range(8)}) > 4
         assert moved.shape == image.shape
     assert moved.amax() <= 1
@@ -255,20 +255,18 @@ def test_processes_say_what_they_took_of_the_processor_over_all_calls(tmp_path):
 
 def test_a_power_law_is_fitted_as_it_is():
     images = [1e4, 2e4, 4e4, 8e4]
-    fit = cifar10_scaling.fitted(images, [3 * n**-0.25 for n in images])
+    fit = scaling.fitted(images, [3 * n**-0.25 for n in images])
     assert fit.slope == pytest.approx(-0.25)
     assert fit.at(1e9) == pytest.approx(3 * 1e9**-0.25)
     assert fit.error < 1e-6
-    noisy = cifar10_scaling.fitted(
-        images, [3 * n**-0.25 * f for n, f in zip(images, (1.1, 0.9, 1.1, 0.9), strict=True)]
-    )
+    noisy = scaling.fitted(images, [3 * n**-0.25 * f for n, f in zip(images, (1.1, 0.9, 1.1, 0.9), strict=True)])
     # Of four points a factor of two apart, by the formula of simple regression.
     assert noisy.error == pytest.approx(noisy.spread / (5**0.5 * math.log(2)))
     rows = [{"1": {"frechet": 5 + 100 / n, "endpoint": 1 / n}} for n in (1, 2, 4)]
     size = {"teacher_frechet": 5.0, "points": [{"images_seen": 2**i, "rows": rows[i]} for i in range(3)]}
     for point in size["points"]:
         point["rows"] |= {"2": {"frechet": 4.0, "endpoint": 1.0}, "4": {"frechet": 6.0, "endpoint": 1.0}}
-    found = cifar10_scaling.fits(size)
+    found = scaling.fits(size)
     assert found["frechet, 1"].slope == pytest.approx(-1)
     # Below what is taken off: no logarithm.
     assert found["frechet, 2"] is None
@@ -277,7 +275,17 @@ def test_a_power_law_is_fitted_as_it_is():
 
 @pytest.mark.slow
 def test_a_killed_toy_run_goes_on_to_the_end(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.cifar10", "--budget", "toy", "--only", "lagrangian", "--minutes", "10"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.cifar10",
+        "--budget",
+        "toy",
+        "--only",
+        "lagrangian",
+        "--minutes",
+        "10",
+    ]
     command += ["--data", str(write_images(tmp_path / "data")), "--work", str(tmp_path / "work")]
     command += ["--output", str(tmp_path / "out" / "cifar10.json")]
     settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -305,7 +313,7 @@ def test_a_killed_toy_run_goes_on_to_the_end(tmp_path):
         "cifar10-samples.png",
         "cifar10-steps.png",
     ]
-    scaling = [sys.executable, "-m", "benchmarks.cifar10_scaling", "--budget", "toy", "--lengths", "8", "16", "20"]
+    scaling = [sys.executable, "-m", "experiments.cifar10.scaling", "--budget", "toy", "--lengths", "8", "16", "20"]
     scaling += ["--work", str(tmp_path / "work"), "--teachers", str(tmp_path / "work" / "teacher")]
     done = subprocess.run([*scaling, "--output", str(tmp_path / "scaling.json")], check=False, **settings)
     assert done.returncode == 0, done.stdout

@@ -59,7 +59,7 @@ def times_of(schedule, name, given):
     given = torch.tensor(given, dtype=torch.float64)
     if hasattr(schedule, "shift"):
         level = given / schedule.num_timesteps if name == "timesteps" else given
-        if name == "sigmas" or schedule.told_before:
+        if name == "sigmas" or schedule.uses_unshifted_time:
             level = schedule.shift * level / (1 + (schedule.shift - 1) * level)
     else:
         level = schedule.time(given.long()) if name == "timesteps" else given / (1 + given)

@@ -20,7 +20,7 @@ from benchmarks.gpu.budget import Deadline, OutOfTimeError, alarm
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.rows import Row, take
 from benchmarks.gpu.stage import STAGES, Job, Options, Part, Stage
-from benchmarks.plane import Perceptron, closed_form, sample, solved
+from experiments.plane import Perceptron, closed_form, sample, solved
 from fmm_distill.losses import LOSSES
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_cifar10_benchmark import write_images
@@ -177,6 +177,8 @@ def test_stages_are_complete():
         assert sum(part.share for part in stage.parts) < 0.99
         assert (ROOT / "benchmarks" / "gpu" / f"{stage.name}.py").is_file()
         assert len(machine.sources(stage.sources)) > 40
+        assert [pattern for pattern in stage.sources if not machine.sources([pattern])] == []
+        assert "fmm_distill/training/trainer.py" in machine.sources(stage.sources)
         assert stage.name in render.TABLES
         assert machine.missing(stage.modules) == []
     assert machine.missing(("torch", "yaml", "not_there")) == ["not_there"]

@@ -77,7 +77,7 @@ def test_every_sample_is_guided_by_its_own_scale(folders, name):
     wanted = null + scales.reshape(-1, *[1] * (v.ndim - 1)) * (v - null)
     torch.testing.assert_close(teacher.velocity(x, t, cond.guided(scales)), wanted, atol=1e-4, rtol=1e-4)
     fixed = opened(folders[name], name, Guidance(3.0))
-    assert torch.equal(teacher.velocity(x, t, teacher.told(places)), fixed.velocity(x, t, cond))
+    assert torch.equal(teacher.velocity(x, t, teacher.conditioned_on(places)), fixed.velocity(x, t, cond))
     # Its parts and rows keep their scales.
     assert cond.guided(scales).part(1, 3).rows(torch.tensor([1])).guidance.tolist() == [6.0]
 
@@ -127,9 +127,9 @@ def test_it_folds_to_the_teachers_scale(folders, name):
     x, _, _, places = inputs(teacher)
     t = times[:1].expand(3)
     v = student.parametrization.velocity(network, x, t, teacher.conditions.pick(places))
-    told = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places))
+    told = student.mean_velocity(x, t, times[1:].expand(3), teacher.conditioned_on(places))
     torch.testing.assert_close(v, told, atol=1e-4, rtol=1e-4)
-    other = student.mean_velocity(x, t, times[1:].expand(3), teacher.told(places).guided(5.0))
+    other = student.mean_velocity(x, t, times[1:].expand(3), teacher.conditioned_on(places).guided(5.0))
     assert (v - other).abs().max() > 1e-3
 
 

@@ -139,9 +139,9 @@ def test_a_network_that_is_told_its_guidance_is_told_it_again(tmp_path):
     recipe = parse({"teacher": "builtin:digits", "guidance": {"scale": 3.5}}, "here")
     write_about(tmp_path / "student", about_student(student, teacher, recipe, ()))
     again = load_student(tmp_path / "student")
-    own = sample(student, noises(teacher), 2, teacher.told(torch.zeros(3, dtype=torch.float64)))
+    own = sample(student, noises(teacher), 2, teacher.conditioned_on(torch.zeros(3, dtype=torch.float64)))
     assert (again.generate(noises(teacher), 2) - own).abs().max() <= 1e-5 * own.abs().max()
-    told = again.teacher.told(torch.zeros(1, dtype=torch.float64))
+    told = again.teacher.conditioned_on(torch.zeros(1, dtype=torch.float64))
     assert 3.5 in [float(value.flatten()[0]) for value in told.inputs.values() if value.is_floating_point()]
 
 

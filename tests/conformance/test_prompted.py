@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
 from fmm_distill.core.schedules import FlowMatching, VariancePreserving
 from fmm_distill.core.time_axis import expand
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.losses import LagrangianSettings, lagrangian
 from fmm_distill.student.student import Student

@@ -80,7 +80,7 @@ def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     loaded = load_student(export.folder, prompts=PROMPTS if name in FAMILIES else ())
     noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
-    told = None if teacher.conditions is None else teacher.told(torch.tensor([0.0, 0.0], dtype=torch.float64))
+    told = None if teacher.conditions is None else teacher.conditioned_on(torch.tensor([0.0, 0.0], dtype=torch.float64))
     own = sample(export.student, noise, 3, told)
     made = loaded.generate(noise, 3, None if told is None else [0, 0])
     assert (made - own).abs().max() <= 1e-5 * own.abs().max()

@@ -82,7 +82,7 @@ def angular(name, folder):
     teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(FAMILIES["stable-audio"].call))
     schedule = teacher.schedule
     ends = (schedule.sigma_min, schedule.sigma_max)
-    schedule = VarianceExploding(*ends, rho=schedule.rho, told="atan", num_timesteps=schedule.num_timesteps)
+    schedule = VarianceExploding(*ends, rho=schedule.rho, network_input="atan", num_timesteps=schedule.num_timesteps)
     return replace(teacher, parametrization=replace(teacher.parametrization, schedule=schedule))
 
 

@@ -70,7 +70,10 @@ def test_blocks_that_embed_the_time_themselves_are_computed_again_with_their_own
     student = moved(Student.from_teacher(teacher))
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.7, 1.0], dtype=torch.float64))
-    r, cond = teacher.schedule.time_at(torch.tensor([0.1, 0.4], dtype=torch.float64)), teacher.told(torch.zeros(2))
+    r, cond = (
+        teacher.schedule.time_at(torch.tensor([0.1, 0.4], dtype=torch.float64)),
+        teacher.conditioned_on(torch.zeros(2)),
+    )
 
     def gradient():
         student.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
-from fmm_distill.core.velocity import Conditioning
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.clip import clip_scores
 from fmm_distill.evaluation.draws import prompts_of

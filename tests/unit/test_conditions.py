@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fmm_distill.config.recipe import parse
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.draws import draw
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmm_distill.core.conditioning import Conditioning
+from fmm_distill.core.derivatives.central import TIME_STEP
 from fmm_distill.core.derivatives.engines import (
-    TIME_STEP,
-    StockNetworks,
     choose_engine,
     derivative_along_flow,
     derivative_in_r,
@@ -14,9 +14,9 @@ from fmm_distill.core.derivatives.engines import (
     value_and_derivative_in_r,
     value_and_parts_along_flow,
 )
+from fmm_distill.core.derivatives.forward_mode import StockNetworks
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
-from fmm_distill.core.velocity import Conditioning
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.analytic import Gaussian
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmm_distill.core.velocity import Conditioning
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.cache import CHUNK, embed_all

@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmm_distill.core.derivatives import attention as forward_attention
 from fmm_distill.core.derivatives import dual as duals
-from fmm_distill.core.derivatives import engines as derivatives
-from fmm_distill.core.derivatives.engines import StockNetworks
+from fmm_distill.core.derivatives.forward_mode import StockNetworks, jvp
 from fmm_distill.training.memory import _Live
 
 
@@ -72,7 +71,7 @@ def test_passes_without_a_backward_pass_leave_nothing():
         return F.scaled_dot_product_attention(query, query, query).tanh()
 
     def one():
-        derivatives._forward_mode(attend, (query,), (query.detach(),), detached=True)
+        jvp(attend, (query,), (query.detach(),), detached=True)
 
     def count():
         gc.collect()
@@ -87,21 +86,21 @@ def test_passes_without_a_backward_pass_leave_nothing():
 
 def test_where_tangents_would_vanish():
     x = draws((2, 3))[0]
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="wanted torch"):
-        derivatives._forward_mode(torch.sin, (x,), (x,))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="expected torch"):
+        jvp(torch.sin, (x,), (x,))
 
 
 def test_a_compiled_network_is_differentiated_as_it_was_written():
     x, network = draws((2, 3))[0], torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()).double()
-    expected = derivatives._forward_mode(network, (x,), (x,), detached=True)
+    expected = jvp(network, (x,), (x,), detached=True)
     network.compile(backend="aot_eager")
-    torch.testing.assert_close(derivatives._forward_mode(network, (x,), (x,), detached=True), expected)
+    torch.testing.assert_close(jvp(network, (x,), (x,), detached=True), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")
 def test_softmax_chooses_its_dimension():
     x, dx = draws((3, 4), (3, 4))
-    found, expected = (derivatives._forward_mode(torch.nn.Softmax(dim), (x,), (dx,)) for dim in (None, 1))
+    found, expected = (jvp(torch.nn.Softmax(dim), (x,), (dx,)) for dim in (None, 1))
     torch.testing.assert_close(found, expected)
 
 
@@ -254,7 +253,7 @@ def answers(layer, x, direction, rules):
     """Value, tangent, and the gradients of their product with other numbers: in the input, its tangent, the weights."""
     inputs = [x.clone().requires_grad_(), direction.clone().requires_grad_()]
     if rules:
-        out, tangent = derivatives._forward_mode(layer, *((each,) for each in inputs))
+        out, tangent = jvp(layer, *((each,) for each in inputs))
     else:
         out, tangent = torch.func.jvp(lambda x: plain(layer, x), *((each,) for each in inputs))
     weights = draws((5,), out.shape, out.shape)[1:]
@@ -276,7 +275,7 @@ def test_rules_are_exact(name):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     with torch.no_grad():
-        detached = derivatives._forward_mode(layer, (3 + 2 * x,), (direction,))
+        detached = jvp(layer, (3 + 2 * x,), (direction,))
     torch.testing.assert_close(detached, theirs[:2], rtol=1e-9, atol=1e-10)
 
 
@@ -309,14 +308,14 @@ def test_arithmetic_is_exact(name):
     found = []
     for rules in (True, False):
         given = [tensor.clone().requires_grad_() for tensor in (x, y, dx, dy)]
-        jvp = derivatives._forward_mode if rules else torch.func.jvp
-        out, tangent = jvp(ARITHMETIC[name], tuple(given[:2]), tuple(given[2:]))
+        differentiate = jvp if rules else torch.func.jvp
+        out, tangent = differentiate(ARITHMETIC[name], tuple(given[:2]), tuple(given[2:]))
         gradients = torch.autograd.grad((out * tangent).square().sum(), given, allow_unused=True)
         found.append([out, tangent, *(gradient for gradient in gradients if gradient is not None)])
         if rules:
             with torch.no_grad():
-                alone = derivatives._forward_mode(ARITHMETIC[name], (x, y), (dx, dy))
-            beside = derivatives._forward_mode(ARITHMETIC[name], tuple(given[:2]), (dx, dy), detached=True)
+                alone = jvp(ARITHMETIC[name], (x, y), (dx, dy))
+            beside = jvp(ARITHMETIC[name], tuple(given[:2]), (dx, dy), detached=True)
             for other in (alone, beside):
                 torch.testing.assert_close(other, (out.detach(), tangent.detach()), check_dtype=True)
             assert beside[0].requires_grad
@@ -348,7 +347,7 @@ def of_everything(detached):
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     x, dx = draws((2, 4, 6), (2, 4, 6))
-    out, tangent = derivatives._forward_mode(network, (x,), (dx,), detached=detached)
+    out, tangent = jvp(network, (x,), (dx,), detached=detached)
     return out, tangent, torch.autograd.grad((out * out.detach()).sum(), list(network.parameters()))
 
 

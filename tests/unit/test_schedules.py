@@ -13,11 +13,11 @@ from fmm_distill.errors import UserError
 
 SCHEDULES = {
     "karras": VarianceExploding(0.002, 80.0),
-    "exponential": VarianceExploding(0.01, 50.0, rho=math.inf, told="sigma"),
-    "atan": VarianceExploding(0.3, 500.0, rho=math.inf, told="atan"),
+    "exponential": VarianceExploding(0.01, 50.0, rho=math.inf, network_input="sigma"),
+    "atan": VarianceExploding(0.3, 500.0, rho=math.inf, network_input="atan"),
     "flow": FlowMatching(),
     "shifted": FlowMatching(3.0),
-    "told before": FlowMatching(6.0, told_before=True),
+    "told before": FlowMatching(6.0, uses_unshifted_time=True),
     "angular": Angular(),
 }
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from benchmarks import steps
 from benchmarks.step_cases import CASES, make_teacher, make_trainer
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.core.derivatives import engines as derivatives
+from fmm_distill.core.derivatives import central, exact, forward_mode
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import PickedImages
 from fmm_distill.student.student import Student
@@ -116,8 +116,11 @@ SEVERAL = {"also": [{"loss": {"name": "flow_matching", "velocity": "data"}, "sha
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in WAITING], ids=lambda case: case.name)
 def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
     # A tensor of the device meta has no numbers: whatever would wait for a GPU's raises there.
-    monkeypatch.setattr(derivatives, "_precise", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(derivatives, "_apart", lambda *_: False)
+    # It has no autocast either.
+    for module in (central, forward_mode):
+        monkeypatch.setattr(module, "full_precision", lambda _: contextlib.nullcontext())
+    for engine in (central.Central, exact.Exact):
+        monkeypatch.setattr(engine, "needs_value_call", lambda *_: False)
     student = Student.from_teacher(teacher).to("meta")
     away = copy.deepcopy(teacher).to("meta")
     settings = {"teacher": "none", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}

@@ -1,1 +1,1 @@
-"""Derivatives of stock networks: forward mode and central differences."""
+"""Derivatives of flow maps through stock diffusers networks: forward mode and central differences."""

@@ -24,8 +24,8 @@ class VarianceExploding:
     arXiv 2206.00364, eq. 5), or in log sigma where rho is infinite. Below sigma_min nothing is longer.
 
     Args:
-        told: what the network is told: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4`` (Karras),
-            or ``2 atan(sigma) / pi`` (stable audio, arXiv 2404.10301).
+        network_input: the network's time input: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4``
+            (Karras), or ``2 atan(sigma) / pi`` (stable audio, arXiv 2404.10301).
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class VarianceExploding:
         sigma_max: float,
         *,
         rho: float = 7.0,
-        told: Literal["sigma", "log", "atan"] = "log",
+        network_input: Literal["sigma", "log", "atan"] = "log",
         num_timesteps: int = 1000,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise UserError(f"the scheduler's sigmas run from {sigma_min} to {sigma_max}; wanted 0 < min < max")
-        self.sigma_min, self.sigma_max, self.rho, self.told = sigma_min, sigma_max, rho, told
+        self.sigma_min, self.sigma_max, self.rho, self.network_input = sigma_min, sigma_max, rho, network_input
         self.num_timesteps = num_timesteps
         self.t_min, self.t_max = sigma_min / (1 + sigma_min), sigma_max / (1 + sigma_max)
         ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
@@ -73,9 +73,9 @@ class VarianceExploding:
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """What ``told`` says, of sigma."""
         sigma = self._sigma(t)
-        if self.told == "sigma":
+        if self.network_input == "sigma":
             return sigma
-        return sigma.log() / 4 if self.told == "log" else sigma.atan() * 2 / math.pi
+        return sigma.log() / 4 if self.network_input == "log" else sigma.atan() * 2 / math.pi
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         """One and sigma."""

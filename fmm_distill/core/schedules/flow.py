@@ -23,15 +23,15 @@ class FlowMatching:
     shifts equal steps of s is uniform.
 
     Args:
-        told_before: the network is told s, not t.
+        uses_unshifted_time: the network is told s, not t.
     """
 
     t_max = 1.0
 
-    def __init__(self, shift: float = 1.0, num_timesteps: int = 1000, *, told_before: bool = False) -> None:
+    def __init__(self, shift: float = 1.0, num_timesteps: int = 1000, *, uses_unshifted_time: bool = False) -> None:
         if shift <= 0:
             raise UserError(f"the scheduler's shift is {shift}; wanted a number above 0")
-        self.shift, self.num_timesteps, self.told_before = shift, num_timesteps, told_before
+        self.shift, self.num_timesteps, self.uses_unshifted_time = shift, num_timesteps, uses_unshifted_time
         self.t_min = float(self._shifted(torch.tensor(1 / num_timesteps, dtype=torch.float64)))
 
     def _shifted(self, s: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class FlowMatching:
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """``num_timesteps t``, or that of the time before the shift."""
         t = t.double().clamp_min(self.t_min)
-        return (self.warp(t) if self.told_before else t) * self.num_timesteps
+        return (self.warp(t) if self.uses_unshifted_time else t) * self.num_timesteps
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         """``1 - t`` and ``t``."""

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.hub.errors import HUB_FAULTS, hub_reason, no_answer
+from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ class Snapshot:
         try:
             name = f"{component}/config.json"
             hf_hub_download(self.source, name, revision=self.commit, local_files_only=self.cached)
-        except (*HUB_FAULTS, ValueError) as error:
+        except (*HUB_ERRORS, ValueError) as error:
             raise UserError(f"{self.source}: {component}/config.json: {hub_reason(error)}") from error
 
     def fetch(self, variant: str | None, say: Callable[[str], None]) -> Path:
@@ -73,13 +73,13 @@ class Snapshot:
         try:
             try:
                 folder = self._download(variant, cached=self.cached)
-            except HUB_FAULTS as error:
-                if self.cached or not no_answer(error):
+            except HUB_ERRORS as error:
+                if self.cached or not is_unreachable(error):
                     raise
                 # A commit that is in the cache needs no Hub.
                 folder = self._download(variant, cached=True)
             self._fetch_card(say)
-        except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+        except (*HUB_ERRORS, ValueError, RuntimeError) as error:
             raise UserError(f"{self.source}: {_why_not(error)}") from error
         _check_digests(self.source, folder)
         return folder
@@ -119,8 +119,8 @@ def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -
         HfApi().model_info(source, revision=revision)
     except HFValidationError as error:
         raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
-    except HUB_FAULTS as error:
-        cached = no_answer(error) and _index(source, revision, cached=True) is not None
+    except HUB_ERRORS as error:
+        cached = is_unreachable(error) and _index(source, revision, cached=True) is not None
         if not cached:
             at = "" if revision is None else f" at {revision}"
             raise UserError(f"{source}{at}: no such folder here, and of the Hub: {hub_reason(error)}") from error
@@ -142,7 +142,7 @@ def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
         raise UserError(f"{source}: {hub_reason(error)}") from error
     except EntryNotFoundError:
         return None
-    except HUB_FAULTS as error:
+    except HUB_ERRORS as error:
         raise UserError(f"{source}: {hub_reason(error)}") from error
 
 

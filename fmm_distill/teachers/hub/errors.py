@@ -17,11 +17,11 @@ from huggingface_hub.errors import (
 
 from fmm_distill.errors import named
 
-__all__ = ["HUB_FAULTS", "hub_reason", "login_advice", "no_answer", "offline"]
+__all__ = ["HUB_ERRORS", "hub_reason", "is_unreachable", "login_advice", "offline"]
 
 # The HTTP library under huggingface_hub has changed its name before, and has its own line of errors.
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
-HUB_FAULTS = (OSError, _HttpError, EntryNotFoundError)
+HUB_ERRORS = (OSError, _HttpError, EntryNotFoundError)
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -38,7 +38,7 @@ _BY_STATUS = {
 def hub_reason(error: Exception) -> str:
     """One line on what went wrong between here and the Hub, and what to do about it; a token is never in it."""
     cause = error.__cause__
-    if isinstance(cause, HUB_FAULTS) and (
+    if isinstance(cause, HUB_ERRORS) and (
         isinstance(error, LocalEntryNotFoundError | RuntimeError) or type(error) is OSError
     ):
         # Said by a part that did not see the answer.
@@ -61,7 +61,7 @@ def hub_reason(error: Exception) -> str:
     return named(error)
 
 
-def no_answer(error: Exception) -> bool:
+def is_unreachable(error: Exception) -> bool:
     """Whether nothing came from the Hub, so that what is in the cache may do."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:

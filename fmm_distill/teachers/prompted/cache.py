@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fmm_distill.core.velocity import Conditioning
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
 
-__all__ = ["EACH", "LENGTHS", "cache_file", "embed_all", "told_apart"]
+__all__ = ["EACH", "LENGTHS", "cache_file", "embed_all", "split_arguments"]
 
 # Of a ragged argument's rows, and of what stands once for every sample.
 LENGTHS = "lengths of"
@@ -31,7 +31,7 @@ EACH = " of each"
 CHUNK = 64
 
 
-def told_apart(given: dict[str, Any], own: tuple[str, str], count: int, single: dict[str, Any]) -> Conditioning:
+def split_arguments(given: dict[str, Any], own: tuple[str, str], count: int, single: dict[str, Any]) -> Conditioning:
     """The arguments besides sample and time, parted into rows and what all samples share.
 
     Args:
@@ -72,7 +72,7 @@ def _is_rows(value: Any, one: Any, count: int) -> bool:  # noqa: ANN401 whatever
     return not isinstance(one, torch.Tensor) or len(one) == 1
 
 
-def cache_file(found: Found, prompts: Sequence[str], call: dict[str, str]) -> Path:
+def cache_file(found: PipelineIndex, prompts: Sequence[str], call: dict[str, str]) -> Path:
     """Where the embeddings of these prompts are kept: beside the Hub's cache, under a digest of all they depend on."""
     folders = [
         found.folder / name for name in found.components if name.startswith(("text_", "tokenizer", "projection"))

@@ -10,7 +10,7 @@ import torch
 from fmm_distill.core.parametrization import keywords
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.components import FAULTS
+from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.first_call import refuse_call
 from fmm_distill.teachers.prompted.cache import EACH, LENGTHS
 from fmm_distill.teachers.recording import TIMES, tensor_of
@@ -18,11 +18,11 @@ from fmm_distill.teachers.recording import TIMES, tensor_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fmm_distill.core.velocity import Conditioning
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.recording import Recording
-    from fmm_distill.teachers.scheduler import Levels
+    from fmm_distill.teachers.scheduler import ScheduleSpec
 
-__all__ = ["RecordedCall", "check_recorded_call", "read_call", "told_before"]
+__all__ = ["RecordedCall", "check_recorded_call", "read_call", "uses_unshifted_time"]
 
 # Of a network's prediction, against what the pipeline itself got from it.
 TOLERANCE = 1e-4
@@ -78,32 +78,32 @@ def _listed(given: dict[str, Any], batch: int) -> dict[str, Any]:
     return given
 
 
-def told_before(probe: Recording, timesteps: int) -> bool:
+def uses_unshifted_time(probe: Recording, timesteps: int) -> bool:
     """Whether a flow model's times are those before its scheduler's shift, not its levels times ``timesteps``."""
     pairs = list(zip(probe.sigmas, probe.steps, strict=False))
     return bool(pairs) and any(abs(step.timestep - timesteps * sigma) > _ROUNDED for sigma, step in pairs[1:])
 
 
-def read_call(probe: Recording, levels: Levels, source: str) -> RecordedCall:
+def read_call(probe: Recording, levels: ScheduleSpec, source: str) -> RecordedCall:
     """How the network was called: names of sample and time, the time's scale, the output's sign."""
-    first = probe.asked[0].given
+    first = probe.calls[0].given
     names = list(first)
     sample, time = names[0], next((name for name in names if name in TIMES), None)
     if time is None:
         raise UserError(f"{source}: the network takes no time among {', '.join(names)}; wanted one of {TIMES}")
     if any(name in first and first[name] is not None for name in ("timestep_r", "r_timestep")):
         raise UserError(f"{source}: the network takes a second time already; wanted the model it was distilled from")
-    told = torch.tensor([_told(call.given[time]) for call in probe.asked])
-    if len(probe.asked) != len(probe.steps):
+    told = torch.tensor([_told(call.given[time]) for call in probe.calls])
+    if len(probe.calls) != len(probe.steps):
         raise UserError(
-            f"{source}: {len(probe.asked)} calls in {len(probe.steps)} steps; wanted one network call per step"
+            f"{source}: {len(probe.calls)} calls in {len(probe.steps)} steps; wanted one network call per step"
         )
     slope, offset = _line(_own_times(probe, levels), told.double(), levels.schedule.num_timesteps, source)
     x = tensor_of(first[sample])
     # Sorted: some pipelines hand their scheduler the same numbers in another layout. A learned variance goes along.
     wanted = probe.steps[0].output
     wanted = cut(wanted, x) if wanted.ndim == x.ndim else wanted
-    flat, other = cut(probe.asked[0].output, x).flatten().sort().values, wanted.flatten().sort().values
+    flat, other = cut(probe.calls[0].output, x).flatten().sort().values, wanted.flatten().sort().values
     sign = next((s for s in (1.0, -1.0) if flat.shape == other.shape and _near((s * flat).sort().values, other)), None)
     if sign is None:
         raise UserError(f"{source}: the pipeline changes its network's output in a way that is not known here")
@@ -113,7 +113,7 @@ def read_call(probe: Recording, levels: Levels, source: str) -> RecordedCall:
 
 
 def check_recorded_call(
-    network: nn.Module, call: RecordedCall, seen: Recording, cond: Conditioning, levels: Levels, source: str
+    network: nn.Module, call: RecordedCall, seen: Recording, cond: Conditioning, levels: ScheduleSpec, source: str
 ) -> None:
     """Call the network as a student will, by way of the schedule, and compare with what the pipeline got.
 
@@ -125,7 +125,7 @@ def check_recorded_call(
         UserError: where the times or the answers differ.
     """
     times = _times_by_level(seen, levels)
-    for i, (asked, own) in enumerate(zip(seen.asked, _own_times(seen, levels), strict=True)):
+    for i, (asked, own) in enumerate(zip(seen.calls, _own_times(seen, levels), strict=True)):
         x = tensor_of(asked.given[call.sample])
         by_level = own if times is None else times[i]
         if abs(float(by_level - own)) > (_ROUNDED if float(own).is_integer() else 1e-3 * abs(float(own))):
@@ -138,7 +138,7 @@ def check_recorded_call(
         try:
             with torch.no_grad():
                 output = call(network, x, time, cond, None)
-        except FAULTS as error:
+        except STOCK_ERRORS as error:
             raise refuse_call(source, network, tuple(x.shape[1:]), error) from error
         wanted = cut(asked.output, x)
         if not _near(output.abs(), wanted.abs()):
@@ -147,12 +147,12 @@ def check_recorded_call(
                 f"(by {float((output - wanted).abs().max()):.1e}); write an adapter for it (docs/add-a-teacher.md)"
             )
     if isinstance(levels.schedule, FlowMatching):
-        x, sample = tensor_of(seen.asked[0].given[call.sample]), seen.steps[0].sample
+        x, sample = tensor_of(seen.calls[0].given[call.sample]), seen.steps[0].sample
         if not _near(x.flatten().sort().values, sample.flatten().sort().values):
             raise UserError(f"{source}: the pipeline scales what it gives its network; wanted a plain flow model")
 
 
-def _times_by_level(seen: Recording, levels: Levels) -> Tensor | None:
+def _times_by_level(seen: Recording, levels: ScheduleSpec) -> Tensor | None:
     """The network's time at the scheduler's levels, by the schedule that was read; None: times are the levels."""
     schedule = levels.schedule
     if len(seen.sigmas) < len(seen.steps):
@@ -167,7 +167,7 @@ def _told(time: Any) -> float:  # noqa: ANN401 whatever a network takes as its t
     return float(torch.as_tensor(time).flatten()[0])
 
 
-def _own_times(probe: Recording, levels: Levels) -> Tensor:
+def _own_times(probe: Recording, levels: ScheduleSpec) -> Tensor:
     """The schedule's times at the recorded steps, as the scheduler counts them."""
     own = torch.tensor([step.timestep for step in probe.steps], dtype=torch.float64)
     return levels.schedule.num_timesteps - own if levels.inverted else own

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.teachers.prompted.cache import cache_file, embed_all, told_apart
+from fmm_distill.teachers.prompted.cache import cache_file, embed_all, split_arguments
 from fmm_distill.teachers.prompted.probe import PROBES
 from fmm_distill.teachers.recording import tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fmm_distill.core.velocity import Conditioning
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.components import PipelineIndex
     from fmm_distill.teachers.prompted.call import RecordedCall
     from fmm_distill.teachers.prompted.probe import DrivenPipeline
     from fmm_distill.teachers.recording import Recording
@@ -27,7 +27,7 @@ _GUIDED = 3.0
 
 
 def embeddings_of(
-    driven: DrivenPipeline, call: RecordedCall, prompts: tuple[str, ...], found: Found, *, inverted: bool
+    driven: DrivenPipeline, call: RecordedCall, prompts: tuple[str, ...], found: PipelineIndex, *, inverted: bool
 ) -> Embeddings:
     """The embeddings of prompts, and of the empty one where the pipeline guides by it.
 
@@ -42,7 +42,7 @@ def embeddings_of(
 def embed(driven: DrivenPipeline, call: RecordedCall, prompts: Sequence[str]) -> Conditioning:
     """The network's inputs of these prompts, two or more; the network itself does not run."""
     several, single = driven.given(prompts), driven.given(prompts[:1])
-    return told_apart(several, (call.sample, call.time), len(prompts), single)
+    return split_arguments(several, (call.sample, call.time), len(prompts), single)
 
 
 def _null(driven: DrivenPipeline, call: RecordedCall, *, inverted: bool) -> tuple[Conditioning | None, str]:
@@ -52,15 +52,15 @@ def _null(driven: DrivenPipeline, call: RecordedCall, *, inverted: bool) -> tupl
         return None, f"{kind} has no classifier-free guidance"
     seen, count = driven.record_guided(_GUIDED), len(PROBES)
     cond, single = embed(driven, call, PROBES), driven.given(PROBES[:1])
-    first = seen.asked[0].given
+    first = seen.calls[0].given
     x = tensor_of(first[call.sample])
-    if len(seen.asked) > len(seen.steps):
-        parts = [asked.given for asked in seen.asked[:2]]
+    if len(seen.calls) > len(seen.steps):
+        parts = [asked.given for asked in seen.calls[:2]]
     elif len(x) == 2 * count:
         parts = [{name: _half(value, count, second) for name, value in first.items()} for second in (False, True)]
     else:
         return None, f"{kind} has no classifier-free guidance"
-    told = [told_apart(part, (call.sample, call.time), count, single) for part in parts]
+    told = [split_arguments(part, (call.sample, call.time), count, single) for part in parts]
     null = told[0] if _same(told[1], cond) else told[1]
     if not _same(told[0], cond) and not _same(told[1], cond):
         return None, f"{kind} gives its network other inputs when it is guided"
@@ -97,9 +97,9 @@ def _combines(
     inverted: bool,
 ) -> bool:
     """Whether ``null + w (answer - null)`` with one w is what the pipeline hands its scheduler, at two steps."""
-    per_step, weights = len(seen.asked) // len(seen.steps), []
+    per_step, weights = len(seen.calls) // len(seen.steps), []
     for i in (0, len(seen.steps) - 1):
-        given = seen.asked[i * per_step].given
+        given = seen.calls[i * per_step].given
         x = tensor_of(given[call.sample])[: len(PROBES)]
         # The network's own time: back through the line of the call.
         told = torch.as_tensor(given[call.time]).flatten()[:1].float().expand(len(x))

@@ -15,9 +15,9 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
-from fmm_distill.teachers.components import FAULTS, check_weights, open_pipeline
+from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
-from fmm_distill.teachers.prompted.call import RecordedCall, check_recorded_call, read_call, told_before
+from fmm_distill.teachers.prompted.call import RecordedCall, check_recorded_call, read_call, uses_unshifted_time
 from fmm_distill.teachers.prompted.embeddings import embed, embeddings_of
 from fmm_distill.teachers.prompted.probe import PROBES, STEPS, CallKeywords, DrivenPipeline, check_call
 from fmm_distill.teachers.recording import tensor_of
@@ -26,11 +26,11 @@ from fmm_distill.teachers.scheduler import read_scheduler
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fmm_distill.teachers.components import Found
+    from fmm_distill.teachers.components import PipelineIndex
     from fmm_distill.teachers.conditions import Embeddings
     from fmm_distill.teachers.guidance import Guidance
     from fmm_distill.teachers.recording import Recording
-    from fmm_distill.teachers.scheduler import Levels
+    from fmm_distill.teachers.scheduler import ScheduleSpec
 
 __all__ = ["RecordedCall", "load_prompted"]
 
@@ -39,7 +39,10 @@ _CHECK_STEPS = 5
 
 
 def load_prompted(
-    found: Found, prompts: Sequence[str] = ("",), call: dict[str, Any] | None = None, guidance: Guidance | None = None
+    found: PipelineIndex,
+    prompts: Sequence[str] = ("",),
+    call: dict[str, Any] | None = None,
+    guidance: Guidance | None = None,
 ) -> Teacher:
     """The teacher in a folder with text encoders.
 
@@ -73,7 +76,7 @@ def load_prompted(
     conditions = embeddings_of(driven, recorded, tuple(prompts), found, inverted=levels.inverted)
     again, cond = driven.record(_CHECK_STEPS), embed(driven, recorded, PROBES)
     check_recorded_call(driven.network, recorded, again, cond, levels, found.source)
-    width = tuple(tensor_of(probe.asked[0].given[recorded.sample]).shape[1:])
+    width = tuple(tensor_of(probe.calls[0].given[recorded.sample]).shape[1:])
     if len(width) == 3 and getattr(pipeline, "vae", None) is not None:
         # Latents that are not packed into tokens.
         check_latents(driven.network, pipeline.vae, found.source)
@@ -97,14 +100,14 @@ def load_prompted(
     )
 
 
-def _levels(pipeline: Any, probe: Recording, source: str) -> Levels:  # noqa: ANN401 a diffusers class
+def _levels(pipeline: Any, probe: Recording, source: str) -> ScheduleSpec:  # noqa: ANN401 a diffusers class
     config = pipeline.scheduler.config
-    before = told_before(probe, config.num_train_timesteps)
-    return read_scheduler(pipeline.scheduler, source, shift=_shift(probe, config), told_before=before)
+    before = uses_unshifted_time(probe, config.num_train_timesteps)
+    return read_scheduler(pipeline.scheduler, source, shift=_shift(probe, config), uses_unshifted_time=before)
 
 
 def _takes_guidance(probe: Recording) -> bool:
-    return probe.asked[0].given.get("guidance") is not None
+    return probe.calls[0].given.get("guidance") is not None
 
 
 def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording) -> Guidance | None:
@@ -122,7 +125,7 @@ def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording
     return guidance
 
 
-def _check_one_network(found: Found, component: str) -> None:
+def _check_one_network(found: PipelineIndex, component: str) -> None:
     """A pipeline may change to a second network at a time that the few steps of the recording don't reach."""
     kind = found.components[component][1]
     others = [name for name, (_, cls) in found.components.items() if cls == kind and name != component]
@@ -133,7 +136,7 @@ def _check_one_network(found: Found, component: str) -> None:
         )
 
 
-def _check_no_map(found: Found, component: str) -> None:
+def _check_no_map(found: PipelineIndex, component: str) -> None:
     """A latent consistency model is recognized by its input of the guidance's scale, whatever its scheduler is."""
     width = found.config(component).get("time_cond_proj_dim")
     if width is not None or found.pipeline.startswith("LatentConsistencyModel"):
@@ -144,7 +147,7 @@ def _check_no_map(found: Found, component: str) -> None:
         )
 
 
-def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
+def _open(found: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
     missing = [name for name in found.components if not (found.folder / name).is_dir()]
     if missing:
         raise UserError(
@@ -161,7 +164,7 @@ def _open(found: Found) -> Any:  # noqa: ANN401 a diffusers class
         )
     try:
         return open_pipeline(found.folder)
-    except FAULTS as error:
+    except STOCK_ERRORS as error:
         raise UserError(
             f"{found.source}: the pipeline does not open ({named(error)}); wanted a whole pipeline "
             "as save_pretrained writes it, in safetensors"

@@ -95,7 +95,7 @@ class DrivenPipeline:
     def given(self, prompts: Sequence[str]) -> dict[str, Any]:
         """The arguments of the network's first call for these prompts; the network itself does not run."""
         call = self.keys.call(prompts, STEPS)
-        return record(self.pipeline, self.component, call, first_only=True).asked[0].given
+        return record(self.pipeline, self.component, call, first_only=True).calls[0].given
 
 
 def check_call(pipeline: Any, call: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class

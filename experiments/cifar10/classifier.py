@@ -1,6 +1,6 @@
 """A small CIFAR-10 classifier: what judges samples where Inception's weights can't be had.
 
-    python -m benchmarks.cifar10_classifier --images cifar10.safetensors --output DIR
+    python -m experiments.cifar10.classifier --images cifar10.safetensors --output DIR
 
 Writes ``classifier.pt``, a TorchScript module from images in [0, 1], shape ``[batch, 3, size, size]``, to the features
 before the last layer, shape ``[batch, width]``; the weights as safetensors; and ``classifier.json`` with its accuracy
@@ -123,7 +123,7 @@ def accuracy(features: Features, head: nn.Linear, pixels: torch.Tensor, labels: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="what benchmarks.cifar10 decodes")
+    parser.add_argument("--images", type=Path, required=True, help="what experiments.cifar10 decodes")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=256, help="features")
     parser.add_argument("--epochs", type=int, default=16)

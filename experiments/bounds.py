@@ -1,6 +1,6 @@
 """Both sides of the two Wasserstein bounds of flow map matching, along a training run on a Gaussian.
 
-    python -m benchmarks.bounds --output docs/results
+    python -m experiments.bounds --output docs/results
 
 An affine student of a Gaussian's ODE: what it makes of noise is a Gaussian, so its squared Wasserstein distance to the
 data, the losses on the row t = 1 and on the column r = 0, and the bounds of arXiv 2406.07507 (propositions 3.7 and 3.8)

@@ -1,14 +1,7 @@
-"""Every loss on the checkerboard: one teacher, one network, the same samples seen; KL divergence and endpoint error.
-
-    python -m benchmarks.checkerboard --output runs/checkerboard
-
-Trains the teacher by flow matching, then a student by each loss and seed with the package's own trainer, measures each
-and writes ``checkerboard.md``, ``checkerboard.json`` and ``checkerboard.png``. Run again, it goes on where it stopped.
-"""
+"""The runs of the checkerboard experiment: training, measurement and the results of all of them."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -26,8 +19,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.checkerboard_report import draw_curves, draw_densities, markdown
-from benchmarks.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, endpoint_error, sample, solved
+from experiments.checkerboard.report import draw_curves, draw_densities
+from experiments.plane import Board, Perceptron, PlaneTeacher, closed_form, divergence, endpoint_error, sample, solved
 from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.core.flow_map import LearnedFlowMap, diagonal
 from fmm_distill.core.time_axis import LinearClock
@@ -38,8 +31,8 @@ from fmm_distill.training.trainer import Trainer, TrainingDivergedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import FlowMap
-    from fmm_distill.core.velocity import Conditioning
 
 STEPS = (1, 2, 4, 8, 16)
 BINS = (50, 48)
@@ -171,7 +164,7 @@ class Run:
     curve: int = 1
 
 
-class Benchmark:
+class Experiment:
     """All runs of one budget, each in a folder of its own with its result."""
 
     def __init__(self, budget: Budget, folder: Path) -> None:
@@ -252,14 +245,14 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def benchmark(budget: Budget, folder: Path, names: list[str]) -> dict[str, Any]:
+def run_experiment(budget: Budget, folder: Path, names: list[str]) -> dict[str, Any]:
     """Run what is missing and gather everything."""
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / "budget.json"
     if written.is_file() and _read(written) != asdict(budget):
         sys.exit(f"{folder} holds runs of another budget ({_read(written)}): choose another --output or remove it")
     write_text(written, json.dumps(asdict(budget)))
-    bench = Benchmark(budget, folder)
+    bench = Experiment(budget, folder)
     network, about = bench.teacher()
     teacher = PlaneTeacher(diagonal(network), LinearClock())
     ends = about.pop("ends")
@@ -304,7 +297,7 @@ class Euler(LearnedFlowMap):
 
 def pictures(results: dict[str, Any], folder: Path) -> None:
     """Densities of every method, and the way there against samples seen."""
-    bench = Benchmark(Budget(**results["budget"]), folder)
+    bench = Experiment(Budget(**results["budget"]), folder)
     network, about = bench.teacher()
     n = bench.budget.solver_steps
     rows = {
@@ -325,33 +318,3 @@ def pictures(results: dict[str, Any], folder: Path) -> None:
         {name: run["teacher"]["kl_50"] for name, run in curves.items()},
         folder / "checkerboard-curve.png",
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/checkerboard"), help="folder of runs and results")
-    parser.add_argument("--quick", action="store_true", help="a narrower network and fewer steps: ten minutes")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(METHODS),
-        default=list(METHODS),
-        help="these losses alone, printed and not written",
-    )
-    arguments = parser.parse_args()
-    folder, started = arguments.output, time.perf_counter()
-    results = benchmark(QUICK if arguments.quick else Budget(), folder, arguments.only)
-    results["minutes"] = (time.perf_counter() - started) / 60
-    print(markdown(results))
-    print(f"{results['minutes']:.1f} minutes in this call")
-    if set(arguments.only) != set(METHODS):
-        print("not every loss was asked for: tables and pictures are left as they were")
-        return
-    write_text(folder / "checkerboard.json", json.dumps(results, indent=1))
-    write_text(folder / "checkerboard.md", markdown(results))
-    pictures(results, folder)
-    print(f"tables and pictures in {folder}")
-
-
-if __name__ == "__main__":
-    main()

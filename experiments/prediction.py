@@ -1,7 +1,7 @@
 """How well a student that changes its prediction keeps its teacher's DDIM samples after its regression.
 
     python examples/train_digits_teacher.py --prediction epsilon --output epsilon-digits
-    python -m benchmarks.prediction epsilon-digits --set student.regression_steps=100
+    python -m experiments.prediction epsilon-digits --set student.regression_steps=100
 
 The recipe is ``digits``; the cosine of its rate ends with the regression. Samples are those of the stock solver, from
 the same noise.

@@ -1,25 +1,15 @@
-"""CIFAR-10 on one GPU in minutes: teacher, classifier, a student by every loss, and what they come to.
-
-    python -m benchmarks.cifar10 --data DIR --work DIR --minutes 8.5 --output cifar10.json
-
-``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is
-kept in ``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more.
-It ends in time with the JSON and the pictures of what there is. ``--budget`` has the whole line at three sizes;
-``--render`` prints the tables of a JSON that is there already.
-"""
+"""The stages of the CIFAR-10 experiment: teacher, classifier, a student of every loss, measurements, results."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import PICTURED, open_judge, save_whole
-from benchmarks.cifar10_methods import METHODS, recipe_of
-from benchmarks.cifar10_processes import ROOT, Processes
-from benchmarks.cifar10_report import draw_minutes, draw_steps, markdown, write_samples
+from experiments.cifar10.measure import PICTURED, open_judge, save_whole
+from experiments.cifar10.methods import recipe_of
+from experiments.cifar10.processes import ROOT, Processes
+from experiments.cifar10.report import draw_minutes, draw_steps, markdown, write_samples
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.data.tables import open_table
@@ -42,8 +31,8 @@ from fmm_distill.teachers.load import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benchmarks.cifar10_budget import Budget
-    from benchmarks.cifar10_measure import Judge
+    from experiments.cifar10.budget import Budget
+    from experiments.cifar10.measure import Judge
 
 STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
@@ -52,7 +41,7 @@ SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
 FIRST = 4
 
 
-class Benchmark:
+class Experiment:
     """The stages, in order; each in files of its own under ``work``."""
 
     def __init__(self, data: Path, work: Path, output: Path, budget: Budget, minutes: float, names: list[str]) -> None:
@@ -127,7 +116,7 @@ class Benchmark:
             self.processes.start("teacher", self._teacher_command())
         self._images()
         if not (work / "classifier" / "classifier.json").is_file():
-            command = [sys.executable, "-m", "benchmarks.cifar10_classifier", "--output", str(work / "classifier")]
+            command = [sys.executable, "-m", "experiments.cifar10.classifier", "--output", str(work / "classifier")]
             command += ["--images", str(work / "images.safetensors"), "--width", str(budget.classifier_width)]
             command += ["--precision", budget.precision]
             self.processes.start("classifier", [*command, "--epochs", str(budget.classifier_epochs)])
@@ -331,15 +320,15 @@ class Benchmark:
 class Stage:
     """Says how long a stage took, and keeps it."""
 
-    def __init__(self, benchmark: Benchmark, name: str) -> None:
-        self.benchmark, self.name = benchmark, name
+    def __init__(self, experiment: Experiment, name: str) -> None:
+        self.experiment, self.name = experiment, name
 
     def __enter__(self) -> None:
         self.began = time.monotonic()
-        print(f"-- {self.name} ({self.benchmark.left():.0f} s left)", flush=True)
+        print(f"-- {self.name} ({self.experiment.left():.0f} s left)", flush=True)
 
     def __exit__(self, *_: object) -> None:
-        self.benchmark.stages[self.name] = time.monotonic() - self.began
+        self.experiment.stages[self.name] = time.monotonic() - self.began
 
 
 def read(file: Path) -> Any:
@@ -370,42 +359,3 @@ def _settings(file: Path) -> dict[str, Any]:
         # Where it lies on this machine says nothing.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name
     return {name: recipe[name] for name in wanted if name in recipe}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of parquet files")
-    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of everything that is kept")
-    parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
-    parser.add_argument("--output", type=Path, default=Path("cifar10.json"), help="pictures are written beside it")
-    parser.add_argument("--parallel", type=int, help="students that train at the same time")
-    parser.add_argument("--beside", type=int, default=0, help="students of others that share the device meanwhile")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
-    parser.add_argument("--gather", action="store_true", help="write what there is in --work, and stop")
-    parser.add_argument("--budget", choices=list(BUDGETS), default="gpu", help="toy: 20 steps, 64 samples")
-    parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
-    options = parser.parse_args()
-    if options.render is not None:
-        print(markdown(read(options.render)))
-        return
-    if options.data is None:
-        parser.error("--data is missing: a folder of parquet files with the columns img and label")
-    budget = replace(BUDGETS[options.budget], beside=options.beside)
-    if options.parallel:
-        budget = replace(budget, parallel=options.parallel)
-    places = [place.resolve() for place in (options.data, options.work, options.output)]
-    benchmark = Benchmark(*places, budget, options.minutes, options.only)
-    if options.gather:
-        benchmark.write()
-        return
-    # As Ctrl-C: what is running is stopped, and what there is is written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        benchmark.run()
-    finally:
-        benchmark.processes.stop()
-        benchmark.write()
-
-
-if __name__ == "__main__":
-    main()

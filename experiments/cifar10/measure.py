@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.cifar10_budget import Budget
+    from experiments.cifar10.budget import Budget
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 

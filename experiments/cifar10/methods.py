@@ -11,7 +11,7 @@ from fmm_distill.losses.base import DerivativeSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.cifar10_budget import Budget
+    from experiments.cifar10.budget import Budget
 
 __all__ = ["METHODS", "recipe_of"]
 

@@ -1,6 +1,6 @@
 """How rough a teacher is in time: its velocity's change along its own flow, as a derivative and over some timesteps.
 
-    python -m benchmarks.roughness builtin:digits
+    python -m experiments.roughness builtin:digits
 
 Root mean squares of ``dv/dt`` over all values at points of the teacher's ODE. A velocity that is smooth in time has the
 same change over every step; what a derivative has more than a step of 20 timesteps is the network's own roughness,

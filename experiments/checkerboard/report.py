@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.plane import HALF_WIDTH, WIDTH
+from experiments.plane import HALF_WIDTH, WIDTH
 
 if TYPE_CHECKING:
     from pathlib import Path

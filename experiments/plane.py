@@ -22,8 +22,9 @@ from fmm_distill.teachers.checkerboard import Checkerboard
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.draws import Draws
-    from fmm_distill.core.velocity import Conditioning, VelocityField
+    from fmm_distill.core.velocity import VelocityField
 
 __all__ = [
     "WIDTH",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Processes"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Steps before a process is at its pace.
 WARM = 3
 

@@ -1,11 +1,11 @@
 """Quality against images seen, for teachers of several sizes, and what a power law makes of it at published budgets.
 
-    python -m benchmarks.cifar10_scaling --work runs/cifar10 --teachers runs/cifar10/teacher runs/cifar10/teacher-small
+    python -m experiments.cifar10.scaling --work runs/cifar10 --teachers runs/cifar10/teacher runs/cifar10/teacher-small
 
-``--work`` is what ``benchmarks.cifar10`` has kept (images, classifier); each teacher is distilled anew for every number
-of steps, so that each point is a whole run with its learning rate down at the end. ``q = a images^b`` is fitted in
-logarithms by least squares; a Fréchet distance has its teacher's own (DDIM, 50 steps) taken off first, where a student
-that is its teacher's flow would arrive. What is finished is kept; the same command goes on.
+``--work`` is the folder of ``experiments.cifar10``, with its images and classifier. Each teacher is distilled anew for
+every number of steps, so that every point is a complete run whose learning rate has decayed. ``q = a images^b`` is
+fitted in logarithms by least squares. The Fréchet distance of the teacher (DDIM, 50 steps), the limit of a
+perfect student, is subtracted first. The same command resumes after the last finished run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cifar10 import machine, read, read_if_there
-from benchmarks.cifar10_budget import BUDGETS
-from benchmarks.cifar10_measure import open_judge
-from benchmarks.cifar10_methods import recipe_of
-from benchmarks.cifar10_processes import Processes
-from benchmarks.cifar10_report import COLORS
+from experiments.cifar10.budget import BUDGETS
+from experiments.cifar10.experiment import machine, read, read_if_there
+from experiments.cifar10.measure import open_judge
+from experiments.cifar10.methods import recipe_of
+from experiments.cifar10.processes import Processes
+from experiments.cifar10.report import COLORS
 from fmm_distill.export.load import load_student
 from fmm_distill.io.files import write_text
 from fmm_distill.teachers.load import load_teacher
@@ -36,8 +36,8 @@ from fmm_distill.teachers.load import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.cifar10_budget import Budget
-    from benchmarks.cifar10_measure import Judge
+    from experiments.cifar10.budget import Budget
+    from experiments.cifar10.measure import Judge
     from fmm_distill.teachers.base import Teacher
 
 METHOD = "lagrangian"
@@ -222,7 +222,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="of benchmarks.cifar10: images and classifier")
+    parser.add_argument("--work", type=Path, required=True, help="of experiments.cifar10: images and classifier")
     parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="trained on the same images")
     parser.add_argument("--data", type=Path, default=Path(), help="not read: students start from noise alone")
     parser.add_argument("--budget", choices=list(BUDGETS), default="gpu", help="batch, rate and what is measured")

@@ -1,0 +1,1 @@
+"""The checkerboard: every loss against a closed-form truth in the plane."""

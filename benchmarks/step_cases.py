@@ -198,4 +198,4 @@ def make_trainer(
     }
     recipe = Recipe.model_validate(settings)
     samples = _Fixed(teacher.event_shape) if case.data else None
-    return Trainer(Student.from_teacher(teacher), teacher, recipe, samples, folder, accelerator, lambda _: None)
+    return Trainer(Student.from_teacher(teacher), teacher, recipe, samples, folder, accelerator)

@@ -74,7 +74,7 @@ def recipe_of(folder: Path, batch: int) -> Recipe:
 def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
     job = plan(recipe)
     folder.mkdir(parents=True)
-    return Trainer(job.student, job.teacher, recipe, None, folder, Accelerator(cpu=True), lambda _: None)
+    return Trainer(job.student, job.teacher, recipe, None, folder, Accelerator(cpu=True))
 
 
 class Bare:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def epsilon_errors(student: Student, teacher: Teacher) -> dict[int, float]:
 
 
 def main() -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--set", dest="changes", action="append", default=[])
@@ -83,7 +85,7 @@ def main() -> None:
     wanted = samples(job.teacher.network, job.teacher.prediction)
     start = samples(stock_part(job.student.network), job.student.prediction)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(job.student, job.teacher, recipe, job.images, Path(folder), Accelerator(cpu=True), print)
+        trainer = Trainer(job.student, job.teacher, recipe, job.images, Path(folder), Accelerator(cpu=True))
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.run()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

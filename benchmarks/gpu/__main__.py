@@ -12,6 +12,7 @@ continues there. ``--list`` says which results in docs/results are of today's co
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -99,6 +100,7 @@ PLACES = ("work", "output", "data", "fastgen", "kept", "wheels")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
     given = parser().parse_args(arguments)
     if given.list:
         print(listing(RESULTS))

@@ -67,7 +67,7 @@ class Run:
         folder = self.job.options.work / "checkerboard"
         folder.mkdir(parents=True, exist_ok=True)
         data = OnDevice(self.device)
-        return Trainer(student, closed_form(), recipe_of(self.batch, steps), data, folder, self.accelerator, print)
+        return Trainer(student, closed_form(), recipe_of(self.batch, steps), data, folder, self.accelerator)
 
     def seconds_a_step(self, seconds: float) -> float:
         """Measured on a student that is thrown away."""

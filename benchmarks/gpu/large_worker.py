@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -76,8 +77,8 @@ def step(given: argparse.Namespace) -> None:
     accelerator = make_accelerator(recipe, given.run)
     job = planned(recipe, given.side)
     given.run.mkdir(parents=True, exist_ok=True)
-    samples = prepare_samples(recipe, job.teacher, job.images, given.run, accelerator, print)
-    trainer = Trainer(job.student, job.teacher, recipe, samples, given.run, accelerator, print)
+    samples = prepare_samples(recipe, job.teacher, job.images, given.run, accelerator)
+    trainer = Trainer(job.student, job.teacher, recipe, samples, given.run, accelerator)
     found: dict[str, Any] = {"load_seconds": time.monotonic() - started, "seconds_of_steps": []}
     found["parameters"] = sum(p.numel() for p in job.student.parameters())
     found["trained"] = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
@@ -116,6 +117,7 @@ def reload(given: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(required=True)
     places = {build: "folder out", step: "recipe run out", estimate: "recipe out", open_at: "recipe out"}

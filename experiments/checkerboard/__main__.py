@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fmm_distill.io.files import write_text
 
 
 def main() -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/checkerboard"), help="folder of runs and results")
     parser.add_argument("--quick", action="store_true", help="a narrower network and fewer steps: ten minutes")

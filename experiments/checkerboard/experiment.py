@@ -120,7 +120,7 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 def train(student: Perceptron, teacher: PlaneTeacher, recipe: Recipe, folder: Path) -> None:
     """Train to the last step, from the newest checkpoint in ``folder``."""
-    Trainer(student, teacher, recipe, Board(), folder, Accelerator(cpu=True), print).run()
+    Trainer(student, teacher, recipe, Board(), folder, Accelerator(cpu=True)).run()
 
 
 def speed(folder: Path, recipe: Recipe) -> dict[str, float]:
@@ -231,7 +231,7 @@ def outside(changes: dict[str, Any], network: Perceptron, teacher: PlaneTeacher,
     recipe = recipe_for(changes, steps, 0, 1)
     student = copy.deepcopy(network).requires_grad_()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(student, teacher, recipe, Board(), Path(folder), Accelerator(cpu=True), print)
+        trainer = Trainer(student, teacher, recipe, Board(), Path(folder), Accelerator(cpu=True))
         with profile(activities=[ProfilerActivity.CPU]) as record:
             started = time.perf_counter()
             trainer.run()

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from fmm_distill import __version__
+from fmm_distill.cli.messages import logged_lines
 
 __all__ = ["distill"]
 
@@ -52,6 +53,7 @@ def distill(
 
     # accelerate reads some of them as it is imported, and would fail there.
     check_variables()
+    context.with_resource(logged_lines())
     given = [teacher, recipe, data, output, repo, *overrides]
     if context.invoked_subcommand is not None:
         if any(value is not None for value in given) or dry_run or private or not resume:
@@ -83,7 +85,7 @@ def distill(
         from fmm_distill.run.publish import check_target
 
         check_target(repo, with_paths(resolved).teacher)
-    distill(resolved, folder, fresh=not resume, say=click.echo)
+    distill(resolved, folder, fresh=not resume)
     if repo is not None and _FIRST:
         _publish(folder, repo, private)
 
@@ -116,6 +118,6 @@ def _publish(folder: Path, repo: str, private: bool) -> None:
     from fmm_distill.run.publish import pack, publish
 
     try:
-        publish(pack(folder, repo), repo, private=private, say=click.echo)
+        publish(pack(folder, repo), repo, private=private)
     except UserError as error:
         raise UserError(f"{error}; the run is whole: fmm-distill publish {folder} {repo} tries again") from error

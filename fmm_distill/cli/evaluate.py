@@ -84,7 +84,7 @@ def evaluate(
     if report is not None:
         check_report(report)
     asked = Asked(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
-    measured = measure_subject(open_subject(source, asked, click.echo), asked, report, click.echo)
+    measured = measure_subject(open_subject(source, asked), asked, report)
     # Of several processes the first has the numbers.
     if measured is None:
         return

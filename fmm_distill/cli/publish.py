@@ -41,5 +41,5 @@ def publish(
         click.echo(parcel.describe())
         click.echo("nothing was sent (--dry-run)")
         return
-    send(parcel, repo, branch, private=private, force=force, say=click.echo)
+    send(parcel, repo, branch, private=private, force=force)
     click.echo(parcel.how_to_load)

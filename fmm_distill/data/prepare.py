@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.codec import PipelineCodec, Pixels, Waves, encoder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from accelerate import Accelerator
 
     from fmm_distill.config.recipe import Recipe
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_data", "disk_bytes", "open_images", "prepare_samples"]
 
+logger = logging.getLogger(__name__)
 
-def open_images(
-    settings: DataSettings, teacher: Teacher, table: Table | None, say: Callable[[str], None]
-) -> Images | None:
+
+def open_images(settings: DataSettings, teacher: Teacher, table: Table | None) -> Images | None:
     """The images of a recipe, of the size that its teacher's samples decode to; None: it has none.
 
     Raises:
@@ -50,7 +49,7 @@ def open_images(
     shape = teacher.event_shape
     if not isinstance(teacher.codec, Pixels):
         shape = tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
-    images = load_images(settings, shape, teacher.conditions, table=table, say=say)
+    images = load_images(settings, shape, teacher.conditions, table=table)
     if not isinstance(teacher.codec, Pixels):
         # Says why, where there is no way from images to samples.
         encoder_of(teacher.codec, shape)
@@ -63,13 +62,11 @@ def prepare_samples(
     images: Images | None,
     folder: Path,
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> Samples | None:
     """What jumps start from, ready to be picked from; long work is shared by all processes and goes on after a kill.
 
     Args:
         folder: of the run; solved trajectories are kept there.
-        say: takes each line that a user should read.
 
     Raises:
         UserError: if the disk has no room for it.
@@ -80,7 +77,7 @@ def prepare_samples(
         layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
         layout.check_room("data: trajectories")
         calls = 4 * settings.solver_steps + settings.points
-        say(
+        logger.info(
             f"data: {settings.count} trajectories of {settings.points} points take {mebibytes(layout.total_bytes)} in "
             f"{layout.folder}, and {calls} calls of the teacher each"
         )
@@ -97,7 +94,7 @@ def prepare_samples(
     encoder = encoder_of(teacher.codec, images.shape)
     layout = latent_layout(images, encoder, teacher.event_shape)
     layout.check_room("data: latents")
-    say(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
+    logger.info(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
     encode_images(images, encoder, layout, accelerator.device, **share)
     if isinstance(teacher.codec, PipelineCodec):
         teacher.codec.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -17,7 +18,7 @@ from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import BUILTIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from jaxtyping import Float, Int, UInt8
     from torch import Tensor
@@ -37,6 +38,8 @@ __all__ = [
     "load_images",
     "places_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Images that take more bytes stay where they are and are decoded again each time.
 IN_MEMORY = 2 * 2**30
@@ -118,11 +121,10 @@ class LazyPixels:
 
     Args:
         shape: channels, height and width of each.
-        say: takes the line on the first unreadable image.
     """
 
-    def __init__(self, table: Table, shape: tuple[int, ...], say: Callable[[str], None]) -> None:
-        self.table, self.shape, self.say = table, shape, say
+    def __init__(self, table: Table, shape: tuple[int, ...]) -> None:
+        self.table, self.shape = table, shape
         self.unreadable: dict[int, Unreadable] = {}
         self._logged: set[str] = set()
 
@@ -151,12 +153,12 @@ class LazyPixels:
         for note, (_, first) in self.table.changed.items():
             if note not in self._logged:
                 self._logged.add(note)
-                self.say(f"data: {first} and perhaps others {note}")
+                logger.warning(f"data: {first} and perhaps others {note}")
         return torch.stack([picture for picture in found if picture is not None]), real
 
     def _note(self, row: int, picture: Unreadable) -> None:
         if not self.unreadable:
-            self.say(
+            logger.warning(
                 f"data: {picture.name} can't be read ({picture.reason}); the next image takes its place, as for others"
             )
         self.unreadable[row] = picture
@@ -249,7 +251,6 @@ def load_images(
     conditions: Conditions | None = None,
     *,
     table: Table | None = None,
-    say: Callable[[str], None] = print,
     in_memory: int = IN_MEMORY,
 ) -> Images:
     """Every image of a dataset, checked against the teacher's shape (channels, height, width).
@@ -257,7 +258,6 @@ def load_images(
     Args:
         conditions: what the teacher can be told, if the column ``data.condition`` is read.
         table: the dataset, where it is open already.
-        say: takes the lines on images that are left out, can't be read or are converted.
         in_memory: bytes that the images may take decoded; more are decoded each time they are asked for.
 
     Raises:
@@ -271,15 +271,15 @@ def load_images(
         raise UserError(f"--data {settings.source}: the teacher makes {shown}; images have 1 or 3 channels: use none")
     table = open_table(settings) if table is None else table
     for note in table.notes:
-        say(note)
+        logger.warning(note)
     places = None
     if settings.condition is not None and conditions is not None:
         where = f"data.condition {settings.condition}"
         places = places_of(table.values(settings.condition), conditions, where)
     if len(table) * event_shape[0] * event_shape[1] * event_shape[2] > in_memory:
-        pixels = LazyPixels(table, event_shape, say)
+        pixels = LazyPixels(table, event_shape)
         return _images(pixels, settings, places)
-    decoded, kept = _decode(table, event_shape, say)
+    decoded, kept = _decode(table, event_shape)
     return _images(decoded, settings, None if places is None else places[kept])
 
 
@@ -301,7 +301,7 @@ def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: C
     return Images(file["images"], settings.source, levels=16, conditions=places, flip=settings.flip)
 
 
-def _decode(table: Table, shape: tuple[int, ...], say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+def _decode(table: Table, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """All images that can be read, and their rows."""
     pixels = torch.empty(len(table), *shape, dtype=torch.uint8)
     kept: list[int] = []
@@ -317,12 +317,12 @@ def _decode(table: Table, shape: tuple[int, ...], say: Callable[[str], None]) ->
     if unreadable:
         _check_readable(unreadable, table)
         first = next(iter(unreadable.values()))
-        say(
+        logger.warning(
             f"data: {len(unreadable)} of {len(table)} images can't be read and are skipped, the first of them "
             f"{first.name} ({first.reason})"
         )
     for note, (count, name) in table.changed.items():
-        say(f"data: {count} of {len(table)} images {note}; the first of them is {name}")
+        logger.warning(f"data: {count} of {len(table)} images {note}; the first of them is {name}")
     return pixels[: len(kept)], torch.tensor(kept)
 
 

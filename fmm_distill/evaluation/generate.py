@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Cost", "Generator", "Made"]
+
+logger = logging.getLogger(__name__)
 
 # Samples that a kill can cost, and that processes share the work by.
 _PART = 512
@@ -103,12 +106,11 @@ class Generator:
         self.decodes = decodes or features is not None or clip is not None
         self.accelerator, self.progress = accelerator, progress
 
-    def run(self, sampler: Sampler, keep: Path | None = None, say: Callable[[str], None] = print) -> Made:
+    def run(self, sampler: Sampler, keep: Path | None = None) -> Made:
         """All samples of a sampler.
 
         Args:
             keep: its folder for what is made until all is there, which several processes need; None: in memory.
-            say: takes the line that something kept is damaged and made again.
         """
         cost = self._warm_up(sampler)
 
@@ -118,7 +120,7 @@ class Generator:
             ]
             return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
-        rows = make(0, 0, self.count) if keep is None else self._kept(make, sampler.steps, keep, say)
+        rows = make(0, 0, self.count) if keep is None else self._kept(make, sampler.steps, keep)
         samples = rows["samples"][: self.first]
         return Made(samples, rows.get("features"), rows.get("scores"), rows.get("clip"), rows["seconds"], cost)
 
@@ -173,16 +175,14 @@ class Generator:
             self.progress(len(numbers) * sampler.steps)
         return made
 
-    def _kept(
-        self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path, say: Callable[[str], None]
-    ) -> dict[str, Tensor]:
+    def _kept(self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path) -> dict[str, Tensor]:
         """The same by way of the disk: what another call has made is taken, and each process makes its share."""
         width = 0 if self.features is None else self.features.count + self.features.classes
         row = 16 + 4 * (width + torch.Size(self.teacher.event_shape).numel())
         layout = Layout(folder, self.count, row, _PART)
         # Another evaluation of the same samples waits, and then takes what this one has made.
-        with locked(folder, "an evaluation", say, wait=True):
-            self._fill(layout, make, steps, say)
+        with locked(folder, "an evaluation", wait=True):
+            self._fill(layout, make, steps)
             parts = [load_file(file) for file in layout.files]
             # The lock is that of the first process: it is held until all have read.
             self._wait()
@@ -193,7 +193,6 @@ class Generator:
         layout: Layout,
         make: Callable[[int, int, int], dict[str, Tensor]],
         steps: int,
-        say: Callable[[str], None],
     ) -> None:
         """Make what is not on the disk or is damaged there; each process makes its share."""
         process, processes = 0, 1
@@ -202,7 +201,7 @@ class Generator:
         if process == 0:
             for file in layout.files:
                 if file.is_file() and not _is_whole(file):
-                    say(f"{file} is damaged; it is made again")
+                    logger.warning(f"{file} is damaged; it is made again")
                     file.unlink()
         self._wait()
         mine = enumerate(layout.files[process::processes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Measure", "check_evaluation", "check_evaluation_steps", "evaluate", "image_shape"]
+
+logger = logging.getLogger(__name__)
 
 
 def image_shape(teacher: Teacher) -> tuple[int, ...]:
@@ -80,8 +83,6 @@ def evaluate(
     settings: EvaluationSettings,
     reference: Images | None,
     device: torch.device,
-    *,
-    say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Measure students and their teacher's solvers on the same noises.
 
@@ -92,7 +93,7 @@ def evaluate(
     The endpoint error is the root mean square, over samples and pixels, of the distance to where the teacher's
     ODE takes the same noise (RK4, see ``solve.endpoint``).
     """
-    measure = Measure(teacher, settings, reference, device, say=say)
+    measure = Measure(teacher, settings, reference, device)
     rows = measure.of([*of_students(students, settings.steps), *of_teacher(teacher, settings)])
     return Evaluation(measure.protocol, rows, measure.consistency)
 
@@ -106,7 +107,6 @@ class Measure:
         decodes: seconds are to the decoded image even if nothing looks at it, as those of a pipeline are.
         keep: a folder for what is made until all of it is there; several processes share the work through it.
         accelerator: of several processes the first alone gets rows.
-        say: takes lines on what was kept and is damaged.
 
     Attributes:
         protocol: how it is measured.
@@ -127,15 +127,14 @@ class Measure:
         decodes: bool = False,
         keep: Path | None = None,
         accelerator: Accelerator | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
-        self.teacher, self.settings, self.device, self.quick, self.say = teacher, settings, device, quick, say
+        self.teacher, self.settings, self.device, self.quick = teacher, settings, device, quick
         self.keep, self.accelerator = keep, accelerator
         images = None if settings.features == "none" else reference
         features = None if images is None else feature_networks.open_features(settings.features, images.shape)
         kept = None
         if images is not None and features is not None:
-            kept = reference_of(images, features, settings.batch_size, device, say)
+            kept = reference_of(images, features, settings.batch_size, device)
             features.to(device)
         self.metrics = None if kept is None else ImageMetrics(kept.features, settings.samples)
         self.features = features
@@ -211,7 +210,7 @@ class Measure:
         self.generator.progress = progress
         folder = None if self.keep is None else self.keep / self._key(sampler)
         self._folders += [] if folder is None else [folder]
-        return self.generator.run(sampler, folder, self.say)
+        return self.generator.run(sampler, folder)
 
     def _key(self, sampler: Sampler) -> str:
         """Tells what a sampler makes from what others, other weights or other settings make."""
@@ -248,7 +247,9 @@ class Measure:
             else:
                 # Eigenvalues of these would end the process.
                 bad = int((~seen.isfinite().all(1)).sum())
-                self.say(f"{sampler.name}, {sampler.steps} steps: {bad} of {len(seen)} samples are no numbers: nan")
+                logger.warning(
+                    f"{sampler.name}, {sampler.steps} steps: {bad} of {len(seen)} samples are no numbers: nan"
+                )
                 values |= dict.fromkeys(self._names(made), Value(math.nan, None))
         if made.clip is not None:
             values["clip_score"] = mean_value(made.clip[: self.settings.samples])

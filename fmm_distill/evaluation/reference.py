@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,8 +20,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.io.files import writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Float
     from torch import Tensor
 
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from fmm_distill.evaluation.features import Features
 
 __all__ = ["Reference", "reference_of"]
+
+logger = logging.getLogger(__name__)
 
 _FILE = "features.safetensors"
 
@@ -47,13 +48,8 @@ class Reference:
         return len(self.features)
 
 
-def reference_of(
-    images: Images, features: Features, batch: int, device: torch.device, say: Callable[[str], None]
-) -> Reference:
+def reference_of(images: Images, features: Features, batch: int, device: torch.device) -> Reference:
     """The features of a set of images, from the disk if they were computed before.
-
-    Args:
-        say: takes the line that what was kept is damaged and is computed again.
 
     Raises:
         UserError: if there are fewer than four images, or the disk does not take their features.
@@ -64,7 +60,7 @@ def reference_of(
     key = hashlib.sha256(json.dumps([digest, len(images), features.digest]).encode()).hexdigest()
     folder = Path(constants.HF_HOME) / "fmm_distill" / f"reference-{key[:32]}"
     shape = (len(images), features.count)
-    kept = _read(folder, shape, say)
+    kept = _read(folder, shape)
     if kept is None:
         features.to(device)
         seen = [features(part.to(device)).features.float().cpu() for part in images.batches(batch)]
@@ -73,7 +69,7 @@ def reference_of(
     return Reference(kept, digest)
 
 
-def _read(folder: Path, shape: tuple[int, int], say: Callable[[str], None]) -> Tensor | None:
+def _read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
     """What was written, if it is there and whole."""
     if not folder.is_dir():
         return None
@@ -86,7 +82,7 @@ def _read(folder: Path, shape: tuple[int, int], say: Callable[[str], None]) -> T
         if tuple(kept.shape) != shape:
             raise ValueError(f"shape {tuple(kept.shape)}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        say(f"{folder} is damaged ({error}); its features are computed again")
+        logger.warning(f"{folder} is damaged ({error}); its features are computed again")
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return kept

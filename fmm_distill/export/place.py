@@ -14,19 +14,19 @@ from fmm_distill.io.files import writing
 from fmm_distill.io.lock import locked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 __all__ = ["check_replaceable", "in_use", "recover", "replacing"]
 
 
 @contextmanager
-def replacing(target: Path, waiting: Callable[[str], None] | None = None) -> Iterator[Path]:
+def replacing(target: Path, *, wait: bool = False) -> Iterator[Path]:
     """A new folder that takes the place of ``target``, with the list of its files, once the block has filled it.
 
     After an error, or a kill at any moment, the former export is in its place or is put back there by ``recover``.
 
     Args:
-        waiting: takes the line that another export into it, or its publication, is waited for; None: it is refused.
+        wait: wait for another export into it, or its publication, instead of refusing.
 
     Raises:
         UserError: if another export into it is running, if there is anything there that an export did not write, or if
@@ -34,7 +34,7 @@ def replacing(target: Path, waiting: Callable[[str], None] | None = None) -> Ite
     """
     # The folder behind a link is replaced, not the link.
     folder = target.resolve()
-    with in_use(folder, "an export", waiting), writing(target):
+    with in_use(folder, "an export", wait=wait), writing(target):
         _put_back(folder)
         check_replaceable(target)
         partial, old = _beside(folder, "partial"), _beside(folder, "old")
@@ -51,18 +51,18 @@ def replacing(target: Path, waiting: Callable[[str], None] | None = None) -> Ite
 
 
 @contextmanager
-def in_use(target: Path, purpose: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def in_use(target: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of an export's folder. It is next to the folder, which an export replaces together with its files.
 
     Args:
-        waiting: takes the line that another process is waited for; None: it is refused.
+        wait: wait for the other process instead of refusing.
 
     Raises:
         UserError: if another process holds it.
     """
     folder = _beside(target.resolve(), "lock")
     try:
-        with locked(folder, purpose, waiting or print, wait=waiting is not None):
+        with locked(folder, purpose, wait=wait):
             yield
     finally:
         # A process that was killed leaves it, and then it was there before this one; while it is in use it has a file.

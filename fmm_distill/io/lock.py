@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -16,9 +17,11 @@ from fmm_distill.errors import UserError
 from fmm_distill.io.files import writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 __all__ = ["LockedError", "is_lock_file", "locked"]
+
+logger = logging.getLogger(__name__)
 
 _LOCK, _CLAIM = ".fmm_distill.lock", ".fmm_distill.claim"
 
@@ -48,7 +51,7 @@ def is_lock_file(name: str) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, purpose: str, say: Callable[[str], None] = print, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is missing and removed again if nothing is in it at the end.
 
     Of processes that a launcher started together the first holds the lock for all; in the others this does nothing.
@@ -57,7 +60,6 @@ def locked(folder: Path, purpose: str, say: Callable[[str], None] = print, *, wa
 
     Args:
         purpose: a noun for messages of other processes, such as "a run".
-        say: takes the line that this process waits, or that the file system has no locks.
         wait: wait for the other process instead of refusing.
 
     Raises:
@@ -69,7 +71,7 @@ def locked(folder: Path, purpose: str, say: Callable[[str], None] = print, *, wa
         return
     missing = _missing(folder)
     try:
-        handle = _acquire(folder, purpose, say, wait=wait)
+        handle = _acquire(folder, purpose, wait=wait)
         try:
             yield
         finally:
@@ -88,13 +90,13 @@ def _missing(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _acquire(folder: Path, purpose: str, say: Callable[[str], None], *, wait: bool) -> int | None:
+def _acquire(folder: Path, purpose: str, *, wait: bool) -> int | None:
     """The handle of the kernel's lock; None: a file is the lock."""
     waits, tries = False, 0
     with writing(folder):
         while True:
             try:
-                return _try(folder, purpose, say)
+                return _try(folder, purpose)
             except FileNotFoundError:
                 tries += 1
                 if tries == _TRIES:
@@ -103,12 +105,12 @@ def _acquire(folder: Path, purpose: str, say: Callable[[str], None], *, wait: bo
                 if not wait:
                     raise
                 if not waits:
-                    say(f"{error.holder}; waiting for it to end")
+                    logger.warning(f"{error.holder}; waiting for it to end")
                 waits = True
                 time.sleep(_POLL)
 
 
-def _try(folder: Path, purpose: str, say: Callable[[str], None]) -> int | None:
+def _try(folder: Path, purpose: str) -> int | None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _LOCK
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -122,7 +124,7 @@ def _try(folder: Path, purpose: str, say: Callable[[str], None]) -> int | None:
         if error.errno not in _NO_LOCKS:
             raise
         file.unlink(missing_ok=True)
-        _claim(folder, purpose, say)
+        _claim(folder, purpose)
         return None
     try:
         # The holder before removes the file as it ends: a lock on a removed file excludes nobody.
@@ -159,7 +161,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _claim(folder: Path, purpose: str, say: Callable[[str], None]) -> None:
+def _claim(folder: Path, purpose: str) -> None:
     """Take the lock where the kernel has none: a file that is created only if it is not there."""
     claim = folder / _CLAIM
     there = _read(claim)
@@ -176,7 +178,7 @@ def _claim(folder: Path, purpose: str, say: Callable[[str], None]) -> None:
     except FileExistsError as error:
         holder, advice = _refusal(folder, _read(claim))
         raise LockedError(holder, f"{advice}; if that process is gone, remove {claim}") from error
-    say(f"the file system of {folder} has no locks: {claim.name} takes their place")
+    logger.warning(f"the file system of {folder} has no locks: {claim.name} takes their place")
 
 
 def _about(purpose: str) -> str:

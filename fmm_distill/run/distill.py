@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import plan
 from fmm_distill.run.trial import keep_trial, try_export
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.training.process import alone, make_accelerator, on_first, silent
+from fmm_distill.training.process import alone, first_process_logs, make_accelerator, on_first
 from fmm_distill.training.trackers import tracked
 from fmm_distill.training.trainer import Trainer
 
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["distill"]
 
+logger = logging.getLogger(__name__)
+
 
 def distill(
     recipe: Recipe,
@@ -58,7 +61,6 @@ def distill(
     teacher: Teacher | KnownVelocity | None = None,
     student: nn.Module | None = None,
     fresh: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Distill, evaluate and export into the folder ``output``; the same call resumes a run that was stopped.
 
@@ -68,7 +70,6 @@ def distill(
         student: the network that the student starts from; None: a copy of the teacher's. A velocity field needs one: a
             diffusers network, or a ``LearnedFlowMap``.
         fresh: remove the files of an earlier run in ``output``.
-        say: takes each line that a user should read.
 
     Returns:
         The evaluation of the student next to its teacher.
@@ -78,8 +79,8 @@ def distill(
         TrainingDivergedError: when losses or gradients stay non-finite.
     """
     given = Given(teacher, student)
-    with alone(say):
-        return Distillation(given.name_in(with_paths(recipe)), Path(output), given, fresh=fresh, say=say).run()
+    with alone():
+        return Distillation(given.name_in(with_paths(recipe)), Path(output), given, fresh=fresh).run()
 
 
 class Distillation:
@@ -91,26 +92,27 @@ class Distillation:
         fresh: remove the files of an earlier run in the folder.
     """
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, given: Given, *, fresh: bool = False, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, given: Given, *, fresh: bool = False) -> None:
         self.recipe, self.folder, self.given, self.fresh = recipe, folder, given, fresh
-        self.accelerator = make_accelerator(recipe, folder, say)
-        self.say = say if self.accelerator.is_main_process else silent
+        self.accelerator = make_accelerator(recipe, folder)
         # Digests of the inputs, which the second look at the folder takes from the first.
         self._digests: dict[str, Any] = {}
         self.changes: list[str] = []
 
     def run(self) -> Evaluation:
         """Train, evaluate and export, unless that is done already; return the evaluation."""
+        with first_process_logs(self.accelerator):
+            return self._run()
+
+    def _run(self) -> Evaluation:
         self._check_folder()
         # No process takes the folder before all have looked at it.
         self.accelerator.wait_for_everyone()
         finished = None if self.fresh or self.changes else read_evaluation(self.folder)
         if finished is not None:
-            self.say(f"{self.folder} is finished; --fresh starts again")
-            self.say(table(finished))
-            self.say(how_to_load(self.folder, self.recipe))
+            logger.info(f"{self.folder} is finished; --fresh starts again")
+            logger.info(table(finished))
+            logger.info(how_to_load(self.folder, self.recipe))
             return finished
         with ExitStack() as held:
             # The first process holds the lock for all.
@@ -127,22 +129,22 @@ class Distillation:
     def _planned(self) -> Plan:
         """Open and check everything, try the export, and write the files that explain the run."""
         recipe = self.recipe if self.fresh else pinned(self.recipe, self.folder)
-        job = plan(recipe, say=self.say, given=self.given)
+        job = plan(recipe, given=self.given)
         if not self.fresh:
             check_prompts(self.folder, job.teacher)
             check_images(self.folder, job.images)
             check_given(self.folder, self.recipe, job.teacher)
-        self.say(str(job))
+        logger.info(str(job))
         passed: list[str] = []
         if job.weights_alone is None:
             on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
         for change in self.changes:
-            self.say(f"changed  {change}")
+            logger.info(f"changed  {change}")
         on_first(self.accelerator, lambda: self._make_folder(job, passed))
         return job
 
     def _try_export(self, job: Plan) -> str:
-        return try_export(self.recipe, job.student, job.teacher, self.folder, self.say, locked=True)
+        return try_export(self.recipe, job.student, job.teacher, self.folder, locked=True)
 
     def _make_folder(self, job: Plan, passed: list[str]) -> None:
         """Write the files that explain the run, and the digests of the exports that have passed."""
@@ -161,8 +163,8 @@ class Distillation:
     def _train(self, job: Plan) -> None:
         """Train to the last step, then evaluate and export in the first process."""
         recipe, folder, accelerator = self.recipe, self.folder, self.accelerator
-        samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator, self.say)
-        trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator, self.say)
+        samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator)
+        trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator)
         average = cast("Callable[[], Student]", partial(trainer.whole_average, recipe.training.ema[0]))
         monitor = Monitor(average, job.teacher, recipe, job.reference, folder, accelerator)
         with tracked(accelerator, recipe, folder, steps_done(folder)):
@@ -170,5 +172,5 @@ class Distillation:
             averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
             if accelerator.is_main_process:
                 job.student = cast("Student", trainer.plain.to(accelerator.device))
-                finish(job, averages, folder, accelerator, self.say)
+                finish(job, averages, folder, accelerator)
             accelerator.wait_for_everyone()

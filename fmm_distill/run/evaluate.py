@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,10 @@ from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
 from fmm_distill.run.reopen import open_run
 from fmm_distill.teachers.hub.errors import HUB_ERRORS
-from fmm_distill.training.process import join_processes, silent
+from fmm_distill.training.process import first_process_logs, join_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from accelerate import Accelerator
 
     from fmm_distill.config.settings import EvaluationSettings
     from fmm_distill.data.samples import Images
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Asked", "Subject", "measure_subject", "open_subject"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Subject:
 
 
 @own_state()
-def open_subject(source: str, asked: Asked, say: Callable[[str], None] = print) -> Subject:
+def open_subject(source: str, asked: Asked) -> Subject:
     """The student of a run folder, of an exported folder or of the Hub, its teacher and its reference.
 
     Raises:
@@ -90,14 +93,14 @@ def open_subject(source: str, asked: Asked, say: Callable[[str], None] = print) 
     """
     folder = Path(source).expanduser()
     if (folder / ABOUT).is_file():
-        return _open_exported(source, folder, asked, say)
+        return _open_exported(source, folder, asked)
     if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
-        job = open_run(folder, asked.guidance, say, asked.evaluation)
+        job = open_run(folder, asked.guidance, asked.evaluation)
         return Subject(source, job.student, job.teacher, job.recipe.evaluation, job.reference, knows_ode=True)
-    return _open_exported(source, fetch_student(source), asked, say)
+    return _open_exported(source, fetch_student(source), asked)
 
 
-def _open_exported(source: str, folder: Path, asked: Asked, say: Callable[[str], None]) -> Subject:
+def _open_exported(source: str, folder: Path, asked: Asked) -> Subject:
     about = read_about(folder)
     recipe = (
         read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
@@ -107,35 +110,35 @@ def _open_exported(source: str, folder: Path, asked: Asked, say: Callable[[str],
         recipe = recipe.model_copy(update={"data": DataSettings()})
     recipe = recipe.model_copy(update={"teacher": about.teacher, "revision": about.revision})
     recipe = at_guidance(recipe, asked.guidance)
-    prompts = _prompts(recipe, asked, say)
+    prompts = _prompts(recipe, asked)
     loaded = load_student(folder, prompts=prompts)
     if asked.against_teacher:
-        teacher = open_teacher(recipe, prompts, say)
+        teacher = open_teacher(recipe, prompts)
     else:
         teacher = loaded.teacher
-        say("the teacher is not opened (--against none): no rows of it, and no endpoint error")
+        logger.info("the teacher is not opened (--against none): no rows of it, and no endpoint error")
     check_evaluation(recipe.evaluation, teacher)
     images = None
     if recipe.data.has_images and recipe.evaluation.features != "none":
-        images = load_images(recipe.data.model_copy(update={"condition": None}), image_shape(teacher), say=say)
-    reference = open_reference(recipe, teacher, images, say)
+        images = load_images(recipe.data.model_copy(update={"condition": None}), image_shape(teacher))
+    reference = open_reference(recipe, teacher, images)
     return Subject(source, loaded.flow_map, teacher, recipe.evaluation, reference, knows_ode=asked.against_teacher)
 
 
-def _prompts(recipe: Recipe, asked: Asked, say: Callable[[str], None]) -> tuple[str, ...]:
+def _prompts(recipe: Recipe, asked: Asked) -> tuple[str, ...]:
     if asked.prompts is not None:
         return load_prompts(PromptSettings(file=asked.prompts))
     file = recipe.prompts.file
     if file is not None and not Path(file).expanduser().is_file():
-        say(f"the prompts of its recipe ({file}) are not here: it is asked for the empty prompt (--prompts FILE)")
+        logger.warning(
+            f"the prompts of its recipe ({file}) are not here: it is asked for the empty prompt (--prompts FILE)"
+        )
         return ()
     return load_prompts(recipe.prompts)
 
 
 @own_state()
-def measure_subject(
-    subject: Subject, asked: Asked, report: Path | None = None, say: Callable[[str], None] = print
-) -> Evaluation | None:
+def measure_subject(subject: Subject, asked: Asked, report: Path | None = None) -> Evaluation | None:
     """Measure a student beside what one would otherwise use.
 
     Args:
@@ -147,9 +150,13 @@ def measure_subject(
     Raises:
         UserError: on a pipeline beside it that can't be opened or makes other images.
     """
-    # The first process computes metrics, the ODE's end and pictures while the others wait for it.
     accelerator = join_processes()
-    line = say if accelerator.is_main_process else silent
+    with first_process_logs(accelerator):
+        return _measure(subject, asked, report, accelerator)
+
+
+def _measure(subject: Subject, asked: Asked, report: Path | None, accelerator: Accelerator) -> Evaluation | None:
+    # The first process computes metrics, the ODE's end and pictures while the others wait for it.
     device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
     student = subject.student.to(device).eval()
     settings = subject.settings.model_copy(update=steps_within(teacher, subject.settings.steps))
@@ -157,7 +164,7 @@ def measure_subject(
         settings = settings.model_copy(update=dict.fromkeys(steps_within(teacher, (1,)), ()))
     samplers = of_students({"student": student}, settings.steps, follows_ode=subject.knows_ode)
     samplers += of_teacher(teacher, settings)
-    reference = _reference(teacher, asked, device, line)
+    reference = _reference(teacher, asked, device)
     samplers += [] if reference is None else [reference]
     for source in dict.fromkeys(asked.also):
         samplers += _beside(source, teacher, asked.also_steps or settings.steps, device)
@@ -170,7 +177,6 @@ def measure_subject(
         decodes=any(sampler.makes_images for sampler in samplers),
         keep=Path(constants.HF_HOME) / "fmm_distill" / "evaluation",
         accelerator=accelerator,
-        say=line,
     )
     rows = measure.of(samplers, reference)
     measure.protocol["of"] = subject.source
@@ -186,7 +192,7 @@ def measure_subject(
     return evaluation
 
 
-def _reference(teacher: Teacher, asked: Asked, device: torch.device, say: Callable[[str], None]) -> Sampler | None:
+def _reference(teacher: Teacher, asked: Asked, device: torch.device) -> Sampler | None:
     if not asked.against_teacher:
         return None
     if asked.teacher_steps is not None:
@@ -194,7 +200,7 @@ def _reference(teacher: Teacher, asked: Asked, device: torch.device, say: Callab
     try:
         return reference_pipeline(teacher, device, asked.teacher_steps)
     except UserError as error:
-        say(f"no row of the teacher's own sampler, and no ratios to it: {error}")
+        logger.warning(f"no row of the teacher's own sampler, and no ratios to it: {error}")
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -28,7 +29,7 @@ from fmm_distill.student.student import WEIGHTS
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.flow_map import LearnedFlowMap
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
 
 __all__ = ["Trained", "export_student", "finish", "how_to_load", "save_weights"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,47 +61,46 @@ def finish(
     averages: Mapping[float, LearnedFlowMap],
     folder: Path,
     accelerator: Accelerator,
-    say: Callable[[str], None],
 ) -> None:
     """Evaluate the averages and export the best, whose weights the student has afterwards."""
     student = folder / "student"
     # Before an evaluation that may take hours.
     check_replaceable(student)
-    say("evaluating")
+    logger.info("evaluating")
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
     settings, device = job.recipe.evaluation, accelerator.device
-    measured = evaluate(students, job.teacher, settings, job.reference, device, say=say)
+    measured = evaluate(students, job.teacher, settings, job.reference, device)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
     trained = Trained(folder, job.recipe.student.regression_steps + job.recipe.training.steps, evaluation)
-    say("exporting")
+    logger.info("exporting")
     if job.weights_alone is not None:
-        save_weights(job, student, say)
+        save_weights(job, student, wait=True)
     else:
-        _export(job, student, trained, say)
+        _export(job, student, trained)
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
     log_picture(accelerator, folder / "samples.png", trained.steps)
-    say(table(evaluation))
-    say(how_to_load(folder, job.recipe))
+    logger.info(table(evaluation))
+    logger.info(how_to_load(folder, job.recipe))
 
 
-def _export(job: Plan, target: Path, trained: Trained, say: Callable[[str], None]) -> None:
+def _export(job: Plan, target: Path, trained: Trained) -> None:
     """Export the student and note how far the reloaded pipelines are from it."""
     if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
-        say(f"export.steps: only the any-step pipeline is written ({reason})")
-    agreements = export_student(job, target, job.recipe.export.steps, trained, say)
+        logger.warning(f"export.steps: only the any-step pipeline is written ({reason})")
+    agreements = export_student(job, target, job.recipe.export.steps, trained, wait=True)
     difference = max(one.difference for one in agreements.values())
     cast("Evaluation", trained.evaluation).protocol["reloaded_difference"] = difference
-    say(f"reloaded with stock diffusers: {summary(agreements)}")
+    logger.info(f"reloaded with stock diffusers: {summary(agreements)}")
 
 
-def save_weights(job: Plan, target: Path, waiting: Callable[[str], None] | None = None) -> None:
+def save_weights(job: Plan, target: Path, *, wait: bool = False) -> None:
     """Write the weights of a student that no pipeline can hold; ``target`` is replaced once they are written."""
-    with replacing(target, waiting) as new:
+    with replacing(target, wait=wait) as new:
         job.student.to("cpu").save_weights(new)
 
 
@@ -107,7 +109,8 @@ def export_student(
     target: Path,
     steps: tuple[int, ...],
     trained: Trained,
-    waiting: Callable[[str], None] | None = None,
+    *,
+    wait: bool = False,
 ) -> dict[str, Agreement]:
     """Write, describe and verify a student as pipelines; ``target`` is replaced once all of this is done.
 
@@ -115,7 +118,7 @@ def export_student(
 
     Args:
         steps: the numbers of steps with a pipeline of their own.
-        waiting: takes the line that another export into ``target`` is waited for; None: it is refused.
+        wait: wait for another export into ``target`` instead of refusing.
 
     Raises:
         UserError: on a number of steps that does not divide the timesteps, files in ``target`` that no export wrote,
@@ -127,7 +130,7 @@ def export_student(
     # Pipelines are opened on the CPU, where both stay: nothing is done with them afterwards.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
-    with replacing(target, waiting) as new:
+    with replacing(target, wait=wait) as new:
         exported = write_student(job.student, job.teacher, new, steps)
         write_card(new, about, trained.evaluation, trained.folder)
         try:

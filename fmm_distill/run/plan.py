@@ -33,7 +33,7 @@ from fmm_distill.training.process import check_training
 from fmm_distill.training.variables import launched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.data.samples import Images
@@ -116,14 +116,12 @@ class Plan:
 def plan(
     recipe: Recipe,
     prompts: tuple[str, ...] | None = None,
-    say: Callable[[str], None] = print,
     given: Given | None = None,
 ) -> Plan:
     """Open the teacher and the data of a recipe, make the student, and check all of it.
 
     Args:
         prompts: those of a run that was begun before; None: the recipe's.
-        say: takes the line on images that can't be read.
         given: a teacher and a network for the student from Python.
 
     Raises:
@@ -135,10 +133,10 @@ def plan(
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = given.open_teacher(recipe) or open_teacher(recipe, prompts, say)
+    teacher = given.open_teacher(recipe) or open_teacher(recipe, prompts)
     _check_teacher(recipe, teacher)
-    images = open_images(data, teacher, table, say)
-    reference = open_reference(recipe, teacher, images, say)
+    images = open_images(data, teacher, table)
+    reference = open_reference(recipe, teacher, images)
     student = open_student(recipe, teacher, given)
     return Plan(recipe, teacher, student, images, reference, why_weights_alone(teacher))
 
@@ -177,9 +175,7 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> Student:
     return student
 
 
-def open_reference(
-    recipe: Recipe, teacher: Teacher, images: Images | None, say: Callable[[str], None]
-) -> Images | None:
+def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:
     """Open the images that samples are compared with: the recipe's reference, its data, or the built-in digits.
 
     Args:
@@ -187,7 +183,7 @@ def open_reference(
     """
     settings = recipe.evaluation
     if settings.reference is not None:
-        images = load_images(settings.reference, image_shape(teacher), say=say)
+        images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
     if images is not None and settings.features != "none" and len(images) < _FEWEST:
@@ -195,13 +191,13 @@ def open_reference(
     return images
 
 
-def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None, say: Callable[[str], None] = print) -> Teacher:
+def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
     """Open the teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     unguided = settings.scale == 1 and settings.range is None
     guidance = None if unguided else Guidance(settings.scale, settings.interval, settings.range)
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline), "say": say}
+    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
         return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
@@ -270,7 +266,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     lines = _export_disk(job)
     # Of processes that were launched together the first one tries; the others print nothing.
     if os.environ.get("RANK", "0") == "0":
-        try_export(recipe, job.student, job.teacher, folder, lines.append)
+        try_export(recipe, job.student, job.teacher, folder)
     processes, training = launched(), recipe.training
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,12 +25,14 @@ from fmm_distill.run.repository import check_name, check_target
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from fmm_distill.export.manifest import About
     from fmm_distill.run.repository import Target
 
 __all__ = ["Parcel", "check_name", "check_target", "pack", "publish"]
+
+logger = logging.getLogger(__name__)
 
 # Made of the teacher's and the data's names, besides the facts, the recipe and the card.
 _FACTS = ("evaluation.json", "verification.json")
@@ -217,13 +220,11 @@ def _check_verified(folder: Path) -> None:
         raise UserError(f"{folder}: its pipelines differ from the student ({report}); it is not published")
 
 
-def _operations(
-    parcel: Parcel, repo: str, target: Target, say: Callable[[str], None]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(parcel: Parcel, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The one commit: the files of this student, without those of the one that is there."""
     stale = target.files - {*parcel.files, *parcel.texts} - {".gitattributes"}
     if target.teacher is None and stale:
-        say(f"{repo}: {len(stale)} files that are not of this student stay there")
+        logger.warning(f"{repo}: {len(stale)} files that are not of this student stay there")
         stale = frozenset()
     return [
         *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
@@ -239,7 +240,6 @@ def publish(
     *,
     private: bool = False,
     force: bool = False,
-    say: Callable[[str], None] = print,
 ) -> str:
     """Send it in one commit, and give the address. What came there before stays there if the rest does not come.
 
@@ -249,20 +249,20 @@ def publish(
         UserError: with what went wrong and what to do; the repository is then as it was before, or empty.
     """
     for note in parcel.notes:
-        say(note)
-    with _unchanged(parcel, say):
-        return _send(parcel, repo, branch, private=private, force=force, say=say)
+        logger.warning(note)
+    with _unchanged(parcel):
+        return _send(parcel, repo, branch, private=private, force=force)
 
 
 @contextmanager
-def _unchanged(parcel: Parcel, say: Callable[[str], None]) -> Iterator[None]:
+def _unchanged(parcel: Parcel) -> Iterator[None]:
     """Keep an export into the folder from replacing its files while they are sent.
 
     Raises:
         UserError: if one is running, or ran since the files were collected.
     """
     if not os.access(parcel.folder.resolve().parent, os.W_OK):
-        say(f"{parcel.folder} is in a folder that can't be written to: it is published without a lock")
+        logger.warning(f"{parcel.folder} is in a folder that can't be written to: it is published without a lock")
         yield
         return
     with in_use(parcel.folder, "a publication"):
@@ -271,14 +271,14 @@ def _unchanged(parcel: Parcel, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _send(
-    parcel: Parcel, repo: str, branch: str | None, *, private: bool, force: bool, say: Callable[[str], None]
-) -> str:
+def _send(parcel: Parcel, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
     target = check_target(repo, parcel.teacher, branch, force=force)
     if target.there and target.private != private and private:
-        say(f"{repo} is there already and public: --private makes new ones private; change it in its settings")
+        logger.warning(
+            f"{repo} is there already and public: --private makes new ones private; change it in its settings"
+        )
     names = {*parcel.files, *parcel.texts}
-    operations = _operations(parcel, repo, target, say)
+    operations = _operations(parcel, repo, target)
     api = HfApi()
     try:
         ModelCard(parcel.card).validate()
@@ -301,7 +301,7 @@ def _send(
         raise UserError(f"{repo}: {hub_reason(error)}; {ends}") from error
     address = f"{api.endpoint}/{repo}" + ("" if branch is None else f"/tree/{branch}")
     if made.oid == target.commit:
-        say(f"nothing new: {address} holds all {len(names)} files as they are here")
+        logger.info(f"nothing new: {address} holds all {len(names)} files as they are here")
     else:
-        say(f"published {len(names)} files at {address}")
+        logger.info(f"published {len(names)} files at {address}")
     return address

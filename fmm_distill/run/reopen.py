@@ -29,7 +29,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from fmm_distill.export.agreement import Agreement
 
@@ -41,7 +41,6 @@ __all__ = ["draw_run", "export_run", "open_run"]
 def open_run(
     folder: Path | str,
     guidance: float | None = None,
-    say: Callable[[str], None] = print,
     evaluation: Mapping[str, Any] | None = None,
     given: Given | None = None,
 ) -> Plan:
@@ -61,12 +60,12 @@ def open_run(
     recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
     recipe = given.name_in(recipe)
     # Before the teacher is opened, which takes long.
-    found = checkpoint.newest_whole(folder / "checkpoints", say)
+    found = checkpoint.newest_whole(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to continue it")
     path, kept = found
     check_files(folder, recipe)
-    job = plan(pinned(recipe, folder), kept_prompts(folder), say, given)
+    job = plan(pinned(recipe, folder), kept_prompts(folder), given)
     check_images(folder, job.images)
     check_given(folder, recipe, job.teacher)
     measured = read_evaluation(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -29,13 +30,15 @@ from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["keep_trial", "trial_bytes", "try_export"]
+
+logger = logging.getLogger(__name__)
 
 _KEPT = "trial.json"
 _SEED = 0
@@ -48,7 +51,6 @@ def try_export(
     student: Student,
     teacher: Teacher,
     folder: Path,
-    say: Callable[[str], None],
     *,
     locked: bool = False,
 ) -> str:
@@ -59,7 +61,6 @@ def try_export(
 
     Args:
         folder: of the run; the export is written into it, where the final one will be, or next to it if it is missing.
-        say: takes the line on the result.
         locked: the caller holds the lock of ``folder``: what a trial that was killed left there is removed.
 
     Returns:
@@ -91,7 +92,9 @@ def try_export(
             # Text encoders are large, and training does not need them.
             teacher.codec.release()
     _PASSED.add(digest)
-    say(f"export:  tried with an untrained student in {time.perf_counter() - began:.1f} s: {summary(agreements)}")
+    logger.info(
+        f"export:  tried with an untrained student in {time.perf_counter() - began:.1f} s: {summary(agreements)}"
+    )
     return digest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILTIN", "fetched", "find", "load_teacher"]
 
+logger = logging.getLogger(__name__)
+
 BUILTIN = Path(__file__).parent / "builtin"
 _PREFIX = "builtin:"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
@@ -46,7 +49,6 @@ def load_teacher(
     prompts: Sequence[str] = (),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
-    say: Callable[[str], None] = print,
 ) -> Teacher:
     """A pretrained diffusers pipeline as a velocity field on the time axis.
 
@@ -57,18 +59,19 @@ def load_teacher(
         prompts: what a teacher of prompts is told; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
         guidance: classifier-free guidance of the velocity; None: none.
-        say: takes the line that the Hub was not reached and the cache is taken.
 
     Raises:
         UserError: if it can't be found or no adapter opens it; the message says what was found.
     """
-    found = find(source, revision, say)
+    found = find(source, revision)
     load = _adapter(found, prompts, call, guidance)
     # Only what an adapter opens is fetched.
-    found = fetched(found, variant, say)
-    check_weight_files(found, say)
+    found = fetched(found, variant)
+    check_weight_files(found)
     if checkers := about_checkers(found.pipeline, found.components):
-        say(f"images are decoded without the {checkers} of {found.pipeline}, the teacher's and the student's alike")
+        logger.warning(
+            f"images are decoded without the {checkers} of {found.pipeline}, the teacher's and the student's alike"
+        )
     return load(found)
 
 
@@ -110,9 +113,9 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     return teacher
 
 
-def find(source: str, revision: str | None = None, say: Callable[[str], None] = print) -> PipelineIndex:
+def find(source: str, revision: str | None = None) -> PipelineIndex:
     """The pipeline's folder and components; of a Hub id the index alone is fetched, the rest by ``fetched``."""
-    place = _place(source, revision, say)
+    place = _place(source, revision)
     folder = place if isinstance(place, Path) else place.folder
     index = folder / "model_index.json"
     if not index.is_file():
@@ -159,15 +162,15 @@ def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
             )
 
 
-def fetched(found: PipelineIndex, variant: str | None = None, say: Callable[[str], None] = print) -> PipelineIndex:
+def fetched(found: PipelineIndex, variant: str | None = None) -> PipelineIndex:
     """The same with all its files on this disk, its license, and the weights of the variant as the plain ones."""
     if found.snapshot is not None:
-        found.snapshot.fetch(variant, say)
+        found.snapshot.fetch(variant)
     found = replace(found, license=_license(found.folder))
     return found if variant is None else replace(found, folder=as_plain(found.source, found.folder, variant))
 
 
-def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Path | Snapshot:
+def _place(source: str, revision: str | None) -> Path | Snapshot:
     if source.startswith(_PREFIX):
         name = source.removeprefix(_PREFIX)
         if name == "checkerboard":
@@ -188,7 +191,7 @@ def _place(source: str, revision: str | None, say: Callable[[str], None]) -> Pat
         raise UserError(f"{source}: an address; expected a pipeline folder, a Hub id (owner/name) or builtin:digits")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits")
-    return find_on_hub(source, revision, say)
+    return find_on_hub(source, revision)
 
 
 def _about_file(source: str, path: Path) -> str:

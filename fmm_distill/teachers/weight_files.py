@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.safety import CHECKERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["check_weight_files", "model_class", "some"]
+
+logger = logging.getLogger(__name__)
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 # As peft, diffusers and LyCORIS name adapters that are not fused.
@@ -46,11 +49,8 @@ def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class 
     return None
 
 
-def check_weight_files(found: PipelineIndex, say: Callable[[str], None] = print) -> None:
+def check_weight_files(found: PipelineIndex) -> None:
     """Refuse weights that no plain float network can be read from, by their configurations and headers alone.
-
-    Args:
-        say: takes a line on weights that are stored with few digits.
 
     Raises:
         UserError: on missing, pickled, quantized or unfused weights; the message says what to do.
@@ -65,7 +65,9 @@ def check_weight_files(found: PipelineIndex, say: Callable[[str], None] = print)
         for file in _files(found.source, name, folder, _STEMS[library]):
             types |= _check_header(found.source, name, file)
         if few := sorted(kind for kind in types if kind.startswith("F8_")):
-            say(f"{found.source}: its {name} is stored in {few[0]} without scales; it is opened in float32 as it is")
+            logger.warning(
+                f"{found.source}: its {name} is stored in {few[0]} without scales; it is opened in float32 as it is"
+            )
 
 
 def _no_model(library: str, name: str) -> bool:

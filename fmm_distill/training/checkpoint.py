@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,8 +19,6 @@ from fmm_distill.io.files import writing
 from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 __all__ = [
@@ -35,6 +34,8 @@ __all__ = [
     "save",
     "step_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _REPLACED = ".replaced"
@@ -190,7 +191,7 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+def newest_whole(folder: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
 
     While the run writes, what was found here may be gone a moment later: then it is looked for again.
@@ -210,7 +211,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkp
             if damaged and _seen(folder) != before:
                 break
             for fault in damaged:
-                say(f"{fault}; the one before it is taken")
+                logger.warning(f"{fault}; the one before it is taken")
             return path, found
         if _seen(folder) == before:
             if damaged:

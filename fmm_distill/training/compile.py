@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["accelerate_networks", "checkpoint_blocks", "network_of"]
 
+logger = logging.getLogger(__name__)
+
 # Compiled float32 arithmetic is in another order; half precision compiles to the same number of digits.
 TOLERANCE = 1e-3
 
 
-def accelerate_networks(
-    training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points, say: Callable[[str], None]
-) -> None:
+def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points) -> None:
     """Switch on ``training.gradient_checkpointing`` and ``training.compile``, if they change nothing.
 
     Args:
@@ -62,7 +63,9 @@ def accelerate_networks(
                 f"{name}: the {worst} differs by {differences[worst]:.1e} (relative) from the plain network's, above "
                 f"{TOLERANCE:g}; wanted the setting left out"
             )
-        say(f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})")
+        logger.info(
+            f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})"
+        )
 
 
 def network_of(student: LearnedFlowMap) -> nn.Module:

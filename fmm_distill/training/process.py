@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -44,7 +45,17 @@ if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
 
 
-__all__ = ["PATIENCE", "alone", "check_training", "join_processes", "make_accelerator", "on_first", "silent"]
+__all__ = [
+    "PATIENCE",
+    "alone",
+    "check_training",
+    "first_process_logs",
+    "join_processes",
+    "make_accelerator",
+    "on_first",
+]
+
+logger = logging.getLogger(__name__)
 
 # The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
 PATIENCE = timedelta(hours=12)
@@ -56,11 +67,8 @@ _one_run = threading.Lock()
 
 
 @contextmanager
-def alone(say: Callable[[str], None]) -> Iterator[None]:
+def alone() -> Iterator[None]:
     """One run at a time in this process, in its own state; what the caller had is restored.
-
-    Args:
-        say: takes a line on what is set aside.
 
     Raises:
         UserError: if another run is active, in this thread or in another.
@@ -74,7 +82,7 @@ def alone(say: Callable[[str], None]) -> Iterator[None]:
     loading, gradients = os.environ.get(variable), dict(GradientState._shared_state)
     try:
         if changed := changed_state():
-            say(f"set aside while this runs, and restored afterwards: {', '.join(changed)}")
+            logger.warning(f"set aside while this runs, and restored afterwards: {', '.join(changed)}")
         with own_state(), lossy_streams():
             yield
     finally:
@@ -111,12 +119,8 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
-def make_accelerator(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> Accelerator:
-    """The accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers.
-
-    Args:
-        say: takes a line for each environment variable that the recipe overrides.
-    """
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """The accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers."""
     training = recipe.training
     check_training(recipe)
     expected = {"fp32": "no"}.get(training.precision, training.precision)
@@ -147,7 +151,7 @@ def make_accelerator(recipe: Recipe, folder: Path, say: Callable[[str], None] = 
         )
     check_sharding(accelerator, training, recipe.student.lora.rank)
     for line in lines if accelerator.is_main_process else ():
-        say(line)
+        logger.warning(line)
     return accelerator
 
 
@@ -228,5 +232,17 @@ def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise UserError(failure[0])
 
 
-def silent(_: str) -> None:
-    """Processes other than the first say nothing."""
+@contextmanager
+def first_process_logs(accelerator: Accelerator) -> Iterator[None]:
+    """Log nothing of this package in processes other than the first, until the end of the context."""
+    if accelerator.is_main_process:
+        yield
+        return
+    # A filter of a logger does not see the records of the loggers below it; its level does.
+    package = logging.getLogger("fmm_distill")
+    level = package.level
+    package.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        package.setLevel(level)

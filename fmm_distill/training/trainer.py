@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import signal
 import time
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "learning_rate"]
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingDivergedError(FmmDistillError):
     """Too many losses or gradients in a row are no numbers."""
@@ -67,11 +70,7 @@ def learning_rate(training: TrainingSettings, step: int, total: int) -> float:
 
 
 class Trainer:
-    """A student, its moving averages and its optimizer; ``run`` goes on from the newest checkpoint in ``folder``.
-
-    Args:
-        say: takes each line that a user should read.
-    """
+    """A student, its moving averages and its optimizer; ``run`` goes on from the newest checkpoint in ``folder``."""
 
     def __init__(
         self,
@@ -81,12 +80,11 @@ class Trainer:
         images: Samples | None,
         folder: Path,
         accelerator: Accelerator,
-        say: Callable[[str], None],
     ) -> None:
         training = recipe.training
         self.parts = accelerator.num_processes * training.accumulation
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
-        self.accelerator, self.say = accelerator, say
+        self.accelerator = accelerator
         self.total = recipe.student.regression_steps + training.steps
         self.faults = Faults(training.bad_steps)
         teacher.to(accelerator.device)
@@ -103,7 +101,7 @@ class Trainer:
         self.frozen: LearnedFlowMap | None = None
         if any(loss.follows == "frozen" for loss in recipe.losses):
             self.frozen = copies["frozen"] = frozen_copy(student)
-        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device), say)
+        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device))
         losses = [self._settle_engine(settings) for settings in recipe.losses]
         slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
@@ -119,7 +117,7 @@ class Trainer:
         )
         self.times = objective.times
         if self.sharded:
-            say(name_blocks(accelerator, network_of(student)))
+            logger.info(name_blocks(accelerator, network_of(student)))
             frozen = [] if self.frozen is None else [self.frozen]
             for other in [*(self.averaged_student(rate) for rate in self.averages), *frozen]:
                 shard(network_of(other), accelerator)
@@ -147,7 +145,7 @@ class Trainer:
     def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
         settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
         if reason is not None:
-            self.say(reason)
+            logger.warning(reason)
         return settled
 
     def run(self, reached: Callable[[int], None] | None = None) -> None:
@@ -192,7 +190,7 @@ class Trainer:
                 if reached is not None:
                     reached(step)
         if self.faults.skipped:
-            self.say(f"{self.faults.skipped} of {self.total} steps were left out: loss or gradient was no number")
+            logger.warning(f"{self.faults.skipped} of {self.total} steps were left out: loss or gradient was no number")
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:  # noqa: ANN401 tqdm
         loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -234,7 +232,7 @@ class Trainer:
             record["skipped"] = self._worst(draws, losses, step)
         first = self.faults.count(good)
         if first:
-            self.say(
+            logger.warning(
                 f"step {step}: loss {loss:g}, gradient norm {norm:g}: the step is left out (steps.jsonl has the pairs "
                 "of times; further ones are counted)"
             )
@@ -309,7 +307,7 @@ class Trainer:
                 "learning rate too; the newest checkpoint is whole. Lower training.learning_rate, take "
                 "training.precision: fp32, or see at which (t, r) it happens (steps.jsonl), and start with --fresh"
             )
-        found = checkpoint.newest_whole(self.folder / "checkpoints", self.say)
+        found = checkpoint.newest_whole(self.folder / "checkpoints")
         skipped = self.faults.skipped
         if found is not None:
             self.restore(found[1])
@@ -317,7 +315,7 @@ class Trainer:
         self._cut_log(step)
         self.faults = replace(self.faults, rate=0.5, skipped=skipped, in_a_row=0)
         where = "from here" if found is None else f"from {found[0].name}"
-        self.say(
+        logger.warning(
             f"{self.faults.limit} steps in a row without a finite loss and gradient: going on {where}, at half the rate"
         )
         return step
@@ -357,14 +355,14 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, drop the log lines after it, and give the step to go on with."""
-        found = checkpoint.newest_whole(self.folder / "checkpoints", self.say)
+        found = checkpoint.newest_whole(self.folder / "checkpoints")
         step = 0
         if found is not None:
             path, kept = found
             self.restore(kept)
             step = kept.step
             if step < self.total:
-                self.say(f"going on from {path.name}")
+                logger.info(f"going on from {path.name}")
         self._cut_log(step)
         return step
 

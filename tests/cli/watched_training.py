@@ -24,7 +24,7 @@ if __name__ == "__main__":
         folder = Path(sys.argv[2]) / name
         folder.mkdir(exist_ok=True)
         job = plan(recipe)
-        trainer = Trainer(job.student, job.teacher, recipe, None, folder, accelerator, lambda _: None)
+        trainer = Trainer(job.student, job.teacher, recipe, None, folder, accelerator)
         average = trainer.averaged_student(recipe.training.ema[0])
         trainer.run(Monitor(lambda average=average: average, job.teacher, recipe, None, folder, accelerator).reached)
     if accelerator.is_main_process:

@@ -20,6 +20,7 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.safety import without_checkers
 from tests.conformance.test_prompted_export import moved
+from tests.logs import logged
 from tests.tiny import diffusion
 
 PROMPTS = ("a cat", "two dogs in the snow")
@@ -78,7 +79,8 @@ def deep_floyd(variance):
 def opened(folder, name, **given) -> tuple[Teacher, list[str]]:
     lines: list[str] = []
     call = dict(diffusion.PIPELINES[name].call) if name in diffusion.PIPELINES else {"clean_caption": False}
-    return load_teacher(str(folder), prompts=PROMPTS, call=call, say=lines.append, **given), lines
+    with logged(lines):
+        return load_teacher(str(folder), prompts=PROMPTS, call=call, **given), lines
 
 
 @pytest.fixture(scope="module", params=["sd1", "hunyuan-dit"])

@@ -21,6 +21,7 @@ from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted import FAMILIES, saved
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_data import parquet, png
 
@@ -151,7 +152,7 @@ def test_classes_belong_to_images_in_a_whole_run(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers.UNet2DModel, "forward", told)
     with monkeypatch.context() as patch:
         patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
-        distill(recipe, tmp_path / "run", say=lambda _: None)
+        distill(recipe, tmp_path / "run")
     assert len(seen.picked) == 2
     for _, picked in seen.picked:
         number = ((picked.images[:, 0, 0, 0] + 1) / 2 * 4).round().long()
@@ -169,7 +170,8 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     recipe = parse({"teacher": source, "pipeline": call, "data": data} | SHORT, "here")
     with monkeypatch.context() as patch:
         patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
-        distill(recipe, tmp_path / "run", say=said.append)
+        with logged(said):
+            distill(recipe, tmp_path / "run")
     prompts = ("a red cat", "two dogs", "a blue car in the snow")
     assert tuple(json.loads((tmp_path / "run" / "prompts.json").read_text())) == prompts
     assert sum("4 latents take" in line for line in said) == 1
@@ -224,7 +226,7 @@ def test_a_dit_is_told_the_labels_of_its_latents(tmp_path):
     shape = image_shape(teacher)
     files = [png(image.numpy()) for image in greys((*shape[1:], 3), 3)]
     source = parquet(tmp_path / "a.parquet", files, label=[1, 0, 1])
-    images = open_images(DataSettings(source=str(source), condition="label"), teacher, None, print)
+    images = open_images(DataSettings(source=str(source), condition="label"), teacher, None)
     assert teacher.conditions.pick(images.conditions).inputs["class_labels"].tolist() == [1, 0, 1]
 
 
@@ -237,11 +239,12 @@ def test_a_run_from_teacher_data_goes_on_with_the_same_numbers(tmp_path, teacher
             patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
             if name == "two":
                 patch.setattr(Trainer, "run", _interrupted)
-                with pytest.raises(KeyboardInterrupt):
-                    distill(recipe, tmp_path / name, say=said.append)
+                with pytest.raises(KeyboardInterrupt), logged(said):
+                    distill(recipe, tmp_path / name)
                 patch.undo()
                 patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
-            distill(recipe, tmp_path / name, say=said.append)
+            with logged(said):
+                distill(recipe, tmp_path / name)
         lines = (tmp_path / name / "steps.jsonl").read_text().splitlines()
         logs.append([json.loads(line)["loss"] for line in lines])
     assert logs[0] == logs[1]
@@ -250,7 +253,8 @@ def test_a_run_from_teacher_data_goes_on_with_the_same_numbers(tmp_path, teacher
     own = parse({"teacher": str(teacher_folder), "data": "none"} | SHORT, "here")
     with monkeypatch.context() as patch:
         patch.setattr("fmm_distill.run.distill.finish", lambda *_: None)
-        distill(own, tmp_path / "none", say=said.append)
+        with logged(said):
+            distill(own, tmp_path / "none")
     first = json.loads((tmp_path / "none" / "steps.jsonl").read_text().splitlines()[0])
     assert first["loss"] != logs[0][0]
 

@@ -31,6 +31,7 @@ from fmm_distill.training.objective import Objective
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES
 
 # Discrete levels, latents of classes, and a flow whose guidance is off at 0.
@@ -182,7 +183,8 @@ def test_a_run_is_sampled_evaluated_and_exported_at_any_scale_of_its_range(folde
     prompts.write_text("a cat\na dog\n")
     recipe = recipe_of(str(folders["sd1"]), prompts, guidance={"scale": 2.0, "range": [1.0, 5.0]})
     lines = []
-    measured = distill(recipe, tmp_path / "run", say=lines.append)
+    with logged(lines):
+        measured = distill(recipe, tmp_path / "run")
     assert measured.protocol["guidance"] == 2.0
     assert "2 prompts, guided by 2 (an input: 1 to 5)" in "\n".join(lines)
     card = (tmp_path / "run" / "student" / "README.md").read_text()

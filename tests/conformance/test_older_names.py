@@ -49,7 +49,7 @@ def test_a_run_from_the_older_names_to_a_verified_export(tmp_path):
     recipe = recipe_of(str(tmp_path / "teacher"), "none")
     # Its teacher takes classes.
     recipe = recipe.model_copy(update={"prompts": type(recipe.prompts)()})
-    distill(recipe, tmp_path / "run", say=lambda line: None)
+    distill(recipe, tmp_path / "run")
     student = tmp_path / "run" / "student"
     assert (student / "verification.json").is_file()
     assert json.loads((student / "steps-1" / "model_index.json").read_text())["transformer"] == ["diffusers", now]

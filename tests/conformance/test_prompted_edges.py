@@ -102,12 +102,12 @@ def test_a_run_keeps_its_prompts(tmp_path):
     prompts.write_text("a cat\n")
     recipe = recipe_of(source, prompts)
     assert re.search(r"GiB at peak: weights .*, activations ", forecast(recipe, tmp_path / "run"))
-    distill(recipe, tmp_path / "run", say=lambda line: None)
+    distill(recipe, tmp_path / "run")
     prompts.write_text("a cat\na dog\n")
     assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
     (tmp_path / "run" / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
-        distill(recipe, tmp_path / "run", say=lambda line: None)
+        distill(recipe, tmp_path / "run")
 
 
 def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monke
     # Without help of the garbage collector, which may come late.
     gc.disable()
     try:
-        distill(recipe, tmp_path / "run", say=lambda line: None)
+        distill(recipe, tmp_path / "run")
     finally:
         gc.enable()
     assert alive == [[]]

@@ -33,6 +33,7 @@ from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY
 from tests.conformance.test_prompted import InDouble
 from tests.conformance.test_prompted_export import moved
+from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES, redraw
 
 # As planners in reinforcement learning have it (Diffuser, arXiv 2205.09991).
@@ -230,7 +231,8 @@ def run(tmp_path_factory):
     """
     target, lines = tmp_path_factory.mktemp("run"), []
     source = changed(target / "teacher", sample_rate=49)
-    distill(parse({"teacher": source} | TINY, "here"), target / "run", say=lines.append)
+    with logged(lines):
+        distill(parse({"teacher": source} | TINY, "here"), target / "run")
     return target / "run", "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.hub.alone import said
 from tests.hub.server import Fault, Hub
+from tests.logs import logged
 
 REPO = "tester/student"
 
@@ -27,7 +28,8 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     from fmm_distill.run.publish import pack, publish
 
     source, lines, seen = Path(folder), [], {}
-    seen["address"] = publish(pack(source, REPO), REPO, say=lines.append)
+    with logged(lines):
+        seen["address"] = publish(pack(source, REPO), REPO)
     sent = _files(hub)
     here = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
     seen["names"] = sorted(sent)
@@ -37,21 +39,26 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     seen["card"] = sent["README.md"].decode()
     seen["commits"] = [_commits(hub)]
     puts = len(hub.asked("PUT", "."))
-    publish(pack(source, REPO), REPO, say=lines.append)
+    with logged(lines):
+        publish(pack(source, REPO), REPO)
     seen["commits"].append(_commits(hub))
     seen["puts_again"] = len(hub.asked("PUT", ".")) - puts
-    publish(pack(source, REPO, steps=(1,)), REPO, say=lines.append)
+    with logged(lines):
+        publish(pack(source, REPO, steps=(1,)), REPO)
     seen["commits"].append(_commits(hub))
     seen["fewer"] = sorted({name.split("/")[0] for name in _files(hub) if name.startswith("steps-")})
     seen["fewer_facts"] = json.loads(_files(hub)["student.json"])["steps"]
     seen["fewer_card"] = _files(hub)["README.md"].decode()
-    seen["branch"] = publish(pack(source, REPO, "next"), REPO, "next", say=lines.append)
+    with logged(lines):
+        seen["branch"] = publish(pack(source, REPO, "next"), REPO, "next")
     repo = hub.repos[REPO]
     seen["on_branch"] = "steps-4/model_index.json" in repo.at("next").files
     seen["on_main"] = "steps-4/model_index.json" in repo.files
     seen["branch_card"] = repo.at("next").files["README.md"].content.decode()
-    publish(pack(source, "tester/hidden"), "tester/hidden", private=True, say=lines.append)
-    publish(pack(source, REPO), REPO, private=True, say=lines.append)
+    with logged(lines):
+        publish(pack(source, "tester/hidden"), "tester/hidden", private=True)
+    with logged(lines):
+        publish(pack(source, REPO), REPO, private=True)
     return seen | {"private": [hub.repos["tester/hidden"].private, repo.private], "lines": lines}
 
 
@@ -68,12 +75,14 @@ def publish_over_others(hub: Hub, folder: str) -> dict[str, Any]:
     refused = {repo: said(publish, pack(source, repo), repo) for repo in ("tester/else", "tester/cousin")}
     others = [said(publish, pack(source, repo), repo) for repo in ("tester/list", "tester/text")]
     hub.create("tester/mixed", {"student.json": b"[1]", "weights.bin": b"1"})
-    publish(pack(source, "tester/mixed"), "tester/mixed", force=True, say=lambda _: None)
+    publish(pack(source, "tester/mixed"), "tester/mixed", force=True)
     untouched = [_commits(hub, repo) for repo in refused]
     lines: list[str] = []
     for repo in refused:
-        publish(pack(source, repo), repo, force=True, say=lines.append)
-    publish(pack(source, "tester/empty"), "tester/empty", say=lines.append)
+        with logged(lines):
+            publish(pack(source, repo), repo, force=True)
+    with logged(lines):
+        publish(pack(source, "tester/empty"), "tester/empty")
     return {
         "refused": refused,
         "others": others,
@@ -117,7 +126,7 @@ def publish_through_faults(hub: Hub, folder: str) -> dict[str, Any]:
     from fmm_distill.run.publish import pack, publish
 
     def send() -> str:
-        return said(publish, pack(source, REPO), REPO, say=lambda _: None)
+        return said(publish, pack(source, REPO), REPO)
 
     source, seen = Path(folder), {}
     digest = hashlib.sha256((source / "samples.png").read_bytes()).hexdigest()
@@ -164,7 +173,8 @@ def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, A
     card = (source / "README.md").read_text(encoding="utf-8")
     (source / "README.md").write_text(card.replace("# A few-step student", "# My student"), encoding="utf-8")
     parcel = pack(source, REPO)
-    publish(parcel, REPO, say=lines.append)
+    with logged(lines):
+        publish(parcel, REPO)
     seen: dict[str, Any] = {"lines": lines, "names": sorted(_files(hub)), "dry": parcel.describe()}
     seen["secrets"] = [name for name, content in _files(hub).items() if b"hf_secret" in content]
     seen["card"] = _files(hub)["README.md"].decode()
@@ -172,7 +182,8 @@ def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, A
     (source / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
     seen["torn card"] = said(pack, source, REPO)
     (source / "README.md").unlink()
-    publish(pack(source, REPO), REPO, say=lines.append)
+    with logged(lines):
+        publish(pack(source, REPO), REPO)
     seen["card again"] = _files(hub)["README.md"].decode()
     before = _commits(hub)
     (source / "steps-4").rename(outside / "steps-4")

@@ -10,6 +10,7 @@ from typing import Any
 from tests.hub.alone import said
 from tests.hub.server import Fault, Hub
 from tests.hub.state import File
+from tests.logs import logged
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -125,10 +126,12 @@ def bad_days(hub: Hub, folder: str) -> dict[str, Any]:
         seen["whole"] = _first_weight(teacher) == _first_weight(load_teacher(folder))
         lines: list[str] = []
         hub.faults = [Fault("GET", "/api/models", cut_after=0, reset=True, times=9)]
-        again = load_teacher("tester/teacher", say=lines.append)
+        with logged(lines):
+            again = load_teacher("tester/teacher")
         seen["from the cache"] = [again.revision == teacher.revision, lines]
         hub.faults = [Fault("GET", "/api/models", cut_after=0, reset=True, times=9)]
-        seen["never seen"] = said(load_teacher, "tester/other", say=lines.append)
+        with logged(lines):
+            seen["never seen"] = said(load_teacher, "tester/other")
         hub.faults = [Fault("GET", "/api/models", status=503, times=9)]
         seen["down"] = said(load_teacher, "tester/teacher")
     return seen
@@ -175,8 +178,10 @@ def offline(hub: Hub, folder: str) -> dict[str, Any]:
     load = said(load_teacher, "tester/index", revision="nowhere")
     asked, lines = len(hub.requests), []
     constants.HF_HUB_OFFLINE = True
-    sha = load_teacher("tester/teacher", say=lines.append).revision
-    pinned = load_teacher("tester/teacher", revision=sha, say=lines.append).revision
+    with logged(lines):
+        sha = load_teacher("tester/teacher").revision
+    with logged(lines):
+        pinned = load_teacher("tester/teacher", revision=sha).revision
     seen = {"cached": [sha == repo.at("main").sha, pinned == sha], "lines": lines, "before": load}
     seen["missing"] = said(load_teacher, "tester/index")
     constants.HF_HUB_OFFLINE = False
@@ -198,10 +203,10 @@ def goes_on_at_its_commit(hub: Hub, folder: str, other: str, run: str) -> dict[s
         | {"ddim_steps": [1], "dpmsolver_steps": [1], "endpoint_solver_steps": 2},
         "export": {"steps": [1]},
     }
-    distill(parse(changes, "here"), run, say=lambda _: None)
+    distill(parse(changes, "here"), run)
     repo.commit({name: File(content, name == WEIGHTS) for name, content in files_of(other).items()}, "moved")
     more = changes | {"training": {"steps": 3, "batch_size": 2}}
-    distill(parse(more, "here"), run, say=lambda _: None)
+    distill(parse(more, "here"), run)
     kept = json.loads((Path(run) / "teacher.json").read_text())
     card = (Path(run) / "student" / "README.md").read_text()
     job = open_run(run)

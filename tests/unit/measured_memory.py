@@ -25,7 +25,7 @@ def train(folder: str, settings: dict, output: Path) -> None:
     recipe = Recipe.model_validate(settings | {"teacher": folder})
     job = plan(recipe)
     output.mkdir()
-    trainer = Trainer(job.student, job.teacher, recipe, None, output, Accelerator(cpu=True), lambda _: None)
+    trainer = Trainer(job.student, job.teacher, recipe, None, output, Accelerator(cpu=True))
     # Not a part of a step, as little as the opening before.
     trainer._save = lambda step: None
     Path("/proc/self/clear_refs").write_text("5")

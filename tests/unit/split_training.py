@@ -90,7 +90,7 @@ if __name__ == "__main__":
             differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)
         student, data = Student.from_teacher(teacher), images_of(recipe)
-        trainer = Trainer(student, teacher, recipe, data, folder, accelerator, lambda _: None)
+        trainer = Trainer(student, teacher, recipe, data, folder, accelerator)
         trainer.run()
         assert all(isinstance(p, DTensor) == shards for p in trainer.objective.parameters())
         # The next one is not to be compared with it.

@@ -15,6 +15,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.training.compile import accelerate_networks
 from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted_export import moved, opened
+from tests.logs import logged
 from tests.unit.test_trainer import flat, losses, recipe_of, train
 
 DETACHED = {"name": "eulerian", "stop": "target"}
@@ -36,7 +37,8 @@ def said_by(recipe, folder, teacher_folder):
     from fmm_distill.teachers.load import load_teacher
 
     lines, teacher = [], load_teacher(str(teacher_folder))
-    Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, Accelerator(cpu=True), lines.append)
+    with logged(lines):
+        Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, Accelerator(cpu=True))
     return lines
 
 
@@ -84,7 +86,8 @@ def test_blocks_that_embed_the_time_themselves_are_computed_again_with_their_own
 
     plain, lines = gradient(), []
     training = TrainingSettings(gradient_checkpointing=True)
-    accelerate_networks(training, student, teacher, (x, t, r, cond), lines.append)
+    with logged(lines):
+        accelerate_networks(training, student, teacher, (x, t, r, cond))
     assert "compared with the plain networks" in lines[0]
     torch.testing.assert_close(gradient(), plain, atol=1e-5, rtol=1e-4)
 
@@ -106,7 +109,7 @@ def test_a_network_that_answers_otherwise_is_refused(teacher, monkeypatch):
     with pytest.raises(
         UserError, match=r"training\.gradient_checkpointing: the .* differs by .* wanted the setting left"
     ):
-        accelerate_networks(TrainingSettings(gradient_checkpointing=True), student, teacher, (x, t, t / 2, None), print)
+        accelerate_networks(TrainingSettings(gradient_checkpointing=True), student, teacher, (x, t, t / 2, None))
 
 
 @pytest.mark.slow

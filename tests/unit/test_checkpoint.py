@@ -17,6 +17,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.io.files import write_text, writing
 from fmm_distill.training import checkpoint
 from fmm_distill.training.checkpoint import Checkpoint, DamagedCheckpointError
+from tests.logs import logged
 
 
 def at(step: int) -> Checkpoint:
@@ -52,7 +53,7 @@ def test_steps_are_numbers_not_text(tmp_path, step):
         checkpoint.save(tmp_path, at(number), keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-99999999", f"step-{step}"}
     assert checkpoint.newest(tmp_path).name == f"step-{step}"
-    path, found = checkpoint.newest_whole(tmp_path, print)
+    path, found = checkpoint.newest_whole(tmp_path)
     assert (path.name, found.step) == (f"step-{step}", step)
     assert checkpoint.newest_state(tmp_path).step == step
 
@@ -65,7 +66,7 @@ def test_other_names_are_no_checkpoints_and_stay(tmp_path, name):
     shutil.copytree(saved, tmp_path / name)
     (tmp_path / "step-00000077").touch()
     assert checkpoint.newest(tmp_path) == saved
-    assert checkpoint.newest_whole(tmp_path, print)[0] == saved
+    assert checkpoint.newest_whole(tmp_path)[0] == saved
     assert checkpoint.newest_state(tmp_path).path == saved
     checkpoint.save(tmp_path, at(6), keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {name, "step-00000006", "step-00000077"}
@@ -98,7 +99,8 @@ def test_a_checkpoint_that_goes_away_while_it_is_read_is_not_damaged(tmp_path, m
     if reads == "newest_state":
         assert checkpoint.newest_state(tmp_path).path == checkpoint.newest(tmp_path)
         return
-    path, found = checkpoint.newest_whole(tmp_path, lines.append)
+    with logged(lines):
+        path, found = checkpoint.newest_whole(tmp_path)
     assert (path, found.step) == (checkpoint.newest(tmp_path), checkpoint.step_of(path))
     assert lines == []
 
@@ -114,7 +116,7 @@ def test_a_reader_that_is_always_too_late_is_not_told_to_start_again(tmp_path, m
     monkeypatch.setattr(checkpoint, "load", slow)
     monkeypatch.setattr(checkpoint, "_PAUSE", 0)
     with pytest.raises(UserError) as caught:
-        checkpoint.newest_whole(tmp_path, print)
+        checkpoint.newest_whole(tmp_path)
     assert "fresh" not in str(caught.value)
     assert "run the same command again" in str(caught.value)
 
@@ -140,7 +142,8 @@ def test_a_kill_between_two_moves_of_a_swap_loses_nothing(tmp_path, monkeypatch,
             patched.setattr(os, name, deadly(getattr(os, name)))
         with contextlib.suppress(KilledError):
             checkpoint.save(tmp_path, at(3), keep=1)
-    path, found = checkpoint.newest_whole(tmp_path, pytest.fail)
+    with logged([], pytest.fail):
+        path, found = checkpoint.newest_whole(tmp_path)
     assert found.step == 3
     assert checkpoint.step_of(path) == 3
     checkpoint.save(tmp_path, at(3), keep=1)

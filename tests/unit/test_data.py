@@ -19,13 +19,13 @@ from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.training.ema import averaged
+from tests.logs import logged
 
 CLASSES = Classes(("zero", "one", "two", "three"), None)
 
 
-def load(source, shape, conditions=None, said=None, in_memory=2**31, **settings):
-    say = [].append if said is None else said.append
-    return load_images(DataSettings(source=str(source), **settings), shape, conditions, say=say, in_memory=in_memory)
+def load(source, shape, conditions=None, in_memory=2**31, **settings):
+    return load_images(DataSettings(source=str(source), **settings), shape, conditions, in_memory=in_memory)
 
 
 def arrays(count, height=6, width=4, channels=3, seed=0):
@@ -168,8 +168,9 @@ def test_unreadable_images_are_counted_and_said_once(tmp_path, in_memory):
     files = [png(array) for array in arrays(20, 16, 16)]
     place = parquet(tmp_path / "a.parquet", broken(files), label=[i % 4 for i in range(22)])
     said = []
-    images = load(place, (3, 16, 16), CLASSES, said, in_memory, condition="label", max_corrupt=0.2)
-    picked = images.pick(at(np.linspace(0, 0.999, 66)))
+    with logged(said):
+        images = load(place, (3, 16, 16), CLASSES, in_memory, condition="label", max_corrupt=0.2)
+        picked = images.pick(at(np.linspace(0, 0.999, 66)))
     assert len(said) == 1
     assert "row 2" in said[0]
     whole = load(parquet(tmp_path / "b.parquet", files), (3, 16, 16)).pixels.float() / 255 * 2 - 1
@@ -199,7 +200,8 @@ def test_an_unreadable_file_is_named(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(png(array))
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n")
     said = []
-    load(tmp_path, (3, 6, 4), said=said, max_corrupt=0.5)
+    with logged(said):
+        load(tmp_path, (3, 6, 4), max_corrupt=0.5)
     assert str(tmp_path / "1.png") in said[0]
 
 

@@ -16,6 +16,7 @@ from fmm_distill.evaluation.measure import Measure
 from fmm_distill.evaluation.samplers import Sampler, of_students
 from fmm_distill.io.lock import locked
 from fmm_distill.student.student import Student
+from tests.logs import logged
 
 COUNT = 1100
 
@@ -117,11 +118,12 @@ def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
 
     def kept(one):
         make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop), Cost(1, 0))  # noqa: E731
-        return make, 1, tmp_path / "kept", lambda line: (lines.append(line), waits.set())
+        return make, 1, tmp_path / "kept"
 
     first.start()
     at_work.wait()
-    second = generator(teacher, 256)._kept(*kept(counting))
+    with logged(lines, lambda _: waits.set()):
+        second = generator(teacher, 256)._kept(*kept(counting))
     first.join()
     assert len(lines) == 1
     assert "is in use by an evaluation" in lines[0]
@@ -156,7 +158,8 @@ def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
     tensors = load_file(files[1])
     tensors["features"][3, 4] += 1e-3
     save_file(tensors, files[1])
-    same(generator(teacher, 256).run(counting, tmp_path / "kept", lines.append), made)
+    with logged(lines):
+        same(generator(teacher, 256).run(counting, tmp_path / "kept"), made)
     assert sum(calls) == 16 + 1024
     (line,) = lines
     assert "part-00001.safetensors is damaged; it is made again" in line

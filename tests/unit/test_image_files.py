@@ -17,6 +17,7 @@ from fmm_distill.data.samples import captions_of, load_images
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import Classes
+from tests.logs import logged
 
 CLASSES = Classes(tuple("abcdefgh"), None)
 SHAPE = (1, 4, 4)
@@ -36,14 +37,10 @@ def fill(root, *names):
 def load(source, condition=None, in_memory=2**31, **settings):
     """Levels of what is used, its classes, and the lines that are logged."""
     said = []
-    images = load_images(
-        DataSettings(source=str(source), condition=condition, **settings),
-        SHAPE,
-        CLASSES if condition else None,
-        say=said.append,
-        in_memory=in_memory,
-    )
-    levels = [round(float(part[0, 0, 0, 0]) * 255) for part in images.batches(1) if len(part)]
+    settings = DataSettings(source=str(source), condition=condition, **settings)
+    with logged(said):
+        images = load_images(settings, SHAPE, CLASSES if condition else None, in_memory=in_memory)
+        levels = [round(float(part[0, 0, 0, 0]) * 255) for part in images.batches(1) if len(part)]
     classes = None if images.conditions is None else (images.conditions * len(CLASSES.names)).long().tolist()
     return levels, classes, said
 
@@ -309,8 +306,7 @@ def test_a_lazy_set_and_one_in_memory_have_the_same_batches(tmp_path):
     fill(tmp_path, *(f"{i}.png" for i in range(7)))
     (tmp_path / "3.png").write_bytes(b"")
     sets = [
-        load_images(DataSettings(source=str(tmp_path), max_corrupt=0.5), SHAPE, say=lambda _: None, in_memory=limit)
-        for limit in (2**31, 0)
+        load_images(DataSettings(source=str(tmp_path), max_corrupt=0.5), SHAPE, in_memory=limit) for limit in (2**31, 0)
     ]
     there, lazy = (torch.cat(list(images.batches(2))) for images in sets)
     assert len(there) == 6

@@ -17,11 +17,12 @@ import pytest
 
 from fmm_distill.errors import UserError
 from fmm_distill.io.lock import LockedError, is_lock_file, locked
+from tests.logs import logged
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fmm_distill.lock import locked
+from fmm_distill.io.lock import locked
 with locked(Path(sys.argv[1]), "a test"):
     print("held", flush=True)
     time.sleep(60)
@@ -109,7 +110,7 @@ def test_one_can_wait_for_the_other(tmp_path):
     thread = threading.Thread(target=hold)
     thread.start()
     first.wait()
-    with locked(tmp_path / "run", "two", lambda line: (lines.append(line), waits.set()), wait=True):
+    with logged(lines, lambda _: waits.set()), locked(tmp_path / "run", "two", wait=True):
         pass
     thread.join()
     assert len(lines) == 1
@@ -145,7 +146,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path):
 
 def test_without_locks_a_file_is_the_lock(tmp_path, no_locks):
     lines: list[str] = []
-    with locked(tmp_path / "run", "one", lines.append):
+    with logged(lines), locked(tmp_path / "run", "one"):
         assert "has no locks" in lines[0]
         gone = r"if that process is gone, remove .*\.fmm_distill\.claim"
         with pytest.raises(LockedError, match=gone), locked(tmp_path / "run", "two"):
@@ -163,16 +164,16 @@ def test_without_locks_a_file_is_the_lock(tmp_path, no_locks):
     ],
 )
 def test_a_stale_file_is_taken_over(tmp_path, no_locks, change, free):
-    with locked(tmp_path, "one", [].append):
+    with locked(tmp_path, "one"):
         claim = next(path for path in tmp_path.iterdir())
         text = claim.read_text(encoding="utf-8")
     claim.write_text(json.dumps(json.loads(text) | change), encoding="utf-8")
     if free:
-        with locked(tmp_path, "two", [].append):
+        with locked(tmp_path, "two"):
             assert debris(tmp_path) == [claim.name]
         assert not debris(tmp_path)
     else:
-        with pytest.raises(LockedError), locked(tmp_path, "two", [].append):
+        with pytest.raises(LockedError), locked(tmp_path, "two"):
             pass
         assert debris(tmp_path) == [claim.name]
 

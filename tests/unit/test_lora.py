@@ -17,6 +17,7 @@ from fmm_distill.student.lora import add_lora, default_targets, has_lora, merged
 from fmm_distill.student.student import Student
 from fmm_distill.training.ema import averaged
 from tests.conformance.test_prompted_export import opened
+from tests.logs import logged
 
 FAMILIES = ("sd1", "sdxl", "dit", "flux", "z-image", "sana", "wan", "stable-audio")
 
@@ -151,7 +152,8 @@ def test_a_whole_run(tmp_path, folders):
         "here",
     )
     said = []
-    evaluation = distill(recipe, tmp_path / "run", say=said.append)
+    with logged(said):
+        evaluation = distill(recipe, tmp_path / "run")
     assert "2 prompts, guided by 2" in "\n".join(said)
     assert "in adapters of rank 2" in "\n".join(said)
     calls = {row.sampler: row.calls for row in evaluation.rows}

@@ -13,6 +13,7 @@ from PIL import Image
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
+from tests.logs import logged
 
 GRAY, COLOR = (1, 2, 2), (3, 2, 2)
 
@@ -42,7 +43,8 @@ def pixels(folder, content, shape, ending="png", **settings):
     """What is loaded of one file, and the lines that are logged."""
     (folder / f"a.{ending}").write_bytes(content)
     said = []
-    images = load_images(DataSettings(source=str(folder), **settings), shape, say=said.append)
+    with logged(said):
+        images = load_images(DataSettings(source=str(folder), **settings), shape)
     return images.pixels[0].movedim(0, -1).squeeze(-1).tolist(), said
 
 
@@ -231,10 +233,12 @@ def test_each_conversion_is_logged_once_with_its_number(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(saved(RGBA if i else np.zeros((2, 2, 3), np.uint8), "RGBA" if i else None))
     counted, lazy = [], []
-    load_images(DataSettings(source=str(tmp_path)), COLOR, say=counted.append)
-    images = load_images(DataSettings(source=str(tmp_path)), COLOR, say=lazy.append, in_memory=0)
-    for _ in range(2):
-        list(images.batches(2))
+    with logged(counted):
+        load_images(DataSettings(source=str(tmp_path)), COLOR)
+    with logged(lazy):
+        images = load_images(DataSettings(source=str(tmp_path)), COLOR, in_memory=0)
+        for _ in range(2):
+            list(images.batches(2))
     (line,) = counted
     assert line.startswith("data: 4 of 5 images have transparent pixels")
     assert line.endswith("1.png")

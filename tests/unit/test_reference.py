@@ -13,6 +13,7 @@ from fmm_distill.data.samples import Images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.reference import reference_of
+from tests.logs import logged
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def counted():
 
 
 def get(some, features, lines=None):
-    return reference_of(some, features, 8, torch.device("cpu"), [].append if lines is None else lines.append)
+    with logged([] if lines is None else lines):
+        return reference_of(some, features, 8, torch.device("cpu"))
 
 
 def test_computed_once_for_the_same_images_and_features(place):

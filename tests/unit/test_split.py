@@ -44,7 +44,7 @@ def train(settings, folder):
     folder.mkdir(parents=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
     teacher, data = load_teacher(recipe.teacher), images_of(recipe)
-    Trainer(Student.from_teacher(teacher), teacher, recipe, data, folder, accelerator, lambda _: None).run()
+    Trainer(Student.from_teacher(teacher), teacher, recipe, data, folder, accelerator).run()
 
 
 def on_two_processes(folder, teacher_folder, steps, numbers, *how):

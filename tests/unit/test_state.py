@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY, training_only
+from tests.logs import logged
 
 
 @contextlib.contextmanager
@@ -109,9 +111,9 @@ def plain(tmp_path_factory, teacher_folder) -> dict[str, torch.Tensor]:
     return trained(folder)
 
 
-def run(teacher: Path, folder: Path, say=lambda _: None, **training: object) -> None:
+def run(teacher: Path, folder: Path, **training: object) -> None:
     # Without its end a run has no evaluation to give.
-    distill(recipe_of(teacher, **training), folder, say=say)
+    distill(recipe_of(teacher, **training), folder)
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -129,8 +131,8 @@ def test_a_mode_of_the_caller_changes_nothing(tmp_path, teacher_folder, plain, n
 @pytest.mark.parametrize("name", ["autocast", "float64", "no_grad"])
 def test_what_is_set_aside_is_logged_once(tmp_path, teacher_folder, name):
     lines = []
-    with STATES[name](), training_only():
-        run(teacher_folder, tmp_path, lines.append)
+    with STATES[name](), training_only(), logged(lines):
+        run(teacher_folder, tmp_path)
     assert [name in line.replace("torch.", "") for line in lines if line.startswith("set aside")] == [True]
 
 
@@ -215,18 +217,20 @@ def test_a_second_run_at_once_is_refused_and_later_ones_work(tmp_path, teacher_f
     thread = threading.Thread(target=second)
     thread.start()
 
-    def say(_: str) -> None:
+    def wait(_: str) -> None:
         started.set()
         thread.join()
 
     with training_only():
-        run(teacher_folder, tmp_path / "first", say)
+        with logged([], wait):
+            run(teacher_folder, tmp_path / "first")
         assert found == [line for line in found if "another distill() is active in this process" in line]
         assert len(found) == 1
         assert not (tmp_path / "second").exists()
         # From within the first run, too.
-        with pytest.raises(UserError, match="another distill"):
-            run(teacher_folder, tmp_path / "outer", lambda _: run(teacher_folder, tmp_path / "inner"))
+        inner = partial(run, teacher_folder, tmp_path / "inner")
+        with pytest.raises(UserError, match="another distill"), logged([], lambda _: inner()):
+            run(teacher_folder, tmp_path / "outer")
         run(teacher_folder, tmp_path / "third")
     assert all(trained(tmp_path / "third")[key].equal(plain[key]) for key in plain)
 

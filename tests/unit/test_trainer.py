@@ -32,6 +32,7 @@ from fmm_distill.training.objective import Objective
 from fmm_distill.training.process import make_accelerator
 from fmm_distill.training.trainer import Trainer, TrainingDivergedError, learning_rate
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 
 LOSSES = [
     {"name": "lagrangian", "stop": "teacher"},
@@ -69,7 +70,7 @@ def train(recipe: Recipe, folder: Path) -> Trainer:
     teacher = load_teacher(recipe.teacher)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
-    trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, accelerator, lambda _: None)
+    trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, accelerator)
     trainer.run()
     return trainer
 
@@ -102,7 +103,7 @@ def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs
     images = Images(pixels, "noise") if from_data else None
     student = Student.from_teacher(teacher)
     before = flat(student.network.state_dict()).clone()
-    Trainer(student, teacher, recipe, images, folder, Accelerator(cpu=True), lambda _: None).run()
+    Trainer(student, teacher, recipe, images, folder, Accelerator(cpu=True)).run()
     assert (flat(student.network.state_dict()) - before).norm() > 1e-3
     assert len(losses(folder)) == 2
     assert all(math.isfinite(value) for value in losses(folder))
@@ -243,7 +244,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
     before = distance(student)
     run = tmp_path / "run"
     run.mkdir()
-    trainer = Trainer(student, teacher, recipe, None, run, Accelerator(cpu=True), lambda _: None)
+    trainer = Trainer(student, teacher, recipe, None, run, Accelerator(cpu=True))
     trainer.run()
     assert before > 1
     assert distance(trainer.averaged_student(0.9)) < 0.75 * before
@@ -283,10 +284,9 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
     # The fifth and the sixth step.
     teacher.sick = (5, 6)
     said = []
-    trainer = Trainer(
-        Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append
-    )
-    trainer.run()
+    with logged(said):
+        trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        trainer.run()
     assert "2 steps in a row without a finite loss and gradient: going on from step-00000003, at half the rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))
@@ -295,10 +295,9 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
     assert teacher.asked == 6 + 5
     # The half rate and the count survive an interruption.
     shutil.rmtree(checkpoint.newest(tmp_path / "checkpoints"))
-    resumed = Trainer(
-        Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append
-    )
-    resumed.run()
+    with logged(said):
+        resumed = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        resumed.run()
     assert torch.equal(flat(resumed.student.state_dict()), flat(trainer.student.state_dict()))
     assert resumed.faults == trainer.faults == Faults(2, 0.5, 2, 0)
 
@@ -360,10 +359,9 @@ def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teach
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     teacher.sick = (2, 3, 5)
     said = []
-    trainer = Trainer(
-        Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True), said.append
-    )
-    trainer.run()
+    with logged(said):
+        trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
+        trainer.run()
     assert "2 steps in a row without a finite loss and gradient: going on from here, at half the rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["loss"] is None for record in records] == [False, True, True, False, True, False]
@@ -392,7 +390,7 @@ def test_the_backward_pass_of_a_difference_is_without_tensor_float(tmp_path, tea
     first = next(student.parameters())
     first.register_post_accumulate_grad_hook(lambda _: seen.append(torch.backends.cudnn.conv.fp32_precision))
     before = torch.backends.cudnn.conv.fp32_precision
-    Trainer(student, teacher, recipe, None, tmp_path, Accelerator(cpu=True), lambda _: None).run()
+    Trainer(student, teacher, recipe, None, tmp_path, Accelerator(cpu=True)).run()
     assert set(seen) == {"ieee" if precise else before}
     assert before != "ieee"
     assert torch.backends.cudnn.conv.fp32_precision == before

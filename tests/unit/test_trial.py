@@ -25,6 +25,7 @@ from fmm_distill.run.trial import keep_trial, try_export
 from tests.cli.runs import TINY, call, losses, training_only, write_recipe
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
+from tests.logs import logged
 from tests.tiny.diffusion import ldm
 
 
@@ -75,7 +76,8 @@ def test_a_trial_leaves_student_teacher_and_random_state_alone(teacher_folder, u
     before, config = state_of(job.student)
     theirs = {name: value.clone() for name, value in job.teacher.network.state_dict().items()}
     random, said = torch.random.get_rng_state(), []
-    try_export(recipe, job.student, job.teacher, tmp_path / "run", said.append)
+    with logged(said):
+        try_export(recipe, job.student, job.teacher, tmp_path / "run")
     assert len(said) == 1
     assert "tried with an untrained student" in said[0]
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -100,8 +102,8 @@ def test_a_run_is_the_same_to_the_last_bit_and_tries_once(tiny_recipe, untried, 
     said = {}
     for name in ("tried", "not tried"):
         said[name] = []
-        with training_only(stop_before=2), pytest.raises(KeyboardInterrupt):
-            distill(tiny_recipe, tmp_path / name, say=said[name].append)
+        with training_only(stop_before=2), pytest.raises(KeyboardInterrupt), logged(said[name]):
+            distill(tiny_recipe, tmp_path / name)
     assert [any("untrained student" in line for line in lines) for lines in said.values()] == [True, False]
     assert losses(tmp_path / "tried") == losses(tmp_path / "not tried")
     assert (tmp_path / "tried" / "trial.json").read_bytes() == (tmp_path / "not tried" / "trial.json").read_bytes()
@@ -120,12 +122,12 @@ def test_a_resumed_run_does_not_try_again_unless_the_export_changes(tiny_recipe,
     for recipe in (tiny_recipe, tiny_recipe, more):
         trial._PASSED.clear()
         with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
-            distill(recipe, tmp_path / "run", say=lambda line: None)
+            distill(recipe, tmp_path / "run")
     assert tried == [(1, 2), (1, 4)]
     (tmp_path / "run" / "trial.json").write_text("{")
     trial._PASSED.clear()
     with training_only(stop_before=1), pytest.raises(KeyboardInterrupt):
-        distill(more, tmp_path / "run", say=lambda line: None)
+        distill(more, tmp_path / "run")
     assert tried[2:] == [(1, 4)]
 
 
@@ -189,7 +191,7 @@ def test_a_trial_is_in_the_folder_of_its_run(tiny_recipe, untried, tmp_path, mon
 
     monkeypatch.setattr(trial, "write_student", full)
     with pytest.raises(UserError, match=r"its student can't be exported.*No space left") as caught:
-        try_export(tiny_recipe, job.student, job.teacher, run, print, locked=locked)
+        try_export(tiny_recipe, job.student, job.teacher, run, locked=locked)
     assert "\n" not in str(caught.value)
     assert [(path.parent, path.name == ".student.0.partial") for path in seen] == [(run, locked)]
     # Without the lock, another process's is left alone.

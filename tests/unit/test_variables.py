@@ -19,6 +19,7 @@ from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import plan
 from fmm_distill.training.process import join_processes, make_accelerator
 from tests.cli.runs import TINY, call, losses, training_only
+from tests.logs import logged
 
 # Each variable that accelerate reads, or a prefix of several: what becomes of it, and a value to try.
 WINS, REFUSED, HARMLESS, KEPT = "the recipe wins", "refused", "changes no number", "followed on purpose"
@@ -117,8 +118,8 @@ def recipe_of(teacher: Path, **training: object) -> Recipe:
 
 def trained(teacher: Path, folder: Path, **training: object) -> tuple[list[tuple], list[str]]:
     lines: list[str] = []
-    with training_only():
-        distill(recipe_of(teacher, **training), folder, say=lines.append)
+    with training_only(), logged(lines):
+        distill(recipe_of(teacher, **training), folder)
     return losses(folder), lines
 
 

@@ -15,6 +15,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import find, load_teacher
 from fmm_distill.teachers.weight_files import check_weight_files
 from tests.conftest import save_teacher, tiny_unet
+from tests.logs import logged
 from tests.tiny import diffusion
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,7 +39,7 @@ def folder(saved, request, tmp_path):
 
 def opened(folder, **given):
     prompts = PROMPTS if (folder / "text_encoder").is_dir() else ()
-    return load_teacher(str(folder), prompts=prompts, say=given.pop("say", lambda line: None), **given)
+    return load_teacher(str(folder), prompts=prompts, **given)
 
 
 def refused(folder, match, **given):
@@ -158,7 +159,8 @@ def test_few_digits_are_opened_as_they_are(folder, kind):
     lines: list[str] = []
     expected = opened(folder).network.conv_in.weight.to(kind).float()
     rewrite(folder, lambda weights: {key: value.to(kind) for key, value in weights.items()})
-    network = opened(folder, say=lines.append).network
+    with logged(lines):
+        network = opened(folder).network
     assert network.dtype is torch.float32
     assert torch.equal(network.conv_in.weight, expected)
     assert len(lines) == (kind is torch.float8_e4m3fn)

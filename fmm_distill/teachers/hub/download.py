@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import diffusers
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
@@ -22,10 +22,9 @@ from huggingface_hub.errors import (
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 __all__ = ["Snapshot", "find_on_hub"]
+
+logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
@@ -64,7 +63,7 @@ class Snapshot:
         except (*HUB_ERRORS, ValueError) as error:
             raise UserError(f"{self.source}: {component}/config.json: {hub_reason(error)}") from error
 
-    def fetch(self, variant: str | None, say: Callable[[str], None]) -> Path:
+    def fetch(self, variant: str | None) -> Path:
         """All that stock diffusers takes of it, in the cache and checked; whole files that came before stay.
 
         Raises:
@@ -78,7 +77,7 @@ class Snapshot:
                     raise
                 # A commit that is in the cache needs no Hub.
                 folder = self._download(variant, cached=True)
-            self._fetch_card(say)
+            self._fetch_card()
         except (*HUB_ERRORS, ValueError, RuntimeError) as error:
             raise UserError(f"{self.source}: {_why_not(error)}") from error
         _check_digests(self.source, folder)
@@ -91,7 +90,7 @@ class Snapshot:
             )
         )
 
-    def _fetch_card(self, say: Callable[[str], None]) -> None:
+    def _fetch_card(self) -> None:
         """The license stands in the card, which stock diffusers leaves; a model may have none."""
         try:
             hf_hub_download(self.source, "README.md", revision=self.commit, local_files_only=self.cached)
@@ -100,10 +99,10 @@ class Snapshot:
         except EntryNotFoundError as error:
             if try_to_load_from_cache(self.source, "README.md", revision=self.commit) is _CACHED_NO_EXIST:
                 return
-            say(f"{self.source}: its card, with its license, is not to be had ({hub_reason(error)})")
+            logger.warning(f"{self.source}: its card, with its license, is not to be had ({hub_reason(error)})")
 
 
-def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -> Snapshot:
+def find_on_hub(source: str, revision: str | None) -> Snapshot:
     """The commit that a name and a revision stand for; its ``model_index.json`` is in the cache then.
 
     Without the network, or with ``HF_HUB_OFFLINE=1``, the one in the cache.
@@ -124,7 +123,7 @@ def find_on_hub(source: str, revision: str | None, say: Callable[[str], None]) -
         if not cached:
             at = "" if revision is None else f" at {revision}"
             raise UserError(f"{source}{at}: no such folder here, and of the Hub: {hub_reason(error)}") from error
-        say(f"{source}: {hub_reason(error)}; what is in the cache is taken")
+        logger.warning(f"{source}: {hub_reason(error)}; what is in the cache is taken")
     # By its name, not by its commit: so the cache keeps which commit the name stood for.
     folder = _index(source, revision, cached=cached)
     if folder is None:

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: one page of the API reference per package, with a section per module.
+"""A hook of mkdocs: the pages of the API reference, one per package, with a section per module.
 
 The pages are generated, so that a new module needs no edit of the documentation. ``validation.nav.omitted_files`` in
 ``mkdocs.yml`` ends the build where a new package is missing from the navigation.
@@ -6,6 +6,7 @@ The pages are generated, so that a new module needs no edit of the documentation
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 PACKAGE = "fmm_distill"
+# A page with this comment gets the table of the package's own names in its place.
+NAMES = "<!-- names of the package -->"
 
 
 def modules(path: Path, name: str) -> Iterator[str]:
@@ -45,3 +49,30 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             names = list(modules(path, f"{PACKAGE}.{path.stem}"))
             files.append(File.generated(config, f"api/{path.stem}.md", content=page(names)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the table of the package's own names where a page asks for it."""
+    del page, files
+    return markdown.replace(NAMES, table(Path(config.config_file_path).parent)) if NAMES in markdown else markdown
+
+
+def table(root: Path) -> str:
+    """Return a row per name that ``fmm_distill/__init__.py`` exports: a link, and the docstring's first line."""
+    tree = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    homes = next(ast.literal_eval(node.value) for node in tree.body if is_assignment(node, "_HOMES"))
+    rows = [f"| [`{name}`][{home}.{name}] | {summary(root, home, name)} |" for name, home in sorted(homes.items())]
+    return "\n".join(["| name | what it is |", "|---|---|", *rows])
+
+
+def is_assignment(node: ast.stmt, name: str) -> bool:
+    """Return whether a statement assigns to a name."""
+    return isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets)
+
+
+def summary(root: Path, home: str, name: str) -> str:
+    """Return the first line of the docstring of a class or function."""
+    tree = ast.parse((root / f"{home.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    documented = (ast.ClassDef, ast.FunctionDef)
+    found = next(node for node in tree.body if isinstance(node, documented) and node.name == name)
+    return (ast.get_docstring(found) or "").split("\n")[0]

@@ -30,7 +30,7 @@ from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSett
 from fmm_distill.losses.base import Settings
 from fmm_distill.losses.time_sampling import Pairs
 from fmm_distill.losses.weighting import Metric, Weight
-from fmm_distill.teachers.prompted.keywords import refused_keyword
+from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

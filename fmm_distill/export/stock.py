@@ -20,8 +20,8 @@ from fmm_distill.export.schedulers import stock_scheduler
 from fmm_distill.student.fold import fold
 from fmm_distill.teachers.codec import LatentCodec, PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.prompted.cache import split_arguments
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.arguments import split_arguments
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
@@ -217,12 +217,12 @@ def start_of(
     count = next((len(value) for value in call.values() if isinstance(value, list)), call.get("batch_size", 1))
     given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
     seen = record(pipeline, teacher.component, given, first_only=True)
-    x = tensor_of(next(iter(seen.calls[0].given.values())))
+    x = tensor_of(next(iter(seen.calls[0].arguments.values())))
     ask, cond = teacher.parametrization.call, None
     if isinstance(ask, RecordedCall):
         one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
-        single = record(pipeline, teacher.component, one, first_only=True).calls[0].given
-        cond = split_arguments(seen.calls[0].given, (ask.sample, ask.time), count, single)
+        single = record(pipeline, teacher.component, one, first_only=True).calls[0].arguments
+        cond = split_arguments(seen.calls[0].arguments, (ask.sample, ask.time), count, single)
     return x[:count] / _gain_of_start(teacher), cond
 
 

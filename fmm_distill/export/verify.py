@@ -24,7 +24,7 @@ from fmm_distill.export.contents import record
 from fmm_distill.export.folded import jump_scheduler, stock_times
 from fmm_distill.export.stock import any_step_times, folded_scheduler, guidance_keyword, start_of, verification_call
 from fmm_distill.io.files import write_text
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.call import RecordedCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

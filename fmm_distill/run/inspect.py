@@ -12,7 +12,7 @@ from fmm_distill.student.lora import default_targets
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
-from fmm_distill.teachers.prompted.load import RecordedCall
+from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.training.memory import GIB, forecast_memory
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _conditions(teacher: Teacher) -> str:
         return f"{len(conditions.names)} classes; {guided}"
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
-    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.why})"
+    guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
     return f"prompts by {names}; {guided}"
 
 

@@ -1,1 +1,1 @@
-"""Teachers: diffusers pipelines as velocity fields, one file a family; and closed forms."""
+"""Teachers: diffusers pipelines as velocity fields, one file per family, and closed-form fields."""

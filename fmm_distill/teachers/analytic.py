@@ -1,4 +1,4 @@
-"""Closed-form truth: the velocity field and the flow map of a Gaussian and of a two-mode mixture."""
+"""Closed-form velocity fields and flow maps: of a Gaussian and of a mixture with two modes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Gaussian", "TwoModes"]
 
 
 def _spread(t: Tensor, std: float) -> Tensor:
-    """Standard deviation at t of data with standard deviation ``std``."""
+    """Return the standard deviation at t of data with standard deviation ``std``."""
     return ((1 - t).square() * std**2 + t.square()).sqrt()
 
 
 class Gaussian(FlowMap):
-    """Data N(mean, std^2 I). Field: ``velocity``; map: the object itself, on [0, 1]."""
+    """Data N(mean, std^2 I): the field is ``velocity``, the flow map the object itself, for times in [0, 1]."""
 
     clock = LinearClock()
     t_max = 1.0
@@ -34,19 +34,20 @@ class Gaussian(FlowMap):
         self.mean, self.std = mean, std
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
+        """Return ``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
         a, s = expand(alpha, x), expand(sigma, x)
         gain = a * self.std**2 / (a.square() * self.std**2 + s.square())
         return self.mean + gain * (x - a * self.mean)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """``-mean + (x - (1 - t) mean) (t - (1 - t) std^2) / S(t)^2``."""
+        """Return ``-mean + (x - (1 - t) mean) (t - (1 - t) std^2) / S(t)^2``, with S(t) the deviation at t."""
         s = expand(t, x)
         slope = (s - (1 - s) * self.std**2) / _spread(s, self.std).square()
         return slope * (x - (1 - s) * self.mean) - self.mean
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """u of the linear map that keeps ``(x_t - (1 - t) mean) / S(t)``."""
+        """Return u of the linear map on whose trajectories ``(x_t - (1 - t) mean) / S(t)`` is constant."""
+        # (S(t) - S(r)) / (t - r) with the difference canceled by hand: it is exact at t = r too.
         s, e = expand(t, x), expand(t - h, x)
         start, end = _spread(s, self.std), _spread(e, self.std)
         gain = ((s + e) - (2 - s - e) * self.std**2) / (start * (start + end))
@@ -54,9 +55,9 @@ class Gaussian(FlowMap):
 
 
 class TwoModes(FlowMap):
-    """Data: two modes at +center and -center, equal weights, each N(., std^2 I). Events are vectors.
+    """Data with two modes at +center and -center, of equal weight, each N(., std^2 I). Samples are vectors.
 
-    Along the line through the modes the map carries quantiles to quantiles, across it the map is the Gaussian one.
+    Along the line through the modes the flow map preserves quantiles; orthogonal to it, it is the map of ``Gaussian``.
     """
 
     clock = LinearClock()
@@ -69,7 +70,7 @@ class TwoModes(FlowMap):
         self.across = Gaussian(torch.zeros_like(center), std)
 
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
+        """Return ``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
         a, s = expand(alpha, x), expand(sigma, x)
         variance = a.square() * self.std**2 + s.square()
         lean = torch.tanh(a * (x @ self.center).unsqueeze(1) / variance)
@@ -77,7 +78,7 @@ class TwoModes(FlowMap):
         return lean * self.center + gain * (x - a * lean * self.center)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """``(x - x0_hat) / t``, in a form that is finite at t = 0."""
+        """Return ``(x - x0_hat) / t``, in a form that is finite at t = 0."""
         s = expand(t, x)
         spread = _spread(s, self.std)
         lean = torch.tanh((1 - s) * (x @ self.center).unsqueeze(1) / spread.square())
@@ -85,9 +86,9 @@ class TwoModes(FlowMap):
         return (s - (1 - s) * self.std**2) / spread.square() * (x - (1 - s) * mean) - mean
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """u from the quantile map; at h = 0 the velocity, whose derivative in h is not the map's."""
+        """Return u of the quantile map; at h = 0 the velocity, without the derivative in h of the map."""
         along = x @ self.direction
-        # The map is odd: on the negative side the distribution does not saturate at 1.
+        # The map is odd, and on the negative side the distribution function does not saturate at 1.
         side = torch.where(along > 0, -1.0, 1.0)
         moved = side * self._quantile_map(side * along, t, t - h)
         across = x - along.unsqueeze(1) * self.direction
@@ -98,7 +99,7 @@ class TwoModes(FlowMap):
         return u_across + u_along.unsqueeze(1) * self.direction
 
     def _distribution(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Cumulative distribution and density at t along the line."""
+        """Return the cumulative distribution and the density at t along the line."""
         spread, center = _spread(t, self.std), (1 - t) * self.offset
         a, b = (y - center) / spread, (y + center) / spread
         cumulative = (torch.special.ndtr(a) + torch.special.ndtr(b)) / 2
@@ -108,12 +109,13 @@ class TwoModes(FlowMap):
     def _quantile_map(self, y: Tensor, t: Tensor, r: Tensor) -> Tensor:
         level, _ = self._distribution(y, t)
         fixed, end = level.detach(), r.detach()
+        # 80 halvings of an interval of length 100 end far below the spacing of float64.
         low, high = torch.full_like(fixed, -50.0), torch.full_like(fixed, 50.0)
         for _ in range(80):
             middle = (low + high) / 2
             above = self._distribution(middle, end)[0] > fixed
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        # One Newton step from the detached root: its first derivatives are those of the implicit function.
+        # One Newton step from the detached root gives it the first derivatives of the implicit function.
         root = (low + high) / 2
         reached, density = self._distribution(root, r)
         return root - (reached - level) / density.detach()

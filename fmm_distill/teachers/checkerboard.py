@@ -1,4 +1,4 @@
-"""Closed-form truth with sharp edges: the velocity field of a checkerboard on the plane."""
+"""A closed-form velocity field with sharp edges: a checkerboard on the plane."""
 
 from __future__ import annotations
 
@@ -19,35 +19,43 @@ __all__ = ["Checkerboard"]
 
 _EDGES = torch.linspace(-1, 1, 5, dtype=torch.float64)
 _WHITE = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]] * 2, dtype=torch.float64)
+# Of the uniform distribution on the white squares: 1/3 is the variance of [-1, 1].
 _COVARIANCE = torch.tensor([[1 / 3, 1 / 16], [1 / 16, 1 / 3]], dtype=torch.float64)
-# Beyond it the board's intervals are too short beside the posterior's spread for differences of distributions.
+# For larger t the intervals of the board are so short compared with the spread of the posterior that differences of
+# distribution functions cancel. The first order of the posterior mean in 1 - t is used there.
 _NEAR_NOISE = 1 - 1e-4
 
 
 class Checkerboard:
-    """Data uniform on the 8 white squares of a 4x4 board on [-1, 1]^2; noise scaled to the data's deviation.
+    """Data uniform on the 8 white squares of a 4x4 board on [-1, 1]^2, with noise of the data's standard deviation.
 
-    The path is ``x_t = (1 - t) x_0 + t scale eps``. The field grows like 1/t at the squares' edges as t goes to 0.
+    The path is ``x_t = (1 - t) x_0 + t scale eps``. As t goes to 0, the field grows like 1/t at the edges of the
+    squares.
     """
 
+    # The standard deviation of each coordinate of the data.
     scale = 1 / math.sqrt(3)
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "count 2"]:
-        """Points of the data, in float64."""
+        """Return points of the data, in float64."""
         row = torch.randint(4, (count,), generator=generator)
         column = 2 * torch.randint(2, (count,), generator=generator) + row % 2
         within = torch.rand(count, 2, generator=generator, dtype=torch.float64)
         return (torch.stack([row, column], 1) + within) / 2 - 1
 
     def denoise(self, x: Float[Tensor, "batch 2"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch 2"]:
-        """``E[x_0 | x_t = x]``: a normal cut to the white squares, which factorises into intervals of the axes."""
+        """Return ``E[x_0 | x_t = x]``.
+
+        The posterior is a normal distribution truncated to the white squares. On a square it factorizes into one
+        interval per axis.
+        """
         precise, time = x.double(), expand(t.double(), x.double())
         early = time.clamp_max(_NEAR_NOISE)
         center, spread = precise / (1 - early), early * self.scale / (1 - early)
         log_mass, mean = _intervals(center, spread)
         logits = log_mass[:, 0, :, None] + log_mass[:, 1, None, :] + _WHITE.log().to(x.device)
-        share = logits.flatten(1).softmax(1).unflatten(1, (4, 4))
-        inside = torch.stack([(share.sum(2) * mean[:, 0]).sum(1), (share.sum(1) * mean[:, 1]).sum(1)], 1)
+        weights = logits.flatten(1).softmax(1).unflatten(1, (4, 4))
+        inside = torch.stack([(weights.sum(2) * mean[:, 0]).sum(1), (weights.sum(1) * mean[:, 1]).sum(1)], 1)
         far = (1 - time) / (time * self.scale).square() * (precise @ _COVARIANCE.to(x.device))
         return torch.where(time > _NEAR_NOISE, far, inside).clamp(-1, 1).to(x.dtype)
 
@@ -57,19 +65,19 @@ class Checkerboard:
         t: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch 2"]:
-        """``E[scale eps - x_0 | x_t = x] = (x - x0_hat) / t``, for t of at least 0.02."""
+        """Return ``E[scale eps - x_0 | x_t = x] = (x - x0_hat) / t``, for t of at least 0.02."""
         return (x - self.denoise(x, t)) / expand(t, x)
 
 
 def _intervals(center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm of the mass and mean of N(center, spread^2) cut to each of the board's four intervals (a last axis).
+    """Return log mass and mean of N(center, spread^2) truncated to the four intervals of the board (the last axis).
 
-    In logarithms, so that a point far off the board still has its nearest square.
+    In logarithms, since the masses of a point far off the board underflow.
     """
     edges = _EDGES.to(center.device)
     z = (edges - center[..., None]) / spread[..., None]
     low, high = z[..., :-1], z[..., 1:]
-    # An interval in the upper tail is taken as its mirror image, where the distribution keeps its digits.
+    # An interval in the upper tail is mirrored: close to 1 a distribution function has no digits left.
     upper = low > 0
     near, far = torch.where(upper, -low, high), torch.where(upper, -high, low)
     log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)

@@ -10,7 +10,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.recording import replaced, run_pipeline
+from fmm_distill.teachers.recording import patched_method, run_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,8 +147,8 @@ class PipelineCodec:
         images = []
         for row in x.to(device).split(1):
             with (
-                replaced(self.network, "forward", self._silent),
-                replaced(pipeline.scheduler, "step", _ends(row)),
+                patched_method(self.network, "forward", self._silent),
+                patched_method(pipeline.scheduler, "step", _ends(row)),
             ):
                 made = run_pipeline(pipeline, self.call | {"generator": None})[0]
             images.append(torch.as_tensor(made).movedim(-1, 1).float() * 2 - 1)

@@ -1,4 +1,4 @@
-"""A pipeline's components, opened from their folders and checked."""
+"""The components of a pipeline, opened from their folders and checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = [
     "STOCK_ERRORS",
     "PipelineIndex",
-    "_check_keys",
     "check_weights",
     "open_component",
     "open_network",
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 
-# What a stock pipeline raises on files or keywords that it can't use.
+# Errors of stock classes on files, keywords or configurations that they can't use: the user's to fix, not ours.
 STOCK_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -50,12 +49,16 @@ STOCK_ERRORS = (
 
 @dataclass
 class PipelineIndex:
-    """A pipeline folder on this disk, before any weight is loaded.
+    """The index of a pipeline, ``model_index.json``, before any weight is loaded.
 
     Attributes:
-        pipeline: its class.
+        source: the id or folder that the user gave.
+        folder: on this disk.
+        revision: the commit, if it is on the Hub.
+        license: ``license``, ``license_name`` and ``license_link`` of the model card, those that it has.
+        pipeline: the name of the pipeline class.
         components: name to (library, class) of every component that is not empty.
-        snapshot: what it is on the Hub, if it is there; its index alone may be on this disk.
+        snapshot: the commit on the Hub, of which only the index may be on this disk; None: a local folder.
     """
 
     source: str
@@ -67,71 +70,90 @@ class PipelineIndex:
     snapshot: Snapshot | None = None
 
     def component_folder(self, name: str) -> Path:
-        """Where a component's files stand: its own folder, or the root, as the oldest repositories have it."""
+        """Return the folder of a component's files: its own, or the root in the oldest repositories."""
         own = self.folder / name
         return own if own.is_dir() else self.folder
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's configuration, before it is opened; empty where it has none.
+        """Return the configuration of a component that is not opened yet; empty if it has none.
 
         Raises:
-            UserError: if it is no dictionary in JSON.
+            UserError: if it is not a dictionary in JSON.
         """
         file = self.component_folder(name) / "config.json"
         try:
             values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.source}: {name}/config.json can't be read ({error}); fetch it again") from error
+            raise UserError(
+                f"{self.source}: {name}/config.json can't be read ({error}); try to download it again"
+            ) from error
         if not isinstance(values, dict):
-            raise UserError(f"{self.source}: {name}/config.json holds no settings; fetch it again")
+            raise UserError(
+                f"{self.source}: {name}/config.json: expected a dictionary, got {type(values).__name__}; try to "
+                "download it again"
+            )
         return values
 
 
-def open_component(found: PipelineIndex, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
-    """A component from its folder; whatever diffusers finds wrong with the files is the user's to mend."""
-    name = found.components[component][1]
+def open_component(index: PipelineIndex, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class
+    """Open a component from its folder.
+
+    Args:
+        options: keywords of ``from_pretrained``.
+
+    Raises:
+        UserError: if diffusers can't open it, or if weights are missing.
+    """
+    name = index.components[component][1]
     kind = getattr(diffusers, name, None)
     if kind is None:
-        raise UserError(f"{found.source}: this diffusers ({diffusers.__version__}) has no {name}; install a newer one")
+        raise UserError(
+            f"{index.source}: expected the class {name} in diffusers {diffusers.__version__}, got none; try a newer "
+            "diffusers"
+        )
     try:
         if model_class("diffusers", name) is None:
-            return kind.from_pretrained(found.component_folder(component), **options)
-        model, keys = kind.from_pretrained(found.component_folder(component), output_loading_info=True, **options)
+            return kind.from_pretrained(index.component_folder(component), **options)
+        model, keys = kind.from_pretrained(index.component_folder(component), output_loading_info=True, **options)
     except STOCK_ERRORS as error:
         raise UserError(
-            f"{found.source}: its {component} does not open ({named(error)}); wanted a complete "
-            "pipeline as save_pretrained writes it: fetch or save it again"
+            f"{index.source}: its {component} does not open ({named(error)}); expected a complete pipeline as "
+            "save_pretrained writes it; try to download or save it again"
         ) from error
-    _check_keys(found.source, component, keys)
+    _check_keys(index.source, component, keys)
     return model
 
 
 def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) -> None:
-    """Refuse a model whose file lacks weights: stock classes draw those at random and only warn.
+    """Check that a file has exactly the weights of its model.
 
-    A network's file may not hold more than its class has either: another network was trained than the one that opens.
+    Stock classes initialize missing weights at random and only warn. Additional weights of a network mean that another
+    network was trained than the one that opens.
 
     Args:
-        keys: ``missing_keys`` and ``unexpected_keys`` of the loading.
+        keys: ``missing_keys`` and ``unexpected_keys`` from ``from_pretrained``.
+
+    Raises:
+        UserError: otherwise.
     """
     missing, more = (sorted(keys.get(name, ())) for name in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} weights of its {component} are missing in its file ({some(missing)}); wanted "
-            "the weights of this network: fetch or save it again"
+            f"{source}: {len(missing)} weights of its {component} are missing in its file ({some(missing)}); expected "
+            "all weights of the network; try to download or save it again"
         )
-    # An exported student has its own beside those of the stock class.
+    # An exported student has weights in addition to those of the stock class.
     more = [key for key in more if not key.startswith("jump_embedding.")]
     if more and component in ("unet", "transformer"):
         raise UserError(
-            f"{source}: the file of its {component} holds {len(more)} weights that its class and configuration have no "
-            f"place for ({some(more)}); wanted the configuration that belongs to them: fetch or save it again"
+            f"{source}: the file of its {component} has {len(more)} weights that its class does not have "
+            f"({some(more)}); expected the configuration that belongs to them; try to download or save it again"
         )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bar for every component that diffusers and transformers load."""
+    """Hide the progress bars of diffusers and transformers, one for every component that they load."""
     loggings = [diffusers.utils.logging]
     if (transformers := sys.modules.get("transformers")) is not None:
         loggings.append(transformers.utils.logging)
@@ -146,16 +168,20 @@ def quiet() -> Iterator[None]:
 
 
 def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffusers class
-    """A stock pipeline in float32 from a folder on this disk, safetensors alone, no code but diffusers' own.
+    """Open a stock pipeline in float32 from a folder on this disk, from safetensors, without code of the repository.
 
-    It has no safety checker and no watermark: a checked image is black, and measures of it mean nothing.
+    It has no safety checker and no watermark: metrics of images that a checker has replaced by black ones are
+    meaningless.
+
+    Args:
+        given: components that are open already, by name.
 
     Raises:
         UserError: if weights of a component are missing.
     """
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
-    given = without_checkers(index["_class_name"], parts) | given
+    entries: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = {name: value for name, value in entries.items() if isinstance(value, list) and value[0] is not None}
+    given = without_checkers(entries["_class_name"], parts) | given
     with quiet():
         for name, (library, kind) in parts.items():
             if name not in given and not name.startswith("_") and (folder / name).is_dir():
@@ -163,14 +189,14 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, **given, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-    # It can decode in tiles alone, and is opened with them off.
+    # This autoencoder can decode only in tiles, and tiles are off by default.
     if isinstance(vae := getattr(pipeline, "vae", None), diffusers.AutoencoderKLAllegro):
         vae.enable_tiling()
     return pipeline
 
 
 def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # noqa: ANN401 a class of a model
-    """A model of a pipeline, checked to be complete; nothing of what is no model."""
+    """Open a component with weights; return an empty dictionary for one without."""
     if kind is None:
         return {}
     model, keys = kind.from_pretrained(
@@ -180,29 +206,42 @@ def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # 
     return {name: model}
 
 
-def open_scheduler(found: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
-    """The pipeline's scheduler."""
-    return open_component(found, "scheduler")
+def open_scheduler(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
+    """Open the scheduler of a pipeline."""
+    return open_component(index, "scheduler")
 
 
-def open_network(found: PipelineIndex, component: str, **missing: object) -> Any:  # noqa: ANN401 a diffusers class
-    """A network from safetensors, in float32, checked to be whole and finite; frozen, in evaluation mode.
+def open_network(index: PipelineIndex, component: str, **missing: object) -> Any:  # noqa: ANN401 a diffusers class
+    """Open a network from safetensors, in float32, frozen and in evaluation mode.
 
     Args:
-        missing: entries that its configuration has not.
+        missing: entries that its configuration lacks.
+
+    Raises:
+        UserError: if weights are missing or not finite.
     """
-    folder = found.component_folder(component)
-    if not folder.is_dir() or (folder == found.folder and component not in ("unet", "scheduler")):
-        raise UserError(f"{found.source}: its {component} is missing (no folder of that name): fetch it again")
-    network = open_component(found, component, use_safetensors=True, torch_dtype=torch.float32, **missing)
-    check_weights(network, found.source)
+    folder = index.component_folder(component)
+    if not folder.is_dir() or (folder == index.folder and component not in ("unet", "scheduler")):
+        raise UserError(
+            f"{index.source}: its {component} is missing (no folder of that name); try to download or save it again"
+        )
+    network = open_component(index, component, use_safetensors=True, torch_dtype=torch.float32, **missing)
+    check_weights(network, index.source)
     return network.eval().requires_grad_(False)
 
 
 def check_weights(network: torch.nn.Module, source: str) -> None:
-    """Refuse a network with weights missing or not finite."""
+    """Check that all weights of a network are there and finite.
+
+    Raises:
+        UserError: otherwise.
+    """
     for key, tensor in network.state_dict().items():
         if tensor.is_meta:
-            raise UserError(f"{source}: {key} is missing in the weights; wanted a whole network: fetch it again")
+            raise UserError(
+                f"{source}: {key} is missing in the weights; expected all weights; try to download it again"
+            )
         if not tensor.isfinite().all():
-            raise UserError(f"{source}: {key} holds NaN or infinite numbers; wanted a trained network: fetch it again")
+            raise UserError(
+                f"{source}: {key} has NaN or infinite numbers; expected finite weights; try to download it again"
+            )

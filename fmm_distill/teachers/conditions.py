@@ -1,4 +1,4 @@
-"""What a conditional teacher can be told: classes, or the embeddings of prompts."""
+"""The conditions of a teacher: class labels, or the embeddings of prompts."""
 
 from __future__ import annotations
 
@@ -17,65 +17,78 @@ __all__ = ["Classes", "Conditions", "Embeddings"]
 
 
 class Conditions(Protocol):
-    """A set of conditions to draw from."""
+    """A finite set of conditions.
+
+    Attributes:
+        names: one per condition.
+    """
 
     names: tuple[str, ...]
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
-        """The conditions at these positions, uniform in [0, 1)."""
+        """Return the conditions at these positions in [0, 1); every condition has an interval of the same length."""
         ...
 
     def null(self, count: int) -> Conditioning:
-        """What the network is told where it is told nothing.
+        """Return the unconditional input of the network, for ``count`` samples.
 
         Raises:
-            UserError: if the teacher has no such input.
+            UserError: if the teacher has none.
         """
         ...
 
 
 def _index(positions: Tensor, count: int) -> Int[Tensor, " batch"]:
+    # Rounding can lift the largest position below 1 to ``count``.
     return (positions.cpu() * count).long().clamp_max(count - 1)
 
 
 class Classes:
-    """Class labels 0 to count - 1; ``null_label`` is the one that stands for none.
+    """Class labels from 0 to count - 1.
 
     Args:
-        names: one a class.
+        names: one per class.
+        null_label: the label for no class; None: the network has none.
+        keyword: of the network's call.
     """
 
     def __init__(self, names: tuple[str, ...], null_label: int | None, keyword: str = "class_labels") -> None:
         self.names, self.null_label, self.keyword = names, null_label, keyword
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
-        """Labels, each as likely as the others."""
+        """Return the labels at these positions."""
         return Conditioning({self.keyword: _index(positions, len(self.names))})
 
     def null(self, count: int) -> Conditioning:
-        """The label that stands for none."""
+        """Return the label for no class."""
         if self.null_label is None:
-            raise UserError("guidance: this class-conditional teacher has no label for no class; wanted scale 1")
+            raise UserError(
+                "guidance: expected a label for no class, got a class-conditional teacher without one; try "
+                "guidance.scale 1"
+            )
         return Conditioning({self.keyword: torch.full((count,), self.null_label)})
 
 
 class Embeddings:
-    """The embeddings of prompts, one row a prompt, and those of the empty prompt.
+    """The embeddings of prompts, one row per prompt, and of the empty prompt.
 
     Args:
         names: the prompts.
-        why: there is no empty prompt to be guided away from, where there is none.
+        empty: the embeddings of the empty prompt; None: guidance can't use it.
+        reason: why ``empty`` is None, for messages.
     """
 
-    def __init__(self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, why: str = "") -> None:
-        self.names, self.prompts, self.empty, self.why = names, rows, empty, why
+    def __init__(
+        self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, reason: str = ""
+    ) -> None:
+        self.names, self.prompts, self.empty, self.reason = names, rows, empty, reason
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
-        """Prompts, each as likely as the others."""
+        """Return the embeddings of the prompts at these positions."""
         return self.prompts.rows(_index(positions, len(self.names)))
 
     def null(self, count: int) -> Conditioning:
-        """The empty prompt."""
+        """Return the embeddings of the empty prompt."""
         if self.empty is None:
-            raise UserError(f"guidance: {self.why}; wanted scale 1")
+            raise UserError(f"guidance: {self.reason}; try guidance.scale 1")
         return self.empty.rows(torch.zeros(count, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""``DiTTransformer2DModel`` teachers: latents of an autoencoder, told a class."""
+"""``DiTTransformer2DModel`` teachers: latents of an autoencoder, conditioned on a class."""
 
 from __future__ import annotations
 
@@ -22,38 +22,41 @@ __all__ = ["load_dit"]
 _CONFIG = "transformer/config.json"
 
 
-def load_dit(found: PipelineIndex) -> Teacher:
-    """The teacher in a folder as ``DiTPipeline`` saves it (Peebles and Xie 2022, arXiv 2212.09748).
+def load_dit(index: PipelineIndex) -> Teacher:
+    """Open a teacher that ``DiTPipeline`` has saved (Peebles and Xie 2022, arXiv 2212.09748).
 
-    The label after the last class stands for none. The channels of the learned variance are left out.
+    The label after the last class means no class. The channels of the learned variance are left out.
+
+    Raises:
+        UserError: on a scheduler or a size that the pipeline does not support.
     """
-    levels = read_scheduler(open_scheduler(found), found.source)
-    if levels.inverted or isinstance(levels.schedule, VarianceExploding):
+    spec = read_scheduler(open_scheduler(index), index.source)
+    if spec.inverted or isinstance(spec.schedule, VarianceExploding):
         raise UserError(
-            f"{found.source}: DiTPipeline starts from N(0, I) at the first of falling levels, which "
-            f"{levels.config['_class_name']} with these settings does not; expected a discrete or a flow scheduler"
+            f"{index.source}: expected a discrete or a flow scheduler, since DiTPipeline starts from N(0, I), got "
+            f"{spec.config['_class_name']}; try DDIMScheduler if it has the same noise levels"
         )
-    height, width = image_size(found.config("transformer").get("sample_size", 32), found.source, _CONFIG)
+    height, width = image_size(index.config("transformer").get("sample_size", 32), index.source, _CONFIG)
     if height != width:
-        raise UserError(f"{found.source}: {_CONFIG} has sample_size [{height}, {width}]; expected a square: one number")
-    network = open_network(found, "transformer")
+        raise UserError(f"{index.source}: {_CONFIG} has sample_size [{height}, {width}]; expected one number: a square")
+    network = open_network(index, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm
-    autoencoder = open_network(found, "vae")
-    check_latents(network, autoencoder, found.source)
+    autoencoder = open_network(index, "vae")
+    check_latents(network, autoencoder, index.source)
     teacher = Teacher(
         network=network,
-        parametrization=Parametrization(levels.schedule, levels.prediction, sigma_data=levels.sigma_data),
+        parametrization=Parametrization(spec.schedule, spec.prediction, sigma_data=spec.sigma_data),
         event_shape=(config.in_channels, height, width),
-        source=found.source,
+        source=index.source,
         adapter="DiTTransformer2DModel, latents, class-conditional",
-        scheduler_config=levels.config,
+        scheduler_config=spec.config,
         component="transformer",
-        folder=found.folder,
+        folder=index.folder,
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
         codec=LatentCodec(autoencoder),
-        revision=found.revision,
-        license=found.license,
+        revision=index.revision,
+        license=index.license,
     )
     check_first_call(teacher)
     return teacher

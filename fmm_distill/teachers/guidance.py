@@ -1,4 +1,4 @@
-"""Guidance: the teacher's velocity drawn away from what it says without a condition."""
+"""Guidance: the teacher's velocity extrapolated away from its unconditional velocity."""
 
 from __future__ import annotations
 
@@ -20,27 +20,32 @@ __all__ = ["Guidance"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance ``v_null + scale (v - v_null)`` (Ho and Salimans 2022, arXiv 2207.12598).
+    """Classifier-free guidance, ``v_null + scale (v - v_null)``.
 
-    The same combination of noise predictions, of samples and of velocities: each is affine in the others.
+    This is eq. 6 of Ho and Salimans 2022 (arXiv 2207.12598) with their ``w = scale - 1``. The
+    combination is the same for predictions of noise, of the sample and of the velocity: each is affine in the others.
 
     Attributes:
-        scale: 1 is the teacher unguided. Of a range: the one that is evaluated and folded.
-        interval: times between which it acts, ends included; outside it the teacher is unguided (Kynkäänniemi et
-            al. 2024, arXiv 2404.07724).
-        range: scales that students are told, every sample its own (Meng et al. 2023, arXiv 2210.03142); None: the one.
+        scale: 1 turns guidance off. With a range: the scale that is evaluated and folded.
+        interval: the times between which guidance acts, ends included (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        range: lowest and highest scale of a student that is conditioned on the scale, one scale per sample (Meng et
+            al. 2023, arXiv 2210.03142); None: ``scale`` for all samples.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     range: tuple[float, float] | None = None
 
-    def at(self, cond: Conditioning, place: Float[Tensor, " batch"] | None = None) -> Conditioning:
-        """A condition with scales of the range: those at places in [0, 1), or the one; without a range as it is."""
+    def at(self, cond: Conditioning, position: Float[Tensor, " batch"] | None = None) -> Conditioning:
+        """Return conditions with scales of the range; without a range, the conditions unchanged.
+
+        Args:
+            position: of each sample's scale in the range, in [0, 1); None: ``scale`` for all samples.
+        """
         if self.range is None:
             return cond
         low, high = self.range
-        return cond.guided(self.scale if place is None else low + (high - low) * place)
+        return cond.guided(self.scale if position is None else low + (high - low) * position)
 
     def guided(
         self,
@@ -49,11 +54,16 @@ class Guidance:
         t: Float[Tensor, " batch"],
         scales: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """The guided velocity, by the one scale or by one a sample; ``null`` is called where any sample is guided."""
+        """Return the guided velocity, shape ``[batch, *event]``.
+
+        Args:
+            null: computes the unconditional velocity; called only if a sample is guided.
+            scales: one per sample; None: ``scale`` for all samples.
+        """
         everywhere = self.interval == (0.0, 1.0)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         alone = self.scale == 1 if scales is None else bool((scales == 1).all())
-        # Where it acts at all times a GPU is not asked which times there are.
+        # Reading the times back from a GPU would wait for it: not necessary if guidance acts at all times.
         if alone or not (everywhere or bool(inside.any())):
             return v
         more = self.scale - 1 if scales is None else expand(scales - 1, v)

@@ -1,7 +1,7 @@
-"""What a stock pipeline gives its network and its scheduler, seen from outside while it runs.
+"""A run of a stock pipeline, with the calls of its network and the steps of its scheduler.
 
-Every pipeline embeds prompts, packs latents, scales times and turns signs in its own way. Running it once and looking
-says it all, and needs no table of classes.
+Pipelines embed prompts, pack latents, scale times and change signs in their own ways. A recorded run shows all of this
+without a table of pipeline classes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NetworkCall", "Recording", "SchedulerStep", "record", "replaced", "run_pipeline", "tensor_of"]
+__all__ = ["NetworkCall", "Recording", "SchedulerStep", "patched_method", "record", "run_pipeline", "tensor_of"]
 
-TIMES = ("timestep", "timesteps", "t")
+# Characters of the keywords that an error message shows: a prompt can be long.
+_SHOWN = 300
 
 
-class _EnoughError(Exception):
-    """Raised inside a pipeline once what it was run for has been seen."""
+class _StopPipelineError(Exception):
+    """Raised inside of a pipeline to stop it after the first call of its network."""
 
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """One call of the network: its arguments by name, and the first thing that it returned."""
+    """A call of the network.
 
-    given: dict[str, Any]
+    Attributes:
+        arguments: by their names.
+        output: the first tensor that it returned.
+    """
+
+    arguments: dict[str, Any]
     output: Tensor
 
 
 @dataclass(frozen=True)
 class SchedulerStep:
-    """One step of the scheduler."""
+    """The arguments of a step of the scheduler."""
 
     output: Tensor
     timestep: float
@@ -50,11 +56,11 @@ class SchedulerStep:
 
 @dataclass
 class Recording:
-    """A run of a pipeline.
+    """The calls of a network and the steps of a scheduler in one run of a pipeline.
 
     Attributes:
-        mu: the shift that the pipeline gave its scheduler, where it did.
-        sigmas: the scheduler's levels, where it has them.
+        mu: the shift that the pipeline passes to its scheduler; None: it passes none.
+        sigmas: the noise levels of the scheduler; empty if it has none.
     """
 
     calls: list[NetworkCall] = field(default_factory=list)
@@ -62,9 +68,14 @@ class Recording:
     mu: float | None = None
     sigmas: list[float] = field(default_factory=list)
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network is called with a guidance scale."""
+        return self.calls[0].arguments.get("guidance") is not None
 
-def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 whatever a network takes or returns
-    """The tensor in a network's output or sample argument; a list of samples is stacked."""
+
+def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 any argument or output of a network
+    """Return the tensor in a network's output or sample argument; a list of samples is stacked."""
     if hasattr(value, "sample") and not isinstance(value, torch.Tensor):
         value = value.sample
     elif isinstance(value, tuple):
@@ -73,11 +84,11 @@ def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 whatever a network takes or
 
 
 @contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:  # noqa: ANN401 a diffusers object
-    """``owner.name`` replaced on this one object by ``make(original)`` for a while, its signature kept."""
+def patched_method(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:  # noqa: ANN401 a diffusers object
+    """Replace the method ``owner.name`` of this one object by ``make(original)`` inside of the context."""
     original = getattr(owner, name)
     replacement = make(original)
-    # Pipelines look at the parameters of their scheduler's methods.
+    # Pipelines inspect the parameters of their scheduler's methods.
     replacement.__signature__ = inspect.signature(original)
     owner.__dict__[name] = replacement
     try:
@@ -88,75 +99,94 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 
 @torch.no_grad()
 def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: bool = False) -> Recording:  # noqa: ANN401
-    """Run a pipeline with the keywords ``call`` and keep what its network and scheduler saw.
+    """Run a pipeline with the keywords ``call`` and record its network and scheduler.
 
     Args:
-        component: the network's name in the pipeline.
-        first_only: stop at the network's first call, before the network runs.
+        component: the name of the network in the pipeline.
+        first_only: stop at the first call of the network, before the network runs.
 
     Raises:
-        UserError: if the pipeline can't be run so.
+        UserError: if the pipeline fails with these keywords, or never calls the network.
     """
-    seen, network = Recording(), getattr(pipeline, component)
-    signature = inspect.signature(network.forward)
+    recording, network = Recording(), getattr(pipeline, component)
+    record_call = _recorder_of_calls(recording, type(pipeline).__name__, network, first_only=first_only)
 
-    def watch_network(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
-            given = dict(signature.bind(*args, **kwargs).arguments)
-            if first_only:
-                seen.calls.append(NetworkCall(given, torch.empty(0)))
-                raise _EnoughError
-            try:
-                output = original(*args, **kwargs)
-            except STOCK_ERRORS as error:
-                sample = tensor_of(next(iter(given.values())))
-                raise refuse_call(type(pipeline).__name__, network, tuple(sample.shape[1:]), error) from error
-            seen.calls.append(NetworkCall(given, tensor_of(output).clone()))
-            return output
-
-        return forward
-
-    def watch_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    def record_step(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original)
 
-        def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the scheduler's own
+        def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
             given = parameters.bind(*args, **kwargs).arguments
-            seen.steps.append(
-                SchedulerStep(given["model_output"].clone(), float(given["timestep"]), given["sample"].clone())
-            )
+            output, sample = given["model_output"].clone(), given["sample"].clone()
+            recording.steps.append(SchedulerStep(output, float(given["timestep"]), sample))
             return original(*args, **kwargs)
 
         return step
 
-    def watch_times(original: Callable[..., Any]) -> Callable[..., Any]:
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the scheduler's own
-            seen.mu = kwargs.get("mu")
+    def record_shift(original: Callable[..., Any]) -> Callable[..., Any]:
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
+            recording.mu = kwargs.get("mu")
             return original(*args, **kwargs)
 
         return set_timesteps
 
     with (
-        replaced(network, "forward", watch_network),
-        replaced(pipeline.scheduler, "step", watch_step),
-        replaced(pipeline.scheduler, "set_timesteps", watch_times),
+        patched_method(network, "forward", record_call),
+        patched_method(pipeline.scheduler, "step", record_step),
+        patched_method(pipeline.scheduler, "set_timesteps", record_shift),
     ):
         run_pipeline(pipeline, call)
-        seen.sigmas = [float(sigma) for sigma in getattr(pipeline.scheduler, "sigmas", ())]
-    if not seen.calls:
-        raise UserError(f"{type(pipeline).__name__} never calls its {component}; wanted a pipeline that does")
-    return seen
+        recording.sigmas = [float(sigma) for sigma in getattr(pipeline.scheduler, "sigmas", ())]
+    if not recording.calls:
+        raise UserError(
+            f"{type(pipeline).__name__}: expected calls of its {component}, got none; try another pipeline class"
+        )
+    return recording
+
+
+def _recorder_of_calls(
+    recording: Recording,
+    owner: str,
+    network: Any,  # noqa: ANN401 a diffusers class
+    *,
+    first_only: bool,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes a recording ``forward`` of the original one."""
+    signature = inspect.signature(network.forward)
+
+    def record_call(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the network
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            if first_only:
+                recording.calls.append(NetworkCall(arguments, torch.empty(0)))
+                raise _StopPipelineError
+            try:
+                output = original(*args, **kwargs)
+            except STOCK_ERRORS as error:
+                sample = tensor_of(next(iter(arguments.values())))
+                raise refuse_call(owner, network, tuple(sample.shape[1:]), error) from error
+            # A copy: schedulers and pipelines change outputs in place.
+            recording.calls.append(NetworkCall(arguments, tensor_of(output).clone()))
+            return output
+
+        return forward
+
+    return record_call
 
 
 def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a diffusers class
-    """The pipeline's result; None where it was stopped on purpose, ``UserError`` where it fails."""
+    """Return the output of a pipeline; None if ``record`` stopped it.
+
+    Raises:
+        UserError: if the pipeline fails with these keywords.
+    """
     pipeline.set_progress_bar_config(disable=True)
     try:
         return pipeline(**call)
-    except _EnoughError:
+    except _StopPipelineError:
         return None
     except STOCK_ERRORS as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
         raise UserError(
-            f"{type(pipeline).__name__} does not run with {shown[:300]} ({named(error)}); wanted a "
-            "whole pipeline that starts from prompts alone, and its own keywords under pipeline in the recipe"
+            f"{type(pipeline).__name__} does not run with {shown[:_SHOWN]} ({named(error)}); expected a complete "
+            "pipeline that starts from prompts alone; try other keywords under pipeline in the recipe"
         ) from error

@@ -1,4 +1,4 @@
-"""Class names of older repositories, as stock diffusers opens them."""
+"""Current class names for the components of older repositories."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ __all__ = ["current_classes"]
 def current_classes(
     components: dict[str, tuple[str, str]], config_of: Callable[[str], dict[str, Any]]
 ) -> dict[str, tuple[str, str]]:
-    """The components with the classes that stock diffusers opens them as.
+    """Return the components with the classes that stock diffusers opens them with.
 
-    A repository keeps the names of the day of its publication: DiT and PixArt are ``Transformer2DModel`` there, which
-    diffusers maps to their own classes by an entry of the configuration.
+    A repository has the class names of its date of publication. DiT and PixArt were ``Transformer2DModel``, which
+    diffusers maps to their present classes by the configuration.
 
     Args:
-        config_of: the configuration of a component.
+        components: name to (library, class).
+        config_of: returns the configuration of a component.
     """
-    found = dict(components)
+    current = dict(components)
     for name, (library, kind) in components.items():
         if library == "diffusers" and kind in _CLASS_REMAPPING_DICT:
+            # diffusers reads the entry without a default.
             config = {"norm_type": None} | config_of(name)
-            found[name] = (library, _fetch_remapped_cls_from_config(config, getattr(diffusers, kind)).__name__)
-    return found
+            current[name] = (library, _fetch_remapped_cls_from_config(config, getattr(diffusers, kind)).__name__)
+    return current

@@ -18,17 +18,17 @@ CHECKERS = ("safety_checker", "watermarker")
 
 
 def without_checkers(pipeline: str, components: Mapping[str, object]) -> dict[str, Any]:
-    """Keywords of ``from_pretrained`` under which a pipeline gives its images as they are decoded.
+    """Return keywords of ``from_pretrained`` with which a pipeline returns its images as they are decoded.
 
     Args:
-        pipeline: its class.
+        pipeline: the name of its class.
         components: those that are not empty, by name.
     """
     kind = getattr(diffusers, pipeline, None)
     taken = {} if kind is None else inspect.signature(kind.__init__).parameters
     left: dict[str, Any] = {name: None for name in CHECKERS if name in components and name in taken}
     if "safety_checker" in left:
-        # Nothing else reads images: an image encoder has an extractor of its own or uses this one.
+        # Only the checker uses the extractor, unless there is an image encoder, which may use it too.
         if "feature_extractor" in components and "image_encoder" not in components:
             left["feature_extractor"] = None
         if "requires_safety_checker" in taken:
@@ -39,10 +39,10 @@ def without_checkers(pipeline: str, components: Mapping[str, object]) -> dict[st
 
 
 def about_checkers(pipeline: str, components: Mapping[str, object]) -> str | None:
-    """The parts that ``without_checkers`` leaves out, in words; None: there are none."""
+    """Return the names of the parts that ``without_checkers`` leaves out, as text; None: there are none."""
     left = without_checkers(pipeline, components)
     names = [name.replace("_", " ") for name in CHECKERS if name in left]
-    # Stock pipelines draw this one where the package is installed.
+    # Stock pipelines add a watermark only if the package for it is installed.
     if "add_watermarker" in left and find_spec("imwatermark") is not None:
         names.append("watermark")
     return " and ".join(names) or None

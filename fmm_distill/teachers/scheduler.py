@@ -1,4 +1,4 @@
-"""From a diffusers scheduler to the schedule and the prediction of its teacher."""
+"""The schedule and the prediction of a teacher, read from its diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "ScheduleSpec", "read_scheduler"]
 
-# Discrete, variance preserving: they have alphas_cumprod.
+# Discrete and variance preserving: they have alphas_cumprod.
 DISCRETE = (
     "DDPMScheduler",
     "DDPMParallelScheduler",
@@ -30,7 +30,7 @@ DISCRETE = (
     "UniPCMultistepScheduler",
     "DEISMultistepScheduler",
     "SASolverScheduler",
-    # These walk in x / alpha and hand the network x again, at the same timesteps.
+    # These step in x / alpha, and call the network with x at the same timesteps.
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler",
@@ -38,7 +38,7 @@ DISCRETE = (
     "KDPM2AncestralDiscreteScheduler",
     "LMSDiscreteScheduler",
 )
-# The same with levels that no DDIMScheduler makes.
+# The same, with noise levels that DDIMScheduler does not support.
 _VIDEO = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 CONTINUOUS = (
@@ -48,23 +48,25 @@ CONTINUOUS = (
     "CosineDPMSolverMultistepScheduler",
 )
 SCHEDULERS = (*DISCRETE, *_VIDEO, *FLOW, *CONTINUOUS)
-_NO_FIELD = {
-    "CMStochasticIterativeScheduler": "a consistency model's network is a map to data already, not a denoiser",
-    "LCMScheduler": "a latent consistency model is a map to data already, not a denoiser",
-    "TCDScheduler": "a trajectory consistency model is a flow map already",
-    "FlowMapEulerDiscreteScheduler": "this is a flow map already",
-    "FlowMatchLCMScheduler": "a latent consistency model is a map to data already, not a denoiser",
-    "SCMScheduler": "a continuous-time consistency model is a map to data already",
+# Their networks are maps already: they have no velocity field to distill.
+_MAPS = {
+    "CMStochasticIterativeScheduler": "a consistency model",
+    "LCMScheduler": "a latent consistency model",
+    "TCDScheduler": "a trajectory consistency model",
+    "FlowMapEulerDiscreteScheduler": "a flow map",
+    "FlowMatchLCMScheduler": "a latent consistency model",
+    "SCMScheduler": "a continuous-time consistency model",
 }
 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """What a scheduler says of its teacher.
+    """The schedule and the prediction of a teacher.
 
     Attributes:
-        sigma_data: of Karras's preconditioning, where the scheduler applies it.
-        inverted: the scheduler's own time runs from noise at 0 to data, and its velocity the other way.
+        config: the configuration of the scheduler.
+        sigma_data: of the preconditioning of Karras et al. 2022, if the scheduler applies it.
+        inverted: the scheduler's time runs from noise at 0 to data, and the network predicts the reverse velocity.
     """
 
     schedule: Schedule
@@ -81,24 +83,28 @@ def read_scheduler(
     shift: float | None = None,
     uses_unshifted_time: bool = False,
 ) -> ScheduleSpec:
-    """The levels of a scheduler, and its configuration whole.
+    """Read the schedule and the prediction of a scheduler.
 
     Args:
-        shift: of a flow model whose scheduler takes it at every call (dynamic shifting).
-        uses_unshifted_time: a flow model's network is told the time before the shift.
+        source: the id or folder of the teacher, for messages.
+        shift: of a flow model whose pipeline passes it to the scheduler at every call (dynamic shifting).
+        uses_unshifted_time: the network of a flow model takes the time before the shift.
 
     Raises:
-        UserError: on a scheduler, or settings of one, that can't be read exactly.
+        UserError: if the scheduler or one of its settings has no exact counterpart.
     """
     name = type(scheduler).__name__
-    if name in _NO_FIELD:
-        raise UserError(f"{source}: scheduler {name}: {_NO_FIELD[name]}; wanted the model that it was distilled from")
+    if name in _MAPS:
+        raise UserError(
+            f"{source}: expected a denoiser, got {_MAPS[name]} (scheduler {name}), which is a map already; try the "
+            "model that it was distilled from"
+        )
     if name not in SCHEDULERS:
         raise UserError(
-            f"{source}: scheduler {name}; wanted one of {', '.join(SCHEDULERS)}: "
-            "save the pipeline with one of them if its schedule is the same, or add a teacher (docs/add-a-teacher.md)"
+            f"{source}: scheduler {name}; expected one of {', '.join(SCHEDULERS)}; try to save the pipeline with one "
+            "of them if its schedule is the same, or write an adapter (docs/add-a-teacher.md)"
         )
-    # Without this list another class takes what is written, not its own defaults.
+    # With this entry, another scheduler class would replace the values by its own defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     if name in FLOW or config.get("use_flow_sigmas"):
         return _flow(config, source, shift, uses_unshifted_time)
@@ -110,13 +116,13 @@ def read_scheduler(
 def _prediction(config: dict[str, Any], known: tuple[str, ...], source: str) -> Prediction:
     prediction = config["prediction_type"]
     if config.get("predict_epsilon") is False and prediction == "epsilon":
-        # The name of 2022, which stock diffusers reads no more.
+        # A setting of 2022 that diffusers ignores: it would read a prediction of the sample as noise.
         raise UserError(
-            f"{source}: predict_epsilon: false in scheduler_config.json, which diffusers ignores, so that a prediction "
-            "of the sample would be read as noise; write prediction_type: sample in its place"
+            f"{source}: expected prediction_type in scheduler_config.json, got predict_epsilon: false, which diffusers "
+            "ignores; try prediction_type: sample"
         )
     if prediction not in known:
-        raise UserError(f"{source}: prediction_type {prediction!r}; wanted one of {', '.join(known)}")
+        raise UserError(f"{source}: prediction_type {prediction!r}; expected one of {', '.join(known)}")
     return cast("Prediction", prediction)
 
 
@@ -125,7 +131,10 @@ def _flow(config: dict[str, Any], source: str, shift: float | None, uses_unshift
         _prediction(config, ("flow_prediction",), source)
         shift = config["flow_shift"] if shift is None else shift
     elif config.get("use_dynamic_shifting") and shift is None:
-        raise UserError(f"{source}: its scheduler is shifted by the pipeline at every call; wanted the whole pipeline")
+        raise UserError(
+            f"{source}: expected the complete pipeline, which passes a shift to this scheduler at every call; try to "
+            "save it with save_pretrained"
+        )
     shift = config["shift"] if shift is None else shift
     schedule = FlowMatching(shift, config["num_train_timesteps"], uses_unshifted_time=uses_unshifted_time)
     return ScheduleSpec(schedule, "flow_prediction", config, inverted=bool(config.get("invert_sigmas")))
@@ -147,31 +156,32 @@ def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> Schedule
     prediction = _prediction(config, ("epsilon", "sample", "v_prediction"), source)
     if config.get("timestep_type") == "continuous":
         raise UserError(
-            f"{source}: {type(scheduler).__name__} with timestep_type: continuous; wanted a discrete schedule (not yet)"
+            f"{source}: {type(scheduler).__name__} with timestep_type: continuous; expected timestep_type: discrete"
         )
     products = scheduler.alphas_cumprod.clone()
     if config.get("rescale_betas_zero_snr"):
-        # Some schedulers keep a small number here, larger than the one before it.
+        # Some schedulers store 2^-24 in place of 0, which can be larger than the entry before it.
         products[-1] = 0
     schedule = VariancePreserving(products)
     if type(scheduler).__name__ not in _VIDEO:
         _check_stock(scheduler, config, source)
     if prediction == "epsilon" and schedule.t_max == 1:
         raise UserError(
-            f"{source}: its schedule ends in pure noise (rescale_betas_zero_snr), where a noise prediction says "
-            "nothing; wanted v_prediction or sample"
+            f"{source}: expected v_prediction or sample for a schedule that ends in pure noise "
+            "(rescale_betas_zero_snr), got epsilon, which is undefined there; try another prediction_type"
         )
     return ScheduleSpec(schedule, prediction, config)
 
 
 def _check_stock(scheduler: Any, config: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class
-    """The stock DDIM scheduler must make the same schedule: students are evaluated beside it and exported with it."""
+    """Check that DDIMScheduler has the same noise levels: students are compared with it and exported with it."""
     try:
         stock = diffusers.DDIMScheduler.from_config(config)
     except NotImplementedError as error:
-        raise UserError(f"{source}: {error}; wanted a schedule that the stock DDIM scheduler can make") from error
+        raise UserError(f"{source}: {error}; expected a schedule that DDIMScheduler supports") from error
+    # The last entry is left out: it differs under rescale_betas_zero_snr.
     if not torch.allclose(stock.alphas_cumprod[:-1], scheduler.alphas_cumprod[:-1], rtol=1e-4, atol=0):
         raise UserError(
-            f"{source}: the stock DDIM scheduler makes another schedule of this configuration "
-            f"(beta_schedule {config.get('beta_schedule')}); wanted one that it can make"
+            f"{source}: expected the noise levels of DDIMScheduler with the same configuration, got others "
+            f"(beta_schedule {config.get('beta_schedule')}); try a beta_schedule that DDIMScheduler supports"
         )

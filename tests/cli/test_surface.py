@@ -160,12 +160,11 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme.split("## What is where")[1].split("## Results")[0]
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("      ")}
-    there = {
-        path.name
-        for path in (ROOT / "fmm_distill").iterdir()
-        if not path.name.startswith("__") and path.name != "py.typed"
-    }
-    assert named == there - {"errors.py"}
-    assert len(named) > 15
+    tree = readme.split("\nThe code:\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^      ([\w.]+)", tree, flags=re.MULTILINE)
+    on_disk = {path.name for path in (ROOT / "fmm_distill").iterdir() if not path.name.startswith("__")}
+    assert sorted(listed) == sorted(on_disk - {"py.typed"})
+    folders = re.findall(r"(?:^    |  )(\w+)/", tree, flags=re.MULTILINE)
+    ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()}
+    top = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert {*folders} - {*listed} == top - ignored

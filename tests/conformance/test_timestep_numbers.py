@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -24,7 +25,7 @@ from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.teachers.prompted.call import check_recorded_call
+from fmm_distill.teachers.prompted.probe import PipelineProbe
 from fmm_distill.teachers.recording import record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
@@ -96,11 +97,11 @@ def test_times_between_the_recorded_ones_are_the_stock_pipelines_own(teachers, c
             inverted = teacher.scheduler_config.get("invert_sigmas")
             t = (1 - sigma if inverted else sigma) if isinstance(schedule, FlowMatching) else sigma / (1 + sigma)
         time = schedule.network_time(t)
-        told = torch.as_tensor(asked.given[ask.time]).flatten()[:1].double()
+        told = torch.as_tensor(asked.arguments[ask.time]).flatten()[:1].double()
         # Some schedulers round their timesteps.
         allowed = 1.0 * abs(ask.slope) if all(whole) else 1e-4 * float(told.abs().max().clamp_min(1e-3))
         assert (ask.slope * time + ask.offset - told).abs().max() <= allowed
-        x = tensor_of(asked.given[ask.sample])
+        x = tensor_of(asked.arguments[ask.sample])
         own = ((told - ask.offset) / ask.slope).float().expand(len(x))
         output = ask(teacher.network, x, own, teacher.conditions.prompts, None)
         wanted = asked.output[:, : x.shape[1]]
@@ -149,13 +150,11 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
     case = next(case for case in PROMPTED if case[0] == name)
     teacher, call = teachers[case], dict(FAMILIES[name].call)
     pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
-    off = {"guidance_scale": 1.0, "output_type": "latent", "prompt": list(PROMPTS), "num_inference_steps": 3}
-    seen = record(pipeline, teacher.component, call | off | {"generator": torch.manual_seed(0)})
+    probe = PipelineProbe.of(pipeline, teacher.component, call, 1.0, "here")
+    probe.check()
     wrong = read_scheduler(pipeline.scheduler, "here", uses_unshifted_time=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):
-        check_recorded_call(
-            teacher.network, teacher.parametrization.call, seen, teacher.conditions.prompts, wrong, "here"
-        )
+        dataclasses.replace(probe, schedule=wrong).check()
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -6,7 +6,7 @@ import pytest
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.prompted.keywords import refused_keyword
+from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 INSTEAD = {
     "prompt": "prompts.file",

@@ -1,1 +1,1 @@
-"""Pipelines of the Hub: what is fetched, and what its answers mean."""
+"""Pipelines on the Hugging Face Hub: downloads, weight variants and error messages."""

@@ -1,4 +1,4 @@
-"""Folders of links beside the Hub's cache: the same files under other names, made once, by any of several processes."""
+"""Folders of links next to the Hub's cache: the same files under other names, made once by one of many processes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ __all__ = ["linked_folder"]
 
 
 def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path], None]) -> Path:
-    """What ``fill`` makes of an empty folder, kept for as long as the files in ``folder`` stay what they are.
+    """Return a folder that ``fill`` has filled; it is made again when the files in ``folder`` change.
 
     Args:
-        about: what else the result depends on, as JSON has it.
+        kind: the name of the cache folder.
+        about: a JSON value on which the result depends as well.
+        fill: called with an empty folder.
 
     Raises:
-        UserError: if the disk does not take it.
+        UserError: if the folder can't be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -41,9 +43,9 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
         fill(partial)
         partial.rename(target)
     except OSError as error:
-        # Another process may have been first; what it made is the same.
+        # Another process may have been first, with the same result.
         if not target.is_dir():
-            raise UserError(f"{target} could not be made ({error}); set HF_HOME to a folder with room") from error
+            raise UserError(f"{target} can't be written ({error}); try HF_HOME on a disk with free space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -1,4 +1,4 @@
-"""A variant of a pipeline's weights, such as fp16, under the names of the plain ones."""
+"""A variant of a pipeline's weights, such as fp16, under the file names of the default weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["as_plain"]
 
 
 def as_plain(source: str, folder: Path, variant: str) -> Path:
-    """A folder of links to the pipeline's files, where those of the variant stand in for the plain ones.
+    """Return a folder of links to the pipeline's files, with the variant's files under the default names.
 
-    Stock classes open it without being told of the variant, and so does whoever gets a copy of it. Components that do
-    not come in this variant keep their plain weights.
+    Stock classes open the folder, and copies of it, without the name of the variant. Components without this variant
+    have their default weights.
 
     Raises:
-        UserError: if no component comes in this variant.
+        UserError: if no component has this variant.
     """
 
     def fill(target: Path) -> None:
@@ -33,13 +33,13 @@ def as_plain(source: str, folder: Path, variant: str) -> Path:
             there.mkdir(exist_ok=True)
             found += _link_part(part, there, variant)
         if not found:
-            raise UserError(f"{source}: no weights of the variant {variant} in it; wanted one of its own, or none")
+            raise UserError(f"{source}: expected weights of variant {variant}, got none; try another, or no variant")
 
     return linked_folder("variants", folder, variant, fill)
 
 
 def _link_part(part: Path, target: Path, variant: str) -> int:
-    """Link one component's files; gives how many of the variant there are."""
+    """Link the files of one component; return how many are of the variant."""
     files = [path for path in sorted(part.iterdir()) if path.is_file() and path.name != "model_index.json"]
     plain = {path.name: _plain_name(path.name, variant) for path in files}
     chosen = {name for name in plain if plain[name] != name}
@@ -57,7 +57,11 @@ def _link_part(part: Path, target: Path, variant: str) -> int:
 
 
 def _plain_name(name: str, variant: str) -> str:
-    """``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``, ``model.safetensors.index.fp16.json``."""
-    for behind in (".safetensors", "-", ".json", ".index.json"):
-        name = name.replace(f".{variant}{behind}", behind)
+    """Return the default name of a file of the variant.
+
+    The variant is in one of three positions: ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``,
+    ``model.safetensors.index.fp16.json``.
+    """
+    for suffix in (".safetensors", "-", ".json", ".index.json"):
+        name = name.replace(f".{variant}{suffix}", suffix)
     return name

@@ -1,1 +1,1 @@
-"""Teachers of prompts: how a stock pipeline calls its network, found by watching it."""
+"""Text-to-image, -video and -audio teachers: any stock pipeline, whose network call is found by running it."""

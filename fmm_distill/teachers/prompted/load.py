@@ -1,7 +1,7 @@
-"""Teachers of prompts: any stock pipeline whose network is called for one sample at one time.
+"""Teachers with text encoders: any stock pipeline whose network is called for one sample at one time.
 
-The adapter runs the pipeline a few steps, looks at what its network and scheduler are given (``recording``), and checks
-that it can call the network the same itself.
+The adapter runs the pipeline for a few steps (``PipelineProbe``), reads how its network and scheduler are called, and
+checks that it can call the network in the same way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import torch
 
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
@@ -17,11 +16,8 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
-from fmm_distill.teachers.prompted.call import RecordedCall, check_recorded_call, read_call, uses_unshifted_time
-from fmm_distill.teachers.prompted.embeddings import embed, embeddings_of
-from fmm_distill.teachers.prompted.probe import PROBES, STEPS, CallKeywords, DrivenPipeline, check_call
-from fmm_distill.teachers.recording import tensor_of
-from fmm_distill.teachers.scheduler import read_scheduler
+from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,151 +25,137 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.components import PipelineIndex
     from fmm_distill.teachers.conditions import Embeddings
     from fmm_distill.teachers.guidance import Guidance
-    from fmm_distill.teachers.recording import Recording
-    from fmm_distill.teachers.scheduler import ScheduleSpec
 
-__all__ = ["RecordedCall", "load_prompted"]
-
-# Another number than that of the recording, so that most of its times are new ones. PNDM needs four at least.
-_CHECK_STEPS = 5
+__all__ = ["load_prompted"]
 
 
 def load_prompted(
-    found: PipelineIndex,
+    index: PipelineIndex,
     prompts: Sequence[str] = ("",),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
 ) -> Teacher:
-    """The teacher in a folder with text encoders.
+    """Open a pipeline with text encoders as a teacher.
 
     Args:
-        prompts: those that the student learns.
-        call: keywords of the pipeline's call besides the prompt, such as height and width.
-        guidance: of the teacher; a network that takes its guidance as an input is called with the scale instead.
+        prompts: the prompts that the student learns.
+        call: keywords of the pipeline's call in addition to the prompt, such as height and width.
+        guidance: of the teacher. A network that is conditioned on its guidance scale is called with the scale instead.
 
     Raises:
-        UserError: if the pipeline can't be opened or run, or the inputs of its network can't be parted.
+        UserError: if the pipeline can't be opened or run, or if its network call can't be reproduced.
     """
-    component = "transformer" if "transformer" in found.components else "unet"
-    _check_one_network(found, component)
-    _check_no_map(found, component)
-    size = found.config(component).get("sample_size")
-    # Without one the pipeline's own keywords say it; of a video there may be more sides.
+    component = "transformer" if "transformer" in index.components else "unet"
+    _check_one_network(index, component)
+    _check_no_map(index, component)
+    size = index.config(component).get("sample_size")
+    # Without a sample_size the pipeline's own keywords set the size; a video may have more than two sides.
     if size is not None and not (isinstance(size, list) and len(size) > 2):
-        image_size(size, found.source, f"{component}/config.json")
-    pipeline = _open(found)
-    check_call(pipeline, call or {}, found.source)
-    scale = 1.0 if guidance is None else guidance.scale
-    driven = DrivenPipeline(pipeline, component, CallKeywords.of(pipeline, call or {}, scale))
-    check_weights(driven.network, found.source)
-    probe = driven.record()
-    if driven.keys.guidance == "guidance_scale" and _takes_guidance(probe):
-        keys = CallKeywords(driven.keys.fixed | {"guidance_scale": scale}, None, 1.0)
-        driven = DrivenPipeline(pipeline, component, keys)
-        probe = driven.record()
-    levels = _levels(pipeline, probe, found.source)
-    recorded = read_call(probe, levels, found.source)
-    conditions = embeddings_of(driven, recorded, tuple(prompts), found, inverted=levels.inverted)
-    again, cond = driven.record(_CHECK_STEPS), embed(driven, recorded, PROBES)
-    check_recorded_call(driven.network, recorded, again, cond, levels, found.source)
-    width = tuple(tensor_of(probe.calls[0].given[recorded.sample]).shape[1:])
-    if len(width) == 3 and getattr(pipeline, "vae", None) is not None:
-        # Latents that are not packed into tokens.
-        check_latents(driven.network, pipeline.vae, found.source)
+        image_size(size, index.source, f"{component}/config.json")
+    pipeline = _open(index)
+    check_keywords(pipeline, call or {}, index.source)
+    check_weights(getattr(pipeline, component), index.source)
+    probe = PipelineProbe.of(pipeline, component, call or {}, 1.0 if guidance is None else guidance.scale, index.source)
+    conditions = probe.conditions(tuple(prompts), index)
+    probe.check()
+    if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
+        # Three dimensions: latents that are not packed into tokens.
+        check_latents(probe.network, pipeline.vae, index.source)
+    schedule = probe.schedule
     return Teacher(
-        network=driven.network.eval().requires_grad_(False),
-        parametrization=Parametrization(levels.schedule, levels.prediction, recorded, levels.sigma_data),
-        event_shape=width,
-        source=found.source,
-        adapter=f"{driven.kind} with {type(driven.network).__name__}, found by running it",
-        scheduler_config=levels.config,
+        network=probe.network.eval().requires_grad_(False),
+        parametrization=Parametrization(schedule.schedule, schedule.prediction, probe.call, schedule.sigma_data),
+        event_shape=probe.event_shape,
+        source=index.source,
+        adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
+        scheduler_config=schedule.config,
         component=component,
-        folder=found.folder,
+        folder=index.folder,
         call=dict(call or {}),
         conditions=conditions,
-        guidance=_checked(guidance, conditions, probe),
+        guidance=_plain_guidance(guidance, conditions, takes_guidance=probe.recording.takes_guidance),
         codec=PipelineCodec(
-            found.folder, component, driven.network, driven.keys.call(("",), STEPS), driven.keys, width
+            index.folder,
+            component,
+            probe.network,
+            probe.keywords.call(("",), STEPS),
+            probe.keywords,
+            probe.event_shape,
         ),
-        revision=found.revision,
-        license=found.license,
+        revision=index.revision,
+        license=index.license,
     )
 
 
-def _levels(pipeline: Any, probe: Recording, source: str) -> ScheduleSpec:  # noqa: ANN401 a diffusers class
-    config = pipeline.scheduler.config
-    before = uses_unshifted_time(probe, config.num_train_timesteps)
-    return read_scheduler(pipeline.scheduler, source, shift=_shift(probe, config), uses_unshifted_time=before)
+def _plain_guidance(guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool) -> Guidance | None:
+    """Return guidance by two outputs; None if the network is conditioned on its scale, or if there is none.
 
-
-def _takes_guidance(probe: Recording) -> bool:
-    return probe.calls[0].given.get("guidance") is not None
-
-
-def _checked(guidance: Guidance | None, conditions: Embeddings, probe: Recording) -> Guidance | None:
-    """Guidance by two answers, or None where the network is told its guidance or there is none."""
+    Args:
+        takes_guidance: the network is conditioned on its guidance scale.
+    """
     if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return None
-    if _takes_guidance(probe):
+    if takes_guidance:
         if guidance.range is not None:
-            raise UserError("guidance.range: this network is told its guidance already; wanted one guidance.scale")
+            raise UserError(
+                "guidance.range: expected none for a network that is conditioned on its guidance scale; try "
+                "guidance.scale"
+            )
         if guidance.interval != (0.0, 1.0):
-            raise UserError("guidance.interval: this network is told its guidance, at every time; wanted [0, 1]")
+            raise UserError(
+                "guidance.interval: expected [0, 1] for a network that is conditioned on its guidance scale, got "
+                f"{list(guidance.interval)}; try without guidance.interval"
+            )
         return None
-    # Says why, where there is nothing to be guided away from.
+    # Raises an error with the reason if there is no empty prompt to guide with.
     conditions.null(1)
     return guidance
 
 
-def _check_one_network(found: PipelineIndex, component: str) -> None:
-    """A pipeline may change to a second network at a time that the few steps of the recording don't reach."""
-    kind = found.components[component][1]
-    others = [name for name, (_, cls) in found.components.items() if cls == kind and name != component]
+def _check_one_network(index: PipelineIndex, component: str) -> None:
+    """Refuse a pipeline that changes to a second network, at a time that the few recorded steps may not reach."""
+    kind = index.components[component][1]
+    others = [name for name, (_, cls) in index.components.items() if cls == kind and name != component]
     if others:
         raise UserError(
-            f"{found.source}: its {others[0]} is a second {kind} for a part of the times; wanted one network for all "
-            "of them: choose a checkpoint that has one"
+            f"{index.source}: expected one network for all times, got a second {kind} ({others[0]}); try a checkpoint "
+            "with one network"
         )
 
 
-def _check_no_map(found: PipelineIndex, component: str) -> None:
-    """A latent consistency model is recognized by its input of the guidance's scale, whatever its scheduler is."""
-    width = found.config(component).get("time_cond_proj_dim")
-    if width is not None or found.pipeline.startswith("LatentConsistencyModel"):
-        kind = f"time_cond_proj_dim {width}" if width is not None else found.pipeline
+def _check_no_map(index: PipelineIndex, component: str) -> None:
+    """Refuse a latent consistency model: its network embeds the guidance scale, whatever its scheduler is."""
+    width = index.config(component).get("time_cond_proj_dim")
+    if width is not None or index.pipeline.startswith("LatentConsistencyModel"):
+        kind = f"time_cond_proj_dim {width}" if width is not None else index.pipeline
         raise UserError(
-            f"{found.source}: its {component} embeds the scale of the guidance ({kind}), as latent consistency models "
-            "do, which are a map to data already and no denoiser; wanted the model that it was distilled from"
+            f"{index.source}: expected a denoiser, got a latent consistency model ({kind}), which is a map to data "
+            "already; try the model that it was distilled from"
         )
 
 
-def _open(found: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
-    missing = [name for name in found.components if not (found.folder / name).is_dir()]
+def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
+    missing = [name for name in index.components if not (index.folder / name).is_dir()]
     if missing:
         raise UserError(
-            f"{found.source}: its {missing[0]} is missing (no folder of that name); wanted a whole pipeline as "
-            "save_pretrained writes it: fetch or save it again"
+            f"{index.source}: its {missing[0]} is missing (no folder of that name); expected a complete pipeline as "
+            "save_pretrained writes it; try to download or save it again"
         )
     try:
-        import transformers  # noqa: F401 only whether it is there
+        import transformers  # noqa: F401 a test for the optional dependency
     except ImportError as error:
-        raise UserError(f"{found.source} has text encoders: they need `pip install fmm-distill[text]`") from error
-    if not hasattr(diffusers, found.pipeline):
         raise UserError(
-            f"{found.source}: this diffusers has no {found.pipeline or 'class for it'}; install a newer one"
+            f"{index.source}: expected transformers for its text encoders; try `pip install fmm-distill[text]`"
+        ) from error
+    if not hasattr(diffusers, index.pipeline):
+        raise UserError(
+            f"{index.source}: expected a pipeline class of diffusers {diffusers.__version__}, got "
+            f"{index.pipeline or 'none'}; try a newer diffusers"
         )
     try:
-        return open_pipeline(found.folder)
+        return open_pipeline(index.folder)
     except STOCK_ERRORS as error:
         raise UserError(
-            f"{found.source}: the pipeline does not open ({named(error)}); wanted a whole pipeline "
-            "as save_pretrained writes it, in safetensors"
+            f"{index.source}: the pipeline does not open ({named(error)}); expected a complete pipeline as "
+            "save_pretrained writes it, in safetensors; try to download or save it again"
         ) from error
-
-
-def _shift(probe: Recording, config: Any) -> float | None:  # noqa: ANN401 a diffusers configuration
-    """The shift that a pipeline gives its scheduler at every call."""
-    if not config.get("use_dynamic_shifting") or probe.mu is None:
-        return None
-    mu = torch.tensor(float(probe.mu))
-    return float(mu if config.get("time_shift_type") == "linear" else mu.exp())

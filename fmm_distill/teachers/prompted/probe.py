@@ -1,74 +1,98 @@
-"""A stock pipeline that is run with keywords of ours, to see what it gives its network."""
+"""A stock pipeline that is run to find out how it calls its network."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmm_distill.core.schedules import FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.prompted.keywords import refused_keyword
-from fmm_distill.teachers.recording import record
+from fmm_distill.teachers.components import STOCK_ERRORS
+from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.first_call import refuse_call
+from fmm_distill.teachers.prompted.arguments import split_arguments
+from fmm_distill.teachers.prompted.cache import cache_file, embed_all
+from fmm_distill.teachers.prompted.call import crop_to, is_near, read_call, scheduler_times
+from fmm_distill.teachers.prompted.call_keywords import CallKeywords
+from fmm_distill.teachers.recording import record, tensor_of
+from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.prompted.call import RecordedCall
     from fmm_distill.teachers.recording import Recording
+    from fmm_distill.teachers.scheduler import ScheduleSpec
 
-__all__ = ["PROBES", "STEPS", "CallKeywords", "DrivenPipeline", "check_call"]
+__all__ = ["STEPS", "PipelineProbe"]
 
+# Steps of the recorded run. PNDM needs at least four.
 STEPS = 4
-PROBES = ("a red cat on a mat", "dogs")
+# Another number of steps for the check, so that most of its times were not recorded.
+_CHECK_STEPS = 5
+# Prompts of different lengths: padding shows.
+_PROMPTS = ("a red cat on a mat", "dogs")
+# The scale at which the pipeline's own guidance is compared: far from 1, where guidance does nothing.
+_SCALE = 3.0
+# Differences in timesteps between a scheduler and its noise levels: some schedulers round to whole timesteps.
+_ROUNDING = 1.5
+# Relative difference between the pipeline's guided output and ours: a difference of two outputs times the scale
+# amplifies their rounding, and the weight is itself a quotient of such differences.
+_GUIDANCE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
-class CallKeywords:
-    """The keywords of a pipeline's call.
+class PipelineProbe:
+    """A pipeline, a recorded run of it, and what the run shows.
 
     Attributes:
-        fixed: those that never change.
-        guidance: the keyword of classifier-free guidance, where there is one.
-        off: its value that turns guidance off.
+        source: the id or folder of the pipeline, for messages.
+        component: the name of the network in the pipeline.
+        recording: a run with two prompts, without guidance.
+        schedule: noise levels and prediction, read from the scheduler.
+        call: how the pipeline calls its network.
     """
 
-    fixed: dict[str, Any]
-    guidance: str | None
-    off: float
-
-    @classmethod
-    def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
-        """Those of a pipeline that is called with ``call`` and guided by ``scale``."""
-        taken = inspect.signature(pipeline.__call__).parameters
-        fixed = {"output_type": "latent"} | call
-        if "true_cfg_scale" in taken:
-            # guidance_scale is then an input of the network itself.
-            return cls(fixed | {"guidance_scale": scale}, "true_cfg_scale", 1.0)
-        if "guidance_scale" not in taken:
-            return cls(fixed, None, 1.0)
-        # One pipeline adds guidance_scale times the difference to the conditional answer: 0 is off there.
-        off = 0.0 if type(pipeline).__name__.startswith("ZImage") else 1.0
-        return cls(fixed, "guidance_scale", off)
-
-    def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
-        """The keywords for these prompts."""
-        given = {**self.fixed, "prompt": list(prompts), "num_inference_steps": steps}
-        given["generator"] = torch.Generator().manual_seed(0)
-        if self.guidance:
-            given[self.guidance] = self.off if guidance is None else guidance
-        return given
-
-
-@dataclass(frozen=True)
-class DrivenPipeline:
-    """A pipeline, the name of its network, and the keywords that it is called with."""
-
+    source: str
     pipeline: Any
     component: str
-    keys: CallKeywords
+    keywords: CallKeywords
+    recording: Recording
+    schedule: ScheduleSpec
+    call: RecordedCall
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: Any,  # noqa: ANN401 a diffusers class
+        component: str,
+        call: dict[str, Any],
+        scale: float,
+        source: str,
+    ) -> PipelineProbe:
+        """Run a pipeline and read its schedule and its network call.
+
+        Args:
+            call: the keywords of the pipeline's call that the user gives.
+            scale: the guidance scale of a network that is conditioned on it.
+
+        Raises:
+            UserError: if the pipeline does not run, or its run can't be read.
+        """
+        keywords = CallKeywords.of(pipeline, call, scale)
+        recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
+        if keywords.guidance == "guidance_scale" and recording.takes_guidance:
+            keywords = keywords.with_guidance_input(scale)
+            recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
+        schedule = _read_schedule(pipeline, recording, source)
+        read = read_call(recording, schedule, source)
+        return cls(source, pipeline, component, keywords, recording, schedule, read)
 
     @property
     def network(self) -> nn.Module:
@@ -77,40 +101,171 @@ class DrivenPipeline:
         return network
 
     @property
-    def kind(self) -> str:
-        """The pipeline's class."""
-        return type(self.pipeline).__name__
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one sample of the network."""
+        return tuple(tensor_of(self.recording.calls[0].arguments[self.call.sample]).shape[1:])
 
-    def record(self, steps: int = STEPS) -> Recording:
-        """A run of ``PROBES``, unguided."""
-        return record(self.pipeline, self.component, self.keys.call(PROBES, steps))
+    def conditions(self, prompts: tuple[str, ...], index: PipelineIndex) -> Embeddings:
+        """Return the embeddings of prompts, and those of the empty prompt where the pipeline uses it for guidance."""
+        fixed = {name: repr(value) for name, value in sorted(self.keywords.fixed.items())}
+        rows = embed_all(self._embed, prompts, cache_file(index, prompts, fixed))
+        return Embeddings(prompts, rows, *self.null())
 
-    def record_guided(self, scale: float) -> Recording:
-        """A run of ``PROBES`` with the pipeline's own guidance."""
-        call = self.keys.call(PROBES, STEPS, guidance=scale)
-        if self.keys.guidance == "true_cfg_scale":
-            call["negative_prompt"] = [""] * len(PROBES)
-        return record(self.pipeline, self.component, call)
+    def null(self) -> tuple[Conditioning | None, str]:
+        """Return the network's inputs of the empty prompt; or None and the reason.
 
-    def given(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """The arguments of the network's first call for these prompts; the network itself does not run."""
-        call = self.keys.call(prompts, STEPS)
-        return record(self.pipeline, self.component, call, first_only=True).calls[0].given
+        There are none if the pipeline's guidance is not the plain combination of two outputs.
+        """
+        kind, count = type(self.pipeline).__name__, len(_PROMPTS)
+        if self.keywords.guidance is None:
+            return None, f"{kind} has no classifier-free guidance"
+        guided = self._record_guided()
+        first = guided.calls[0].arguments
+        if len(guided.calls) > len(guided.steps):
+            parts = [call.arguments for call in guided.calls[:2]]
+        elif len(tensor_of(first[self.call.sample])) == 2 * count:
+            parts = [{name: _half(value, count, second) for name, value in first.items()} for second in (False, True)]
+        else:
+            return None, f"{kind} has no classifier-free guidance"
+        cond, single = self._embed(_PROMPTS), self._first_arguments(_PROMPTS[:1])
+        one, other = (split_arguments(part, (self.call.sample, self.call.time), count, single) for part in parts)
+        if not _is_same(one, cond) and not _is_same(other, cond):
+            return None, f"{kind} passes other inputs to its network with guidance"
+        null = one if _is_same(other, cond) else other
+        if not self._combines(guided, cond, null):
+            return None, f"{kind} guides by more than a plain combination of two outputs"
+        return null.rows(torch.tensor([0])), ""
+
+    def check(self) -> None:
+        """Call the network as a student will and compare with another run of the pipeline, at other times.
+
+        Raises:
+            UserError: if times or outputs differ.
+        """
+        recording = record(self.pipeline, self.component, self.keywords.call(_PROMPTS, _CHECK_STEPS))
+        cond = self._embed(_PROMPTS)
+        own_times = scheduler_times(recording, self.schedule)
+        times = self._times_of_levels(recording)
+        for call, own, by_level in zip(recording.calls, own_times, own_times if times is None else times, strict=True):
+            self._check_time(own, by_level)
+            x = tensor_of(call.arguments[self.call.sample])
+            # Schedulers round to whole timesteps: the outputs are comparable at the time that the network got.
+            time = (own if float(own).is_integer() else by_level).float().expand(len(x))
+            output, expected = self._output(x, time, cond), crop_to(call.output, x)
+            if not is_near(output.abs(), expected.abs()):
+                raise UserError(
+                    f"{self.source}: expected the output that its pipeline gets, got one that differs by "
+                    f"{float((output - expected).abs().max()):.1e}; write an adapter for it (docs/add-a-teacher.md)"
+                )
+        if isinstance(self.schedule.schedule, FlowMatching):
+            x, sample = tensor_of(recording.calls[0].arguments[self.call.sample]), recording.steps[0].sample
+            if not is_near(x.flatten().sort().values, sample.flatten().sort().values):
+                raise UserError(
+                    f"{self.source}: expected a flow model without input scaling, got a pipeline that scales the "
+                    "network's input; write an adapter for it (docs/add-a-teacher.md)"
+                )
+
+    def _check_time(self, own: Tensor, by_level: Tensor) -> None:
+        # A relative tolerance for fractional times, which are float32 in most schedulers.
+        tolerance = _ROUNDING if float(own).is_integer() else 1e-3 * abs(float(own))
+        if abs(float(by_level - own)) > tolerance:
+            raise UserError(
+                f"{self.source}: at a noise level where its scheduler's time is {float(own):g} the schedule that was "
+                f"read from the scheduler has {float(by_level):g}; write an adapter for it (docs/add-a-teacher.md)"
+            )
+
+    @torch.no_grad()
+    def _output(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        try:
+            return self.call(self.network, x, time, cond, None)
+        except STOCK_ERRORS as error:
+            raise refuse_call(self.source, self.network, tuple(x.shape[1:]), error) from error
+
+    def _times_of_levels(self, recording: Recording) -> Tensor | None:
+        """Return the schedule's times at the scheduler's noise levels; None: the timesteps are the levels."""
+        schedule = self.schedule.schedule
+        if len(recording.sigmas) < len(recording.steps):
+            return None
+        sigmas = torch.tensor(recording.sigmas[: len(recording.steps)], dtype=torch.float64)
+        if isinstance(schedule, FlowMatching):
+            return schedule.network_time(1 - sigmas if self.schedule.inverted else sigmas)
+        return schedule.network_time(sigmas / (1 + sigmas)) if isinstance(schedule, VarianceExploding) else None
+
+    def _embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the network's inputs of two or more prompts; the network itself does not run."""
+        several, single = self._first_arguments(prompts), self._first_arguments(prompts[:1])
+        return split_arguments(several, (self.call.sample, self.call.time), len(prompts), single)
+
+    def _first_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        keywords = self.keywords.call(prompts, STEPS)
+        return record(self.pipeline, self.component, keywords, first_only=True).calls[0].arguments
+
+    def _record_guided(self) -> Recording:
+        """Return a run with the pipeline's own guidance."""
+        keywords = self.keywords.call(_PROMPTS, STEPS, guidance=_SCALE)
+        if self.keywords.guidance == "true_cfg_scale":
+            # Without a negative prompt these pipelines ignore true_cfg_scale.
+            keywords["negative_prompt"] = [""] * len(_PROMPTS)
+        return record(self.pipeline, self.component, keywords)
+
+    @torch.no_grad()
+    def _combines(self, guided: Recording, cond: Conditioning, null: Conditioning) -> bool:
+        """Return whether ``null + w (output - null)``, one w at two steps, is what the scheduler gets."""
+        calls_per_step, weights = len(guided.calls) // len(guided.steps), []
+        for i in (0, len(guided.steps) - 1):
+            arguments = guided.calls[i * calls_per_step].arguments
+            x = tensor_of(arguments[self.call.sample])[: len(_PROMPTS)]
+            network_time = torch.as_tensor(arguments[self.call.time]).flatten()[:1].float().expand(len(x))
+            time = (network_time - self.call.offset) / self.call.slope
+            output, uncond = (self.call(self.network, x, time, each, None).flatten() for each in (cond, null))
+            stepped = guided.steps[i].output * (-1 if self.schedule.inverted else 1)
+            # A learned variance is not guided.
+            stepped = stepped[:, : x.shape[1]] if stepped.ndim == x.ndim else stepped
+            if stepped.numel() != output.numel():
+                return False
+            # The mean does not depend on the layout of the numbers.
+            weight = float((stepped.mean() - uncond.mean()) / (output.mean() - uncond.mean()))
+            weights.append(weight)
+            combined, expected = (uncond + weight * (output - uncond)).sort().values, stepped.flatten().sort().values
+            if not bool((combined - expected).abs().max() <= _GUIDANCE_TOLERANCE * stepped.abs().max()):
+                return False
+        return abs(weights[0] - weights[1]) < _GUIDANCE_TOLERANCE * abs(weights[0])
 
 
-def check_call(pipeline: Any, call: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class
-    """Refuse a pipeline that starts from an image, and keywords that it does not take."""
-    taken = inspect.signature(pipeline.__call__).parameters
-    if "prompt" not in taken or ("image" in taken and taken["image"].default is inspect.Parameter.empty):
-        raise UserError(f"{source}: {type(pipeline).__name__} starts from an image; wanted one that starts from noise")
-    if "image" in taken and "Img2Img" in type(pipeline).__name__:
-        raise UserError(
-            f"{source}: {type(pipeline).__name__} refines an image that another model made; wanted the base model"
-        )
-    if (refusal := refused_keyword(call)) is not None:
-        raise UserError(refusal)
-    wrong = [key for key in call if key not in taken]
-    if wrong:
-        raise UserError(
-            f"pipeline.{wrong[0]}: {type(pipeline).__name__} takes no {wrong[0]}; it takes {', '.join(taken)}"
-        )
+def _read_schedule(pipeline: Any, recording: Recording, source: str) -> ScheduleSpec:  # noqa: ANN401 a diffusers class
+    config = pipeline.scheduler.config
+    unshifted = _uses_unshifted_time(recording, config.num_train_timesteps)
+    return read_scheduler(pipeline.scheduler, source, shift=_shift(recording, config), uses_unshifted_time=unshifted)
+
+
+def _uses_unshifted_time(recording: Recording, timesteps: int) -> bool:
+    """Return whether the timesteps of a flow model are those before its scheduler's shift."""
+    pairs = list(zip(recording.sigmas, recording.steps, strict=False))
+    # The first step is left out: shifted and unshifted time are both 1 there.
+    return bool(pairs) and any(abs(step.timestep - timesteps * sigma) > _ROUNDING for sigma, step in pairs[1:])
+
+
+def _shift(recording: Recording, config: Any) -> float | None:  # noqa: ANN401 a diffusers configuration
+    """Return the shift that a pipeline passes to its scheduler at every call; None: it passes none."""
+    if not config.get("use_dynamic_shifting") or recording.mu is None:
+        return None
+    mu = torch.tensor(float(recording.mu))
+    return float(mu if config.get("time_shift_type") == "linear" else mu.exp())
+
+
+def _half(value: Any, count: int, second: bool) -> Any:  # noqa: ANN401 any argument of a network
+    """Return one half of an argument with two rows per sample; any other argument unchanged."""
+    if isinstance(value, dict):
+        return {key: _half(item, count, second) for key, item in value.items()}
+    rows = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+    if rows and len(value) == 2 * count:
+        return value[count:] if second else value[:count]
+    return value
+
+
+def _is_same(one: Conditioning, other: Conditioning) -> bool:
+    # Up to rounding: with guidance, text encoders may run on batches of another size.
+    return one.inputs.keys() == other.inputs.keys() and all(
+        rows.shape == other.inputs[name].shape and torch.allclose(rows, other.inputs[name], rtol=1e-4, atol=1e-5)
+        for name, rows in one.inputs.items()
+    )

@@ -1,4 +1,4 @@
-"""The keywords of a pipeline's call that a recipe can't set under ``pipeline``, and what to set instead."""
+"""Keywords of a pipeline's call that a recipe can't set under ``pipeline``, and the settings to use instead."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 __all__ = ["refused_keyword"]
 
-_PROMPTS = "what the teacher is conditioned on is prompts.file or prompts.dataset"
+_PROMPTS = "the prompts are prompts.file or prompts.dataset"
 _GUIDANCE = "the teacher's guidance is guidance.scale"
 _GRID = "numbers of steps are evaluation.steps and export.steps"
 _SAMPLES = "samples are counted by training.batch_size and evaluation.samples"
 _SEED = "noise is drawn from training.seed"
 _NOISE = "a student starts from noise alone"
-_LOOP = "the program looks at every step itself; the exported pipeline's own call takes it"
-# The first pattern that fits counts.
+_LOOP = "the program runs the steps itself; it is a keyword of the exported pipeline's own call"
+# The first pattern that matches is used: special patterns come before general ones.
 _INSTEAD = {
-    "*negative_prompt*": "guidance leads away from the empty prompt",
+    "*negative_prompt*": "guidance uses the empty prompt",
     "ip_adapter*": _NOISE,
     "*embeds*": _PROMPTS,
     "*prompt_attention_mask*": _PROMPTS,
@@ -29,7 +29,7 @@ _INSTEAD = {
     "*num_inference_steps": _GRID,
     "timesteps": _GRID,
     "sigmas": _GRID,
-    "mu": "the shift is what the pipeline finds for its size",
+    "mu": "the shift is that of the pipeline for its size",
     "denoising_*": "a student goes from noise to data",
     "*guidance_scale*": _GUIDANCE,
     "guidance_rescale": _GUIDANCE,
@@ -38,11 +38,11 @@ _INSTEAD = {
     "sag_*": _GUIDANCE,
     "generator": _SEED,
     "latents": _SEED,
-    "eta": "the teacher is followed without noise in its steps",
+    "eta": "the teacher's ODE is solved without noise in its steps",
     "image": _NOISE,
     "video": _NOISE,
     "strength": _NOISE,
-    "class_labels": "classes are drawn evenly",
+    "class_labels": "every class is drawn with the same probability",
     "batch_size": _SAMPLES,
     "output_type": "samples are latents until they are evaluated",
     "return_dict": _LOOP,
@@ -51,7 +51,7 @@ _INSTEAD = {
 
 
 def refused_keyword(names: Iterable[str]) -> str | None:
-    """The message on the first name that the program sets; None where there is none."""
+    """Return the error message for the first name that the program sets itself; None: there is no such name."""
     for name in names:
         for pattern, instead in _INSTEAD.items():
             if fnmatchcase(name, pattern):

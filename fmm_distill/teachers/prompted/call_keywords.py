@@ -1,0 +1,84 @@
+"""The keywords that a stock pipeline is called with, and the check of those that a user gives."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["CallKeywords", "check_keywords"]
+
+
+@dataclass(frozen=True)
+class CallKeywords:
+    """The keywords of a pipeline's call.
+
+    Attributes:
+        fixed: those with the same value in every call.
+        guidance: the keyword of classifier-free guidance; None: the pipeline has none.
+        off: the value that turns guidance off.
+    """
+
+    fixed: dict[str, Any]
+    guidance: str | None
+    off: float
+
+    @classmethod
+    def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
+        """Return the keywords of a pipeline.
+
+        Args:
+            call: the keywords that the user gives.
+            scale: the guidance scale of a network that is conditioned on it.
+        """
+        parameters = inspect.signature(pipeline.__call__).parameters
+        fixed = {"output_type": "latent"} | call
+        if "true_cfg_scale" in parameters:
+            # guidance_scale is then an input of the network itself.
+            return cls(fixed | {"guidance_scale": scale}, "true_cfg_scale", 1.0)
+        if "guidance_scale" not in parameters:
+            return cls(fixed, None, 1.0)
+        # Z-Image adds guidance_scale times the difference to the conditional output, so that 0 is off.
+        off = 0.0 if type(pipeline).__name__.startswith("ZImage") else 1.0
+        return cls(fixed, "guidance_scale", off)
+
+    def with_guidance_input(self, scale: float) -> CallKeywords:
+        """Return the keywords of a pipeline whose ``guidance_scale`` is an input of its network."""
+        return CallKeywords(self.fixed | {"guidance_scale": scale}, None, 1.0)
+
+    def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
+        """Return the keywords of a call with these prompts; ``guidance`` None: without guidance."""
+        given = {**self.fixed, "prompt": list(prompts), "num_inference_steps": steps}
+        given["generator"] = torch.Generator().manual_seed(0)
+        if self.guidance:
+            given[self.guidance] = self.off if guidance is None else guidance
+        return given
+
+
+def check_keywords(pipeline: Any, call: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class
+    """Check that a pipeline starts from noise and takes these keywords.
+
+    Raises:
+        UserError: otherwise.
+    """
+    parameters, kind = inspect.signature(pipeline.__call__).parameters, type(pipeline).__name__
+    if "prompt" not in parameters or ("image" in parameters and parameters["image"].default is inspect.Parameter.empty):
+        raise UserError(f"{source}: expected a pipeline that starts from noise, got {kind}, which starts from an image")
+    if "image" in parameters and "Img2Img" in kind:
+        raise UserError(
+            f"{source}: expected a pipeline that starts from noise, got {kind}, which refines an image; try the base "
+            "model"
+        )
+    if (refusal := refused_keyword(call)) is not None:
+        raise UserError(refusal)
+    wrong = [key for key in call if key not in parameters]
+    if wrong:
+        raise UserError(f"pipeline.{wrong[0]}: {kind} takes no {wrong[0]}; it takes {', '.join(parameters)}")

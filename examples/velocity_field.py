@@ -2,7 +2,8 @@
 
     python examples/velocity_field.py --output runs/ring
 
-The teacher is any object with ``velocity`` and ``event_shape``; the student is a flow map of your own. A minute on a CPU.
+The teacher is any object with ``velocity`` and ``event_shape``; the student is a flow map
+of your own. A minute on a CPU.
 """
 
 from __future__ import annotations

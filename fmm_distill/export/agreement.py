@@ -8,11 +8,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file
 
 from fmm_distill.core.time_axis import expand
-from fmm_distill.teachers.codec import LatentCodec, Waves
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float
     from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare"]
+__all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare", "compare_weights"]
 
 # A jump is A x + B f of the state x and the network's output f. Float32 rounds both terms, each by 2^-23 of its size,
 # and the network's layers add roundings of their own: this many are allowed. Of 36 tiny pipelines all differ by 1 to
@@ -53,6 +55,14 @@ class Agreement:
         decoded = self.image is None or self.image <= IMAGE_TOLERANCE
         return self.difference <= self.tolerance and decoded
 
+    @property
+    def fraction(self) -> float:
+        """The difference as a fraction of the tolerance; NaN is the worst."""
+        if self.difference == 0:
+            return 0.0
+        fraction = self.difference / self.tolerance if self.tolerance else float("inf")
+        return float("inf") if math.isnan(fraction) else fraction
+
     def to_json(self) -> dict[str, float]:
         """The entry in ``verification.json``."""
         image = {} if self.image is None else {"image_difference": self.image, "image_tolerance": IMAGE_TOLERANCE}
@@ -83,15 +93,23 @@ def compare(
     for k, (t, r) in enumerate(pairwise(times)):
         after = points[k + 1] if k + 1 < len(points) else made["end"]
         found.append(_jump(student, points[k], after.reshape(points[k].shape), (t, r), cond))
-    worst = max(found, key=_share)
+    worst = max(found, key=lambda one: one.fraction)
     image = _image_difference(teacher, points[-1], made) if "images" in made else None
     return replace(worst, image=image)
 
 
-def _share(agreement: Agreement) -> float:
-    """The difference as a share of the tolerance; NaN is the worst."""
-    share = agreement.difference / agreement.tolerance if agreement.tolerance else float("inf")
-    return float("inf") if math.isnan(share) else share
+def compare_weights(student: Student, folder: Path) -> Agreement:
+    """Compare the weights in a folder with the student's: they are saved in full, so nothing may differ."""
+    saved: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        saved |= load_file(file)
+    own = student.network.state_dict()
+    if saved.keys() != own.keys() or any(saved[name].shape != value.shape for name, value in own.items()):
+        return Agreement(float("inf"), 0.0)
+    differences = [
+        _largest(saved[name].double() - value.double().cpu()) for name, value in own.items() if value.numel()
+    ]
+    return Agreement(max(differences, default=0.0), 0.0)
 
 
 def _size_inside(student: Student, t: Tensor) -> float:
@@ -140,14 +158,14 @@ def _silent(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | No
 
 def _image_difference(teacher: Teacher, like: Float[Tensor, "batch *event"], made: dict[str, Tensor]) -> float:
     """Between the pipeline's images and those of its own last samples, which the same decoder makes."""
-    images = made["images"]
-    own = teacher.codec.decode(made["end"].reshape(like.shape))
-    if isinstance(teacher.codec, Waves):
+    images, codec = made["images"], teacher.codec
+    own = codec.decode(made["end"].reshape(like.shape))
+    if codec.outputs == "audios":
         # A length that its blocks don't halve evenly is filled up and cut.
         return _largest(own.clamp(-1, 1)[..., : images.shape[-1]] - images)
     own = (own / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     each = (own.reshape(images.shape) - images).abs().flatten(1).amax(1)
-    quantized = isinstance(teacher.codec, LatentCodec) and hasattr(teacher.codec.autoencoder, "quantize")
+    quantized = hasattr(codec.autoencoder, "quantize")
     # A latent between two codes is rounded to one here and to the other there: of most images none is.
     return float(each.median() if quantized else each.max())
 

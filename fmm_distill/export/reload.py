@@ -47,10 +47,10 @@ def watched(scheduler, ends):
 def watch_ends(pipeline, call, ends):
     """Have the samples after each step appended to ``ends``: by the pipeline's scheduler, or by its callback."""
     module = sys.modules[type(pipeline).__module__]
-    if hasattr(module, "jumping"):
-        # The any-step pipeline makes the scheduler of a call in it.
-        jumping = module.jumping
-        module.jumping = lambda *args, **kwargs: watched(jumping(*args, **kwargs), ends)
+    if hasattr(module, "FlowMapScheduler"):
+        # The any-step pipeline makes a scheduler in each call.
+        make = module.FlowMapScheduler.from_stock
+        module.FlowMapScheduler.from_stock = lambda *args: watched(make(*args), ends)
     elif hasattr(module, "FlowMapPipeline"):
 
         def keep(_, number, timestep, given):

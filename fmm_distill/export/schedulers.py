@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 
-from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from fmm_distill.core.schedules import FlowMatching, Schedule
     from fmm_distill.core.time_axis import Prediction
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.pipeline import StockPipeline
 
-__all__ = ["LEVELS", "SWITCHES", "stock_scheduler"]
+__all__ = ["LEVELS", "SWITCHES", "make_scheduler", "settings_of", "why_levels_do_not_fold"]
 
 # The trailing grid has no offset, but pipelines of Stable Diffusion warn of another one than their own.
 _BETAS = frozenset(
@@ -86,45 +87,57 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _OF_PREDICTION = "prediction_type"
 
 
-def stock_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | None = None) -> Any:  # noqa: ANN401
-    """A stock scheduler of first order with the teacher's levels; nothing is clipped, no step is stochastic.
+def make_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | None = None) -> Any:  # noqa: ANN401
+    """Make a stock scheduler of first order with the teacher's levels; nothing is clipped, no step is stochastic.
 
     Args:
-        prediction: of the student.
+        prediction: what the student's network predicts.
         terminal: the level of the last jump's start, to which the grid of a flow model is stretched.
 
     Raises:
         UserError: if the installed diffusers has a setting of the scheduler that is not known here, and the teacher
             sets it.
     """
-    config, kind = teacher.scheduler_config, teacher.scheduler_config["_class_name"]
-    schedule = teacher.schedule
-    if isinstance(schedule, VariancePreserving):
-        name = "CogVideoXDDIMScheduler" if kind.startswith("CogVideoX") else "DDIMScheduler"
-        made = _made(name, config, {_OF_PREDICTION: prediction})
-        if _reads_variance(teacher):
-            # The pipeline splits the learned variance off unless its scheduler takes it.
-            made.register_to_config(variance_type="fixed_small")
-        return made
-    if isinstance(schedule, Angular):
-        return _made("IPNDMScheduler", config, {})
-    if isinstance(schedule, VarianceExploding):
-        if prediction == "score":
-            return _made("ScoreSdeVeScheduler", config, {})
-        return _made("EDMEulerScheduler", config, {_OF_PREDICTION: prediction})
-    flow = cast("FlowMatching", schedule)
-    if kind == "FlowMatchEulerDiscreteScheduler":
-        return _made(kind, config, {"shift_terminal": terminal})
-    levels = {"num_train_timesteps": flow.num_timesteps, "shift": flow.shift}
-    return _made("FlowMatchEulerDiscreteScheduler", levels, {"shift_terminal": terminal})
+    return _MAKERS[teacher.schedule.kind](teacher, prediction, terminal)
 
 
-def _reads_variance(teacher: Teacher) -> bool:
-    """Decide whether the teacher's pipeline reads its scheduler's ``variance_type`` without asking if there is one."""
-    if teacher.folder is None:
-        return False
-    index = json.loads((teacher.folder / "model_index.json").read_text(encoding="utf-8"))
-    code = inspect.getsource(getattr(diffusers, index["_class_name"]))
+def _discrete(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+    config = teacher.scheduler_config
+    name = "CogVideoXDDIMScheduler" if config["_class_name"].startswith("CogVideoX") else "DDIMScheduler"
+    made = _made(name, config, {_OF_PREDICTION: prediction})
+    if _reads_variance(teacher.pipeline):
+        # The pipeline splits the learned variance off unless its scheduler takes it.
+        made.register_to_config(variance_type="fixed_small")
+    return made
+
+
+def _angular(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+    return _made("IPNDMScheduler", teacher.scheduler_config, {})
+
+
+def _exploding(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+    if prediction == "score":
+        return _made("ScoreSdeVeScheduler", teacher.scheduler_config, {})
+    return _made("EDMEulerScheduler", teacher.scheduler_config, {_OF_PREDICTION: prediction})
+
+
+def _flow(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+    config, name = teacher.scheduler_config, "FlowMatchEulerDiscreteScheduler"
+    if config["_class_name"] != name:
+        schedule = cast("FlowMatching", teacher.schedule)
+        config = {"num_train_timesteps": schedule.num_timesteps, "shift": schedule.shift}
+    return _made(name, config, {"shift_terminal": terminal})
+
+
+# One per ``kind`` of a schedule.
+_MAKERS: Mapping[str, Callable[[Teacher, Prediction, float | None], Any]] = MappingProxyType(
+    {"discrete": _discrete, "angular": _angular, "exploding": _exploding, "flow": _flow}
+)
+
+
+def _reads_variance(pipeline: StockPipeline | None) -> bool:
+    """Decide whether a pipeline reads ``variance_type`` of its scheduler without a default."""
+    code = "" if pipeline is None else pipeline.code
     return "scheduler.config.variance_type" in code and 'config, "variance_type")' not in code
 
 
@@ -141,3 +154,21 @@ def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:
                 f"{diffusers.__version__} that this version does not know; try the diffusers of constraints.txt"
             )
     return kind(**(levels | dict(SWITCHES[name]) | changes))
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+    """Return a scheduler's configuration as JSON, without the settings of the teacher's class that it ignores."""
+    settings: dict[str, Any] = json.loads(scheduler.to_json_string())
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in settings.items() if name == "_class_name" or name in own}
+
+
+def why_levels_do_not_fold(schedule: Schedule) -> str | None:
+    """Return the reason why no stock scheduler steps by the jumps of a student of this schedule; None: one does."""
+    return None if schedule.folds else _NOT_FOLDED[schedule.kind]
+
+
+_NOT_FOLDED = {
+    "angular": "of the stock schedulers IPNDM alone has these noise levels, and its steps mix several network calls",
+    "exploding": "no stock pipeline steps through a variance-exploding schedule by one network call per jump",
+}

@@ -9,32 +9,27 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 
 from fmm_distill.errors import FmmDistillError, UserError
-from fmm_distill.export.agreement import Agreement, compare
+from fmm_distill.export.agreement import Agreement, compare, compare_weights
 from fmm_distill.export.contents import record
-from fmm_distill.export.folded import jump_scheduler, stock_times
-from fmm_distill.export.stock import any_step_times, folded_scheduler, guidance_keyword, start_of, verification_call
 from fmm_distill.io.files import write_text
-from fmm_distill.teachers.prompted.call import RecordedCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.export.exporter import Exporter, PipelineExporter
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.conditions import Conditions
 
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 
@@ -46,30 +41,36 @@ _BATCH, _NUMBERS = 8, 2**17
 
 @dataclass(frozen=True)
 class Exported:
-    """A student, its teacher, and where it was exported to."""
+    """A student, its exporter, and the folder that it was exported to."""
 
     student: Student
-    teacher: Teacher
+    exporter: Exporter
     folder: Path
     steps: tuple[int, ...]
 
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher of the student."""
+        return self.exporter.teacher
 
-def verify(student: Student, teacher: Teacher, folder: Path, steps: tuple[int, ...]) -> dict[str, Agreement]:
+
+def verify(exported: Exported) -> dict[str, Agreement]:
     """Compare every jump of the reloaded pipelines with the student's.
 
-    Each jump starts where the pipeline was, and nothing is clipped or decoded first. A folded pipeline is compared on
-    the times that its stock scheduler takes. The result is written to ``verification.json`` in the folder; keys are
-    ``any-<n>`` and ``folded-<n>``.
+    Each jump starts where the pipeline was, and nothing is clipped or decoded first. A pipeline of a fixed number of
+    steps is compared at the times that its stock scheduler takes. The result is written to ``verification.json`` in
+    the folder; keys are ``any-<n>`` and ``folded-<n>``, or ``weights`` where there is no pipeline.
 
     Raises:
         FmmDistillError: if a pipeline does not open, or differs by more than rounding explains (``agreement``).
     """
-    # Without folded pipelines the any-step one is still compared.
-    return verify_all([Exported(student.to("cpu"), teacher, folder, steps or (4,))])[0]
+    exported.student.to("cpu")
+    # Without pipelines of fixed steps the any-step one is still compared.
+    return verify_all([replace(exported, steps=exported.steps or (4,))])[0]
 
 
 def verify_all(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
-    """``verify`` of several exports, opened in one process."""
+    """``verify`` several exports, opened in one process."""
     found = agreements_of(exports)
     for export, agreements in zip(exports, found, strict=True):
         wrong = {key: value for key, value in agreements.items() if not value.passed}
@@ -82,15 +83,20 @@ def verify_all(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
 
 
 def agreements_of(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
-    """How far the pipelines of exports are from their students, opened in one process."""
-    calls = [_call(export.teacher) for export in exports]
-    reloaded = zip(exports, calls, _reload(exports, calls), strict=True)
-    return [_agreements(export, call, made) for export, call, made in reloaded]
+    """Compare the pipelines of exports with their students, opened in one process; weights alone are read again."""
+    jobs = [_Job(export) for export in exports if export.exporter.not_any_step is None]
+    pipelines = iter(zip(jobs, _reload(jobs) if jobs else [], strict=True))
+    return [
+        {"weights": compare_weights(export.student, export.folder / export.exporter.component)}
+        if export.exporter.not_any_step
+        else _agreements(*next(pipelines))
+        for export in exports
+    ]
 
 
 def summary(agreements: dict[str, Agreement]) -> str:
     """The pipeline that is furthest from the student, in one line."""
-    worst = max(agreements.values(), key=lambda one: one.difference / one.tolerance)
+    worst = max(agreements.values(), key=lambda one: one.fraction)
     return f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
 
 
@@ -107,79 +113,42 @@ def _batch(teacher: Teacher) -> int:
     return max(2, min(_BATCH, _NUMBERS // torch.Size(teacher.event_shape).numel()))
 
 
-def _call(teacher: Teacher) -> dict[str, Any]:
-    if teacher.folder is not None:
-        return verification_call(teacher, _batch(teacher))
-    call: dict[str, Any] = {"batch_size": _batch(teacher), "output_type": "np"}
-    return call if teacher.conditions is None else call | {"class_labels": _first_conditions(teacher)[0]}
+class _Job:
+    """An export whose pipelines are opened in another process, and what each of them is called with."""
+
+    def __init__(self, export: Exported) -> None:
+        self.export, self.exporter = export, cast("PipelineExporter", export.exporter)
+        self.count = _batch(self.exporter.teacher)
+        self.call = self.exporter.verification_call(self.count)
+
+    def to_json(self, output: str) -> dict[str, Any]:
+        """Return the job as ``reload.py`` reads it, which writes to ``output``."""
+        return {
+            "folder": str(self.export.folder.resolve()),
+            "call": self.call,
+            "any_call": self.exporter.any_step_call(self.call),
+            "seed": SEED,
+            "steps": self.export.steps,
+            "component": self.exporter.component,
+            "sample": self.exporter.sample_argument,
+            "count": self.count,
+            "output": output,
+        }
+
+    def times(self, key: str) -> Tensor:
+        """Return the times between which the pipeline ``any-<n>`` or ``folded-<n>`` jumps, data at the end."""
+        kind, _, n = key.partition("-")
+        fixed = kind == "folded"
+        return self.exporter.fixed_grid(self.export.student, int(n)) if fixed else self.exporter.grid(int(n))
 
 
-def _any_step_call(teacher: Teacher, call: dict[str, Any]) -> dict[str, Any]:
-    """A student with a range of guidance is called without a scale: its default is the teacher's."""
-    ranged = teacher.guidance is not None and teacher.guidance.range is not None
-    return {key: value for key, value in call.items() if not ranged or key != guidance_keyword(teacher)}
-
-
-def _first_conditions(teacher: Teacher) -> tuple[list[int], Conditioning]:
-    """A batch of conditions by their number, from the first on, and what the network is conditioned on."""
-    conditions = cast("Conditions", teacher.conditions)
-    count = len(conditions.names)
-    numbers = [i % count for i in range(_batch(teacher))]
-    return numbers, cast(
-        "Conditioning", teacher.conditioned_on((torch.tensor(numbers, dtype=torch.float64) + 0.5) / count)
-    )
-
-
-def _agreements(export: Exported, call: dict[str, Any], made: dict[str, Tensor]) -> dict[str, Agreement]:
-    start = _start(export.teacher, call)
+def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
+    start = job.exporter.start(job.call, job.count, SEED)
     found = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in made):
         own = {name.partition(".")[2]: value for name, value in made.items() if name.startswith(f"{key}.")}
-        found[key] = compare(export.student, export.teacher, own, _times(export, key), start)
+        found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start)
     return found
-
-
-def _start(teacher: Teacher, call: dict[str, Any]) -> tuple[Tensor, Conditioning | None]:
-    """The N(0, I) that the pipelines start from, and what they condition their network on."""
-    cond = None
-    if teacher.folder is None:
-        generator = torch.Generator().manual_seed(SEED)
-        noise = randn_tensor((_batch(teacher), *teacher.event_shape), generator=generator, dtype=torch.float32)
-    else:
-        noise, cond = start_of(teacher, call, SEED)
-    if cond is None and teacher.conditions is not None:
-        cond = _first_conditions(teacher)[1]
-    if cond is not None and teacher.guidance is not None:
-        cond = teacher.guidance.at(cond)
-    return noise, cond
-
-
-def _times(export: Exported, key: str) -> Tensor:
-    """The times between which a pipeline jumps, data at the end."""
-    student, teacher = export.student, export.teacher
-    kind, n = key.split("-")
-    steps = int(n)
-    if kind == "folded" and teacher.folder is None:
-        return stock_times(student, jump_scheduler(student, teacher, steps), steps)
-    if kind == "folded":
-        return folded_scheduler(student, teacher, steps)[1]
-    return student.schedule.grid(steps) if teacher.folder is None else any_step_times(student, teacher, steps)
-
-
-def _job(export: Exported, call: dict[str, Any], output: str) -> dict[str, Any]:
-    teacher, ask = export.teacher, export.teacher.parametrization.call
-    return {
-        "folder": str(export.folder.resolve()),
-        "call": call,
-        "any_call": _any_step_call(teacher, call),
-        "seed": SEED,
-        "steps": export.steps,
-        "component": teacher.component,
-        # Stock networks without prompts name it otherwise, and their pipelines pass it by its place.
-        "sample": ask.sample if isinstance(ask, RecordedCall) else "sample",
-        "count": _batch(teacher),
-        "output": output,
-    }
 
 
 @contextmanager
@@ -199,18 +168,17 @@ def _no_room(error: OSError) -> UserError:
     )
 
 
-def _reload(exports: Sequence[Exported], calls: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+def _reload(jobs: Sequence[_Job]) -> list[dict[str, Tensor]]:
     with _scratch() as scratch:
-        pairs = zip(exports, calls, strict=True)
-        jobs = [_job(export, call, f"{scratch}/{i}.safetensors") for i, (export, call) in enumerate(pairs)]
+        plain = [job.to_json(f"{scratch}/{i}.safetensors") for i, job in enumerate(jobs)]
         written = Path(scratch) / "jobs.json"
-        written.write_text(json.dumps(jobs), encoding="utf-8")
+        written.write_text(json.dumps(plain), encoding="utf-8")
         command = [sys.executable, "-P", str(files("fmm_distill") / "export" / "reload.py"), str(written)]
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if run.returncode:
             if os.strerror(errno.ENOSPC) in run.stderr:
                 raise _no_room(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            shown = ", ".join(str(export.folder) for export in exports)
+            shown = ", ".join(str(job.export.folder) for job in jobs)
             raise FmmDistillError(f"{shown}: stock diffusers does not open the export:\n{run.stderr}")
-        return [load_file(job["output"]) for job in jobs]
+        return [load_file(job["output"]) for job in plain]

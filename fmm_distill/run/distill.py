@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fmm_distill.config.recipe import parse as make_recipe
+from fmm_distill.config.settings import OptimizerSettings
 from fmm_distill.data.prepare import prepare_samples
 from fmm_distill.evaluation.monitor import Monitor
 from fmm_distill.evaluation.result import Evaluation, table
@@ -21,12 +23,12 @@ from fmm_distill.run.folder import (
     check_folder,
     check_images,
     check_prompts,
-    keep_commits,
-    keep_inputs,
     make_folder,
     pinned,
     read_evaluation,
     steps_done,
+    store_commits,
+    store_inputs,
     take_changes,
 )
 from fmm_distill.run.given import Given, check_given, keep_given
@@ -39,15 +41,18 @@ from fmm_distill.training.trackers import tracked
 from fmm_distill.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.losses.base import Settings as Loss
     from fmm_distill.run.plan import Plan
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.velocity_field import KnownVelocity
+    from fmm_distill.training.callbacks import Callback
+    from fmm_distill.training.optimizer import OptimizerFactory
 
 __all__ = ["distill"]
 
@@ -60,6 +65,9 @@ def distill(
     *,
     teacher: Teacher | KnownVelocity | None = None,
     student: nn.Module | None = None,
+    loss: Loss | None = None,
+    optimizer: OptimizerSettings | OptimizerFactory | None = None,
+    callbacks: Sequence[Callback] = (),
     fresh: bool = False,
 ) -> Evaluation:
     """Distill, evaluate and export into the folder ``output``; the same call resumes a run that was stopped.
@@ -69,6 +77,10 @@ def distill(
             ``velocity(x, t, cond=None)`` and ``event_shape`` (arXiv 2406.07507 distills any known velocity field).
         student: the network that the student starts from; None: a copy of the teacher's. A velocity field needs one: a
             diffusers network, or a ``LearnedFlowMap``.
+        loss: the main loss, in place of ``recipe.loss``; a class of your own need not be registered.
+        optimizer: settings in place of ``recipe.optimizer``, or a function from a list of parameters to a
+            ``torch.optim.Optimizer``, which the same call has to pass again to resume.
+        callbacks: objects whose hooks the trainer calls in the first process (``training.callbacks.Callback``).
         fresh: remove the files of an earlier run in ``output``.
 
     Returns:
@@ -78,9 +90,22 @@ def distill(
         UserError: on input that can't be used, a folder of another recipe, a damaged checkpoint or a full disk.
         TrainingDivergedError: when losses or gradients stay non-finite.
     """
-    given = Given(teacher, student)
+    changes: dict[str, Any] = {} if loss is None else {"loss": loss}
+    factory = optimizer
+    if isinstance(optimizer, OptimizerSettings):
+        changes["optimizer"], factory = optimizer, None
+    given = Given(teacher, student, cast("OptimizerFactory | None", factory), tuple(callbacks))
     with alone():
-        return Distillation(given.name_in(with_paths(recipe)), Path(output), given, fresh=fresh).run()
+        recipe = given.name_in(with_paths(_changed(recipe, changes)))
+        return Distillation(recipe, Path(output), given, fresh=fresh).run()
+
+
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """Return the recipe with other values of some fields, checked together with the rest."""
+    if not changes:
+        return recipe
+    fields = {name: getattr(recipe, name) for name in recipe.model_fields_set}
+    return make_recipe(fields | changes, "distill()")
 
 
 class Distillation:
@@ -136,8 +161,7 @@ class Distillation:
             check_given(self.folder, self.recipe, job.teacher)
         logger.info(str(job))
         passed: list[str] = []
-        if job.weights_alone is None:
-            on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
+        on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
         for change in self.changes:
             logger.info(f"changed  {change}")
         on_first(self.accelerator, lambda: self._make_folder(job, passed))
@@ -152,8 +176,8 @@ class Distillation:
         make_folder(folder, self.recipe, fresh=self.fresh)
         if self.changes:
             take_changes(folder, self.recipe)
-        keep_commits(folder, job.teacher)
-        keep_inputs(folder, self.recipe, job.images)
+        store_commits(folder, job.teacher)
+        store_inputs(folder, self.recipe, job.images)
         keep_given(folder, self.recipe, job.teacher)
         if isinstance(job.teacher.conditions, Embeddings):
             write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
@@ -164,12 +188,14 @@ class Distillation:
         """Train to the last step, then evaluate and export in the first process."""
         recipe, folder, accelerator = self.recipe, self.folder, self.accelerator
         samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator)
-        trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator)
-        average = cast("Callable[[], Student]", partial(trainer.whole_average, recipe.training.ema[0]))
+        trainer = Trainer(
+            job.student, job.teacher, recipe, samples, folder, accelerator, optimizer=self.given.optimizer
+        )
+        average = cast("Callable[[], Student]", partial(trainer.full_average, recipe.training.ema[0]))
         monitor = Monitor(average, job.teacher, recipe, job.reference, folder, accelerator)
         with tracked(accelerator, recipe, folder, steps_done(folder)):
-            trainer.run(monitor.reached)
-            averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
+            trainer.run(self.given.callbacks, monitor.reached)
+            averages = {rate: trainer.full_average(rate) for rate in trainer.averages}
             if accelerator.is_main_process:
                 job.student = cast("Student", trainer.plain.to(accelerator.device))
                 finish(job, averages, folder, accelerator)

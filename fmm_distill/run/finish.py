@@ -12,20 +12,20 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
-from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.pictures import plot_samples, plot_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.card import write_card
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import CONTENTS
-from fmm_distill.export.folded import check_steps, why_not_folded
-from fmm_distill.export.manifest import about_student
+from fmm_distill.export.exporter import check_steps
+from fmm_distill.export.manifest import make_manifest
 from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import write_student
 from fmm_distill.io.files import write_text, writing
 from fmm_distill.run.plan import Plan
-from fmm_distill.student.student import WEIGHTS
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fmm_distill.export.agreement import Agreement
     from fmm_distill.student.student import Student
 
-__all__ = ["Trained", "export_student", "finish", "how_to_load", "save_weights"]
+__all__ = ["Trained", "export_student", "finish", "how_to_load"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,31 +77,14 @@ def finish(
     _draw(job, evaluation, folder, device)
     trained = Trained(folder, job.recipe.student.regression_steps + job.recipe.training.steps, evaluation)
     logger.info("exporting")
-    if job.weights_alone is not None:
-        save_weights(job, student, wait=True)
-    else:
-        _export(job, student, trained)
+    agreements = export_student(job, student, job.recipe.export.steps, trained, wait=True)
+    evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
     log_picture(accelerator, folder / "samples.png", trained.steps)
     logger.info(table(evaluation))
-    logger.info(how_to_load(folder, job.recipe))
-
-
-def _export(job: Plan, target: Path, trained: Trained) -> None:
-    """Export the student and note how far the reloaded pipelines are from it."""
-    if (reason := why_not_folded(job.teacher)) and job.recipe.export.steps:
-        logger.warning(f"export.steps: only the any-step pipeline is written ({reason})")
-    agreements = export_student(job, target, job.recipe.export.steps, trained, wait=True)
-    difference = max(one.difference for one in agreements.values())
-    cast("Evaluation", trained.evaluation).protocol["reloaded_difference"] = difference
     logger.info(f"reloaded with stock diffusers: {summary(agreements)}")
-
-
-def save_weights(job: Plan, target: Path, *, wait: bool = False) -> None:
-    """Write the weights of a student that no pipeline can hold; ``target`` is replaced once they are written."""
-    with replacing(target, wait=wait) as new:
-        job.student.to("cpu").save_weights(new)
+    logger.info(how_to_load(folder, job.recipe))
 
 
 def export_student(
@@ -125,16 +108,17 @@ def export_student(
             another export into it at the same time, or a full disk.
         FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
     """
-    check_steps(steps, job.student.schedule)
-    about = about_student(job.student, job.teacher, job.recipe, steps, trained.folder, trained.steps)
+    if exporter_of(job.teacher).not_any_step is None:
+        check_steps(steps, job.student.schedule)
+    manifest = make_manifest(job.student, job.teacher, job.recipe, steps, trained.folder, trained.steps)
     # Pipelines are opened on the CPU, where both stay: nothing is done with them afterwards.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, wait=wait) as new:
         exported = write_student(job.student, job.teacher, new, steps)
-        write_card(new, about, trained.evaluation, trained.folder)
+        write_card(new, manifest, trained.evaluation, trained.folder)
         try:
-            agreements = verify(exported.student, exported.teacher, new, steps)
+            agreements = verify(exported)
         except UserError:
             raise
         except FmmDistillError as error:
@@ -151,21 +135,15 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
     settings = job.recipe.evaluation
     rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
     with writing(folder / "samples.png"):
-        draw_samples(rows, folder / "samples.png")
-        draw_steps(evaluation, folder / "steps.png")
+        plot_samples(rows, folder / "samples.png")
+        plot_steps(evaluation, folder / "steps.png")
 
 
 def how_to_load(folder: Path, recipe: Recipe) -> str:
     """Return the lines that load a finished run's student."""
     student = folder / "student"
-    if (student / WEIGHTS).is_file():
-        return "\n".join(
-            [
-                "load its weights into a student of the same teacher (and network):",
-                "  student = Student.from_teacher(teacher)  # from a velocity field: network=...",
-                f'  student.load_weights("{student}")',
-            ]
-        )
+    if not (student / "model_index.json").is_file():
+        return f'load it in Python, with its teacher: load_student("{student}", teacher=...)'
     n = recipe.export.steps[-1] if recipe.export.steps else 0
     folded = student / f"steps-{n}"
     lines = ["load it with diffusers alone (README.md there has the complete call):"]

@@ -16,12 +16,15 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.velocity_field import as_teacher
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.teachers.velocity_field import KnownVelocity
+    from fmm_distill.training.callbacks import Callback
+    from fmm_distill.training.optimizer import OptimizerFactory
 
 __all__ = ["PYTHON", "Given", "check_given", "keep_given"]
 
@@ -40,10 +43,14 @@ class Given:
     Attributes:
         teacher: a ``Teacher``, or any object with ``velocity`` and ``event_shape`` (``KnownVelocity``).
         student: the network that the student starts from, or a ``LearnedFlowMap``.
+        optimizer: makes the optimizer of a list of parameters.
+        callbacks: are called by the trainer in the first process.
     """
 
     teacher: Teacher | KnownVelocity | None = None
     student: nn.Module | None = None
+    optimizer: OptimizerFactory | None = None
+    callbacks: Sequence[Callback] = ()
 
     def name_in(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the teacher's name, by which its run is recognized.

@@ -16,9 +16,9 @@ from fmm_distill.data.row_store import mebibytes
 from fmm_distill.data.samples import captions_of, load_images
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import check_evaluation, image_shape
-from fmm_distill.export.folded import check_steps, why_not_folded
-from fmm_distill.export.weights import why_weights_alone
+from fmm_distill.evaluation.checks import check_evaluation, image_shape
+from fmm_distill.export.choose import exporter_of
+from fmm_distill.export.exporter import check_steps, describe_export
 from fmm_distill.export.write import export_bytes
 from fmm_distill.run.given import Given
 from fmm_distill.run.trial import trial_bytes, try_export
@@ -60,7 +60,6 @@ class Plan:
 
     Attributes:
         reference: images that samples are compared with; None: there are none.
-        weights_alone: the reason why the student is saved as weights alone; None: it is exported as pipelines.
     """
 
     recipe: Recipe
@@ -68,10 +67,9 @@ class Plan:
     student: Student
     images: Images | None
     reference: Images | None
-    weights_alone: str | None = None
 
     def __str__(self) -> str:
-        """Return the first lines of a run: teacher, student, data, steps, and what the export leaves out."""
+        """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
         teacher, training = self.teacher, self.recipe.training
         counts = self._parameters()
         rank = self.recipe.student.lora.rank
@@ -87,7 +85,7 @@ class Plan:
             f"student: {self.student.prediction}, {counts['jump']:,} new parameters for the second time{lora}",
             f"data:    {describe_data(self.recipe.data, self.images)}",
             f"steps:   {steps} of {training.batch_size} samples, loss {self.recipe.loss_names}",
-            *self._left_out(),
+            f"export:  {describe_export(exporter_of(teacher), self.recipe.export.steps)}",
         ]
         return "\n".join(lines)
 
@@ -102,15 +100,6 @@ class Plan:
         return {"teacher": sum(p.numel() for p in student.parameters()) - jump - adapters, "jump": jump} | {
             "adapters": adapters
         }
-
-    def _left_out(self) -> list[str]:
-        """Return the line on what of the export this teacher does not allow, if there is anything."""
-        if self.weights_alone is not None:
-            return [f"export:  the student is saved as weights alone ({self.weights_alone})"]
-        reason = why_not_folded(self.teacher)
-        if reason and self.recipe.export.steps:
-            return [f"export:  only the any-step pipeline is written ({reason})"]
-        return []
 
 
 def plan(
@@ -138,7 +127,7 @@ def plan(
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
     student = open_student(recipe, teacher, given)
-    return Plan(recipe, teacher, student, images, reference, why_weights_alone(teacher))
+    return Plan(recipe, teacher, student, images, reference)
 
 
 def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
@@ -158,7 +147,7 @@ def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
             f"{teacher.source}: expected the configuration of its diffusers scheduler (Teacher.scheduler_config) for "
             "the teacher's own rows of the evaluation; pass it, or set evaluation.ddim_steps and dpmsolver_steps to []"
         )
-    if why_weights_alone(teacher) is None:
+    if exporter_of(teacher).not_any_step is None:
         check_steps(recipe.export.steps, teacher.schedule)
 
 
@@ -209,7 +198,7 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
             f"guidance.weaker {settings.weaker}: expected the teacher's shape and range of time {here}, got {there}; "
             "try an earlier or a smaller model on the same data"
         )
-    if settings.range is not None and (teacher.conditions is None or teacher.folder is None):
+    if settings.range is not None and (teacher.conditions is None or teacher.pipeline is None):
         raise UserError(
             f"guidance.range: expected a teacher whose pipeline is called with a guidance_scale, got {recipe.teacher}; "
             "leave it out, and give one guidance.scale"
@@ -271,7 +260,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)
-    part = training.batch_size // (processes * training.accumulation)
+    part = training.batch_size // (processes * training.gradient_accumulation_steps)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, stored for later starts\n" if needed else ""
     exported = "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
+from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
@@ -82,7 +82,7 @@ def try_export(
     try:
         with torch.random.fork_rng(devices=[]), _written(place, name) as written:
             exported = write_student(_drawn(student), teacher, written, steps, linked=True)
-            agreements = verify(exported.student, exported.teacher, exported.folder, steps)
+            agreements = verify(exported)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported, which is tried before training ({_reason(error)})"
@@ -127,14 +127,14 @@ def _tried_steps(recipe: Recipe) -> tuple[int, ...]:
 
 def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
     """Of what decides how the export is written: its code and every configuration, not the weights."""
-    index = None if teacher.folder is None else (teacher.folder / "model_index.json").read_text(encoding="utf-8")
+    pipeline = None if teacher.pipeline is None else [teacher.pipeline.call, teacher.pipeline.index]
     about = [
         [__version__, diffusers.__version__, torch.__version__],
-        [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), teacher.call, index],
+        [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
     ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()
+    return sha256_of_text(json.dumps(about, sort_keys=True, default=repr))
 
 
 def _place(folder: Path) -> Path:

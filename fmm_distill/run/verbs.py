@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmm_distill.run.evaluate import Asked, Subject, measure_subject, open_subject
+from fmm_distill.run.evaluate import EvaluationRequest, EvaluationTarget, measure_target, open_target
 from fmm_distill.run.given import Given
 from fmm_distill.run.publish import pack
 from fmm_distill.run.publish import publish as send
@@ -51,15 +51,15 @@ def evaluate(
     Raises:
         UserError: if the source can't be opened, or can't be measured with these settings.
     """
-    asked = Asked(against_teacher=against_teacher, also=also, evaluation=dict(settings or {}))
+    request = EvaluationRequest(against_teacher=against_teacher, also=also, evaluation=dict(settings or {}))
     if teacher is None:
-        subject = open_subject(str(source), asked)
+        target = open_target(str(source), request)
     else:
-        job = open_run(source, evaluation=asked.evaluation, given=Given(teacher, student))
-        subject = Subject(
+        job = open_run(source, evaluation=request.evaluation, given=Given(teacher, student))
+        target = EvaluationTarget(
             str(source), job.student, job.teacher, job.recipe.evaluation, job.reference, knows_ode=against_teacher
         )
-    return measure_subject(subject, asked, None if report is None else Path(report))
+    return measure_target(target, request, None if report is None else Path(report))
 
 
 def publish(
@@ -87,5 +87,5 @@ def publish(
     Raises:
         UserError: if there is no verified export, or the Hub refuses it.
     """
-    parcel = pack(Path(source), repo, branch, steps)
-    return send(parcel, repo, branch, private=private, force=force)
+    upload = pack(Path(source), repo, branch, steps)
+    return send(upload, repo, branch, private=private, force=force)

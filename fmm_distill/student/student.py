@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from fmm_distill.core.flow_map import LearnedFlowMap
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.torch_state import own_state
-from fmm_distill.errors import UserError, first_line
+from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import MapNetwork, TwoTimeNetwork
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
@@ -33,9 +30,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.time_axis import Prediction
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["WEIGHTS", "Student", "StudentPrediction"]
-
-WEIGHTS = "model.safetensors"
+__all__ = ["Student", "StudentPrediction"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
 
@@ -121,26 +116,6 @@ class Student(LearnedFlowMap):
                     f"{type(clock).__name__}; try clock = teacher.schedule"
                 )
         return student
-
-    def save_weights(self, folder: Path) -> None:
-        """Write the network's weights into an existing folder, as ``model.safetensors``."""
-        # save_file refuses weights that two layers have in common.
-        save_model(self.network, str(folder / WEIGHTS))
-
-    def load_weights(self, folder: Path | str) -> None:
-        """Load what ``save_weights`` wrote, into a student that was made of the same teacher and network.
-
-        Raises:
-            UserError: if there is no such file, or it has the weights of another network.
-        """
-        file = Path(folder).expanduser() / WEIGHTS
-        try:
-            load_model(self.network, file)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{file}: expected the weights of this teacher's {type(self.network).__name__} "
-                f"({first_line(error)}); pass the folder named student of its run"
-            ) from error
 
     @property
     def schedule(self) -> Schedule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import diffusers
 import torch
 
 from fmm_distill.core.schedules import VariancePreserving
@@ -12,9 +13,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import diffusers
     from jaxtyping import Float
     from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.conditions import Conditions
     from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.teachers.pipeline import StockPipeline
 
 __all__ = ["Distillable", "Teacher"]
 
@@ -79,9 +78,7 @@ class Teacher:
         source: the id or folder that it was loaded from.
         adapter: the name of the rule that opened it.
         scheduler_config: the configuration of its diffusers scheduler.
-        component: the network's name in the pipeline.
-        folder: where the pipeline stands on this disk, if students are exported into copies of it.
-        call: keywords of that pipeline's call besides prompt and guidance.
+        pipeline: the stock pipeline into copies of which students are exported; None: there is none.
         conditions: what it can be told; None: nothing.
         guidance: how much it is drawn away from what it says untold, or from a weaker teacher; None: not at all.
         weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
@@ -96,9 +93,7 @@ class Teacher:
     source: str
     adapter: str
     scheduler_config: dict[str, Any]
-    component: str = "unet"
-    folder: Path | None = None
-    call: dict[str, Any] = field(default_factory=dict)
+    pipeline: StockPipeline | None = None
     conditions: Conditions | None = None
     guidance: Guidance | None = None
     weaker: Teacher | None = None
@@ -134,6 +129,13 @@ class Teacher:
         cond = self.conditions.pick(positions)
         return cond if self.guidance is None else self.guidance.at(cond)
 
+    def first_conditions(self, count: int) -> Conditioning | None:
+        """Return the first ``count`` conditions, from the first again after the last; None: unconditional."""
+        if self.conditions is None:
+            return None
+        total = len(self.conditions.names)
+        return self.conditioned_on((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
+
     @property
     def schedule(self) -> Schedule:
         """Its noise levels on the time axis."""
@@ -146,8 +148,8 @@ class Teacher:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of its diffusers network, without the entries that diffusers keeps for itself."""
-        config = dict(cast("diffusers.ModelMixin", self.network).config)
+        """The configuration of the diffusers network, without the private entries; empty for another network."""
+        config = dict(self.network.config) if isinstance(self.network, diffusers.ModelMixin) else {}
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:

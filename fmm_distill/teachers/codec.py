@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.recording import patched_method, run_pipeline
 
@@ -26,7 +26,15 @@ _TOLERANCE = 1e-3
 
 
 class Codec(Protocol):
-    """Samples to images in [-1, 1] and back."""
+    """Converts samples to images in [-1, 1] and back.
+
+    Attributes:
+        outputs: the name of what decoded samples are, ``images`` or ``audios``, as pipelines name their output.
+        autoencoder: the ``VQModel`` or other autoencoder that decodes; None: there is none, or the pipeline has it.
+    """
+
+    outputs: str
+    autoencoder: Any | None
 
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels height width"]:
         """Images of samples, in the range -1 to 1 (not clipped)."""
@@ -40,6 +48,9 @@ class Codec(Protocol):
 class Pixels:
     """A teacher whose samples are images."""
 
+    outputs = "images"
+    autoencoder: Any | None = None
+
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         """The samples themselves."""
         return x
@@ -51,6 +62,9 @@ class Pixels:
 
 class Waves:
     """A teacher whose samples are sounds, shape ``[batch, channels, length]``, in [-1, 1]."""
+
+    outputs = "audios"
+    autoencoder: Any | None = None
 
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         """The samples themselves."""
@@ -73,6 +87,8 @@ class LatentCodec:
         event_shape: of the teacher's samples, where they have further axes of length 1; None: that of the latents.
         shifted: whether the shift of its configuration is applied; some pipelines leave it out.
     """
+
+    outputs = "images"
 
     def __init__(
         self,
@@ -112,11 +128,8 @@ class LatentCodec:
 
     def digest(self) -> str:
         """Of its weights and factors: the same where images have the same latents."""
-        digest = hashlib.sha256(f"{type(self.autoencoder).__name__} {self.factor} {self.shift}".encode())
-        for name, tensor in sorted(self.autoencoder.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        prefix = f"{type(self.autoencoder).__name__} {self.factor} {self.shift}"
+        return sha256_of_tensors(self.autoencoder.state_dict(), prefix)
 
 
 class PipelineCodec:
@@ -125,16 +138,18 @@ class PipelineCodec:
     It is opened when it is first needed: until then its encoders take no memory.
     """
 
+    outputs = "images"
+    autoencoder: Any | None = None
+
     def __init__(
         self,
         folder: Path,
         component: str,
         network: nn.Module,
         call: dict[str, Any],
-        keys: Any,  # noqa: ANN401 the keywords of the pipeline's call, for exports
         event_shape: tuple[int, ...],
     ) -> None:
-        self.folder, self.component, self.network, self.keys = folder, component, network, keys
+        self.folder, self.component, self.network = folder, component, network
         self.event_shape = event_shape
         self.call = call | {"output_type": "np", "return_dict": False}
         self._pipeline: Any = None

@@ -21,8 +21,10 @@ class Conditions(Protocol):
 
     Attributes:
         names: one per condition.
+        noun: the name of what they are, ``classes`` or ``prompts``.
     """
 
+    noun: str
     names: tuple[str, ...]
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
@@ -52,6 +54,8 @@ class Classes:
         keyword: of the network's call.
     """
 
+    noun = "classes"
+
     def __init__(self, names: tuple[str, ...], null_label: int | None, keyword: str = "class_labels") -> None:
         self.names, self.null_label, self.keyword = names, null_label, keyword
 
@@ -77,6 +81,8 @@ class Embeddings:
         empty: the embeddings of the empty prompt; None: guidance can't use it.
         reason: why ``empty`` is None, for messages.
     """
+
+    noun = "prompts"
 
     def __init__(
         self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, reason: str = ""

@@ -12,6 +12,7 @@ from fmm_distill.teachers.codec import LatentCodec
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
+from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def load_dit(index: PipelineIndex) -> Teacher:
         source=index.source,
         adapter="DiTTransformer2DModel, latents, class-conditional",
         scheduler_config=spec.config,
-        component="transformer",
-        folder=index.folder,
+        pipeline=StockPipeline(index.folder, "transformer", condition="class_labels", guidance="guidance_scale"),
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
         codec=LatentCodec(autoencoder),
         revision=index.revision,

@@ -61,12 +61,14 @@ class Recording:
     Attributes:
         mu: the shift that the pipeline passes to its scheduler; None: it passes none.
         sigmas: the noise levels of the scheduler; empty if it has none.
+        grids: the arguments of each call of the scheduler's ``set_timesteps``.
     """
 
     calls: list[NetworkCall] = field(default_factory=list)
     steps: list[SchedulerStep] = field(default_factory=list)
     mu: float | None = None
     sigmas: list[float] = field(default_factory=list)
+    grids: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def takes_guidance(self) -> bool:
@@ -123,8 +125,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
         return step
 
     def record_shift(original: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(original)
+
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
             recording.mu = kwargs.get("mu")
+            recording.grids.append(dict(parameters.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 
         return set_timesteps

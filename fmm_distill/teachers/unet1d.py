@@ -11,6 +11,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.first_call import check_first_call
+from fmm_distill.teachers.pipeline import StockPipeline
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.components import PipelineIndex
@@ -53,7 +54,7 @@ def load_unet1d(index: PipelineIndex) -> Teacher:
         source=index.source,
         adapter="UNet1DModel, sound, unconditional",
         scheduler_config=config,
-        folder=index.folder,
+        pipeline=StockPipeline(index.folder, "unet"),
         codec=Waves(),
         revision=index.revision,
         license=index.license,

@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
@@ -82,7 +83,8 @@ def exports(tmp_path_factory):
         teacher = teacher_of(name, folder / "teacher")
         student = moved(Student.from_teacher(teacher))
         student_folder = export_pipeline(student, teacher, folder / "student", ())
-        made[name] = SimpleNamespace(student=student, teacher=teacher, folder=student_folder)
+        component = exporter_of(teacher).component
+        made[name] = SimpleNamespace(student=student, teacher=teacher, folder=student_folder, component=component)
     return made
 
 
@@ -127,7 +129,7 @@ def test_saved_pipelines_open_in_a_process_without_the_package(exports, tmp_path
         folder = tmp_path / f"{name} of à user.v1"
         pipeline.save_pretrained(folder, **how)
         expected[str(folder)] = made_by(pipeline, name), torch.finfo(pipeline.dtype).eps * 2 + 1e-6
-        jobs.append([str(folder), exports[name].teacher.component, CALLS[name], options])
+        jobs.append([str(folder), exports[name].component, CALLS[name], options])
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-P", "-c", STRANGER, json.dumps(jobs)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -143,7 +145,7 @@ def test_saved_pipelines_open_in_a_process_without_the_package(exports, tmp_path
 def test_compiled_networks(exports, tmp_path, name, fullgraph):
     expected = made_by(open_folder(exports[name].folder), name)
     wrapped, inside = open_folder(exports[name].folder), open_folder(exports[name].folder)
-    component = exports[name].teacher.component
+    component = exports[name].component
     network = getattr(wrapped, component)
     setattr(wrapped, component, torch.compile(network, backend="eager", fullgraph=fullgraph))
     getattr(inside, component).compile(backend="eager", fullgraph=fullgraph)
@@ -157,7 +159,7 @@ def test_compiled_networks(exports, tmp_path, name, fullgraph):
 def test_layerwise_casting(exports, name):
     pipeline = open_folder(exports[name].folder, dtype=torch.bfloat16)
     expected = made_by(pipeline, name)
-    network = getattr(pipeline, exports[name].teacher.component)
+    network = getattr(pipeline, exports[name].component)
     network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     # Eight bits of weights: three of them the mantissa.
     assert 0 < differ(made_by(pipeline, name), expected) < 0.15
@@ -168,7 +170,7 @@ def test_group_offloading(exports, name):
     pipeline = open_folder(exports[name].folder)
     expected = made_by(pipeline, name)
     cpu = torch.device("cpu")
-    getattr(pipeline, exports[name].teacher.component).enable_group_offload(cpu, cpu, "leaf_level")
+    getattr(pipeline, exports[name].component).enable_group_offload(cpu, cpu, "leaf_level")
     assert differ(made_by(pipeline, name), expected) < 1e-5
 
 
@@ -255,7 +257,7 @@ def test_a_flow_student_takes_another_grid(exports, shift):
 def test_threads_nested_calls_and_failures_leave_nothing_behind(exports, name):
     pipeline = open_folder(exports[name].folder)
     expected, own = made_by(pipeline, name), pipeline.scheduler
-    network, found = getattr(pipeline, exports[name].teacher.component), []
+    network, found = getattr(pipeline, exports[name].component), []
     threads = [threading.Thread(target=lambda: found.append(made_by(pipeline, name))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -304,13 +306,28 @@ def test_an_index_without_the_autoencoder_opens(exports, tmp_path):
     del index["vqvae"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert open_folder(folder).vqvae is None
+    # As SD pipelines without a safety checker are saved.
+    (folder / "model_index.json").write_text(json.dumps(index | {"vqvae": [None, None]}))
+    pipeline = open_folder(folder)
+    assert pipeline.vqvae is None
+    pipeline.save_pretrained(tmp_path / "again")
+    expected = made_by(open_folder(exports["ldm"].folder), "ldm")
+    assert torch.equal(made_by(open_folder(tmp_path / "again"), "ldm"), expected)
+
+
+def test_a_folder_whose_autoencoder_is_gone_has_the_message_of_diffusers(exports, tmp_path):
+    folder = shutil.copytree(exports["ldm"].folder, tmp_path / "student")
+    shutil.rmtree(folder / "vqvae")
+    with pytest.raises(OSError, match="vqvae"):
+        open_folder(folder)
+    assert open_folder(folder, vqvae=None).vqvae is None
 
 
 @pytest.mark.parametrize("name", ["pixels", "ldm", "sd1"])
 def test_copies_and_components(exports, name):
     """The code of the first pipeline is run again for the second: objects of the first still work."""
     first = open_folder(exports[name].folder)
-    expected, component = made_by(first, name), exports[name].teacher.component
+    expected, component = made_by(first, name), exports[name].component
     second = open_folder(exports[name].folder)
     network = getattr(first, component)
     for other in (
@@ -349,7 +366,7 @@ def test_one_name_and_two_contents(exports, tmp_path):
 def test_replaced_layers_still_add_the_jump(exports, name):
     """As quantization does when it opens a network."""
     pipeline = open_folder(exports[name].folder)
-    expected, network = made_by(pipeline, name), getattr(pipeline, exports[name].teacher.component)
+    expected, network = made_by(pipeline, name), getattr(pipeline, exports[name].component)
     for host in network.config.jump_hosts:
         old, (parent, _, leaf) = network.get_submodule(host), host.rpartition(".")
         new = torch.nn.Linear(old.in_features, old.out_features)
@@ -361,7 +378,7 @@ def test_replaced_layers_still_add_the_jump(exports, name):
 def test_a_network_that_is_no_student_is_refused(exports):
     for name in ("pixels", "sd1"):
         pipeline, teacher = open_folder(exports[name].folder), exports[name].teacher
-        setattr(pipeline, teacher.component, teacher.network)
+        setattr(pipeline, exports[name].component, teacher.network)
         with pytest.raises(ValueError, match="is no student; expected the TwoTime class"):
             made_by(pipeline, name)
 

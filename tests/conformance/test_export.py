@@ -10,10 +10,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.remote.pipeline import FlowMapPipeline
-from fmm_distill.export.stock import pipeline_settings
-from fmm_distill.export.verify import verify
+from fmm_distill.export.verify import Exported, verify
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -37,7 +37,7 @@ def exported(tmp_path_factory, teacher_folder):
     teacher = load_teacher(str(teacher_folder))
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("export") / "student", STEPS)
-    return student, teacher, folder, verify(student, teacher, folder, STEPS)
+    return student, teacher, folder, verify(Exported(student, exporter_of(teacher), folder, STEPS))
 
 
 def test_folded_and_any_step_pipelines_agree_with_the_sampler(exported):
@@ -67,7 +67,7 @@ def test_a_student_that_differs_from_its_export_is_noticed(exported, tmp_path):
         student.network.conv_out.bias += 0.01
     try:
         with pytest.raises(FmmDistillError, match="reloaded pipelines differ"):
-            verify(student, teacher, copy, (1,))
+            verify(Exported(student, exporter_of(teacher), copy, (1,)))
     finally:
         with torch.no_grad():
             student.network.conv_out.bias -= 0.01
@@ -79,7 +79,7 @@ def test_any_number_of_steps_for_every_prediction(tmp_path, prediction, steps):
     scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False)
     teacher = load_teacher(str(save_teacher(tmp_path / "teacher", scheduler=scheduler)))
     student = moved_student(teacher)
-    student.network.register_to_config(flow_map=pipeline_settings(teacher, scheduler))
+    student.network.register_to_config(flow_map=exporter_of(teacher).settings(scheduler))
     pipeline = FlowMapPipeline(unet=student.network, scheduler=scheduler, vqvae=None)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(3, steps, torch.Generator().manual_seed(4), output_type="pt").images
@@ -107,7 +107,7 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path, teacher):
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match="holds something else"):
         export_pipeline(student, teacher, tmp_path / "mine")
-    with pytest.raises(UserError, match=r"export\.steps 3: wanted divisors"):
+    with pytest.raises(UserError, match=r"export\.steps: expected divisors of the teacher's 1000 timesteps, got 3"):
         export_pipeline(student, teacher, tmp_path / "new", (1, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "student"]
 
@@ -125,4 +125,4 @@ def test_students_of_other_schedulers_export_too(tmp_path, name, settings):
     teacher = load_teacher(saved(tmp_path / "teacher", name, **settings))
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
-    assert len(verify(student, teacher, folder, (1, 4))) == 4
+    assert len(verify(Exported(student, exporter_of(teacher), folder, (1, 4)))) == 4

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fmm_distill.core.time_axis import expand
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
-from fmm_distill.export.schedulers import stock_scheduler
-from fmm_distill.export.stock import any_step_settings, start_of, verification_call
+from fmm_distill.export.schedulers import make_scheduler
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -37,14 +37,14 @@ def any_step(tmp_path_factory):
         built.save_pretrained(folder, safe_serialization=True)
         teacher = load_teacher(str(folder), prompts=PROMPTS, call=dict(tiny.call))
         student = moved(Student.from_teacher(teacher))
-        scheduler = stock_scheduler(teacher, student.prediction)
-        student.network.register_to_config(flow_map=any_step_settings(teacher, scheduler))
+        exporter, scheduler = exporter_of(teacher), make_scheduler(teacher, student.prediction)
+        student.network.register_to_config(flow_map=exporter.settings(scheduler))
         stock = diffusers.DiffusionPipeline.from_pretrained(folder)
-        ours = {teacher.component: student.network, "scheduler": scheduler}
+        ours = {exporter.component: student.network, "scheduler": scheduler}
         pipeline = flow_map_pipeline(type(stock))(**stock.components | ours)
         pipeline.set_progress_bar_config(disable=True)
-        call = verification_call(teacher, 2) | {"return_dict": False}
-        noise, cond = start_of(teacher, dict(call), SEED)
+        call = exporter.verification_call(2) | {"return_dict": False}
+        noise, cond = exporter.start(dict(call), 2, SEED)
         return SimpleNamespace(student=student, teacher=teacher, pipeline=pipeline, call=call, noise=noise, cond=cond)
 
     return open_family
@@ -128,19 +128,19 @@ def test_the_scheduler_is_left_as_it_was(any_step):
 @pytest.mark.parametrize(
     ("name", "given", "match"),
     [
-        ("sd1", {"timesteps": [499, 999]}, "wanted whole numbers that decrease, from at most 999 to at least 0"),
-        ("sd1", {"timesteps": [999, 999]}, "wanted whole numbers that decrease"),
+        ("sd1", {"timesteps": [499, 999]}, "expected integers that decrease, from at most 999 to at least 0"),
+        ("sd1", {"timesteps": [999, 999]}, "expected integers that decrease"),
         ("sd1", {"timesteps": [1000, 500]}, "from at most 999"),
         ("sd1", {"timesteps": [999, -1]}, "to at least 0"),
-        ("sd1", {"timesteps": [999, 499.5]}, "wanted whole numbers"),
-        ("sd1", {"timesteps": []}, "wanted whole numbers"),
-        ("sd1", {"sigmas": [1.0, 0.5]}, "schedule is discrete; wanted timesteps"),
-        ("sana", {"sigmas": [1.0, 0.5], "timesteps": [1000, 500]}, "give one of them"),
+        ("sd1", {"timesteps": [999, 499.5]}, "expected integers"),
+        ("sd1", {"timesteps": []}, "expected integers"),
+        ("sd1", {"sigmas": [1.0, 0.5]}, "schedule is discrete; expected timesteps"),
+        ("sana", {"sigmas": [1.0, 0.5], "timesteps": [1000, 500]}, "expected one of them"),
         ("sana", {"timesteps": [1000, 2]}, "to at least 2.99"),
         ("sd3", {"sigmas": [1.0, 0.0]}, "to at least 0.001"),
         ("sd3", {"sigmas": [1.5, 0.5]}, "from at most 1 to"),
         (EDM, {"sigmas": [40.0, 1.0]}, "the first of them 80"),
-        (EDM, {"timesteps": [999, 499]}, "schedule is continuous; wanted sigmas"),
+        (EDM, {"timesteps": [999, 499]}, "schedule is continuous; expected sigmas"),
     ],
 )
 def test_what_no_jump_can_start_from(any_step, name, given, match):

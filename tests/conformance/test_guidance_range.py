@@ -14,8 +14,8 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.core.draws import draw
 from fmm_distill.data.starting_points import points
 from fmm_distill.errors import UserError
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.export.stock import start_of, verification_call
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import lagrangian
 from fmm_distill.losses.time_sampling import pair_times
@@ -140,7 +140,7 @@ def exports(folders, tmp_path_factory):
     for name in NAMES:
         teacher = opened(folders[name], name)
         student, folder = moved(Student.from_teacher(teacher)), tmp_path_factory.mktemp("out") / "student"
-        made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder, (2,)), (2,))
+        made[name] = Exported(student, exporter_of(teacher), export_pipeline(student, teacher, folder, (2,)), (2,))
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 
 
@@ -156,9 +156,8 @@ def test_the_any_step_pipeline_takes_a_scale_by_the_stock_keyword(exports, name,
     made = exports[0][name]
     pipeline = DiffusionPipeline.from_pretrained(made.folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    call = verification_call(made.teacher, 2)
-    noise, cond = start_of(made.teacher, call, 0)
-    cond = made.teacher.conditions.pick(torch.tensor([0.0, 0.0011])) if cond is None else cond
+    call = made.exporter.verification_call(2)
+    noise, cond = made.exporter.start(call, 2, 0)
     own = sample(made.student, noise, 2, cond.guided(6.0))
     del call["guidance_scale"]
 
@@ -207,19 +206,21 @@ def test_a_run_is_sampled_evaluated_and_exported_at_any_scale_of_its_range(folde
 
 def test_ranges_that_can_not_be(folders, tmp_path):
     for wrong in ([3.0, 2.0], [2.5, 5.0], [2.0, 2.0]):
-        with pytest.raises(UserError, match=r"guidance\.range .* with guidance\.scale 2: wanted two scales"):
+        with pytest.raises(
+            UserError, match=r"guidance\.range: expected two increasing scales .* with guidance\.scale: 2"
+        ):
             parse({"guidance": {"scale": 2.0, "range": wrong}}, "here")
     with pytest.raises(UserError, match=r"guidance\.range\.0: Input should be greater than or equal to 0"):
         parse({"guidance": {"scale": 2.0, "range": [-1.0, 4.0]}}, "here")
     ranged = {"scale": 2.0, "range": [1.0, 5.0]}
     plain = save_teacher(tmp_path / "plain", tiny_unet(num_class_embeds=3))
-    with pytest.raises(UserError, match=r"no label for no class"):
+    with pytest.raises(UserError, match=r"expected a label for no class"):
         plan(parse({"teacher": str(plain), "guidance": ranged}, "here"))
     with pytest.raises(UserError, match=r"guidance\.range: .* has no pipeline that is called with a guidance_scale"):
         open_teacher(parse({"teacher": str(plain), "guidance": ranged | {"weaker": str(plain)}}, "here"))
     flux = FAMILIES["flux"]
     flux.build().save_pretrained(tmp_path / "flux")
-    with pytest.raises(UserError, match=r"guidance\.range: this network is told its guidance already"):
+    with pytest.raises(UserError, match=r"guidance\.range: expected none for a network that is conditioned"):
         load_teacher(str(tmp_path / "flux"), call=dict(flux.call), guidance=RANGE)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fmm_distill.config.recipe import parse
-from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.load import load_student
-from fmm_distill.export.manifest import about_student, write_about
+from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
@@ -58,14 +58,16 @@ def exports(tmp_path_factory):
         folder, steps = tmp_path_factory.mktemp(name), FROM_TWO.get(name, STEPS)
         teacher = opened(name, folder / "teacher")
         student = moved(Student.from_teacher(teacher))
-        made[name] = Exported(student, teacher, export_pipeline(student, teacher, folder / "student", steps), steps)
+        made[name] = Exported(
+            student, exporter_of(teacher), export_pipeline(student, teacher, folder / "student", steps), steps
+        )
     return made, dict(zip(made, verify_all(list(made.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", [*UNPROMPTED, *FAMILIES])
 def test_folded_and_any_step_pipelines_agree_with_the_sampler(exports, name):
     export, differences = exports[0][name], exports[1][name]
-    kinds = ("any",) if why_not_folded(export.teacher) else ("any", "folded")
+    kinds = ("any",) if export.exporter.not_fixed else ("any", "folded")
     assert sorted(differences) == sorted(f"{kind}-{n}" for kind in kinds for n in export.steps)
     assert all(one.passed for one in differences.values())
 
@@ -76,7 +78,7 @@ def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, m
     export = exports[0][name]
     teacher = export.teacher
     recipe = parse({"teacher": "builtin:digits"}, "here")
-    write_about(export.folder, about_student(export.student, teacher, recipe, export.steps))
+    write_manifest(export.folder, make_manifest(export.student, teacher, recipe, export.steps))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     loaded = load_student(export.folder, prompts=PROMPTS if name in FAMILIES else ())
     noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
@@ -87,7 +89,7 @@ def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, m
 
 
 def test_all_but_two_families_fold(exports):
-    assert [name for name, export in exports[0].items() if why_not_folded(export.teacher)] == ["unet1d", "stable-audio"]
+    assert [name for name, export in exports[0].items() if export.exporter.not_fixed] == ["unet1d", "stable-audio"]
 
 
 def test_the_second_time_goes_into_every_block_that_embeds_the_time(exports):
@@ -103,11 +105,11 @@ def test_folded_pipelines_are_stock_through_and_through(exports):
             index = json.loads((folder / "model_index.json").read_text())
             assert hasattr(diffusers, index["_class_name"])
             assert not list(folder.rglob("*.py"))
-            config = json.loads((folder / export.teacher.component / "config.json").read_text())
+            config = json.loads((folder / export.exporter.component / "config.json").read_text())
             assert "flow_map" not in config
             assert config["_class_name"] == type(export.teacher.network).__name__
             # What no number of steps changes stands on the disk once.
-            shared = [path for path in folder.rglob("*.safetensors") if path.parent.name != export.teacher.component]
+            shared = [path for path in folder.rglob("*.safetensors") if path.parent.name != export.exporter.component]
             assert shared
             assert all(path.stat().st_nlink > 1 for path in shared)
 
@@ -116,7 +118,7 @@ def test_folded_pipelines_are_stock_through_and_through(exports):
 def any_step(exports):
     """The any-step pipeline of a Stable Diffusion student, without a process of its own."""
     export = exports[0]["sd1"]
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(export.teacher.folder)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(export.teacher.pipeline.folder)
     pipeline.unet = export.student.network
     made = flow_map_pipeline(diffusers.StableDiffusionPipeline)(**pipeline.components)
     made.scheduler = diffusers.DDIMScheduler.from_pretrained(export.folder / "scheduler")
@@ -166,7 +168,7 @@ def test_a_callback_sees_every_jump_and_may_change_the_latents(any_step):
 def line(name, teacher, folds):
     guided = isinstance(teacher.conditions, Classes) or getattr(teacher.conditions, "empty", None) is not None
     told = "nothing" if teacher.conditions is None else "prompt"
-    pipeline = json.loads((teacher.folder / "model_index.json").read_text())["_class_name"]
+    pipeline = teacher.pipeline.class_name
     scheduler = teacher.scheduler_config["_class_name"].removesuffix("Scheduler")
     adapted = len(default_targets(teacher.network))
     cells = [
@@ -185,7 +187,7 @@ def line(name, teacher, folds):
 def rows_of(exports):
     head = ["tried", "pipeline", "network", "scheduler, prediction", "told", "guidance", "fold", "layers with LoRA"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [line(name, export.teacher, not why_not_folded(export.teacher)) for name, export in exports.items()]
+    lines += [line(name, export.teacher, not export.exporter.not_fixed) for name, export in exports.items()]
     return "\n".join(lines)
 
 

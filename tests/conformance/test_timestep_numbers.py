@@ -84,10 +84,10 @@ def test_times_between_the_recorded_ones_are_the_stock_pipelines_own(teachers, c
     teacher, call = teachers[case], dict(FAMILIES[case[0]].call)
     schedule, ask = teacher.schedule, teacher.parametrization.call
     assert schedule.num_timesteps == case[1]
-    pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
+    pipeline = DiffusionPipeline.from_pretrained(teacher.pipeline.folder)
     off = {"guidance_scale": 0.0 if case[0] == "z-image" else 1.0, "output_type": "latent"}
     given = call | off | {"prompt": list(PROMPTS), "num_inference_steps": 7, "generator": torch.manual_seed(0)}
-    seen = record(pipeline, teacher.component, given)
+    seen = record(pipeline, teacher.pipeline.component, given)
     whole = [float(step.timestep).is_integer() for step in seen.steps]
     for i, (asked, step) in enumerate(zip(seen.calls, seen.steps, strict=True)):
         if isinstance(schedule, VariancePreserving):
@@ -149,8 +149,8 @@ def test_exports_are_verified(teachers, tmp_path):
 def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded(teachers, name):
     case = next(case for case in PROMPTED if case[0] == name)
     teacher, call = teachers[case], dict(FAMILIES[name].call)
-    pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
-    probe = PipelineProbe.of(pipeline, teacher.component, call, 1.0, "here")
+    pipeline = DiffusionPipeline.from_pretrained(teacher.pipeline.folder)
+    probe = PipelineProbe.of(pipeline, teacher.pipeline.component, call, 1.0, "here")
     probe.check()
     wrong = read_scheduler(pipeline.scheduler, "here", uses_unshifted_time=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fmm_distill.core.schedules import VarianceExploding
 from fmm_distill.errors import FmmDistillError, UserError
-from fmm_distill.export.folded import why_not_folded
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.export.schedulers import LEVELS, SWITCHES, stock_scheduler
+from fmm_distill.export.schedulers import LEVELS, SWITCHES, make_scheduler
 from fmm_distill.export.verify import Exported, agreements_of
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -160,7 +160,9 @@ def found(tmp_path_factory):
         folder = tmp_path_factory.mktemp("export")
         teacher = make(name, folder / "teacher")
         student = moved(Student.from_teacher(teacher))
-        exports[name] = Exported(student, teacher, export_pipeline(student, teacher, folder / "student", STEPS), STEPS)
+        exports[name] = Exported(
+            student, exporter_of(teacher), export_pipeline(student, teacher, folder / "student", STEPS), STEPS
+        )
     for (name, kind), corrupt in BROKEN.items():
         copy = exports[name].folder.with_name(f"student-{kind}".replace(" ", "-"))
         corrupt(shutil.copytree(exports[name].folder, copy))
@@ -171,7 +173,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", MAKE)
 def test_no_schedule_raises_a_false_alarm(found, name):
     exports, agreements = found
-    kinds = ("any",) if why_not_folded(exports[name].teacher) else ("any", "folded")
+    kinds = ("any",) if exports[name].exporter.not_fixed else ("any", "folded")
     assert sorted(agreements[name]) == sorted(f"{kind}-{n}" for kind in kinds for n in STEPS)
     assert all(one.passed for one in agreements[name].values()), agreements[name]
 
@@ -192,7 +194,7 @@ def test_levels_that_the_any_step_pipeline_refuses_are_no_verified_export(found,
 
 
 def test_pipelines_that_need_more_of_a_scheduler_have_the_any_step_pipeline_alone(found):
-    reasons = {name: why_not_folded(export.teacher) for name, export in found[0].items() if "flow" in name}
+    reasons = {name: export.exporter.not_fixed for name, export in found[0].items() if "flow" in name}
     assert reasons["flow"] is None
     assert all("init_noise_sigma" in reasons[name] for name in ("sd1 flow", "sdxl flow", "pixart flow"))
 
@@ -229,7 +231,7 @@ def test_every_setting_of_a_stock_scheduler_is_a_level_or_a_switch(name):
 @pytest.mark.parametrize("name", ["karras", "stochastic", "sd1"])
 def test_switches_are_set_and_levels_are_kept(found, name):
     teacher = found[0][name].teacher
-    made = stock_scheduler(teacher, teacher.prediction)
+    made = make_scheduler(teacher, teacher.prediction)
     kind = type(made).__name__
     assert {key: made.config[key] for key in SWITCHES[kind]} == dict(SWITCHES[kind])
     levels = {key: teacher.scheduler_config[key] for key in LEVELS[kind] if key in teacher.scheduler_config}
@@ -242,7 +244,7 @@ def test_a_setting_that_is_not_known_is_named(found, monkeypatch):
     del few["use_karras_sigmas"]
     monkeypatch.setattr("fmm_distill.export.schedulers.SWITCHES", {**SWITCHES, "FlowMatchEulerDiscreteScheduler": few})
     with pytest.raises(UserError, match="sets use_karras_sigmas: True, a setting of FlowMatchEulerDiscreteScheduler"):
-        stock_scheduler(teacher, teacher.prediction)
+        make_scheduler(teacher, teacher.prediction)
 
 
 def test_a_number_that_is_none_does_not_pass(found):

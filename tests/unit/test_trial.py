@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
+from fmm_distill.export.agreement import Agreement
 from fmm_distill.export.write import export_bytes, write_student
 from fmm_distill.run import trial
 from fmm_distill.run.distill import distill
@@ -113,9 +114,9 @@ def test_a_run_is_the_same_to_the_last_bit_and_tries_once(tiny_recipe, untried, 
 def test_a_resumed_run_does_not_try_again_unless_the_export_changes(tiny_recipe, untried, tmp_path, monkeypatch):
     tried = []
 
-    def verified(student, teacher, folder, steps):
-        tried.append(steps)
-        return {"any-1": SimpleNamespace(difference=0.0, tolerance=1.0)}
+    def verified(exported):
+        tried.append(exported.steps)
+        return {"any-1": Agreement(0.0, 1.0)}
 
     monkeypatch.setattr(trial, "verify", verified)
     more = parse(tiny_recipe.model_dump(mode="json") | {"export": {"steps": [1, 4]}}, "here")
@@ -162,7 +163,7 @@ def test_a_dry_run_says_what_was_tried_and_what_the_export_takes(teacher_folder,
     assert "MiB of the exported student" in out
     assert "export:  tried with an untrained student in " in out
     status, out, _ = call("inspect", teacher_folder)
-    assert "not tried: --dry-run exports and verifies an untrained student" in out
+    assert "a recipe with --dry-run exports an untrained student and verifies it" in out
 
 
 def test_a_disk_without_room_for_the_trial_leaves_the_earlier_run(tiny_recipe, untried, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
+from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import check_keywords
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 
@@ -69,9 +70,15 @@ def load_prompted(
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
         scheduler_config=schedule.config,
-        component=component,
-        folder=index.folder,
-        call=dict(call or {}),
+        pipeline=StockPipeline(
+            index.folder,
+            component,
+            dict(call or {}),
+            condition="prompt",
+            guidance=probe.keywords.guidance,
+            guidance_off=probe.keywords.off,
+            network_guidance=probe.keywords.fixed.get("guidance_scale"),
+        ),
         conditions=conditions,
         guidance=_plain_guidance(guidance, conditions, takes_guidance=probe.recording.takes_guidance),
         codec=PipelineCodec(
@@ -79,7 +86,6 @@ def load_prompted(
             component,
             probe.network,
             probe.keywords.call(("",), STEPS),
-            probe.keywords,
             probe.event_shape,
         ),
         revision=index.revision,

@@ -1,0 +1,77 @@
+"""The files of a stock pipeline that its exports share: copied, or linked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmm_distill.teachers.pipeline import StockPipeline
+
+__all__ = ["copy_parts", "parts_bytes"]
+
+# Configurations, weights, chat templates and vocabularies.
+_OPENED = (".json", ".safetensors", ".jinja", ".model", ".spm", ".tiktoken", "vocab.txt", "merges.txt")
+_NOT_OPENED = (".bin.index.json",)
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
+_VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.\w+\.json$")
+
+
+def copy_parts(
+    pipeline: StockPipeline, target: Path, source: Path | None = None, *, linked: bool = False
+) -> dict[str, Any]:
+    """Copy the components other than network and scheduler, and return the pipeline's index.
+
+    Args:
+        source: an earlier copy on the same disk: its files are linked, not copied.
+        linked: write links to the teacher's own files, wherever they are.
+    """
+    for name in pipeline.parts:
+        # A name is that of a folder in this one.
+        if Path(name).name != name:
+            continue
+        if source is not None and (source / name).is_dir():
+            shutil.copytree(source / name, target / name, copy_function=_linked)
+        elif (pipeline.folder / name).is_dir():
+            copy_file = _pointed_to if linked else shutil.copy2
+            shutil.copytree(pipeline.folder / name, target / name, ignore=_unused, copy_function=copy_file)
+    return pipeline.index
+
+
+def parts_bytes(pipeline: StockPipeline) -> int:
+    """Return the number of bytes that ``copy_parts`` copies."""
+    total = 0
+    for name in pipeline.parts:
+        files = [file for file in (pipeline.folder / name).rglob("*") if file.is_file()]
+        unused = _unused("", [file.name for file in files])
+        total += sum(file.stat().st_size for file in files if file.name not in unused)
+    return total
+
+
+def _unused(folder: str, names: list[str]) -> list[str]:
+    """The files of a component's folder that stock diffusers does not open: pickles, code, variants, a user's own."""
+    return [name for name in names if not (_is_opened(name) or ((Path(folder) / name).is_dir() and name[0] != "."))]
+
+
+def _is_opened(name: str) -> bool:
+    hidden = name.startswith(".")
+    return not hidden and name.endswith(_OPENED) and not name.endswith(_NOT_OPENED) and not _VARIANT.search(name)
+
+
+def _linked(source: str, target: str) -> None:
+    """Make a hard link, or a copy where the disk has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _pointed_to(source: str, target: str) -> None:
+    """Make a symbolic link, or a copy where the disk has none."""
+    try:
+        Path(target).symlink_to(Path(source).resolve())
+    except OSError:
+        shutil.copy2(source, target)

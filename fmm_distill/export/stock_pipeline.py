@@ -1,0 +1,230 @@
+"""The exporter of teachers with a stock pipeline: copies of it with the student in the place of the network."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from fmm_distill.export.grids import StockGrids
+from fmm_distill.export.local_paths import strip
+from fmm_distill.export.pipeline_files import copy_parts, parts_bytes
+from fmm_distill.export.remote import stock_pipeline as remote
+from fmm_distill.export.remote.scheduler import FlowMapScheduler
+from fmm_distill.export.schedulers import make_scheduler, settings_of, why_levels_do_not_fold
+from fmm_distill.student.fold import fold
+from fmm_distill.teachers.codec import PipelineCodec
+from fmm_distill.teachers.components import open_pipeline
+from fmm_distill.teachers.prompted.arguments import split_arguments
+from fmm_distill.teachers.prompted.call import RecordedCall
+from fmm_distill.teachers.recording import record, tensor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.core.schedules import FlowMatching, VarianceExploding
+    from fmm_distill.student.student import Student
+    from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.pipeline import StockPipeline
+    from fmm_distill.teachers.recording import Recording
+
+__all__ = ["StockPipelineExporter"]
+
+
+class StockPipelineExporter:
+    """Exports students into copies of their teacher's pipeline; see ``Exporter`` for the attributes.
+
+    The any-step pipeline is of a class made from the stock one, whose code travels with it. The pipelines of a fixed
+    number of steps are stock pipelines. Components that don't differ are written once, and linked.
+    """
+
+    not_any_step: str | None = None
+
+    def __init__(self, teacher: Teacher, pipeline: StockPipeline) -> None:
+        self.teacher, self.pipeline = teacher, pipeline
+        self.component = pipeline.component
+        call = teacher.parametrization.call
+        # How the pipeline calls its network, where that was found by running it.
+        self.network_call = call if isinstance(call, RecordedCall) else None
+        # Stock networks without prompts name it otherwise, and their pipelines pass it by position.
+        self.sample_argument = "sample" if self.network_call is None else self.network_call.sample
+        self.not_fixed = why_levels_do_not_fold(teacher.schedule) or self._missing_member()
+        self._grids = StockGrids(self._run_to_network)
+        self._opened: Any = None
+
+    def _missing_member(self) -> str | None:
+        """The reason why the pipeline fails with the stock scheduler of flow models, where it is made for another.
+
+        Solvers that have all members round the timesteps that the network is conditioned on: their steps are no exact
+        jumps.
+        """
+        code = self.pipeline.code
+        if self.teacher.schedule.kind != "flow" or "FlowMatchEulerDiscreteScheduler" in code:
+            return None
+        for name in ("init_noise_sigma", "scale_model_input"):
+            if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
+                return f"its pipeline needs a scheduler with {name}, which the stock scheduler of flow models lacks"
+        return None
+
+    def settings(self, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+        """Return the ``flow_map`` entry of the network's configuration: what the any-step pipeline measures h by.
+
+        Args:
+            scheduler: the scheduler that the student is exported with.
+        """
+        teacher, call = self.teacher, self.network_call
+        inverted = bool(teacher.scheduler_config.get("invert_sigmas"))
+        return {
+            "slope": 1.0 if call is None else call.slope,
+            "offset": 0.0 if call is None else call.offset,
+            "flip": teacher.schedule.num_timesteps if inverted else None,
+            "call": self.pipeline.call | self.pipeline.unguided(),
+            "guidance": self.pipeline.guidance,
+            "scheduler": settings_of(scheduler),
+            "scale": None if teacher.guidance is None else teacher.guidance.scale,
+        } | teacher.schedule.to_config()
+
+    def any_step(self, student: Student, folder: Path, *, linked: bool = False) -> None:
+        """Write the teacher's pipeline with the two-time network in it, of a class made from the stock one."""
+        index = copy_parts(self.pipeline, folder, linked=linked)
+        # Before the pipelines of fixed steps link to these files.
+        strip(folder)
+        scheduler, network = make_scheduler(self.teacher, student.prediction), cast("Any", student.network)
+        network.register_to_config(flow_map=self.settings(scheduler))
+        remote.write_code(folder)
+        index["_class_name"] = [remote.MODULE, f"FlowMap{index['_class_name']}"]
+        self._write(folder, index, network, scheduler, network.module_name)
+
+    def fixed(self, student: Student, steps: int, folder: Path) -> None:
+        """Write the teacher's pipeline with the folded network in it."""
+        target = folder / f"steps-{steps}"
+        target.mkdir()
+        index = copy_parts(self.pipeline, target, folder)
+        scheduler, times = self._fixed(student, steps)
+        self._write(target, index, fold(student, self.teacher, times), scheduler, "diffusers")
+
+    def _write(self, folder: Path, index: dict[str, Any], network: Any, scheduler: Any, library: str) -> None:  # noqa: ANN401
+        network.save_pretrained(folder / self.component, safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+        # An older repository may name classes that have other names now.
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        index[self.component] = [library, type(network).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def grid(self, steps: int) -> Float[Tensor, " points"]:
+        """Return the schedule's own grid; of a flow model, the one that the pipeline sets."""
+        if self.teacher.schedule.kind != "flow":
+            return self.teacher.schedule.grid(steps)
+        return self._times(self._flow_map_scheduler(), steps)
+
+    def fixed_grid(self, student: Student, steps: int) -> Float[Tensor, " points"]:
+        """Return the times that the pipeline of ``steps`` steps takes."""
+        return self._fixed(student, steps)[1]
+
+    def _fixed(self, student: Student, steps: int) -> tuple[Any, Tensor]:
+        """The scheduler of the pipeline of ``steps`` steps, and the times between which it jumps."""
+        scheduler = make_scheduler(self.teacher, student.prediction)
+        if self.teacher.schedule.kind != "flow":
+            return scheduler, self.teacher.schedule.grid(steps)
+        schedule, times = cast("FlowMatching", self.teacher.schedule), self._times(scheduler, steps)
+        last = float(schedule.warp(times[-2:-1]))
+        # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
+        # stretch.
+        if steps > 1 and last < 0.5 / steps and not schedule.uses_unshifted_time:
+            # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
+            scheduler = make_scheduler(self.teacher, student.prediction, float(schedule.grid(steps)[-2]))
+            times = self._times(scheduler, steps)
+        return scheduler, times
+
+    def _times(self, scheduler: Any, steps: int) -> Tensor:  # noqa: ANN401 a diffusers class
+        sigmas = self._grids.sigmas(scheduler, steps)
+        return 1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas
+
+    def _flow_map_scheduler(self) -> Any:  # noqa: ANN401 a diffusers class
+        stock = make_scheduler(self.teacher, self.teacher.prediction)
+        return FlowMapScheduler.from_stock(stock, self.settings(stock))
+
+    def _run_to_network(self, scheduler: Any, steps: int) -> Recording:  # noqa: ANN401 a diffusers class
+        """Run the pipeline with a scheduler up to the first call of the network."""
+        call = self.verification_call(1) | {"num_inference_steps": steps}
+        call["generator"] = torch.Generator().manual_seed(0)
+        return record(self._open(scheduler), self.component, call, first_only=True)
+
+    def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
+        """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
+        codec, network = self.teacher.codec, self.teacher.network
+        if isinstance(codec, PipelineCodec):
+            opened = codec.opened().to("cpu")
+        else:
+            if self._opened is None:
+                parts = {self.component: network, "scheduler": scheduler}
+                self._opened = open_pipeline(self.pipeline.folder, **parts)
+            opened = self._opened
+        pipeline = copy.copy(opened)
+        for name, part in ((self.component, network), ("scheduler", scheduler)):
+            setattr(pipeline, name, part)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def verification_call(self, count: int) -> dict[str, Any]:
+        """Return the keywords for ``count`` samples, of the teacher's first conditions if it has any."""
+        if self.teacher.conditions is None:
+            return {"batch_size": count}
+        names = self.teacher.conditions.names
+        some = [names[i % len(names)] for i in range(count)]
+        if self.pipeline.condition == "class_labels":
+            return {"class_labels": [int(name) for name in some], "output_type": "np"} | self.pipeline.unguided()
+        # A pipeline of pixels has no latents to return.
+        latents = any(name.startswith(("vae", "vq", "movq")) for name in self.pipeline.index)
+        own = self.pipeline.call | self.pipeline.unguided()
+        return own | {"prompt": some, "output_type": "latent" if latents else "np"}
+
+    def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Return the call without a scale for a student of a range of scales: its default is the teacher's."""
+        ranged = self.teacher.guidance is not None and self.teacher.guidance.range is not None
+        return {key: value for key, value in call.items() if not ranged or key != self.pipeline.guidance}
+
+    def start(
+        self, call: dict[str, Any], count: int, seed: int
+    ) -> tuple[Float[Tensor, "batch *event"], Conditioning | None]:
+        """Return the noise that the pipeline draws, and what it passes to its network for the prompts of the call.
+
+        The embeddings may be padded otherwise than among all prompts of a run.
+        """
+        # Some pipelines need more of a scheduler than the stock one of flow models has.
+        flow = self.teacher.schedule.kind == "flow"
+        scheduler = self._flow_map_scheduler() if flow else make_scheduler(self.teacher, self.teacher.prediction)
+        pipeline, component = self._open(scheduler), self.component
+        given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
+        seen = record(pipeline, component, given, first_only=True)
+        x = tensor_of(next(iter(seen.calls[0].arguments.values())))
+        cond = self.teacher.first_conditions(count)
+        if (ask := self.network_call) is not None:
+            one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
+            single = record(pipeline, component, one, first_only=True).calls[0].arguments
+            cond = split_arguments(seen.calls[0].arguments, (ask.sample, ask.time), count, single)
+            cond = cond if self.teacher.guidance is None else self.teacher.guidance.at(cond)
+        return x[:count] / self._gain_of_start(), cond
+
+    def _gain_of_start(self) -> float:
+        """The size of the network's first input; of exploding levels that of the scheduler, preconditioned."""
+        spread = self.teacher.parametrization.sigma_data
+        if self.teacher.schedule.kind != "exploding":
+            return 1.0
+        high = cast("VarianceExploding", self.teacher.schedule).sigma_max ** 2
+        return ((high + 1) / (1 if spread is None else high + spread**2)) ** 0.5
+
+    def shared_bytes(self) -> int:
+        """Return the size of the components other than network and scheduler."""
+        return parts_bytes(self.pipeline)
+
+    def own_modules(self, student: Student) -> Sequence[nn.Module]:
+        """Return the network."""
+        return [student.network]

@@ -1,0 +1,74 @@
+"""The stock pipeline that a teacher's network belongs to."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["StockPipeline"]
+
+
+@dataclass(frozen=True)
+class StockPipeline:
+    """A pipeline of diffusers into copies of which students are exported, and the keywords of its call.
+
+    Attributes:
+        folder: the folder of the pipeline, as ``save_pretrained`` writes it.
+        component: the name of the network in the pipeline.
+        call: keywords of the call other than the condition, the guidance and the number of steps.
+        condition: the keyword of the condition, ``prompt`` or ``class_labels``; None: the pipeline takes none.
+        guidance: the keyword of the pipeline's own classifier-free guidance; None: it has none.
+        guidance_off: the value of that keyword that turns the guidance off.
+        network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
+    """
+
+    folder: Path
+    component: str
+    call: dict[str, Any] = field(default_factory=dict)
+    condition: str | None = None
+    guidance: str | None = None
+    guidance_off: float = 1.0
+    network_guidance: float | None = None
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The contents of ``model_index.json``."""
+        index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        return index
+
+    @property
+    def class_name(self) -> str:
+        """The name of the pipeline's class in diffusers."""
+        return str(self.index["_class_name"])
+
+    @property
+    def code(self) -> str:
+        """The source of the pipeline's class in diffusers."""
+        return inspect.getsource(getattr(diffusers, self.class_name))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the components other than the network and the scheduler."""
+        own = (self.component, "scheduler")
+        return tuple(
+            name
+            for name, value in self.index.items()
+            if not name.startswith("_") and isinstance(value, list) and name not in own
+        )
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """Return the keywords of a call with the pipeline's own guidance at ``scale``; 1 turns it off."""
+        given = {} if self.network_guidance is None else {"guidance_scale": self.network_guidance}
+        # Where the keyword counts from 0, the network's guided output is c + scale (c - u).
+        return given if self.guidance is None else given | {self.guidance: self.guidance_off + (scale - 1)}
+
+    def unguided(self) -> dict[str, Any]:
+        """Return the keywords of a call with the pipeline's own guidance turned off."""
+        return self.guided(1.0)

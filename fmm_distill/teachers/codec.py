@@ -77,7 +77,7 @@ class Waves:
             UserError: always.
         """
         raise UserError(
-            "--data: expected none for a teacher of sounds (data of sounds are not supported yet); try none"
+            "--data: expected none for a teacher of sounds (sounds are no data yet); try none"
         )
 
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 PACKAGE = "fmm_distill"
 # A page with this comment gets the table of the package's own names in its place.
 NAMES = "<!-- names of the package -->"
+DOCUMENTED = (ast.ClassDef, ast.FunctionDef)
 
 
-def modules(path: Path, name: str) -> Iterator[str]:
-    """Yield the dotted names of a module and of everything public below it, packages first."""
-    yield name
+def modules(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name and the file of a module and of everything public below it, packages first."""
+    yield name, path / "__init__.py" if path.is_dir() else path
     if path.is_dir():
         for child in sorted(path.iterdir()):
             public = not child.name.startswith("_")
@@ -34,10 +35,24 @@ def modules(path: Path, name: str) -> Iterator[str]:
                 yield from modules(child, f"{name}.{child.stem}")
 
 
-def page(names: list[str]) -> str:
-    """Return the Markdown of one page: a directive of mkdocstrings for the package, then one per module."""
-    sections = [f"::: {name}\n    options:\n      heading_level: {1 if name == names[0] else 2}" for name in names]
+def page(found: list[tuple[str, Path]]) -> str:
+    """Return the Markdown of one page: a directive of mkdocstrings for the package, then one per module.
+
+    Names that a package imports from its modules are documented with the modules, not a second time.
+    """
+    sections = []
+    for index, (name, file) in enumerate(found):
+        lines = [f"::: {name}", "    options:", f"      heading_level: {2 if index else 1}"]
+        if file.name == "__init__.py":
+            lines.append(f"      members: {defined(file) or 'false'}")
+        sections.append("\n".join(lines))
     return "\n\n".join(sections) + "\n"
+
+
+def defined(file: Path) -> list[str]:
+    """Return the public classes and functions that a file defines."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, DOCUMENTED) and not node.name.startswith("_")]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,8 +61,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(root.iterdir()):
         is_module = path.suffix == ".py" or (path / "__init__.py").is_file()
         if is_module and not path.name.startswith("_"):
-            names = list(modules(path, f"{PACKAGE}.{path.stem}"))
-            files.append(File.generated(config, f"api/{path.stem}.md", content=page(names)))
+            found = list(modules(path, f"{PACKAGE}.{path.stem}"))
+            files.append(File.generated(config, f"api/{path.stem}.md", content=page(found)))
     return files
 
 
@@ -73,6 +88,5 @@ def is_assignment(node: ast.stmt, name: str) -> bool:
 def summary(root: Path, home: str, name: str) -> str:
     """Return the first line of the docstring of a class or function."""
     tree = ast.parse((root / f"{home.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    documented = (ast.ClassDef, ast.FunctionDef)
-    found = next(node for node in tree.body if isinstance(node, documented) and node.name == name)
+    found = next(node for node in tree.body if isinstance(node, DOCUMENTED) and node.name == name)
     return (ast.get_docstring(found) or "").split("\n")[0]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import constants
 
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.row_store import Layout, Parts
 from fmm_distill.data.samples import PickedImages, mirrored, row_of
+from fmm_distill.io.cache import cache_key, cache_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +31,7 @@ def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, 
         event_shape: of one latent, in float32.
     """
     about = [encoder.digest(), images.fingerprint, len(images), images.flip]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    folder = Path(constants.HF_HOME) / "fmm_distill" / f"latents-{digest[:32]}"
+    folder = cache_path(f"latents-{cache_key(about)}")
     numbers = torch.Size(event_shape).numel()
     return Layout(folder, len(images), 4 * numbers * (2 if images.flip else 1) + 8, _PART)
 

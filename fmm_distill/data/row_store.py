@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.errors import UserError
-from fmm_distill.io.files import writing
+from fmm_distill.io.files import atomic_file, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,15 +93,8 @@ class Layout:
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     """The file gets its name when all of it is on the disk."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with writing(file):
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+    with writing(file), atomic_file(file, shared=True) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 class Parts:

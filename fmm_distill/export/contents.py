@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -12,6 +11,7 @@ from pathlib import Path
 from fmm_distill import __version__
 from fmm_distill.errors import UserError
 from fmm_distill.io.files import write_text
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.io.reading import check_keys, read_mapping
 
 __all__ = ["CONTENTS", "Changes", "changes", "contents", "record", "shown", "write_contents"]
@@ -124,8 +124,7 @@ def _digest(path: Path, digests: dict[tuple[int, int], str]) -> str:
     status = path.stat()
     key = (status.st_dev, status.st_ino)
     if key not in digests:
-        with path.open("rb") as file:
-            digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[key] = sha256_of_file(path)
     return digests[key]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from fmm_distill.errors import UserError
-from fmm_distill.io.files import write_text
+from fmm_distill.io.files import atomic_file, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,11 +122,9 @@ def _strip_metadata(file: Path) -> None:
         text = json.dumps(header | {"__metadata__": stripped}, separators=(",", ":")).encode()
         # The tensors begin at a multiple of 8 bytes.
         text += b" " * (-len(text) % 8)
-        partial = file.with_name(f".{file.name}.partial")
-        with partial.open("wb") as new:
+        with atomic_file(file) as partial, partial.open("wb") as new:
             new.write(len(text).to_bytes(8, "little") + text)
             shutil.copyfileobj(old, new)
-    partial.replace(file)
 
 
 def config_without_paths(value: Any, key: str = "") -> Any:  # noqa: ANN401 any JSON

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["append_line", "check_writable", "write_text", "writing"]
+__all__ = ["append_line", "atomic_file", "atomic_folder", "check_writable", "write_text", "writing"]
 
 # What an error of a disk means for its user.
 _ADVICE = (
@@ -60,18 +61,50 @@ def _errno(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
+@contextmanager
+def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a path to write to; the file there replaces ``path`` at the end of the block, when it is on the disk.
+
+    After an error or a kill at any moment ``path`` is the old file, or absent as before.
+
+    Args:
+        shared: several processes may write the file at once; the last one wins.
+    """
+    number = f".{os.getpid()}" if shared else ""
+    partial = path.with_name(f".{path.name}{number}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which gets the name ``path`` at the end of the block.
+
+    Several processes may make the same folder at once: the first one's stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that its old content stays until the new one is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with writing(path), atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:

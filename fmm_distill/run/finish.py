@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
-from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.evaluation.pictures import draw_samples, draw_steps
+from fmm_distill.evaluation.pictures import plot_samples, plot_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.card import write_card
 from fmm_distill.export.contents import CONTENTS
@@ -121,8 +121,8 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
     settings = job.recipe.evaluation
     rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
     with writing(folder / "samples.png"):
-        draw_samples(rows, folder / "samples.png")
-        draw_steps(evaluation, folder / "steps.png")
+        plot_samples(rows, folder / "samples.png")
+        plot_steps(evaluation, folder / "steps.png")
 
 
 def how_to_load(folder: Path, recipe: Recipe) -> str:

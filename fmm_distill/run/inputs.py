@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmm_distill.config.settings import FEATURES
 from fmm_distill.errors import UserError
+from fmm_distill.io.hashes import sha256_of_file, sha256_of_text
 from fmm_distill.io.reading import check_keys, read_mapping
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ def _file(path: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     before = known.get(path.relative_to(folder).as_posix(), {})
     if status.st_size >= _LARGE and before.get("stamp") == stamp:
         return dict(before)
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "stamp": stamp}
+    return {"sha256": sha256_of_file(path), "stamp": stamp}
 
 
 def _files(source: Path) -> dict[str, Any]:
@@ -220,4 +220,4 @@ def check_images(folder: Path, there: Mapping[str, Any], images: Images | None) 
 
 def about_images(images: Images) -> dict[str, Any]:
     """What tells the images of a dataset on the Hub from others."""
-    return {"images": len(images), "fingerprint": hashlib.sha256(images.fingerprint.encode()).hexdigest()}
+    return {"images": len(images), "fingerprint": sha256_of_text(images.fingerprint)}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fmm_distill.export.manifest import StudentManifest
     from fmm_distill.run.repository import Target
 
-__all__ = ["Parcel", "check_name", "check_target", "pack", "publish"]
+__all__ = ["Upload", "check_name", "check_target", "pack", "publish"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _OPTIONAL = ("README.md", "evaluation.json", "recipe.yaml", "samples.png", "step
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """The files and texts that are sent to a repository of the Hub.
 
     Attributes:
@@ -75,7 +75,7 @@ class Parcel:
         return "\n".join([*lines, total, *self.notes, "", self.card])
 
 
-def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Parcel:
+def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Upload:
     """Collect what an export wrote, and make the card for the repository; nothing is sent.
 
     Args:
@@ -112,7 +112,7 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
         for name in listed
         if name not in texts and name not in found.missing and not name.startswith(left_out)
     }
-    return Parcel(
+    return Upload(
         folder,
         public_manifest(manifest, known).teacher,
         files,
@@ -220,21 +220,21 @@ def _check_verified(folder: Path) -> None:
         raise UserError(f"{folder}: its pipelines differ from the student ({report}); it is not published")
 
 
-def _operations(parcel: Parcel, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(upload: Upload, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The one commit: the files of this student, without those of the one that is there."""
-    stale = target.files - {*parcel.files, *parcel.texts} - {".gitattributes"}
+    stale = target.files - {*upload.files, *upload.texts} - {".gitattributes"}
     if target.teacher is None and stale:
         logger.warning(f"{repo}: {len(stale)} files that are not of this student stay there")
         stale = frozenset()
     return [
-        *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
-        *(CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()),
+        *(CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()),
+        *(CommitOperationAdd(name, str(path)) for name, path in upload.files.items()),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]
 
 
 def publish(
-    parcel: Parcel,
+    upload: Upload,
     repo: str,
     branch: str | None = None,
     *,
@@ -248,40 +248,40 @@ def publish(
     Raises:
         UserError: with what went wrong and what to do; the repository is then as it was before, or empty.
     """
-    for note in parcel.notes:
+    for note in upload.notes:
         logger.warning(note)
-    with _unchanged(parcel):
-        return _send(parcel, repo, branch, private=private, force=force)
+    with _unchanged(upload):
+        return _send(upload, repo, branch, private=private, force=force)
 
 
 @contextmanager
-def _unchanged(parcel: Parcel) -> Iterator[None]:
+def _unchanged(upload: Upload) -> Iterator[None]:
     """Keep an export into the folder from replacing its files while they are sent.
 
     Raises:
         UserError: if one is running, or ran since the files were collected.
     """
-    if not os.access(parcel.folder.resolve().parent, os.W_OK):
-        logger.warning(f"{parcel.folder} is in a folder that can't be written to: it is published without a lock")
+    if not os.access(upload.folder.resolve().parent, os.W_OK):
+        logger.warning(f"{upload.folder} is in a folder that can't be written to: it is published without a lock")
         yield
         return
-    with in_use(parcel.folder, "a publication"):
-        if contents(parcel.folder) != parcel.listed:
-            raise UserError(f"{parcel.folder} was exported again in the meantime; run the same command again")
+    with in_use(upload.folder, "a publication"):
+        if contents(upload.folder) != upload.listed:
+            raise UserError(f"{upload.folder} was exported again in the meantime; run the same command again")
         yield
 
 
-def _send(parcel: Parcel, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
-    target = check_target(repo, parcel.teacher, branch, force=force)
+def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
+    target = check_target(repo, upload.teacher, branch, force=force)
     if target.there and target.private != private and private:
         logger.warning(
             f"{repo} is there already and public: --private makes new ones private; change it in its settings"
         )
-    names = {*parcel.files, *parcel.texts}
-    operations = _operations(parcel, repo, target)
+    names = {*upload.files, *upload.texts}
+    operations = _operations(upload, repo, target)
     api = HfApi()
     try:
-        ModelCard(parcel.card).validate()
+        ModelCard(upload.card).validate()
         if not target.there:
             api.create_repo(repo, private=private)
         if branch is not None:
@@ -290,7 +290,7 @@ def _send(parcel: Parcel, repo: str, branch: str | None, *, private: bool, force
             repo,
             operations,
             commit_message="A few-step student",
-            commit_description=f"Of {parcel.teacher}, by fmm_distill.",
+            commit_description=f"Of {upload.teacher}, by fmm_distill.",
             revision=branch,
             parent_commit=target.commit,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
+from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
@@ -134,7 +134,7 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
     ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()
+    return sha256_of_text(json.dumps(about, sort_keys=True, default=repr))
 
 
 def _place(folder: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.recording import patched_method, run_pipeline
 
@@ -76,9 +76,7 @@ class Waves:
         Raises:
             UserError: always.
         """
-        raise UserError(
-            "--data: expected none for a teacher of sounds (sounds are no data yet); try none"
-        )
+        raise UserError("--data: expected none for a teacher of sounds (sounds are no data yet); try none")
 
 
 class LatentCodec:
@@ -130,11 +128,8 @@ class LatentCodec:
 
     def digest(self) -> str:
         """Return a digest of weights and factors, equal for codecs that encode images to the same latents."""
-        digest = hashlib.sha256(f"{type(self.autoencoder).__name__} {self.factor} {self.shift}".encode())
-        for name, tensor in sorted(self.autoencoder.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        prefix = f"{type(self.autoencoder).__name__} {self.factor} {self.shift}"
+        return sha256_of_tensors(self.autoencoder.state_dict(), prefix)
 
 
 class PipelineCodec:

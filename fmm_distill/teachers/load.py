@@ -1,4 +1,4 @@
-"""From an id or a folder to a teacher: the components decide which adapter opens it."""
+"""Open a teacher from an id or a folder: the components of its pipeline decide which adapter opens it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.guidance import Guidance
 
-__all__ = ["BUILTIN", "fetched", "find", "load_teacher"]
+__all__ = ["BUILTIN", "download", "find_index", "load_teacher"]
 
 logger = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).parent / "builtin"
 _PREFIX = "builtin:"
+# Names of checkpoints in one file, with which users try to open a teacher.
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
 
 
@@ -50,56 +51,56 @@ def load_teacher(
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
 ) -> Teacher:
-    """A pretrained diffusers pipeline as a velocity field on the time axis.
+    """Open a pretrained diffusers pipeline as a velocity field on the time axis.
 
     Args:
         source: a Hub id, a folder written by ``save_pretrained``, or ``builtin:<name>``.
         revision: branch, tag or commit on the Hub.
-        variant: of the weights, such as fp16; None: the plain ones. They are opened in float32 either way.
-        prompts: what a teacher of prompts is told; none: the empty prompt.
+        variant: of the weights, such as fp16; None: the default weights. All are opened in float32.
+        prompts: the prompts of a teacher with text encoders; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
-        guidance: classifier-free guidance of the velocity; None: none.
+        guidance: classifier-free guidance of the velocity; None: no guidance.
 
     Raises:
-        UserError: if it can't be found or no adapter opens it; the message says what was found.
+        UserError: if the teacher can't be found, or if no adapter opens its components.
     """
-    found = find(source, revision)
-    load = _adapter(found, prompts, call, guidance)
-    # Only what an adapter opens is fetched.
-    found = fetched(found, variant)
-    check_weight_files(found)
-    if checkers := about_checkers(found.pipeline, found.components):
+    index = find_index(source, revision)
+    load = _adapter(index, prompts, call, guidance)
+    # After an adapter is found: weights that can't be opened are not downloaded.
+    index = download(index, variant)
+    check_weight_files(index)
+    if checkers := about_checkers(index.pipeline, index.components):
         logger.warning(
-            f"images are decoded without the {checkers} of {found.pipeline}, the teacher's and the student's alike"
+            f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
         )
-    return load(found)
+    return load(index)
 
 
 def _adapter(
-    found: PipelineIndex, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
+    index: PipelineIndex, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
 ) -> Callable[[PipelineIndex], Teacher]:
-    """What opens a pipeline of these components."""
-    networks = {name: cls for name, (_, cls) in found.components.items() if name in ("unet", "transformer")}
-    has_text = any(name.startswith("text_encoder") for name in found.components)
+    """Return the function that opens a pipeline with these components."""
+    networks = {name: cls for name, (_, cls) in index.components.items() if name in ("unet", "transformer")}
+    has_text = any(name.startswith("text_encoder") for name in index.components)
     if has_text and networks:
-        return lambda whole: load_prompted(whole, prompts or ("",), call, guidance)
+        return lambda complete: load_prompted(complete, prompts or ("",), call, guidance)
     if (prompts or call) and not has_text:
         raise UserError(
-            f"{found.source}: prompts and pipeline are for pipelines with a text encoder; it has none "
-            "(a data.condition of text is prompts)"
+            f"{index.source}: expected a pipeline with a text encoder for prompts and pipeline, got one without; try "
+            "without prompts, pipeline and a text column in data.condition"
         )
-    if "scheduler" in found.components:
+    if "scheduler" in index.components:
         if networks == {"unet": "UNet1DModel"}:
-            return lambda whole: _guided(load_unet1d(whole), guidance)
-        if networks == {"unet": "UNet2DModel"} and set(found.components) <= {"unet", "scheduler", "vqvae"}:
-            return lambda whole: _guided(load_unet2d(whole), guidance)
-        if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in found.components:
-            return lambda whole: _guided(load_dit(whole), guidance)
-    described = ", ".join(f"{name}: {cls}" for name, (_, cls) in found.components.items())
+            return lambda complete: _guided(load_unet1d(complete), guidance)
+        if networks == {"unet": "UNet2DModel"} and set(index.components) <= {"unet", "scheduler", "vqvae"}:
+            return lambda complete: _guided(load_unet2d(complete), guidance)
+        if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in index.components:
+            return lambda complete: _guided(load_dit(complete), guidance)
+    described = ", ".join(f"{name}: {cls}" for name, (_, cls) in index.components.items())
     raise UserError(
-        f"{found.source}: no adapter for {described or 'an empty pipeline'}; known: UNet2DModel (pixels, or latents of "
-        "a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, and pipelines with text "
-        "encoders. To add one see docs/add-a-teacher.md"
+        f"{index.source}: no adapter for {described or 'an empty pipeline'}; expected UNet2DModel (pixels, or latents "
+        "of a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, or a pipeline with text "
+        "encoders; to add an adapter see docs/add-a-teacher.md"
     )
 
 
@@ -107,25 +108,32 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return teacher
     if teacher.conditions is None:
-        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} on an unconditional teacher; expected 1")
+        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} for an unconditional teacher; expected 1")
+    # Raises an error if the teacher has no unconditional input.
     teacher.conditions.null(1)
     teacher.guidance = guidance
     return teacher
 
 
-def find(source: str, revision: str | None = None) -> PipelineIndex:
-    """The pipeline's folder and components; of a Hub id the index alone is fetched, the rest by ``fetched``."""
-    place = _place(source, revision)
-    folder = place if isinstance(place, Path) else place.folder
-    index = folder / "model_index.json"
-    if not index.is_file():
+def find_index(source: str, revision: str | None = None) -> PipelineIndex:
+    """Return the index of a pipeline; for a Hub id, only the index is downloaded.
+
+    Raises:
+        UserError: if there is no index, or if it names code of the repository.
+    """
+    location = _locate(source, revision)
+    folder = location if isinstance(location, Path) else location.folder
+    file = folder / "model_index.json"
+    if not file.is_file():
         raise UserError(f"{source}: no model_index.json in it; {_instead_of_index(folder)}")
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{source}: model_index.json is not JSON ({error}); fetch the pipeline again") from error
+        raise UserError(
+            f"{source}: model_index.json is not JSON ({error}); try to download the pipeline again"
+        ) from error
     if not isinstance(entries, dict):
-        raise UserError(f"{source}: model_index.json holds no components; fetch the pipeline again")
+        raise UserError(f"{source}: model_index.json has no components; try to download the pipeline again")
     components = {
         name: (value[0], value[1])
         for name, value in entries.items()
@@ -134,25 +142,26 @@ def find(source: str, revision: str | None = None) -> PipelineIndex:
     pipeline = entries.get("_class_name", "")
     if not isinstance(pipeline, str):
         raise UserError(
-            f"{source}: its pipeline is code of the repository ({pipeline}); expected one of diffusers' own"
+            f"{source}: its pipeline is code of the repository ({pipeline}), which is not run; expected a class of "
+            "diffusers"
         )
     _check_code(source, components)
-    if isinstance(place, Path) and revision is not None:
-        raise UserError(f"{source}: revision {revision} is of a teacher on the Hub, this is a folder; leave it out")
+    if isinstance(location, Path) and revision is not None:
+        raise UserError(f"{source}: expected a Hub id for revision {revision}, got a folder; try without revision")
 
     def config_of(name: str) -> dict[str, Any]:
-        if isinstance(place, Snapshot):
-            place.fetch_config(name)
+        if isinstance(location, Snapshot):
+            location.fetch_config(name)
         return PipelineIndex(source, folder).config(name)
 
     components = current_classes(components, config_of)
-    if isinstance(place, Path):
+    if isinstance(location, Path):
         return PipelineIndex(source, folder, pipeline=pipeline, components=components)
-    return PipelineIndex(source, folder, place.commit, pipeline=pipeline, components=components, snapshot=place)
+    return PipelineIndex(source, folder, location.commit, pipeline=pipeline, components=components, snapshot=location)
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
-    """A component is of a library or a part of a stock pipeline, or code that travels with the repository."""
+    """Check that every component is of a library or of a stock pipeline, not code of the repository."""
     for name, (library, _) in components.items():
         known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
         if not known:
@@ -162,15 +171,15 @@ def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
             )
 
 
-def fetched(found: PipelineIndex, variant: str | None = None) -> PipelineIndex:
-    """The same with all its files on this disk, its license, and the weights of the variant as the plain ones."""
-    if found.snapshot is not None:
-        found.snapshot.fetch(variant)
-    found = replace(found, license=_license(found.folder))
-    return found if variant is None else replace(found, folder=as_plain(found.source, found.folder, variant))
+def download(index: PipelineIndex, variant: str | None = None) -> PipelineIndex:
+    """Return the index with all its files on this disk, its license, and the variant as the default weights."""
+    if index.snapshot is not None:
+        index.snapshot.fetch(variant)
+    index = replace(index, license=_license(index.folder))
+    return index if variant is None else replace(index, folder=as_plain(index.source, index.folder, variant))
 
 
-def _place(source: str, revision: str | None) -> Path | Snapshot:
+def _locate(source: str, revision: str | None) -> Path | Snapshot:
     if source.startswith(_PREFIX):
         name = source.removeprefix(_PREFIX)
         if name == "checkerboard":
@@ -180,7 +189,7 @@ def _place(source: str, revision: str | None) -> Path | Snapshot:
             )
         known = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
         if name not in known:
-            raise UserError(f"{source}: no such built-in teacher; known: {', '.join(_PREFIX + n for n in known)}")
+            raise UserError(f"{source}: expected one of {', '.join(_PREFIX + n for n in known)}")
         return BUILTIN / name
     path = Path(source).expanduser()
     if path.is_dir():
@@ -195,45 +204,46 @@ def _place(source: str, revision: str | None) -> Path | Snapshot:
 
 
 def _about_file(source: str, path: Path) -> str:
-    """A file in place of a folder: a checkpoint of another program, in most cases."""
+    """Return the message on a file in place of a folder, in most cases a checkpoint of another program."""
     if path.suffix not in _SINGLE_FILES:
         return f"{source}: a file; expected a pipeline folder, a Hub id or builtin:digits"
     if not path.is_file():
-        return (
-            f"{source}: no such file, and a single file is no pipeline; expected a folder, a Hub id or builtin:digits"
-        )
+        return f"{source}: no such file, and a file is not a pipeline; expected a folder, a Hub id or builtin:digits"
     if path.suffix == ".gguf":
-        return f"{source}: quantized weights in a single file; expected the pipeline folder of the plain weights"
+        return f"{source}: quantized weights in a single file; expected the pipeline folder of the weights in float"
     return (
-        f"{source}: a single-file checkpoint; expected a pipeline folder. Convert it once, with the class of its "
-        'family: python -c "from diffusers import StableDiffusionXLPipeline as P; '
+        f"{source}: a single-file checkpoint; expected a pipeline folder; try to convert it once, with the class of "
+        'its family: python -c "from diffusers import StableDiffusionXLPipeline as P; '
         f"P.from_single_file('{source}').save_pretrained('teacher')\""
     )
 
 
 def _instead_of_index(folder: Path) -> str:
-    """The remedy, by the files that a folder has."""
+    """Return the remedy for a folder without an index, by its files."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if any("lora" in name.lower() and name.endswith(_SINGLE_FILES) for name in names):
-        return "it holds a LoRA; expected the pipeline that it belongs to, fused with it (fuse_lora) and saved"
+        return "it has a LoRA; expected its pipeline; try fuse_lora and save_pretrained(folder)"
     if "config.json" in names:
-        return "it holds one component; expected a complete diffusers pipeline, such as the folder above it"
+        return "it has one component; expected a complete diffusers pipeline; try the folder above it"
     single = [name for name in names if name.endswith(_SINGLE_FILES)]
     if single:
         return (
-            f"it holds {single[0]}, a single-file checkpoint: open it with from_single_file of the pipeline class of "
-            "its family, and save it with save_pretrained(folder)"
+            f"it has {single[0]}, a single-file checkpoint; expected a pipeline folder; try from_single_file of the "
+            "pipeline class of its family and save_pretrained(folder)"
         )
     return "expected a complete diffusers pipeline (save_pretrained)"
 
 
 def _license(folder: Path) -> dict[str, Any]:
+    """Return the license entries of a folder's model card; empty if it has none."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
-        # A model index that is not whole is no matter of the license.
-        said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        # Errors in other entries of the metadata do not concern the license.
+        metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{card}: the model card's metadata can't be read ({named(error)}); repair it") from error
-    return {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
+        raise UserError(
+            f"{card}: the model card's metadata can't be read ({named(error)}); try to repair it"
+        ) from error
+    return {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}

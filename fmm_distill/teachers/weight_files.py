@@ -1,4 +1,4 @@
-"""A pipeline's files of weights, looked at before any of them is loaded: complete, plain, and in safetensors."""
+"""Checks of a pipeline's weight files before they are loaded: complete, in safetensors, and plain floats."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ __all__ = ["check_weight_files", "model_class", "some"]
 logger = logging.getLogger(__name__)
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-# As peft, diffusers and LyCORIS name adapters that are not fused.
+# Names that peft, diffusers and LyCORIS give to the weights of adapters that are not fused.
 _ADAPTERS = re.compile(r"(^|[._])(base_layer|lora|lora_[A-Za-z]+|hada_w\d\w*|lokr_w\d\w*)(\.|$)")
-# As bitsandbytes, quanto, GPTQ and scaled float8 name what is beside a quantized weight.
+# Names that bitsandbytes, quanto, GPTQ and scaled float8 give to the scales of quantized weights.
 _SCALES = re.compile(
     r"\.(absmax|quant_map|quant_state\.\w+|SCB|weight\._data|weight\._scale|qweight|qzeros|scales|weight_scale|"
     r"scale_weight|input_scale)$"
 )
-_WHOLE_NUMBERS = ("U8", "I8", "I16", "U16", "I32", "U32")
+_INTEGERS = ("U8", "I8", "I16", "U16", "I32", "U32")
+# Names in a message: the rest is counted.
 _SHOWN = 3
 
 
 def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class of diffusers or transformers
-    """The class of a component with weights; None where it has none, or is no class of these libraries."""
+    """Return the class of a component with weights; None: it has none, or its class is of another library."""
     if library == "diffusers":
         kind = getattr(diffusers, name, None)
         return kind if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) else None
@@ -49,65 +50,65 @@ def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class 
     return None
 
 
-def check_weight_files(found: PipelineIndex) -> None:
-    """Refuse weights that no plain float network can be read from, by their configurations and headers alone.
+def check_weight_files(index: PipelineIndex) -> None:
+    """Check weights by their configurations and file headers.
 
     Raises:
-        UserError: on missing, pickled, quantized or unfused weights; the message says what to do.
+        UserError: if weights are missing, pickled, quantized or unfused.
     """
-    for name, (library, kind) in found.components.items():
-        folder = found.component_folder(name)
-        own_folder = folder != found.folder or name == "unet"
+    for name, (library, kind) in index.components.items():
+        folder = index.component_folder(name)
+        own_folder = folder != index.folder or name == "unet"
         if name in CHECKERS or not folder.is_dir() or not own_folder or _no_model(library, kind):
             continue
-        _check_quantization(found, name, folder)
+        _check_quantization(index, name, folder)
         types: set[str] = set()
-        for file in _files(found.source, name, folder, _STEMS[library]):
-            types |= _check_header(found.source, name, file)
+        for file in _files(index.source, name, folder, _STEMS[library]):
+            types |= _check_header(index.source, name, file)
         if few := sorted(kind for kind in types if kind.startswith("F8_")):
-            logger.warning(
-                f"{found.source}: its {name} is stored in {few[0]} without scales; it is opened in float32 as it is"
-            )
+            logger.warning(f"{index.source}: its {name} is stored in {few[0]} without scales; it is opened in float32")
 
 
 def _no_model(library: str, name: str) -> bool:
-    # Without transformers the adapter says what to install.
+    # Without transformers, the adapter raises an error with the package to install.
     try:
         return model_class(library, name) is None
     except ImportError:
         return True
 
 
-def _check_quantization(found: PipelineIndex, name: str, folder: Path) -> None:
-    settings = found.config(name).get("quantization_config")
+def _check_quantization(index: PipelineIndex, name: str, folder: Path) -> None:
+    settings = index.config(name).get("quantization_config")
     packed = sorted(path.name for path in folder.glob("*.gguf"))
     if settings or packed:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        _refuse_quantized(found.source, name, str(method or (packed[0] if packed else "quantization_config")))
+        _refuse_quantized(index.source, name, str(method or (packed[0] if packed else "quantization_config")))
 
 
 def _refuse_quantized(source: str, name: str, how: str) -> None:
     raise UserError(
-        f"{source}: the weights of its {name} are quantized ({how}), and a student is trained in float; take the "
-        f"pipeline that was quantized, or save it after pipeline.{name}.dequantize()"
+        f"{source}: expected float weights, got quantized ones in its {name} ({how}); try the pipeline before "
+        f"quantization, or save it after pipeline.{name}.dequantize()"
     )
 
 
 def _files(source: str, name: str, folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of a component."""
-    index = folder / f"{stem}.safetensors.index.json"
+    """Return the safetensors files of a component."""
+    shard_index = folder / f"{stem}.safetensors.index.json"
     if (single := folder / f"{stem}.safetensors").is_file():
         return [single]
-    if not index.is_file():
+    if not shard_index.is_file():
         _refuse_files(source, name, folder, stem)
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(shard_index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{source}: {name}/{index.name} can't be read ({error}); fetch it again") from error
+        raise UserError(
+            f"{source}: {name}/{shard_index.name} can't be read ({error}); try to download it again"
+        ) from error
     if absent := [shard for shard in shards if not (folder / shard).is_file()]:
         raise UserError(
-            f"{source}: {len(absent)} of the {len(shards)} shards that {name}/{index.name} names are missing "
-            f"({some(absent)}); fetch them again"
+            f"{source}: {len(absent)} of the {len(shards)} shards that {name}/{shard_index.name} names are missing "
+            f"({some(absent)}); try to download them again"
         )
     return [folder / shard for shard in shards]
 
@@ -119,38 +120,41 @@ def _refuse_files(source: str, name: str, folder: Path, stem: str) -> None:
     variants = sorted({match[1] for file in there if (match := pattern.fullmatch(file))})
     if variants:
         raise UserError(
-            f"{source}: the weights of its {name} come as variants alone ({', '.join(variants)}): take --set "
+            f"{source}: expected default weights of its {name}, got variants ({', '.join(variants)}); try --set "
             f"variant={variants[0]}"
         )
     files = [file for file in there if file.endswith((".bin", ".safetensors", ".ckpt", ".pt", ".pth", ".msgpack"))]
     if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
-        raise UserError(f"{source}: {name} has shards and no {stem}.safetensors.index.json; fetch it again")
+        raise UserError(f"{source}: {name} has shards and no {stem}.safetensors.index.json; try to download it again")
     raise UserError(
-        f"{source}: {name} has {some(files) or 'no weights'} and no {stem}.safetensors; pickled weights are not "
-        "opened, nor those of other names: save the pipeline again with save_pretrained(folder, "
-        "safe_serialization=True)"
+        f"{source}: expected {stem}.safetensors in {name}, got {some(files) or 'no weights'}; pickled weights are not "
+        "opened; try to save the pipeline again with save_pretrained(folder, safe_serialization=True)"
     )
 
 
 def _check_header(source: str, name: str, file: Path) -> set[str]:
-    """The types of a file's tensors."""
+    """Return the dtypes of a file's tensors.
+
+    Raises:
+        UserError: if the file can't be read, or has adapters or quantized weights.
+    """
     try:
         with safe_open(file, "pt") as content:
             types = {key: str(content.get_slice(key).get_dtype()) for key in content.keys()}  # noqa: SIM118 not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{source}: {name}/{file.name} can't be read ({error}); fetch it again") from error
+        raise UserError(f"{source}: {name}/{file.name} can't be read ({error}); try to download it again") from error
     if adapters := [key for key in types if _ADAPTERS.search(key)]:
         raise UserError(
-            f"{source}: {name}/{file.name} holds adapters that are not fused ({some(adapters)}), which stock "
-            "diffusers leaves out; call pipeline.fuse_lora() and pipeline.unload_lora_weights(), then save it again"
+            f"{source}: expected fused weights, got adapters in {name}/{file.name} ({some(adapters)}), which stock "
+            "diffusers ignores; try pipeline.fuse_lora() and pipeline.unload_lora_weights(), and save it again"
         )
-    whole = [key for key, kind in types.items() if key.endswith("weight") and kind in _WHOLE_NUMBERS]
-    if scales := [key for key in types if _SCALES.search(key)] + whole:
+    integers = [key for key, kind in types.items() if key.endswith("weight") and kind in _INTEGERS]
+    if scales := [key for key in types if _SCALES.search(key)] + integers:
         _refuse_quantized(source, name, some(scales))
     return set(types.values())
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of the names."""
+    """Return the first names as text, and the number of the others."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from fmm_distill.errors import UserError
 from fmm_distill.io.files import writing
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ __all__ = [
     "complete",
     "load",
     "newest",
+    "newest_complete",
     "newest_state",
-    "newest_whole",
     "save",
     "step_of",
 ]
@@ -136,7 +136,7 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, partial / f"{name}.safetensors")
     (partial / _STATE).write_text(json.dumps(checkpoint.state), encoding="utf-8")
-    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    digests = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
     manifest = {"step": checkpoint.step, "sha256": digests}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in partial.iterdir():
@@ -151,11 +151,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(step: int) -> str:
@@ -191,7 +186,7 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_whole(folder: Path) -> tuple[Path, Checkpoint] | None:
+def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
 
     While the run writes, what was found here may be gone a moment later: then it is looked for again.
@@ -251,7 +246,7 @@ def load(path: Path) -> Checkpoint:
     step, digests = _manifest(path)
     try:
         for name, digest in digests.items():
-            if _digest(path / name) != digest:
+            if sha256_of_file(path / name) != digest:
                 raise _damaged(path, name, f"is truncated or changed ({(path / name).stat().st_size} bytes)")
         tensors = {Path(name).stem: load_file(path / name) for name in digests if name.endswith(".safetensors")}
         return Checkpoint(step, tensors, read_mapping(path / _STATE, todo="it is damaged"))
@@ -271,7 +266,7 @@ def _manifest(path: Path) -> tuple[int, dict[str, str]]:
     except BrokenFileError as error:
         raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
     digests, step = manifest["sha256"], manifest["step"]
-    if step != step_of(path) or _STATE not in digests or not all(_is_digest(*item) for item in digests.items()):
+    if step != step_of(path) or _STATE not in digests or not all(_issha256_of_file(*item) for item in digests.items()):
         raise _damaged(path, _MANIFEST, "is missing or unreadable: it is not of this checkpoint")
     for name in digests:
         if not (path / name).is_file():
@@ -279,7 +274,7 @@ def _manifest(path: Path) -> tuple[int, dict[str, str]]:
     return step, digests
 
 
-def _is_digest(name: str, digest: object) -> bool:
+def _issha256_of_file(name: str, digest: object) -> bool:
     return Path(name).name == name and isinstance(digest, str)
 
 
@@ -290,8 +285,10 @@ def newest_state(folder: Path) -> State | None:
         for path in reversed(complete(folder)):
             try:
                 step, _digests = _manifest(path)
-                state = read_mapping(path / _STATE, {"faults": dict}, todo="it is damaged")
-                check_keys(str(path), state["faults"], {"skipped": int, "rate": float}, todo="it is damaged")
+                state = read_mapping(path / _STATE, {"non_finite_steps": dict}, todo="it is damaged")
+                check_keys(
+                    str(path), state["non_finite_steps"], {"skipped": int, "lr_scale": float}, todo="it is damaged"
+                )
                 return State(path, step, state, (path / _MANIFEST).stat().st_mtime)
             except (DamagedCheckpointError, BrokenFileError, OSError):
                 continue

@@ -11,7 +11,7 @@ from fmm_distill.export.load import load_student
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.run.distill import distill
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.load import find, load_teacher
+from fmm_distill.teachers.load import find_index, load_teacher
 from tests.conformance.test_prompted_edges import recipe_of
 from tests.tiny.diffusion import PIPELINES
 
@@ -36,7 +36,7 @@ def published(name, folder):
 @pytest.mark.parametrize("name", NORMS)
 def test_they_open_as_stock_diffusers_opens_them(tmp_path, name):
     now = published(name, tmp_path)
-    assert find(str(tmp_path)).components["transformer"] == ("diffusers", now)
+    assert find_index(str(tmp_path)).components["transformer"] == ("diffusers", now)
     call = {} if name == "dit" else {"prompts": ("a cat",), "call": dict(PIPELINES[name].call)}
     teacher = load_teacher(str(tmp_path), **call)
     assert type(teacher.network).__name__ == now

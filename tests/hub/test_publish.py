@@ -163,7 +163,7 @@ def test_without_the_right_nothing_is_made(published):
 def test_faults_leave_nothing_half(published, folder):
     seen = published["publish_through_faults"]
     assert seen["lost"].endswith(
-        "the Hub is not well (status 500); run the same command again later; nothing of it was published"
+        "the Hub has an internal error (status 500); run the same command again later; nothing of it was published"
     )
     # Two pictures, one of which was lost, and two networks: folded, an untrained student is the same at all steps.
     assert seen["arrived"] == 3
@@ -392,9 +392,9 @@ def test_an_export_of_an_earlier_version_says_what_to_do(folder, tmp_path):
 
 def test_folders_that_are_gone_are_not_in_the_card(copy):
     shutil.rmtree(copy / "steps-4")
-    parcel = pack(copy, "tester/student")
-    assert "steps-4" not in parcel.card
-    assert json.loads(parcel.texts["student.json"])["steps"] == [1]
+    upload = pack(copy, "tester/student")
+    assert "steps-4" not in upload.card
+    assert json.loads(upload.texts["student.json"])["steps"] == [1]
 
 
 def test_a_run_without_a_student(tmp_path):

@@ -182,7 +182,7 @@ def test_attention_against_differences(moving, options):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["detached", "graph"])
 def test_memory_of_attention_grows_as_the_tokens_do(monkeypatch, graph):
-    monkeypatch.setattr(forward_attention, "CACHED", 2**14)
+    monkeypatch.setattr(forward_attention, "CPU_BLOCK", 2**14)
 
     def peak(tokens):
         given = [tensor.float() for tensor in draws(*[(1, 2, tokens, 8)] * 3)]
@@ -197,7 +197,7 @@ def test_memory_of_attention_grows_as_the_tokens_do(monkeypatch, graph):
     # Linear: less than twice. All weights at once take four times.
     assert peak(1024) < 2.2 * peak(512)
     monkeypatch.setattr(forward_attention, "BLOCK", 2**30)
-    monkeypatch.setattr(forward_attention, "CACHED", 2**30)
+    monkeypatch.setattr(forward_attention, "CPU_BLOCK", 2**30)
     assert peak(1024) > 3 * peak(512)
 
 

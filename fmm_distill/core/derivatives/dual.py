@@ -1,4 +1,4 @@
-"""A tensor with its tangent in forward mode, taken apart and put together."""
+"""Dual tensors of torch's forward mode: a value and its tangent, taken apart and joined again."""
 
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Dual", "moves", "split", "together", "without_tangents"]
+__all__ = ["Dual", "has_tangent", "make_dual", "split", "without_tangents"]
 
 
 class Dual(NamedTuple):
-    """A value and its tangent, None where it does not move."""
+    """A value and its tangent; None: the value is constant."""
 
     value: Any
     tangent: Tensor | None
 
 
 def split(value: Tensor | float | None) -> Dual:
-    """Whatever it is: a number does not move."""
+    """Return value and tangent of a tensor; a number has no tangent."""
     return Dual(*forward_ad.unpack_dual(value)) if isinstance(value, torch.Tensor) else Dual(value, None)
 
 
-def moves(*tensors: Tensor | None) -> bool:
-    """Whether one of them has a tangent, which no weight of a module has."""
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Return whether one of the tensors has a tangent."""
+    # Parameters have none, since the engines differentiate in inputs alone. The test by type is faster than unpacking.
     return any(not isinstance(tensor, nn.Parameter) and split(tensor).tangent is not None for tensor in tensors)
 
 
-def together(value: Tensor, tangent: Tensor) -> Tensor:
-    """Both as one. Only the value is broadcast and promoted by the layer that it went through."""
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """Return value and tangent as one tensor, the tangent with shape and dtype of the value."""
+    # Layers broadcast and promote the value alone.
     if tangent.shape != value.shape or tangent.dtype != value.dtype:
         tangent = tangent.to(value.dtype).expand(value.shape)
     if not tangent.requires_grad and tangent._is_view():
-        # A view made without a graph may not be changed in place by the network afterwards.
+        # torch forbids the network to change a view in place that was made without a graph.
         tangent = tangent.data
     return forward_ad.make_dual(value, tangent)
 
 
 def without_tangents() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context where what a rule's layer saves of a value does not keep the value's tangent.
+    """Return a context in which the graph of a value does not hold the value's tangents.
 
-    A value taken out of a dual that torch made is a view of it. Operations without a rule save the dual itself, so that
-    the tangents of what they save stay until forward mode ends. What is saved here is not watched for changes in place.
+    The value of a dual that torch has made is a view of the dual, and operations without a rule save the dual itself:
+    the tangents would stay in memory until forward mode ends. Changes in place of saved tensors are not detected.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.data, lambda data: data)

@@ -1,11 +1,10 @@
-"""A pipeline of the Hub in the cache: its index first, its weights when it is known that they can be used."""
+"""Download a pipeline from the Hub into the cache: its index first, its weights once an adapter is found."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,9 @@ from huggingface_hub.errors import (
 )
 
 from fmm_distill.errors import UserError
+from fmm_distill.io.cache import cache_path
+from fmm_distill.io.files import atomic_file
+from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
 __all__ = ["Snapshot", "find_on_hub"]
@@ -34,10 +36,11 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One commit of a repository.
+    """One commit of a repository on the Hub.
 
     Attributes:
-        cached: the Hub is not asked.
+        source: the repository's id.
+        cached: only the cache is used, not the Hub.
     """
 
     source: str
@@ -46,16 +49,16 @@ class Snapshot:
 
     @property
     def folder(self) -> Path:
-        """Where its files are, or will be."""
+        """The folder of its files in the cache."""
         return Path(
             hf_hub_download(self.source, "model_index.json", revision=self.commit, local_files_only=True)
         ).parent
 
     def fetch_config(self, component: str) -> None:
-        """Get a component's configuration into the cache.
+        """Download the configuration of a component into the cache.
 
         Raises:
-            UserError: if it can't be had.
+            UserError: if the download fails.
         """
         try:
             name = f"{component}/config.json"
@@ -64,10 +67,12 @@ class Snapshot:
             raise UserError(f"{self.source}: {component}/config.json: {hub_reason(error)}") from error
 
     def fetch(self, variant: str | None) -> Path:
-        """All that stock diffusers takes of it, in the cache and checked; whole files that came before stay.
+        """Download the files that stock diffusers uses, check them and return their folder.
+
+        Complete files in the cache are not downloaded again.
 
         Raises:
-            UserError: if it can't be had, or if what came is not what the Hub has.
+            UserError: if the download fails, or if the files differ from those on the Hub.
         """
         try:
             try:
@@ -75,7 +80,7 @@ class Snapshot:
             except HUB_ERRORS as error:
                 if self.cached or not is_unreachable(error):
                     raise
-                # A commit that is in the cache needs no Hub.
+                # The commit may be complete in the cache.
                 folder = self._download(variant, cached=True)
             self._fetch_card()
         except (*HUB_ERRORS, ValueError, RuntimeError) as error:
@@ -91,7 +96,7 @@ class Snapshot:
         )
 
     def _fetch_card(self) -> None:
-        """The license stands in the card, which stock diffusers leaves; a model may have none."""
+        """Download the model card, which has the license; stock diffusers does not download it."""
         try:
             hf_hub_download(self.source, "README.md", revision=self.commit, local_files_only=self.cached)
         except RemoteEntryNotFoundError:
@@ -99,40 +104,44 @@ class Snapshot:
         except EntryNotFoundError as error:
             if try_to_load_from_cache(self.source, "README.md", revision=self.commit) is _CACHED_NO_EXIST:
                 return
-            logger.warning(f"{self.source}: its card, with its license, is not to be had ({hub_reason(error)})")
+            logger.warning(
+                f"{self.source}: its model card, with its license, can't be downloaded ({hub_reason(error)})"
+            )
 
 
 def find_on_hub(source: str, revision: str | None) -> Snapshot:
-    """The commit that a name and a revision stand for; its ``model_index.json`` is in the cache then.
+    """Return the commit of a repository and a revision, with its ``model_index.json`` in the cache.
 
-    Without the network, or with ``HF_HUB_OFFLINE=1``, the one in the cache.
+    Without network access, or with ``HF_HUB_OFFLINE=1``, it is the commit in the cache.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such repository or revision, or if it is not a pipeline.
     """
     if revision is not None and _COMMIT.fullmatch(revision) and _index(source, revision, cached=True) is not None:
         return Snapshot(source, revision, cached=constants.HF_HUB_OFFLINE)
     cached = False
     try:
-        # The client's own way to a file takes what is in the cache, whatever the Hub says.
+        # hf_hub_download alone would use the cache even if the Hub responds with an error.
         HfApi().model_info(source, revision=revision)
     except HFValidationError as error:
-        raise UserError(f"{source}: neither a folder nor a Hub id; wanted owner/name or an existing path") from error
+        raise UserError(f"{source}: neither a folder nor a Hub id; expected owner/name or an existing path") from error
     except HUB_ERRORS as error:
         cached = is_unreachable(error) and _index(source, revision, cached=True) is not None
         if not cached:
             at = "" if revision is None else f" at {revision}"
-            raise UserError(f"{source}{at}: no such folder here, and of the Hub: {hub_reason(error)}") from error
-        logger.warning(f"{source}: {hub_reason(error)}; what is in the cache is taken")
-    # By its name, not by its commit: so the cache keeps which commit the name stood for.
+            raise UserError(f"{source}{at}: no such folder here, and on the Hub: {hub_reason(error)}") from error
+        logger.warning(f"{source}: {hub_reason(error)}; the cache is used")
+    # By its name, not by its commit: the cache then remembers the commit of the name.
     folder = _index(source, revision, cached=cached)
     if folder is None:
-        raise UserError(f"{source}: no model_index.json in it; wanted a whole diffusers pipeline (save_pretrained)")
+        raise UserError(
+            f"{source}: no model_index.json in it; expected a complete diffusers pipeline (save_pretrained)"
+        )
     return Snapshot(source, folder.name, cached)
 
 
 def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
-    """The folder of the snapshot's index; None: it has none."""
+    """Return the folder of the snapshot's index; None: it has none."""
     try:
         return Path(hf_hub_download(source, "model_index.json", revision=revision, local_files_only=cached)).parent
     except LocalEntryNotFoundError as error:
@@ -146,26 +155,29 @@ def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
 
 
 def _why_not(error: Exception) -> str:
-    """Stock diffusers says in a ValueError or an EnvironmentError of its own that it will not take a repository."""
+    """Return the message on a failed download; stock diffusers has errors of its own for weights that it can't use."""
     text = str(error)
     if "Could not find the necessary `safetensors`" in text:
         if named := sorted(set(_VARIANT.findall(text))):
-            return f"its weights come as variants alone ({', '.join(named)}): take --set variant={named[0]}"
+            return f"expected default weights, got variants ({', '.join(named)}); try --set variant={named[0]}"
         return (
-            "it has weights without a .safetensors file; pickled weights are not opened: save the pipeline again with "
-            "save_pretrained(folder, safe_serialization=True)"
+            "expected weights in .safetensors, got pickled ones, which are not opened; try to save the pipeline again "
+            "with save_pretrained(folder, safe_serialization=True)"
         )
     return hub_reason(error)
 
 
 def _check_digests(source: str, folder: Path) -> None:
-    """Compare what was fetched with the digests that the cache names it by: the client looks at sizes alone.
+    """Compare downloaded files with the digests in their names in the cache: the client compares sizes alone.
 
-    What was compared before is not read again.
+    A file that was compared before is not read again.
+
+    Raises:
+        UserError: if a file differs; it is removed from the cache.
     """
-    seen_in = Path(constants.HF_HOME) / "fmm_distill" / "fetched" / f"{folder.name}.json"
+    seen_in = cache_path("fetched", f"{folder.name}.json")
     seen = set(json.loads(seen_in.read_text(encoding="utf-8"))) if seen_in.is_file() else set()
-    # The link's own target is named by the digest; behind it there may be a store that all repositories share.
+    # The direct target of a link has the digest as its name; it may itself be a link into a shared store.
     links = {path: path.parent / path.readlink() for path in folder.rglob("*") if path.is_symlink()}
     new = {path: blob for path, blob in links.items() if _DIGEST.fullmatch(blob.name) and blob.name not in seen}
     for path, blob in new.items():
@@ -175,25 +187,22 @@ def _check_digests(source: str, folder: Path) -> None:
         for wrong in (path, blob, content):
             wrong.unlink(missing_ok=True)
         raise UserError(
-            f"{source}: {path.relative_to(folder)} came with other bytes than the Hub has; it was removed from the "
-            "cache: run the same command again"
+            f"{source}: {path.relative_to(folder)} differs from the file on the Hub; it was removed from the cache; "
+            "run the same command again"
         )
     if not new:
         return
-    # Several processes may be here at once.
-    partial = seen_in.with_suffix(f".{os.getpid()}")
     try:
         seen_in.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new.values()})), encoding="utf-8")
-        partial.replace(seen_in)
+        with atomic_file(seen_in, shared=True) as partial:
+            partial.write_text(json.dumps(sorted(seen | {blob.name for blob in new.values()})), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{seen_in} could not be written ({error}); set HF_HOME to a folder with room") from error
+        raise UserError(f"{seen_in} can't be written ({error}); try HF_HOME on a disk with free space") from error
 
 
 def _digest(blob: Path) -> str:
-    """Of a file as its name in the cache has it: SHA-1 as git takes it of a small one, SHA-256 of a large one."""
+    """Return a file's digest of the kind that its name is: git's SHA-1 of small files, SHA-256 of large ones."""
     if len(blob.name) == 40:
         content = blob.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(blob)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import constants
-
 from fmm_distill.errors import UserError
+from fmm_distill.io.cache import cache_key, cache_path
+from fmm_distill.io.files import atomic_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,20 +28,12 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps([str(folder.resolve()), marks, about]).encode()).hexdigest()
-    target = Path(constants.HF_HOME) / "fmm_distill" / kind / digest[:32]
+    target = cache_path(kind, cache_key([str(folder.resolve()), marks, about]))
     if target.is_dir():
         return target
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        partial.rename(target)
+        with atomic_folder(target) as partial:
+            fill(partial)
     except OSError as error:
-        # Another process may have been first, with the same result.
-        if not target.is_dir():
-            raise UserError(f"{target} can't be written ({error}); try HF_HOME on a disk with free space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target} can't be written ({error}); try HF_HOME on a disk with free space") from error
     return target

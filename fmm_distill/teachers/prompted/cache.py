@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
+from fmm_distill.io.cache import cache_key, cache_path
+from fmm_distill.io.files import atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,8 +40,7 @@ def cache_file(index: PipelineIndex, prompts: Sequence[str], call: dict[str, str
     # Size and time of change instead of the content, which may be tens of gigabytes.
     marks = [(str(path.relative_to(index.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     content = [str(index.folder.resolve()), index.revision, index.pipeline, marks, list(prompts), call]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "fmm_distill" / f"{digest[:32]}.safetensors"
+    return cache_path(f"{cache_key(content)}.safetensors")
 
 
 def embed_all(embed: Callable[[Sequence[str]], Conditioning], prompts: tuple[str, ...], path: Path) -> Conditioning:
@@ -58,9 +55,8 @@ def embed_all(embed: Callable[[Sequence[str]], Conditioning], prompts: tuple[str
     if not path.is_file():
         longest, rows = _embed_in_parts(embed, prompts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(rows, partial, metadata={"longest": longest})
-        partial.replace(path)
+        with atomic_file(path, shared=True) as partial:
+            save_file(rows, partial, metadata={"longest": longest})
     with safe_open(path, "pt") as file:
         longest = file.metadata()["longest"]
     # Shared values are not tensors of rows, so that they are computed again. They may depend on the longest prompt.

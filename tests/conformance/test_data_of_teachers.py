@@ -75,7 +75,7 @@ def test_a_pipeline_decodes_what_its_autoencoder_encodes(tmp_path, name):
 def test_where_there_is_no_way_back_the_reason_is_told(tmp_path, name):
     teacher = opened(name, tmp_path / "teacher")
     kind = type(FAMILIES[name].build()).__name__
-    with pytest.raises(UserError, match=f"--data: {kind} gives no way from images .*{REFUSED[name]}.*take none"):
+    with pytest.raises(UserError, match=f"expected none or teacher: {kind} can't encode images .*{REFUSED[name]}"):
         encoder_of(teacher.codec, image_shape(teacher))
 
 

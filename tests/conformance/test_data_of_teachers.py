@@ -114,7 +114,7 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.picked = []
-        step = Trainer._step
+        step = Trainer.train_step
 
         def watched(trainer, number, request):
             pick = trainer.images.pick
@@ -122,7 +122,7 @@ class Seen:
                 monkeypatch.setattr(trainer.images, "pick", lambda draws: self.keep(draws, pick(draws)))
             return step(trainer, number, request)
 
-        monkeypatch.setattr(Trainer, "_step", watched)
+        monkeypatch.setattr(Trainer, "train_step", watched)
 
     def keep(self, draws, picked):
         self.picked.append((draws, picked))

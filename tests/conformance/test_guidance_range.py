@@ -206,7 +206,9 @@ def test_a_run_is_sampled_evaluated_and_exported_at_any_scale_of_its_range(folde
 
 def test_ranges_that_can_not_be(folders, tmp_path):
     for wrong in ([3.0, 2.0], [2.5, 5.0], [2.0, 2.0]):
-        with pytest.raises(UserError, match=r"guidance\.range .* with guidance\.scale 2: wanted two scales"):
+        with pytest.raises(
+            UserError, match=r"guidance\.range: expected two increasing scales .* with guidance\.scale: 2"
+        ):
             parse({"guidance": {"scale": 2.0, "range": wrong}}, "here")
     with pytest.raises(UserError, match=r"guidance\.range\.0: Input should be greater than or equal to 0"):
         parse({"guidance": {"scale": 2.0, "range": [-1.0, 4.0]}}, "here")

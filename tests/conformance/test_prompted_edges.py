@@ -15,7 +15,7 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
 from fmm_distill.run.distill import distill
@@ -106,7 +106,7 @@ def test_a_run_keeps_its_prompts(tmp_path):
     prompts.write_text("a cat\na dog\n")
     assert open_run(tmp_path / "run").teacher.conditions.names == ("a cat",)
     (tmp_path / "run" / "evaluation.json").unlink()
-    with pytest.raises(UserError, match=r"is a run of 1 other prompts \(prompts\.json there\)"):
+    with pytest.raises(UserError, match=r"expected the 1 prompts in its prompts\.json, got others"):
         distill(recipe, tmp_path / "run")
 
 
@@ -182,5 +182,5 @@ def test_keywords_that_are_the_programs_own(tmp_path, key):
 
 @pytest.mark.parametrize("interval", [[0.9, 0.1], [0.5, 0.5]])
 def test_an_interval_that_holds_no_time(interval):
-    with pytest.raises(UserError, match=r"guidance\.interval .*: wanted two times in \[0, 1\], the smaller first"):
+    with pytest.raises(UserError, match=r"guidance\.interval: expected two increasing times in \[0, 1\]"):
         parse({"guidance": {"scale": 2.0, "interval": interval}}, "here")

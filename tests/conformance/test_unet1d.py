@@ -16,7 +16,7 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import Angular
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.losses import LagrangianSettings, lagrangian
@@ -218,7 +218,12 @@ def test_more_steps_of_the_teacher_come_closer_to_its_ode(teacher):
 def test_what_is_said_of_it(teacher):
     said = describe_teacher(teacher, Recipe())
     assert "GiB at peak: weights 0.00, gradients 0.00" in said
-    for part in ("2 x 16 (channels x length)", "told an angle", "time_proj", "any number of steps; no fixed number"):
+    for part in (
+        "2 x 16 (channels x length)",
+        "conditioned on an angle",
+        "time_proj",
+        "any-step pipeline alone; no stock pipelines",
+    ):
         assert part in said
 
 

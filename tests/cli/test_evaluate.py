@@ -177,11 +177,14 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "SOURCE is missing; wanted a run, an exported folder or a Hub id, or --compare A B"),
-        (("RUN", "--across-protocols"), "--across-protocols acts with --compare"),
-        (("RUN", "--also-steps", "2"), "--also-steps acts with --also"),
-        (("RUN", "--against", "none", "--teacher-steps", "2"), "--teacher-steps acts with --against teacher"),
-        (("RUN", "--compare", "a.json", "b.json"), "--compare measures nothing; leave out all but --across-protocols"),
+        ((), "SOURCE is missing; expected a run, an exported folder or a Hub id, or --compare A B"),
+        (("RUN", "--across-protocols"), "--across-protocols needs --compare"),
+        (("RUN", "--also-steps", "2"), "--also-steps needs --also"),
+        (("RUN", "--against", "none", "--teacher-steps", "2"), "--teacher-steps needs --against teacher"),
+        (
+            ("RUN", "--compare", "a.json", "b.json"),
+            "--compare reads two results and takes no other option",
+        ),
         (("--compare", "a.json", "b.json"), "a.json: no such file"),
         (("RUN", "--features", "clip"), "evaluation.features: wanted digits, inception, none, or the path"),
         (("RUN", "--features", "inception"), "evaluation.features: inception compares with a dataset"),

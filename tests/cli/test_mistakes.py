@@ -98,13 +98,13 @@ RECIPE = {
         ],
     ),
     "below a value": (tiny("--set", "teacher.name=x"), ["--set 'teacher.name=x': teacher is not a group of settings"]),
-    "option of another verb": (tiny("recipes"), ["options before recipes belong to the bare command"]),
+    "option of another verb": (tiny("recipes"), ["options before recipes are those of the bare command"]),
 }
 
 OPENING = {
     "no such teacher folder": (
         tiny("--teacher", "./nowhere"),
-        ["./nowhere: no such folder; expected a pipeline"],
+        ["./nowhere: expected a pipeline folder, a Hub id or builtin:digits, got nothing there"],
     ),
     "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and of the Hub: "]),
     "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: no such built-in", "builtin:digits"]),

@@ -19,5 +19,5 @@ def losses() -> None:
         needs = {"teacher": "a teacher", "self": "flow_matching as an extra loss", "data": "data"}
         click.echo(f"{name}\n{textwrap.indent(textwrap.fill(settings.summary, 96), '    ')}")
         click.echo(f"    paper: {settings.paper}")
-        beside = ", and flow_matching as an extra loss with the default target" if settings().sees_no_teacher else ""
-        click.echo(f"    needs: {' or '.join(needs[choice] for choice in choices)}{beside}")
+        more = ", and flow_matching as an extra loss with the default target" if settings().sees_no_teacher else ""
+        click.echo(f"    needs: {' or '.join(needs[choice] for choice in choices)}{more}")

@@ -58,7 +58,7 @@ def test_no_verb_takes_a_project_for_a_run(project, arguments):
     before = snapshot(project.parent)
     verb, *rest = (text.format(out=project.parent / "out", name="me/student") for text in arguments)
     line = refused(verb, ".", *rest)
-    assert "no run folder" in line or verb == "publish"
+    assert "expected a run folder" in line or verb == "publish"
     assert snapshot(project.parent) == before
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, draw, markdown
+from benchmarks.growth_report import QUANTITIES, cheaper, count, curve, markdown, plot
 from benchmarks.step_cases import CASES, make_dit, make_trainer, make_unet, teacher_of
 from benchmarks.steps import measured, peak, timed
 from fmm_distill.training.signals import StopRequest
@@ -46,8 +46,8 @@ TRADED = ("lagrangian, teacher", "central")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient_checkpointing": {"gradient_checkpointing": True},
-    "accumulation: 2": {"accumulation": 2},
-    "accumulation: 4": {"accumulation": 4},
+    "accumulation: 2": {"gradient_accumulation_steps": 2},
+    "accumulation: 4": {"gradient_accumulation_steps": 4},
 }
 
 
@@ -130,8 +130,8 @@ def step_of(trainer: Trainer) -> Callable[[int], object]:
 
     def step(number: int) -> None:
         # accelerate keeps one number of parts a process, and the trainers that take turns have their own.
-        trainer.accelerator.gradient_accumulation_steps = trainer.recipe.training.accumulation
-        trainer._step(number, StopRequest())
+        trainer.accelerator.gradient_accumulation_steps = trainer.recipe.training.gradient_accumulation_steps
+        trainer.train_step(number, StopRequest())
 
     return step
 
@@ -239,7 +239,7 @@ def run(given: argparse.Namespace, sizes: Sizes) -> None:
             write(found, given.output)
         found["options"] = options(sizes, given, Path(folder))
     write(found, given.output)
-    draw(found, given.picture)
+    plot(found, given.picture)
     print(f"\n{markdown(found)}")
 
 

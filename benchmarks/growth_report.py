@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["QUANTITIES", "cheaper", "count", "curve", "draw", "markdown", "slope"]
+__all__ = ["QUANTITIES", "cheaper", "count", "curve", "markdown", "plot", "slope"]
 
 QUANTITIES = {"milliseconds": "ms of a step", "bytes": "peak memory of a step, MiB"}
 _UNITS = {"milliseconds": 1.0, "bytes": 2**20}
@@ -117,7 +117,7 @@ def count(number: float) -> str:
     return f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:g}"
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any], path: Path) -> None:
     """One row for what grows, time on the left and memory on the right; legends give the slopes, all and upper half."""
     axes = list(dict.fromkeys(entry["axis"] for entry in found["curves"]))
     figure = Figure(figsize=(14, 3.7 * len(axes)), dpi=120, layout="constrained")

@@ -93,7 +93,7 @@ def run(name: str, steps: int = 300, every: int = 10) -> list[tuple[int, float, 
     return record
 
 
-def draw(records: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+def plot(records: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     """Distance and bound against steps, one panel a loss."""
     import matplotlib as mpl
 
@@ -121,7 +121,7 @@ def main() -> None:
     for name, record in records.items():
         for step, reached, bound in record[:: len(record) // 6]:
             print(f"{name:<11} step {step:4d}  squared W2 {reached:.2e}  bound {bound:.2e}")
-    draw(records, output / "bounds.png")
+    plot(records, output / "bounds.png")
 
 
 if __name__ == "__main__":

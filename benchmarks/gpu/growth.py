@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.rows import Row, take
 from benchmarks.growth import SIZES, grow, options
-from benchmarks.growth_report import draw
+from benchmarks.growth_report import plot
 
 if TYPE_CHECKING:
     from benchmarks.gpu.budget import Deadline
@@ -51,4 +51,4 @@ def run(job: Job) -> None:
         take(rows, deadline, job.record)
     curves = [curve for row in job.record.found["rows"].values() for curve in row.get("curves", ())]
     if {curve["axis"] for curve in curves} == set(AXES):
-        draw({"curves": curves, "about": {"axes": AXES}}, job.options.output / "gpu-growth.png")
+        plot({"curves": curves, "about": {"axes": AXES}}, job.options.output / "gpu-growth.png")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["draw_curves", "draw_densities", "markdown"]
+__all__ = ["markdown", "plot_curves", "plot_densities"]
 
 KINDS = {
     "kl_50": "KL divergence, 50 x 50 bins (the published protocol; perfect samples: 0.065)",
@@ -77,7 +77,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_densities(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
+def plot_densities(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
     """Histograms of samples, one row a method and one column a number of steps."""
     plt = _pyplot()
     columns = max(len(row) for row in pictures.values())
@@ -98,7 +98,7 @@ def draw_densities(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(curves: dict[str, list[dict[str, Any]]], floors: dict[str, float], path: Path) -> None:
+def plot_curves(curves: dict[str, list[dict[str, Any]]], floors: dict[str, float], path: Path) -> None:
     """KL divergence against samples seen, at 1 and 4 steps; dashed is the teacher's."""
     plt = _pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from experiments.cifar10.measure import PICTURED, open_judge, save_whole
 from experiments.cifar10.methods import recipe_of
 from experiments.cifar10.processes import ROOT, Processes
-from experiments.cifar10.report import draw_minutes, draw_steps, markdown, write_samples
+from experiments.cifar10.report import markdown, plot_minutes, plot_steps, write_samples
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.data.tables import open_table
@@ -311,8 +311,8 @@ class Experiment:
         print(markdown(results), flush=True)
         if not results["students"]:
             return
-        draw_steps(results, output.with_name(f"{output.stem}-steps.png"))
-        draw_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
+        plot_steps(results, output.with_name(f"{output.stem}-steps.png"))
+        plot_minutes(results, output.with_name(f"{output.stem}-minutes.png"))
         best = [f"{name}-0" for name in self._best()] or list(results["students"])
         write_samples(self.work / "rows", best, output.with_name(f"{output.stem}-samples.png"))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.features import open_features, unit_images
-from fmm_distill.evaluation.metrics import ImageMetrics
+from fmm_distill.evaluation.metrics import FrechetDistance
 from fmm_distill.io.files import write_text
 from fmm_distill.student.sampling import sample
 
@@ -81,7 +81,7 @@ class Judge:
             save_whole({"reference": reference, "truth": self.truth.cpu()}, tensors)
         known = load_file(tensors)
         self.truth = known["truth"].to(device)
-        self.metrics = ImageMetrics(known["reference"], samples)
+        self.frechet = FrechetDistance(known["reference"], samples, with_error=False)
         self.protocol: dict[str, Any] = json.loads(protocol.read_text(encoding="utf-8"))
 
     def _protocol(self, pixels: Tensor, samples: int, some: Tensor, solver_steps: int) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Judge:
         return {
             "samples": samples,
             "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
-            "features": f"{self.features.count} of the classifier (sha256 {self.features.digest[:12]}), images "
-            f"{self.features.pixels}",
+            "features": f"{self.features.width} of the classifier (sha256 {self.features.digest[:12]}), images "
+            f"{self.features.preprocessing}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
             "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
@@ -130,7 +130,7 @@ class Judge:
         # The error has waited for the samples.
         rate = len(x) / (time.perf_counter() - started)
         seen = torch.cat([self._seen(unit_images(part)) for part in x.split(self.batch)])
-        distance = self.metrics.frechet(seen, with_error=False).value
+        distance = self.frechet(seen)["frechet"].value
         found = {"frechet": distance, "endpoint": error, "images_per_second": rate}
         return found, x[:PICTURED].cpu()
 

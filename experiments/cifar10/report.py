@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from safetensors.torch import load_file
 
-from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.evaluation.pictures import plot_samples
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-__all__ = ["draw_minutes", "draw_steps", "markdown", "write_samples"]
+__all__ = ["markdown", "plot_minutes", "plot_steps", "write_samples"]
 
 STEPS = ("1", "2", "4", "8", "16")
 SOLVERS = {"ddim": "teacher, DDIM", "dpmsolver++": "teacher, DPM-Solver++"}
@@ -108,7 +108,7 @@ def _style(results: dict[str, Any], title: str) -> dict[str, Any]:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
-def draw_steps(results: dict[str, Any], path: Path) -> None:
+def plot_steps(results: dict[str, Any], path: Path) -> None:
     """Both quantities against network calls, the teacher's solvers dashed."""
     figure = Figure(figsize=(11, 4.4), dpi=130)
     panels = figure.subplots(1, 2)
@@ -136,7 +136,7 @@ def draw_steps(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_minutes(results: dict[str, Any], path: Path) -> None:
+def plot_minutes(results: dict[str, Any], path: Path) -> None:
     """Fréchet distance at 1 and at 4 calls against the minutes that training takes alone on the device."""
     figure = Figure(figsize=(10, 4.2), dpi=130)
     panels = figure.subplots(1, 2)
@@ -172,4 +172,4 @@ def write_samples(rows: Path, students: list[str], path: Path) -> None:
     for title in students:
         kept = load_file(rows / f"{title}.safetensors")
         shown |= {f"{_name(title)}, {n}": kept[n] / 127.5 - 1 for n in ("1", "2", "4", "8")}
-    draw_samples(shown, path)
+    plot_samples(shown, path)

@@ -193,7 +193,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Both quantities against images seen, fits dashed to the published budgets."""
     figure = Figure(figsize=(11, 4.4), dpi=130)
     panels = figure.subplots(1, 2)
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processes.stop()
     results = {"budget": asdict(BUDGETS[given.budget]), "machine": machine(), "sizes": sizes}
     write_text(given.output, json.dumps(results, indent=1) + "\n")
-    draw(results, given.output.with_suffix(".png"))
+    plot(results, given.output.with_suffix(".png"))
     print(table(results))
 
 

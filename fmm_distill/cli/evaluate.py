@@ -137,10 +137,10 @@ def _check_idle(*settings: tuple[bool, str]) -> None:
 def _compare(paths: tuple[Path, Path], across_protocols: bool) -> None:
     import sys
 
-    from fmm_distill.evaluation.compare import compare, read_result, report
+    from fmm_distill.evaluation.compare import compare, format_comparison, read_result
 
     before, after = (read_result(path) for path in paths)
     comparison = compare(before, after, across_protocols=across_protocols)
-    click.echo(report(comparison))
+    click.echo(format_comparison(comparison))
     if comparison.worse:
         sys.exit(1)

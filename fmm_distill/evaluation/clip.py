@@ -1,4 +1,4 @@
-"""How well images fit their prompts: CLIP score, by torchmetrics."""
+"""CLIP scores of images and their prompts, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["clip_scores"]
+__all__ = ["make_clip_scorer"]
 
 
-class _Tensors(nn.Module):
-    """A CLIP model that gives tensors, as torchmetrics takes them, where transformers 5 gives outputs."""
+class _TensorClip(nn.Module):
+    """A CLIP model that returns tensors, as torchmetrics expects; models of transformers 5 return output objects."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 a transformers class
         super().__init__()
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
-        """Embeddings of images."""
+        """Return the embeddings of images."""
         return _plain(self.model.get_image_features(pixels))
 
     def get_text_features(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch d"]:
-        """Embeddings of texts."""
+        """Return the embeddings of texts."""
         return _plain(self.model.get_text_features(tokens, mask))
 
 
@@ -44,11 +44,13 @@ def _plain(output: Any) -> Tensor:  # noqa: ANN401 of either version
     return found
 
 
-def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -> Callable[[Tensor, range], Tensor]:
-    """What scores images in [0, 1] against the prompts that the samples of these numbers were told.
+def make_clip_scorer(
+    model: str, teacher: Teacher, seed: int, device: torch.device
+) -> Callable[[Tensor, range], Tensor]:
+    """Return a function that scores images in [0, 1], given the numbers of their samples.
 
-    A score is 100 times the cosine between the embeddings of image and prompt (Hessel et al., arXiv 2104.08718), not
-    below 0; one a sample.
+    The score of a sample is 100 times the cosine between the embeddings of its image and its prompt (Hessel et al.,
+    arXiv 2104.08718), clamped at 0.
 
     Args:
         model: a Hub id or a folder.
@@ -58,18 +60,18 @@ def clip_scores(model: str, teacher: Teacher, seed: int, device: torch.device) -
     """
     known = teacher.conditions
     if not isinstance(known, Embeddings):
-        raise UserError(f"evaluation.clip {model}: {teacher.source} has no prompts to score; wanted null")
+        raise UserError(f"evaluation.clip {model}: expected a teacher with prompts, got {teacher.source}; try null")
     try:
         from torchmetrics.multimodal.clip_score import CLIPScore
         from transformers import CLIPModel, CLIPProcessor
 
-        opened = _Tensors(CLIPModel.from_pretrained(model)).eval(), CLIPProcessor.from_pretrained(model)
-        # By its name torchmetrics takes four models only.
+        opened = _TensorClip(CLIPModel.from_pretrained(model)).eval(), CLIPProcessor.from_pretrained(model)
+        # By name, torchmetrics accepts only four models.
         metric = CLIPScore(model_name_or_path=lambda: opened, sync_on_compute=False).to(device)
     except Exception as error:
         raise UserError(
-            f"evaluation.clip {model}: can't be opened ({named(error)}); wanted a CLIP model with its "
-            "processor, by its Hub id or folder (pip install fmm-distill[text]); null: not measured"
+            f"evaluation.clip {model}: can't be opened ({named(error)}); expected the Hub id or folder of a CLIP "
+            "model with its processor (pip install fmm-distill[text]); null: no CLIP score"
         ) from error
 
     @torch.no_grad()

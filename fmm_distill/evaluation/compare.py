@@ -1,4 +1,4 @@
-"""Two evaluations against one another: which values moved beyond their noise, and whether for the worse."""
+"""Compare two evaluations: values that changed beyond their standard errors, for better or worse."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.result import Column
 
-__all__ = ["Change", "Comparison", "compare", "read_result", "report"]
+__all__ = ["Change", "Comparison", "compare", "format_comparison", "read_result"]
 
-# In standard errors: intervals are 95 %, and a difference of three, which chance makes once in 370, has moved.
+# In standard errors: 95 % intervals, and a threshold that chance exceeds once in 370 comparisons.
 INTERVAL = 1.96
-MOVED = 3.0
+THRESHOLD = 3.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Change:
     """A quantity of one sampler at one number of steps, before and after.
 
     Attributes:
-        errors: standard errors of both; None: not known, so that any difference counts.
+        errors: standard errors of both; None: unknown, so that any difference counts.
     """
 
     sampler: str
@@ -41,34 +41,34 @@ class Change:
 
     @property
     def of_student(self) -> bool:
-        """Whether it is no row of the teacher's."""
+        """Whether it is not the teacher's."""
         return not is_of_teacher(self.sampler)
 
     @property
     def judged(self) -> bool:
-        """Whether it is a student's and depends on its samples."""
+        """Whether it is a student's quantity that depends on the samples alone."""
         return self.of_student and self.column.judged
 
     @property
     def error(self) -> float | None:
-        """Standard error of the difference; the samples share their noises, so this is rather too large."""
+        """Standard error of the difference; an upper estimate, since both sets have the same noises."""
         one, other = self.errors
         return None if one is None or other is None else math.hypot(one, other)
 
     @property
     def moved(self) -> bool:
-        """Whether the difference is beyond the noise."""
+        """Whether the difference exceeds its threshold."""
         if math.isnan(self.before) or math.isnan(self.after):
             return not (math.isnan(self.before) and math.isnan(self.after))
         difference = abs(self.after - self.before)
-        # Rounding of another machine is no change.
+        # Rounding differs between machines.
         if difference <= 1e-6 * max(abs(self.before), abs(self.after), 1e-12):
             return False
-        return self.error is None or difference > MOVED * self.error
+        return self.error is None or difference > THRESHOLD * self.error
 
     @property
     def worse(self) -> bool:
-        """Whether it moved the wrong way; what is no number any more did."""
+        """Whether it moved in the wrong direction, or became NaN."""
         if math.isnan(self.before) or math.isnan(self.after):
             return self.moved and math.isnan(self.after)
         falls = self.after < self.before
@@ -77,11 +77,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two evaluations have in common, and what they have not.
+    """The differences between two evaluations.
 
     Attributes:
-        different: what their protocols don't share.
-        missing: rows of a student, and numbers of any, that the second has not.
+        different: protocol entries that differ.
+        missing: rows of students, and quantities of any row, that the second evaluation lacks.
     """
 
     changes: tuple[Change, ...]
@@ -90,56 +90,56 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether a judged value moved the wrong way."""
+        """Whether a judged quantity is worse."""
         return any(change.worse and change.judged for change in self.changes)
 
 
 def read_result(path: Path) -> Evaluation:
-    """An evaluation from its JSON.
+    """Return the evaluation of a JSON file.
 
     Raises:
-        UserError: if the file is none.
+        UserError: if the file is not an evaluation.
     """
-    wanted = "wanted what fmm-distill evaluate --output writes, or a run's evaluation.json"
+    expected = "expected a file of fmm-distill evaluate --output, or the evaluation.json of a run"
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {wanted}") from error
+        raise UserError(f"{path}: no such file; {expected}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: can't be read ({type(error).__name__}: {error}); {wanted}") from error
+        raise UserError(f"{path}: can't be read ({type(error).__name__}: {error}); {expected}") from error
 
 
 def compare(before: Evaluation, after: Evaluation, *, across_protocols: bool = False) -> Comparison:
-    """Every quantity that both have, row by row.
+    """Compare all quantities that both evaluations have.
 
     Args:
-        across_protocols: compare numbers that were measured in different ways; the comparison says in which.
+        across_protocols: compare evaluations with different protocols; the comparison lists the differences.
 
     Raises:
-        UserError: if the protocols differ and that is not asked for, or if they share no row.
+        UserError: if the protocols differ without ``across_protocols``, or no row is in both.
     """
     different = differences(before.protocol, after.protocol)
     if different and not across_protocols:
-        shown = "; ".join(f"{key}: {a} there, {b} here" for key, (a, b) in different.items())
+        shown = "; ".join(f"{key}: first {a}, second {b}" for key, (a, b) in different.items())
         raise UserError(
-            f"the two were measured in different ways ({shown}): their numbers don't compare; measure both in one way, "
-            "or --across-protocols to see them side by side"
+            f"expected two evaluations with one protocol, got a difference in {shown}; evaluate both in the same way, "
+            "or try --across-protocols"
         )
-    kept = {(row.sampler, row.steps): row for row in before.rows}
+    old = {(row.sampler, row.steps): row for row in before.rows}
     new = {(row.sampler, row.steps): row for row in after.rows}
-    shared = [key for key in kept if key in new]
+    shared = [key for key in old if key in new]
     if not shared:
         raise UserError(
-            f"the two have no row in common ({_names(before)} there, {_names(after)} here); wanted the same samplers "
+            f"expected rows in common, got first {_names(before)}, second {_names(after)}; evaluate the same samplers "
             "at the same numbers of steps"
         )
-    changes = tuple(change for key in shared for change in _changes(kept[key], new[key]))
-    missing = [f"{name}, {steps}" for name, steps in kept if (name, steps) not in new and not is_of_teacher(name)]
+    changes = tuple(change for key in shared for change in _changes(old[key], new[key]))
+    missing = [f"{name}, {steps}" for name, steps in old if (name, steps) not in new and not is_of_teacher(name)]
     missing += [
         f"{name}, {steps}: {column.title}"
         for name, steps in shared
         for column in COLUMNS
-        if getattr(kept[name, steps], column.key) is not None and getattr(new[name, steps], column.key) is None
+        if getattr(old[name, steps], column.key) is not None and getattr(new[name, steps], column.key) is None
     ]
     return Comparison(changes, different, tuple(missing))
 
@@ -157,12 +157,12 @@ def _changes(before: Row, after: Row) -> Iterator[Change]:
         yield Change(before.sampler, before.steps, column, one, other, errors)
 
 
-def report(comparison: Comparison) -> str:
-    """The comparison as text: values with their 95 % intervals, and what moved."""
-    lines = [f"different protocols: {key}: {a} there, {b} here" for key, (a, b) in comparison.different.items()]
-    lines += [f"not there any more: {name}" for name in comparison.missing]
+def format_comparison(comparison: Comparison) -> str:
+    """Return the comparison as text: values with 95 % intervals and verdicts."""
+    lines = [f"different protocols: {key}: first {a}, second {b}" for key, (a, b) in comparison.different.items()]
+    lines += [f"missing in the second: {name}" for name in comparison.missing]
     lines.append(f"{'sampler':<20}{'steps':>6}  {'quantity':<16}{'before':>28} {'after':>28}  verdict")
-    # Of the teacher's rows, which are there to be compared with, those that should not have moved.
+    # A teacher's value that moved means that the measurement changed, not the student.
     for change in (
         change for change in comparison.changes if change.of_student or (change.moved and change.column.judged)
     ):
@@ -171,7 +171,7 @@ def report(comparison: Comparison) -> str:
         name = f"{change.sampler:<20}{change.steps:>6}  {change.column.title:<16}"
         lines.append(f"{name}{before:>28} {after:>28}  {_verdict(change)}")
     worse = sum(change.worse and change.judged for change in comparison.changes)
-    lines.append(f"{worse} values of the student are worse" if worse else "no value of the student is worse")
+    lines.append(f"student: {worse or 'no'} {'value is' if worse <= 1 else 'values are'} worse")
     return "\n".join(lines)
 
 
@@ -183,8 +183,8 @@ def _with_interval(value: float, error: float | None, form: str) -> str:
 
 def _verdict(change: Change) -> str:
     if not change.column.judged:
-        return "not judged: the machine's"
+        return "not judged (depends on the machine)"
     if not change.moved:
         return "same"
     direction = "worse" if change.worse else "better"
-    return direction if change.judged else f"{direction}, of the teacher: not judged"
+    return direction if change.judged else f"{direction} (teacher, not judged)"

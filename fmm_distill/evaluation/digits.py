@@ -1,4 +1,4 @@
-"""The small classifier whose features compare 8x8 digits."""
+"""The classifier whose features are the metrics' features of 8x8 digits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DigitsClassifier", "load_digits_classifier"]
 class DigitsClassifier(nn.Module):
     """A small convolutional classifier of 8x8 gray digits; its last hidden layer is the feature.
 
-    Trained by ``examples/train_digits_teacher.py``, shipped beside the built-in teacher.
+    ``examples/train_digits_teacher.py`` trains it; its weights are shipped with the built-in teacher.
     """
 
     num_features = 32
@@ -40,18 +40,18 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch 32"]:
-        """Features of images in [0, 1]."""
+        """Return the features of images in [0, 1]."""
         features: Tensor = self.body(images.to(self.head.weight.dtype) * 2 - 1)
         return features
 
     def logits(self, images: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch 10"]:
-        """Class scores of images in [0, 1]."""
+        """Return the class scores of images in [0, 1], before the softmax."""
         scores: Tensor = self.head(self(images))
         return scores
 
 
 def load_digits_classifier(folder: Path) -> DigitsClassifier:
-    """The classifier whose weights stand in ``folder/classifier.safetensors``."""
+    """Return the classifier with the weights of ``folder/classifier.safetensors``."""
     network = DigitsClassifier()
     network.load_state_dict(load_file(folder / "classifier.safetensors"))
     return network.eval().requires_grad_(False)

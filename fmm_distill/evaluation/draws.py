@@ -1,4 +1,4 @@
-"""Noises and conditions of an evaluation: functions of a seed and the sample's number, of nothing else."""
+"""Noises and conditions of an evaluation, as functions of a seed and the number of the sample alone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WORD = 2**32
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """What some samples start from.
+    """Noises and conditions of some samples.
 
     Attributes:
-        seed: of all samples.
-        numbers: of these.
-        noise: N(0, I), each from a generator of its own.
-        cond: what they are told; None: nothing.
+        seed: of all samples of the evaluation.
+        numbers: the numbers of these samples.
+        noise: N(0, I), from one generator per sample.
+        cond: inputs of the network besides x and t; None for an unconditional teacher.
     """
 
     seed: int
@@ -41,7 +41,11 @@ class SampleDraws:
         return len(self.numbers)
 
     def generators(self, *, after_noise: bool) -> list[torch.Generator]:
-        """The samples' generators, for a pipeline that draws the noise itself, or for what it draws after it."""
+        """Return one generator per sample, for a pipeline.
+
+        Args:
+            after_noise: the noise is already drawn from them, as for a pipeline that is given the noise.
+        """
         made = [_generator(self.seed, number) for number in self.numbers]
         if after_noise:
             for generator in made:
@@ -50,36 +54,38 @@ class SampleDraws:
 
 
 def draw_samples_of(teacher: Teacher, numbers: range, seed: int, device: torch.device | str = "cpu") -> SampleDraws:
-    """The noises and conditions of the samples with these numbers, whatever the batch is that they are drawn in.
+    """Return the noises and conditions of the samples with these numbers; they don't depend on the batch.
 
-    The noise is what diffusers draws from the sample's own generator, so a stock pipeline that is given that generator
-    starts from the same noise.
+    A stock pipeline that is given the generator of a sample draws the same noise.
     """
     shape = (1, *teacher.event_shape)
     noise = torch.cat([torch.randn(shape, generator=_generator(seed, number)) for number in numbers])
     cond = None
     if teacher.conditions is not None:
-        told = teacher.conditioned_on(_places_of(numbers, seed))
-        cond = None if told is None else told.to(device)
+        inputs = teacher.conditioned_on(_positions_of(numbers, seed))
+        cond = None if inputs is None else inputs.to(device)
     return SampleDraws(seed, numbers, noise.to(device), cond)
 
 
-def _places_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
-    """Where in [0, 1) the samples' conditions stand; of generators of their own, for nothing may precede the noise."""
+def _positions_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
+    """Return the positions in [0, 1) of the samples' conditions.
+
+    They have generators of their own, since a pipeline draws the noise first.
+    """
     return torch.cat([torch.rand(1, generator=_generator(seed, number, stream=1)) for number in numbers])
 
 
 def prompts_of(known: Conditions, numbers: range, seed: int) -> list[str]:
-    """What the samples of these numbers are told, in words."""
+    """Return the prompts of the samples with these numbers."""
     count = len(known.names)
-    return [known.names[min(int(place * count), count - 1)] for place in _places_of(numbers, seed).tolist()]
+    return [known.names[min(int(position * count), count - 1)] for position in _positions_of(numbers, seed).tolist()]
 
 
 def _generator(seed: int, number: int, stream: int = 0) -> torch.Generator:
-    """The generator of one sample; numbers below 2^32 never share one.
+    """Return the generator of one sample; numbers below 2^32 have different ones.
 
-    Torch's generator keeps 32 bits of its seed, so sums of seed and number are scrambled by a map that is one to one
-    (the finalizer of MurmurHash3), and neighbors have nothing in common.
+    Torch's CPU generator uses 32 bits of its seed. A bijection of these (the finalizer of MurmurHash3) decorrelates
+    neighboring numbers.
     """
     word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD

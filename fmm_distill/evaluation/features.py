@@ -1,6 +1,6 @@
-"""Feature networks: images in [0, 1] to vectors and, where there are any, class scores, seen once for all metrics.
+"""Feature networks: images in [0, 1] to feature vectors and, for classifiers, class scores.
 
-What happens to an image on the way (clipping, rounding, resizing, channels) is done here and said here.
+All preprocessing of an image (clipping, rounding, resizing, channels) is done and described here.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor, nn
 
-__all__ = ["Features", "Seen", "as_bytes", "check_features", "open_features", "unit_images"]
+__all__ = ["FeatureNetwork", "FeatureOutput", "as_bytes", "check_features", "open_features", "unit_images"]
 
-# torch-fidelity's file, by the name and in the place where it looks for it; the name ends in its sha256's first digits.
+# The file of torch-fidelity, with the name and folder that it expects; the name ends in the first digits of its sha256.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-WITHOUT = (
-    "without it: evaluation.features: none measures endpoint error, consistency, seconds and memory, and the path of a "
-    "TorchScript module of your own (*.pt) takes Inception's place"
+ALTERNATIVES = (
+    "alternatives: evaluation.features: none measures endpoint error, consistency, seconds and memory; the path of a "
+    "TorchScript module of your own (*.pt) replaces Inception"
 )
+
+_NOT_ROUNDED = "clipped to [0, 1], not rounded, not resized"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a network sees in some images.
+class FeatureOutput:
+    """Outputs of a feature network for a batch of images.
 
     Attributes:
         features: shape ``[batch, d]``.
-        scores: of classes, before the softmax, shape ``[batch, classes]``; None: the network gives none.
+        scores: of classes, before the softmax, shape ``[batch, classes]``; None: the network has no classes.
     """
 
     features: Float[Tensor, "batch d"]
@@ -49,83 +51,84 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Features:
-    """A feature network with all that is done to an image before it.
+class FeatureNetwork:
+    """A feature network with its preprocessing.
 
     Attributes:
-        about: which features they are, in words, for the protocol.
-        pixels: what is done to an image on the way, in words.
-        digest: of the weights and of the way: the same where the same image has the same features.
-        count: numbers of one image.
-        classes: scores of one image; 0: none.
-        shape: of one image; the channels of an image that is shown may be 1 where these are 3 and ``widens``.
+        description: of the features, for the protocol.
+        preprocessing: of the images, for the protocol.
+        digest: of weights and preprocessing; equal digests mean equal features of equal images.
+        width: the number of features of an image.
+        classes: the number of class scores of an image; 0: no classes.
+        shape: channels, height and width of an image.
+        repeats_gray: the one channel of a gray image is repeated to three.
+        forward: features of images in [0, 1].
     """
 
-    about: str
-    pixels: str
+    description: str
+    preprocessing: str
     digest: str
-    count: int
+    width: int
     classes: int
     shape: tuple[int, ...]
-    widens: bool
+    repeats_gray: bool
     network: nn.Module
-    see: Callable[[Tensor], Seen]
+    forward: Callable[[Tensor], FeatureOutput]
 
     @torch.no_grad()
-    def __call__(self, images: Float[Tensor, "batch channels height width"]) -> Seen:
-        """Features of float images in [0, 1].
+    def __call__(self, images: Float[Tensor, "batch channels height width"]) -> FeatureOutput:
+        """Return the features of float images in [0, 1].
 
         Raises:
-            ValueError: on images that are no floats in [0, 1], or of another shape: mistakes that would only shift a
-                distance.
+            ValueError: on other ranges, dtypes or shapes: a distance would change without any other sign of them.
         """
         if not images.is_floating_point():
-            raise ValueError(f"images of {images.dtype}; wanted floats in [0, 1]")
+            raise ValueError(f"expected float images in [0, 1], got {images.dtype}")
         if tuple(images.shape[1:]) != self.shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}; wanted {self.shape}")
+            raise ValueError(f"expected images of shape {self.shape}, got {tuple(images.shape[1:])}")
         low, high = images.aminmax()
         if low < 0 or high > 1:
-            raise ValueError(f"images from {low:g} to {high:g}; wanted the range 0 to 1, not -1 to 1 nor 0 to 255")
-        return self.see(images.expand(-1, 3, -1, -1) if self.widens else images)
+            raise ValueError(f"expected images in the range 0 to 1, got {low:g} to {high:g}")
+        return self.forward(images.expand(-1, 3, -1, -1) if self.repeats_gray else images)
 
-    def to(self, device: torch.device) -> Features:
-        """The same on ``device``."""
+    def to(self, device: torch.device) -> FeatureNetwork:
+        """Move the network to ``device``."""
         self.network.to(device)
         return self
 
 
 def unit_images(decoded: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-    """Decoded samples, of range -1 to 1, as images in [0, 1]: clipped, not rounded."""
+    """Return decoded samples in [-1, 1] as images in [0, 1]: clipped, not rounded."""
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def as_bytes(images: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
-    """Images in [0, 1] as a file keeps them: rounded, where a cast alone would cut off."""
+    """Return images in [0, 1] as the uint8 of an image file: rounded, where a cast alone would truncate."""
     return (images * 255).round().to(torch.uint8)
 
 
 def check_features(name: str, shape: tuple[int, ...]) -> None:
-    """Refuse features that can't be had or don't fit images of this shape, before anything long starts.
+    """Check that features are available and accept images of this shape.
 
     Raises:
-        UserError: with what is missing, where to put it and what works without.
+        UserError: with the missing file, its folder and the alternatives.
     """
     open_features(name, shape)
 
 
-def open_features(name: str, shape: tuple[int, ...]) -> Features | None:
-    """The network of ``evaluation.features``; None: none.
+def open_features(name: str, shape: tuple[int, ...]) -> FeatureNetwork | None:
+    """Return the network of ``evaluation.features``; None for "none".
 
     Args:
-        shape: channels, height and width of the images that it is shown.
+        shape: channels, height and width of the images.
 
     Raises:
-        UserError: if it can't be had or does not fit.
+        UserError: if the network is not available or does not accept images of this shape.
     """
     if name == "none":
         return None
     if len(shape) != 3:
-        raise UserError(f"evaluation.features: {name} looks at images, the teacher makes {_shown(shape)}; wanted none")
+        raise UserError(f"evaluation.features: {name} expects images, the teacher generates {_shown(shape)}; try none")
     if name == "digits":
         return _digits(shape)
     return _inception(shape) if name in FEATURES else _from_file(name, shape)
@@ -135,110 +138,109 @@ def _shown(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _digits(shape: tuple[int, ...]) -> Features:
+def _digits(shape: tuple[int, ...]) -> FeatureNetwork:
     if shape != (1, 8, 8):
         raise UserError(
-            f"evaluation.features: digits looks at 1 x 8 x 8 images, the teacher makes {_shown(shape)}: take "
-            "inception, or a TorchScript module of your own (*.pt), both with --data or evaluation.reference; or none"
+            f"evaluation.features: digits expects 1 x 8 x 8 images, the teacher generates {_shown(shape)}; try "
+            "inception or a TorchScript module of your own (*.pt), both with --data or evaluation.reference, or none"
         )
     file = BUILTIN / "digits" / "classifier.safetensors"
     network = load_digits_classifier(file.parent)
 
-    def see(images: Tensor) -> Seen:
+    def forward(images: Tensor) -> FeatureOutput:
         features = network(images)
-        return Seen(features, network.head(features))
+        return FeatureOutput(features, network.head(features))
 
-    about = "32 features of the classifier in builtin:digits"
-    return Features(
-        about,
+    return FeatureNetwork(
+        "32 features of the classifier in builtin:digits",
         _NOT_ROUNDED,
         sha256_of_file(file),
         network.num_features,
         10,
         shape,
-        widens=False,
+        repeats_gray=False,
         network=network,
-        see=see,
+        forward=forward,
     )
 
 
-_NOT_ROUNDED = "clipped to [0, 1], not rounded, not resized"
-
-
-def _from_file(name: str, shape: tuple[int, ...]) -> Features:
-    """A TorchScript module as ``torch.jit.save`` wrote it, tried on one image."""
-    path, wanted = Path(name).expanduser(), "wanted a TorchScript module as torch.jit.save writes it"
+def _from_file(name: str, shape: tuple[int, ...]) -> FeatureNetwork:
+    """Return a TorchScript module that was saved by ``torch.jit.save``, after a trial on one image."""
+    path, expected = Path(name).expanduser(), "expected a TorchScript module, as torch.jit.save writes it"
     if not path.is_file():
-        raise UserError(f"evaluation.features {name}: no such file; {wanted}")
+        raise UserError(f"evaluation.features {name}: no such file; {expected}")
     try:
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"evaluation.features {name}: can't be opened ({_line(error)}); {wanted}") from error
+        raise UserError(f"evaluation.features {name}: can't be opened ({_line(error)}); {expected}") from error
     shown = _shown((1, *shape))
     try:
         with torch.no_grad():
             found = network(torch.full((1, *shape), 0.5))
     except Exception as error:
         raise UserError(
-            f"evaluation.features {name}: failed on one image, {shown} ({_line(error)}); wanted a module that takes "
-            "float images in [0, 1] of the teacher's shape"
+            f"evaluation.features {name}: failed on one image, {shown} ({_line(error)}); expected a module of float "
+            "images in [0, 1] with the teacher's shape"
         ) from error
     if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != 1 or not found.is_floating_point():
         got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise UserError(f"evaluation.features {name}: made {got} of one image, {shown}; wanted floats of shape [1, d]")
+        raise UserError(
+            f"evaluation.features {name}: expected floats of shape [1, d] from one image, {shown}; got {got}"
+        )
     if not found.isfinite().all():
-        raise UserError(f"evaluation.features {name}: not all features of a gray image are numbers; wanted finite ones")
+        raise UserError(f"evaluation.features {name}: expected finite features of a gray image; got nan or inf")
     digest = sha256_of_file(path)
-    about = f"{found.shape[1]} features of {path.name} (TorchScript, sha256 {digest})"
-    return Features(
-        about,
+    return FeatureNetwork(
+        f"{found.shape[1]} features of {path.name} (TorchScript, sha256 {digest})",
         _NOT_ROUNDED,
         digest,
         found.shape[1],
         0,
         shape,
-        widens=False,
+        repeats_gray=False,
         network=network,
-        see=lambda images: Seen(network(images), None),
+        forward=lambda images: FeatureOutput(network(images), None),
     )
 
 
-def _inception(shape: tuple[int, ...]) -> Features:
-    """The network of the published Fréchet inception distances (Heusel et al. 2017, arXiv 1706.08500)."""
+def _inception(shape: tuple[int, ...]) -> FeatureNetwork:
+    """Return the network of the published Fréchet inception distances (Heusel et al. 2017, arXiv 1706.08500)."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError(f"evaluation.features: inception needs `pip install fmm-distill[fid]`; {WITHOUT}") from error
+        raise UserError(
+            f"evaluation.features: inception needs `pip install fmm-distill[fid]`; {ALTERNATIVES}"
+        ) from error
     path = _inception_file()
     network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
 
-    def see(images: Tensor) -> Seen:
+    def forward(images: Tensor) -> FeatureOutput:
         features, scores = network(as_bytes(images))
-        return Seen(features.float(), scores.float())
+        return FeatureOutput(features.float(), scores.float())
 
     digest = sha256_of_file(path)
     gray = ", gray repeated to three channels" if shape[0] == 1 else ""
-    return Features(
+    return FeatureNetwork(
         f"2048 Inception features (torch-fidelity, sha256 {digest[:16]}...)",
         f"clipped to [0, 1], rounded to uint8{gray}, resized to 299 as in TensorFlow 1 (bilinear, no antialiasing)",
         f"{digest} uint8 299",
         2048,
         1008,
         shape,
-        widens=shape[0] == 1,
+        repeats_gray=shape[0] == 1,
         network=network,
-        see=see,
+        forward=forward,
     )
 
 
 def _inception_file() -> Path:
-    """Inception's weights, fetched if they are not there.
+    """Return the file of Inception's weights; a missing file is downloaded.
 
     Raises:
-        UserError: if they can't be fetched, or are not those that everyone compares with.
+        UserError: if the download fails, or the file is not the one of published distances.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    bring = f"bring {INCEPTION_FILE} from {INCEPTION_URL} and put it into {path.parent}"
+    remedy = f"download {INCEPTION_FILE} from {INCEPTION_URL} into {path.parent}"
     if not path.is_file():
         reason = "HF_HUB_OFFLINE is set"
         if not constants.HF_HUB_OFFLINE:
@@ -248,13 +250,15 @@ def _inception_file() -> Path:
             except (OSError, RuntimeError) as error:
                 reason = _line(error)
         if not path.is_file():
-            raise UserError(f"evaluation.features: inception has no weights here ({reason}): {bring}; {WITHOUT}")
+            raise UserError(
+                f"evaluation.features: the weights of inception are missing ({reason}): {remedy}; {ALTERNATIVES}"
+            )
     if not sha256_of_file(path).startswith("6726825d"):
-        raise UserError(f"evaluation.features: {path} is not torch-fidelity's file (its sha256 is another): {bring}")
+        raise UserError(f"evaluation.features: expected torch-fidelity's file, got another sha256 of {path}: {remedy}")
     return path
 
 
 def _line(error: Exception) -> str:
-    """The last line of a message: TorchScript's own errors begin with its stack."""
+    """Return the last line of a message: errors of TorchScript begin with its stack."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Samples to be looked at: the teacher's ODE and its student from the same noises, and between two noises."""
+"""Images of the teacher's ODE and of its student from the same noises, and from noises between two noises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
-from fmm_distill.evaluation.pictures import still
+from fmm_distill.evaluation.pictures import still_images
 from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["COLUMNS", "SEED", "Gallery", "between"]
+__all__ = ["COLUMNS", "SEED", "Gallery", "interpolate_noise"]
 
 COLUMNS = 12
-# Other noises than those that are measured.
+# Other noises than those of the metrics, so that the pictures are no selection of them.
 SEED = NOISE_SEED + 1
 
 
 class Gallery:
-    """Noises of one seed, and where the teacher's ODE takes them.
+    """Noises of one seed and the endpoints of the teacher's ODE from them.
 
     Args:
         solver_steps: RK4 steps of the teacher's ODE.
+        count: the number of noises.
 
     Attributes:
-        name: of the row of the ODE.
+        name: of the row of endpoints.
     """
 
     name = "teacher's ODE"
@@ -42,35 +43,37 @@ class Gallery:
         draws = draw_samples_of(teacher, range(count), seed, device)
         self.teacher, self.solver_steps = teacher, solver_steps
         self.noise, self.cond = draws.noise, draws.cond
-        self.truth = self._solved(self.noise)
+        self.endpoints = self._solve(self.noise)
 
     @torch.no_grad()
-    def _solved(self, noise: Tensor) -> Tensor:
+    def _solve(self, noise: Tensor) -> Tensor:
         prior = self.teacher.prior(noise)
         return endpoint(self.teacher.velocity, self.teacher.schedule, prior, self.solver_steps, self.cond)
 
     def rows(self, student: Student, steps: tuple[int, ...]) -> dict[str, Float[Tensor, "count channels height width"]]:
-        """The teacher's row, and one for each number of the student's steps; decoded, in [-1, 1], on the CPU."""
-        return self._shown(student, steps, self.noise, self.truth)
+        """Return the teacher's row and one per number of student steps: decoded images in [-1, 1], on the CPU."""
+        return self._decoded(student, steps, self.noise, self.endpoints)
 
     def interpolation(
         self, student: Student, steps: tuple[int, ...]
     ) -> dict[str, Float[Tensor, "count channels height width"]]:
-        """The same rows for noises on the way from the first noise to the second, told what the first is told."""
+        """Return the same rows for noises between the first two, all with the condition of the first."""
         if self.cond is not None:
             self.cond = self.cond.rows(torch.zeros(len(self.noise), dtype=torch.long))
-        noise = between(self.noise[0], self.noise[1], len(self.noise))
-        return self._shown(student, steps, noise, self._solved(noise))
+        noise = interpolate_noise(self.noise[0], self.noise[1], len(self.noise))
+        return self._decoded(student, steps, noise, self._solve(noise))
 
     @torch.no_grad()
-    def _shown(self, student: Student, steps: tuple[int, ...], noise: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        rows = {self.name: truth}
+    def _decoded(self, student: Student, steps: tuple[int, ...], noise: Tensor, endpoints: Tensor) -> dict[str, Tensor]:
+        rows = {self.name: endpoints}
         rows |= {f"student, {n}": sample(student, noise, n, self.cond) for n in steps}
-        return {name: still(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
+        return {name: still_images(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
 
 
-def between(one: Float[Tensor, "*event"], other: Float[Tensor, "*event"], count: int) -> Float[Tensor, "batch *event"]:
-    """Noises on the quarter circle from one to another: of independent ones each is N(0, I) again, as on a line not."""
+def interpolate_noise(
+    one: Float[Tensor, "*event"], other: Float[Tensor, "*event"], count: int
+) -> Float[Tensor, "batch *event"]:
+    """Return noises on a quarter circle between two: unlike those on a line, each is N(0, I) again."""
     angles = torch.linspace(0, math.pi / 2, count, dtype=torch.float64, device=one.device)
     shape = (count, *(1 for _ in one.shape))
     mixed = angles.cos().reshape(shape) * one + angles.sin().reshape(shape) * other

@@ -1,10 +1,10 @@
-"""Samplers at work: batch by batch, on all processes, each sample's features kept until all are made."""
+"""Generate the samples of an evaluation batch by batch, on all processes, and store their features."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fmm_distill.data.row_store import Layout
-from fmm_distill.evaluation.draws import draw_samples_of
+from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.features import unit_images
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.io.lock import locked
-from fmm_distill.training.memory import held_by
+from fmm_distill.training.memory import peak_memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.evaluation.draws import SampleDraws
-    from fmm_distill.evaluation.features import Features
+    from fmm_distill.evaluation.features import FeatureNetwork
     from fmm_distill.evaluation.samplers import Sampler
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Cost", "Generator", "Made"]
+__all__ = ["Cost", "GeneratedSamples", "GenerationSpec", "SampleGenerator"]
 
 logger = logging.getLogger(__name__)
 
-# Samples that a kill can cost, and that processes share the work by.
+# Samples of a file of the cache: an interruption loses at most these, and processes divide the work by files.
 _PART = 512
 _SEAL = "sha256"
-# Samples of the warm-up, in which memory is watched.
+# Samples of the warm-up, whose memory is measured.
 WARM_UP = 16
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sampler costs.
+    """Cost of a sampler.
 
     Attributes:
-        calls: of the network, for a batch.
-        memory: bytes that the tensors of a batch of ``WARM_UP`` samples take at most, beside the weights.
+        calls: network calls per batch.
+        memory: peak bytes of tensors for a batch of ``WARM_UP`` samples, in addition to the weights.
     """
 
     calls: int
@@ -56,14 +56,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made of all samples, in their order, on the CPU.
+class GeneratedSamples:
+    """Results of a sampler in the order of the samples, on the CPU.
 
     Attributes:
-        samples: the first ones themselves, as many as were asked for.
-        features, scores: what the feature network sees in them; None: there is none.
-        clip: how well each fits its prompt; None: not measured.
-        seconds: of each.
+        samples: the first ones, as many as ``GenerationSpec.stored``.
+        features, scores: outputs of the feature network; None without one.
+        clip: CLIP scores; None: not measured.
+        seconds: per sample.
     """
 
     samples: Float[Tensor, "batch *event"]
@@ -73,82 +73,101 @@ class Made:
     seconds: Float[Tensor, " batch"]
     cost: Cost
 
+    def limit(self, count: int) -> GeneratedSamples:
+        """Return the same with the features, scores and CLIP scores of the first ``count`` samples."""
 
-class Generator:
-    """Makes the samples of an evaluation, the same whatever the batches and the processes are.
+        def cut(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[:count]
 
-    Args:
-        count: of samples; the first ``first`` of them are kept themselves.
+        return replace(self, features=cut(self.features), scores=cut(self.scores), clip=cut(self.clip))
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """The samples to generate, and the networks that look at them.
+
+    Attributes:
+        count: the number of samples.
+        stored: the number of samples that are returned themselves; of the others, features and scores alone.
         features: None: images are not looked at.
-        clip: scores of images in [0, 1] and the numbers of their samples; None: not measured.
-        decodes: whether the seconds are to the decoded image.
-        accelerator: of several processes, which share the work; None: this one does it all.
-        progress: takes a number of network calls times samples as they are done.
+        clip: scores images in [0, 1], given the numbers of their samples; None: not measured.
+        decodes: seconds include decoding; always true with features or CLIP scores.
+        accelerator: of several processes, which divide the work; None: this process does it all.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        *,
-        count: int,
-        first: int,
-        batch: int,
-        seed: int,
-        device: torch.device,
-        features: Features | None,
-        clip: Callable[[Tensor, range], Tensor] | None = None,
-        decodes: bool = False,
-        accelerator: Accelerator | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.teacher, self.count, self.first, self.batch, self.seed = teacher, count, first, batch, seed
-        self.device, self.features, self.clip = device, features, clip
-        self.decodes = decodes or features is not None or clip is not None
-        self.accelerator, self.progress = accelerator, progress
+    teacher: Teacher
+    device: torch.device
+    count: int
+    stored: int
+    batch_size: int
+    seed: int = NOISE_SEED
+    features: FeatureNetwork | None = None
+    clip: Callable[[Tensor, range], Tensor] | None = None
+    decodes: bool = False
+    accelerator: Accelerator | None = None
 
-    def run(self, sampler: Sampler, keep: Path | None = None) -> Made:
-        """All samples of a sampler.
+
+class SampleGenerator:
+    """Generates samples that don't depend on the batch size or on the number of processes.
+
+    Args:
+        progress: called with the number of samples times steps as they are done.
+    """
+
+    def __init__(self, spec: GenerationSpec, progress: Callable[[int], object] | None = None) -> None:
+        self.spec, self.progress = spec, progress
+        self.teacher, self.device, self.features = spec.teacher, spec.device, spec.features
+        self.decodes = spec.decodes or spec.features is not None or spec.clip is not None
+
+    def run(self, sampler: Sampler, cache: Path | None = None) -> GeneratedSamples:
+        """Generate all samples of a sampler.
 
         Args:
-            keep: its folder for what is made until all is there, which several processes need; None: in memory.
+            cache: a folder for finished parts, from which an interrupted call resumes; several processes need it.
+                None: in memory.
         """
-        cost = self._warm_up(sampler)
+        cost, size = self._warm_up(sampler), self.spec.batch_size
 
         def make(_: int, start: int, stop: int) -> dict[str, Tensor]:
-            parts = [
-                self._batch(sampler, range(i, min(i + self.batch, stop)), cost) for i in range(start, stop, self.batch)
-            ]
+            parts = [self._batch(sampler, range(i, min(i + size, stop))) for i in range(start, stop, size)]
             return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
-        rows = make(0, 0, self.count) if keep is None else self._kept(make, sampler.steps, keep)
-        samples = rows["samples"][: self.first]
-        return Made(samples, rows.get("features"), rows.get("scores"), rows.get("clip"), rows["seconds"], cost)
+        count = self.spec.count
+        rows = make(0, 0, count) if cache is None else self._cached(make, sampler.steps, cache)
+        return GeneratedSamples(
+            rows["samples"][: self.spec.stored],
+            rows.get("features"),
+            rows.get("scores"),
+            rows.get("clip"),
+            rows["seconds"],
+            cost,
+        )
 
     def draws(self, numbers: range) -> SampleDraws:
-        """What these samples start from."""
-        return draw_samples_of(self.teacher, numbers, self.seed, self.device)
+        """Return the noises and conditions of these samples."""
+        return draw_samples_of(self.teacher, numbers, self.spec.seed, self.device)
 
     @torch.no_grad()
     def _warm_up(self, sampler: Sampler) -> Cost:
-        """Run it once on few samples: kernels are chosen, memory is reserved, and what it takes is counted."""
+        """Run the sampler once on few samples: kernels are selected, memory is reserved, and the cost is counted."""
         calls: list[int] = []
         hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
         draws = self.draws(range(WARM_UP))
         try:
-            memory = held_by(lambda: self._sampled(sampler, draws), self.device)
+            memory = peak_memory_of(lambda: self._sampled(sampler, draws), self.device)
         finally:
             hook.remove()
         return Cost(len(calls), memory)
 
     def _sampled(self, sampler: Sampler, draws: SampleDraws) -> tuple[Tensor, Tensor | None]:
-        """Samples, and their images if those are wanted; both on the device where they were made."""
+        """Return samples, and their images where they are decoded; both on the sampler's device."""
         x = sampler.run(draws)
         if sampler.makes_images:
             return x, x
         return x, self.teacher.codec.decode(x) if self.decodes else None
 
     @torch.no_grad()
-    def _batch(self, sampler: Sampler, numbers: range, cost: Cost) -> dict[str, Tensor]:
+    def _batch(self, sampler: Sampler, numbers: range) -> dict[str, Tensor]:
         draws = self.draws(numbers)
         started = time.perf_counter()
         x, decoded = self._sampled(sampler, draws)
@@ -156,7 +175,7 @@ class Generator:
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - started) / len(numbers)
         made = {"seconds": torch.full((len(numbers),), seconds, dtype=torch.float64)}
-        if numbers.start < self.first:
+        if numbers.start < self.spec.stored:
             made["samples"] = x.cpu()
         if decoded is not None:
             images = unit_images(decoded)
@@ -165,9 +184,9 @@ class Generator:
                 made["features"] = seen.features.float().cpu()
                 if seen.scores is not None:
                     made["scores"] = seen.scores.float().cpu()
-            if self.clip is not None:
-                made["clip"] = self.clip(images, numbers).cpu()
-            # Rounding to bytes would make a pixel of what is no number.
+            if self.spec.clip is not None:
+                made["clip"] = self.spec.clip(images, numbers).cpu()
+            # Conversion to uint8 turns NaN into a valid pixel, so that the networks don't see it.
             broken = images.flatten(1).isnan().any(1).cpu()
             for name in {"features", "scores", "clip"} & made.keys():
                 made[name][broken] = torch.nan
@@ -175,16 +194,18 @@ class Generator:
             self.progress(len(numbers) * sampler.steps)
         return made
 
-    def _kept(self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path) -> dict[str, Tensor]:
-        """The same by way of the disk: what another call has made is taken, and each process makes its share."""
-        width = 0 if self.features is None else self.features.count + self.features.classes
+    def _cached(
+        self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path
+    ) -> dict[str, Tensor]:
+        """Return all rows by way of the disk: parts of earlier calls are reused, and processes divide the others."""
+        width = 0 if self.features is None else self.features.width + self.features.classes
         row = 16 + 4 * (width + torch.Size(self.teacher.event_shape).numel())
-        layout = Layout(folder, self.count, row, _PART)
-        # Another evaluation of the same samples waits, and then takes what this one has made.
+        layout = Layout(folder, self.spec.count, row, _PART)
+        # Another evaluation of the same samples waits, and then reuses the files.
         with locked(folder, "an evaluation", wait=True):
             self._fill(layout, make, steps)
             parts = [load_file(file) for file in layout.files]
-            # The lock is that of the first process: it is held until all have read.
+            # The first process holds the lock until all processes have read.
             self._wait()
         return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0] if name != _SEAL}
 
@@ -194,19 +215,19 @@ class Generator:
         make: Callable[[int, int, int], dict[str, Tensor]],
         steps: int,
     ) -> None:
-        """Make what is not on the disk or is damaged there; each process makes its share."""
-        process, processes = 0, 1
-        if self.accelerator is not None:
-            process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        """Generate the missing and the damaged parts, divided among the processes."""
+        process, processes, accelerator = 0, 1, self.spec.accelerator
+        if accelerator is not None:
+            process, processes = accelerator.process_index, accelerator.num_processes
         if process == 0:
             for file in layout.files:
-                if file.is_file() and not _is_whole(file):
-                    logger.warning(f"{file} is damaged; it is made again")
+                if file.is_file() and not _is_intact(file):
+                    logger.warning(f"{file} is damaged; its samples are generated again")
                     file.unlink()
         self._wait()
         mine = enumerate(layout.files[process::processes])
         there = sum(
-            min(layout.size, self.count - (process + i * processes) * layout.size) for i, f in mine if f.is_file()
+            min(layout.size, self.spec.count - (process + i * processes) * layout.size) for i, f in mine if f.is_file()
         )
         if self.progress is not None:
             self.progress(there * steps)
@@ -214,8 +235,8 @@ class Generator:
         self._wait()
 
     def _wait(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
+        if self.spec.accelerator is not None:
+            self.spec.accelerator.wait_for_everyone()
 
 
 def _digest(tensors: dict[str, Tensor]) -> Tensor:
@@ -226,7 +247,7 @@ def _sealed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {_SEAL: _digest(tensors)}
 
 
-def _is_whole(file: Path) -> bool:
+def _is_intact(file: Path) -> bool:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError):

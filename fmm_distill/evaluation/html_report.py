@@ -1,4 +1,4 @@
-"""``report.html``: numbers, pictures and protocol in one file that opens offline, on a phone too."""
+"""``report.html``: numbers, pictures and protocol in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from fmm_distill.evaluation.pictures import DRAWN, draw_steps, measured_of, styles_of
+from fmm_distill.evaluation.pictures import PLOTTED, measured_columns, plot_steps, styles_of
 from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.io.files import write_text
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _PICTURES = {
-    "samples.png": "The same noise down each column: the end of the ODE, then the student.",
-    "interpolation.png": "Noises on the way from one to another.",
+    "samples.png": "Each column starts from one noise. First row: the solution of the ODE; others: the student.",
+    "interpolation.png": "The same for noises between two noises.",
 }
 _STYLE = """
 :root { color-scheme: light; }
@@ -44,38 +44,39 @@ dl { font-size: .875rem; } dt { font-weight: 600; margin-top: .6rem; } dd { marg
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Write ``report.html`` into a folder, with the pictures that stand there inside it.
+    """Write ``report.html`` into a folder, with the pictures of the folder embedded.
 
     Raises:
-        UserError: if the disk does not take it.
+        UserError: if the file can't be written.
     """
-    subject = escape(str(evaluation.protocol.get("of") or "a student").rstrip("/").rpartition("/")[2])
+    student = escape(str(evaluation.protocol.get("student") or "a student").rstrip("/").rpartition("/")[2])
     parts = [
-        f"<h1>What {subject} loses and gains</h1>",
+        f"<h1>Evaluation of {student}</h1>",
         _lead(evaluation),
         f"<h2>Numbers</h2>{_table(evaluation)}",
-        "<p>Small numbers are standard errors. Ratios are to the teacher's own sampler. Arrows: the better way.</p>",
-        f"<h2>Against network calls</h2>{_curves(evaluation)}",
+        "<p>Values with standard errors (±). Arrows show the better direction. Ratios are relative to the teacher's "
+        "own sampler.</p>",
+        f"<h2>Quality against network calls</h2>{_curves(evaluation)}",
         f"<h2>Samples</h2>{_figures(folder)}",
         _consistency(evaluation),
-        f"<h2>How it was measured</h2>{_protocol(evaluation)}",
+        f"<h2>Protocol</h2>{_protocol(evaluation)}",
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation of {subject}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>Evaluation of {student}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     write_text(folder / "report.html", page)
 
 
 def _curves(evaluation: Evaluation) -> str:
-    """A picture a quantity, so that one fills a phone's width."""
+    """Return one plot per quantity: on a narrow screen, each has the full width."""
     pictures = []
-    for column in measured_of(evaluation, DRAWN):
-        drawn = BytesIO()
-        draw_steps(evaluation, drawn, (column.key,))
-        pictures.append(f'<img src="{_inline(drawn.getvalue())}" alt="{escape(column.title)} against network calls">')
-    return f'<div class="curves">{"".join(pictures)}</div><p>Bars are two standard errors to each side.</p>'
+    for column in measured_columns(evaluation, PLOTTED):
+        plot = BytesIO()
+        plot_steps(evaluation, plot, (column.key,))
+        pictures.append(f'<img src="{_inline(plot.getvalue())}" alt="{escape(column.title)} against network calls">')
+    return f'<div class="curves">{"".join(pictures)}</div><p>Error bars show two standard errors to each side.</p>'
 
 
 def _figures(folder: Path) -> str:
@@ -92,24 +93,24 @@ def _inline(picture: bytes) -> str:
 
 
 def _lead(evaluation: Evaluation) -> str:
-    """What most people read."""
+    """Return the summary: the student against the teacher's own sampler."""
     base = next((row for row in evaluation.rows if row.sampler == "teacher"), None)
     if base is None:
-        return "<p>The teacher's own sampler was not measured, so there is nothing to be faster than.</p>"
+        return "<p>The teacher's own sampler was not evaluated, so there are no ratios.</p>"
     lines = [
         f"<li>{row.steps} {'step' if row.steps == 1 else 'steps'}: {1 / row.seconds_ratio:.3g} times as fast"
-        f"{_against(row, base)}</li>"
+        f"{_quality(row, base)}</li>"
         for row in evaluation.rows
         if row.sampler == "student" and row.seconds_ratio
     ]
     about = escape(str(evaluation.protocol.get("reference_sampler")))
-    return f"<p>Against the teacher's own sampler ({about}):</p><ul>{''.join(lines)}</ul>"
+    return f"<p>Compared with the teacher's own sampler ({about}), the student is:</p><ul>{''.join(lines)}</ul>"
 
 
-def _against(row: Row, base: Row) -> str:
+def _quality(row: Row, base: Row) -> str:
     if row.frechet is None or base.frechet is None:
         return ""
-    return f", Fréchet distance {row.frechet:.3f} instead of {base.frechet:.3f}"
+    return f", with Fréchet distance {row.frechet:.3f} (teacher: {base.frechet:.3f})"
 
 
 def _table(evaluation: Evaluation) -> str:
@@ -131,25 +132,22 @@ def _cell(row: Row, column: Column) -> str:
     value, error = getattr(row, column.key), row.errors.get(column.key)
     if value is None:
         return "<td>-</td>"
-    told = "" if error is None else f" <small>±{error:{column.form}}</small>"
-    return f"<td>{value:{column.form}}{told}</td>"
+    suffix = "" if error is None else f" <small>±{error:{column.form}}</small>"
+    return f"<td>{value:{column.form}}{suffix}</td>"
 
 
 def _consistency(evaluation: Evaluation) -> str:
     if not evaluation.consistency:
         return ""
     lines = [
-        f"<li>{escape(name)}: " + "; ".join(f"{pair.replace(',', ' and ')} steps {d:.4f}" for pair, d in pairs.items())
+        f"<li>{escape(name)}: " + "; ".join(f"{pair.replace(',', ' and ')} steps: {d:.4f}" for pair, d in pairs.items())
         for name, pairs in evaluation.consistency.items()
     ]
     about = escape(str(evaluation.protocol.get("consistency", "")))
-    return f"<h2>Do all numbers of steps give the same image?</h2><p>{about}</p><ul>{''.join(lines)}</ul>"
+    return f"<h2>Consistency between numbers of steps</h2><p>{about}</p><ul>{''.join(lines)}</ul>"
 
 
 def _protocol(evaluation: Evaluation) -> str:
-    told = {key: value for key, value in evaluation.protocol.items() if value is not None}
-    return (
-        "<dl>"
-        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items())
-        + "</dl>"
-    )
+    entries = {key.replace("_", " "): value for key, value in evaluation.protocol.items() if value is not None}
+    items = (f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in entries.items())
+    return f"<dl>{''.join(items)}</dl>"

@@ -1,4 +1,4 @@
-"""Evaluation on the way: the moving average is measured every so many steps, and the training does not notice."""
+"""Evaluations during training, which leave the training unchanged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
-from fmm_distill.evaluation.measure import Measure
-from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.evaluation.pictures import plot_samples
 from fmm_distill.io.files import append_line, write_text, writing
 from fmm_distill.io.reading import read_lines
 from fmm_distill.training.trackers import log_picture, log_rows
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Monitor"]
 
-# What of the protocol changes between runs; the rest is said in evaluation.json.
+# Protocol entries that a comparison of two runs needs; evaluation.json has them all.
 _ESSENTIALS = ("ode_solver_error", "frechet_samples", "frechet_reference", "noise_seed", "guidance")
 _KEYS = {"step": int, "rows": list, "settings": dict}
 
 
 class Monitor:
-    """Writes ``evaluations.jsonl`` and ``pictures/`` into the folder of a run; every process has one, the first writes.
+    """Evaluates a moving average every ``evaluation.every`` steps, into the folder of the run.
+
+    Every process has a monitor; the first writes ``evaluations.jsonl`` and ``pictures/``.
 
     Args:
-        student: gives the first moving average as it is by then; every process asks, the first uses it.
+        student: returns the first moving average. Every process calls it, since gathering shards needs them all.
         reference: images for the Fréchet distance.
-        folder: of the run, which exists.
+        folder: of the run; it exists.
     """
 
     def __init__(
@@ -56,64 +58,70 @@ class Monitor:
         self.total = recipe.student.regression_steps + recipe.training.steps
         self.log, self.pictures = folder / "evaluations.jsonl", folder / "pictures"
         self.lines: list[dict[str, Any]] | None = None
-        self.means: tuple[Measure, Gallery] | None = None
+        self.evaluation: tuple[Evaluator, Gallery] | None = None
 
-    def reached(self, step: int) -> None:
-        """Drop what is of later steps, and measure if this is the step for it and that was not done before.
+    def reached(self, step: int) -> list[dict[str, Any]] | None:
+        """Remove results of later steps, and evaluate if this step is due and has no result.
 
         Args:
-            step: how many steps are done; the last is left to the evaluation at the end.
+            step: the number of finished steps; the evaluation at the end of the run has the last.
+
+        Returns:
+            The rows, in the first process and only if it evaluated.
 
         Raises:
             UserError: if a file can't be written.
         """
+        rows = None
         every, main = self.recipe.evaluation.every, self.accelerator.is_main_process
         if main:
             self.lines = self._cut(step)
         if every and 0 < step < self.total and step % every == 0:
             student = self.student()
             if main and all(line["step"] != step for line in self.lines or ()):
-                self._evaluate(step, student)
+                rows = self._evaluate(step, student)
             self.accelerator.wait_for_everyone()
+        return rows
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
-        """The lines up to a step, which are all that is in the file then."""
+        """Return the lines up to a step, and remove the others from the file."""
         if self.lines is not None and all(line["step"] <= step for line in self.lines):
             return self.lines
         lines = read_lines(self.log, _KEYS, todo=f"remove the lines from there on of {self.log.name}, and run it again")
-        kept = [line for line in lines if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        earlier = [line for line in lines if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in earlier)
         if self.log.is_file() and self.log.read_text(encoding="utf-8") != text:
-            # What comes after the last newline is half a line, left by a kill.
+            # An interruption leaves a part of a line after the last newline; it is removed too.
             write_text(self.log, text)
         for picture in self.pictures.glob("samples-*.png"):
             number = picture.stem.removeprefix("samples-")
             if number.isdecimal() and int(number) > step:
                 picture.unlink()
-        return kept
+        return earlier
 
-    def _evaluate(self, step: int, student: Student) -> None:
+    def _evaluate(self, step: int, student: Student) -> list[dict[str, Any]]:
         device = self.accelerator.device
-        # Random weights of a network for features, before its own are loaded, are drawn from the global generator.
+        # A feature network is initialized from the global generator before its weights are loaded.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            measure, gallery = self.means = self.means or self._means(device)
-            rows = measure.of_students({"student": student})
+            evaluator, gallery = self.evaluation = self.evaluation or self._open(device)
+            rows = evaluator.rows_of_students({"student": student})
             settings = self.recipe.evaluation.model_dump(mode="json", exclude={"every"})
             measured = [line for line in self.lines or () if line["settings"] == settings]
             if not any(row["sampler"] != "student" for line in measured for row in line["rows"]):
-                rows += measure.of_teacher()
+                rows += evaluator.rows_of_teacher()
             picture = self.pictures / f"samples-{step}.png"
             with writing(picture):
                 self.pictures.mkdir(exist_ok=True)
-                draw_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
+                plot_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
         line: dict[str, Any] = {"step": step, "ema": self.recipe.training.ema[0], "rows": [asdict(row) for row in rows]}
-        line |= {"settings": settings, "protocol": {key: measure.protocol[key] for key in _ESSENTIALS}}
+        line |= {"settings": settings, "protocol": {key: evaluator.protocol[key] for key in _ESSENTIALS}}
         append_line(self.log, json.dumps(line))
         self.lines = [*(self.lines or ()), line]
         log_rows(self.accelerator, line["rows"], step)
         log_picture(self.accelerator, picture, step)
+        return list(line["rows"])
 
-    def _means(self, device: torch.device) -> tuple[Measure, Gallery]:
+    def _open(self, device: torch.device) -> tuple[Evaluator, Gallery]:
         settings = self.recipe.evaluation
-        measure = Measure(self.teacher, settings, self.reference, device, quick=True)
-        return measure, Gallery(self.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)
+        spec = EvaluationSpec(self.teacher, settings, self.reference, device, quick=True)
+        return Evaluator(spec), Gallery(self.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)

@@ -1,6 +1,6 @@
 """Pictures of an evaluation: samples from the same noise, and quality against network calls.
 
-matplotlib is imported by what draws: a run's training loads this file, and draws nothing before it is evaluated.
+matplotlib is imported inside the functions: training imports this module and may never plot.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.result import Column, Evaluation, Row
 
-__all__ = ["DRAWN", "STYLES", "draw_samples", "draw_steps", "measured_of", "still", "styles_of"]
+__all__ = ["PLOTTED", "STYLES", "measured_columns", "plot_samples", "plot_steps", "still_images", "styles_of"]
 
-# Okabe and Ito's palette: told apart by the color-blind; markers differ too.
+# Colors of Okabe and Ito, which color-blind readers distinguish; markers differ too.
 STYLES = {
     "student": ("#D55E00", "o", "student"),
     "teacher-ddim": ("#0072B2", "s", "teacher, DDIM"),
@@ -34,69 +34,73 @@ STYLES = {
     "teacher": ("#000000", "*", "teacher, its own sampler"),
 }
 _OTHERS = (("#56B4E9", "P"), ("#7F7F7F", "X"), ("#F0E442", "p"), ("#56B4E9", "h"))
-# What the report draws.
-DRAWN = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
+# Quantities with a plot in the report.
+PLOTTED = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
 
 
 def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
-    """Color, marker and label of each sampler of an evaluation, the student first."""
-    there = list(dict.fromkeys(row.sampler for row in evaluation.rows))
-    known = {name: style for name, style in STYLES.items() if name in there}
+    """Return color, marker and label of each sampler of an evaluation, the student first."""
+    names = list(dict.fromkeys(row.sampler for row in evaluation.rows))
+    known = {name: style for name, style in STYLES.items() if name in names}
     free = cycle(_OTHERS)
-    return known | {name: (*next(free), name) for name in there if name not in STYLES}
+    return known | {name: (*next(free), name) for name in names if name not in STYLES}
 
 
-def still(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
-    """One picture a sample: the middle frame of a video, a sound's waves as a gray band."""
+def still_images(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
+    """Return one image per sample: the middle frame of a video, the waveform of a sound as a gray band."""
     if samples.ndim == 5:
         return samples[:, :, samples.shape[2] // 2]
     return samples if samples.ndim == 4 else samples.unsqueeze(1)
 
 
-def draw_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
-    """One row a sampler, one column a noise; images in [-1, 1]."""
+def plot_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:
+    """Plot one row per sampler and one column per noise.
+
+    Args:
+        rows: images in [-1, 1] by the name of their row.
+    """
     from matplotlib.figure import Figure
 
     columns = min(len(images) for images in rows.values())
     figure = Figure(figsize=(1.2 + columns * 0.6, len(rows) * 0.62), dpi=200)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, images), line in zip(rows.items(), axes, strict=True):
-        for image, place in zip(images[:columns], line, strict=True):
+        for image, axis in zip(images[:columns], line, strict=True):
             pixels = (image / 2 + 0.5).clamp(0, 1).movedim(0, -1).squeeze(-1).numpy()
-            place.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            place.set_xticks([])
-            place.set_yticks([])
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.tight_layout(pad=0.4, h_pad=0.15, w_pad=0.15)
     figure.savefig(path)
 
 
-def draw_steps(
+def plot_steps(
     evaluation: Evaluation, target: Path | BytesIO, quantities: Sequence[str] = ("endpoint_error", "frechet")
 ) -> None:
-    """Each quantity that was measured against network calls; bars are two standard errors to each side.
+    """Plot quantities against network calls; error bars are two standard errors to each side.
 
     Args:
-        target: a file, or memory; a PNG either way.
-        quantities: names of fields of a row.
+        target: a file or a buffer for the PNG.
+        quantities: fields of a row; those that no row has are left out.
     """
     from matplotlib.figure import Figure
 
-    drawn = measured_of(evaluation, quantities)
-    across = min(2, len(drawn))
-    down = -(-len(drawn) // across)
+    columns = measured_columns(evaluation, quantities)
+    across = min(2, len(columns))
+    down = -(-len(columns) // across)
     figure = Figure(figsize=(5.2 * across, 3.8 * down), dpi=160)
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axis, column in zip(places, drawn, strict=False):
-        _draw_quantity(axis, evaluation, column)
-    for axis in places[len(drawn) :]:
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, column in zip(axes, columns, strict=False):
+        _plot_quantity(axis, evaluation, column)
+    for axis in axes[len(columns) :]:
         axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(target, format="png")
 
 
-def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Column]:
-    """Those of the quantities that some row has, in the order of the table; the first of all where none has."""
+def measured_columns(evaluation: Evaluation, quantities: Sequence[str]) -> list[Column]:
+    """Return the columns of quantities that some row has; without any, the first of the table."""
     found = [
         column
         for column in COLUMNS
@@ -105,7 +109,7 @@ def measured_of(evaluation: Evaluation, quantities: Sequence[str]) -> list[Colum
     return found or [COLUMNS[0]]
 
 
-def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
+def _plot_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
     labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}
@@ -119,7 +123,7 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
             values = [getattr(row, column.key) for row in rows]
             errors = [2 * row.errors.get(column.key, 0.0) for row in rows]
             style: dict[str, Any] = {"color": color, "marker": marker, "label": name, "capsize": 2}
-            # The student's curve is not hidden by one that it lies on.
+            # The student's curve is in front of those that it coincides with.
             axis.errorbar(calls, values, errors, zorder=4 if sampler == "student" else 3, **style)
     positive = all(getattr(row, column.key) > 0 for row in shown)
     logarithmic = column.better == "lower" and positive
@@ -137,9 +141,10 @@ def _draw_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
 
 
 def _apart(calls: list[int]) -> list[int]:
-    """Of numbers on a logarithmic axis those whose labels don't touch."""
-    kept: list[int] = []
+    """Return the numbers whose labels don't overlap on a logarithmic axis, the largest included."""
+    labeled: list[int] = []
     for number in reversed(calls):
-        if not kept or number <= kept[-1] / 1.3:
-            kept.append(number)
-    return kept
+        # Labels of the usual size overlap below this ratio.
+        if not labeled or number <= labeled[-1] / 1.3:
+            labeled.append(number)
+    return labeled

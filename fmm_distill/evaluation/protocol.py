@@ -1,4 +1,4 @@
-"""How a number was measured: all that another number must share to stand beside it."""
+"""The protocol of an evaluation: the conditions that two values must share to be comparable."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fmm_distill.evaluation import metrics
 from fmm_distill.evaluation.draws import NOISE_SEED
 from fmm_distill.evaluation.generate import WARM_UP
-from fmm_distill.evaluation.samplers import about_solvers
+from fmm_distill.evaluation.metrics.frechet import resamples
+from fmm_distill.evaluation.metrics.inception_score import SPLITS
+from fmm_distill.evaluation.metrics.kernel import SUBSETS, subset_size
+from fmm_distill.evaluation.metrics.precision_recall import NEIGHBORS, compared_samples
+from fmm_distill.evaluation.solvers import describe_solvers
 from fmm_distill.io.hashes import sha256_of_json
 from fmm_distill.teachers.codec import Pixels, Waves
 from fmm_distill.teachers.conditions import Embeddings
@@ -18,16 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fmm_distill.config.settings import EvaluationSettings
-    from fmm_distill.data.samples import Images
-    from fmm_distill.evaluation.features import Features
-    from fmm_distill.evaluation.metrics import ImageMetrics
     from fmm_distill.evaluation.reference import Reference
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["differences", "entries", "protocol_of"]
 
-# What says nothing about the numbers that are compared: the run's own choice, its files, the clock's surroundings,
-# which samplers stand beside, and a result of the measurement.
+# Entries that the compared values don't depend on: the choice of the run, its files, the machine, the other samplers
+# of the evaluation, and results of the measurement itself.
 _NOT_COMPARED = (
     "ema",
     "ema_chosen",
@@ -40,107 +40,107 @@ _NOT_COMPARED = (
     "solvers",
     "reference_sampler",
     "also",
-    "of",
+    "student",
 )
 
 
 def protocol_of(
     teacher: Teacher,
     settings: EvaluationSettings,
+    reference: Reference | None,
     solver_error: float | None,
     device: torch.device,
     *,
-    features: Features | None,
-    images: Images | None,
-    reference: Reference | None,
-    image_metrics: ImageMetrics | None,
     decodes: bool,
 ) -> dict[str, Any]:
-    """What is printed with the numbers, kept with them and shown in the card."""
+    """Return the protocol that is printed and stored with the values and shown in the model card.
+
+    Args:
+        reference: None: no metrics of images.
+        solver_error: of the ODE's endpoints; None: the ODE is not solved.
+        decodes: seconds include decoding.
+    """
     end = "decoded image" if decodes else "sample"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}"
-    ode = {
+    return {
+        **_ode(teacher, settings, solver_error),
+        **(_without_images(settings) if reference is None else _images(settings, reference)),
+        "clip_score": "not measured (evaluation.clip: null)"
+        if settings.clip is None
+        else f"{settings.clip}, 100 times the cosine, {settings.samples} samples; rounded to uint8",
+        "consistency": f"root mean square over {settings.endpoint_samples} samples and {entries(teacher)} of the "
+        "distance between the samples of two numbers of steps from the same noise",
+        **_prompts(teacher),
+        "noise": "one generator per sample, from the seed and the sample's number",
+        "noise_seed": NOISE_SEED,
+        "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
+        "solvers": describe_solvers(teacher, settings),
+        "arithmetic": "networks in float32, distances in float64",
+        "seconds_per_image": f"from noise to the {end}, median over batches of {settings.batch_size} after a warm-up, "
+        f"{device.type}, {torch.get_num_threads()} threads, float32",
+        "memory": f"peak bytes of tensors for {WARM_UP} samples, in addition to the weights",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _ode(teacher: Teacher, settings: EvaluationSettings, solver_error: float | None) -> dict[str, Any]:
+    if solver_error is None:
+        return {
+            "endpoint_error": "not measured (the teacher's ODE is not solved)",
+            "endpoint_samples": settings.endpoint_samples,
+        }
+    return {
         "endpoint_error": f"root mean square over samples and {entries(teacher)} of the distance to the teacher's "
         "ODE solution from the same noise",
         "endpoint_samples": settings.endpoint_samples,
         "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
         "ode_solver_error": solver_error,
     }
-    if solver_error is None:
-        ode = {
-            "endpoint_error": "not measured (the teacher is not asked)",
-            "endpoint_samples": settings.endpoint_samples,
-        }
-    return {
-        **ode,
-        **_of_images(settings, features, images, reference, image_metrics),
-        "clip_score": "not measured (evaluation.clip: null)"
-        if settings.clip is None
-        else f"{settings.clip}, 100 times the cosine, {settings.samples} samples; rounded to uint8",
-        "consistency": f"root mean square over {settings.endpoint_samples} samples and {entries(teacher)} of the "
-        "distance between what two numbers of steps make of the same noise",
-        **_prompts(teacher),
-        "noise": "a generator a sample, from the seed and the sample's number",
-        "noise_seed": NOISE_SEED,
-        "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
-        "solvers": about_solvers(teacher, settings),
-        "arithmetic": "networks in float32, distances in float64",
-        "seconds_per_image": f"from noise to the {end}, median over batches of {settings.batch_size} after a warm-up, "
-        f"{device.type}, {torch.get_num_threads()} threads, float32",
-        "memory": f"bytes of tensors at most for {WARM_UP} samples, beside the weights",
-        "device": where,
-    }
 
 
 def _prompts(teacher: Teacher) -> dict[str, str]:
-    """What the samples are told, if it has prompts: others are other samples."""
+    """Return the digest of the prompts, if there are any: samples of other prompts are not comparable."""
     if not isinstance(teacher.conditions, Embeddings):
         return {}
     names = teacher.conditions.names
     return {"prompts": f"{len(names)}, sha256 {sha256_of_json(names)}"}
 
 
-def _of_images(
-    settings: EvaluationSettings,
-    features: Features | None,
-    images: Images | None,
-    reference: Reference | None,
-    image_metrics: ImageMetrics | None,
-) -> dict[str, Any]:
-    """Of the metrics that look at images."""
-    if features is None or images is None or reference is None or image_metrics is None:
-        none = f"not measured (evaluation.features: {settings.features})"
-        return {"frechet": none, "frechet_samples": None, "frechet_reference": None}
-    scores = (
-        f"{metrics.SPLITS} splits" if features.classes else "not measured (these features come without class scores)"
-    )
+def _without_images(settings: EvaluationSettings) -> dict[str, Any]:
+    reason = f"not measured (evaluation.features: {settings.features})"
+    return {"frechet": reason, "frechet_samples": None, "frechet_reference": None}
+
+
+def _images(settings: EvaluationSettings, reference: Reference) -> dict[str, Any]:
+    network, images = reference.network, reference.images
+    subset = subset_size(settings.samples, len(reference))
+    compared = compared_samples(settings.samples, len(reference))
     return {
-        "frechet": f"{features.about}; images {features.pixels}",
+        "frechet": f"{network.description}; images {network.preprocessing}",
         "frechet_samples": settings.samples,
         "frechet_reference": f"{len(reference)} images of {images.source}",
         "reference_split": images.split,
         "reference_resize": "resized with antialiasing and cropped" if images.resized else "as they are",
         "reference_sha256": reference.digest,
-        "kid": f"cubic kernel, mean over {metrics.SUBSETS} subsets of {image_metrics.subset}, drawn with seed 0",
-        "inception_score": scores,
-        "precision_recall": f"neighbor {metrics.NEIGHBORS}, {image_metrics.neighbors} samples and as many images",
-        "standard_errors": f"Fréchet: {image_metrics.resamples} resamples without a tenth, seed 0; KID: variance of a "
-        "U-statistic; inception score: its splits; the rest: of a mean or a share; the reference is fixed",
+        "kid": f"cubic kernel, mean over {SUBSETS} subsets of {subset}, drawn with seed 0",
+        "inception_score": f"{SPLITS} splits" if network.classes else "not measured (the features have no classes)",
+        "precision_recall": f"neighbor {NEIGHBORS}, {compared} samples and as many images",
+        "standard_errors": f"Fréchet: {resamples(network.width)} resamples without a tenth, seed 0; KID: variance of a "
+        "U-statistic; inception score: over its splits; others: of a mean or a fraction; the reference is fixed",
     }
 
 
 def entries(teacher: Teacher) -> str:
-    """What the distances between samples are over."""
+    """Return the name of the entries that distances between samples average over."""
     if isinstance(teacher.codec, Waves):
         return "entries of the waves (range -1 to 1)"
     return "pixels (range -1 to 1)" if isinstance(teacher.codec, Pixels) else "entries of the latents"
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two protocols don't share of what their numbers depend on: each key with both its values."""
+    """Return the entries in which two protocols differ and on which values depend: both values by the key."""
     left_out = set(_NOT_COMPARED)
     if one.get("reference_sha256") is not None and one.get("reference_sha256") == other.get("reference_sha256"):
-        # The same images from another place.
+        # The same images, whatever their source.
         left_out |= {"frechet_reference", "reference_split", "reference_resize"}
     keys = [key for key in dict.fromkeys([*one, *other]) if key not in left_out]
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}

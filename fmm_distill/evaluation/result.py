@@ -1,4 +1,4 @@
-"""What an evaluation gives: rows of numbers, and how each was measured."""
+"""The result of an evaluation: rows of numbers and the protocol of the measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "Column", "Evaluation", "Row", "choose", "from_json", "is_of_teacher", "table"]
 
-# Names of rows that are no student's; others are those of a student, or what a user called a pipeline.
+# Other names are those of students, or of pipelines as the user named them.
 _OF_TEACHER = (
     "teacher",
     "teacher-ddim",
@@ -24,7 +24,7 @@ _OF_TEACHER = (
 
 
 def is_of_teacher(sampler: str) -> bool:
-    """Whether a row is one of the teacher's, to be compared with."""
+    """Return whether a row is the teacher's, by its own sampler or a solver."""
     return sampler in _OF_TEACHER
 
 
@@ -33,11 +33,11 @@ class Column:
     """A quantity of a row.
 
     Attributes:
-        key: the row's field.
-        title: for people.
-        form: of the number.
+        key: the field of the row.
+        title: in tables.
+        form: the format of the number.
         better: "lower" or "higher".
-        judged: whether another value means other samples: clocks and memory are the machine's.
+        judged: it depends on the samples alone; seconds and memory depend on the machine.
     """
 
     key: str
@@ -66,10 +66,11 @@ class Row:
     """One sampler at one number of steps; None: not measured.
 
     Attributes:
-        frechet: Fréchet distance of the protocol's features; only Inception's is called FID elsewhere.
+        calls: network calls per batch.
+        frechet: Fréchet distance of the protocol's features; it is an FID only with those of Inception.
         kid: kernel distance of the same features.
-        memory: bytes of a batch's tensors at most, beside the weights.
-        seconds_ratio, memory_ratio: to the reference sampler's.
+        memory: peak bytes of a batch's tensors, in addition to the weights.
+        seconds_ratio, memory_ratio: relative to the reference sampler.
         errors: standard errors, by the name of the quantity.
     """
 
@@ -92,11 +93,12 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """How it was measured, and what came out.
+    """Rows of numbers and their protocol.
 
     Attributes:
-        consistency: of each student, pairs of numbers of steps ("1,4") to the root mean square distance between the
-            samples that they make of the same noise.
+        protocol: the conditions of the measurement; see ``protocol.protocol_of``.
+        consistency: per student, the root mean square distance between the samples of two numbers of steps from the
+            same noise, by the pair ("1,4").
     """
 
     protocol: dict[str, Any]
@@ -104,29 +106,31 @@ class Evaluation:
     consistency: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain keys and values."""
+        """Return plain keys and values."""
         rows = [asdict(row) for row in self.rows]
         return {"protocol": self.protocol, "rows": rows, "consistency": self.consistency}
 
 
-def from_json(kept: Mapping[str, Any]) -> Evaluation:
-    """What ``to_json`` gave, of this or of an earlier version.
+def from_json(stored: Mapping[str, Any]) -> Evaluation:
+    """Return the evaluation of ``to_json``, of this or an earlier version.
 
     Raises:
         KeyError: if it has no protocol or no rows.
         TypeError: if its rows are not those of an evaluation.
     """
-    return Evaluation(kept["protocol"], [Row(**row) for row in kept["rows"]], kept.get("consistency", {}))
+    return Evaluation(stored["protocol"], [Row(**row) for row in stored["rows"]], stored.get("consistency", {}))
 
 
 def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, Evaluation]:
-    """The moving average of the lowest Fréchet distance, mean over the steps; of endpoint error where none is measured.
+    """Choose the moving average with the lowest mean Fréchet distance over the numbers of steps.
+
+    Without a Fréchet distance, the endpoint error decides.
 
     Args:
-        rates: the name of the rows of each average to its rate.
+        rates: of each average, by the name of its rows.
 
     Returns:
-        Its rate, and the evaluation with its rows first, as those of the student, and the choice in the protocol.
+        The rate, and the evaluation with the average's rows first, as the student's, and the choice in the protocol.
     """
     measured = all(row.frechet is not None for row in evaluation.rows)
     scores = {
@@ -137,21 +141,21 @@ def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, E
         )
         for name in rates
     }
-    # What is no number is the worst.
+    # NaN is the worst.
     best = min(scores, key=lambda name: (math.isnan(scores[name]), scores[name]))
     first = [replace(row, sampler="student") for row in evaluation.rows if row.sampler == best]
     protocol = evaluation.protocol | {"ema": rates[best]}
     if len(rates) > 1:
         quantity = "Fréchet distance" if measured else "endpoint error"
         others = ", ".join(f"{rates[name]:g}: {score:.4g}" for name, score in scores.items())
-        protocol["ema_chosen"] = f"by the lowest mean {quantity} over the steps, on these samples ({others})"
+        protocol["ema_chosen"] = f"by the lowest mean {quantity} over the numbers of steps, on these samples ({others})"
     rest = [row for row in evaluation.rows if row.sampler != best]
     consistency = {"student" if name == best else name: pairs for name, pairs in evaluation.consistency.items()}
     return rates[best], Evaluation(protocol, first + rest, consistency)
 
 
 def table(evaluation: Evaluation) -> str:
-    """The rows as text, with the protocol below; quantities that no row has are left out."""
+    """Return the rows as text with the protocol below; quantities that no row has are left out."""
     shown = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in evaluation.rows)]
     widths = [max(len(column.title), 9) + 2 for column in shown]
     titles = "".join(f"{column.title:>{width}}" for column, width in zip(shown, widths, strict=True))
@@ -164,6 +168,6 @@ def table(evaluation: Evaluation) -> str:
             numbers += f"{'-' if value is None else format(value, column.form):>{width}}"
         lines.append(f"{row.sampler:<{longest}}{row.steps:>6}{row.calls:>7}{numbers}")
     for name, pairs in evaluation.consistency.items():
-        told = ", ".join(f"{pair.replace(',', ' and ')}: {distance:.4f}" for pair, distance in pairs.items())
-        lines.append(f"  distance between the samples of {name} at two numbers of steps: {told}")
+        distances = ", ".join(f"{pair.replace(',', ' and ')}: {distance:.4f}" for pair, distance in pairs.items())
+        lines.append(f"  distance between samples of {name} at two numbers of steps: {distances}")
     return "\n".join([*lines, *(f"  {key}: {value}" for key, value in evaluation.protocol.items())])

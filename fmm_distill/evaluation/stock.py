@@ -1,4 +1,4 @@
-"""Stock pipelines as they are: the teacher's own, which is the reference, and others that one would take instead."""
+"""Stock pipelines with their own schedulers: the teacher's, which is the reference, and alternatives to a student."""
 
 from __future__ import annotations
 
@@ -25,110 +25,97 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.components import PipelineIndex
 
-__all__ = ["about_sampler", "other_pipeline", "reference_pipeline"]
+__all__ = ["other_pipeline", "reference_pipeline"]
 
 
-class _Stock:
-    """A pipeline with its own scheduler and spacing, on the samples' own generators.
+class _PipelineRun:
+    """Runs of a pipeline with its own scheduler and spacing, on the generators of the samples.
 
     Args:
-        unchecked: the checkers that it was opened without.
+        options: keywords of the call; those that the pipeline does not accept are left out.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,  # noqa: ANN401 a diffusers class
-        teacher: Teacher,
-        steps: int,
-        given: dict[str, Any],
-        unchecked: str | None = None,
-    ) -> None:
-        self.unchecked = unchecked
+    def __init__(self, pipeline: Any, teacher: Teacher, steps: int, options: dict[str, Any]) -> None:  # noqa: ANN401
         self.pipeline, self.teacher, self.steps = pipeline, teacher, steps
-        self.taken = inspect.signature(pipeline.__call__).parameters
-        self.given = {key: value for key, value in given.items() if key in self.taken}
+        self.accepted = inspect.signature(pipeline.__call__).parameters
+        self.options = {key: value for key, value in options.items() if key in self.accepted}
 
     def __call__(self, draws: SampleDraws) -> Float[Tensor, "batch channels height width"]:
-        """Decoded images, in [-1, 1]."""
-        takes_noise = "latents" in self.taken
-        given = self.given | self._told(draws) | {"num_inference_steps": self.steps, "output_type": "np"}
-        # Generators that have given the noise already would give it again as the first noise of an ancestral step.
-        given["generator"] = draws.generators(after_noise=takes_noise)
-        if takes_noise:
-            given["latents"] = draws.noise
-        images = torch.from_numpy(run_pipeline(self.pipeline, given)[0])
+        """Return decoded images in [-1, 1]."""
+        accepts_noise = "latents" in self.accepted
+        options = self.options | self._conditions(draws) | {"num_inference_steps": self.steps, "output_type": "np"}
+        # A generator that has drawn the noise already must not draw it again as the noise of an ancestral step.
+        options["generator"] = draws.generators(after_noise=accepts_noise)
+        if accepts_noise:
+            options["latents"] = draws.noise
+        images = torch.from_numpy(run_pipeline(self.pipeline, options)[0])
         return images.movedim(-1, 1).float() * 2 - 1
 
-    def _told(self, draws: SampleDraws) -> dict[str, Any]:
+    def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__
-        keyword, told = "batch_size", cast("Any", len(draws))
+        keyword, value = "batch_size", cast("Any", len(draws))
         if isinstance(known, Classes):
             labels = draws.cond.inputs[known.keyword] if draws.cond is not None else torch.empty(0)
-            keyword, told = "class_labels", labels.tolist()
+            keyword, value = "class_labels", labels.tolist()
         elif known is not None:
-            keyword, told = "prompt", prompts_of(known, draws.numbers, draws.seed)
-        if keyword not in self.taken:
-            raise UserError(f"{name} takes no {keyword}, which is what the samples are told; wanted one that does")
-        return {keyword: told}
+            keyword, value = "prompt", prompts_of(known, draws.numbers, draws.seed)
+        if keyword not in self.accepted:
+            raise UserError(f"expected a pipeline that accepts {keyword}, as the teacher does; got {name}")
+        return {keyword: value}
 
 
 def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None = None) -> Sampler:
-    """The teacher as its own pipeline samples it: its scheduler, spacing and number of steps, the teacher's guidance.
+    """Return the teacher's own pipeline, with its scheduler, spacing and number of steps and the teacher's guidance.
 
     Args:
-        steps: another number of steps.
+        steps: None: the pipeline's default.
 
     Raises:
-        UserError: if that pipeline can't make images of the noises that it is compared on.
+        UserError: if the pipeline can't generate images from the evaluation's noises.
     """
     found = find_index(teacher.source, teacher.revision)
-    # A teacher of a variant has its weights under the plain names in a folder of its own.
+    # A teacher that was loaded from a variant has a folder with its weights under the plain names.
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
     pipeline = open_pipeline(folder, **{component: teacher.network}).to(device)
-    run = _Stock(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher), _unchecked(found))
-    return _sampler("teacher", run)
+    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher))
+    return _sampler("teacher", run, _unchecked(found))
 
 
 def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: tuple[int, ...]) -> list[Sampler]:
-    """Another pipeline on the teacher's noises and prompts, with its own scheduler and its own guidance.
+    """Return another pipeline on the teacher's noises and prompts, with its own scheduler and its own guidance.
 
     Args:
         source: a Hub id or a folder; it is opened once for all numbers of steps.
 
     Raises:
-        UserError: if it can't be opened, has fewer timesteps, or makes other images than the teacher.
+        UserError: if it can't be opened, has fewer timesteps, or generates images of another shape.
     """
     found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
-        raise UserError(f"--also {source}: {max(steps)} steps; wanted 1 to {most}, its number of timesteps")
+        raise UserError(f"--also {source}: expected 1 to {most} steps, its number of timesteps; got {max(steps)}")
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
-    runs = [_Stock(pipeline, teacher, count, call, _unchecked(found)) for count in steps]
-    return [_sampler(source, run) for run in runs]
+    runs = [_PipelineRun(pipeline, teacher, count, call) for count in steps]
+    return [_sampler(source, run, _unchecked(found)) for run in runs]
 
 
-def about_sampler(sampler: Sampler) -> str:
-    """Pipeline, scheduler and number of steps."""
-    stock = sampler.run
-    if not isinstance(stock, _Stock):
-        return f"{sampler.name}, {sampler.steps} steps"
-    names = f"{type(stock.pipeline).__name__}, {type(stock.pipeline.scheduler).__name__}"
-    checked = f"; without its {stock.unchecked}" if stock.unchecked else ""
-    return f"{names}, {sampler.steps} steps{_shown(stock.given)}; seconds are to the decoded image{checked}"
-
-
-def _shown(given: dict[str, Any]) -> str:
-    return "".join(f", {key}={value!r}" for key, value in given.items())
+def _describe(run: _PipelineRun, unchecked: str | None) -> str:
+    names = f"{type(run.pipeline).__name__}, {type(run.pipeline.scheduler).__name__}"
+    options = "".join(f", {key}={value!r}" for key, value in run.options.items())
+    without = f"; without its {unchecked}" if unchecked else ""
+    return f"{names}, {run.steps} steps{options}; seconds include decoding{without}"
 
 
 def _guided_call(teacher: Teacher) -> dict[str, Any]:
-    """The keywords of a stock call that guide as the teacher is guided."""
+    """Return the keywords of a stock call with the teacher's guidance."""
     scale = 1.0 if teacher.guidance is None else teacher.guidance.scale
     if teacher.guidance is not None and (teacher.weaker is not None or teacher.guidance.interval != (0.0, 1.0)):
-        raise UserError("guidance by a weaker teacher or on an interval is none that a stock pipeline has")
+        raise UserError(
+            "expected guidance that a stock pipeline supports; got guidance by a weaker teacher or on an interval"
+        )
     return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
 
 
@@ -137,22 +124,31 @@ def _unchecked(found: PipelineIndex) -> str | None:
 
 
 def _steps(pipeline: Any, steps: int | None) -> int:  # noqa: ANN401 a diffusers class
-    """A number of steps, or the one that the pipeline takes unless it is given one."""
+    """Return ``steps``, or the pipeline's default."""
     default = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
     return steps or (int(default.default) if default is not None else 1)
 
 
-def _sampler(name: str, run: _Stock) -> Sampler:
+def _sampler(name: str, run: _PipelineRun, unchecked: str | None) -> Sampler:
+    """Return the sampler of a pipeline after a trial.
+
+    Args:
+        unchecked: the safety checkers that the pipeline was opened without.
+    """
     pipeline, teacher = run.pipeline, run.teacher
     component = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
     network = getattr(pipeline, component, None)
-    if network is None or "output_type" not in run.taken or "num_inference_steps" not in run.taken:
-        raise UserError(f"{name}: {type(pipeline).__name__} is no pipeline of images by a unet or a transformer")
-    # Few steps show what is wrong as well as many.
-    trial = _Stock(pipeline, teacher, min(run.steps, 2), run.given)
+    if network is None or "output_type" not in run.accepted or "num_inference_steps" not in run.accepted:
+        raise UserError(
+            f"{name}: expected a pipeline that generates images with a unet or a transformer; "
+            f"got {type(pipeline).__name__}"
+        )
+    # Two steps find a mismatch of shapes or conditions as well as many, and exercise a step after the first.
+    trial = _PipelineRun(pipeline, teacher, min(run.steps, 2), run.options)
     draws = draw_samples_of(teacher, range(2), NOISE_SEED, next(network.parameters()).device)
     with torch.no_grad():
-        made, wanted = tuple(trial(draws).shape[1:]), tuple(teacher.codec.decode(draws.noise[:1]).shape[1:])
-    if made != wanted:
-        raise UserError(f"{name} makes images of shape {made}, the teacher {wanted}; wanted the same")
-    return Sampler(name, run.steps, network, run, makes_images=True, follows_ode=False)
+        got, expected = tuple(trial(draws).shape[1:]), tuple(teacher.codec.decode(draws.noise[:1]).shape[1:])
+    if got != expected:
+        raise UserError(f"{name}: expected images of shape {expected}, as the teacher's; got {got}")
+    about = _describe(run, unchecked)
+    return Sampler(name, run.steps, network, run, makes_images=True, follows_ode=False, about=about)

@@ -118,12 +118,12 @@ def _train(
     on_first(accelerator, lambda: _make(folder, recipe, job, changes, tried, fresh=fresh))
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator)
-    average = partial(trainer.whole_average, recipe.training.ema[0])
+    average = partial(trainer.full_average, recipe.training.ema[0])
     watched = cast("Callable[[], Student]", average)
     monitor = Monitor(watched, job.teacher, recipe, job.reference, folder, accelerator)
     with tracked(accelerator, recipe, folder, steps_done(folder)):
-        trainer.run(monitor.reached)
-        averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
+        trainer.run(evaluate=monitor.reached)
+        averages = {rate: trainer.full_average(rate) for rate in trainer.averages}
         if accelerator.is_main_process:
             job.student = cast("Student", trainer.plain.to(accelerator.device))
             finish(job, averages, folder, accelerator)

@@ -16,15 +16,17 @@ from fmm_distill.core.torch_state import own_state
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
+from fmm_distill.evaluation.checks import check_evaluation, check_evaluation_steps, image_shape
+from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator
 from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.html_report import write_report
-from fmm_distill.evaluation.measure import Measure, check_evaluation, check_evaluation_steps, image_shape
-from fmm_distill.evaluation.pictures import DRAWN, draw_samples, draw_steps
+from fmm_distill.evaluation.pictures import PLOTTED, plot_samples, plot_steps
 from fmm_distill.evaluation.result import Evaluation
-from fmm_distill.evaluation.samplers import of_students, of_teacher, steps_within
-from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
+from fmm_distill.evaluation.samplers import of_students, of_teacher
+from fmm_distill.evaluation.solvers import steps_within
+from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.io.cache import cache_path
 from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
@@ -96,7 +98,7 @@ def open_target(source: str, request: EvaluationRequest) -> EvaluationTarget:
         UserError: if ``source`` is none of these, or the request doesn't fit it.
     """
     folder = Path(source).expanduser()
-    if (folder / ABOUT).is_file():
+    if (folder / MANIFEST).is_file():
         return _open_exported(source, folder, request)
     if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
         job = open_run(folder, request.guidance, request.evaluation)
@@ -105,14 +107,14 @@ def open_target(source: str, request: EvaluationRequest) -> EvaluationTarget:
 
 
 def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> EvaluationTarget:
-    about = read_about(folder)
+    manifest = read_manifest(folder)
     recipe = (
-        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=manifest.teacher)
     )
     recipe = with_evaluation(recipe, request.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})
-    recipe = recipe.model_copy(update={"teacher": about.teacher, "revision": about.revision})
+    recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
     recipe = at_guidance(recipe, request.guidance)
     prompts = _prompts(recipe, request)
     loaded = load_student(folder, prompts=prompts)
@@ -178,27 +180,28 @@ def _measure(
     samplers += [] if reference is None else [reference]
     for source in dict.fromkeys(request.also):
         samplers += _samplers_of(source, teacher, request.also_steps or settings.steps, device)
-    measure = Measure(
+    spec = EvaluationSpec(
         teacher,
         settings,
         target.reference,
         device,
-        knows_ode=target.knows_ode,
+        solves_ode=target.knows_ode,
         decodes=any(sampler.makes_images for sampler in samplers),
-        keep=cache_path("evaluation"),
+        cache=cache_path("evaluation"),
         accelerator=accelerator,
     )
-    rows = measure.of(samplers, reference)
-    measure.protocol["of"] = target.source
-    measure.protocol["reference_sampler"] = None if reference is None else about_sampler(reference)
-    others = [about_sampler(sampler) for sampler in samplers if sampler.name in request.also]
-    measure.protocol["also"] = others or None
+    evaluator = Evaluator(spec)
+    rows = evaluator.rows(samplers, reference)
+    evaluator.protocol["student"] = target.source
+    evaluator.protocol["reference_sampler"] = None if reference is None else reference.description
+    others = [sampler.description for sampler in samplers if sampler.name in request.also]
+    evaluator.protocol["also"] = others or None
     if not accelerator.is_main_process:
         return None
-    evaluation = Evaluation(measure.protocol, rows, measure.consistency)
+    evaluation = Evaluation(evaluator.protocol, rows, evaluator.consistency)
     if report is not None:
         _write_report(evaluation, target, student, report, device)
-    measure.remove_kept()
+    evaluator.clear_cache()
     return evaluation
 
 
@@ -224,7 +227,7 @@ def _samplers_of(source: str, teacher: Teacher, steps: tuple[int, ...], device: 
             f"{loaded.event_shape}; choose a student of such a teacher"
         )
     check_evaluation_steps(f"--also {source}: steps", steps, teacher)
-    same = loaded.about.teacher == teacher.source
+    same = loaded.manifest.teacher == teacher.source
     return of_students({source: loaded.flow_map.to(device).eval()}, steps, follows_ode=same)
 
 
@@ -232,9 +235,9 @@ def _holds_student(source: str) -> bool:
     """Tell an exported student from any other pipeline by its manifest."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return (folder / ABOUT).is_file()
+        return (folder / MANIFEST).is_file()
     try:
-        hf_hub_download(source, ABOUT)
+        hf_hub_download(source, MANIFEST)
     except (*HUB_ERRORS, ValueError):
         # Opening it as a pipeline reports what is wrong with it.
         return False
@@ -250,7 +253,7 @@ def _write_report(
         gallery.name = "student's ODE"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        draw_steps(evaluation, folder / "steps.png", DRAWN)
-        draw_samples(gallery.rows(student, settings.steps), folder / "samples.png")
-        draw_samples(gallery.interpolation(student, settings.steps), folder / "interpolation.png")
+        plot_steps(evaluation, folder / "steps.png", PLOTTED)
+        plot_samples(gallery.rows(student, settings.steps), folder / "samples.png")
+        plot_samples(gallery.interpolation(student, settings.steps), folder / "interpolation.png")
     write_report(evaluation, folder)

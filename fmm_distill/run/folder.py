@@ -47,7 +47,12 @@ __all__ = [
 PROMPTS = "prompts.json"
 _RECIPE, _COMMITS, _EVALUATION = "recipe.yaml", "teacher.json", "evaluation.json"
 # Settings that may change when a run continues: none of them changes the steps that are done.
-_FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
+_FREE = (
+    "training.steps",
+    "training.checkpoint_every",
+    "training.checkpoints_total_limit",
+    "training.max_non_finite_steps",
+)
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
 # Paths that may change if the files have the same content.
 _INPUTS = ("teacher", "guidance.weaker", "data.source")

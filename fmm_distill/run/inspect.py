@@ -115,7 +115,7 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str
     With LoRA the weights are there once; gradients, two moments and the averages are those of the adapters. The
     activations are counted as if every weight were trained.
     """
-    alone = recipe.training.model_copy(update={"batch_size": 1, "accumulation": 1})
+    alone = recipe.training.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
     full = forecast_memory(student, teacher, recipe.model_copy(update={"training": alone}))
     jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
     layers = [cast("nn.Linear", teacher.network.get_submodule(name)) for name in default_targets(teacher.network)]

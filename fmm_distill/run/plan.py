@@ -15,7 +15,7 @@ from fmm_distill.data.row_store import mebibytes
 from fmm_distill.data.samples import captions_of, load_images
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.measure import check_evaluation, image_shape
+from fmm_distill.evaluation.checks import check_evaluation, image_shape
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.exporter import check_steps, describe_export
 from fmm_distill.export.write import export_bytes
@@ -199,7 +199,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)
-    part = training.batch_size // (processes * training.accumulation)
+    part = training.batch_size // (processes * training.gradient_accumulation_steps)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
     exported = "\n".join(lines)

@@ -16,9 +16,9 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.card import card
 from fmm_distill.export.contents import CONTENTS, Changes, changes, contents, shown
 from fmm_distill.export.local_paths import without_known
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.export.place import in_use, recover
-from fmm_distill.export.public import known_paths, public_about, public_json, public_recipe
+from fmm_distill.export.public import known_paths, public_json, public_manifest, public_recipe
 from fmm_distill.io.reading import read_mapping
 from fmm_distill.run import marker
 from fmm_distill.run.repository import check_name, check_target
@@ -27,7 +27,7 @@ from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachab
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fmm_distill.export.manifest import About
+    from fmm_distill.export.manifest import StudentManifest
     from fmm_distill.run.repository import Target
 
 __all__ = ["Upload", "check_name", "check_target", "pack", "publish"]
@@ -91,21 +91,21 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     """
     check_name(repo)
     folder, notes = _student_of(source)
-    about = read_about(folder)
+    manifest = read_manifest(folder)
     listed = _listed(folder)
     _check_verified(folder)
-    there = tuple(n for n in about.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
+    there = tuple(n for n in manifest.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
     chosen = there if steps is None else tuple(sorted(set(steps)))
     if missing := [n for n in chosen if n not in there]:
         raise UserError(
             f"--steps {missing[0]}: expected one of the exported numbers ({', '.join(map(str, there)) or 'none'}) of "
             f"{folder}; export others with fmm-distill export RUN FOLDER --steps ..."
         )
-    left_out = tuple(f"steps-{n}/" for n in about.steps if n not in chosen)
+    left_out = tuple(f"steps-{n}/" for n in manifest.steps if n not in chosen)
     found = changes(folder, left_out)
     _check_whole(folder, found, left_out)
-    known = known_paths(folder, about)
-    texts = _texts(folder, replace(about, steps=chosen), known, listed.keys() - set(found.missing))
+    known = known_paths(folder, manifest)
+    texts = _texts(folder, replace(manifest, steps=chosen), known, listed.keys() - set(found.missing))
     made = texts["README.md"] = card(folder, repo, branch, chosen)
     if "README.md" in found.changed:
         texts["README.md"] = _own_card(folder / "README.md", known)
@@ -117,11 +117,11 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     }
     return Upload(
         folder,
-        public_about(about, known).teacher,
+        public_manifest(manifest, known).teacher,
         files,
         texts,
         _code_in(made),
-        (*notes, *_on_changes(folder, found, there, steps, about.steps)),
+        (*notes, *_on_changes(folder, found, there, steps, manifest.steps)),
         listed,
     )
 
@@ -139,14 +139,14 @@ def _student_of(source: Path) -> tuple[Path, tuple[str, ...]]:
         raise UserError(
             f"{source}: expected a finished run, got one without a student; run its distillation command to the end"
         )
-    if not (folder / ABOUT).is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder}: expected an export with {ABOUT}, got one of an earlier version; run fmm-distill export "
+            f"{folder}: expected an export with {MANIFEST}, got one of an earlier version; run fmm-distill export "
             f"{source} FOLDER, then publish FOLDER"
         )
     if (source / "evaluation.json").is_file():
         return folder, ()
-    step = read_about(folder).made["steps"]
+    step = read_manifest(folder).training["steps"]
     return folder, (f"{source} is not finished; publishing the student that was exported after step {step}",)
 
 
@@ -191,12 +191,12 @@ def _on_changes(
     return tuple(notes)
 
 
-def _texts(folder: Path, about: About, known: dict[str, str], there: set[str]) -> dict[str, str]:
+def _texts(folder: Path, manifest: StudentManifest, known: dict[str, str], there: set[str]) -> dict[str, str]:
     """Rewrite the files that name the teacher and the data, without local paths."""
-    texts = {ABOUT: public_about(about, known).to_json()}
+    texts = {MANIFEST: public_manifest(manifest, known).to_json()}
     texts |= {name: public_json(folder / name, known) for name in _FACTS if name in there}
     if "recipe.yaml" in there:
-        texts["recipe.yaml"] = public_recipe(folder, about, known)
+        texts["recipe.yaml"] = public_recipe(folder, manifest, known)
     return texts
 
 

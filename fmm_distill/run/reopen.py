@@ -10,7 +10,7 @@ import torch
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.gallery import Gallery
-from fmm_distill.evaluation.pictures import draw_samples
+from fmm_distill.evaluation.pictures import plot_samples
 from fmm_distill.export.place import check_replaceable
 from fmm_distill.io.files import writing
 from fmm_distill.run.finish import export_student
@@ -56,7 +56,7 @@ def open_run(
     folder = Path(folder)
     recipe = at_guidance(with_evaluation(stored_recipe(folder), evaluation, str(folder)), guidance)
     # Before the teacher is opened, which takes long.
-    found = checkpoint.newest_whole(folder / "checkpoints")
+    found = checkpoint.newest_complete(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
@@ -86,7 +86,7 @@ def draw_run(
     solver_steps = job.recipe.evaluation.endpoint_solver_steps
     rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
     with writing(picture):
-        draw_samples(rows, picture)
+        plot_samples(rows, picture)
 
 
 @own_state()

@@ -171,13 +171,13 @@ def _newest(run: RunFiles, now: float) -> str:
 
 
 def _skipped_steps(run: RunFiles) -> str:
-    step, faults = 0, {"skipped": 0, "rate": 1.0}
+    step, non_finite = 0, {"skipped": 0, "lr_scale": 1.0}
     if run.newest is not None:
-        step, faults = run.newest.step, run.newest.state["faults"]
+        step, non_finite = run.newest.step, run.newest.state["non_finite_steps"]
     # Steps that the gradient scaler skipped have a text there, and are no failures.
     later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
-    halved = "; the learning rate was halved" if faults["rate"] < 1 else ""
-    return f"{faults['skipped'] + later:,} non-finite steps{halved}"
+    halved = "; the learning rate was halved" if non_finite["lr_scale"] < 1 else ""
+    return f"{non_finite['skipped'] + later:,} non-finite steps{halved}"
 
 
 def _evaluated(run: RunFiles) -> str:

@@ -120,8 +120,8 @@ def test_an_exported_folder_is_the_same_student(measured, finished, tmp_path):
     status, out, _ = call("evaluate", "--compare", measured[2] / "a.json", tmp_path / "b.json")
     # The student beside it is not there any more, and that is said.
     assert status == 0
-    assert f"not there any more: {finished[0] / 'student'}, 2" in out
-    assert out.splitlines()[-1] == "no value of the student is worse"
+    assert f"missing in the second: {finished[0] / 'student'}, 2" in out
+    assert out.splitlines()[-1] == "student: no value is worse"
 
 
 def test_without_the_teacher(finished, tmp_path):
@@ -188,9 +188,12 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
             "--compare reads two results and takes no other option",
         ),
         (("--compare", "a.json", "b.json"), "a.json: no such file"),
-        (("RUN", "--features", "clip"), "evaluation.features: wanted digits, inception, none, or the path"),
-        (("RUN", "--features", "inception"), "evaluation.features: inception compares with a dataset"),
-        (("RUN", "--reference", "builtin:digits"), "evaluation.reference acts with features"),
+        (("RUN", "--features", "clip"), "evaluation.features: expected digits, inception, none, or the path"),
+        (
+            ("RUN", "--features", "inception"),
+            "evaluation.features: expected data or evaluation.reference with inception",
+        ),
+        (("RUN", "--reference", "builtin:digits"), "evaluation.reference: expected evaluation.features with it"),
         (("RUN", "--output", "./nowhere/a.json"), "nowhere/a.json could not be written"),
         (("RUN", "--output", "tests"), "tests could not be written (it is a folder); what was there before"),
         (("RUN", "--report", "README.md"), "README.md could not be written"),
@@ -198,7 +201,7 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
         (("RUN", "--also", "./nowhere"), "./nowhere: no such folder"),
         (("RUN", "--teacher-steps", "1001"), "--teacher-steps 1001: wanted 1 to 1000"),
         (("RUN", "--steps", "1001"), "evaluation.steps 1001: wanted 1 to 1000"),
-        (("nobody/nothing",), "nobody/nothing: no such folder here, and of the Hub: "),
+        (("nobody/nothing",), "nobody/nothing: no such folder here, and on the Hub: "),
     ],
     ids=str,
 )

@@ -56,7 +56,7 @@ def test_examples_are_on_lines_of_their_own(monkeypatch):
         (("export", "a", "b", "--steps", "1,99999999"), "expected numbers of at most 100,000"),
         (("evaluate", "a", "--also-steps", "2,1,2"), "expected each number once"),
         (("sample", "a", "--seed", str(2**64)), "is not in the range"),
-        (("inspect", "builtin:digits", "--set", "teacher=x"), "changes teacher too"),
+        (("inspect", "builtin:digits", "--set", "teacher=x"), "expected one change of teacher"),
         (("inspect", "builtin:digits", "--set", "pipeline={a: 1, a: 2}"), "a is there twice"),
         (("inspect", "builtin:digits", "--set", "pipline.height=3"), "did you mean pipeline?"),
         (("status",), "Missing argument 'RUN'"),

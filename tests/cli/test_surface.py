@@ -130,8 +130,8 @@ def test_recipes_are_listed_in_columns():
 
 
 def test_overrides_are_yaml_and_typed():
-    recipe = load_recipe("digits", ["training.learning_rate=1e-4", "evaluation.steps=[1,3]", "teacher=./here"])
-    assert recipe.training.learning_rate == 1e-4
+    recipe = load_recipe("digits", ["optimizer.lr=1e-4", "evaluation.steps=[1,3]", "teacher=./here"])
+    assert recipe.optimizer.lr == 1e-4
     assert recipe.evaluation.steps == (1, 3)
     assert recipe.teacher == "./here"
 

@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.run.curves import BAD
 from fmm_distill.run.folder import stored_recipe
 from fmm_distill.run.marker import MARKER
@@ -196,7 +196,7 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
     newest = newest.rename(newest.with_name("step-00000200"))
     (newest / "manifest.json").write_text((newest / "manifest.json").read_text().replace('"step": 6', '"step": 200'))
     state = json.loads((newest / "state.json").read_text())
-    state["faults"] |= {"skipped": 1, "rate": 0.5}
+    state["non_finite_steps"] |= {"skipped": 1, "lr_scale": 0.5}
     (newest / "state.json").write_text(json.dumps(state))
     damaged = newest.with_name("step-00000201")
     shutil.copytree(newest, damaged)

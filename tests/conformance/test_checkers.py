@@ -11,7 +11,7 @@ from diffusers.pipelines.deepfloyd_if import IFWatermarker
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
+from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import verify
 from fmm_distill.student.student import Student
@@ -110,7 +110,7 @@ def test_stock_rows_of_an_evaluation_have_none_and_say_so(pipeline):
     samplers += other_pipeline(str(folder), teacher, torch.device("cpu"), (2,))
     for sampler in samplers:
         assert sampler.run.pipeline.safety_checker is None
-        assert "without its safety checker" in about_sampler(sampler)
+        assert "without its safety checker" in sampler.description
 
 
 def test_the_export_has_the_teachers_checker(pipeline, tmp_path):

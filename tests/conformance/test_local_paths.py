@@ -15,7 +15,7 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import write_card
 from fmm_distill.export.local_paths import is_local, public_name, without_paths
-from fmm_distill.export.manifest import about_student
+from fmm_distill.export.manifest import make_manifest
 from fmm_distill.export.pipelines import write_pipelines
 from fmm_distill.export.place import replacing
 from fmm_distill.run.publish import pack
@@ -144,7 +144,7 @@ def packed(request, tmp_path_factory):
     student = Student.from_teacher(teacher)
     with replacing(home / "student") as new:
         write_pipelines(student, teacher, new, (1,))
-        about = about_student(student, teacher, recipe, (1,), run)
+        about = make_manifest(student, teacher, recipe, (1,), run)
         write_card(new, about, evaluation, run)
         compared = {"passed": True, "of": str(home / "x")}
         (new / "verification.json").write_text(json.dumps(compared))

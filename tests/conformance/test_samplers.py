@@ -9,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatch
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import draw_samples_of
-from fmm_distill.evaluation.measure import evaluate
-from fmm_distill.evaluation.samplers import about_solvers, of_teacher, steps_within
-from fmm_distill.evaluation.stock import about_sampler, other_pipeline, reference_pipeline
+from fmm_distill.evaluation.evaluator import evaluate
+from fmm_distill.evaluation.samplers import of_teacher
+from fmm_distill.evaluation.solvers import describe_solvers, steps_within
+from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -54,7 +55,9 @@ def test_solvers_that_a_schedule_has_not_are_named(tmp_path):
     flow = load_teacher(str(save_teacher(tmp_path / "flow", scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))))
     names = [sampler.name for sampler in of_teacher(flow, settings())]
     assert names == ["teacher-euler", "teacher-heun"]
-    assert about_solvers(flow, settings()).endswith("; not dpmsolver++, unipc: this schedule has none")
+    assert describe_solvers(flow, settings()).endswith(
+        "; without dpmsolver, unipc: not available for this noise schedule"
+    )
     zero = load_teacher(
         str(
             save_teacher(
@@ -63,7 +66,7 @@ def test_solvers_that_a_schedule_has_not_are_named(tmp_path):
         )
     )
     assert "teacher-heun" not in [sampler.name for sampler in of_teacher(zero, settings())]
-    assert "not heun: no Heun: its scheduler divides by the signal" in about_solvers(zero, settings())
+    assert "without heun: HeunDiscreteScheduler divides by the signal" in describe_solvers(zero, settings())
 
 
 def test_numbers_of_steps_within_calls(teacher):
@@ -95,7 +98,7 @@ def test_the_reference_is_the_teachers_own_pipeline(teacher_folder, teacher):
     pipeline = DiffusionPipeline.from_pretrained(teacher_folder)
     pipeline.set_progress_bar_config(disable=True)
     torch.testing.assert_close(whole / 2 + 0.5, images_of(pipeline, teacher, 6, 3), rtol=0, atol=1e-5)
-    assert about_sampler(sampler).startswith("DDPMPipeline, DDPMScheduler, 3 steps")
+    assert sampler.description.startswith("DDPMPipeline, DDPMScheduler, 3 steps")
     assert reference_pipeline(teacher, CPU).steps == 1000
     assert sampler.network is teacher.network
 
@@ -130,7 +133,7 @@ def test_pipelines_of_other_images_are_refused(tmp_path, teacher):
     from tests.conftest import tiny_unet
 
     other = save_teacher(tmp_path / "large", tiny_unet(sample_size=16))
-    with pytest.raises(UserError, match=r"makes images of shape \(1, 16, 16\), the teacher \(1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"expected images of shape \(1, 8, 8\), as the teacher\'s; got \(1, 16, 16\)"):
         other_pipeline(str(other), teacher, CPU, (2,))
     with pytest.raises(UserError, match="no such folder"):
         other_pipeline(str(tmp_path / "nowhere"), teacher, CPU, (2,))
@@ -139,5 +142,5 @@ def test_pipelines_of_other_images_are_refused(tmp_path, teacher):
     assert [(sampler.name, sampler.steps) for sampler in samplers] == [(str(noisy), 2), (str(noisy), 4)]
     # One copy of the weights, however many numbers of steps.
     assert samplers[0].network is samplers[1].network
-    with pytest.raises(UserError, match="1001 steps; wanted 1 to 1000"):
+    with pytest.raises(UserError, match="expected 1 to 1000 steps, its number of timesteps; got 1001"):
         other_pipeline(str(noisy), teacher, CPU, (2, 1001))

@@ -11,7 +11,7 @@ import torch
 
 from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.time_axis import expand
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import DISCRETE as SCHEDULERS

@@ -16,7 +16,7 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.latents import Latents, encode_images, latent_layout
 from fmm_distill.data.samples import Images
-from fmm_distill.evaluation.measure import evaluate
+from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.student.student import Student

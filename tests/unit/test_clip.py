@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.clip import clip_scores
+from fmm_distill.evaluation.clip import make_clip_scorer
 from fmm_distill.evaluation.draws import prompts_of
 from fmm_distill.teachers.conditions import Embeddings
 from tests.tiny.tokenizers import clip_tokenizer
@@ -41,7 +41,7 @@ def told(teacher):
 
 def test_scores_are_cosines_of_each_image_and_its_own_prompt(model, told):
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = clip_scores(model, told, 3, CPU)(images, range(2, 7))
+    found = make_clip_scorer(model, told, 3, CPU)(images, range(2, 7))
     network, processor = CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model)
     prompts = prompts_of(told.conditions, range(2, 7), 3)
     assert len(set(prompts)) > 1
@@ -57,8 +57,8 @@ def test_scores_are_cosines_of_each_image_and_its_own_prompt(model, told):
 
 
 def test_what_has_no_prompts_or_is_no_model_is_refused(model, teacher, told, tmp_path):
-    with pytest.raises(UserError, match=r"can't be opened .*wanted a CLIP model with its processor"):
-        clip_scores(str(tmp_path), told, 3, CPU)
+    with pytest.raises(UserError, match=r"can't be opened .*expected the Hub id or folder of a CLIP model with"):
+        make_clip_scorer(str(tmp_path), told, 3, CPU)
     teacher.conditions = None
-    with pytest.raises(UserError, match="has no prompts to score; wanted null"):
-        clip_scores(model, teacher, 3, CPU)
+    with pytest.raises(UserError, match=r"expected a teacher with prompts, got .*; try null"):
+        make_clip_scorer(model, teacher, 3, CPU)

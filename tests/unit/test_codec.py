@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.evaluation.generate import Generator
+from fmm_distill.evaluation.generate import GenerationSpec, SampleGenerator
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.teachers.codec import LatentCodec, Pixels
 
@@ -42,11 +42,11 @@ class Negative(Pixels):
 def test_features_see_the_decoded_samples(teacher):
     digits = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
     network, some = open_features("digits", (1, 8, 8)), digits.take(torch.arange(5))[0]
-    settings = {"count": 5, "first": 5, "batch": 2, "seed": 0, "device": torch.device("cpu"), "features": network}
+    settings = {"count": 5, "stored": 5, "batch_size": 2, "seed": 0, "device": torch.device("cpu"), "features": network}
     teacher.codec = Negative()
     # The warm-up is not of these.
     run = lambda draws: -some[[number % 5 for number in draws.numbers]]  # noqa: E731
     sampler = Sampler("negative", 1, teacher.network, run)
-    made = Generator(teacher, **settings).run(sampler)
+    made = SampleGenerator(GenerationSpec(teacher, **settings)).run(sampler)
     assert torch.equal(made.samples, -some)
     torch.testing.assert_close(made.features, network(some / 2 + 0.5).features)

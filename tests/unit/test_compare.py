@@ -8,7 +8,7 @@ import math
 import pytest
 
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.compare import compare, read_result, report
+from fmm_distill.evaluation.compare import compare, format_comparison, read_result
 from fmm_distill.evaluation.result import Evaluation, Row
 
 ERRORS = {"endpoint_error": 0.01, "frechet": 0.1, "recall": 0.02}
@@ -58,26 +58,26 @@ def test_rows_that_are_missing_are_named():
     both = Evaluation({"a": 1}, [*result().rows, *result(steps=8).rows])
     comparison = compare(both, result())
     assert comparison.missing == ("student, 8",)
-    assert "not there any more: student, 8" in report(comparison)
+    assert "missing in the second: student, 8" in format_comparison(comparison)
     comparison = compare(result(), result(frechet=None))
     assert comparison.missing == ("student, 4: Fréchet",)
-    with pytest.raises(UserError, match=r"no row in common \(student at 4 there, student at 8 here\)"):
+    with pytest.raises(UserError, match="expected rows in common, got first student at 4, second student at 8"):
         compare(result(), result(steps=8))
 
 
 def test_report_shows_intervals_and_verdicts():
-    lines = report(compare(result(), result(0.6, 2.0))).splitlines()
+    lines = format_comparison(compare(result(), result(0.6, 2.0))).splitlines()
     (endpoint,) = [line for line in lines if "endpoint error" in line]
     assert "0.5000 [0.4804, 0.5196]" in endpoint
     assert "0.6000 [0.5804, 0.6196]  worse" in endpoint
     assert lines[2].endswith("better")
-    assert lines[-1] == "1 values of the student are worse"
+    assert lines[-1] == "student: 1 value is worse"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no such file; wanted what fmm-distill evaluate --output writes"),
+        (None, "no such file; expected a file of fmm-distill evaluate --output"),
         ("{", "can't be read"),
         ("[]", "can't be read"),
         ('{"rows": []}', "can't be read .KeyError: 'protocol'"),

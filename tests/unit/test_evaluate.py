@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from fmm_distill.config.settings import DataSettings, EvaluationSettings
 from fmm_distill.data.samples import load_images
 from fmm_distill.errors import UserError
+from fmm_distill.evaluation.checks import check_evaluation
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
+from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator, evaluate
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.evaluation.measure import Measure, check_evaluation, evaluate
 from fmm_distill.evaluation.result import Evaluation, Row, choose, from_json, table
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
@@ -94,7 +95,7 @@ def test_every_metric_of_the_digits(teacher):
 
 def test_features_that_do_not_fit(teacher):
     colored = replace(teacher, event_shape=(3, 32, 32))
-    with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 32 x 32"):
+    with pytest.raises(UserError, match="digits expects 1 x 8 x 8 images, the teacher generates 3 x 32 x 32"):
         check_evaluation(EvaluationSettings(features="digits"), colored)
 
 
@@ -130,7 +131,7 @@ def test_features_from_a_file(teacher, tmp_path):
     assert torch.equal(seen.features, Moments()(images))
     assert seen.scores is None
     small = settings.model_copy(update={"samples": 8, "endpoint_samples": 8, "endpoint_solver_steps": 2})
-    said = Measure(teacher, small, reference, torch.device("cpu")).protocol["frechet"]
+    said = Evaluator(EvaluationSpec(teacher, small, reference, torch.device("cpu"))).protocol["frechet"]
     assert said.startswith("3 features of moments.pt (TorchScript, sha256 ")
     assert hashlib.sha256((tmp_path / "moments.pt").read_bytes()).hexdigest() in said
 
@@ -139,10 +140,10 @@ def test_features_from_a_file(teacher, tmp_path):
     ("module", "shape", "message"),
     [
         (Moments(), (3, 32, 33), r"failed on one image, 1 x 3 x 32 x 33 \(.*shape.*invalid"),
-        (Pooled(), (1, 8, 8), r"made \[1, 1, 1, 1\] of one image, 1 x 1 x 8 x 8; wanted floats of shape \[1, d\]"),
-        (Moments(float("nan")), (1, 8, 8), "not all features of a gray image are numbers"),
-        (None, (1, 8, 8), "can't be opened .*wanted a TorchScript module as torch.jit.save writes it"),
-        ("nothing", (1, 8, 8), "no such file; wanted a TorchScript module"),
+        (Pooled(), (1, 8, 8), r"expected floats of shape \[1, d\] from one image, 1 x 1 x 8 x 8; got \[1, 1, 1, 1\]"),
+        (Moments(float("nan")), (1, 8, 8), "expected finite features of a gray image; got nan or inf"),
+        (None, (1, 8, 8), "can't be opened .*expected a TorchScript module, as torch.jit.save writes it"),
+        ("nothing", (1, 8, 8), "no such file; expected a TorchScript module"),
     ],
     ids=["other images", "other shape", "no numbers", "weights alone", "nowhere"],
 )
@@ -161,11 +162,17 @@ def test_a_feature_file_that_does_not_fit(teacher, tmp_path, module, shape, mess
     [
         (
             {"features": "clip"},
-            "wanted digits, inception, none, or the path of a TorchScript module, which ends",
+            "expected digits, inception, none, or the path of a TorchScript module, which ends",
         ),
-        ({"features": "none", "reference": "builtin:digits"}, "evaluation.reference acts with features"),
-        ({"features": "digits", "reference": "none"}, "evaluation.reference none: wanted images, or null"),
-        ({"features": "digits", "samples": 3}, "evaluation.samples 3: .* wanted at least 4"),
+        (
+            {"features": "none", "reference": "builtin:digits"},
+            "evaluation.reference: expected evaluation.features with it",
+        ),
+        (
+            {"features": "digits", "reference": "none"},
+            "evaluation.reference: expected a source of images, or null, got none",
+        ),
+        ({"features": "digits", "samples": 3}, "evaluation.samples: expected at least 4 with features, got 3"),
     ],
 )
 def test_settings_of_features(settings, message):
@@ -190,7 +197,7 @@ def test_of_several_averages_the_one_that_is_nearest(measured):
         *((row.sampler, row.endpoint_error) for row in other + teacher),
     ]
     assert chosen.protocol["ema"] == rate
-    said = "mean Fréchet distance over the steps, on these samples (0.999: 0.55, 0.9: 0.45)"
+    said = "mean Fréchet distance over the numbers of steps, on these samples (0.999: 0.55, 0.9: 0.45)"
     assert (said in chosen.protocol["ema_chosen"]) == measured
     assert choose(Evaluation({}, slow), {"slow": 0.999})[1].protocol == {"ema": 0.999}
 
@@ -206,7 +213,7 @@ def test_samples_that_are_no_numbers(teacher):
     students = {"broken": broken, "whole": Student.from_teacher(teacher)}
     with logged(said):
         measured = evaluate(students, teacher, settings, images, torch.device("cpu"))
-    assert said == ["broken, 1 steps: 16 of 16 samples are no numbers: nan"]
+    assert said == ["broken, 1 steps: 16 of 16 samples are non-finite"]
     one, other = measured.rows
     assert all(math.isnan(value) for value in (one.endpoint_error, one.frechet, one.kid, one.recall))
     assert other.frechet > 0

@@ -14,9 +14,9 @@ from fmm_distill.config.settings import DataSettings, EvaluationSettings
 from fmm_distill.data.samples import Images, load_images
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.evaluation.compare import compare
+from fmm_distill.evaluation.evaluator import EvaluationSpec, Evaluator
 from fmm_distill.evaluation.features import _inception_file, as_bytes, open_features, unit_images
-from fmm_distill.evaluation.measure import Measure
-from fmm_distill.evaluation.metrics import ImageMetrics
+from fmm_distill.evaluation.metrics import FrechetDistance
 from fmm_distill.evaluation.protocol import _prompts, differences
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.teachers.conditions import Embeddings
@@ -27,7 +27,7 @@ DIGITS = DataSettings(source="builtin:digits")
 
 def protocol(teacher, images=None, settings=SETTINGS):
     images = load_images(DIGITS, (1, 8, 8)) if images is None else images
-    return Measure(teacher, settings, images, torch.device("cpu")).protocol
+    return Evaluator(EvaluationSpec(teacher, settings, images, torch.device("cpu"))).protocol
 
 
 def pictures(folder, suffix, **options):
@@ -42,19 +42,19 @@ def pictures(folder, suffix, **options):
 
 def test_range_and_kind_of_numbers():
     look, images = open_features("digits", (1, 8, 8)), torch.rand(3, 1, 8, 8)
-    with pytest.raises(ValueError, match="wanted the range 0 to 1, not -1 to 1"):
+    with pytest.raises(ValueError, match="expected images in the range 0 to 1, got -"):
         look(images * 2 - 1)
-    with pytest.raises(ValueError, match="wanted the range 0 to 1"):
+    with pytest.raises(ValueError, match="expected images in the range 0 to 1"):
         look(images * 255)
-    with pytest.raises(ValueError, match="wanted floats in"):
+    with pytest.raises(ValueError, match="expected float images in"):
         look((images * 255).byte())
     assert unit_images(torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.2])).tolist() == [0, 0, 0.5, 1, 1]
 
 
 def test_gray_and_color():
-    with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\); wanted \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"expected images of shape \(1, 8, 8\), got \(3, 8, 8\)"):
         open_features("digits", (1, 8, 8))(torch.rand(3, 3, 8, 8))
-    with pytest.raises(UserError, match="digits looks at 1 x 8 x 8 images, the teacher makes 3 x 8 x 8"):
+    with pytest.raises(UserError, match="digits expects 1 x 8 x 8 images, the teacher generates 3 x 8 x 8"):
         open_features("digits", (3, 8, 8))
 
 
@@ -108,16 +108,16 @@ def test_count_of_samples_and_of_images(teacher):
         "1797 images of builtin:digits",
         "1796 images of builtin:digits",
     )
-    measured = ImageMetrics(torch.rand(100, 4), 50_000)
-    with pytest.raises(FmmDistillError, match=r"49999 samples were made, evaluation\.samples is 50000"):
-        measured.frechet(torch.rand(49_999, 4))
+    metric = FrechetDistance(torch.rand(100, 4), 50_000)
+    with pytest.raises(FmmDistillError, match=r"expected 50000 samples \(evaluation\.samples\), got 49999"):
+        metric(torch.rand(49_999, 4))
 
 
 def test_numbers_of_different_protocols_are_refused(teacher):
     row = Row("student", 1, 1, 0.5, 3.0, 0.1)
     found = protocol(teacher)
     one, other = Evaluation(found, [row]), Evaluation(found | {"frechet_samples": 9}, [row])
-    with pytest.raises(UserError, match=r"measured in different ways \(frechet_samples: 8 there, 9 here"):
+    with pytest.raises(UserError, match="got a difference in frechet_samples: first 8, second 9"):
         compare(one, other)
     assert compare(one, other, across_protocols=True).different == {"frechet_samples": (8, 9)}
     # Clocks, devices and the solver's own error make no other number.
@@ -137,18 +137,18 @@ def test_inception_without_its_weights(tmp_path, monkeypatch):
     with pytest.raises(UserError) as missing:
         _inception_file()
     told = str(missing.value)
-    assert f"bring {name} from https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}" in told
-    assert f"put it into {tmp_path / 'hub' / 'checkpoints'}" in told
+    assert f"download {name} from https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}" in told
+    assert f" into {tmp_path / 'hub' / 'checkpoints'}" in told
     assert "features: none measures endpoint error, consistency" in told
     assert "TorchScript module of your own" in told
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / name).write_bytes(b"half of it")
-    with pytest.raises(UserError, match="is not torch-fidelity's file"):
+    with pytest.raises(UserError, match="expected torch-fidelity's file"):
         _inception_file()
 
 
 def test_inception_without_its_package():
     if importlib.util.find_spec("torch_fidelity") is not None:
         pytest.skip("torch-fidelity is here")
-    with pytest.raises(UserError, match=r"needs `pip install fmm-distill\[fid\]`; without it: "):
+    with pytest.raises(UserError, match=r"needs `pip install fmm-distill\[fid\]`; alternatives: "):
         open_features("inception", (3, 32, 32))

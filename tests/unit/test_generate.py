@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.evaluation.draws import _generator, draw_samples_of
+from fmm_distill.evaluation.evaluator import Evaluator
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.evaluation.generate import Cost, Generator
-from fmm_distill.evaluation.measure import Measure
+from fmm_distill.evaluation.generate import GenerationSpec, SampleGenerator
 from fmm_distill.evaluation.samplers import Sampler, of_students
 from fmm_distill.io.lock import locked
 from fmm_distill.student.student import Student
@@ -31,15 +31,17 @@ def whole(teacher_folder):
 
 
 def generator(teacher, batch, accelerator=None, count=COUNT):
-    return Generator(
-        teacher,
-        count=count,
-        first=12,
-        batch=batch,
-        seed=7,
-        device=torch.device("cpu"),
-        features=open_features("digits", (1, 8, 8)),
-        accelerator=accelerator,
+    return SampleGenerator(
+        GenerationSpec(
+            teacher,
+            torch.device("cpu"),
+            count=count,
+            stored=12,
+            batch_size=batch,
+            seed=7,
+            features=open_features("digits", (1, 8, 8)),
+            accelerator=accelerator,
+        )
     )
 
 
@@ -114,16 +116,16 @@ def test_two_evaluations_of_the_same_samples_take_turns(whole, tmp_path):
 
     slowly, counting = (Sampler("student", 1, sampler.network, run) for run in (slow, counted))
     done = []
-    first = threading.Thread(target=lambda: done.append(generator(teacher, 256)._kept(*kept(slowly))))
+    first = threading.Thread(target=lambda: done.append(generator(teacher, 256)._cached(*kept(slowly))))
 
     def kept(one):
-        make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop), Cost(1, 0))  # noqa: E731
+        make = lambda _, start, stop: generator(teacher, 1100)._batch(one, range(start, stop))  # noqa: E731
         return make, 1, tmp_path / "kept"
 
     first.start()
     at_work.wait()
     with logged(lines, lambda _: waits.set()):
-        second = generator(teacher, 256)._kept(*kept(counting))
+        second = generator(teacher, 256)._cached(*kept(counting))
     first.join()
     assert len(lines) == 1
     assert "is in use by an evaluation" in lines[0]
@@ -137,10 +139,10 @@ def test_what_another_evaluation_reads_is_not_removed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part-00000.safetensors").touch()
     with locked(tmp_path / "one", "an evaluation"):
-        Measure.remove_kept(measure)
+        Evaluator.clear_cache(measure)
         assert (tmp_path / "one" / "part-00000.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    Measure.remove_kept(measure)
+    Evaluator.clear_cache(measure)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +164,7 @@ def test_what_was_made_is_not_made_again_and_damage_is_seen(whole, tmp_path):
         same(generator(teacher, 256).run(counting, tmp_path / "kept"), made)
     assert sum(calls) == 16 + 1024
     (line,) = lines
-    assert "part-00001.safetensors is damaged; it is made again" in line
+    assert "part-00001.safetensors is damaged; its samples are generated again" in line
 
 
 def test_costs(whole):

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from fmm_distill.data.samples import Images
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.evaluation.reference import reference_of
+from fmm_distill.evaluation.reference import compute_reference
 from tests.logs import logged
 
 
@@ -30,12 +30,12 @@ def images(seed=0, count=20):
 def counted():
     """The digits' features, and how many images they have seen."""
     features, seen = open_features("digits", (1, 8, 8)), []
-    return replace(features, see=lambda part: seen.append(len(part)) or features.see(part)), seen
+    return replace(features, forward=lambda part: seen.append(len(part)) or features.forward(part)), seen
 
 
 def get(some, features, lines=None):
     with logged([] if lines is None else lines):
-        return reference_of(some, features, 8, torch.device("cpu"))
+        return compute_reference(some, features, 8, torch.device("cpu"))
 
 
 def test_computed_once_for_the_same_images_and_features(place):
@@ -74,5 +74,5 @@ def test_damage_is_said_and_mended(place, damage):
 
 
 def test_three_images_are_no_reference(place):
-    with pytest.raises(UserError, match="3 images to compare with; wanted at least 4"):
+    with pytest.raises(UserError, match="expected at least 4 reference images, got 3"):
         get(images(count=3), counted()[0])

@@ -46,8 +46,8 @@ TRADED = ("lagrangian, teacher", "central")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient_checkpointing": {"gradient_checkpointing": True},
-    "accumulation: 2": {"accumulation": 2},
-    "accumulation: 4": {"accumulation": 4},
+    "accumulation: 2": {"gradient_accumulation_steps": 2},
+    "accumulation: 4": {"gradient_accumulation_steps": 4},
 }
 
 
@@ -130,8 +130,8 @@ def step_of(trainer: Trainer) -> Callable[[int], object]:
 
     def step(number: int) -> None:
         # accelerate keeps one number of parts a process, and the trainers that take turns have their own.
-        trainer.accelerator.gradient_accumulation_steps = trainer.recipe.training.accumulation
-        trainer._step(number, StopRequest())
+        trainer.accelerator.gradient_accumulation_steps = trainer.recipe.training.gradient_accumulation_steps
+        trainer.train_step(number, StopRequest())
 
     return step
 

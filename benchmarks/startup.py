@@ -166,13 +166,13 @@ def work(folder: Path, started: float) -> None:
     for (module, name), title in PARTS.items():
         caller = importlib.import_module(f"fmm_distill.{module}")
         setattr(caller, name, timed_call(seconds, title, getattr(caller, name)))
-    step = timed_call(seconds, STEP, Trainer._step)
+    step = timed_call(seconds, STEP, Trainer.train_step)
 
     def one_step(*given: Any) -> None:
         step(*given)
         raise FirstStepError
 
-    Trainer._step = one_step
+    Trainer.train_step = one_step
     before, timed = time.perf_counter(), sum(seconds.values())
     try:
         command(recipe_arguments(folder), standalone_mode=False)

@@ -89,7 +89,7 @@ class Alone:
     def update(self) -> None:
         """What follows the backward pass."""
         trainer = self.trainer
-        trainer.accelerator.clip_grad_norm_(trainer.objective.parameters(), trainer.recipe.training.clip)
+        trainer.accelerator.clip_grad_norm_(trainer.objective.parameters(), trainer.recipe.training.max_grad_norm)
         trainer.optimizer.step()
         for average in trainer.averages.values():
             average.update_parameters(trainer.student)
@@ -149,7 +149,7 @@ def compare(
         "both": lambda _: alone.both(),
         "update": lambda _: alone.update(),
         **peers,
-        "step": lambda step: trainer._step(step, StopRequest()),
+        "step": lambda step: trainer.train_step(step, StopRequest()),
     }
     rounds = []
     for step in range(repeats + 1):

@@ -173,7 +173,7 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
         "images decoded as they are asked for": lambda step: pick(decoded, step),
         "draws": lambda step: draw(training.seed, step, training.batch_size, teacher.event_shape),
         "times and noise levels": times,
-        "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.clip),
+        "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm),
         "optimizer": lambda _: trainer.optimizer.step(),
         "averages": average,
         "log": line,
@@ -185,10 +185,10 @@ def shares(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
     bare, others, training = Bare(trainer), parts_of(trainer, folder), trainer.recipe.training
     calls = {name: getattr(bare, name) for name in ("starts", "derivative", "velocity", "regression")}
     seconds: dict[str, list[float]] = {name: [] for name in ("step", *calls, *others)}
-    trainer._step(0, StopRequest())
+    trainer.train_step(0, StopRequest())
     for step in range(1, repeats + 1):
         # Every other repeat the other way round.
-        now = {"step": timed(lambda step=step: trainer._step(step, StopRequest()))} if step % 2 else {}
+        now = {"step": timed(lambda step=step: trainer.train_step(step, StopRequest()))} if step % 2 else {}
         bare.set(draw(training.seed, step, training.batch_size, trainer.teacher.event_shape), step)
         now |= {name: timed(call) for name, call in calls.items()}
         for parameter in trainer.student.parameters():
@@ -196,7 +196,7 @@ def shares(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
         now |= {name: timed(lambda call=call, step=step: call(step)) for name, call in others.items()}
         trainer.optimizer.zero_grad()
         if not step % 2:
-            now["step"] = timed(lambda step=step: trainer._step(step, StopRequest()))
+            now["step"] = timed(lambda step=step: trainer.train_step(step, StopRequest()))
         for name, value in now.items():
             seconds[name].append(value)
     network = [sum(values) for values in zip(*(seconds[name] for name in calls), strict=True)]
@@ -216,8 +216,8 @@ def checkpoints(trainer: Trainer, step_seconds: float) -> dict[str, Any]:
     """A checkpoint's writing and reading as multiples of a step, and its size beside the student's weights."""
     saves, resumes = [], []
     for step in range(1, 6):
-        saves.append(timed(lambda step=step: trainer._save(step)) / step_seconds)
-        resumes.append(timed(trainer._resume) / step_seconds)
+        saves.append(timed(lambda step=step: trainer.save_checkpoint(step)) / step_seconds)
+        resumes.append(timed(trainer.resume) / step_seconds)
     newest = complete(trainer.folder / "checkpoints")[-1]
     size = sum(path.stat().st_size for path in newest.iterdir())
     weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
@@ -255,10 +255,10 @@ def work(recipe_file: Path) -> None:
     recipe = Recipe.model_validate_json(recipe_file.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(recipe, Path(folder) / "run")
-        trainer._step(0, StopRequest())
+        trainer.train_step(0, StopRequest())
         trainer.accelerator.wait_for_everyone()
         steps = range(1, 1 + SPLIT_STEPS)
-        seconds = timed(lambda: [trainer._step(step, StopRequest()) for step in steps])
+        seconds = timed(lambda: [trainer.train_step(step, StopRequest()) for step in steps])
         if trainer.accelerator.is_main_process:
             print(SPLIT_STEPS * recipe.training.batch_size / seconds)
         trainer.accelerator.end_training()

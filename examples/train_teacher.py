@@ -187,7 +187,7 @@ class Training:
         checkpoint.save(self.options.output / "checkpoints", kept, 1)
 
     def _resume(self) -> None:
-        found = checkpoint.newest_whole(self.options.output / "checkpoints")
+        found = checkpoint.newest_complete(self.options.output / "checkpoints")
         if found is None:
             return
         kept = found[1]

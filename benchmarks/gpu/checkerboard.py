@@ -73,10 +73,10 @@ class Run:
         """Measured on a student that is thrown away."""
         trainer, request = self.trainer(10**6), StopRequest()
         for step in range(3):
-            trainer._step(step, request)
+            trainer.train_step(step, request)
         started, steps = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
-            trainer._step(steps, request)
+            trainer.train_step(steps, request)
             steps += 1
         self.accelerator.free_memory()
         return (time.perf_counter() - started) / steps
@@ -127,7 +127,7 @@ def train(bench: Run, steps: int) -> None:
     marks = {math.ceil(steps * part / MEASURED) for part in range(1, MEASURED + 1)}
     started = time.perf_counter()
     for step in range(steps):
-        trainer._step(step, request)
+        trainer.train_step(step, request)
         if step + 1 in marks:
             trained = time.perf_counter() - started - spent
             found = bench.measure(trainer)

@@ -25,7 +25,7 @@ from fmm_distill.io.files import append_line, write_text
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.ema import averaged
-from fmm_distill.training.trainer import learning_rate
+from fmm_distill.training.optimizer import learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from experiments.cifar10.budget import Budget
-    from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
 
 __all__ = ["PEERS"]
@@ -72,12 +72,12 @@ def consistency(student: Student, steps: int) -> Callable[[Tensor], Tensor]:
     return sample
 
 
-def train(peer: PeerStep, training: TrainingSettings, log: Path) -> list[float]:
+def train(peer: PeerStep, recipe: Recipe, log: Path) -> list[float]:
     """All steps; the losses of some."""
-    losses = []
+    losses, training = [], recipe.training
     for step in range(training.steps):
         for group in peer.optimizer.param_groups:
-            group["lr"] = learning_rate(training, step, training.steps)
+            group["lr"] = learning_rate(recipe.optimizer.lr, training, step, training.steps)
         loss = peer(step)
         if step % max(training.steps // 100, 1) == 0:
             losses.append(loss.item())
@@ -94,15 +94,14 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=half)
     teacher = load_teacher(str(work / "teacher")).to(device)
     # The settings of our students; the loss plays no part.
-    training = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0).training
-    peer = PeerStep(
-        name, fastgen, Student.from_teacher(teacher, seed=training.seed), teacher, budget.batch, accelerator
-    )
-    peer.steps, peer.average = steps, averaged(peer.student, training.ema[0])
+    recipe = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0)
+    student = Student.from_teacher(teacher, seed=recipe.training.seed)
+    peer = PeerStep(name, fastgen, student, teacher, budget.batch, accelerator)
+    peer.steps, peer.average = steps, averaged(peer.student, recipe.training.ema[0])
     peer.images = picker(load_file(work / "images.safetensors")["train"], accelerator.device)
     title = f"{name.replace(' ', '-')}"
     started = time.monotonic()
-    losses = train(peer, training, work / "logs" / f"{title}.jsonl")
+    losses = train(peer, recipe, work / "logs" / f"{title}.jsonl")
     seconds = time.monotonic() - started
     student = peer.average.module
     judge = open_judge(teacher, work, budget, device, work)

@@ -194,7 +194,7 @@ class Large:
     def fsdp(self) -> list[Row]:
         """A run that is killed after its first checkpoint, resumed to the end, exported, and reloaded."""
         run = self.work / "fsdp"
-        recipe = self.recipe("sd15", "full", 512, steps=4, checkpoint_every=2, keep_checkpoints=1)
+        recipe = self.recipe("sd15", "full", 512, steps=4, checkpoint_every=2, checkpoints_total_limit=1)
         # FSDP needs a GPU; elsewhere the same steps run without it.
         launch = ["--use_fsdp", "--fsdp_version", "2"] if self.job.options.device == "cuda" else ["--cpu"]
         command = ["-m", "accelerate.commands.launch", *launch, "--num_processes", "1", "--num_machines", "1"]

@@ -85,7 +85,7 @@ def step(given: argparse.Namespace) -> None:
     for number in range(given.steps):
         began = time.perf_counter()
         # It waits for the device to log its numbers.
-        trainer._step(number, StopRequest())
+        trainer.train_step(number, StopRequest())
         found["seconds_of_steps"].append(time.perf_counter() - began)
         found["bytes"] = peak_memory(accelerator.device)
         write_whole(given.out, json.dumps(found))

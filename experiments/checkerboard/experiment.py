@@ -104,7 +104,7 @@ def recipe_for(changes: dict[str, Any], steps: int, seed: int, curve: int) -> Re
     """The checkerboard recipe with other settings in some of its groups."""
     base = load_recipe("checkerboard").model_dump(mode="json", exclude_unset=True)
     training = base["training"] | {"steps": steps, "seed": seed}
-    training |= {"checkpoint_every": max(steps // curve, 1), "keep_checkpoints": curve + 1}
+    training |= {"checkpoint_every": max(steps // curve, 1), "checkpoints_total_limit": curve + 1}
     pairs = base.get("pairs", {}) | changes.get("pairs", {})
     return parse(base | changes | {"training": training, "pairs": pairs}, "checkerboard")
 
@@ -175,8 +175,9 @@ class Experiment:
         """The trained teacher, and what its solver and its single Euler steps make of the noise."""
         folder = self.folder / "teacher"
         recipe = recipe_for(METHODS["flow_matching"], self.budget.teacher_steps, 0, 1)
-        training = recipe.training.model_copy(update={"learning_rate": TEACHER_RATE, "ema": (0.995,)})
-        recipe = recipe.model_copy(update={"training": training})
+        training = recipe.training.model_copy(update={"ema": (0.995,)})
+        optimizer = recipe.optimizer.model_copy(update={"lr": TEACHER_RATE})
+        recipe = recipe.model_copy(update={"training": training, "optimizer": optimizer})
         # Only the closed form's prior and stretch of time play a part: data say what the velocity is.
         network = Perceptron(0, width=self.budget.width)
         keep_recipe(recipe, folder)

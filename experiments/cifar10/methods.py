@@ -62,15 +62,15 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
         "loss": loss,
         # Relative errors: what goes wrong where the residual is small is amplified on the way to data.
         "weight": {"power": 1.0, "constant": 1e-3},
+        "optimizer": {"lr": budget.learning_rate},
         "training": {
             "steps": steps,
             "batch_size": budget.batch,
-            "learning_rate": budget.learning_rate,
             "warmup_steps": min(100, steps // 10),
             "ema": 0.99,
             "precision": budget.student_precision,
             "checkpoint_every": max(steps // 3, 1),
-            "keep_checkpoints": 1,
+            "checkpoints_total_limit": 1,
             "seed": seed,
         },
         "evaluation": {

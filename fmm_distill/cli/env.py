@@ -1,4 +1,4 @@
-"""``fmm-distill env``: what a bug report needs."""
+"""``fmm-distill env``: versions and device, for a bug report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["env"]
 
 @click.command()
 def env() -> None:
-    """Print versions and device for a bug report."""
+    """Print the versions and the device for a bug report."""
     from fmm_distill.run.folder import environment
 
     for name, value in environment().items():

@@ -1,42 +1,70 @@
-"""``fmm-distill evaluate SOURCE``: measure a student beside its teacher; ``--compare``: two such measurements."""
+"""``fmm-distill evaluate SOURCE``: measure a student and its teacher; ``--compare``: compare two results."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import click
 
 from fmm_distill.cli.numbers import GUIDANCE, STEPS
+from fmm_distill.cli.sections import Sectioned
 
 __all__ = ["evaluate"]
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(short_help="Measure a student next to its teacher, or compare results.")
+class _Evaluate(Sectioned):
+    sections: ClassVar = {
+        "Student": ("steps", "guidance", "prompts"),
+        "Baselines": ("against", "teacher_steps", "also", "also_steps"),
+        "Metrics": ("samples", "features", "reference", "clip"),
+        "Output": ("output", "report"),
+        "Comparison": ("compare", "across_protocols"),
+    }
+
+
+@click.command(cls=_Evaluate, short_help="Measure a student and its teacher, or compare two results.")
 @click.argument("source", required=False)
-@click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of student steps [the recipe's].")
+@click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of steps of the student [the recipe's].")
 @click.option(
     "--against",
     type=click.Choice(["teacher", "none"]),
-    help="Rows of the teacher: its own pipeline as the reference, and fast solvers at as many network calls [teacher].",
+    help="Baselines of the teacher: its own pipeline and fast solvers at as many network calls, or none [teacher].",
 )
 @click.option(
-    "--teacher-steps", type=click.IntRange(1, 100_000), help="Steps of the reference [its pipeline's own number]."
+    "--teacher-steps",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Steps of the teacher's own pipeline [the pipeline's default].",
 )
-@click.option("--also", multiple=True, metavar="PIPELINE", help="Another pipeline or student, by Hub id or folder.")
-@click.option("--also-steps", type=STEPS, metavar="N,...", help="Its numbers of steps [the student's].")
-@click.option("--features", help="digits, inception, none, or a TorchScript file (*.pt) [the recipe's].")
-@click.option("--reference", metavar="DATA", help="Images to compare with: dataset, parquet or folder [the recipe's].")
-@click.option("--clip", metavar="MODEL", help="A CLIP model, by Hub id or folder, for a teacher of prompts.")
-@click.option("--prompts", metavar="FILE", help="Prompts of an exported student, one a line [its recipe's].")
-@click.option("--samples", type=click.IntRange(4, 10**7), help="Images for the distances [the recipe's].")
-@click.option("--output", type=_PATH, help="Write the numbers as JSON to this file.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="PIPELINE",
+    help="Another pipeline or student, by Hub id or folder; can be repeated.",
+)
+@click.option(
+    "--also-steps", type=STEPS, metavar="N,...", help="Numbers of steps of the --also pipelines [the student's]."
+)
+@click.option(
+    "--features",
+    metavar="NAME|FILE",
+    help="digits, inception, none, or a TorchScript file (*.pt) [the recipe's].",
+)
+@click.option("--reference", metavar="DATA", help="Reference images: a dataset, parquet file or folder [the recipe's].")
+@click.option("--clip", metavar="MODEL", help="A CLIP model for text-to-image, by Hub id or folder.")
+@click.option(
+    "--prompts", metavar="FILE", help="A file of prompts, one per line, for an exported student [its recipe's]."
+)
+@click.option("--samples", type=click.IntRange(4, 10**7), metavar="N", help="Images per row [the recipe's].")
+@click.option("--output", type=_PATH, metavar="FILE", help="Write the results as JSON to this file.")
 @click.option("--report", type=_PATH, metavar="DIR", help="Write pictures and report.html into this folder.")
 @click.option(
-    "--compare", type=_PATH, nargs=2, metavar="A B", help="Compare two JSON files instead; exit 1 if B is worse."
+    "--compare", type=_PATH, nargs=2, metavar="A B", help="Compare two JSON results instead; exit code 1 if B is worse."
 )
-@click.option("--across-protocols", is_flag=True, help="Compare them although they were measured in different ways.")
+@click.option("--across-protocols", is_flag=True, help="Compare results of different protocols too.")
 @GUIDANCE
 def evaluate(
     source: str | None,
@@ -56,36 +84,41 @@ def evaluate(
     across_protocols: bool,
     guidance: float | None,
 ) -> None:
-    """Measure the student of a run, an exported folder or a Hub id beside its teacher, on the same noises."""
+    """Measure a student and its teacher on the same noises.
+
+    SOURCE is a run, an exported folder or a Hub id. The recipe's values are the defaults in brackets.
+    """
     changes = {"steps": steps, "samples": samples, "features": features, "reference": reference, "clip": clip}
     changes = {key: value for key, value in changes.items() if value is not None}
     if compare is not None:
         others = (source, against, teacher_steps, also, also_steps, prompts, output, report, guidance)
         if changes or any(other for other in others):
-            raise click.UsageError("--compare measures nothing; leave out all but --across-protocols")
+            raise click.UsageError(
+                "--compare reads two results and takes no other option than --across-protocols; leave out the others"
+            )
         _compare(compare, across_protocols)
         return
     if source is None:
-        raise click.UsageError("SOURCE is missing; wanted a run, an exported folder or a Hub id, or --compare A B")
+        raise click.UsageError("SOURCE is missing; expected a run, an exported folder or a Hub id, or --compare A B")
     _check_idle(
-        (across_protocols, "--across-protocols acts with --compare"),
-        (bool(also_steps) and not also, "--also-steps acts with --also"),
-        (bool(teacher_steps) and against == "none", "--teacher-steps acts with --against teacher"),
+        (across_protocols, "--across-protocols needs --compare"),
+        (bool(also_steps) and not also, "--also-steps needs --also"),
+        (bool(teacher_steps) and against == "none", "--teacher-steps needs --against teacher"),
     )
     import json
 
     from fmm_distill.cli.outputs import check_output, check_report
     from fmm_distill.evaluation.result import table
     from fmm_distill.io.files import write_text
-    from fmm_distill.run.evaluate import Asked, measure_subject, open_subject
+    from fmm_distill.run.evaluate import EvaluationRequest, measure_target, open_target
 
     if output is not None:
         check_output(output)
     if report is not None:
         check_report(report)
-    asked = Asked(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
-    measured = measure_subject(open_subject(source, asked), asked, report)
-    # Of several processes the first has the numbers.
+    request = EvaluationRequest(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
+    measured = measure_target(open_target(source, request), request, report)
+    # Processes other than the first have no results.
     if measured is None:
         return
     click.echo(table(measured))
@@ -98,7 +131,7 @@ def evaluate(
 def _check_idle(*settings: tuple[bool, str]) -> None:
     for idle, text in settings:
         if idle:
-            raise click.UsageError(f"{text}; leave it out")
+            raise click.UsageError(f"{text}; add that, or leave this out")
 
 
 def _compare(paths: tuple[Path, Path], across_protocols: bool) -> None:

@@ -1,4 +1,4 @@
-"""Numbers on the command line that several commands take."""
+"""Options for numbers that several commands take."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class _Steps(click.ParamType[tuple[int, ...]]):
         try:
             found = tuple(int(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: wanted whole numbers with commas between, e.g. 1,2,4", param, ctx)
+            self.fail(f"{value!r}: expected integers separated by commas, such as 1,2,4", param, ctx)
         if min(found) < 1:
-            self.fail(f"{value!r}: wanted numbers from 1 up", param, ctx)
+            self.fail(f"{value!r}: expected numbers of at least 1", param, ctx)
         if max(found) > 100_000:
             self.fail(f"{value!r}: expected numbers of at most 100,000", param, ctx)
         if len(set(found)) < len(found):
@@ -31,5 +31,5 @@ class _Steps(click.ParamType[tuple[int, ...]]):
 
 STEPS = _Steps()
 GUIDANCE = click.option(
-    "--guidance", type=float, metavar="SCALE", help="In a run's guidance.range [the recipe's scale]."
+    "--guidance", type=float, metavar="SCALE", help="A scale in the run's guidance.range [the recipe's]."
 )

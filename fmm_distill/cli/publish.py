@@ -15,10 +15,10 @@ __all__ = ["publish"]
 @click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--branch", metavar="NAME", help="Publish to a branch, made if it is not there [main].")
-@click.option("--steps", type=STEPS, metavar="N,...", help="Folded pipelines to send [all].")
-@click.option("--force", is_flag=True, help="Write over a repository that holds something else.")
-@click.option("--dry-run", is_flag=True, help="List the files and show the card; send nothing.")
+@click.option("--branch", metavar="NAME", help="Branch to publish to, created if it is missing [main].")
+@click.option("--steps", type=STEPS, metavar="N,...", help="Fixed-step pipelines to upload [all].")
+@click.option("--force", is_flag=True, help="Overwrite a repository that has other content.")
+@click.option("--dry-run", is_flag=True, help="List the files and show the card; upload nothing.")
 def publish(
     source: Path,
     repo: str,
@@ -28,18 +28,18 @@ def publish(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Put the student of a run, or an exported folder, on the Hub in one commit, with its card.
+    """Upload the student of a run, or an exported folder, to the Hub in one commit, with its model card.
 
-    Only the files that the export wrote are sent; others in the folder are named and left out. After an interruption
-    the same command resumes, and sends nothing that is there already.
+    Only the files that the export wrote are uploaded; other files in the folder are listed and left out. After an
+    interruption the same command resumes, and uploads nothing twice.
     """
     from fmm_distill.run.publish import pack
     from fmm_distill.run.publish import publish as send
 
-    parcel = pack(source, repo, branch, steps)
+    upload = pack(source, repo, branch, steps)
     if dry_run:
-        click.echo(parcel.describe())
-        click.echo("nothing was sent (--dry-run)")
+        click.echo(upload.describe())
+        click.echo("nothing was uploaded (--dry-run)")
         return
-    send(parcel, repo, branch, private=private, force=force)
-    click.echo(parcel.how_to_load)
+    send(upload, repo, branch, private=private, force=force)
+    click.echo(upload.how_to_load)

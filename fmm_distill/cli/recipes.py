@@ -1,4 +1,4 @@
-"""``fmm-distill recipes``: list them, show one."""
+"""``fmm-distill recipes``: list the recipes, or show one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def recipes(context: click.Context) -> None:
 
 @recipes.command("list")
 def list_() -> None:
-    """Names and purposes."""
+    """List the recipes with their purposes."""
     from fmm_distill.config.recipe import find_recipe, recipe_names
 
     names = recipe_names()

@@ -1,4 +1,4 @@
-"""``fmm-distill sample RUN``: a grid of images."""
+"""``fmm-distill sample RUN``: a grid of generated images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,36 @@ from fmm_distill.cli.numbers import GUIDANCE, STEPS
 __all__ = ["sample"]
 
 
-@click.command(short_help="Draw images with the student of a run.")
+@click.command(short_help="Generate a grid of images with the student of a run.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--steps", type=STEPS, default="4", show_default=True, metavar="N,...", help="Numbers of steps, one row each."
 )
-@click.option("--count", type=click.IntRange(1, 64), default=12, show_default=True, help="Images a row.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the noises.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True, help="The picture."
+    "--count",
+    type=click.IntRange(1, 64),
+    default=12,
+    show_default=True,
+    metavar="N",
+    help="Images per row, at most 64.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N", help="Seed of the noise."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    default=Path("samples.png"),
+    show_default=True,
+    help="The picture.",
 )
 @GUIDANCE
 def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path, guidance: float | None) -> None:
-    """Draw images with the student of a run folder, the same noise in each column."""
+    """Generate a grid of images with the student of a run.
+
+    The first row is the teacher's ODE. Each column starts from the same noise.
+    """
     from fmm_distill.cli.outputs import PICTURES, check_output
 
     check_output(output, PICTURES)

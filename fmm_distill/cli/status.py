@@ -1,4 +1,4 @@
-"""``fmm-distill status RUN``: where a run stands, and its curves."""
+"""``fmm-distill status RUN``: the progress of a run, and its curves."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import click
 __all__ = ["status"]
 
 
-@click.command(short_help="Show the progress of a run and draw its curves.")
+@click.command(short_help="Show the progress of a run and plot its curves.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), metavar="PNG", help="The curves [RUN/curves.png].")
+@click.option("--output", type=click.Path(path_type=Path), metavar="PNG", help="File for the curves [RUN/curves.png].")
 def status(run: Path, output: Path | None) -> None:
-    """Say where a run stands and draw its curves; it may be at work, killed or finished."""
+    """Show the progress of a run and plot its curves.
+
+    The run may be active, interrupted or finished; it is not changed.
+    """
     from fmm_distill.cli.outputs import check_output
-    from fmm_distill.run.status import describe, draw, read_run
+    from fmm_distill.run.status import describe, plot, read_run
 
     if output is not None:
         check_output(output, (".png",))
@@ -23,5 +26,5 @@ def status(run: Path, output: Path | None) -> None:
     click.echo(describe(found))
     if found.records:
         picture = output or run / "curves.png"
-        draw(found, picture)
+        plot(found, picture)
         click.echo(f"{'curves':<12}{picture}")

@@ -1,4 +1,4 @@
-"""A recipe: everything that a distillation run is, as one closed typed object, from YAML or from Python."""
+"""Recipes: all settings of a distillation run as one closed, typed object, from YAML or from Python."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fmm_distill.config.settings import (
     ExportSettings,
     GuidanceSettings,
     LoggingSettings,
+    OptimizerSettings,
     PromptSettings,
     Stage,
     StudentSettings,
@@ -38,25 +39,39 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
 
+# Names of settings before the first release: the new ones are often too different to be guessed.
+_RENAMED = {
+    "training.accumulation": "training.gradient_accumulation_steps",
+    "training.bad_steps": "training.max_non_finite_steps",
+    "training.betas": "optimizer.betas",
+    "training.clip": "training.max_grad_norm",
+    "training.decay": "training.lr_schedule",
+    "training.keep_checkpoints": "training.checkpoints_total_limit",
+    "training.learning_rate": "optimizer.lr",
+    "training.refresh_steps": "training.target_update_every",
+    "training.weight_decay": "optimizer.weight_decay",
+}
+
+
 class Recipe(Settings):
-    """A distillation run. ``distill(Recipe(...))`` is what the command line calls."""
+    """The settings of a distillation run, as ``distill(Recipe(...))`` takes them."""
 
     teacher: str = "builtin:digits"
-    """Hub id, folder or builtin:<name>."""
+    """Teacher: a Hub id, a folder or builtin:<name>."""
     revision: str | None = None
-    """Branch, tag or commit of a teacher on the Hub."""
+    """Branch, tag or commit of the teacher on the Hub."""
     variant: str | None = None
-    """Of the teacher's weights, such as fp16; null: the plain ones. Opened in float32 either way."""
+    """Variant of the teacher's weight files, such as fp16; null: the plain files. All are opened in float32."""
     pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """Keywords of a teacher's pipeline's call besides prompt and guidance, such as height and width."""
+    """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width."""
     prompts: PromptSettings = PromptSettings()
-    """What a teacher of prompts is told."""
+    """Prompts that condition the teacher."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Classifier-free guidance of the teacher."""
     data: DataSettings = DataSettings()
-    """What jumps start from besides noise."""
+    """Data that jumps may start from, in addition to noise."""
     student: StudentSettings = StudentSettings()
-    """How the student starts."""
+    """The student's prediction type, its start and its adapters."""
     loss: AnyLossSettings = LagrangianSettings()
     """Which loss, and its settings."""
     also: tuple[Term, ...] = ()
@@ -69,14 +84,16 @@ class Recipe(Settings):
     """How much a sample counts."""
     pairs: Pairs = Pairs()
     """Where jumps start and end."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """The optimizer and its learning rate."""
     training: TrainingSettings = TrainingSettings()
-    """The loop."""
+    """The training loop."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    """What is measured at the end, and on the way."""
+    """Evaluation at the end of training and during it."""
     export: ExportSettings = ExportSettings()
-    """What is written for others to load."""
+    """The exported pipelines."""
     logging: LoggingSettings = LoggingSettings()
-    """Where the numbers go besides the run folder."""
+    """Experiment trackers, in addition to the run folder."""
 
     @field_validator("pipeline")
     @classmethod
@@ -90,11 +107,11 @@ class Recipe(Settings):
         features, reference = self.evaluation.features, self.evaluation.reference
         if features not in ("digits", "none") and reference is None and not self.data.has_images:
             raise ValueError(
-                f"evaluation.features: {features} compares with a dataset; give data, or evaluation.reference, or "
-                "features: none"
+                f"evaluation.features: expected data or evaluation.reference with {features}, got neither; give one of "
+                "them, or features: none"
             )
         if self.data.condition is not None and (self.prompts.file, self.prompts.dataset) != (None, None):
-            raise ValueError("data.condition and prompts are two sources of what the teacher is told: give one")
+            raise ValueError("expected one source of conditions, got data.condition and prompts; leave one out")
         return self
 
     @property
@@ -104,15 +121,15 @@ class Recipe(Settings):
 
     @property
     def loss_names(self) -> str:
-        """The names of all losses, to be read by people."""
+        """The names of all losses, for messages."""
         beside = " and ".join([self.loss.name, *(term.loss.name for term in self.also)])
         return ", then ".join([*(stage.loss.name for stage in self.before), beside])
 
     def stage_at(self, step: int) -> tuple[int | None, int]:
-        """Which of the stages before the main loss a step is in, None after them; and its number within the stage.
+        """Return the index of a step's stage, None in the main loss, and the number of the step within it.
 
         Args:
-            step: counted from the first after the student's regression.
+            step: number of the step, from 0 after the student's regression.
         """
         start = 0
         for index, stage in enumerate(self.before):
@@ -145,8 +162,10 @@ class Recipe(Settings):
             raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
         if (share := sum(stage.share for stage in self.before)) >= 1:
             raise ValueError(f"before: the shares come to {share:g}; the main loss needs a part of the steps")
-        if self.training.refresh_steps and all(loss.follows != "frozen" for loss in self.losses):
-            raise ValueError("training.refresh_steps acts on losses with target: frozen only")
+        if self.training.target_update_every and all(loss.follows != "frozen" for loss in self.losses):
+            raise ValueError(
+                "training.target_update_every: expected a loss with target: frozen, got none; leave it out"
+            )
         self._pairs_fit()
         return self
 
@@ -166,7 +185,7 @@ class Recipe(Settings):
                 raise ValueError(f"loss {loss.name} trains its own pairs of times only: {cure} (got {key}: {got:g})")
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every field written out."""
+        """Return the resolved recipe as YAML, with every field."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -181,35 +200,35 @@ def _without_data(loss: AnyLossSettings) -> str:
 
 
 def _folders() -> list[Path]:
-    """Where recipes stand: inside an installed package, beside it in a checkout."""
+    """Return the folder of recipes: inside an installed package, next to it in a checkout."""
     inside = Path(str(importlib.resources.files("fmm_distill"))) / "recipes"
-    # An installed package has its own; what stands beside it there may be somebody else's.
+    # A folder next to an installed package may belong to another one.
     return [inside] if inside.is_dir() else [inside.parent.parent / "recipes"]
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe, by its name or its own path.
+    """Return the file of a recipe, by its name or its path.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such recipe.
     """
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise UserError(f"recipe {name}: no such file")
+            raise UserError(f"recipe {name}: expected a file, got a path without one; check the path")
         return Path(name)
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     if Path(name).is_file():
-        raise UserError(f"recipe {name}: a recipe's file ends in .yaml or .yml; expected `mv {name} {name}.yaml`")
+        raise UserError(f"recipe {name}: expected a file that ends in .yaml or .yml; try `mv {name} {name}.yaml`")
     if "/" in name or Path(f"{name}.yaml").is_file():
-        raise UserError(f"recipe {name}: no such file; a recipe's file ends in .yaml{_yaml_there(name)}")
-    raise UserError(f"recipe {name!r} is unknown{_guess(name, recipe_names())}; known: {', '.join(recipe_names())}")
+        raise UserError(f"recipe {name}: expected a file that ends in .yaml, got a path without one{_yaml_there(name)}")
+    raise UserError(f"recipe {name!r}: expected one of {', '.join(recipe_names())}{_guess(name, recipe_names())}")
 
 
 def _yaml_there(name: str) -> str:
@@ -220,61 +239,74 @@ def _yaml_there(name: str) -> str:
 def load_recipe(
     name: str, overrides: Sequence[str] = (), *, teacher: str | None = None, data: str | None = None
 ) -> Recipe:
-    """A recipe by name or file, with ``key.path=value`` overrides in YAML's notation.
+    """Load a recipe by name or file, with ``key.path=value`` overrides in YAML's notation.
+
+    Args:
+        teacher: replaces the recipe's teacher.
+        data: replaces the source of the recipe's data.
 
     Raises:
-        UserError: with every mistake in one report, each with the path that a user can type.
+        UserError: with all mistakes in one line, each with the path that a user can type.
     """
     path = find_recipe(name)
     where = f"recipe {path}"
     try:
         text = read_file_text(path.read_bytes(), where)
     except OSError as error:
-        raise UserError(f"{where}: can't be read ({error.strerror})") from error
+        raise UserError(
+            f"{where}: expected a readable file, got {error.strerror}; check the path and its permissions"
+        ) from error
     settings = read(text, where)
     # An empty file has every default.
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise UserError(f"{where}: wanted keys and values, got {type(settings).__name__}")
+        raise UserError(f"{where}: expected keys and values, got {type(settings).__name__}")
     settings = _written_out(settings)
     options = {"teacher": ("--teacher", teacher), "data.source": ("--data", data)}
     given = {key: option for key, (option, value) in options.items() if value is not None}
-    # Not by way of an override: a folder may be called 2024 or no.
+    # Not as an override in YAML's notation: a folder may have the name 2024 or no.
     if teacher is not None:
         settings["teacher"] = teacher
     if data is not None:
-        place = _group(settings, "data")
-        if not isinstance(place, dict):
-            raise UserError(f"{where}: data: wanted a source, or a group of settings (got {_shown(place)})")
-        place["source"] = data
+        group = _group(settings, "data")
+        if not isinstance(group, dict):
+            raise UserError(f"{where}: data: expected a source or a group of settings, got {_shown(group)}")
+        group["source"] = data
     return parse(override(settings, overrides, given), f"recipe {name}")
 
 
 def override(
     settings: dict[str, Any], changes: Sequence[str], given: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Plain settings with ``key.path=value`` changes applied to them in place.
+    """Apply ``key.path=value`` changes to plain settings in place, and return these.
 
     Args:
-        given: settings that options other than ``--set`` have changed, and these options.
+        given: settings that options other than ``--set`` have changed, with these options.
 
     Raises:
-        UserError: on a change that can't be read, or that another one undoes.
+        UserError: on a change that is not valid YAML, or that another one undoes.
     """
     made = dict(given or {})
     for change in changes:
         key = change.partition("=")[0]
         for other, option in made.items():
-            # A group after one of its fields resets that field; the same key again is an ordinary override.
+            # A group after one of its fields resets this field. The same key again is an ordinary override.
             if (other == key and not option.startswith("--set")) or other.startswith(f"{key}."):
-                raise UserError(f"--set {change!r}: {option} changes {other} too, and one undoes the other: give one")
+                raise UserError(f"--set {change!r}: expected one change of {other}, got {option} too; leave one out")
         _apply(settings, change)
         made[key] = f"--set {change!r}"
     return settings
 
 
 def parse(settings: dict[str, Any], where: str) -> Recipe:
-    """A recipe from plain keys and values; all mistakes in one ``UserError``."""
+    """Return the recipe of plain keys and values.
+
+    Args:
+        where: origin of the settings, for messages.
+
+    Raises:
+        UserError: with all mistakes in one line.
+    """
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -285,57 +317,65 @@ def parse(settings: dict[str, Any], where: str) -> Recipe:
 def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override!r}: wanted key=value, e.g. --set training.steps=200")
+        raise UserError(f"--set {override!r}: expected key=value, such as --set training.steps=200")
     value = read(text, f"--set {override!r}")
     *parents, last = key.split(".")
-    place = settings
+    group = settings
     for parent in parents:
-        below = _group(place, parent) if place is settings else place.setdefault(parent, {})
+        below = _group(group, parent) if group is settings else group.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise UserError(f"--set {override!r}: {parent} is not a group of settings")
-        place = below
-    place[last] = value
+            raise UserError(f"--set {override!r}: expected a group of settings, got {parent}, which is none")
+        group = below
+    group[last] = value
 
 
-def _group(settings: dict[str, Any], name: str) -> Any:  # noqa: ANN401 whatever stands there
-    """A group of a recipe, to change something in it; a plain value becomes its field first."""
-    there = settings.setdefault(name, {})
-    if name in PLAIN and isinstance(there, str):
-        there = settings[name] = {PLAIN[name]: there}
-    return there
+def _group(settings: dict[str, Any], name: str) -> Any:  # noqa: ANN401 the user's own value
+    """Return a group of settings to be changed; a plain value becomes a group with its field first."""
+    group = settings.setdefault(name, {})
+    if name in PLAIN and isinstance(group, str):
+        group = settings[name] = {PLAIN[name]: group}
+    return group
 
 
 def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
-    """One mistake, by the path that can be typed: the tag of a union is no part of it."""
-    place = item["loc"]
-    tags = [i > 0 and place[i - 1] == "loss" and part in LOSSES for i, part in enumerate(place)]
-    path = ".".join(str(part) for part, tag in zip(place, tags, strict=True) if not tag) or "recipe"
+    """Return the message of a mistake, with the path that a user can type: without the tags of unions."""
+    keys = item["loc"]
+    tags = [i > 0 and keys[i - 1] == "loss" and part in LOSSES for i, part in enumerate(keys)]
+    path = ".".join(_key(part) for part, tag in zip(keys, tags, strict=True) if not tag) or "recipe"
     if item["type"] == "union_tag_invalid":
         name = item["ctx"]["tag"]
-        return f"{path}.name: loss {name!r} is unknown{_guess(name, LOSSES)} (fmm-distill losses lists them)"
+        return f"{path}.name: expected a loss of fmm-distill losses, got {name!r}{_guess(name, LOSSES)}"
     if item["type"] == "union_tag_not_found":
-        return f"{path}: wanted a group with a name, e.g. {{name: lagrangian}} (got {_shown(item['input'])})"
+        return f"{path}: expected a group with a name, such as {{name: lagrangian}} (got {_shown(item['input'])})"
     if item["type"] == "extra_forbidden":
-        of = next((part for part, tag in zip(place, tags, strict=True) if tag), None)
+        of = next((part for part, tag in zip(keys, tags, strict=True) if tag), None)
         if of is not None:
             known = [f"{path.rpartition('.')[0]}.{name}" for name in SETTINGS[of].model_fields]
-            whole = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from that loss's own settings"
-            return f"{path} is not a setting of {of}{_guess(path, known)} ({whole})"
+            hint = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from the defaults of that loss"
+            return f"{path} is not a setting of {of}{_guess(path, known)} ({hint})"
+        if new := _RENAMED.get(".".join(part for part in path.split(".") if not part.isdecimal())):
+            return f"{path} is not a setting; expected its new name, {new}"
         return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | Settings) else f" (got {_shown(item['input'])})"
     return f"{path}: {message}{got}"
 
 
+def _key(part: int | str) -> str:
+    """Return a key as a message has it: in quotes if it has a line break or another letter that can't be printed."""
+    text = str(part)
+    return text if text.isprintable() else repr(text)
+
+
 def _shown(value: object) -> str:
-    """A value of any size, in a line."""
+    """Return a value of any size in one short line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return " ".join(short.repr(value).split())
 
 
 def _written_out(value: Any) -> Any:  # noqa: ANN401 plain settings
-    """Plain settings of which no part is shared: a change of one place is not one of another that an alias made."""
+    """Return a copy of plain settings without shared parts, such as YAML's aliases make: each can be changed alone."""
     if isinstance(value, dict):
         return {key: _written_out(part) for key, part in value.items()}
     return [_written_out(part) for part in value] if isinstance(value, list) else value

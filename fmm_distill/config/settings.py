@@ -1,7 +1,8 @@
-"""The groups of a recipe's settings."""
+"""Groups of recipe settings."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -19,6 +20,7 @@ __all__ = [
     "GuidanceSettings",
     "LoggingSettings",
     "LoraSettings",
+    "OptimizerSettings",
     "PromptSettings",
     "Stage",
     "StudentSettings",
@@ -28,118 +30,123 @@ __all__ = [
 ]
 
 
-# Groups of which a plain value is one of their fields.
+# A plain value in place of one of these groups sets this field.
 PLAIN = {"data": "source"}
 
-# Names of features; anything else is a file.
+# Built-in features; any other value is the path of a TorchScript module.
 FEATURES = ("digits", "inception", "none")
 
-# Checkpoints are sorted by eight digits of their step, regression and training together.
+# Regression and training together: folders of checkpoints are named by eight digits of the step.
 MOST_STEPS = 40_000_000
-# Far above what a process holds: a typing error fails here and not in an allocation.
+BETAS = (0.9, 0.99)
+# Far more than fits into memory: a typing error fails here and not in an allocation.
 MOST_SAMPLES = 2**20
 # torch seeds its generators with signed 64 bits.
 LAST_SEED = 2**63 - 1
-# A step of AdamW changes a weight by about the rate: above it float32 overflows at once.
+# AdamW changes a weight by about the learning rate per step: a larger one overflows float32 in a few steps.
 MOST_RATE = 1e30
 
 
 def _once(steps: tuple[int, ...]) -> tuple[int, ...]:
-    """Numbers of steps in ascending order: where rows and folders are written the order has no meaning."""
+    """Sort numbers of steps, which name rows and folders, and refuse duplicates."""
     twice = sorted({number for number in steps if steps.count(number) > 1})
     if twice:
-        raise ValueError(f"{', '.join(map(str, twice))} is there twice; expected each number of steps once")
+        raise ValueError(f"expected each number of steps once, not {', '.join(map(str, twice))} twice")
     return tuple(sorted(steps))
 
 
 Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(max_length=64), AfterValidator(_once)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0, le=1000)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters in place of training every weight."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the network's own weights are not trained."""
 
     rank: int = Field(default=0, ge=0, le=65536)
-    """Of the adapters; 0: every weight is trained."""
+    """Rank of the adapters; 0 trains every weight."""
     targets: tuple[str, ...] = Field(default=(), max_length=256)
-    """Endings of the layers' names that are adapted; none: the attention and feed-forward projections."""
+    """Name endings of the layers that get adapters; empty: the attention and feed-forward projections."""
 
 
 class StudentSettings(Settings):
-    """How the student starts."""
+    """The student's prediction type, its start and its adapters."""
 
     prediction: Literal["teacher", "v_prediction"] = "teacher"
-    """What its network predicts: as the teacher's, or v_prediction (better conditioned than epsilon near noise)."""
+    """Prediction type of the network: the teacher's, or v_prediction, which is better conditioned near noise than
+    epsilon."""
     regression_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps of regression on the teacher's velocity first; needed when the prediction changes."""
+    """Steps of regression on the teacher's velocity before the loss; required if the prediction type changes."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters."""
 
 
 class PromptSettings(Settings):
-    """What a teacher of prompts is told."""
+    """Prompts that condition the teacher."""
 
     file: str | None = None
-    """A text file (UTF-8) with one prompt per line; without it and a dataset: the empty prompt alone."""
+    """UTF-8 text file with one prompt per line. Without a file and a dataset, the empty prompt is the only one."""
     dataset: str | None = None
-    """A Hub dataset, or a parquet, CSV, TSV, JSON or JSON-lines file, whose column holds the prompts."""
+    """Hub dataset, or Parquet, CSV, TSV, JSON or JSON Lines file, with a column of prompts."""
     column: str = "text"
-    """The dataset's column."""
+    """Column of the dataset that has the prompts."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.file is not None and self.dataset is not None:
-            raise ValueError("prompts.file and prompts.dataset are two sources: give one")
+            raise ValueError("expected one source of prompts, got prompts.file and prompts.dataset; leave one out")
         return self
 
 
 class TrajectorySettings(Settings):
-    """Trajectories that the teacher solves before training."""
+    """Teacher trajectories, solved before training."""
 
     count: int = Field(default=4096, ge=1, le=10**8)
-    """Trajectories, each from a noise of its own."""
+    """Number of trajectories; each starts from its own noise."""
     points: int = Field(default=9, ge=2, le=10_000)
-    """Times at which each is kept, from t_max to t_min, equally far apart in the teacher's timesteps."""
+    """Stored points per trajectory, from t_max to t_min, at equal distances in the teacher's timesteps."""
     solver_steps: int = Field(default=64, ge=1, le=1_000_000)
-    """RK4 steps of each; a multiple of points - 1."""
+    """RK4 steps per trajectory; a multiple of points - 1."""
 
     @model_validator(mode="after")
     def _steps_end_at_points(self) -> Self:
         if self.solver_steps % (self.points - 1):
             raise ValueError(
-                f"solver_steps {self.solver_steps} does not split over the {self.points - 1} stretches between points "
-                f"{self.points}: wanted a multiple"
+                f"solver_steps: expected a multiple of {self.points - 1}, the number of intervals between "
+                f"points: {self.points}, got {self.solver_steps}"
             )
         return self
 
 
 class DataSettings(Settings):
-    """What jumps start from besides noise. A string in its place is the source alone."""
+    """Data that jumps may start from, in addition to noise. A plain string sets the source."""
 
     source: str = "none"
-    """none (noise alone), teacher (trajectories), a Hub dataset, a folder of images, parquet, or a table of files."""
+    """none (noise alone), teacher (trajectories), a Hub dataset, a folder of images, a Parquet file, or a table with a
+    column of image files."""
     config: str | None = None
-    """Configuration of a Hub dataset that has several; none: the one that there is."""
+    """Configuration of a Hub dataset; null if the dataset has one only."""
     split: str = "train"
-    """Of a Hub dataset or a folder; a slice such as train[:1000] is the start of it."""
+    """Split of a Hub dataset or a folder; train[:1000] takes the first 1000 rows."""
     image: str | None = None
-    """The column of images; none: the one that there is."""
+    """Column of images; null if the table has one only."""
     condition: str | None = None
-    """The column of classes or captions, for a teacher that is told one."""
+    """Column of classes or captions, for a conditional teacher."""
     fit: Literal["none", "crop"] = "none"
-    """Images of another size are refused, or resized (antialiased) to cover the teacher's size and center-cropped."""
+    """Treatment of images of another size: none refuses them; crop resizes them (with antialiasing) until they cover
+    the teacher's size, and crops the center."""
     background: Literal["white", "gray", "black"] = "white"
-    """Color that images with transparent pixels are composited on."""
+    """Background color of images with transparent pixels."""
     flip: bool = False
-    """Mirror each picked image, left and right, with chance 1/2."""
+    """Flip each image horizontally with probability 1/2."""
     max_corrupt: float = Field(default=0.01, ge=0, le=1)
-    """Share of the images that may be unreadable; they are skipped, and their number is logged."""
+    """Largest fraction of unreadable images, which are skipped; their number is logged."""
     on_policy: float | None = Field(default=None, ge=0, le=1)
-    """Share of samples that start from the student's own jump all the same; none: 0 with data, 1 without."""
+    """Fraction of samples whose jump starts at a point that the student itself reaches from noise; null: 0 with data,
+    1 without."""
     trajectories: TrajectorySettings = TrajectorySettings()
-    """Of source: teacher."""
+    """Trajectories of source: teacher."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,12 +157,12 @@ class DataSettings(Settings):
     @classmethod
     def _no_is_none(cls, value: object) -> object:
         if value is False:
-            raise ValueError("YAML reads no and off as false; for no data give none")
+            raise ValueError("expected text, and YAML reads no and off as false; try none for no data")
         return value
 
     @property
     def has_images(self) -> bool:
-        """Whether there are images: something to noise, and to compare with."""
+        """True if the source has images, which can be noised and compared with."""
         return self.source not in ("none", "teacher")
 
     @model_validator(mode="after")
@@ -166,42 +173,43 @@ class DataSettings(Settings):
             if not self.has_images and getattr(self, name) != type(self).model_fields[name].default
         ]
         if idle:
-            raise ValueError(f"{idle[0]} is of images, and source {self.source} has none: leave it out")
+            raise ValueError(f"{idle[0]}: expected a source of images, got source: {self.source}; leave {idle[0]} out")
         if self.source != "teacher" and self.trajectories != TrajectorySettings():
-            raise ValueError("trajectories act with source: teacher only")
+            raise ValueError(f"trajectories: expected source: teacher, got source: {self.source}; leave them out")
         if self.source == "none" and self.on_policy not in (None, 1.0):
-            raise ValueError("on_policy below 1 acts with data or source: teacher; without, every jump starts from one")
+            raise ValueError(f"on_policy: expected 1 or null without data, got {self.on_policy:g}; leave it out")
         return self
 
 
 class GuidanceSettings(Settings):
-    """Classifier-free guidance of the teacher; the student learns the guided velocity."""
+    """Classifier-free guidance of the teacher (arXiv 2207.12598); the student learns the guided velocity."""
 
     scale: Scale = 1.0
-    """v_null + scale (v - v_null); 1: the teacher unguided. A network that is told its guidance is told this."""
+    """Scale in v_null + scale (v - v_null); 1 is the unguided teacher. A network with a guidance input gets it."""
     range: tuple[Scale, Scale] | None = None
-    """Scales that become an input of the student; scale is then the one that is evaluated and folded."""
-    interval: tuple[Share, Share] = (0.0, 1.0)
-    """Times between which it acts."""
+    """Smallest and largest scale, for a student with a guidance input, which is evaluated and folded at scale."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Times between which guidance is applied (arXiv 2404.07724)."""
     weaker: str | None = None
-    """Autoguidance: a weaker teacher of the same kind, whose velocity takes the place of v_null."""
-
+    """Weaker teacher of the same kind for autoguidance (arXiv 2406.02507): its velocity replaces v_null."""
     weaker_revision: str | None = None
-    """Branch, tag or commit of a weaker teacher on the Hub."""
+    """Branch, tag or commit of the weaker teacher on the Hub."""
 
     @model_validator(mode="after")
     def _weaker_acts(self) -> Self:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"guidance.interval {list(self.interval)}: wanted two times in [0, 1], the smaller first")
+            raise ValueError(f"guidance.interval: expected two increasing times in [0, 1], got {list(self.interval)}")
         if self.range is not None and not 0 <= self.range[0] <= self.scale <= self.range[1] > self.range[0]:
             raise ValueError(
-                f"guidance.range {list(self.range)} with guidance.scale {self.scale:g}: wanted two scales of at least "
-                "0, the smaller first, and guidance.scale between them: it is the one that is evaluated and folded"
+                "guidance.range: expected two increasing scales of at least 0, with guidance.scale between them, "
+                f"got {list(self.range)} with guidance.scale: {self.scale:g}"
             )
         if self.weaker is not None and self.scale == 1 and self.range is None:
-            raise ValueError("guidance.weaker acts with another guidance.scale than 1")
+            raise ValueError(
+                "guidance.weaker: expected a guidance.scale other than 1, at which it has no effect, got 1"
+            )
         if self.weaker_revision is not None and self.weaker is None:
-            raise ValueError("guidance.weaker_revision is of guidance.weaker, and there is none: leave it out")
+            raise ValueError("guidance.weaker_revision: expected guidance.weaker with it, got none; leave it out")
         return self
 
 
@@ -229,47 +237,76 @@ class Stage(Settings):
     """Its own pairs of times; none: those of the recipe."""
 
 
+class OptimizerSettings(Settings):
+    """The optimizer: any dense first-order optimizer of torch.optim."""
+
+    name: str = "AdamW"
+    """Class name in torch.optim, such as AdamW, Adam, NAdam, SGD, RMSprop or Adafactor."""
+    lr: float = Field(default=1e-3, gt=0, le=MOST_RATE)
+    """Peak learning rate, which training.warmup_steps and training.lr_schedule scale."""
+    betas: tuple[Rate, Rate] = BETAS
+    """Decay rates of the running averages of the gradient and its square, for optimizers with the argument betas;
+    with others the default is ignored and any other value is refused."""
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
+    """Weight decay, as the optimizer defines it: decoupled in AdamW, an L2 penalty in Adam and SGD."""
+    options: dict[str, bool | int | float | str | list[float] | None] = Field(default_factory=dict, max_length=32)
+    """Further keyword arguments of the optimizer, such as {momentum: 0.9} of SGD."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _numbers_in_text(cls, options: object) -> object:
+        if not isinstance(options, dict):
+            return options
+        # YAML reads 1e-8, without a point, as text.
+        number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
+        return {
+            key: float(value) if isinstance(value, str) and number.fullmatch(value) else value
+            for key, value in options.items()
+        }
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_no_fields(cls, options: dict[str, object]) -> dict[str, object]:
+        if fields := sorted(options.keys() & {*cls.model_fields, "params"}):
+            raise ValueError(f"expected keyword arguments other than {', '.join(fields)}")
+        return options
+
+
 class TrainingSettings(Settings):
-    """The loop."""
+    """The training loop."""
 
     steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
     """Optimizer steps on the loss, after the student's regression steps."""
     batch_size: int = Field(default=64, ge=1, le=MOST_SAMPLES)
-    """Samples in one optimizer step, over all processes."""
-    accumulation: int = Field(default=1, ge=1, le=MOST_SAMPLES)
-    """Parts that a process's share of the batch is split into, to save memory."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=MOST_RATE)
-    """Peak learning rate of AdamW."""
-    weight_decay: float = Field(default=0.0, ge=0, le=100)
-    """AdamW's decoupled weight decay."""
-    betas: tuple[Rate, Rate] = (0.9, 0.99)
-    """AdamW's averaging rates."""
+    """Samples per optimizer step, over all processes."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=MOST_SAMPLES)
+    """Forward and backward passes per optimizer step; each process splits its samples over them, which saves memory."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps over which the learning rate grows from 0."""
-    decay: Literal["constant", "cosine"] = "cosine"
-    """What the learning rate does after its warm-up."""
-    clip: float = Field(default=1.0, gt=0, le=MOST_RATE)
-    """Largest norm of the gradient."""
+    """Steps of linear learning rate warm-up."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or half a cosine down to 0 at the last step."""
+    max_grad_norm: float = Field(default=1.0, gt=0, le=MOST_RATE)
+    """Largest gradient norm; a larger gradient is scaled down to it."""
     ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
-    """Rate of the exponential moving average that is evaluated and exported, shorter in the first steps; of several
-    rates the evaluation chooses one, and targets of an average follow the first."""
-    bad_steps: int = Field(default=5, ge=1, le=MOST_STEPS)
-    """Steps in a row with a loss or a gradient that is no number, each of which is left out, after which the run goes
-    back to its newest checkpoint with half the learning rate; the second time it stops."""
-    refresh_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps after which the frozen copy that target: frozen follows becomes the student's average; 0: it stays."""
+    """Decay of the exponential moving average of the weights, which is evaluated and exported; smaller in the first
+    steps. If several are given, the evaluation chooses one, and losses with an average as target use the first."""
+    max_non_finite_steps: int = Field(default=5, ge=1, le=MOST_STEPS)
+    """Consecutive steps with a non-finite loss or gradient, which update nothing, before the run returns to its newest
+    checkpoint and halves the learning rate; at the second time it stops."""
+    target_update_every: int = Field(default=0, ge=0, le=MOST_STEPS)
+    """Steps between updates of the frozen target network (target: frozen) to the student's average; 0: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the student's forward pass; derivatives, weights and losses stay in float32."""
+    """Precision of the student's forward pass; derivatives, weights and losses are in float32."""
     gradient_checkpointing: bool = False
-    """Compute the student's blocks again in the backward pass: less memory; derivatives with gradients are central."""
+    """Recompute the student's blocks in the backward pass, to save memory; derivatives with a graph become central."""
     compile: Literal["none", "inductor", "eager"] = "none"
-    """Compile teacher and student with torch.compile (eager: trace them only); derivatives are central then."""
+    """Backend of torch.compile for teacher and student (eager traces only); derivatives become central."""
     seed: int = Field(default=0, ge=0, le=LAST_SEED)
-    """Every draw is a function of it, the step and the place in the batch."""
+    """Seed of all random draws, each a function of seed, step and index in the batch."""
     checkpoint_every: int = Field(default=500, ge=1, le=MOST_STEPS)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
-    """Checkpoints that stay on disk."""
+    checkpoints_total_limit: int = Field(default=2, ge=1, le=MOST_STEPS)
+    """Number of checkpoints on disk; older ones are removed."""
 
     @field_validator("ema", mode="before")
     @classmethod
@@ -280,76 +317,76 @@ class TrainingSettings(Settings):
     @classmethod
     def _rates_differ(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
-            raise ValueError(f"{list(rates)}: wanted at least one rate, and rates that differ")
+            raise ValueError("expected one or more different rates")
         return rates
 
 
 class EvaluationSettings(Settings):
-    """What is measured at the end, and on the way."""
+    """Evaluation at the end of training and during it."""
 
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Optimizer steps after which the first moving average is measured on the way; 0: only at the end."""
+    """Optimizer steps between evaluations of the first moving average; 0: only at the end."""
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
-    """Numbers of DDIM steps of the teacher, to compare with."""
+    """Numbers of DDIM steps of the teacher, as baselines."""
     dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
-    """Numbers of DPM-Solver++ (2M) steps of the teacher, to compare with."""
+    """Numbers of DPM-Solver++ (2M) steps of the teacher, as baselines."""
     unipc_steps: Steps = ()
-    """Numbers of UniPC steps of the teacher, to compare with."""
+    """Numbers of UniPC steps of the teacher, as baselines."""
     heun_steps: Steps = ()
-    """Numbers of Heun steps of the teacher, to compare with; each takes two network calls, the last one."""
+    """Numbers of Heun steps of the teacher, as baselines; two network calls per step, one in the last."""
     samples: int = Field(default=1024, ge=2, le=10**7)
-    """Images for the Fréchet distance."""
+    """Images per row of the Fréchet distance."""
     endpoint_samples: int = Field(default=256, ge=1, le=10**6)
-    """Noises for the endpoint error."""
+    """Samples of the endpoint error."""
     endpoint_solver_steps: int = Field(default=64, ge=1, le=100_000)
-    """RK4 steps of the teacher's ODE solution; half as many are solved too, and the difference reported."""
+    """RK4 steps of the reference solution of the teacher's ODE. Its error is estimated from half as many steps."""
     features: str = "none"
     """Features of the Fréchet distance: digits (the built-in classifier), inception (extra `fid`), none (no distance),
-    or the path of a TorchScript module (*.pt) from float images in [0, 1], [batch, channels, height, width], to
-    [batch, d]."""
+    or the path of a TorchScript module (*.pt) that maps float images in [0, 1], [batch, channels, height, width], to
+    features, [batch, d]."""
     reference: DataSettings | None = None
-    """Images to compare with; null: those of data, or with features: digits the built-in ones."""
+    """Reference images; null: the images of data, or the built-in digits with features: digits."""
     clip: str | None = None
-    """A CLIP model (Hub id or folder) that scores the images of a teacher of prompts; null: not measured."""
+    """CLIP model (Hub id or folder) that scores images against their prompts; null: no score."""
     batch_size: int = Field(default=256, ge=1, le=MOST_SAMPLES)
-    """Images at a time."""
+    """Images per network call."""
 
     @field_validator("features")
     @classmethod
     def _known_features(cls, value: str) -> str:
         if value not in FEATURES and not value.endswith(".pt"):
-            raise ValueError(f"wanted {', '.join(FEATURES)}, or the path of a TorchScript module, which ends in .pt")
+            raise ValueError(f"expected {', '.join(FEATURES)}, or the path of a TorchScript module, which ends in .pt")
         return value
 
     @model_validator(mode="after")
     def _fits_features(self) -> Self:
         if self.reference is not None and not self.reference.has_images:
-            raise ValueError(f"evaluation.reference {self.reference.source}: wanted images, or null")
+            raise ValueError(f"evaluation.reference: expected a source of images, or null, got {self.reference.source}")
         if self.reference is not None and self.features == "none":
-            raise ValueError("evaluation.reference acts with features, and evaluation.features is none: give features")
+            raise ValueError("evaluation.reference: expected evaluation.features with it, got none; try inception")
         if self.samples < 4 and self.features != "none":
-            raise ValueError(f"evaluation.samples {self.samples}: kernel distances take halves of 2; wanted at least 4")
+            raise ValueError(f"evaluation.samples: expected at least 4 with features, got {self.samples}")
         return self
 
 
 class ExportSettings(Settings):
-    """What is written for others to load."""
+    """The exported pipelines."""
 
     steps: Steps = (1, 2, 4, 8)
-    """Folded stock pipelines, one for each number of steps; each must divide the teacher's timesteps."""
+    """Numbers of steps of the folded stock pipelines, one pipeline each; divisors of the teacher's timesteps."""
 
 
 class LoggingSettings(Settings):
-    """Where the numbers go besides the run folder."""
+    """Experiment trackers, in addition to the run folder."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that accelerate starts; none: the JSON lines alone."""
+    """Trackers that accelerate starts; steps.jsonl is written in any case."""
 
     @field_validator("trackers")
     @classmethod
     def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(trackers)) < len(trackers):
-            raise ValueError(f"{list(trackers)}: expected each tracker once")
+            raise ValueError("expected each tracker once")
         return trackers

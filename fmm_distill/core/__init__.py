@@ -1,1 +1,1 @@
-"""The mathematics: time axis, schedules, flow maps, derivatives and solvers. It needs torch alone."""
+"""The mathematics: time axis, schedules, flow maps, derivatives and solvers. It depends on torch alone."""

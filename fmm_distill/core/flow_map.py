@@ -21,15 +21,21 @@ __all__ = ["FlowMap", "LearnedFlowMap", "diagonal"]
 
 
 class FlowMap(ABC):
-    """A two-time map of the teacher's ODE: from ``x`` at time t to time r, identity at r = t by construction.
+    """A two-time map of a velocity field's ODE, from x at time t to time r; the identity at r = t by construction.
 
-    What differs between maps is one function, the mean velocity as a function of the jump's length
-    ``h = clock.warp(t) - clock.warp(r)``, and the clock that measures it.
+    A subclass defines the mean velocity as a function of the length of the jump,
+    ``h = clock.warp(t) - clock.warp(r)``. The map is X of Boffi, Albergo and Vanden-Eijnden 2024 (arXiv 2406.07507) on
+    the time axis of ``core.time_axis``.
+
+    Attributes:
+        clock: measures the length of jumps.
+        t_max: the latest start of a jump.
+        needs_functional_jvp: a call with a graph installs hooks that dual tensors do not pass: blocks are computed
+            again in the backward pass, or weights are gathered from other processes. ``torch.func.jvp`` is used then.
     """
 
     clock: Clock
     t_max: float
-    # Whether a call with a graph leaves hooks that forward mode has no rule for: blocks computed again, or gathered.
     needs_functional_jvp: bool = False
 
     @abstractmethod
@@ -40,7 +46,7 @@ class FlowMap(ABC):
         h: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """u of the jump of length h that starts at t."""
+        """Return the mean velocity u of the jump of length h that starts at t, shape ``[batch, *event]``."""
 
     def mean_velocity(
         self,
@@ -49,7 +55,7 @@ class FlowMap(ABC):
         r: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """``u(x, t, r)``, which is the velocity where r = t (tangent condition)."""
+        """Return ``u(x, t, r)``, the velocity ``v(x, t)`` at r = t (tangent condition)."""
         return self.mean_velocity_of_jump(x, t, self.clock.warp(t) - self.clock.warp(r), cond)
 
     def __call__(
@@ -59,16 +65,16 @@ class FlowMap(ABC):
         r: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """``X(x, t, r)``."""
+        """Return ``X(x, t, r)``, shape ``[batch, *event]``."""
         return x - expand(t - r, x) * self.mean_velocity(x, t, r, cond)
 
 
 class LearnedFlowMap(FlowMap, nn.Module):
-    """A flow map with parameters: what a trainer trains."""
+    """A flow map with parameters, to be trained."""
 
 
 def diagonal(flow_map: FlowMap) -> VelocityField:
-    """The velocity that a map implies, ``u(x, t, t)``: what a self-distilled loss takes for its teacher's."""
+    """Return the velocity field of a map, ``u(x, t, t)``, which self-distillation uses as its teacher's."""
 
     def velocity(
         x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None

@@ -1,6 +1,6 @@
-"""From what a network says to a velocity: the schedule, the prediction, and how the network is called.
+"""The velocity of a network: its schedule, its prediction, and how it is called.
 
-Teacher and student share it, so a student that says what its teacher says has its teacher's velocity.
+Teacher and student share it: with the same output, they have the same velocity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Call", "Parametrization", "call_stock", "keywords"]
 
 
 class Call(Protocol):
-    """How a network is asked for its prediction."""
+    """The call of a network."""
 
     def __call__(
         self,
@@ -35,32 +35,40 @@ class Call(Protocol):
         cond: Conditioning | None,
         h: Float[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch *event"]:
-        """The prediction at x (teacher's coordinates); a stock network is never given h."""
+        """Return the prediction at x.
+
+        Args:
+            x: in the teacher's coordinates.
+            time: the network's time, shape ``[batch]``.
+            h: lengths of the jumps, shape ``[batch]``; None: a stock network, which has no such input.
+        """
         ...
 
 
 def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
-    """A condition and the jump's length as keywords of a call, dots led into dictionaries.
+    """Return conditions and the length of the jump as keywords of a network's call.
 
-    The scale of guidance goes with the length: a stock network is told neither.
+    A name with a dot becomes an entry of a nested dictionary. The guidance scale is passed with the length only: a
+    stock network has neither input.
     """
-    given: dict[str, Any] = {} if h is None else {"h": h}
+    arguments: dict[str, Any] = {} if h is None else {"h": h}
     if cond is None:
-        return given
+        return arguments
     if h is not None and cond.guidance is not None:
-        given["w"] = cond.guidance.to(h)
-    given |= {name: dict(value) if isinstance(value, dict) else value for name, value in cond.shared.items()}
+        arguments["w"] = cond.guidance.to(h)
+    # Copies of the dictionaries: entries are added to them.
+    arguments |= {name: dict(value) if isinstance(value, dict) else value for name, value in cond.shared.items()}
     for name, rows in cond.inputs.items():
         *groups, last = name.split(".")
-        place = given
+        target = arguments
         for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = rows
-    return given
+            target = target.setdefault(group, {})
+        target[last] = rows
+    return arguments
 
 
 def call_stock(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None) -> Tensor:
-    """``network(x, time, **condition).sample``; channels beyond those of x are a learned variance and left out."""
+    """Return ``network(x, time, **conditions).sample``, without the channels of a learned variance."""
     output: Tensor = network(x, time, **keywords(cond, h)).sample
     return output[:, : x.shape[1]]
 
@@ -70,8 +78,9 @@ class Parametrization:
     """A network's output as a velocity on the time axis.
 
     Attributes:
-        sigma_data: of the preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1), where the teacher has it:
-            the network's input is scaled by c_in, its output by c_out, and c_skip x added.
+        call: calls the network; ``call_stock`` for most.
+        sigma_data: of the preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1): the network's input is
+            scaled by c_in, its output by c_out, and c_skip x is added; None: no preconditioning.
     """
 
     schedule: Schedule
@@ -87,10 +96,14 @@ class Parametrization:
         cond: Conditioning | None = None,
         h: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """The velocity at x and t (of the jump of length h, from a two-time network)."""
+        """Return the velocity at x and t, shape ``[batch, *event]``.
+
+        Args:
+            h: lengths of the jumps from t, for a two-time network; the result is then the mean velocity.
+        """
         alpha, sigma = self.schedule.alpha_sigma(t)
         x_teacher = expand(alpha + sigma, x) * x
-        # Times are never cast below float32: 999 is 1000 in bfloat16.
+        # Times are never cast below float32: in bfloat16, 999 is 1000.
         precise = torch.promote_types(x.dtype, torch.float32)
         time = self.schedule.network_time(t).to(precise)
         h = None if h is None else h.to(precise)
@@ -104,9 +117,13 @@ class Parametrization:
         return velocity_from_prediction("sample", sample, x_teacher, alpha, sigma)
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """The teacher's own start at t_max, in the coordinates of the axis.
+        """Return the start of sampling at t_max, in the coordinates of the time axis.
 
-        Its x_T is N(0, I) where variance is preserved, though sigma is a little below 1 there; else sigma_max N(0, I).
+        It is N(0, I) for a variance-preserving teacher, although its last sigma is slightly below 1, since stock
+        samplers start there; else ``sigma_max N(0, I)``.
+
+        Args:
+            noise: N(0, I).
         """
         t = torch.full((len(noise),), self.schedule.t_max, dtype=torch.float64, device=noise.device)
         alpha, sigma = self.schedule.alpha_sigma(t)

@@ -1,4 +1,4 @@
-"""Fixed-step solvers along a velocity field, from noise to data, and the teacher's converged endpoint."""
+"""Fixed-step solvers of a velocity field's ODE, and the converged endpoint of a trajectory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def solve(
     method: Method = "rk4",
     cond: Conditioning | None = None,
 ) -> Float[Tensor, "batch *event"]:
-    """The solution of ``dx/dt = v(x, t)`` at ``times[-1]``, started from x at ``times[0]``.
+    """Return the solution of ``dx/dt = v(x, t)`` at ``times[-1]``, shape ``[batch, *event]``.
 
-    ``times`` holds one time for all samples in a row, or a row of one time a sample. Orders
-    1, 2 and 4; 1, 2 and 4 calls a step.
+    Args:
+        x: the start, at ``times[0]``.
+        times: grid points, shape ``[points]`` for all samples or ``[points, batch]`` for each its own.
+        method: ``euler``, ``heun`` (Heun's method) or ``rk4`` (the classical Runge-Kutta method), of order 1, 2 and 4
+            with as many velocity calls per step.
     """
 
-    def at(position: Tensor, time: Tensor) -> Tensor:
-        return velocity(position, time.expand(len(position)), cond)
+    def at(x: Tensor, time: Tensor) -> Tensor:
+        return velocity(x, time.expand(len(x)), cond)
 
     for t, r in pairwise(times):
         step = expand(r - t, x)
@@ -62,11 +65,13 @@ def endpoint(
     steps: int,
     cond: Conditioning | None = None,
 ) -> Float[Tensor, "batch *event"]:
-    """Where the teacher's ODE takes x from t_max: RK4 with equal shares of the way down to t_min, then x0_hat.
+    """Return the data that the ODE leads to from x at t_max: RK4 down to t_min, then one Euler step to ``x0_hat``.
 
-    The last stretch, from t_min to data, is one Euler step, as in the stock DDIM sampler.
+    Args:
+        steps: of RK4, of equal size in the teacher's own count.
     """
-    shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
-    x = solve(velocity, x, schedule.time_at(shares), cond=cond)
+    progress = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
+    x = solve(velocity, x, schedule.time_at(progress), cond=cond)
+    # The teacher is not trained below t_min: the stock DDIM sampler makes the same last step.
     last = torch.full((len(x),), schedule.t_min, dtype=torch.float64, device=x.device)
     return x - expand(last, x) * velocity(x, last, cond)

@@ -1,8 +1,8 @@
 """The time axis: t = 1 is noise, t = 0 is data, ``x_t = (1 - t) x_0 + t eps``, ``v = E[eps - x_0 | x_t]``.
 
-Every Gaussian path is brought here exactly: with a teacher's own ``x = alpha x_0 + sigma eps``,
-``t = sigma / (alpha + sigma)`` and ``x_t = x / (alpha + sigma)``. Nothing after this file knows another axis.
-The papers on flow map matching run the other way; ``docs/time-axis.md`` has the translation.
+Every Gaussian path ``x = alpha x_0 + sigma eps`` is this path up to a change of variables,
+``t = sigma / (alpha + sigma)`` and ``x_t = x / (alpha + sigma)``. The rest of the package uses this axis alone. In the
+papers on flow map matching time has the opposite direction; ``docs/time-axis.md`` has the translation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def expand(times: Float[Tensor, " batch"], like: Float[Tensor, "batch *event"]) -> Tensor:
-    """``times`` with trailing ones and the dtype of ``like``, to multiply it sample by sample."""
+    """Return the times with shape ``[batch, 1, ..., 1]`` and the dtype of ``like``, to multiply it sample by sample."""
     return times.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
@@ -33,11 +33,17 @@ def velocity_from_prediction(
     alpha: Float[Tensor, " batch"],
     sigma: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch *event"]:
-    """``v = eps_hat - x0_hat`` from a network's output at ``x = alpha x_0 + sigma eps`` (teacher's coordinates).
+    """Return ``v = eps_hat - x0_hat`` from a network's output at x, shape ``[batch, *event]``.
 
-    ``v_prediction`` is ``alpha eps - sigma x_0`` with ``alpha^2 + sigma^2 = 1`` (Salimans and Ho 2022,
-    arXiv 2202.00512, appendix D), ``flow_prediction`` the velocity where alpha + sigma = 1, ``score`` the gradient
-    of the log density, ``-eps_hat / sigma``. ``epsilon`` is amplified by 1/alpha, ``sample`` by 1/sigma.
+    - ``epsilon``: the noise; its errors are amplified by 1 / alpha.
+    - ``sample``: the data; its errors are amplified by 1 / sigma.
+    - ``v_prediction``: ``alpha eps - sigma x_0`` with ``alpha^2 + sigma^2 = 1`` (Salimans and Ho 2022,
+      arXiv 2202.00512, appendix D).
+    - ``flow_prediction``: the velocity itself, for ``alpha + sigma = 1``.
+    - ``score``: the gradient of the log density, ``-eps_hat / sigma``.
+
+    Args:
+        x: ``alpha x_0 + sigma eps``, in the teacher's coordinates.
     """
     if prediction == "flow_prediction":
         return output
@@ -52,42 +58,42 @@ def velocity_from_prediction(
 
 
 class Clock(Protocol):
-    """How a flow map measures the length of a jump: ``h = position(t) - position(r)``."""
+    """The variable in which a flow map measures the length of a jump, ``h = warp(t) - warp(r)``."""
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """A smooth increasing function of t, of order one over the whole axis."""
+        """Return a smooth increasing function of t that changes by about 1 from t_min to t_max."""
         ...
 
     def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The derivative of ``warp``."""
+        """Return the derivative of ``warp`` in t."""
         ...
 
 
 class TimeAxis(Clock, Protocol):
-    """A clock with ends: the stretch of time that a teacher is trained on."""
+    """A clock with ends: the interval of times on which a teacher is trained."""
 
     t_min: float
     t_max: float
 
-    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time at a share of the way from t_min to t_max, equal steps of the teacher's own count."""
+    def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return the time at a progress from 0 (t_min) to 1 (t_max), in equal steps of the teacher's own count."""
         ...
 
 
 class LinearClock:
-    """``position(t) = t``: closed-form maps and flow models without shift, on the stretch [t_min, t_max]."""
+    """The time axis of closed-form maps and of flow models without shift: ``warp(t) = t`` on [t_min, t_max]."""
 
     def __init__(self, t_min: float = 0.0, t_max: float = 1.0) -> None:
         self.t_min, self.t_max = t_min, t_max
 
-    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time at a share of the way from t_min to t_max."""
-        return self.t_min + (self.t_max - self.t_min) * share
+    def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return ``t_min + (t_max - t_min) progress``."""
+        return self.t_min + (self.t_max - self.t_min) * progress
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time itself."""
+        """Return t."""
         return t
 
     def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """One."""
+        """Return ones."""
         return torch.ones_like(t)

@@ -16,7 +16,7 @@ from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.features import unit_images
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.io.lock import locked
-from fmm_distill.training.memory import held_by
+from fmm_distill.training.memory import peak_memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,7 +154,7 @@ class SampleGenerator:
         hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
         draws = self.draws(range(WARM_UP))
         try:
-            memory = held_by(lambda: self._sampled(sampler, draws), self.device)
+            memory = peak_memory_of(lambda: self._sampled(sampler, draws), self.device)
         finally:
             hook.remove()
         return Cost(len(calls), memory)

@@ -60,23 +60,28 @@ class Monitor:
         self.lines: list[dict[str, Any]] | None = None
         self.evaluation: tuple[Evaluator, Gallery] | None = None
 
-    def reached(self, step: int) -> None:
+    def reached(self, step: int) -> list[dict[str, Any]] | None:
         """Remove results of later steps, and evaluate if this step is due and has no result.
 
         Args:
             step: the number of finished steps; the evaluation at the end of the run has the last.
 
+        Returns:
+            The rows, in the first process and only if it evaluated.
+
         Raises:
             UserError: if a file can't be written.
         """
+        rows = None
         every, main = self.recipe.evaluation.every, self.accelerator.is_main_process
         if main:
             self.lines = self._cut(step)
         if every and 0 < step < self.total and step % every == 0:
             student = self.student()
             if main and all(line["step"] != step for line in self.lines or ()):
-                self._evaluate(step, student)
+                rows = self._evaluate(step, student)
             self.accelerator.wait_for_everyone()
+        return rows
 
     def _cut(self, step: int) -> list[dict[str, Any]]:
         """Return the lines up to a step, and remove the others from the file."""
@@ -94,7 +99,7 @@ class Monitor:
                 picture.unlink()
         return earlier
 
-    def _evaluate(self, step: int, student: Student) -> None:
+    def _evaluate(self, step: int, student: Student) -> list[dict[str, Any]]:
         device = self.accelerator.device
         # A feature network is initialized from the global generator before its weights are loaded.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -114,6 +119,7 @@ class Monitor:
         self.lines = [*(self.lines or ()), line]
         log_rows(self.accelerator, line["rows"], step)
         log_picture(self.accelerator, picture, step)
+        return list(line["rows"])
 
     def _open(self, device: torch.device) -> tuple[Evaluator, Gallery]:
         settings = self.recipe.evaluation

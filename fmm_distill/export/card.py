@@ -1,17 +1,18 @@
-"""The model card that travels with a student, from the facts and the numbers beside it."""
+"""The model card of an exported student, made from its manifest and its evaluation."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.export.contents import record
-from fmm_distill.export.manifest import read_about, write_about
-from fmm_distill.export.public import known_paths, public_about, public_evaluation
+from fmm_distill.export.manifest import read_manifest, write_manifest
+from fmm_distill.export.public import known_paths, public_evaluation, public_manifest
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from types import UnionType
 
     from fmm_distill.evaluation.result import Evaluation
-    from fmm_distill.export.manifest import About
+    from fmm_distill.export.manifest import StudentManifest
 
 __all__ = ["card", "write_card"]
 
@@ -34,19 +35,19 @@ CITATION = """@article{boffi2025flowmap,
 _HERE = "<this folder>"
 
 
-def write_card(folder: Path, about: About, evaluation: Evaluation | None, run: Path) -> None:
-    """Write ``README.md`` and what it is made of into an exported folder: facts, numbers, pictures and the recipe.
+def write_card(folder: Path, manifest: StudentManifest, evaluation: Evaluation | None, run: Path) -> None:
+    """Write ``README.md`` and its sources into an exported folder: manifest, numbers, pictures and the recipe.
 
     Args:
-        evaluation: None: its numbers are not those of this student, and the card says that there are none.
-        run: where the recipe and the pictures are.
+        evaluation: None: its numbers are not those of this student, and the card reports none.
+        run: the folder with the recipe and the pictures.
     """
     # A user may have removed a picture from the run; the card then shows none.
-    drawn = [name for name in ("samples.png", "steps.png") if (run / name).is_file()]
-    pictures = [] if evaluation is None else drawn
+    there = [name for name in ("samples.png", "steps.png") if (run / name).is_file()]
+    pictures = [] if evaluation is None else there
     for name in (*pictures, "recipe.yaml"):
         shutil.copyfile(run / name, folder / name)
-    write_about(folder, about)
+    write_manifest(folder, manifest)
     if evaluation is not None:
         write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_text(folder / "README.md", card(folder))
@@ -55,78 +56,115 @@ def write_card(folder: Path, about: About, evaluation: Evaluation | None, run: P
 
 
 def card(folder: Path, repo: str | None = None, branch: str | None = None, steps: tuple[int, ...] | None = None) -> str:
-    """The model card of an exported student, without the paths of this machine.
+    """Return the model card of an exported student, without the paths of this machine.
 
     Args:
-        repo: the Hub's name of where it is to be found, and ``branch`` there; None: in the folder.
-        steps: the numbers of steps whose folded pipelines are there; None: all that were exported.
+        repo: the repository on the Hub that the examples load; None: the folder.
+        branch: the branch there; None: the main one.
+        steps: the fixed numbers of steps whose pipelines are there; None: all that were exported.
 
     Raises:
         UserError: if the folder holds no exported student, or one of its files can't be read.
     """
-    facts = read_about(folder)
+    facts = read_manifest(folder)
     known = known_paths(folder, facts)
-    about, evaluation = public_about(facts, known), public_evaluation(folder, known)
+    manifest, evaluation = public_manifest(facts, known), public_evaluation(folder, known)
     if evaluation is not None:
         _check_rows(folder, evaluation)
-    steps = about.steps if steps is None else steps
-    revision = f" at {about.revision}" if about.revision else ""
-    name = about.teacher if repo is None else repo.split("/")[-1]
+    name = manifest.teacher if repo is None else repo.split("/")[-1]
+    place = _Place(repo, branch)
     parts = [
-        f"---\n{_metadata(about, evaluation, name).to_yaml().strip()}\n---",
-        f"# A few-step student of {about.teacher}",
-        f"A flow map (arXiv 2406.07507) distilled from {about.teacher}{revision} with fmm_distill {about.fmm_distill}: "
-        "one network that jumps between any two times of its teacher's ODE, so that the number of steps is chosen when "
-        "it is called.",
-        *(["![samples: the same noise down each column](samples.png)"] if (folder / "samples.png").is_file() else []),
-        f"## Load it\n\n{_folded(about, steps, repo, branch)}\n\n{_any_step(about, repo, branch)}",
-        *([_LORA] if about.lora else []),
-        f"## What it loses, what it gains\n\n{_numbers(evaluation, (folder / 'steps.png').is_file())}",
-        f"## How it was made\n\n{_made(about)}",
-        f"## Limits\n\n{about.limits}",
-        f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nIts losses are those of {'; '.join(about.made['papers'])}.",
+        f"---\n{_metadata(manifest, evaluation, name).to_yaml().strip()}\n---",
+        f"# A few-step student of {manifest.teacher}",
+        _introduction(manifest),
+        *(["![samples: the same noise in each column](samples.png)"] if (folder / "samples.png").is_file() else []),
+        f"## How to use\n\n{_usage(manifest, manifest.steps if steps is None else steps, place)}",
+        *([_LORA] if manifest.lora else []),
+        f"## Evaluation\n\n{_numbers(evaluation, (folder / 'steps.png').is_file())}",
+        f"## Training\n\n{_training(manifest)}",
+        f"## Limitations\n\n{manifest.limits}",
+        f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nThe losses are from {'; '.join(manifest.training['papers'])}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-_LORA = """`lora/` holds what was trained: the adapters as `load_lora_weights` reads them, and the embedding of the
-jump's length, which stock diffusers has no place for. The pipelines here have both merged into their weights."""
+_LORA = """`lora/` holds the trained adapters, as `load_lora_weights` reads them, and the embedding of the jump's
+length, for which stock diffusers has no input. The pipelines here have both merged into their weights."""
 
 
-def _folded(about: About, steps: tuple[int, ...], repo: str | None, branch: str | None) -> str:
-    """How to load a fixed number of steps, or why there is none to load."""
+@dataclass(frozen=True)
+class _Place:
+    """A repository of the Hub with a branch, or the folder of the card."""
+
+    repo: str | None
+    branch: str | None
+
+    @property
+    def revision(self) -> str:
+        """The argument of the branch, for a call."""
+        return "" if self.repo is None or self.branch is None else f', revision="{self.branch}"'
+
+
+def _introduction(manifest: StudentManifest) -> str:
+    revision = f" (revision {manifest.revision})" if manifest.revision else ""
+    return (
+        f"A few-step generator, distilled from {manifest.teacher}{revision} with fmm_distill {manifest.fmm_distill}. "
+        "It is a flow map (arXiv 2406.07507): one network that jumps between any two times of its teacher's ODE. The "
+        "number of steps is chosen at each call."
+    )
+
+
+def _usage(manifest: StudentManifest, steps: tuple[int, ...], place: _Place) -> str:
+    if manifest.not_any_step:
+        return _weights(manifest, place)
+    return f"{_fixed(manifest, steps, place)}\n\n{_any_step(manifest, place)}"
+
+
+def _fixed(manifest: StudentManifest, steps: tuple[int, ...], place: _Place) -> str:
+    """How to load a fixed number of steps, or the reason why there is none."""
     if not steps:
-        reason = f": {about.not_folded}" if about.not_folded else ""
+        reason = f": {manifest.not_fixed}" if manifest.not_fixed else ""
         return f"There is no pipeline for a fixed number of steps{reason}."
     last = steps[-1]
     lines = [f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps]
-    if repo is None:
+    if place.repo is None:
         opened = f'pipeline = DiffusionPipeline.from_pretrained("{_HERE}/steps-{last}")'
     else:
-        revision = "" if branch is None else f', revision="{branch}"'
         opened = (
             "from huggingface_hub import snapshot_download\n"
-            f'folder = snapshot_download("{repo}"{revision}, allow_patterns="steps-{last}/*")\n'
+            f'folder = snapshot_download("{place.repo}"{place.revision}, allow_patterns="steps-{last}/*")\n'
             f'pipeline = DiffusionPipeline.from_pretrained(f"{{folder}}/steps-{last}")'
         )
-    code = f"from diffusers import DiffusionPipeline\n{opened}\n{about.folded.replace('{steps}', str(last))}"
-    said = "A fixed number of steps, by stock diffusers, no code from this repository:"
-    return "\n\n".join([said, f"```python\n{code}\n```", "\n".join(lines)])
+    call = manifest.fixed_call.replace("{steps}", str(last))
+    code = f"from diffusers import DiffusionPipeline\n{opened}\n{call}"
+    title = "For a fixed number of steps, with stock diffusers and without code from this repository:"
+    return "\n\n".join([title, f"```python\n{code}\n```", "\n".join(lines)])
 
 
-def _any_step(about: About, repo: str | None, branch: str | None) -> str:
-    revision = "" if branch is None else f', revision="{branch}"'
-    return f"""Any number of steps; its code is two files of this repository:
+def _any_step(manifest: StudentManifest, place: _Place) -> str:
+    return f"""For any number of steps, with code from this repository (two files):
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("{repo or _HERE}"{revision}, trust_remote_code=True)
-{about.any_step.replace("{steps}", "3")}
+pipeline = DiffusionPipeline.from_pretrained("{place.repo or _HERE}"{place.revision}, trust_remote_code=True)
+{manifest.any_step_call.replace("{steps}", "3")}
+```"""
+
+
+def _weights(manifest: StudentManifest, place: _Place) -> str:
+    return f"""The repository holds the weights and the configuration of the network, and no pipeline:
+{manifest.not_any_step}. With the teacher, as a `Teacher` or any object with a velocity, it opens in Python:
+
+```python
+import torch
+from fmm_distill import load_student
+student = load_student("{place.repo or _HERE}"{place.revision}, teacher=teacher)
+samples = student.generate(torch.randn(4, *student.event_shape), steps=3)
 ```"""
 
 
 def _check_rows(folder: Path, evaluation: dict[str, Any]) -> None:
-    """Refuse numbers that the card has no form for."""
+    """Refuse an evaluation without the numbers that the card shows."""
     todo, where = "export the student again", f"{folder / 'evaluation.json'}: "
     number = float | None
     row: dict[str, type | UnionType] = {"sampler": str, "steps": int, "calls": int, "seconds_per_image": number}
@@ -139,16 +177,17 @@ def _check_rows(folder: Path, evaluation: dict[str, Any]) -> None:
     check_keys(f"{where}protocol", evaluation["protocol"], keys, todo=todo)
 
 
-def _numbers(evaluation: dict[str, Any] | None, drawn: bool) -> str:
+def _numbers(evaluation: dict[str, Any] | None, plotted: bool) -> str:
     if evaluation is None:
         return "It was not evaluated."
-    parts = [_table(evaluation["rows"]), *(["![quality against network calls](steps.png)"] if drawn else [])]
+    parts = ["Of endpoint error and Fréchet distance, lower is better."]
+    parts += [_table(evaluation["rows"]), *(["![quality against network calls](steps.png)"] if plotted else [])]
     parts.append("\n".join(f"- {key}: {value}" for key, value in evaluation["protocol"].items()))
     return "\n\n".join(parts)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The numbers that every evaluation has, then what else was measured."""
+    """Return a Markdown table: the columns that every evaluation has, then the other ones that were measured."""
     main = {"endpoint_error": "endpoint error", "frechet": "Fréchet distance", "seconds_per_image": "seconds per image"}
     forms = {column.key: column.form for column in COLUMNS}
     titles = main | {
@@ -163,30 +202,35 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _made(about: About) -> str:
-    made = about.made
-    hours = "" if about.hours is None else f", {about.hours:.2g} hours"
+def _training(manifest: StudentManifest) -> str:
+    training = manifest.training
+    hours = "" if manifest.hours is None else f", {manifest.hours:.2g} hours"
     lines = [
-        f"- {made['steps']} steps of {made['batch_size']} samples{hours}; loss {made['loss']}; seed {made['seed']}",
-        f"- data: {made['data']}",
-        "- every setting: `recipe.yaml`",
+        f"- {training['steps']} steps of {training['batch_size']} samples{hours}",
+        f"- loss: {training['loss']}",
+        f"- data: {training['data']}",
+        f"- seed: {training['seed']}",
+        "- all settings: `recipe.yaml`",
     ]
-    if about.where is not None:
-        lines.append("- " + ", ".join(f"{name} {value}" for name, value in about.where.items()))
+    if manifest.environment is not None:
+        lines.append("- environment: " + ", ".join(f"{name} {value}" for name, value in manifest.environment.items()))
     return "\n".join(lines)
 
 
-def _metadata(about: About, evaluation: dict[str, Any] | None, name: str) -> ModelCardData:
-    """What the Hub reads."""
-    results = [] if evaluation is None or about.pipeline_tag is None else _results(about.pipeline_tag, evaluation)
-    # A relation to a model that the Hub does not have is none.
-    base: dict[str, Any] = {"base_model": about.teacher, "base_model_relation": "finetune"} if about.revision else {}
-    license: dict[str, Any] = about.license
+def _metadata(manifest: StudentManifest, evaluation: dict[str, Any] | None, name: str) -> ModelCardData:
+    """Return the metadata that the Hub reads."""
+    task = manifest.pipeline_tag
+    results = [] if evaluation is None or task is None else _results(task, evaluation)
+    base: dict[str, Any] = {}
+    if manifest.revision:
+        # A relation to a model that the Hub does not have is an error there.
+        base = {"base_model": manifest.teacher, "base_model_relation": "finetune"}
+    license: dict[str, Any] = manifest.license
     return ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=about.pipeline_tag,
+        library_name="fmm_distill" if manifest.not_any_step else "diffusers",
+        pipeline_tag=task,
         tags=["flow-map", "distillation", "fmm-distill"],
-        datasets=None if about.dataset is None else [about.dataset],
+        datasets=None if manifest.dataset is None else [manifest.dataset],
         model_name=name if results else None,
         eval_results=results or None,
         **license,
@@ -195,12 +239,12 @@ def _metadata(about: About, evaluation: dict[str, Any] | None, name: str) -> Mod
 
 
 def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
-    """The student's rows in the metadata of the Hub, a dataset for each kind of reference."""
+    """Return the student's rows as results in the metadata of the Hub, one dataset per kind of reference."""
     protocol, results = evaluation["protocol"], []
     for row in evaluation["rows"]:
         if row["sampler"] != "student":
             continue
-        told = {"num_inference_steps": row["steps"], "network_calls": row["calls"]}
+        arguments = {"num_inference_steps": row["steps"], "network_calls": row["calls"]}
         if row["endpoint_error"] is not None:
             results.append(
                 EvalResult(
@@ -210,7 +254,7 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
                     metric_type="endpoint-error",
                     metric_name=f"endpoint error, num_inference_steps={row['steps']}",
                     metric_value=round(row["endpoint_error"], 5),
-                    metric_args=told,
+                    metric_args=arguments,
                 )
             )
         if row["frechet"] is None:
@@ -225,7 +269,7 @@ def _results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
                 metric_type=kind,
                 metric_name=f"{kind} of {protocol.get('frechet_samples')} samples, num_inference_steps={row['steps']}",
                 metric_value=round(row["frechet"], 4),
-                metric_args=told | {"features": protocol["frechet"]},
+                metric_args=arguments | {"features": protocol["frechet"]},
             )
         )
     return results

@@ -1,4 +1,4 @@
-"""What an exported student is: the facts of its card, in ``student.json`` beside it."""
+"""The manifest of an exported student, ``student.json``: its facts for people and programs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["ABOUT", "About", "about_student", "read_about", "write_about"]
+__all__ = ["MANIFEST", "StudentManifest", "make_manifest", "read_manifest", "write_manifest"]
 
-ABOUT = "student.json"
+MANIFEST = "student.json"
 _TYPES: dict[str, type | UnionType] = {
     "fmm_distill": str,
     "teacher": str,
@@ -34,9 +34,10 @@ _TYPES: dict[str, type | UnionType] = {
     "license": dict,
     "pipeline_tag": str | None,
     "steps": list,
-    "not_folded": str | None,
-    "any_step": str,
-    "folded": str,
+    "not_any_step": str | None,
+    "not_fixed": str | None,
+    "any_step_call": str,
+    "fixed_call": str,
     "limits": str,
     "pipeline": str | None,
     "scheduler": dict,
@@ -44,11 +45,11 @@ _TYPES: dict[str, type | UnionType] = {
     "guidance": dict | None,
     "lora": bool,
     "dataset": str | None,
-    "made": dict,
-    "where": dict | None,
+    "training": dict,
+    "environment": dict | None,
     "hours": float | None,
 }
-_MADE: dict[str, type | UnionType] = {
+_TRAINING: dict[str, type | UnionType] = {
     "loss": str,
     "papers": list,
     "steps": int,
@@ -59,27 +60,30 @@ _MADE: dict[str, type | UnionType] = {
 
 
 @dataclass(frozen=True)
-class About:
-    """What people and programs have to know of an exported student.
+class StudentManifest:
+    """The facts of an exported student, for its model card and for the programs that open it.
 
     Attributes:
         fmm_distill: the version that wrote it.
-        teacher: the id or folder of its teacher; ``revision``: the commit, if it is on the Hub.
-        license: what the Hub calls ``license``, and its name and link where it has them; empty: not stated.
-        pipeline_tag: the Hub's name of the task; None: it has none.
-        steps: the numbers of steps with a folded pipeline.
-        not_folded: why there are none, if there can be none.
-        any_step, folded: how the pipelines are called; ``{steps}`` stands for the number of steps.
-        limits: what it can't do, what guidance is in its weights.
-        pipeline: the stock class of its teacher's pipeline, where students are copies of it; None: they are not.
-        scheduler: the configuration of its teacher's scheduler, with what the student predicts.
-        call: keywords of that pipeline's call besides prompt and guidance.
-        guidance: the scale that its network is told, and the range that it knows or null; None: it is told none.
-        lora: whether its adapters are beside it.
-        dataset: the Hub id of the images it was trained with, if there is one.
-        made: loss, papers, steps, batch size, seed and data of its training.
-        where: versions and device; None: not kept.
-        hours: of training; None: not kept.
+        teacher: the id or folder of the teacher.
+        revision: the commit of the teacher on the Hub; None: it is not from the Hub.
+        license: ``license``, ``license_name`` and ``license_link`` of the teacher's model card; empty: not stated.
+        pipeline_tag: the Hub's name of the task; None: the Hub has none for it.
+        steps: the fixed numbers of steps that there is a stock pipeline for.
+        not_any_step: the reason why there are weights alone; None: there is an any-step pipeline.
+        not_fixed: the reason why no fixed number of steps has a pipeline; None: it can have one.
+        any_step_call: an example of a call of the any-step pipeline, with ``{steps}`` for the number of steps.
+        fixed_call: an example of a call of a pipeline of a fixed number of steps, with ``{steps}`` for the number.
+        limits: what the student can't do, and which guidance is in its weights.
+        pipeline: the class of the teacher's pipeline that students are copies of; None: they are no copies.
+        scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
+        call: keywords of the pipeline's call other than prompt and guidance.
+        guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
+        lora: whether ``lora/`` has the adapters.
+        dataset: the Hub id of the images that it was trained with; None: there is none.
+        training: loss, papers, steps, batch size, seed and data of its training.
+        environment: versions and device; None: not recorded.
+        hours: duration of the training; None: not recorded.
     """
 
     fmm_distill: str
@@ -88,9 +92,10 @@ class About:
     license: dict[str, Any]
     pipeline_tag: str | None
     steps: tuple[int, ...]
-    not_folded: str | None
-    any_step: str
-    folded: str
+    not_any_step: str | None
+    not_fixed: str | None
+    any_step_call: str
+    fixed_call: str
     limits: str
     pipeline: str | None
     scheduler: dict[str, Any]
@@ -98,81 +103,82 @@ class About:
     guidance: dict[str, Any] | None
     lora: bool
     dataset: str | None
-    made: dict[str, Any]
-    where: dict[str, Any] | None
+    training: dict[str, Any]
+    environment: dict[str, Any] | None
     hours: float | None
 
     def to_json(self) -> str:
-        """As ``student.json`` has it."""
+        """Return the text of ``student.json``."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def about_student(
+def make_manifest(
     student: Student,
     teacher: Teacher,
     recipe: Recipe,
     steps: tuple[int, ...],
     run: Path | None = None,
     trained: int | None = None,
-) -> About:
-    """The facts of a student that is exported with ``steps`` folded pipelines.
+) -> StudentManifest:
+    """Return the facts of a student that is exported with pipelines for these fixed numbers of steps.
 
     Args:
         run: the run's folder, for hardware and hours.
-        trained: steps that were made; None: all of the recipe.
+        trained: the number of training steps; None: all of the recipe.
     """
-    exporter = exporter_of(teacher)
-    reason = exporter.not_fixed
-    return About(
+    exporter, pipeline = exporter_of(teacher), teacher.pipeline
+    return StudentManifest(
         fmm_distill=__version__,
         teacher=teacher.source,
         revision=teacher.revision,
         license=dict(teacher.license or {}),
         pipeline_tag=_task(teacher),
-        steps=() if reason else steps,
-        not_folded=reason,
-        any_step=_example(teacher, any_step=True),
-        folded=_example(teacher, any_step=False),
+        steps=() if exporter.not_fixed else steps,
+        not_any_step=exporter.not_any_step,
+        not_fixed=exporter.not_fixed,
+        any_step_call=_example(teacher, any_step=True),
+        fixed_call=_example(teacher, any_step=False),
         limits=_limits(recipe, teacher),
-        pipeline=None if teacher.pipeline is None else teacher.pipeline.class_name,
+        pipeline=None if pipeline is None else pipeline.class_name,
         scheduler=_scheduler(student, teacher),
-        call={} if teacher.pipeline is None else dict(teacher.pipeline.call),
+        call={} if pipeline is None else dict(pipeline.call),
         guidance=_guidance(teacher),
         lora=has_lora(student.network),
         dataset=_dataset(recipe),
-        made=_made(recipe, trained),
-        where=_environment(run),
+        training=_training(recipe, trained),
+        environment=_environment(run),
         hours=_hours(run, recipe),
     )
 
 
-def write_about(folder: Path, about: About) -> None:
+def write_manifest(folder: Path, manifest: StudentManifest) -> None:
     """Write ``student.json``."""
-    write_text(folder / ABOUT, about.to_json())
-    record(folder, ABOUT)
+    write_text(folder / MANIFEST, manifest.to_json())
+    record(folder, MANIFEST)
 
 
-def read_about(folder: Path) -> About:
-    """What ``write_about`` wrote.
+def read_manifest(folder: Path) -> StudentManifest:
+    """Read what ``write_manifest`` wrote.
 
     Raises:
         UserError: if the folder holds no student, or one of another version of fmm_distill.
     """
-    file = folder / ABOUT
+    file = folder / MANIFEST
     if not file.is_file():
-        raise UserError(f"{folder} holds no exported student (no {ABOUT}); wanted what fmm-distill export writes")
+        raise UserError(f"{folder}: expected an exported student, got a folder without {MANIFEST}; export one into it")
     todo = f"export the student again with fmm_distill {__version__}"
-    kept = read_mapping(file, todo=todo)
-    if missing := sorted(_TYPES.keys() - kept.keys()):
-        raise UserError(f"{file} was written by fmm_distill {kept.get('fmm_distill')}, without {missing[0]}; {todo}")
-    check_keys(str(file), kept, _TYPES, todo=todo)
-    check_keys(f"{file}: made", kept["made"], _MADE, todo=todo)
-    check_keys(f"{file}: scheduler", kept["scheduler"], {"_class_name": str}, todo=todo)
-    if kept["guidance"] is not None:
-        check_keys(f"{file}: guidance", kept["guidance"], {"scale": float, "range": list | None}, todo=todo)
-    for number, n in enumerate(kept["steps"]):
+    found = read_mapping(file, todo=todo)
+    if missing := sorted(_TYPES.keys() - found.keys()):
+        raise UserError(f"{file} was written by fmm_distill {found.get('fmm_distill')}, without {missing[0]}; {todo}")
+    check_keys(str(file), found, _TYPES, todo=todo)
+    check_keys(f"{file}: training", found["training"], _TRAINING, todo=todo)
+    if found["not_any_step"] is None:
+        check_keys(f"{file}: scheduler", found["scheduler"], {"_class_name": str}, todo=todo)
+    if found["guidance"] is not None:
+        check_keys(f"{file}: guidance", found["guidance"], {"scale": float, "range": list | None}, todo=todo)
+    for number, n in enumerate(found["steps"]):
         check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
-    return About(**({name: kept[name] for name in _TYPES} | {"steps": tuple(kept["steps"])}))
+    return StudentManifest(**({name: found[name] for name in _TYPES} | {"steps": tuple(found["steps"])}))
 
 
 def _example(teacher: Teacher, *, any_step: bool) -> str:
@@ -241,7 +247,7 @@ def _dataset(recipe: Recipe) -> str | None:
     return source if named and not Path(source).exists() else None
 
 
-def _made(recipe: Recipe, trained: int | None) -> dict[str, Any]:
+def _training(recipe: Recipe, trained: int | None) -> dict[str, Any]:
     total = recipe.student.regression_steps + recipe.training.steps
     losses = [*(stage.loss for stage in recipe.before), recipe.loss, *(term.loss for term in recipe.also)]
     return {
@@ -255,14 +261,14 @@ def _made(recipe: Recipe, trained: int | None) -> dict[str, Any]:
 
 
 def _environment(run: Path | None) -> dict[str, Any] | None:
-    kept = None if run is None else run / "environment.json"
-    if kept is None or not kept.is_file():
+    file = None if run is None else run / "environment.json"
+    if file is None or not file.is_file():
         return None
-    return read_mapping(kept, todo="remove it, then run the same command again")
+    return read_mapping(file, todo="remove it, then run the same command again")
 
 
 def _hours(run: Path | None, recipe: Recipe) -> float | None:
-    """Of the steps that the log has; a last line that is not whole is none."""
+    """Return the hours of the steps in the log. An incomplete last line is ignored."""
     log = None if run is None else run / "steps.jsonl"
     if log is None or not log.is_file():
         return None

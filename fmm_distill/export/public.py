@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fmm_distill.export.local_paths import config_without_paths, is_local, public_name, without_paths
-from fmm_distill.export.manifest import About
+from fmm_distill.export.manifest import StudentManifest
 from fmm_distill.io.reading import read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["known_paths", "public_about", "public_evaluation", "public_json", "public_recipe", "public_teacher"]
+__all__ = ["known_paths", "public_evaluation", "public_json", "public_manifest", "public_recipe", "public_teacher"]
 
 _TODO = "export the student again"
 
@@ -26,20 +26,20 @@ def public_teacher(teacher: str, revision: str | None) -> str:
     return teacher if revision is not None or teacher.startswith("builtin:") else public_name(teacher)
 
 
-def known_paths(folder: Path, about: About) -> dict[str, str]:
+def known_paths(folder: Path, manifest: StudentManifest) -> dict[str, str]:
     """The paths in an exported student's recipe, as they were written and as they resolve, to their public names."""
-    named = _sources(about, _recipe(folder))
+    named = _sources(manifest, _recipe(folder))
     paths = {value: public_name(value) for value, local in named if local}
     full = {str(Path(path).expanduser().absolute()): name for path, name in paths.items()}
     return full | {str(Path(path).expanduser()): name for path, name in paths.items()} | paths
 
 
-def public_about(about: About, known: Mapping[str, str]) -> About:
+def public_manifest(manifest: StudentManifest, known: Mapping[str, str]) -> StudentManifest:
     """The facts with a name in the place of each path."""
-    facts: dict[str, Any] = without_paths(asdict(about), known)
+    facts: dict[str, Any] = without_paths(asdict(manifest), known)
     facts["scheduler"] = config_without_paths(facts["scheduler"])
-    facts["teacher"] = public_teacher(about.teacher, about.revision)
-    return About(**(facts | {"steps": about.steps}))
+    facts["teacher"] = public_teacher(manifest.teacher, manifest.revision)
+    return StudentManifest(**(facts | {"steps": manifest.steps}))
 
 
 def public_json(file: Path, known: Mapping[str, str]) -> str:
@@ -57,12 +57,12 @@ def public_evaluation(folder: Path, known: Mapping[str, str]) -> dict[str, Any] 
     return without_paths(read_mapping(file, {"protocol": dict, "rows": list}, todo=_TODO), known)
 
 
-def public_recipe(folder: Path, about: About, known: Mapping[str, str]) -> str:
+def public_recipe(folder: Path, manifest: StudentManifest, known: Mapping[str, str]) -> str:
     """The text of ``recipe.yaml`` with a name in the place of each path; Hub ids stay."""
     recipe = _recipe(folder)
     for place, key in _places(recipe):
         value = place[key]
-        if value in known and (value, True) in _sources(about, recipe):
+        if value in known and (value, True) in _sources(manifest, recipe):
             place[key] = known[value]
     far = {path: name for path, name in known.items() if "/" in path or "\\" in path}
     return yaml.safe_dump(without_paths(recipe, far), sort_keys=False, allow_unicode=True)
@@ -87,13 +87,13 @@ def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return group if isinstance(group, dict) else {}
 
 
-def _sources(about: About, recipe: dict[str, Any]) -> list[tuple[str, bool]]:
+def _sources(manifest: StudentManifest, recipe: dict[str, Any]) -> list[tuple[str, bool]]:
     """Each source of a student, and whether it is on this machine."""
-    data = str(about.made["data"])
+    data = str(manifest.training["data"])
     # These were decided when the student was exported: the folders may be gone.
     decided = {
-        about.teacher: public_teacher(about.teacher, about.revision) != about.teacher,
-        data: data not in ("none", "teacher", about.dataset) and not data.startswith("builtin:"),
+        manifest.teacher: public_teacher(manifest.teacher, manifest.revision) != manifest.teacher,
+        data: data not in ("none", "teacher", manifest.dataset) and not data.startswith("builtin:"),
     }
     found = list(decided.items())
     for place, key in _places(recipe):

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, gradient norm, learning rate, images per second, the evaluations on the way."""
+"""The curves of a run: loss, gradient norm, learning rate, images per second, and evaluations during training."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy import ndarray
 
-__all__ = ["draw_curves", "running_mean"]
+__all__ = ["plot_curves", "running_mean"]
 
-# Of Okabe and Ito's palette, with markers: told apart by the color-blind.
+# Okabe and Ito's palette, and markers, which color-blind readers can distinguish.
 RAW, SMOOTH, BAD = "#56B4E9", "#003A5D", "#D55E00"
 STEPS = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 QUANTITIES = {"endpoint_error": "endpoint error", "frechet": "Fréchet distance"}
 
 
 def running_mean(values: Float[ndarray, " steps"], width: int) -> Float[ndarray, " steps"]:
-    """The mean of the ``width`` values up to each, of fewer at the start, of those that are numbers."""
+    """Return the mean of the finite values among the last ``width``, shape ``[steps]``; nan where there is none."""
     numbers = np.isfinite(values)
-    sums, counts = (np.cumsum(np.insert(kept, 0, 0.0)) for kept in (np.where(numbers, values, 0.0), numbers))
+    sums, counts = (np.cumsum(np.insert(one, 0, 0.0)) for one in (np.where(numbers, values, 0.0), numbers))
     first = np.maximum(np.arange(len(values)) + 1 - width, 0)
     count = counts[1:] - counts[first]
     return np.where(count > 0, (sums[1:] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
-def draw_curves(
+def plot_curves(
     records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], total: int, path: Path
 ) -> None:
-    """Draw what is logged of a run, over the steps done, with its phases marked.
+    """Plot the log of a run against the number of completed steps, with its phases marked.
 
     Args:
-        records: lines of ``steps.jsonl``, one or more.
-        evaluations: lines of ``evaluations.jsonl``, and one of the evaluation at the end: ``step`` and ``rows``.
-        total: steps of the whole run.
-        path: of the PNG, which is written.
+        records: the lines of ``steps.jsonl``, one or more.
+        evaluations: the lines of ``evaluations.jsonl`` and of the final evaluation, each with ``step`` and ``rows``.
+        total: the number of steps of the run.
+        path: the PNG file to write.
     """
     quantities = [name for name in QUANTITIES if any(row[name] is not None for e in evaluations for row in e["rows"])]
     heights = [2.2, 1.2, 1.2, 1.2, *(1.8 for _ in quantities)]
@@ -78,7 +78,7 @@ def draw_curves(
         _evaluations(axis, evaluations, quantity)
     bad = [record["step"] + 1 for record in records if "skipped" in record]
     if bad:
-        label = f"left out ({len(bad)})"
+        label = f"skipped ({len(bad)})"
         shown = axes[0].plot(
             bad, [0.04] * len(bad), "x", color=BAD, transform=axes[0].get_xaxis_transform(), label=label
         )
@@ -87,7 +87,7 @@ def draw_curves(
         axis.grid(visible=True, which="major", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     _phases(axes, records)
-    axes[-1].set_xlabel(f"steps done, of {total:,}")
+    axes[-1].set_xlabel(f"steps, of {total:,}")
     axes[-1].set_xlim(0, done[-1] * 1.01)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
@@ -99,7 +99,7 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> Float[ndarray, " 
 
 
 def _noisy(axis: Axes, records: Sequence[Mapping[str, Any]], values: Float[ndarray, " steps"], width: int) -> None:
-    """Every value in light; in dark their running mean, anew in each phase: losses have scales of their own."""
+    """Plot each value in light and the running mean of each phase in dark, as each loss has its own scale."""
     done = _column(records, "step") + 1
     dots = "." if len(values) <= 60 else ""
     axis.plot(done, values, color=RAW, linewidth=0.8, alpha=0.7, marker=dots)
@@ -108,20 +108,20 @@ def _noisy(axis: Axes, records: Sequence[Mapping[str, Any]], values: Float[ndarr
 
 
 def _edges(records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Where in the log each phase begins, and its length."""
+    """Return the index in the log at which each phase begins, and the length of the log."""
     changes = [i for i in range(1, len(records)) if records[i]["phase"] != records[i - 1]["phase"]]
     return [0, *changes, len(records)]
 
 
 def _logarithmic(axis: Axes, values: Float[ndarray, " values"]) -> None:
-    """A logarithmic axis whose ticks carry numbers, however little it spans; linear without two positive values."""
+    """Make an axis logarithmic, with labeled ticks on short spans too, if it has two positive values."""
     positive = values[np.isfinite(values) & (values > 0)]
     if len(positive) == 0 or positive.min() == positive.max():
         return
     axis.set_yscale("log")
     decades = np.log10(positive.max() / positive.min())
     if decades < 2.5:
-        # Less than a decade has too few ticks of its own.
+        # Matplotlib labels decades alone, and a span below 2.5 decades has one or two of them.
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades > 1 else MaxNLocator(5))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
@@ -131,7 +131,7 @@ def _logarithmic(axis: Axes, values: Float[ndarray, " values"]) -> None:
 
 
 def _evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], quantity: str) -> None:
-    """A line for each number of the student's steps; the teacher's best row dashed."""
+    """Plot a line for each number of steps of the student, and a dashed line for the teacher's best row."""
     rows = [(e["step"], row) for e in evaluations for row in e["rows"] if row[quantity] is not None]
     student = [(step, row) for step, row in rows if row["sampler"] == "student"]
     for i, steps in enumerate(sorted({row["steps"] for _, row in student})):
@@ -150,7 +150,7 @@ def _evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], quantity:
 
 
 def _phases(axes: Sequence[Axes], records: Sequence[Mapping[str, Any]]) -> None:
-    """A thin line where a phase begins, every second one shaded, its name above the first axes."""
+    """Mark each phase: a thin line at its start, its name above the first axis, and a shade on every second one."""
     for i, (first, last) in enumerate(pairwise(_edges(records))):
         start, end = records[first]["step"], records[last - 1]["step"] + 1
         for axis in axes:
@@ -158,7 +158,7 @@ def _phases(axes: Sequence[Axes], records: Sequence[Mapping[str, Any]]) -> None:
                 axis.axvspan(start, end, color="#000000", alpha=0.05, linewidth=0)
             if i:
                 axis.axvline(start, color="#777777", linewidth=0.8)
-        place = axes[0].get_xaxis_transform()
-        # Beside each other short phases would be written over each other.
+        above = axes[0].get_xaxis_transform()
+        # At two heights, the names of short phases don't overlap.
         height = 1.02 if i % 2 == 0 else 1.09
-        axes[0].text(start, height, records[first]["phase"], transform=place, fontsize=8, color="#333333")
+        axes[0].text(start, height, records[first]["phase"], transform=above, fontsize=8, color="#333333")

@@ -21,12 +21,12 @@ from fmm_distill.run.folder import (
     check_folder,
     check_images,
     check_prompts,
-    keep_commits,
-    keep_inputs,
     make_folder,
     pinned,
     read_evaluation,
     steps_done,
+    store_commits,
+    store_inputs,
     take_changes,
 )
 from fmm_distill.run.inputs import with_paths
@@ -118,12 +118,12 @@ def _train(
     on_first(accelerator, lambda: _make(folder, recipe, job, changes, tried, fresh=fresh))
     samples = prepare_samples(recipe, job.teacher, job.images, folder, accelerator)
     trainer = Trainer(job.student, job.teacher, recipe, samples, folder, accelerator)
-    average = partial(trainer.whole_average, recipe.training.ema[0])
+    average = partial(trainer.full_average, recipe.training.ema[0])
     watched = cast("Callable[[], Student]", average)
     monitor = Monitor(watched, job.teacher, recipe, job.reference, folder, accelerator)
     with tracked(accelerator, recipe, folder, steps_done(folder)):
-        trainer.run(monitor.reached)
-        averages = {rate: trainer.whole_average(rate) for rate in trainer.averages}
+        trainer.run(evaluate=monitor.reached)
+        averages = {rate: trainer.full_average(rate) for rate in trainer.averages}
         if accelerator.is_main_process:
             job.student = cast("Student", trainer.plain.to(accelerator.device))
             finish(job, averages, folder, accelerator)
@@ -135,8 +135,8 @@ def _make(folder: Path, recipe: Recipe, job: Plan, changes: list[str], tried: li
     make_folder(folder, recipe, fresh=fresh)
     if changes:
         take_changes(folder, recipe)
-    keep_commits(folder, job.teacher)
-    keep_inputs(folder, recipe, job.images)
+    store_commits(folder, job.teacher)
+    store_inputs(folder, recipe, job.images)
     if isinstance(job.teacher.conditions, Embeddings):
         write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
     for digest in tried:

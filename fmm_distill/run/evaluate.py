@@ -1,4 +1,4 @@
-"""What ``fmm-distill evaluate`` is asked about (a run, an exported student here or on the Hub), opened and measured."""
+"""``fmm-distill evaluate``: open a run or an exported student, here or on the Hub, and measure it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fmm_distill.evaluation.samplers import of_students, of_teacher
 from fmm_distill.evaluation.solvers import steps_within
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.load import fetch_student, load_student
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.io.cache import cache_path
 from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
@@ -44,22 +44,23 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Asked", "Subject", "measure_subject", "open_subject"]
+__all__ = ["EvaluationRequest", "EvaluationTarget", "measure_target", "open_target"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is wanted to be known.
+class EvaluationRequest:
+    """The options of one evaluation.
 
     Attributes:
-        against_teacher: with rows of the teacher: its solvers, and its own pipeline as the reference.
-        also: other pipelines or students, by id or folder, at ``also_steps``; none: at the student's.
-        teacher_steps: of the reference; None: its pipeline's own number.
-        guidance: a scale of a run with a range of them.
-        prompts: a file of prompts, for an exported student; None: those of its recipe.
-        evaluation: changes of the recipe's settings.
+        against_teacher: measure the teacher too: its solvers, and its own pipeline as the reference.
+        also: Hub ids or folders of other pipelines or students to measure.
+        also_steps: the numbers of steps of ``also``; empty: the student's.
+        teacher_steps: the number of steps of the reference; None: the default of its pipeline.
+        guidance: the guidance scale, for a run with ``guidance.range``; None: the recipe's.
+        prompts: a file of prompts, for an exported student; None: the recipe's.
+        evaluation: settings of the recipe's group ``evaluation`` to replace.
     """
 
     against_teacher: bool = True
@@ -72,11 +73,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A student, and what it is measured with.
+class EvaluationTarget:
+    """A student to evaluate, with its teacher, its settings and its reference images.
 
     Attributes:
-        knows_ode: the teacher is the one that it was distilled from, not the student's own diagonal.
+        source: the folder or Hub id that it was opened from.
+        knows_ode: the teacher is the pretrained one. Otherwise it is the student's own diagonal u(x, t, t), whose ODE
+            has no endpoints to compare with.
     """
 
     source: str
@@ -88,157 +91,165 @@ class Subject:
 
 
 @own_state()
-def open_subject(source: str, asked: Asked) -> Subject:
-    """The student of a run folder, of an exported folder or of the Hub, its teacher and its reference.
+def open_target(source: str, request: EvaluationRequest) -> EvaluationTarget:
+    """Open the student of a run folder, of an exported folder or of the Hub, its teacher and its reference images.
 
     Raises:
-        UserError: if it is none of these, or what is asked can't be measured.
+        UserError: if ``source`` is none of these, or the request doesn't fit it.
     """
     folder = Path(source).expanduser()
-    if (folder / ABOUT).is_file():
-        return _open_exported(source, folder, asked)
+    if (folder / MANIFEST).is_file():
+        return _open_exported(source, folder, request)
     if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
-        job = open_run(folder, asked.guidance, asked.evaluation)
-        return Subject(source, job.student, job.teacher, job.recipe.evaluation, job.reference, knows_ode=True)
-    return _open_exported(source, fetch_student(source), asked)
+        job = open_run(folder, request.guidance, request.evaluation)
+        return EvaluationTarget(source, job.student, job.teacher, job.recipe.evaluation, job.reference, knows_ode=True)
+    return _open_exported(source, fetch_student(source), request)
 
 
-def _open_exported(source: str, folder: Path, asked: Asked) -> Subject:
-    about = read_about(folder)
+def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> EvaluationTarget:
+    manifest = read_manifest(folder)
     recipe = (
-        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=about.teacher)
+        read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else Recipe(teacher=manifest.teacher)
     )
-    recipe = with_evaluation(recipe, asked.evaluation, source)
+    recipe = with_evaluation(recipe, request.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})
-    recipe = recipe.model_copy(update={"teacher": about.teacher, "revision": about.revision})
-    recipe = at_guidance(recipe, asked.guidance)
-    prompts = _prompts(recipe, asked)
+    recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
+    recipe = at_guidance(recipe, request.guidance)
+    prompts = _prompts(recipe, request)
     loaded = load_student(folder, prompts=prompts)
-    if asked.against_teacher:
+    if request.against_teacher:
         teacher = open_teacher(recipe, prompts)
     else:
         teacher = loaded.teacher
-        logger.info("the teacher is not opened (--against none): no rows of it, and no endpoint error")
+        logger.info("--against none: the teacher is not loaded, so its rows and the endpoint error are left out")
     check_evaluation(recipe.evaluation, teacher)
     images = None
     if recipe.data.has_images and recipe.evaluation.features != "none":
         images = load_images(recipe.data.model_copy(update={"condition": None}), image_shape(teacher))
     reference = open_reference(recipe, teacher, images)
-    return Subject(source, loaded.flow_map, teacher, recipe.evaluation, reference, knows_ode=asked.against_teacher)
+    return EvaluationTarget(
+        source, loaded.flow_map, teacher, recipe.evaluation, reference, knows_ode=request.against_teacher
+    )
 
 
-def _prompts(recipe: Recipe, asked: Asked) -> tuple[str, ...]:
-    if asked.prompts is not None:
-        return load_prompts(PromptSettings(file=asked.prompts))
+def _prompts(recipe: Recipe, request: EvaluationRequest) -> tuple[str, ...]:
+    if request.prompts is not None:
+        return load_prompts(PromptSettings(file=request.prompts))
     file = recipe.prompts.file
     if file is not None and not Path(file).expanduser().is_file():
         logger.warning(
-            f"the prompts of its recipe ({file}) are not here: it is asked for the empty prompt (--prompts FILE)"
+            f"{file}: the recipe's prompts are not on this machine; using the empty prompt (--prompts FILE sets others)"
         )
         return ()
     return load_prompts(recipe.prompts)
 
 
 @own_state()
-def measure_subject(subject: Subject, asked: Asked, report: Path | None = None) -> Evaluation | None:
-    """Measure a student beside what one would otherwise use.
+def measure_target(
+    target: EvaluationTarget, request: EvaluationRequest, report: Path | None = None
+) -> Evaluation | None:
+    """Measure a student, its teacher's solvers and other pipelines on the same noises.
 
     Args:
-        report: a folder that gets pictures and ``report.html``.
+        report: a folder for pictures and ``report.html``; None: none are made.
 
     Returns:
         The evaluation; None in processes other than the first.
 
     Raises:
-        UserError: on a pipeline beside it that can't be opened or makes other images.
+        UserError: if another pipeline can't be opened, or its samples have another shape.
     """
     accelerator = join_processes()
     with first_process_logs(accelerator):
-        return _measure(subject, asked, report, accelerator)
+        return _measure(target, request, report, accelerator)
 
 
-def _measure(subject: Subject, asked: Asked, report: Path | None, accelerator: Accelerator) -> Evaluation | None:
-    # The first process computes metrics, the ODE's end and pictures while the others wait for it.
-    device, teacher = accelerator.device, subject.teacher.to(accelerator.device)
-    student = subject.student.to(device).eval()
-    settings = subject.settings.model_copy(update=steps_within(teacher, subject.settings.steps))
-    if not asked.against_teacher:
+def _measure(
+    target: EvaluationTarget, request: EvaluationRequest, report: Path | None, accelerator: Accelerator
+) -> Evaluation | None:
+    # All processes generate samples; the first one alone computes metrics, ODE endpoints and pictures.
+    device, teacher = accelerator.device, target.teacher.to(accelerator.device)
+    student = target.student.to(device).eval()
+    settings = target.settings.model_copy(update=steps_within(teacher, target.settings.steps))
+    if not request.against_teacher:
         settings = settings.model_copy(update=dict.fromkeys(steps_within(teacher, (1,)), ()))
-    samplers = of_students({"student": student}, settings.steps, follows_ode=subject.knows_ode)
+    samplers = of_students({"student": student}, settings.steps, follows_ode=target.knows_ode)
     samplers += of_teacher(teacher, settings)
-    reference = _reference(teacher, asked, device)
+    reference = _reference(teacher, request, device)
     samplers += [] if reference is None else [reference]
-    for source in dict.fromkeys(asked.also):
-        samplers += _beside(source, teacher, asked.also_steps or settings.steps, device)
+    for source in dict.fromkeys(request.also):
+        samplers += _samplers_of(source, teacher, request.also_steps or settings.steps, device)
     spec = EvaluationSpec(
         teacher,
         settings,
-        subject.reference,
+        target.reference,
         device,
-        solves_ode=subject.knows_ode,
+        solves_ode=target.knows_ode,
         decodes=any(sampler.makes_images for sampler in samplers),
         cache=cache_path("evaluation"),
         accelerator=accelerator,
     )
     evaluator = Evaluator(spec)
     rows = evaluator.rows(samplers, reference)
-    evaluator.protocol["student"] = subject.source
+    evaluator.protocol["student"] = target.source
     evaluator.protocol["reference_sampler"] = None if reference is None else reference.description
-    others = [sampler.description for sampler in samplers if sampler.name in asked.also]
+    others = [sampler.description for sampler in samplers if sampler.name in request.also]
     evaluator.protocol["also"] = others or None
     if not accelerator.is_main_process:
         return None
     evaluation = Evaluation(evaluator.protocol, rows, evaluator.consistency)
     if report is not None:
-        _draw(evaluation, subject, student, report, device)
+        _write_report(evaluation, target, student, report, device)
     evaluator.clear_cache()
     return evaluation
 
 
-def _reference(teacher: Teacher, asked: Asked, device: torch.device) -> Sampler | None:
-    if not asked.against_teacher:
+def _reference(teacher: Teacher, request: EvaluationRequest, device: torch.device) -> Sampler | None:
+    if not request.against_teacher:
         return None
-    if asked.teacher_steps is not None:
-        check_evaluation_steps("--teacher-steps", (asked.teacher_steps,), teacher)
+    if request.teacher_steps is not None:
+        check_evaluation_steps("--teacher-steps", (request.teacher_steps,), teacher)
     try:
-        return reference_pipeline(teacher, device, asked.teacher_steps)
+        return reference_pipeline(teacher, device, request.teacher_steps)
     except UserError as error:
-        logger.warning(f"no row of the teacher's own sampler, and no ratios to it: {error}")
+        logger.warning(f"the teacher's own pipeline is left out, and so are the ratios to it: {error}")
         return None
 
 
-def _beside(source: str, teacher: Teacher, steps: tuple[int, ...], device: torch.device) -> list[Sampler]:
+def _samplers_of(source: str, teacher: Teacher, steps: tuple[int, ...], device: torch.device) -> list[Sampler]:
     if not _holds_student(source):
         return other_pipeline(source, teacher, device, steps)
     loaded = load_student(source, prompts=() if teacher.conditions is None else teacher.conditions.names)
     if loaded.event_shape != teacher.event_shape:
         raise UserError(
-            f"--also {source}: its samples have shape {loaded.event_shape}, the teacher's {teacher.event_shape}; "
-            "wanted a student of the same noises"
+            f"--also {source}: expected samples of the teacher's shape {teacher.event_shape}, got "
+            f"{loaded.event_shape}; choose a student of such a teacher"
         )
     check_evaluation_steps(f"--also {source}: steps", steps, teacher)
-    same = loaded.about.teacher == teacher.source
+    same = loaded.manifest.teacher == teacher.source
     return of_students({source: loaded.flow_map.to(device).eval()}, steps, follows_ode=same)
 
 
 def _holds_student(source: str) -> bool:
-    """Whether fmm_distill exported what is there."""
+    """Tell an exported student from any other pipeline by its manifest."""
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return (folder / ABOUT).is_file()
+        return (folder / MANIFEST).is_file()
     try:
-        hf_hub_download(source, ABOUT)
+        hf_hub_download(source, MANIFEST)
     except (*HUB_ERRORS, ValueError):
-        # It is opened as a pipeline then, which says what is wrong with it.
+        # Opening it as a pipeline reports what is wrong with it.
         return False
     return True
 
 
-def _draw(evaluation: Evaluation, subject: Subject, student: Student, folder: Path, device: torch.device) -> None:
-    settings = subject.settings
-    gallery = Gallery(subject.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)
-    if not subject.knows_ode:
+def _write_report(
+    evaluation: Evaluation, target: EvaluationTarget, student: Student, folder: Path, device: torch.device
+) -> None:
+    settings = target.settings
+    gallery = Gallery(target.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)
+    if not target.knows_ode:
         gallery.name = "student's ODE"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.card import write_card
 from fmm_distill.export.contents import CONTENTS
 from fmm_distill.export.exporter import check_steps
-from fmm_distill.export.manifest import about_student
+from fmm_distill.export.manifest import make_manifest
 from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import write_student
@@ -96,13 +96,13 @@ def export_student(
         FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
     """
     check_steps(steps, job.student.schedule)
-    about = about_student(job.student, job.teacher, job.recipe, steps, run, made)
+    manifest = make_manifest(job.student, job.teacher, job.recipe, steps, run, made)
     # Pipelines are opened on the CPU, and this is the last that is done with the two.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, wait=wait) as new:
         exported = write_student(job.student, job.teacher, new, steps)
-        write_card(new, about, evaluation, run)
+        write_card(new, manifest, evaluation, run)
         try:
             agreements = verify(exported)
         except UserError:
@@ -127,6 +127,8 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
 
 def how_to_load(folder: Path, recipe: Recipe) -> str:
     """The lines that load a finished run's student."""
+    if not (folder / "student" / "model_index.json").is_file():
+        return f'load it in Python, with its teacher: load_student("{folder / "student"}", teacher=...)'
     n = recipe.export.steps[-1] if recipe.export.steps else 0
     folded = folder / "student" / f"steps-{n}"
     lines = ["load it with diffusers alone (README.md there has the whole call):"]

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may change in it, and what explains it."""
+"""The folder of a run: the recipe, the inputs and the environment stored in it, and the changes that a run allows."""
 
 from __future__ import annotations
 
@@ -32,43 +32,49 @@ __all__ = [
     "check_images",
     "check_prompts",
     "environment",
-    "keep_commits",
-    "keep_inputs",
-    "kept_prompts",
-    "kept_recipe",
     "make_folder",
     "pinned",
     "read_evaluation",
     "read_recipe",
     "steps_done",
+    "store_commits",
+    "store_inputs",
+    "stored_prompts",
+    "stored_recipe",
     "take_changes",
 ]
 
 PROMPTS = "prompts.json"
 _RECIPE, _COMMITS, _EVALUATION = "recipe.yaml", "teacher.json", "evaluation.json"
-# What a run may continue with otherwise than it began: the steps already made stay what they are.
-_FREE = ("training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.bad_steps")
+# Settings that may change when a run continues: none of them changes the steps that are done.
+_FREE = (
+    "training.steps",
+    "training.checkpoint_every",
+    "training.checkpoints_total_limit",
+    "training.max_non_finite_steps",
+)
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
-# Paths may change if the files there are the same.
+# Paths that may change if the files have the same content.
 _INPUTS = ("teacher", "guidance.weaker", "data.source")
-# Where prompts come from: check_prompts compares the prompts themselves.
+# Sources of prompts; check_prompts compares the prompts themselves.
 _PROMPT_SOURCES = ("prompts.file", "prompts.dataset")
 _LOST = "restore it from a copy, or start another run in another --output"
 
 
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, Any]) -> list[str]:
-    """Refuse a folder that is not this recipe's, before anything is opened or written.
+    """Refuse a folder that a run of this recipe can't use, before anything is opened or written.
 
     Args:
-        recipe: with absolute paths (``inputs.with_paths``).
-        seen: stores the digests of the teacher and the data for a second call; empty in the first.
+        recipe: the recipe with absolute paths (``inputs.with_paths``).
+        fresh: the run is to start again.
+        seen: a mapping that stores the digests of the teacher and the data for a second call; empty in the first.
 
     Returns:
-        What is changed in the recipe of a run that may continue: each setting, its value before and after.
+        One line per setting that changes when the run continues, with its values before and after.
 
     Raises:
-        UserError: on a folder of something else, of a run with another recipe or other inputs, or of one that has done
-            more steps; with ``fresh`` on one that holds more than a run.
+        UserError: if the folder has other content, a run with another recipe or other inputs, or a run with more steps;
+            with ``fresh``, if it has files that are not of a run.
     """
     if not is_run(folder):
         check_vacant(folder)
@@ -77,9 +83,9 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, A
         check_clearable(folder)
         return []
     if not (folder / _RECIPE).exists() and steps_done(folder) == 0:
-        # Killed before the recipe was written.
+        # The run was killed before it wrote its recipe.
         return []
-    there, here = _flat(kept_recipe(folder).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    there, here = _flat(stored_recipe(folder).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     before = inputs.read_inputs(folder) or {}
     seen.update(now := seen or inputs.contents(recipe, before))
@@ -89,31 +95,31 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, A
         moved.update(_PROMPT_SOURCES)
     fixed = [key for key in different if key not in {*_FREE, *moved} and not key.startswith(_FREE_GROUPS)]
     if fixed:
-        shown = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in fixed[:6])
+        shown = "; ".join(f"{key}: expected {there.get(key)}, got {here.get(key)}" for key in fixed[:6])
         raise UserError(
-            f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove what "
-            "that run wrote"
+            f"--output {folder} is a run of another recipe ({shown}); choose another folder, or --fresh to remove that "
+            "run"
         )
     inputs.check_inputs(folder, before, now)
     done = steps_done(folder)
     total = recipe.student.regression_steps + recipe.training.steps
     if done > total:
         raise UserError(
-            f"training.steps {recipe.training.steps}: the run in {folder} has done {done} steps already; expected "
-            "as many or more, or another --output"
+            f"training.steps {recipe.training.steps}: expected at least the {done} steps that the run in {folder} has "
+            "done, regression steps included; raise it, or choose another --output"
         )
     return [f"{key}: {there.get(key)} until step {done}, {here.get(key)} from there" for key in different]
 
 
 def steps_done(folder: Path) -> int:
-    """The step of a run's newest checkpoint; 0 without any."""
+    """Return the step of a run's newest checkpoint; 0 if there is none."""
     newest = checkpoint.newest(folder / "checkpoints")
     return (None if newest is None else checkpoint.step_of(newest)) or 0
 
 
 def take_changes(folder: Path, recipe: Recipe) -> None:
-    """Store the old recipe next to the new one; a run that was finished is not any more."""
-    # The evaluation is what makes a run finished: it goes first, so that a kill leaves no run that only seems so.
+    """Replace the recipe of a run, store the old one next to it, and mark the run as unfinished."""
+    # The evaluation marks a run as finished. Removed first, a kill in here leaves an unfinished run.
     (folder / _EVALUATION).unlink(missing_ok=True)
     old = (folder / _RECIPE).read_text(encoding="utf-8")
     write_text(folder / f"recipe-until-{steps_done(folder)}.yaml", old)
@@ -121,10 +127,10 @@ def take_changes(folder: Path, recipe: Recipe) -> None:
 
 
 def make_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Make the folder with its marker, its recipe and its environment; what is there stays unless ``fresh``."""
+    """Create the folder with its marker, its recipe and its environment; existing files stay unless ``fresh``."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # The marker first: whatever a kill leaves is a run's then.
+        # The marker comes first, so that whatever a kill leaves is recognized as a run.
         mark(folder)
         if fresh:
             clear(folder)
@@ -135,16 +141,16 @@ def make_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
             write_text(folder / name, text)
 
 
-def keep_commits(folder: Path, teacher: Teacher) -> None:
-    """Write which commits of the Hub the run's teachers are, once; a folder's or a built-in teacher's is null."""
+def store_commits(folder: Path, teacher: Teacher) -> None:
+    """Write the Hub commits of the run's teachers, once; null for a folder and for a built-in teacher."""
     weaker = None if teacher.weaker is None else teacher.weaker.revision
     if not (folder / _COMMITS).is_file():
-        kept = {"revision": teacher.revision, "guidance.weaker_revision": weaker}
-        write_text(folder / _COMMITS, json.dumps(kept, indent=2) + "\n")
+        commits = {"revision": teacher.revision, "guidance.weaker_revision": weaker}
+        write_text(folder / _COMMITS, json.dumps(commits, indent=2) + "\n")
 
 
-def keep_inputs(folder: Path, recipe: Recipe, images: Images | None) -> None:
-    """Write what the files of the teacher and the data are, once."""
+def store_inputs(folder: Path, recipe: Recipe, images: Images | None) -> None:
+    """Write the digests of the teacher's and the data's files, once."""
     if (folder / inputs.INPUTS).is_file():
         return
     found = inputs.contents(recipe)
@@ -154,33 +160,33 @@ def keep_inputs(folder: Path, recipe: Recipe, images: Images | None) -> None:
 
 
 def check_files(folder: Path, recipe: Recipe) -> None:
-    """Refuse to open a run again whose teacher or data are not those that it began with.
+    """Refuse to reopen a run whose teacher or data have changed since it began.
 
     Raises:
-        UserError: with the files, and what to do.
+        UserError: with the names of the files.
     """
     before = inputs.read_inputs(folder) or {}
     inputs.check_inputs(folder, before, inputs.contents(recipe, before))
 
 
 def check_images(folder: Path, images: Images | None) -> None:
-    """Refuse a run whose dataset on the Hub is another than the one that it began with."""
+    """Refuse a run whose dataset on the Hub has changed since it began."""
     inputs.check_images(folder, inputs.read_inputs(folder) or {}, images)
 
 
 def pinned(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the commits that the run in ``folder`` began with, if there is one: a branch may have moved."""
+    """Return the recipe at the Hub commits that the run in ``folder`` began with; a branch may have moved since."""
     if not (folder / _COMMITS).is_file():
         return recipe
     keys = {"revision": str | None, "guidance.weaker_revision": str | None}
-    kept = read_mapping(folder / _COMMITS, keys, todo="remove it, and the run takes the recipe's own revisions")
-    weaker = kept["guidance.weaker_revision"] or recipe.guidance.weaker_revision
+    commits = read_mapping(folder / _COMMITS, keys, todo="remove it, and the run uses the recipe's own revisions")
+    weaker = commits["guidance.weaker_revision"] or recipe.guidance.weaker_revision
     guidance = recipe.guidance.model_copy(update={"weaker_revision": weaker})
-    return recipe.model_copy(update={"revision": kept["revision"] or recipe.revision, "guidance": guidance})
+    return recipe.model_copy(update={"revision": commits["revision"] or recipe.revision, "guidance": guidance})
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, for the run folder and for bug reports."""
+    """Return versions and device, for the run folder and for bug reports."""
     packages = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "torchmetrics")
     return {
         "fmm_distill": __version__,
@@ -198,56 +204,56 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def kept_prompts(folder: Path) -> tuple[str, ...] | None:
-    """The prompts of a run, which the recipe names by their file alone."""
-    kept = folder / PROMPTS
-    return tuple(read_list(kept, str, todo=_LOST)) if kept.is_file() else None
+def stored_prompts(folder: Path) -> tuple[str, ...] | None:
+    """Return the prompts stored in a run folder; None: the run has no prompts."""
+    file = folder / PROMPTS
+    return tuple(read_list(file, str, todo=_LOST)) if file.is_file() else None
 
 
 def check_prompts(folder: Path, teacher: Teacher) -> None:
-    """Refuse to continue with other prompts than the run began with."""
-    kept = kept_prompts(folder)
-    if kept is not None and teacher.conditions is not None and kept != teacher.conditions.names:
+    """Refuse to continue a run with other prompts."""
+    stored = stored_prompts(folder)
+    if stored is not None and teacher.conditions is not None and stored != teacher.conditions.names:
         raise UserError(
-            f"--output {folder} is a run of {len(kept)} other prompts (prompts.json there); choose another folder, or "
-            "restore the file of prompts"
+            f"--output {folder}: expected the {len(stored)} prompts in its {PROMPTS}, got others; restore the file of "
+            "prompts, or choose another folder"
         )
 
 
-def kept_recipe(folder: Path) -> Recipe:
-    """The recipe of a run, with absolute paths.
+def stored_recipe(folder: Path) -> Recipe:
+    """Return the recipe of a run, with absolute paths.
 
     Raises:
-        UserError: if the folder is no run, or its recipe is broken.
+        UserError: if the folder is not a run folder, or its recipe is damaged.
     """
     require_run(folder)
     return read_recipe(folder / _RECIPE)
 
 
 def read_recipe(written: Path) -> Recipe:
-    """A recipe that a run or an export wrote, with absolute paths.
+    """Read a recipe that a run or an export wrote, with absolute paths.
 
     Raises:
-        UserError: if the file is broken.
+        UserError: if the file is damaged.
     """
     return inputs.with_paths(parse(read_mapping(written, {"teacher": str}, todo=_LOST), str(written)))
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """The evaluation of a run that came to its end: it is the last file that a run writes.
+    """Return the final evaluation, the last file that a run writes; None: the run is not finished.
 
     Raises:
-        UserError: if the file is broken.
+        UserError: if the file is damaged.
     """
     written = folder / _EVALUATION
-    todo = "remove it, and the same distillation command measures and exports again"
+    todo = "remove it, and the same distillation command evaluates and exports again"
     try:
-        kept = read_mapping(written, {"protocol": dict, "rows": list}, todo=todo)
+        found = read_mapping(written, {"protocol": dict, "rows": list}, todo=todo)
     except BrokenFileError:
         if not written.exists():
             return None
         raise
     try:
-        return from_json(kept)
+        return from_json(found)
     except (TypeError, KeyError, AttributeError) as error:
-        raise BrokenFileError(f"{written}: its rows are not those of an evaluation ({error}); {todo}") from error
+        raise BrokenFileError(f"{written}: expected the rows of an evaluation, got others ({error}); {todo}") from error

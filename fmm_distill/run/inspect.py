@@ -1,4 +1,4 @@
-"""What a teacher is and what its students can become, for ``fmm-distill inspect``."""
+"""The properties of a teacher and of its students, for ``fmm-distill inspect``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_teacher"]
 
+# The rank of the adapters whose memory is estimated: the one of recipes/text.yaml.
 RANK = 16
 
 
 def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
-    """One line a property; the student is made to say where the second time goes in and how much memory it takes.
+    """Return one line per property of a teacher. A student of it is built to find its jump embedding and its memory.
 
     Args:
-        recipe: whose loss and training the memory is of.
+        recipe: the loss and the training settings for the memory estimate.
 
     Raises:
-        UserError: if no student can be made of it.
+        UserError: if no student can be built from the teacher.
     """
     student = Student.from_teacher(teacher)
     parameters = sum(p.numel() for p in teacher.network.parameters())
@@ -42,14 +43,15 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "prediction": _prediction(teacher),
         "schedule": _schedule(teacher),
         "shape": " x ".join(map(str, teacher.event_shape)) + _shape_means(teacher),
-        "told": _conditions(teacher),
-        "asked": _asked(teacher),
-        "second time": _hosts(student),
-        "memory": _memory(teacher, student, recipe),
+        "conditioning": _conditions(teacher),
+        "network call": _network_call(teacher),
+        "jump embedding": _hosts(student),
+        **_memory(teacher, student, recipe),
         "exports": _exports(teacher),
-        "license": teacher.license.get("license", "not stated: ask the teacher's authors before you publish a student"),
+        "export test": "not run; a recipe with --dry-run exports an untrained student and verifies it",
+        "license": teacher.license.get("license", "not stated; ask the authors before you publish a student"),
     }
-    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
 
 
 def _prediction(teacher: Teacher) -> str:
@@ -65,67 +67,71 @@ def _schedule(teacher: Teacher) -> str:
     if isinstance(schedule, FlowMatching):
         return f"{kind}: flow matching, shift {schedule.shift:.4g}, {span}"
     if isinstance(schedule, Angular):
-        return f"{kind}: variance preserving, told an angle, {span}"
+        return f"{kind}: variance preserving, conditioned on an angle, {span}"
     return f"{kind}: variance exploding, {span}"
 
 
 def _shape_means(teacher: Teacher) -> str:
     if isinstance(teacher.parametrization.call, RecordedCall):
-        return " (as the pipeline gives it to the network)"
+        return " (as the pipeline passes it to the network)"
     return " (channels x length)" if isinstance(teacher.codec, Waves) else " (channels x height x width)"
 
 
 def _conditions(teacher: Teacher) -> str:
     conditions = teacher.conditions
     if conditions is None:
-        return "nothing (unconditional)"
+        return "none (unconditional)"
     if isinstance(conditions, Classes):
-        guided = "guidance" if conditions.null_label is not None else "no guidance (no label for none)"
+        guided = (
+            "guidance" if conditions.null_label is not None else "no guidance (no label for the unconditional case)"
+        )
         return f"{len(conditions.names)} classes; {guided}"
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
     guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
-    return f"prompts by {names}; {guided}"
+    return f"prompts, as {names}; {guided}"
 
 
-def _asked(teacher: Teacher) -> str:
+def _network_call(teacher: Teacher) -> str:
     call = teacher.parametrization.call
     if not isinstance(call, RecordedCall):
-        return "network(sample, time)"
-    time = f"{call.slope:g} x the scheduler's" + (f" + {call.offset:g}" if call.offset else "")
-    return (
-        f"by {call.sample} and {call.time} ({time}); output {'as it is' if call.sign > 0 else 'with its sign turned'}"
+        return "network(sample, timestep)"
+    time = (
+        ("" if call.slope == 1 else f"{call.slope:g} * ") + "timestep" + (f" + {call.offset:g}" if call.offset else "")
     )
+    sign = "" if call.sign > 0 else "; the output is negated"
+    return f"network({call.sample}=sample, {call.time}={time}){sign}"
 
 
 def _hosts(student: Student) -> str:
     hosts = cast("Any", student.network).config["jump_hosts"]
-    return hosts[0] + (f" and {len(hosts) - 1} of the same name" if len(hosts) > 1 else "")
+    others = f", and after {len(hosts) - 1} layers of the same name" if len(hosts) > 1 else ""
+    return f"added after {hosts[0]}{others}"
 
 
-def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> str:
-    """A training step of one sample with every weight trained, what each further sample adds, and the same with LoRA.
+def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str]:
+    """Estimate the memory of a training step of one sample, with every weight trained and with LoRA.
 
-    With adapters the weights stand once, and gradients, two moments and the averages are theirs; the rest is counted
-    as if every weight were trained.
+    With LoRA the weights are there once; gradients, two moments and the averages are those of the adapters. The
+    activations are counted as if every weight were trained.
     """
-    alone = recipe.training.model_copy(update={"batch_size": 1, "accumulation": 1})
+    alone = recipe.training.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
     full = forecast_memory(student, teacher, recipe.model_copy(update={"training": alone}))
     jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
     layers = [cast("nn.Linear", teacher.network.get_submodule(name)) for name in default_targets(teacher.network)]
     adapters = sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
     weights = sum(p.numel() for p in teacher.network.parameters())
     low = 4 * (weights + (4 + len(recipe.training.ema)) * (adapters + jump)) + full.activations
-    lora = f"{low / GIB:.2f} GiB with LoRA of rank {RANK}" if layers else "LoRA has no layer of its own choice here"
-    return (
-        f"{full}; {lora}; one sample at a time ({recipe.loss_names}), each further one {full.per_sample / GIB:.3f} GiB"
-    )
+    lora = f"{low / GIB:.2f} GiB at rank {RANK}" if layers else "no default layers; name them in student.lora.targets"
+    return {
+        "memory": f"{full}; for one sample, loss {recipe.loss_names}; {full.per_sample / GIB:.3f} per further sample",
+        "LoRA memory": lora,
+    }
 
 
 def _exports(teacher: Teacher) -> str:
-    reason, tried = exporter_of(teacher).not_fixed, "not tried: --dry-run exports and verifies an untrained student"
-    if reason:
-        return f"any number of steps; no fixed number ({reason}); {tried}"
+    if reason := exporter_of(teacher).not_fixed:
+        return f"an any-step pipeline alone; no stock pipelines of fixed numbers of steps ({reason})"
     total = teacher.schedule.num_timesteps
-    which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "every number"
-    return f"any number of steps; for fixed numbers stock diffusers alone ({which}); {tried}"
+    which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "any"
+    return f"an any-step pipeline; stock pipelines of fixed numbers of steps ({which})"

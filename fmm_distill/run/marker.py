@@ -1,4 +1,4 @@
-"""The marker of a run's folder, and the names that a run writes there: what is a run, and what of it may be removed."""
+"""The marker of a run folder, and the names of the files of a run, which tell what ``--fresh`` may remove."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fmm_distill.training import checkpoint
 __all__ = ["MARKER", "TRIAL", "check_clearable", "check_vacant", "clear", "foreign", "is_run", "mark", "require_run"]
 
 MARKER = ".fmm_distill-run.json"
-# Where the export is tried before training: by its name a part of the student. The number of a run's is 0; a dry run,
-# which holds no lock, has one of its own.
+# The folder of the export test before training; its name marks it as a part of the student. A run has number 0. A dry
+# run holds no lock, so it has a random number.
 TRIAL = ".student.{}.partial"
 _FORMAT = 1
 _FILES = (
@@ -40,7 +40,7 @@ _FILES = (
     MARKER,
 )
 _NUMBERED = re.compile(r"recipe-until-\d+\.yaml")
-# Of what trackers and the export write the folder alone is known.
+# Trackers and the export choose the names of the files in their folders, which are not checked.
 _FOLDERS = {
     "pictures": re.compile(r"samples-\d+\.png"),
     "trajectories": re.compile(r"part-\d{5,}\.safetensors"),
@@ -49,9 +49,9 @@ _FOLDERS = {
     "wandb": None,
 }
 _CHECKPOINTS = "checkpoints"
-# Where exports into ``student`` have their lock (``export.place``).
+# The lock of exports into ``student`` (see ``export.place``).
 _EXPORT_LOCK = ".student.lock"
-# Written next to a file or folder until it is complete, or while it is removed.
+# The name of a file or folder that is being written or removed.
 _PARTIAL = re.compile(r"\.(?P<name>.+?)(\.\d+)?(\.removed)?\.(partial|old)")
 _TRIAL = re.compile(r"\.student\.\d+\.partial")
 _STAYS = (MARKER, "recipe.yaml")
@@ -59,36 +59,36 @@ _SHOWN = 4
 
 
 def is_run(folder: Path) -> bool:
-    """Tell a run's folder from any other; nothing but its marker says so."""
+    """Tell a run folder from any other folder, by its marker alone."""
     return (folder / MARKER).is_file()
 
 
 def require_run(folder: Path) -> None:
-    """Refuse a folder that is no run.
+    """Refuse a folder that is not a run folder.
 
     Raises:
-        UserError: with what to do if it is a run without a marker, or of a later version.
+        UserError: with advice for a run without a marker and for one of a later version.
     """
     if not is_run(folder):
-        raise UserError(
-            f"{folder} is no run folder (no {MARKER}); expected a folder that was an --output{_hint(folder)}"
-        )
+        found = f"a folder without {MARKER}" if folder.is_dir() else "a file" if folder.exists() else "nothing there"
+        raise UserError(f"{folder}: expected a run folder (the --output of a run), got {found}{_hint(folder)}")
     _check_format(folder)
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuse a folder for a new run that holds anything.
+    """Refuse a folder for a new run that is not empty.
 
     Raises:
-        UserError: if it is a file or holds something other than a lock, a partial marker or a trial that a kill left.
+        UserError: if it is a file, or contains more than the leftovers of a run that was killed at its start.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; expected a folder: choose another")
+        raise UserError(f"--output {folder}: expected a folder, got a file; choose another path")
     if any(not _is_leftover(path.name) for path in folder.iterdir()):
         raise UserError(
-            f"--output {folder} is not empty and holds no run (no {MARKER}); choose another folder{_hint(folder)}"
+            f"--output {folder}: expected a run folder or an empty one, got other files and no {MARKER}; choose "
+            f"another folder{_hint(folder)}"
         )
 
 
@@ -99,7 +99,7 @@ def _is_leftover(name: str) -> bool:
 def _hint(folder: Path) -> str:
     if not (folder / "recipe.yaml").is_file() or (folder / "model_index.json").is_file():
         return ""
-    return f". If it is a run of an earlier version, {_adoption(folder)}, and it is a run again"
+    return f". If it is a run of an earlier version, {_adoption(folder)} to continue it"
 
 
 def _adoption(folder: Path) -> str:
@@ -107,24 +107,24 @@ def _adoption(folder: Path) -> str:
 
 
 def _check_format(folder: Path) -> None:
-    todo = f"if the folder is a run, {_adoption(folder)}"
+    todo = f"if this is a run folder, {_adoption(folder)}"
     found = read_mapping(folder / MARKER, {"format": int}, todo=todo)["format"]
     if found > _FORMAT:
         raise UserError(
-            f"{folder} is a run of a later version of fmm_distill (format {found}, this one reads {_FORMAT}); update "
+            f"{folder}: expected a run of format {_FORMAT} or earlier, got format {found} of a later version; update "
             "fmm_distill, or choose another folder"
         )
 
 
 def mark(folder: Path) -> None:
-    """Make a folder a run's."""
+    """Write the marker into a folder, unless it has one."""
     if not is_run(folder):
         about = {"format": _FORMAT, "version": __version__, "run": secrets.token_hex(8)}
         write_text(folder / MARKER, json.dumps(about) + "\n")
 
 
 def foreign(folder: Path) -> list[Path]:
-    """What is in a run's folder and no run writes, links included."""
+    """List what is in a run folder and was not written by a run, links included."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not (_is_own_file(path) or path.is_dir()):
@@ -157,7 +157,7 @@ def _foreign_in(folder: Path) -> list[Path]:
 def _is_checkpoint(path: Path) -> bool:
     name = _without_partial(path.name)
     if name != path.name:
-        # A checkpoint that was replaced, while it is removed.
+        # A checkpoint that was replaced is being removed.
         name = name.removesuffix(".replaced")
     return path.is_dir() and checkpoint.step_of(Path(name)) is not None
 
@@ -168,39 +168,39 @@ def _without_partial(name: str) -> str:
 
 
 def check_clearable(folder: Path) -> None:
-    """Refuse to remove a run whose folder holds something else.
+    """Refuse to clear a run folder with other files in it.
 
     Raises:
-        UserError: with what it is.
+        UserError: with the names of the files.
     """
     _check_format(folder)
     if others := foreign(folder):
         shown = ", ".join(str(path.relative_to(folder)) for path in others[:_SHOWN])
         shown += ", ..." if len(others) > _SHOWN else ""
         raise UserError(
-            f"--fresh: --output {folder} holds files that no run writes ({shown}), and nothing was removed; move them "
-            "elsewhere, or choose another folder"
+            f"--fresh: expected only files of a run in --output {folder}, got others ({shown}); nothing was removed: "
+            "move them elsewhere, or choose another folder"
         )
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run has written into its folder. The folder, its marker and its recipe stay.
+    """Remove the files of a run from its folder. The folder, its marker and its recipe stay.
 
     Raises:
-        UserError: if something else is there, or its student is being exported or published, and then nothing is
-            removed.
+        UserError: if the folder contains other files, or its student is being exported or published; nothing is removed
+            then.
     """
     check_clearable(folder)
     lock = folder / _EXPORT_LOCK
     with locked(lock, "--fresh"):
         _clear(folder)
-    # A process that was killed leaves it.
+    # A killed process leaves the folder of its lock behind.
     with suppress(OSError):
         lock.rmdir()
 
 
 def _clear(folder: Path) -> None:
-    # The evaluation makes a run finished: without it, a kill in here leaves a run that is not.
+    # The evaluation marks a run as finished. Removed first, a kill in here leaves an unfinished run.
     first = folder / "evaluation.json"
     first.unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):

@@ -199,7 +199,7 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     if training.gradient_checkpointing:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe, processes)
-    part = training.batch_size // (processes * training.accumulation)
+    part = training.batch_size // (processes * training.gradient_accumulation_steps)
     needed = disk_bytes(recipe, job.teacher, job.images)
     disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
     exported = "\n".join(lines)

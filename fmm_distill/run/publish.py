@@ -16,9 +16,9 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.card import card
 from fmm_distill.export.contents import CONTENTS, Changes, changes, contents, shown
 from fmm_distill.export.local_paths import without_known
-from fmm_distill.export.manifest import ABOUT, read_about
+from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.export.place import in_use, recover
-from fmm_distill.export.public import known_paths, public_about, public_json, public_recipe
+from fmm_distill.export.public import known_paths, public_json, public_manifest, public_recipe
 from fmm_distill.io.reading import read_mapping
 from fmm_distill.run import marker
 from fmm_distill.run.repository import check_name, check_target
@@ -27,10 +27,10 @@ from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachab
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fmm_distill.export.manifest import About
+    from fmm_distill.export.manifest import StudentManifest
     from fmm_distill.run.repository import Target
 
-__all__ = ["Parcel", "check_name", "check_target", "pack", "publish"]
+__all__ = ["Upload", "check_name", "check_target", "pack", "publish"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _OPTIONAL = ("README.md", "evaluation.json", "recipe.yaml", "samples.png", "step
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """The files and texts that are sent to a repository of the Hub.
 
     Attributes:
@@ -75,7 +75,7 @@ class Parcel:
         return "\n".join([*lines, total, *self.notes, "", self.card])
 
 
-def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Parcel:
+def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Upload:
     """Collect what an export wrote, and make the card for the repository; nothing is sent.
 
     Args:
@@ -88,21 +88,21 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     """
     check_name(repo)
     folder, notes = _student_of(source)
-    about = read_about(folder)
+    manifest = read_manifest(folder)
     listed = _listed(folder)
     _check_verified(folder)
-    there = tuple(n for n in about.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
+    there = tuple(n for n in manifest.steps if (folder / f"steps-{n}" / "model_index.json").is_file())
     chosen = there if steps is None else tuple(sorted(set(steps)))
     if missing := [n for n in chosen if n not in there]:
         raise UserError(
             f"--steps {missing[0]}: {folder} has {', '.join(map(str, there)) or 'none'}; export the others first "
             "(fmm-distill export RUN FOLDER --steps ...)"
         )
-    left_out = tuple(f"steps-{n}/" for n in about.steps if n not in chosen)
+    left_out = tuple(f"steps-{n}/" for n in manifest.steps if n not in chosen)
     found = changes(folder, left_out)
     _check_whole(folder, found, left_out)
-    known = known_paths(folder, about)
-    texts = _texts(folder, replace(about, steps=chosen), known, listed.keys() - set(found.missing))
+    known = known_paths(folder, manifest)
+    texts = _texts(folder, replace(manifest, steps=chosen), known, listed.keys() - set(found.missing))
     made = texts["README.md"] = card(folder, repo, branch, chosen)
     if "README.md" in found.changed:
         texts["README.md"] = _own_card(folder / "README.md", known)
@@ -112,13 +112,13 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
         for name in listed
         if name not in texts and name not in found.missing and not name.startswith(left_out)
     }
-    return Parcel(
+    return Upload(
         folder,
-        public_about(about, known).teacher,
+        public_manifest(manifest, known).teacher,
         files,
         texts,
         _code_in(made),
-        (*notes, *_on_changes(folder, found, there, steps, about.steps)),
+        (*notes, *_on_changes(folder, found, there, steps, manifest.steps)),
         listed,
     )
 
@@ -134,13 +134,13 @@ def _student_of(source: Path) -> tuple[Path, tuple[str, ...]]:
     recover(folder)
     if not folder.is_dir():
         raise UserError(f"{source} has no student yet; run the same distillation command to its end")
-    if not (folder / ABOUT).is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder} was exported by an earlier version; run fmm-distill export {source} FOLDER, then publish FOLDER"
         )
     if (source / "evaluation.json").is_file():
         return folder, ()
-    step = read_about(folder).made["steps"]
+    step = read_manifest(folder).training["steps"]
     return folder, (f"{source} is not finished: its student is the one exported after step {step}",)
 
 
@@ -183,12 +183,12 @@ def _on_changes(
     return tuple(notes)
 
 
-def _texts(folder: Path, about: About, known: dict[str, str], there: set[str]) -> dict[str, str]:
+def _texts(folder: Path, manifest: StudentManifest, known: dict[str, str], there: set[str]) -> dict[str, str]:
     """What is written anew for the repository: everything that names the teacher and the data, without paths."""
-    texts = {ABOUT: public_about(about, known).to_json()}
+    texts = {MANIFEST: public_manifest(manifest, known).to_json()}
     texts |= {name: public_json(folder / name, known) for name in _FACTS if name in there}
     if "recipe.yaml" in there:
-        texts["recipe.yaml"] = public_recipe(folder, about, known)
+        texts["recipe.yaml"] = public_recipe(folder, manifest, known)
     return texts
 
 
@@ -220,21 +220,21 @@ def _check_verified(folder: Path) -> None:
         raise UserError(f"{folder}: its pipelines differ from the student ({report}); it is not published")
 
 
-def _operations(parcel: Parcel, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(upload: Upload, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The one commit: the files of this student, without those of the one that is there."""
-    stale = target.files - {*parcel.files, *parcel.texts} - {".gitattributes"}
+    stale = target.files - {*upload.files, *upload.texts} - {".gitattributes"}
     if target.teacher is None and stale:
         logger.warning(f"{repo}: {len(stale)} files that are not of this student stay there")
         stale = frozenset()
     return [
-        *(CommitOperationAdd(name, text.encode()) for name, text in parcel.texts.items()),
-        *(CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()),
+        *(CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()),
+        *(CommitOperationAdd(name, str(path)) for name, path in upload.files.items()),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]
 
 
 def publish(
-    parcel: Parcel,
+    upload: Upload,
     repo: str,
     branch: str | None = None,
     *,
@@ -248,40 +248,40 @@ def publish(
     Raises:
         UserError: with what went wrong and what to do; the repository is then as it was before, or empty.
     """
-    for note in parcel.notes:
+    for note in upload.notes:
         logger.warning(note)
-    with _unchanged(parcel):
-        return _send(parcel, repo, branch, private=private, force=force)
+    with _unchanged(upload):
+        return _send(upload, repo, branch, private=private, force=force)
 
 
 @contextmanager
-def _unchanged(parcel: Parcel) -> Iterator[None]:
+def _unchanged(upload: Upload) -> Iterator[None]:
     """Keep an export into the folder from replacing its files while they are sent.
 
     Raises:
         UserError: if one is running, or ran since the files were collected.
     """
-    if not os.access(parcel.folder.resolve().parent, os.W_OK):
-        logger.warning(f"{parcel.folder} is in a folder that can't be written to: it is published without a lock")
+    if not os.access(upload.folder.resolve().parent, os.W_OK):
+        logger.warning(f"{upload.folder} is in a folder that can't be written to: it is published without a lock")
         yield
         return
-    with in_use(parcel.folder, "a publication"):
-        if contents(parcel.folder) != parcel.listed:
-            raise UserError(f"{parcel.folder} was exported again in the meantime; run the same command again")
+    with in_use(upload.folder, "a publication"):
+        if contents(upload.folder) != upload.listed:
+            raise UserError(f"{upload.folder} was exported again in the meantime; run the same command again")
         yield
 
 
-def _send(parcel: Parcel, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
-    target = check_target(repo, parcel.teacher, branch, force=force)
+def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
+    target = check_target(repo, upload.teacher, branch, force=force)
     if target.there and target.private != private and private:
         logger.warning(
             f"{repo} is there already and public: --private makes new ones private; change it in its settings"
         )
-    names = {*parcel.files, *parcel.texts}
-    operations = _operations(parcel, repo, target)
+    names = {*upload.files, *upload.texts}
+    operations = _operations(upload, repo, target)
     api = HfApi()
     try:
-        ModelCard(parcel.card).validate()
+        ModelCard(upload.card).validate()
         if not target.there:
             api.create_repo(repo, private=private)
         if branch is not None:
@@ -290,7 +290,7 @@ def _send(parcel: Parcel, repo: str, branch: str | None, *, private: bool, force
             repo,
             operations,
             commit_message="A few-step student",
-            commit_description=f"Of {parcel.teacher}, by fmm_distill.",
+            commit_description=f"Of {upload.teacher}, by fmm_distill.",
             revision=branch,
             parent_commit=target.commit,
         )

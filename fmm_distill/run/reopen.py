@@ -17,11 +17,11 @@ from fmm_distill.run.finish import export_student
 from fmm_distill.run.folder import (
     check_files,
     check_images,
-    kept_prompts,
-    kept_recipe,
     pinned,
     read_evaluation,
     steps_done,
+    stored_prompts,
+    stored_recipe,
 )
 from fmm_distill.run.plan import Plan, at_guidance, plan, with_evaluation
 from fmm_distill.training import checkpoint
@@ -54,14 +54,14 @@ def open_run(
         UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
     """
     folder = Path(folder)
-    recipe = at_guidance(with_evaluation(kept_recipe(folder), evaluation, str(folder)), guidance)
+    recipe = at_guidance(with_evaluation(stored_recipe(folder), evaluation, str(folder)), guidance)
     # Before the teacher is opened, which takes long.
-    found = checkpoint.newest_whole(folder / "checkpoints")
+    found = checkpoint.newest_complete(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
     path, kept = found
     check_files(folder, recipe)
-    job = plan(pinned(recipe, folder), kept_prompts(folder))
+    job = plan(pinned(recipe, folder), stored_prompts(folder))
     check_images(folder, job.images)
     measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]

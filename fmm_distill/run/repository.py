@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.local_paths import is_local, public_name
-from fmm_distill.export.manifest import ABOUT
+from fmm_distill.export.manifest import MANIFEST
 from fmm_distill.export.public import public_teacher
 from fmm_distill.io.reading import BrokenFileError, read_mapping
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, login_advice, offline
@@ -64,7 +64,7 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
         target = _look(api, repo, branch)
         if target.there:
             api.auth_check(repo, write=True)
-        if ABOUT in target.files:
+        if MANIFEST in target.files:
             target = replace(target, teacher=_teacher_there(repo, target))
         if not force:
             _check_ours(repo, teacher, target)
@@ -131,7 +131,7 @@ def _check_ours(repo: str, teacher: str, target: Target) -> None:
 
 def _teacher_there(repo: str, target: Target) -> str | None:
     """Of the student that is there; None: a file of the same name is something else."""
-    kept = Path(hf_hub_download(repo, ABOUT, revision=target.commit))
+    kept = Path(hf_hub_download(repo, MANIFEST, revision=target.commit))
     try:
         about = read_mapping(kept, {"teacher": str}, todo="")
     except BrokenFileError:

@@ -1,4 +1,4 @@
-"""Where a run stands, read from the files of its folder alone, while it goes on or after it was killed."""
+"""The progress of a run, read from the files in its folder while it is active, interrupted or finished."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["RunFiles", "describe", "draw", "read_run"]
+__all__ = ["RunFiles", "describe", "plot", "read_run"]
 
+# Steps of the running mean of the loss and of the rate.
 WINDOW = 100
-_CUT = "remove the lines from there on, and the run continues from its newest checkpoint"
+_CUT = "remove this line and those after it, and the run continues from its newest checkpoint"
 _STEP = {"step": int, "phase": str, "loss": float | None, "images_per_second": float}
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass
 class RunFiles:
-    """What the files of a run say.
+    """The content of a run's files.
 
     Attributes:
-        recipe: its settings.
-        records: lines of ``steps.jsonl``.
-        evaluations: lines of ``evaluations.jsonl``.
-        final: the evaluation at the end, if the run came to it.
-        newest: the newest checkpoint, without its tensors.
-        logged: when the log was written, in seconds since 1970; None: there is none.
+        folder: the run folder.
+        recipe: the settings of the run.
+        records: the lines of ``steps.jsonl``.
+        evaluations: the lines of ``evaluations.jsonl``.
+        final: the evaluation at the end; None: the run is not finished.
+        newest: the newest checkpoint, without its tensors; None: there is none.
+        logged: the time of the last change of ``steps.jsonl``, in seconds since 1970; None: there is no log.
     """
 
     folder: Path
@@ -47,15 +49,15 @@ class RunFiles:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """The number of optimizer steps of the run, regression steps included."""
         return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"])
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a run's files; half a last line of a log is left out.
+    """Read a run's files; an unfinished last line of a log is left out.
 
     Raises:
-        UserError: if the folder is no run, or a file of it is broken.
+        UserError: if the folder is not a run folder, or one of its files is damaged.
     """
     require_run(folder)
     log = folder / "steps.jsonl"
@@ -71,7 +73,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _recipe(written: Path) -> dict[str, Any]:
-    """The settings that are shown. A recipe of another version has others, which are not looked at."""
+    """Read the settings that are shown; others may belong to another version, and are not checked."""
     todo = "restore it from a copy, or start another run in another --output"
     groups = {"teacher": str, "student": dict, "training": dict, "loss": dict, "also": list, "before": list}
     found = read_mapping(written, groups, todo=todo)
@@ -93,28 +95,28 @@ def _recipe(written: Path) -> dict[str, Any]:
 def _final(written: Path) -> dict[str, Any] | None:
     try:
         return read_mapping(
-            written, {"rows": list}, todo="remove it, and the same distillation command measures and exports again"
+            written, {"rows": list}, todo="remove it, and the same distillation command evaluates and exports again"
         )
     except BrokenFileError:
-        # It was removed meanwhile, by a run that continues.
+        # A run that continues has removed it since.
         if not written.exists():
             return None
         raise
 
 
 def describe(run: RunFiles, now: float | None = None) -> str:
-    """One line a property.
+    """Return one line per property of a run.
 
     Args:
-        now: seconds since 1970; None: the clock's.
+        now: the present time in seconds since 1970; None: that of the clock.
     """
     now = time.time() if now is None else now
     recipe = run.recipe
-    beside = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["also"])])
-    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["before"]), beside])
+    last = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["also"])])
+    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["before"]), last])
     lines = {"teacher": str(recipe["teacher"]), "losses": losses} | _progress(run, now)
     lines["checkpoint"] = _newest(run, now)
-    lines["bad steps"] = _bad_steps(run)
+    lines["skipped"] = _skipped_steps(run)
     lines["evaluated"] = _evaluated(run)
     lines["size"] = _size(run.folder)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
@@ -122,15 +124,15 @@ def describe(run: RunFiles, now: float | None = None) -> str:
 
 def _progress(run: RunFiles, now: float) -> dict[str, str]:
     if not run.records:
-        return {"step": f"0 of {run.total:,} (no step is logged yet)"}
+        return {"step": f"0 of {run.total:,} (no step logged yet)"}
     last, done = run.records[-1], run.records[-1]["step"] + 1
-    share = 100 * done / run.total
+    percent = 100 * done / run.total
     ago = _duration(now - (run.logged or now))
-    when = f", written {ago} ago" if done < run.total else ""
-    lines = {"step": f"{done:,} of {run.total:,} ({share:.1f} %{when})", "phase": str(last["phase"])}
+    when = f", logged {ago} ago" if done < run.total else ""
+    lines = {"step": f"{done:,} of {run.total:,} ({percent:.1f} %{when})", "phase": str(last["phase"])}
     lines["loss"] = _loss(run.records)
     seconds = _seconds_per_step(run)
-    lines["rate"] = f"{run.recipe['training']['batch_size'] / seconds:,.1f} images per second, {seconds:.3g} s a step"
+    lines["rate"] = f"{run.recipe['training']['batch_size'] / seconds:,.1f} images per second, {seconds:.3g} s per step"
     if done < run.total:
         lines["time left"] = f"{_duration((run.total - done) * seconds)} at that rate"
     return lines
@@ -139,15 +141,15 @@ def _progress(run: RunFiles, now: float) -> dict[str, str]:
 def _loss(records: Sequence[Mapping[str, Any]]) -> str:
     now, before = _mean_loss(records[-WINDOW:]), _mean_loss(records[-2 * WINDOW : -WINDOW])
     if now is None:
-        return f"no number in the last {min(WINDOW, len(records))} steps"
+        return f"not finite in the last {min(WINDOW, len(records))} steps"
     text = f"{now:.4g} (mean of the last {min(WINDOW, len(records))} steps"
     if before is None:
         return text + ")"
     phases = {record["phase"] for record in records[-2 * WINDOW :]}
-    mixed = "; of two phases, not to be compared" if len(phases) > 1 else ""
+    mixed = "; not comparable: two phases" if len(phases) > 1 else ""
     change = f", {100 * (now / before - 1):+.1f} %" if before > 0 else ""
     count = len(records[-2 * WINDOW : -WINDOW])
-    return f"{text}; of the {count} before {before:.4g}{change}{mixed})"
+    return f"{text}; of the previous {count}: {before:.4g}{change}{mixed})"
 
 
 def _mean_loss(records: Sequence[Mapping[str, Any]]) -> float | None:
@@ -168,30 +170,30 @@ def _newest(run: RunFiles, now: float) -> str:
     return f"step {step:,}, written {date} ({_duration(now - written)} ago)"
 
 
-def _bad_steps(run: RunFiles) -> str:
-    step, faults = 0, {"skipped": 0, "rate": 1.0}
+def _skipped_steps(run: RunFiles) -> str:
+    step, non_finite = 0, {"skipped": 0, "lr_scale": 1.0}
     if run.newest is not None:
-        step, faults = run.newest.step, run.newest.state["faults"]
-    # Steps that a gradient scaler left out to find its scale carry a text there.
+        step, non_finite = run.newest.step, run.newest.state["non_finite_steps"]
+    # Steps that the gradient scaler skipped have a text there, and are no failures.
     later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
-    halved = "; the learning rate was halved" if faults["rate"] < 1 else "; the learning rate is the recipe's"
-    return f"{faults['skipped'] + later:,} left out{halved}"
+    halved = "; the learning rate was halved" if non_finite["lr_scale"] < 1 else ""
+    return f"{non_finite['skipped'] + later:,} non-finite steps{halved}"
 
 
 def _evaluated(run: RunFiles) -> str:
     times = len(run.evaluations)
-    on_the_way = f", {times} {'time' if times == 1 else 'times'} on the way" if times else ""
-    return ("yes" if run.final is not None else "not at the end yet") + on_the_way
+    on_the_way = f", {times} {'time' if times == 1 else 'times'} during training" if times else ""
+    return ("at the end" if run.final is not None else "not at the end yet") + on_the_way
 
 
 def _size(folder: Path) -> str:
     size = 0.0
-    for place, _, names in os.walk(folder):
+    for root, _, names in os.walk(folder):
         for name in names:
             try:
-                size += os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 os.walk's own
+                size += os.lstat(os.path.join(root, name)).st_size  # noqa: PTH118 os.walk's own
             except FileNotFoundError:
-                # A run at work has removed an old checkpoint since its folder was listed.
+                # An active run has removed an old checkpoint since its folder was listed.
                 continue
     unit = 0
     while size >= 1024 and unit < len(SIZES) - 1:
@@ -209,16 +211,16 @@ def _duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def draw(run: RunFiles, picture: Path) -> None:
-    """Draw the curves of a run that has logged a step.
+def plot(run: RunFiles, picture: Path) -> None:
+    """Plot the curves of a run that has logged a step into a PNG file.
 
     Raises:
-        UserError: if the picture can't be written, or has no name of a PNG.
+        UserError: if the file can't be written.
     """
-    from fmm_distill.run.curves import draw_curves
+    from fmm_distill.run.curves import plot_curves
 
     evaluations = list(run.evaluations)
     if run.final is not None:
         evaluations.append({"step": run.total, "rows": run.final["rows"]})
     with writing(picture):
-        draw_curves(run.records, evaluations, run.total, picture)
+        plot_curves(run.records, evaluations, run.total, picture)

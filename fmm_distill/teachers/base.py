@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import diffusers
 import torch
 
 from fmm_distill.core.schedules import VariancePreserving
@@ -12,7 +13,6 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.codec import Pixels
 
 if TYPE_CHECKING:
-    import diffusers
     from jaxtyping import Float
     from torch import Tensor, nn
 
@@ -148,8 +148,8 @@ class Teacher:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of its diffusers network, without the entries that diffusers keeps for itself."""
-        config = dict(cast("diffusers.ModelMixin", self.network).config)
+        """The configuration of the diffusers network, without the private entries; empty for another network."""
+        config = dict(self.network.config) if isinstance(self.network, diffusers.ModelMixin) else {}
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:

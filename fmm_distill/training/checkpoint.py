@@ -29,8 +29,8 @@ __all__ = [
     "complete",
     "load",
     "newest",
+    "newest_complete",
     "newest_state",
-    "newest_whole",
     "save",
     "step_of",
 ]
@@ -186,7 +186,7 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_whole(folder: Path) -> tuple[Path, Checkpoint] | None:
+def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
 
     While the run writes, what was found here may be gone a moment later: then it is looked for again.
@@ -285,8 +285,10 @@ def newest_state(folder: Path) -> State | None:
         for path in reversed(complete(folder)):
             try:
                 step, _digests = _manifest(path)
-                state = read_mapping(path / _STATE, {"faults": dict}, todo="it is damaged")
-                check_keys(str(path), state["faults"], {"skipped": int, "rate": float}, todo="it is damaged")
+                state = read_mapping(path / _STATE, {"non_finite_steps": dict}, todo="it is damaged")
+                check_keys(
+                    str(path), state["non_finite_steps"], {"skipped": int, "lr_scale": float}, todo="it is damaged"
+                )
                 return State(path, step, state, (path / _MANIFEST).stat().st_mtime)
             except (DamagedCheckpointError, BrokenFileError, OSError):
                 continue

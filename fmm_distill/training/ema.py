@@ -13,9 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 from fmm_distill.training.fsdp import local, placed_like
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
-__all__ = ["averaged", "frozen_copy", "load_trained", "trained_state"]
+__all__ = ["averaged", "build_averages", "frozen_copy", "load_trained", "trained_state"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -60,6 +62,11 @@ def averaged(network: nn.Module, rate: float) -> AveragedModel:
     network's own: one copy of them in memory.
     """
     return _Average(frozen_copy(network), rate).requires_grad_(False).eval()
+
+
+def build_averages(network: nn.Module, rates: Iterable[float]) -> dict[float, AveragedModel]:
+    """Return a moving average of a network for each rate."""
+    return {rate: averaged(network, rate) for rate in rates}
 
 
 def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:

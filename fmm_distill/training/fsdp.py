@@ -1,4 +1,4 @@
-"""A student that FSDP2 splits over processes: whole tensors to shards and back."""
+"""FSDP2: checks, the split of a student over processes, and full tensors to shards and back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fmm_distill.errors import UserError
+from fmm_distill.training.optimizer import optimizer_factory, stores_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,122 +17,155 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
-    from fmm_distill.config.settings import TrainingSettings
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["check_sharding", "is_sharded", "local", "name_blocks", "placed_like", "shard", "whole", "whole_state"]
+__all__ = [
+    "check_moments",
+    "check_sharding",
+    "full_state",
+    "full_tensor",
+    "gather_in_float32",
+    "is_sharded",
+    "local",
+    "placed_like",
+    "shard",
+    "wrap_blocks",
+    "wrapped_blocks",
+]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether accelerate splits weights over processes."""
+    """Return True if accelerate splits weights over processes."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_sharding(accelerator: Accelerator, training: TrainingSettings, lora_rank: int = 0) -> None:
-    """Refuse ways to split a student that training does not go with, before anything is opened.
-
-    Args:
-        lora_rank: of the student's adapters; 0: none.
+def check_sharding(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Check that the student can be trained the way accelerate splits it, before anything is opened.
 
     Raises:
-        UserError: on another way than FSDP2, and on settings that do not run under it.
+        UserError: on DeepSpeed, Megatron-LM and FSDP 1, and on settings that do not run under FSDP2.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"accelerate is set up for {kind.value}: not supported; wanted plain multi-GPU, or FSDP with "
-            "fsdp_version: 2, which splits weights, gradients and averages too (accelerate config)"
+            f"accelerate: expected plain multi-GPU or FSDP2, got {kind.value}, which is not supported; try "
+            "fsdp_version: 2, which splits weights, gradients and averages (accelerate config)"
         )
     if not is_sharded(accelerator):
         return
     if not accelerator.is_fsdp2:
         raise UserError(
-            "accelerate is set up for FSDP of version 1: not supported; wanted fsdp_version: 2 (accelerate config, or "
-            "accelerate launch --use_fsdp --fsdp_version 2)"
+            "accelerate: expected fsdp_version: 2, got version 1; try accelerate config, or accelerate launch "
+            "--use_fsdp --fsdp_version 2"
         )
-    if training.compile != "none":
+    if recipe.training.compile != "none":
         raise UserError(
-            f"training.compile: {training.compile} does not go with FSDP here; wanted none, or plain multi-GPU"
+            f"training.compile: expected none under FSDP, got {recipe.training.compile}; try none, or plain multi-GPU"
         )
-    if lora_rank:
+    if lora_rank := recipe.student.lora.rank:
         raise UserError(
-            f"student.lora.rank: {lora_rank} does not go with FSDP: the teacher is the student's own network without "
-            "its adapters, and the first process asks it alone when it evaluates; wanted 0, or plain multi-GPU"
+            f"student.lora.rank: expected 0 under FSDP, got {lora_rank}: the first process alone evaluates the "
+            "teacher, which is the student's split network without its adapters; try 0, or plain multi-GPU"
         )
+    check_moments(optimizer_factory(recipe.optimizer))
     plugin = accelerator.state.fsdp_plugin
     if plugin.activation_checkpointing:
         raise UserError(
-            "fsdp_activation_checkpointing wraps blocks that do not know the second time; wanted it off, and "
-            "training.gradient_checkpointing in its place"
+            "fsdp_activation_checkpointing: expected false, got true: it wraps blocks that need the second time of "
+            "a jump; try training.gradient_checkpointing"
         )
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         raise UserError(
-            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP would wrap the flow map around the network too, which is not "
-            "called as a module; wanted TRANSFORMER_BASED_WRAP, or NO_WRAP"
+            "fsdp_auto_wrap_policy: expected TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP, which also wraps "
+            "the flow map around the network; try TRANSFORMER_BASED_WRAP"
         )
-    # Shards are gathered as they are, in float32: the student runs under autocast, its derivatives do not.
-    plugin.mixed_precision_policy = None
 
 
-def name_blocks(accelerator: Accelerator, network: nn.Module) -> str:
-    """Tell accelerate which blocks of a network are gathered one at a time, where its user did not; and say which.
+def check_moments(factory: OptimizerFactory) -> None:
+    """Check that the state of an optimizer can be split as its parameters are.
 
     Raises:
-        UserError: if the user named a class that the network has none of.
+        UserError: if it stores factors of its moments, as Adafactor does.
+    """
+    if stores_factors(factory):
+        raise UserError(
+            "optimizer: expected moments of the shape of their parameters under FSDP, got an optimizer that stores "
+            "factors of them; try AdamW, or plain multi-GPU"
+        )
+
+
+def gather_in_float32(accelerator: Accelerator) -> None:
+    """Make FSDP gather weights in float32: the student runs under autocast, its derivatives do not."""
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def wrapped_blocks(accelerator: Accelerator, network: nn.Module) -> list[str]:
+    """Return the class names of the blocks that FSDP gathers one at a time: the user's, or the network's own list.
+
+    Raises:
+        UserError: if the user named a class that the network does not contain.
     """
     plugin = cast("Any", accelerator.state.fsdp_plugin)
-    there = {type(module).__name__ for module in network.modules()}
-    if plugin.transformer_cls_names_to_wrap is None:
+    present = {type(module).__name__ for module in network.modules()}
+    names = plugin.transformer_cls_names_to_wrap
+    if names is None:
         known = getattr(network, "_no_split_modules", None) or ()
-        plugin.transformer_cls_names_to_wrap = [name for name in dict.fromkeys(known) if name in there]
-    missing = [name for name in plugin.transformer_cls_names_to_wrap if name not in there]
-    if missing:
+        return [name for name in dict.fromkeys(known) if name in present]
+    if missing := [name for name in names if name not in present]:
         raise UserError(
-            f"fsdp_transformer_layer_cls_to_wrap: {type(network).__name__} has no {', '.join(missing)}; wanted some of "
-            f"{', '.join(sorted(there))}, or nothing: then its own list of blocks is taken"
+            f"fsdp_transformer_layer_cls_to_wrap: expected classes of {type(network).__name__}, got "
+            f"{', '.join(missing)}; try some of {', '.join(sorted(present))}, or leave it out"
         )
-    names = plugin.transformer_cls_names_to_wrap if plugin.auto_wrap_policy is not None else []
-    parts = ", ".join(names) or "the whole network"
+    return list(names)
+
+
+def wrap_blocks(accelerator: Accelerator, names: list[str]) -> str:
+    """Make FSDP gather these blocks one at a time, and return a line that describes the split."""
+    plugin = cast("Any", accelerator.state.fsdp_plugin)
+    plugin.transformer_cls_names_to_wrap = names
+    parts = (", ".join(names) if plugin.auto_wrap_policy is not None else "") or "the complete network"
     return f"FSDP: split over {accelerator.num_processes} processes; gathered at a time: {parts}"
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> None:
     """Split the network of a copy that is not trained, as ``accelerator.prepare`` splits the student."""
     split = fsdp2_prepare_model(accelerator, network)
-    # No backward pass follows a copy's call, and that is where a root gives back what it gathered.
+    # FSDP frees a root's gathered weights in the backward pass, and a copy has none.
     split.set_reshard_after_forward(True)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return the shard of this process, or the tensor itself if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. Of one that is split every process has to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be split. Every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """The tensors of a state, those that are split gathered one by one on the CPU. Every process has to ask.
+def full_state(state: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor]:
+    """Gather the split tensors of a state one by one on the CPU. Every process has to call it.
 
     Args:
-        keep: whether this process wants them; the others get nothing.
+        main: True in the process that needs the state; the others get an empty one.
     """
-    found: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        gathered = whole(tensor).detach().cpu() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            found[name] = gathered
-    return found
+        full = full_tensor(tensor).detach().cpu() if isinstance(tensor, DTensor) else tensor
+        if main:
+            gathered[name] = full
+    return gathered
 
 
-def placed_like(state: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors split as those of the same names are. Every process has to have the same ones."""
-    return {name: _placed(value, there.get(name)) for name, value in state.items()}
+def placed_like(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split full tensors as the targets of the same names are split. Every process has to pass the same tensors."""
+    return {name: _placed(value, targets.get(name)) for name, value in state.items()}
 
 
-def _placed(value: Tensor, there: Tensor | None) -> Tensor:
-    if not isinstance(there, DTensor) or value.shape != there.shape or isinstance(value, DTensor):
+def _placed(value: Tensor, target: Tensor | None) -> Tensor:
+    if not isinstance(target, DTensor) or value.shape != target.shape or isinstance(value, DTensor):
         return value
-    # No source: each process takes its part of what it has, and sends nothing.
-    return distribute_tensor(value.to(there.device), there.device_mesh, there.placements, src_data_rank=None)
+    # Without a source rank each process takes its shard of its own copy, and nothing is sent.
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import PickedImages
 from fmm_distill.training.objective import Objective, settle_engine
+from fmm_distill.training.optimizer import optimizer_factory, state_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import LearnedFlowMap
     from fmm_distill.teachers.base import Distillable
+    from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["GIB", "Memory", "forecast_memory", "held_by", "peak_memory"]
+__all__ = ["GIB", "Memory", "forecast_memory", "peak_memory", "peak_memory_of"]
 
 GIB = 2**30
 # Samples that a trace is made of at most, where several losses share a batch.
@@ -120,7 +122,7 @@ class _Live(TorchDispatchMode):
         return forget
 
 
-def held_by(call: Callable[[], object], device: torch.device) -> int:
+def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that the tensors made in a call take at most, beside those that were there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -138,7 +140,13 @@ def _storages(values: object) -> Iterator[Any]:
     return (tensor.untyped_storage() for tensor in tensors if not tensor._is_zerotensor())
 
 
-def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe, processes: int = 1) -> Memory:
+def forecast_memory(
+    student: LearnedFlowMap,
+    teacher: Distillable,
+    recipe: Recipe,
+    processes: int = 1,
+    optimizer: OptimizerFactory | None = None,
+) -> Memory:
     """The memory that the tensors of one process take in a training step, at its peak.
 
     The loss and its backward pass are run on one sample and on two (more where several losses share a batch), in the
@@ -153,15 +161,16 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
     Args:
         processes: that share a batch; with more than one, gradients are exchanged in buckets of their size.
     """
+    factory = optimizer or optimizer_factory(recipe.optimizer)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     buffers = _bytes(student.buffers())
     losses = [settle_engine(student, teacher, settings, recipe.training)[0] for settings in recipe.losses]
     copies = len(recipe.training.ema) + any(loss.follows == "frozen" for loss in losses)
     objective = Objective(student, teacher, recipe, losses, {"average": student, "frozen": student})
-    samples = recipe.training.batch_size // (processes * recipe.training.accumulation)
+    samples = recipe.training.batch_size // (processes * recipe.training.gradient_accumulation_steps)
     phases = [_phase(objective, draws, step, samples) for draws, step in _steps(recipe, teacher)]
     # Gradients of a part before stay while the next part's activations are made.
-    kept = trained * (recipe.training.accumulation > 1)
+    kept = trained * (recipe.training.gradient_accumulation_steps > 1)
     moments = [
         (replace(moment, live=moment.live + max(0.0, kept - moment.gradients)), growth)
         for phase in phases
@@ -174,7 +183,7 @@ def forecast_memory(student: LearnedFlowMap, teacher: Distillable, recipe: Recip
     return Memory(
         weights=_bytes(_weights(student, teacher)),
         gradients=round(gradients) + (trained if processes > 1 else 0),
-        optimizer=2 * trained,
+        optimizer=state_bytes(factory, [p for p in objective.parameters() if p.requires_grad]),
         averages=copies * (trained + buffers),
         activations=round(peak.live - gradients),
         per_sample=round(growth),

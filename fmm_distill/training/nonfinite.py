@@ -1,35 +1,63 @@
-"""How a run counts the steps that were no numbers."""
+"""Non-finite steps: optimizer steps whose loss or gradient is infinite or NaN."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Faults"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["NonFiniteSteps", "finite_or_none", "worst_samples"]
 
 
 @dataclass
-class Faults:
-    """Steps whose loss or gradient was no number.
+class NonFiniteSteps:
+    """Count of the non-finite steps of a run, which update nothing.
 
     Attributes:
-        limit: how many of them in a row are too many.
-        rate: factor of the learning rate: 1, or 0.5 after one return to a checkpoint.
-        skipped: how many there were.
-        in_a_row: how many the last steps were.
+        limit: number of consecutive ones after which the run returns to a checkpoint.
+        lr_scale: factor of the learning rate: 1, or 0.5 after the return to a checkpoint.
+        skipped: number of all of them.
+        consecutive: number of the latest ones without a finite step in between.
     """
 
     limit: int
-    rate: float = 1.0
+    lr_scale: float = 1.0
     skipped: int = 0
-    in_a_row: int = 0
+    consecutive: int = 0
 
     @property
-    def too_many(self) -> bool:
-        """Whether it is time to go back."""
-        return self.in_a_row >= self.limit
+    def limit_reached(self) -> bool:
+        """True if the run has to return to a checkpoint."""
+        return self.consecutive >= self.limit
 
-    def count(self, good: bool) -> bool:
-        """Note how a step went; gives whether it was the first bad one."""
-        self.in_a_row = 0 if good else self.in_a_row + 1
-        self.skipped += not good
-        return not good and self.skipped == 1
+    def count(self, finite: bool) -> bool:
+        """Count a step. Return True if it is the first non-finite one of the run."""
+        self.consecutive = 0 if finite else self.consecutive + 1
+        self.skipped += not finite
+        return not finite and self.skipped == 1
+
+    def halved(self) -> NonFiniteSteps:
+        """Return the count after a return to a checkpoint: half the learning rate, no consecutive steps."""
+        return NonFiniteSteps(self.limit, 0.5, self.skipped)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint stores. The limit may change between starts and comes from the recipe."""
+        return {"lr_scale": self.lr_scale, "skipped": self.skipped, "consecutive": self.consecutive}
+
+
+def worst_samples(rows: Sequence[tuple[float, float, float]], count: int = 4) -> list[dict[str, float | None]]:
+    """Return the samples of a batch with the largest losses, non-finite losses first.
+
+    Args:
+        rows: t, r and loss of each sample.
+    """
+    found = [{"t": t, "r": r, "loss": finite_or_none(loss)} for t, r, loss in rows]
+    return sorted(found, key=lambda row: -math.inf if row["loss"] is None else -row["loss"])[:count]
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number as JSON can hold it: null in place of NaN and infinity."""
+    return value if math.isfinite(value) else None

@@ -28,7 +28,8 @@ from accelerate.utils import (
 from fmm_distill.core.torch_state import changed_state, own_state
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.io.streams import lossy_streams
-from fmm_distill.training.fsdp import check_sharding
+from fmm_distill.training.fsdp import check_sharding, gather_in_float32, is_sharded
+from fmm_distill.training.optimizer import check_optimizer
 from fmm_distill.training.trackers import check_trackers, tracker_folder
 from fmm_distill.training.variables import (
     check_compile,
@@ -102,6 +103,7 @@ def check_training(recipe: Recipe) -> None:
     check_variables()
     check_compile(training.compile)
     check_trackers(recipe)
+    check_optimizer(recipe.optimizer)
     try:
         tempfile.gettempdir()
     except OSError as error:
@@ -111,11 +113,11 @@ def check_training(recipe: Recipe) -> None:
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
     processes = launched()
-    parts = processes * training.accumulation
+    parts = processes * training.gradient_accumulation_steps
     if training.batch_size % parts:
         raise UserError(
             f"training.batch_size {training.batch_size} does not split over {processes} processes "
-            f"x {training.accumulation} accumulation steps: take a multiple of {parts}"
+            f"x {training.gradient_accumulation_steps} accumulation steps: take a multiple of {parts}"
         )
 
 
@@ -137,7 +139,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     accelerator = _accelerator(
         mixed_precision=expected,
         # Arguments that are not passed are read from the environment.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.accumulation),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.gradient_accumulation_steps),
         log_with=list(recipe.logging.trackers) or None,
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
         # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
@@ -149,7 +151,9 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "ACCELERATE_USE_FSDP is set, but accelerate splits nothing here: one process without a launcher, or no "
             "GPU; unset it, or start with accelerate launch"
         )
-    check_sharding(accelerator, training, recipe.student.lora.rank)
+    check_sharding(accelerator, recipe)
+    if is_sharded(accelerator):
+        gather_in_float32(accelerator)
     for line in lines if accelerator.is_main_process else ():
         logger.warning(line)
     return accelerator

@@ -13,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 from fmm_distill.errors import UserError
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import read_mapping
+from fmm_distill.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.config.recipe import Recipe
 
-__all__ = ["check_trackers", "log_picture", "log_rows", "log_step", "tracked", "tracker_folder"]
+__all__ = ["TrackerLog", "check_trackers", "log_picture", "log_rows", "tracked", "tracker_folder"]
 
 PROJECT = "fmm_distill"
 
@@ -105,11 +106,17 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def log_step(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """The finite numbers of a line of ``steps.jsonl``, under the number of steps then done."""
-    numbers = {f"train/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-    del numbers["train/step"]
-    accelerator.log(numbers, step=record["step"] + 1)
+class TrackerLog(Callback):
+    """The finite numbers of each step, for the trackers of an accelerator."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log the numbers under the number of steps done."""
+        numbers = {f"train/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
+        del numbers["train/step"]
+        self.accelerator.log(numbers, step=step)
 
 
 def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: int) -> None:

@@ -94,7 +94,12 @@ def ignored_variables(recipe: Recipe) -> list[str]:
     training = recipe.training
     settings = {
         "ACCELERATE_MIXED_PRECISION": ("training.precision", training.precision, {"no": "fp32"}, ("no", "fp32")),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("training.accumulation", str(training.accumulation), {}, ("auto",)),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "training.gradient_accumulation_steps",
+            str(training.gradient_accumulation_steps),
+            {},
+            ("auto",),
+        ),
         "ACCELERATE_DYNAMO_BACKEND": ("training.compile", training.compile, {"no": "none"}, ("no", "none")),
     }
     lines = []

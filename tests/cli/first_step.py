@@ -16,7 +16,7 @@ class FirstStepError(Exception):
     """Ends the run."""
 
 
-step_of = Trainer._step
+step_of = Trainer.train_step
 
 
 def step(self: Trainer, *given: object) -> None:
@@ -25,7 +25,7 @@ def step(self: Trainer, *given: object) -> None:
 
 
 if __name__ == "__main__":
-    Trainer._step = step
+    Trainer.train_step = step
     try:
         command(sys.argv[1:], standalone_mode=False)
     except FirstStepError:

@@ -22,7 +22,7 @@ STEPS = 12
 TINY = {
     "data": "none",
     "loss": {"name": "lagrangian", "stop": "target"},
-    "training": {"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "keep_checkpoints": 2},
+    "training": {"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "checkpoints_total_limit": 2},
     "evaluation": {
         "steps": [1, 2],
         "ddim_steps": [1],
@@ -65,14 +65,14 @@ def spawn(*arguments: object, **changes: object) -> subprocess.Popen:
 @contextlib.contextmanager
 def training_only(stop_before: int | None = None):
     """Runs end after training, or are interrupted (Ctrl-C) as a step begins."""
-    step_of = Trainer._step
+    step_of = Trainer.train_step
 
     def step(self: Trainer, number: int, request: StopRequest) -> tuple[dict, bool]:
         if number == stop_before:
             raise KeyboardInterrupt
         return step_of(self, number, request)
 
-    with patch("fmm_distill.run.distill.finish"), patch.object(Trainer, "_step", step):
+    with patch("fmm_distill.run.distill.finish"), patch.object(Trainer, "train_step", step):
         yield
 
 

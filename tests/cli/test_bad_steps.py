@@ -101,7 +101,7 @@ with patch("fmm_distill.run.distill.finish"):
 def test_too_many_in_a_row_go_back_once_and_then_stop_the_run(tmp_path):
     teacher = bad_teacher(tmp_path / "teacher", range(9, CLASSES, 3))
     recipe = write_recipe(tmp_path / "bad.yaml", teacher)
-    process = spawn("--recipe", recipe, "--output", tmp_path / "run", "--set", "training.bad_steps=3")
+    process = spawn("--recipe", recipe, "--output", tmp_path / "run", "--set", "training.max_non_finite_steps=3")
     out, err = process.communicate()
     assert process.returncode == 3, err
     assert "Traceback" not in err

@@ -56,7 +56,7 @@ def test_examples_are_on_lines_of_their_own(monkeypatch):
         (("export", "a", "b", "--steps", "1,99999999"), "expected numbers of at most 100,000"),
         (("evaluate", "a", "--also-steps", "2,1,2"), "expected each number once"),
         (("sample", "a", "--seed", str(2**64)), "is not in the range"),
-        (("inspect", "builtin:digits", "--set", "teacher=x"), "changes teacher too"),
+        (("inspect", "builtin:digits", "--set", "teacher=x"), "expected one change of teacher"),
         (("inspect", "builtin:digits", "--set", "pipeline={a: 1, a: 2}"), "a is there twice"),
         (("inspect", "builtin:digits", "--set", "pipline.height=3"), "did you mean pipeline?"),
         (("status",), "Missing argument 'RUN'"),
@@ -89,8 +89,8 @@ def test_a_typing_error_is_one_line(arguments, says):
         (("evaluate", "RUN", "--report", "file"), "file is a file; expected a folder"),
         (("evaluate", "RUN", "--report", "file/report"), "is a file; expected a folder"),
         # Nothing is made before the run is found.
-        (("evaluate", "RUN", "--report", "new/report"), "is no run folder"),
-        (("sample", "RUN", "--output", "new.png"), "is no run folder"),
+        (("evaluate", "RUN", "--report", "new/report"), "expected a run folder"),
+        (("sample", "RUN", "--output", "new.png"), "expected a run folder"),
     ],
 )
 def test_outputs_are_checked_before_anything_is_opened(tmp_path, monkeypatch, arguments, says):

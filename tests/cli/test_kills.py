@@ -24,7 +24,7 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills):
     training = TINY["training"] | {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "ema": [0.9, 0.99]}
     loss = {"name": "progressive", "target": "frozen"}
     settings = {"teacher": str(teacher_folder)} | TINY | {"loss": loss, "weight": {"kind": "learned"}}
-    settings["training"] = training | {"refresh_steps": 7}
+    settings["training"] = training | {"target_update_every": 7}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     with training_only():

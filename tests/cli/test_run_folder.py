@@ -46,7 +46,7 @@ def project(tmp_path, tiny, monkeypatch) -> Path:
 def test_a_project_with_a_recipe_is_no_run(project, output, fresh):
     before = snapshot(project.parent)
     line = refused("--recipe", "recipe.yaml", "--output", output.format(project), *fresh)
-    assert "is not empty and holds no run" in line
+    assert "expected a run folder or an empty one, got other files" in line
     assert "fresh" not in line
     assert snapshot(project.parent) == before
 
@@ -68,7 +68,7 @@ def test_fresh_removes_nothing_where_something_else_is(run, tiny, name):
     (run / name).touch()
     before = snapshot(run)
     line = refused("--recipe", tiny, "--output", run, "--fresh")
-    assert "holds files that no run writes" in line
+    assert "expected only files of a run in" in line
     assert snapshot(run) == before
     with training_only():
         assert call("--recipe", tiny, "--output", run)[0] == 0

@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
-from fmm_distill.config.settings import TrainingSettings
+from fmm_distill.config.recipe import Recipe
 from fmm_distill.errors import UserError
 from fmm_distill.training.checkpoint import newest
-from fmm_distill.training.fsdp import check_sharding, name_blocks
+from fmm_distill.training.fsdp import check_sharding, gather_in_float32, wrap_blocks, wrapped_blocks
 from tests.cli.runs import STEPS, call, losses, spawn
 
 SHARDED = Path(__file__).with_name("sharded_cli.py")
@@ -144,37 +144,74 @@ FSDP = FullyShardedDataParallelPlugin
             DistributedType.DEEPSPEED,
             None,
             {},
-            r"DEEPSPEED: not supported; wanted plain multi-GPU, or FSDP with",
+            "expected plain multi-GPU or FSDP2, got DEEPSPEED, which is not supported",
         ),
-        (DistributedType.MEGATRON_LM, None, {}, "MEGATRON_LM: not supported"),
-        (DistributedType.FSDP, {"fsdp_version": 1}, {}, "FSDP of version 1: not supported; wanted fsdp_version: 2"),
-        (DistributedType.FSDP, {}, {"compile": "inductor"}, "compile: inductor does not go with FSDP"),
-        (DistributedType.FSDP, {"auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "SIZE_BASED_WRAP would wrap the flow map"),
-        (DistributedType.FSDP, {"activation_checkpointing": True}, {}, "wanted it off, and training.gradient_checkp"),
+        (DistributedType.MEGATRON_LM, None, {}, "got MEGATRON_LM"),
+        (DistributedType.FSDP, {"fsdp_version": 1}, {}, "expected fsdp_version: 2, got version 1"),
+        (
+            DistributedType.FSDP,
+            {},
+            {"training": {"compile": "inductor"}},
+            "training.compile: expected none under FSDP, got inductor",
+        ),
+        (
+            DistributedType.FSDP,
+            {"auto_wrap_policy": "SIZE_BASED_WRAP"},
+            {},
+            "got SIZE_BASED_WRAP, which also wraps the flow map",
+        ),
+        (
+            DistributedType.FSDP,
+            {"activation_checkpointing": True},
+            {},
+            "expected false, got true.* try training.gradient_checkp",
+        ),
     ],
 )
 def test_other_ways_to_split_are_refused(split_state, kind, plugin, settings, wanted):
     made = None if plugin is None else FSDP(**{"fsdp_version": 2} | plugin)
     with pytest.raises(UserError, match=wanted):
-        check_sharding(split_state(kind, made), TrainingSettings(**settings))
+        check_sharding(split_state(kind, made), Recipe(**settings))
 
 
 def test_adapters_are_not_split(split_state):
     accelerator = split_state(DistributedType.FSDP, FSDP(fsdp_version=2))
-    check_sharding(accelerator, TrainingSettings())
-    with pytest.raises(UserError, match=r"student.lora.rank: 4 does not go with FSDP.* wanted 0, or plain"):
-        check_sharding(accelerator, TrainingSettings(), 4)
+    check_sharding(accelerator, Recipe())
+    with pytest.raises(UserError, match=r"student.lora.rank: expected 0 under FSDP, got 4.* try 0, or plain"):
+        check_sharding(accelerator, Recipe(student={"lora": {"rank": 4}}))
+
+
+def test_factored_moments_are_not_split(split_state):
+    accelerator = split_state(DistributedType.FSDP, FSDP(fsdp_version=2))
+    with pytest.raises(UserError, match="expected moments of the shape of their parameters under FSDP"):
+        check_sharding(accelerator, Recipe(optimizer={"name": "Adafactor"}))
+    for name in ("SGD", "RMSprop", "NAdam"):
+        check_sharding(accelerator, Recipe(optimizer={"name": name}))
+
+
+def test_a_check_of_the_split_changes_nothing(split_state):
+    plugin = FSDP(fsdp_version=2, mixed_precision_policy={"param_dtype": "bf16"})
+    accelerator = split_state(DistributedType.FSDP, plugin)
+    check_sharding(accelerator, Recipe())
+    assert plugin.mixed_precision_policy is not None
+    gather_in_float32(accelerator)
+    assert plugin.mixed_precision_policy is None
 
 
 def test_blocks_are_the_networks_own_unless_they_are_named(split_state, teacher):
     own = FSDP(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
     teacher.network._no_split_modules = ["Attention", "NotThere"]
-    assert name_blocks(split_state(DistributedType.FSDP, own), teacher.network).endswith("at a time: Attention")
+    accelerator = split_state(DistributedType.FSDP, own)
+    blocks = wrapped_blocks(accelerator, teacher.network)
+    assert blocks == ["Attention"]
+    assert own.transformer_cls_names_to_wrap is None
+    assert wrap_blocks(accelerator, blocks).endswith("at a time: Attention")
     assert own.transformer_cls_names_to_wrap == ["Attention"]
-    whole = FSDP(fsdp_version=2)
-    assert name_blocks(split_state(DistributedType.FSDP, whole), teacher.network).endswith(": the whole network")
+    accelerator = split_state(DistributedType.FSDP, FSDP(fsdp_version=2))
+    blocks = wrapped_blocks(accelerator, teacher.network)
+    assert wrap_blocks(accelerator, blocks).endswith(": the complete network")
     wrong = FSDP(
         fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["Resnet", "Attention"]
     )
-    with pytest.raises(UserError, match="UNet2DModel has no Resnet; wanted some of"):
-        name_blocks(split_state(DistributedType.FSDP, wrong), teacher.network)
+    with pytest.raises(UserError, match="expected classes of UNet2DModel, got Resnet; try some of"):
+        wrapped_blocks(split_state(DistributedType.FSDP, wrong), teacher.network)

@@ -117,8 +117,8 @@ def test_the_losses_are_listed_with_what_each_needs():
         assert "    paper: arXiv " in entry
     assert entries["mean_flow"].rstrip().endswith("needs: data")
     assert entries["flow_matching"].rstrip().endswith("needs: a teacher or data")
-    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching beside it")
-    assert [name for name, entry in entries.items() if "beside it with its default target" in entry] == [
+    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching as an extra loss")
+    assert [name for name, entry in entries.items() if "as an extra loss with the default target" in entry] == [
         "progressive",
         "progressive_distillation",
     ]
@@ -130,8 +130,8 @@ def test_recipes_are_listed_in_columns():
 
 
 def test_overrides_are_yaml_and_typed():
-    recipe = load_recipe("digits", ["training.learning_rate=1e-4", "evaluation.steps=[1,3]", "teacher=./here"])
-    assert recipe.training.learning_rate == 1e-4
+    recipe = load_recipe("digits", ["optimizer.lr=1e-4", "evaluation.steps=[1,3]", "teacher=./here"])
+    assert recipe.optimizer.lr == 1e-4
     assert recipe.evaluation.steps == (1, 3)
     assert recipe.teacher == "./here"
 

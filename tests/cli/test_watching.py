@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.run.curves import BAD
-from fmm_distill.run.folder import kept_recipe
+from fmm_distill.run.folder import stored_recipe
 from fmm_distill.run.marker import MARKER
 from fmm_distill.run.plan import plan
 from fmm_distill.training import checkpoint
@@ -70,7 +70,7 @@ def test_the_average_of_that_step_is_measured_and_the_teacher_once(watched):
     assert sorted(path.name for path in (watched / "pictures").iterdir()) == ["samples-10.png", "samples-5.png"]
     # The same from the checkpoint of that step.
     kept = checkpoint.load(watched / "checkpoints" / "step-00000010")
-    job = plan(kept_recipe(watched))
+    job = plan(stored_recipe(watched))
     average = {name: value for name, value in kept.tensors["ema-0.999"].items() if name != "n_averaged"}
     load_trained(job.student, job.student, average)
     measured = evaluate({"student": job.student.eval()}, job.teacher, job.recipe.evaluation, None, torch.device("cpu"))
@@ -156,7 +156,7 @@ def test_only_the_first_process_prints(monkeypatch, tiny, tmp_path):
     # It may be alone with its mistake, and then says who it is.
     status, out, err = call("status", tmp_path)
     assert (status, out) == (2, "")
-    assert err.startswith(f"process 1: error: {tmp_path} is no run folder")
+    assert err.startswith(f"process 1: error: {tmp_path}: expected a run folder")
 
 
 def status_of(folder: Path, *arguments: object) -> dict[str, str]:
@@ -168,7 +168,7 @@ def status_of(folder: Path, *arguments: object) -> dict[str, str]:
 def test_status_of_a_finished_run(watched, teacher_folder):
     found = status_of(watched)
     assert list(found) == [
-        *("teacher", "losses", "step", "phase", "loss", "rate", "checkpoint", "bad steps", "evaluated", "size"),
+        *("teacher", "losses", "step", "phase", "loss", "rate", "checkpoint", "skipped", "evaluated", "size"),
         "curves",
     ]
     assert found["teacher"] == str(teacher_folder)
@@ -176,8 +176,8 @@ def test_status_of_a_finished_run(watched, teacher_folder):
     assert found["step"] == "12 of 12 (100.0 %)"
     assert found["loss"].startswith(f"{sum(loss for _, loss, *_ in losses(watched)) / 12:.4g} (mean of the last 12 ")
     assert found["checkpoint"].startswith("step 12, written 20")
-    assert found["bad steps"] == "0 left out; the learning rate is the recipe's"
-    assert found["evaluated"] == "yes, 2 times on the way"
+    assert found["skipped"] == "0 non-finite steps"
+    assert found["evaluated"] == "at the end, 2 times during training"
     assert found["curves"] == str(watched / "curves.png")
     assert imread(watched / "curves.png").shape[1] == 1170
 
@@ -196,7 +196,7 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
     newest = newest.rename(newest.with_name("step-00000200"))
     (newest / "manifest.json").write_text((newest / "manifest.json").read_text().replace('"step": 6', '"step": 200'))
     state = json.loads((newest / "state.json").read_text())
-    state["faults"] |= {"skipped": 1, "rate": 0.5}
+    state["non_finite_steps"] |= {"skipped": 1, "lr_scale": 0.5}
     (newest / "state.json").write_text(json.dumps(state))
     damaged = newest.with_name("step-00000201")
     shutil.copytree(newest, damaged)
@@ -208,13 +208,13 @@ def test_status_of_a_run_that_was_killed(tmp_path, stopped):
     before = snapshot(tmp_path / "run")
     found = status_of(tmp_path / "run", "--output", tmp_path / "here.png")
     assert snapshot(tmp_path / "run") == before
-    assert found["step"] == "202 of 1,002 (20.2 %, written 2 h 5 min ago)"
-    assert found["loss"] == "1 (mean of the last 100 steps; of the 100 before 3.94, -74.6 %)"
-    assert found["rate"] == "16.0 images per second, 0.5 s a step"
+    assert found["step"] == "202 of 1,002 (20.2 %, logged 2 h 5 min ago)"
+    assert found["loss"] == "1 (mean of the last 100 steps; of the previous 100: 3.94, -74.6 %)"
+    assert found["rate"] == "16.0 images per second, 0.5 s per step"
     assert found["time left"] == "6 min at that rate"
     assert found["checkpoint"].startswith("step 200, written 20")
     assert found["checkpoint"].endswith(" (2 h 5 min ago)")
-    assert found["bad steps"] == "2 left out; the learning rate was halved"
+    assert found["skipped"] == "2 non-finite steps; the learning rate was halved"
     assert found["evaluated"] == "not at the end yet"
     size = sum(len(content) for _, content in before.values())
     assert found["size"] == f"{size / 2**20:.1f} MiB"
@@ -228,13 +228,13 @@ def test_status_before_the_first_step_and_what_is_no_run(tmp_path, stopped):
     for name in ("recipe.yaml", MARKER):
         shutil.copy(stopped / name, tmp_path / "run")
     found = status_of(tmp_path / "run")
-    assert found["step"] == "0 of 12 (no step is logged yet)"
+    assert found["step"] == "0 of 12 (no step logged yet)"
     assert found["checkpoint"] == "none yet"
     assert "curves" not in found
     for arguments, message in (
         (
             (tmp_path,),
-            f"error: {tmp_path} is no run folder (no .fmm_distill-run.json); expected a folder that was an --output",
+            f"error: {tmp_path}: expected a run folder (the --output of a run), got a folder without .",
         ),
         ((stopped, "--output", "a.jpg"), "error: --output a.jpg: expected a name that ends in .png, for a picture"),
         ((stopped, "--output", tmp_path / "no" / "a.png"), f"error: --output {tmp_path / 'no' / 'a.png'} could"),

@@ -26,7 +26,9 @@ if __name__ == "__main__":
         job = plan(recipe)
         trainer = Trainer(job.student, job.teacher, recipe, None, folder, accelerator)
         average = trainer.averaged_student(recipe.training.ema[0])
-        trainer.run(Monitor(lambda average=average: average, job.teacher, recipe, None, folder, accelerator).reached)
+        trainer.run(
+            evaluate=Monitor(lambda average=average: average, job.teacher, recipe, None, folder, accelerator).reached
+        )
     if accelerator.is_main_process:
         print("processes:", accelerator.num_processes)
     accelerator.end_training()

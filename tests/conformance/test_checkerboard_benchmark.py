@@ -109,8 +109,9 @@ def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
 
     def recipe_for(*arguments):
         recipe = base(*arguments)
-        training = recipe.training.model_copy(update={"learning_rate": 1e30, "clip": 1e30})
-        return recipe.model_copy(update={"training": training})
+        training = recipe.training.model_copy(update={"max_grad_norm": 1e30})
+        optimizer = recipe.optimizer.model_copy(update={"lr": 1e30})
+        return recipe.model_copy(update={"training": training, "optimizer": optimizer})
 
     monkeypatch.setattr(checkerboard, "recipe_for", recipe_for)
     bench = checkerboard.Experiment(TINY, tmp_path)

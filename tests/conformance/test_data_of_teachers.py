@@ -114,7 +114,7 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.picked = []
-        step = Trainer._step
+        step = Trainer.train_step
 
         def watched(trainer, number, request):
             pick = trainer.images.pick
@@ -122,7 +122,7 @@ class Seen:
                 monkeypatch.setattr(trainer.images, "pick", lambda draws: self.keep(draws, pick(draws)))
             return step(trainer, number, request)
 
-        monkeypatch.setattr(Trainer, "_step", watched)
+        monkeypatch.setattr(Trainer, "train_step", watched)
 
     def keep(self, draws, picked):
         self.picked.append((draws, picked))
@@ -199,7 +199,7 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     ("told", "condition", "wanted"),
     [
         ("class", None, "told a condition with every sample; name the column .* in data.condition"),
-        ("class", "text", "prompts and pipeline are for pipelines with a text encoder"),
+        ("class", "text", "expected a pipeline with a text encoder for prompts and pipeline"),
         ("nothing", "label", r"data\.condition label: .* is told nothing; wanted null"),
         ("prompt", "label", "row 0 has 0, which is none of the run's prompts; wanted text"),
     ],

@@ -206,19 +206,21 @@ def test_a_run_is_sampled_evaluated_and_exported_at_any_scale_of_its_range(folde
 
 def test_ranges_that_can_not_be(folders, tmp_path):
     for wrong in ([3.0, 2.0], [2.5, 5.0], [2.0, 2.0]):
-        with pytest.raises(UserError, match=r"guidance\.range .* with guidance\.scale 2: wanted two scales"):
+        with pytest.raises(
+            UserError, match=r"guidance\.range: expected two increasing scales .* with guidance\.scale: 2"
+        ):
             parse({"guidance": {"scale": 2.0, "range": wrong}}, "here")
     with pytest.raises(UserError, match=r"guidance\.range\.0: Input should be greater than or equal to 0"):
         parse({"guidance": {"scale": 2.0, "range": [-1.0, 4.0]}}, "here")
     ranged = {"scale": 2.0, "range": [1.0, 5.0]}
     plain = save_teacher(tmp_path / "plain", tiny_unet(num_class_embeds=3))
-    with pytest.raises(UserError, match=r"no label for no class"):
+    with pytest.raises(UserError, match=r"expected a label for no class"):
         plan(parse({"teacher": str(plain), "guidance": ranged}, "here"))
     with pytest.raises(UserError, match=r"guidance\.range: .* has no pipeline that is called with a guidance_scale"):
         open_teacher(parse({"teacher": str(plain), "guidance": ranged | {"weaker": str(plain)}}, "here"))
     flux = FAMILIES["flux"]
     flux.build().save_pretrained(tmp_path / "flux")
-    with pytest.raises(UserError, match=r"guidance\.range: this network is told its guidance already"):
+    with pytest.raises(UserError, match=r"guidance\.range: expected none for a network that is conditioned"):
         load_teacher(str(tmp_path / "flux"), call=dict(flux.call), guidance=RANGE)
 
 

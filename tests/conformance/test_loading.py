@@ -15,7 +15,7 @@ from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.solvers import solve
 from fmm_distill.errors import UserError
 from fmm_distill.export.load import load_student
-from fmm_distill.export.manifest import about_student, write_about
+from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
@@ -31,7 +31,7 @@ RECIPE = parse({"teacher": "builtin:digits"}, "here")
 def exported(folder, teacher, prediction="teacher"):
     student = moved_student(teacher) if prediction == "teacher" else Student.from_teacher(teacher, prediction).eval()
     export_pipeline(student, teacher, folder, ())
-    write_about(folder, about_student(student, teacher, RECIPE, ()))
+    write_manifest(folder, make_manifest(student, teacher, RECIPE, ()))
     return student
 
 
@@ -50,7 +50,7 @@ def loaded(tmp_path_factory, teacher_folder):
 def test_the_public_name(loaded):
     assert fmm_distill.load_student is load_student
     assert loaded[2].event_shape == (1, 8, 8)
-    assert loaded[2].about.teacher == loaded[1].source
+    assert loaded[2].manifest.teacher == loaded[1].source
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -137,7 +137,7 @@ def test_a_network_that_is_told_its_guidance_is_told_it_again(tmp_path):
     student = moved_student(teacher)
     export_pipeline(student, teacher, tmp_path / "student", ())
     recipe = parse({"teacher": "builtin:digits", "guidance": {"scale": 3.5}}, "here")
-    write_about(tmp_path / "student", about_student(student, teacher, recipe, ()))
+    write_manifest(tmp_path / "student", make_manifest(student, teacher, recipe, ()))
     again = load_student(tmp_path / "student")
     own = sample(student, noises(teacher), 2, teacher.conditioned_on(torch.zeros(3, dtype=torch.float64)))
     assert (again.generate(noises(teacher), 2) - own).abs().max() <= 1e-5 * own.abs().max()

@@ -15,7 +15,7 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import write_card
 from fmm_distill.export.local_paths import is_local, public_name, without_paths
-from fmm_distill.export.manifest import about_student
+from fmm_distill.export.manifest import make_manifest
 from fmm_distill.export.pipelines import write_pipelines
 from fmm_distill.export.place import replacing
 from fmm_distill.run.publish import pack
@@ -144,7 +144,7 @@ def packed(request, tmp_path_factory):
     student = Student.from_teacher(teacher)
     with replacing(home / "student") as new:
         write_pipelines(student, teacher, new, (1,))
-        about = about_student(student, teacher, recipe, (1,), run)
+        about = make_manifest(student, teacher, recipe, (1,), run)
         write_card(new, about, evaluation, run)
         compared = {"passed": True, "of": str(home / "x")}
         (new / "verification.json").write_text(json.dumps(compared))
@@ -152,15 +152,15 @@ def packed(request, tmp_path_factory):
 
 
 def test_no_file_names_a_folder_of_this_machine(packed):
-    home, parcel = packed
-    sent = {name: path.read_bytes() for name, path in parcel.files.items()}
-    sent |= {name: text.encode() for name, text in parcel.texts.items()}
+    home, upload = packed
+    sent = {name: path.read_bytes() for name, path in upload.files.items()}
+    sent |= {name: text.encode() for name, text in upload.texts.items()}
     assert [name for name, content in sent.items() if USER.encode() in content or str(home).encode() in content] == []
     assert not [
         name for name in sent if name.endswith((".txt", ".md", ".env")) and "/" in name and "merges" not in name
     ]
-    assert not [line for line in parcel.notes if "left out" in line]
-    assert USER not in (parcel.folder / "README.md").read_text()
+    assert not [line for line in upload.notes if "left out" in line]
+    assert USER not in (upload.folder / "README.md").read_text()
 
 
 def test_the_recipe_has_names_in_their_places(packed):
@@ -185,9 +185,9 @@ def test_the_student_opens_without_them(packed):
 
 
 def test_the_run_and_the_export_still_know_their_paths(packed):
-    home, parcel = packed
-    assert str(home) in (parcel.folder / "recipe.yaml").read_text()
-    assert Path(json.loads((parcel.folder / "student.json").read_text())["teacher"]).is_dir()
+    home, upload = packed
+    assert str(home) in (upload.folder / "recipe.yaml").read_text()
+    assert Path(json.loads((upload.folder / "student.json").read_text())["teacher"]).is_dir()
 
 
 def test_hub_ids_are_sent_as_they_are(packed, tmp_path):
@@ -204,9 +204,9 @@ def test_hub_ids_are_sent_as_they_are(packed, tmp_path):
         (new / "export.json").unlink()
         (new / "student.json").write_text(json.dumps(facts | known))
         (new / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    parcel = pack(tmp_path / "again", "tester/student")
-    sent = yaml.safe_load(parcel.texts["recipe.yaml"])
-    assert parcel.teacher == sent["teacher"] == "google/ddpm"
+    upload = pack(tmp_path / "again", "tester/student")
+    sent = yaml.safe_load(upload.texts["recipe.yaml"])
+    assert upload.teacher == sent["teacher"] == "google/ddpm"
     assert sent["data"]["source"] == "uoft-cs/cifar10"
     assert sent["guidance"]["weaker"] == "google/ddpm-small"
-    assert "base_model: google/ddpm" in parcel.card
+    assert "base_model: google/ddpm" in upload.card

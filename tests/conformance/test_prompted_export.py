@@ -13,7 +13,7 @@ import torch
 from fmm_distill.config.recipe import parse
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.load import load_student
-from fmm_distill.export.manifest import about_student, write_about
+from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify_all
@@ -78,7 +78,7 @@ def test_a_student_loads_from_its_folder_as_the_map_that_it_was(exports, name, m
     export = exports[0][name]
     teacher = export.teacher
     recipe = parse({"teacher": "builtin:digits"}, "here")
-    write_about(export.folder, about_student(export.student, teacher, recipe, export.steps))
+    write_manifest(export.folder, make_manifest(export.student, teacher, recipe, export.steps))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     loaded = load_student(export.folder, prompts=PROMPTS if name in FAMILIES else ())
     noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))

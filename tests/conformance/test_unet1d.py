@@ -218,7 +218,12 @@ def test_more_steps_of_the_teacher_come_closer_to_its_ode(teacher):
 def test_what_is_said_of_it(teacher):
     said = describe_teacher(teacher, Recipe())
     assert "GiB at peak: weights 0.00, gradients 0.00" in said
-    for part in ("2 x 16 (channels x length)", "told an angle", "time_proj", "any number of steps; no fixed number"):
+    for part in (
+        "2 x 16 (channels x length)",
+        "conditioned on an angle",
+        "time_proj",
+        "any-step pipeline alone; no stock pipelines",
+    ):
         assert part in said
 
 
@@ -273,20 +278,20 @@ def test_images_are_no_data_of_it(folder):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (PLANNER, "time_embedding_type 'positional'; wanted 'fourier'"),
-        ({"use_timestep_embedding": True, "act_fn": "silu"}, "use_timestep_embedding True; wanted False"),
-        ({"out_block_type": "OutConv1DBlock", "act_fn": "silu"}, "out_block_type 'OutConv1DBlock'; wanted None"),
-        ({"extra_in_channels": 3}, "DownBlock1DNoSkip and 3 extra_in_channels; wanted DownBlock1DNoSkip and 16"),
+        (PLANNER, "time_embedding_type 'positional'; expected 'fourier'"),
+        ({"use_timestep_embedding": True, "act_fn": "silu"}, "use_timestep_embedding True; expected False"),
+        ({"out_block_type": "OutConv1DBlock", "act_fn": "silu"}, "out_block_type 'OutConv1DBlock'; expected None"),
+        ({"extra_in_channels": 3}, "DownBlock1DNoSkip and 3 extra_in_channels; expected DownBlock1DNoSkip and 16"),
         ({"down_block_types": ("DownBlock1D",) * 2}, "first block DownBlock1D and 16"),
         ({"out_channels": 1}, "2 channels in, 1 out"),
-        ({"sample_size": 18}, "sample_size 18 .* wanted a multiple of 4 from 12 on"),
-        ({"sample_size": 8}, "sample_size 8 .* wanted a multiple of 4 from 12 on"),
+        ({"sample_size": 18}, "sample_size 18 .* expected a multiple of 4 of at least 12"),
+        ({"sample_size": 8}, "sample_size 8 .* expected a multiple of 4 of at least 12"),
         ({"sample_rate": None}, "sample_rate None"),
         (
             {"down_block_types": ("DownBlock1DNoSkip",) * 2},
             "does not run on a sample of 2 x 16",
         ),
-        ({"scheduler": diffusers.DDIMScheduler()}, "UNet1DModel with DDIMScheduler; wanted IPNDMScheduler"),
+        ({"scheduler": diffusers.DDIMScheduler()}, "UNet1DModel with DDIMScheduler; expected IPNDMScheduler"),
         ({"scheduler": diffusers.IPNDMScheduler(trained_betas=[0.5, 0.2])}, "IPNDMScheduler with trained_betas"),
         ({"scheduler": diffusers.IPNDMScheduler(num_train_timesteps=1)}, "num_train_timesteps is 1"),
     ],
@@ -302,7 +307,7 @@ def test_a_value_function_beside_it_is_refused(tmp_path):
     source = changed(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"value_function": ["diffusers", "UNet1DModel"]}))
-    with pytest.raises(UserError, match="UNet1DModel beside value_function; wanted a network and a scheduler alone"):
+    with pytest.raises(UserError, match=r"expected UNet1DModel and a scheduler, .* got also value_function"):
         load_teacher(source)
 
 

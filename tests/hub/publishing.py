@@ -172,13 +172,13 @@ def publish_with_strangers(hub: Hub, folder: str, elsewhere: str) -> dict[str, A
     (source / "steps-2").symlink_to(outside)
     card = (source / "README.md").read_text(encoding="utf-8")
     (source / "README.md").write_text(card.replace("# A few-step student", "# My student"), encoding="utf-8")
-    parcel = pack(source, REPO)
+    upload = pack(source, REPO)
     with logged(lines):
-        publish(parcel, REPO)
-    seen: dict[str, Any] = {"lines": lines, "names": sorted(_files(hub)), "dry": parcel.describe()}
+        publish(upload, REPO)
+    seen: dict[str, Any] = {"lines": lines, "names": sorted(_files(hub)), "dry": upload.describe()}
     seen["secrets"] = [name for name, content in _files(hub).items() if b"hf_secret" in content]
     seen["card"] = _files(hub)["README.md"].decode()
-    seen["how"] = parcel.how_to_load
+    seen["how"] = upload.how_to_load
     (source / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
     seen["torn card"] = said(pack, source, REPO)
     (source / "README.md").unlink()
@@ -207,13 +207,13 @@ def publish_while_exporting(hub: Hub, run: str) -> dict[str, Any]:
     from fmm_distill.run.publish import pack, publish
 
     source, lines = Path(run), []
-    parcel = pack(source, REPO)
+    upload = pack(source, REPO)
     with in_use(source / "student", "an export"):
-        running = said(publish, parcel, REPO)
+        running = said(publish, upload, REPO)
     with replacing(source / "student") as new:
         (new / "model_index.json").write_text("{}")
-    between = said(publish, parcel, REPO)
-    return {"running": running, "between": between, "made": list(hub.repos), "lines": lines, "notes": parcel.notes}
+    between = said(publish, upload, REPO)
+    return {"running": running, "between": between, "made": list(hub.repos), "lines": lines, "notes": upload.notes}
 
 
 def publish_offline(hub: Hub, run: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import _table, card, write_card
 from fmm_distill.export.contents import record
 from fmm_distill.export.load import load_student
-from fmm_distill.export.manifest import about_student, read_about
+from fmm_distill.export.manifest import make_manifest, read_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.run.marker import mark
 from fmm_distill.run.publish import pack
@@ -55,7 +55,7 @@ def folder(tmp_path_factory, teacher_folder):
     for picture in ("samples.png", "steps.png"):
         (run / picture).write_bytes(b"\x89PNG" + picture.encode())
     export_pipeline(student, teacher, run / "student", (1, 4))
-    about = about_student(student, teacher, recipe, (1, 4), run)
+    about = make_manifest(student, teacher, recipe, (1, 4), run)
     write_card(run / "student", about, Evaluation(dict(PROTOCOL), list(ROWS)), run)
     (run / "student" / "verification.json").write_text('{"passed": true}')
     record(run / "student", "verification.json")
@@ -163,7 +163,7 @@ def test_without_the_right_nothing_is_made(published):
 def test_faults_leave_nothing_half(published, folder):
     seen = published["publish_through_faults"]
     assert seen["lost"].endswith(
-        "the Hub is not well (status 500); run the same command again later; nothing of it was published"
+        "the Hub has an internal error (status 500); run the same command again later; nothing of it was published"
     )
     # Two pictures, one of which was lost, and two networks: folded, an untrained student is the same at all steps.
     assert seen["arrived"] == 3
@@ -392,9 +392,9 @@ def test_an_export_of_an_earlier_version_says_what_to_do(folder, tmp_path):
 
 def test_folders_that_are_gone_are_not_in_the_card(copy):
     shutil.rmtree(copy / "steps-4")
-    parcel = pack(copy, "tester/student")
-    assert "steps-4" not in parcel.card
-    assert json.loads(parcel.texts["student.json"])["steps"] == [1]
+    upload = pack(copy, "tester/student")
+    assert "steps-4" not in upload.card
+    assert json.loads(upload.texts["student.json"])["steps"] == [1]
 
 
 def test_a_run_without_a_student(tmp_path):
@@ -413,7 +413,7 @@ def test_a_dry_run_lists_and_shows(folder):
 
 
 def test_facts_come_back_as_they_were(folder):
-    about = read_about(folder)
+    about = read_manifest(folder)
     assert about.steps == (1, 4)
     assert about.hours == pytest.approx(1)
     assert Path(about.teacher).is_dir()

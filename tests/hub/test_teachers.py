@@ -64,7 +64,7 @@ def test_a_teacher_is_the_commit_that_a_name_stands_for(seen):
     assert seen["license"] == {"license": "mit"}
     assert "tester/teacher at nowhere: " in seen["unknown"]
     assert "no such branch, tag or commit" in seen["unknown"]
-    assert "is of a teacher on the Hub, this is a folder" in seen["folder at a revision"]
+    assert "expected a Hub id for revision" in seen["folder at a revision"]
 
 
 def test_what_is_not_for_everyone(seen):
@@ -73,8 +73,8 @@ def test_what_is_not_for_everyone(seen):
     assert not [line for line in seen.values() if "\n" in line or "hf_" in line]
     assert "somebody/gated: it is gated: accept its terms on its page" in seen["somebody/gated"]
     for name in ("somebody/private", "somebody/nothing"):
-        assert f"{name}: no such folder here, and of the Hub: no such repository, or a private one" in seen[name]
-    assert "no model_index.json in it; wanted a whole diffusers pipeline" in seen["tester/dataset"]
+        assert f"{name}: no such folder here, and on the Hub: no such repository, or a private one" in seen[name]
+    assert "no model_index.json in it; expected a complete diffusers pipeline" in seen["tester/dataset"]
     assert "neither a folder nor a Hub id" in seen["no such name"]
     assert "neither a folder nor a Hub id" in seen["a--b/c"]
     # A login has no effect while the variable is set.
@@ -102,15 +102,15 @@ def test_variants_stand_in_for_the_plain_weights(seen):
         == seen["sharded"]
         == float(next(tiny_unet().half().parameters()).detach().flatten()[0])
     )
-    assert seen["plain of half"].endswith("its weights come as variants alone (fp16): take --set variant=fp16")
+    assert seen["plain of half"].endswith("expected default weights, got variants (fp16); try --set variant=fp16")
     assert "(fp16): take --set variant=fp16" in seen["none"]
     assert "\n" not in seen["none"] + seen["plain of half"]
 
 
 def test_bad_days_end_in_a_line_or_in_a_whole_teacher(seen):
     seen = seen["bad_days"]
-    assert f"{teachers.WEIGHTS} came with other bytes than the Hub has; it was removed" in seen["wrong bytes"]
-    assert "the Hub is not well (status 500)" in seen["not well"]
+    assert f"{teachers.WEIGHTS} differs from the file on the Hub; it was removed" in seen["wrong bytes"]
+    assert "the Hub has an internal error (status 500)" in seen["not well"]
     assert "could not be reached" in seen["reset"]
     assert seen["cut"] == ""
     assert seen["faults left"] == 0
@@ -118,9 +118,9 @@ def test_bad_days_end_in_a_line_or_in_a_whole_teacher(seen):
     same, lines = seen["from the cache"]
     assert same
     assert len(lines) == 1
-    assert lines[0].endswith("what is in the cache is taken")
+    assert lines[0].endswith("the cache is used")
     assert "could not be reached" in seen["never seen"]
-    assert "the Hub is not well (status 503)" in seen["down"]
+    assert "the Hub has an internal error (status 503)" in seen["down"]
     assert not [line for line in seen.values() if isinstance(line, str) and "\n" in line]
 
 
@@ -129,7 +129,7 @@ def test_the_store_that_repositories_share(seen):
     assert seen["moved"]
     assert seen["seen"] == 1
     assert seen["again"] == ""
-    assert f"{teachers.WEIGHTS} came with other bytes than the Hub has; it was removed" in seen["wrong"]
+    assert f"{teachers.WEIGHTS} differs from the file on the Hub; it was removed" in seen["wrong"]
     assert seen["whole"]
 
 

@@ -27,7 +27,7 @@ def train(folder: str, settings: dict, output: Path) -> None:
     output.mkdir()
     trainer = Trainer(job.student, job.teacher, recipe, None, output, Accelerator(cpu=True))
     # Not a part of a step, as little as the opening before.
-    trainer._save = lambda step: None
+    trainer.save_checkpoint = lambda step, hooks=None: None
     Path("/proc/self/clear_refs").write_text("5")
     trainer.run()
 

@@ -19,12 +19,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import Images
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.training.fsdp import check_sharding
+from fmm_distill.training.fsdp import check_sharding, gather_in_float32
 from fmm_distill.training.objective import Objective
 from fmm_distill.training.trainer import Trainer
 
@@ -73,7 +72,8 @@ def split_weights(accelerator: Accelerator, blocks: list[str]) -> None:
     )
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    check_sharding(accelerator, TrainingSettings())
+    check_sharding(accelerator, Recipe())
+    gather_in_float32(accelerator)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def at(step: int) -> Checkpoint:
         "student": {"a.weight": torch.arange(6.0).reshape(2, 3).T * step},
         "optimizer": {"0.step": torch.tensor(step)},
     }
-    return Checkpoint(step, tensors, {"scaler": None, "faults": {"skipped": 0, "rate": 0.5}})
+    return Checkpoint(step, tensors, {"scaler": None, "non_finite_steps": {"skipped": 0, "lr_scale": 0.5}})
 
 
 def test_round_trip(tmp_path):
@@ -33,7 +33,7 @@ def test_round_trip(tmp_path):
     assert saved.name == "step-00000007"
     loaded = checkpoint.load(saved)
     assert loaded.step == 7
-    assert loaded.state == {"scaler": None, "faults": {"skipped": 0, "rate": 0.5}}
+    assert loaded.state == {"scaler": None, "non_finite_steps": {"skipped": 0, "lr_scale": 0.5}}
     assert loaded.tensors["student"]["a.weight"].equal(at(7).tensors["student"]["a.weight"])
     assert loaded.tensors["optimizer"]["0.step"].dtype == torch.int64
     assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
@@ -53,7 +53,7 @@ def test_steps_are_numbers_not_text(tmp_path, step):
         checkpoint.save(tmp_path, at(number), keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-99999999", f"step-{step}"}
     assert checkpoint.newest(tmp_path).name == f"step-{step}"
-    path, found = checkpoint.newest_whole(tmp_path)
+    path, found = checkpoint.newest_complete(tmp_path)
     assert (path.name, found.step) == (f"step-{step}", step)
     assert checkpoint.newest_state(tmp_path).step == step
 
@@ -66,7 +66,7 @@ def test_other_names_are_no_checkpoints_and_stay(tmp_path, name):
     shutil.copytree(saved, tmp_path / name)
     (tmp_path / "step-00000077").touch()
     assert checkpoint.newest(tmp_path) == saved
-    assert checkpoint.newest_whole(tmp_path)[0] == saved
+    assert checkpoint.newest_complete(tmp_path)[0] == saved
     assert checkpoint.newest_state(tmp_path).path == saved
     checkpoint.save(tmp_path, at(6), keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {name, "step-00000006", "step-00000077"}
@@ -81,7 +81,7 @@ def test_other_names_are_no_checkpoints_and_stay(tmp_path, name):
     ],
     ids=["a newer one", "the same again", "two"],
 )
-@pytest.mark.parametrize("reads", ["newest_whole", "newest_state"])
+@pytest.mark.parametrize("reads", ["newest_complete", "newest_state"])
 def test_a_checkpoint_that_goes_away_while_it_is_read_is_not_damaged(tmp_path, monkeypatch, then, reads):
     """The first files are read, then the run writes, then the others are."""
     checkpoint.save(tmp_path, at(3), keep=2)
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_goes_away_while_it_is_read_is_not_damaged(tmp_path, m
         assert checkpoint.newest_state(tmp_path).path == checkpoint.newest(tmp_path)
         return
     with logged(lines):
-        path, found = checkpoint.newest_whole(tmp_path)
+        path, found = checkpoint.newest_complete(tmp_path)
     assert (path, found.step) == (checkpoint.newest(tmp_path), checkpoint.step_of(path))
     assert lines == []
 
@@ -116,7 +116,7 @@ def test_a_reader_that_is_always_too_late_is_not_told_to_start_again(tmp_path, m
     monkeypatch.setattr(checkpoint, "load", slow)
     monkeypatch.setattr(checkpoint, "_PAUSE", 0)
     with pytest.raises(UserError) as caught:
-        checkpoint.newest_whole(tmp_path)
+        checkpoint.newest_complete(tmp_path)
     assert "fresh" not in str(caught.value)
     assert "run the same command again" in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_a_kill_between_two_moves_of_a_swap_loses_nothing(tmp_path, monkeypatch,
         with contextlib.suppress(KilledError):
             checkpoint.save(tmp_path, at(3), keep=1)
     with logged([], pytest.fail):
-        path, found = checkpoint.newest_whole(tmp_path)
+        path, found = checkpoint.newest_complete(tmp_path)
     assert found.step == 3
     assert checkpoint.step_of(path) == 3
     checkpoint.save(tmp_path, at(3), keep=1)

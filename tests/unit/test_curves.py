@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fmm_distill.run.curves import draw_curves, running_mean
+from fmm_distill.run.curves import plot_curves, running_mean
 
 
 def test_running_mean():
@@ -31,8 +31,8 @@ def test_every_log_can_be_drawn(tmp_path, losses):
     ]
     row = {"sampler": "student", "steps": 1, "calls": 1, "endpoint_error": 0.1, "frechet": None}
     teacher = row | {"sampler": "teacher-ddim", "steps": 4, "endpoint_error": 0.05}
-    draw_curves(records, [], 10, tmp_path / "plain.png")
-    draw_curves(records, [{"step": 1, "rows": [row, teacher]}], 10, tmp_path / "evaluated.png")
+    plot_curves(records, [], 10, tmp_path / "plain.png")
+    plot_curves(records, [{"step": 1, "rows": [row, teacher]}], 10, tmp_path / "evaluated.png")
     plain, evaluated = imread(tmp_path / "plain.png"), imread(tmp_path / "evaluated.png")
     # One more panel, and something in every one.
     assert evaluated.shape[0] > plain.shape[0] * 1.2

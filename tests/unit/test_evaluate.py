@@ -164,11 +164,17 @@ def test_a_feature_file_that_does_not_fit(teacher, tmp_path, module, shape, mess
     [
         (
             {"features": "clip"},
-            "wanted digits, inception, none, or the path of a TorchScript module, which ends",
+            "expected digits, inception, none, or the path of a TorchScript module, which ends",
         ),
-        ({"features": "none", "reference": "builtin:digits"}, "evaluation.reference acts with features"),
-        ({"features": "digits", "reference": "none"}, "evaluation.reference none: wanted images, or null"),
-        ({"features": "digits", "samples": 3}, "evaluation.samples 3: .* wanted at least 4"),
+        (
+            {"features": "none", "reference": "builtin:digits"},
+            "evaluation.reference: expected evaluation.features with it",
+        ),
+        (
+            {"features": "digits", "reference": "none"},
+            "evaluation.reference: expected a source of images, or null, got none",
+        ),
+        ({"features": "digits", "samples": 3}, "evaluation.samples: expected at least 4 with features, got 3"),
     ],
 )
 def test_settings_of_features(settings, message):

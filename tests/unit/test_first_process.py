@@ -37,7 +37,7 @@ def test_what_one_process_writes_or_checks_ends_all_where_it_fails(teacher_folde
     def stop(*args):
         raise UserError("far enough")
 
-    names = ("locked", "check_replaceable", "make_folder", "keep_commits", "keep_inputs", "keep_trial")
+    names = ("locked", "check_replaceable", "make_folder", "store_commits", "store_inputs", "keep_trial")
     for name in names:
         watch(name)
     monkeypatch.setattr(run, "on_first", watched_first)

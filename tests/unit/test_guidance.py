@@ -46,7 +46,7 @@ def test_a_weaker_teacher_of_another_shape(two, tmp_path):
 
 
 def test_a_weaker_teacher_without_a_scale(two):
-    with pytest.raises(UserError, match=r"guidance\.weaker acts with another guidance\.scale than 1"):
+    with pytest.raises(UserError, match=r"guidance\.weaker: expected a guidance\.scale other than 1"):
         opened(two[0], weaker=two[1])
 
 

@@ -168,6 +168,6 @@ def test_a_whole_run(tmp_path, folders):
     card = yaml.safe_load((student / "README.md").read_text().split("---")[1])
     assert card["pipeline_tag"] == "text-to-image"
     assert "guidance 2 is in its weights" in (student / "README.md").read_text()
-    parcel = pack(tmp_path / "run", "me/student")
-    assert {"lora/jump_embedding.safetensors", "lora/pytorch_lora_weights.safetensors"} <= parcel.files.keys()
-    assert "`lora/` holds what was trained" in parcel.card
+    upload = pack(tmp_path / "run", "me/student")
+    assert {"lora/jump_embedding.safetensors", "lora/pytorch_lora_weights.safetensors"} <= upload.files.keys()
+    assert "`lora/` holds what was trained" in upload.card

@@ -100,7 +100,7 @@ def test_nothing_is_removed_where_anything_else_is(tmp_path, name):
     mark(tmp_path)
     put(tmp_path, (*WRITTEN, name))
     before = files(tmp_path)
-    with pytest.raises(UserError, match="holds files that no run writes") as caught:
+    with pytest.raises(UserError, match="expected only files of a run") as caught:
         clear(tmp_path)
     assert name.split("/")[0] in str(caught.value)
     assert files(tmp_path) == before
@@ -129,7 +129,7 @@ def test_names_make_no_run(tmp_path, names):
         check_vacant(tmp_path)
     assert "fresh" not in str(caught.value)
     assert ("earlier version" in str(caught.value)) == ("recipe.yaml" in names)
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="expected a run folder"):
         require_run(tmp_path)
     # What the message says to do.
     (tmp_path / MARKER).write_text('{"format": 1}', encoding="utf-8")

@@ -105,7 +105,9 @@ def test_what_is_counted(teacher_folder):
     assert rates.peak - base.peak == 2 * base.averages
     progressive = {"loss": {"name": "progressive", "target": "frozen"}, "training": STEPS}
     assert foretold(teacher_folder, progressive).averages == 2 * base.averages
-    parts = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 4, "accumulation": 2}})
+    parts = foretold(
+        teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 4, "gradient_accumulation_steps": 2}}
+    )
     assert parts.gradients == trained
     assert base.peak < parts.peak <= base.peak + trained
     shared = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 4}}, processes=2)

@@ -39,12 +39,10 @@ def test_a_round_trip_keeps_what_is_not_the_default():
 def test_numbers_as_people_write_them():
     """YAML 1.1 reads 1e-4 as a string."""
     assert isinstance(yaml.safe_load("1e-4"), str)
-    recipe = load_recipe(
-        "digits", ["training.learning_rate=1e-4", "weight.constant=1E-5", "training.betas=[0.9, 0.95]"]
-    )
-    assert recipe.training.learning_rate == 1e-4
+    recipe = load_recipe("digits", ["optimizer.lr=1e-4", "weight.constant=1E-5", "optimizer.betas=[0.9, 0.95]"])
+    assert recipe.optimizer.lr == 1e-4
     assert recipe.weight.constant == 1e-5
-    assert recipe.training.betas == (0.9, 0.95)
+    assert recipe.optimizer.betas == (0.9, 0.95)
 
 
 def test_overrides_win_in_order_and_leave_the_rest():
@@ -71,10 +69,14 @@ def test_an_override_of_the_whole_loss_changes_its_kind():
             "here: loss.derivativ is not a setting of eulerian, did you mean loss.d",
         ),
         ({"loss": {"stop": "teacher"}}, "here: loss: "),
-        ({"training": {"betas": [0.9]}}, "here: training.betas.1: Field required"),
+        ({"student": {"lora": {"\n": None}}}, r"here: student.lora.'\n' is not a setting"),
+        ({"optimizer": {"betas": [0.9]}}, "here: optimizer.betas.1: Field required"),
         ({"training": None}, "here: training: "),
         ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior, data and diagonal are shares"),
-        ({"evaluation": {"features": "inception"}}, "here: recipe: evaluation.features: inception compares"),
+        (
+            {"evaluation": {"features": "inception"}},
+            "here: recipe: evaluation.features: expected data or evaluation.reference",
+        ),
     ],
 )
 def test_mistakes_are_told_by_their_path(settings, wanted):
@@ -111,12 +113,12 @@ def test_recipes_are_frozen():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["loss.name=lagrangain"], "'lagrangain' is unknown, did you mean lagrangian?"),
+        (["loss.name=lagrangain"], "got 'lagrangain', did you mean lagrangian?"),
         (["loss={name: mean_flow}"], "learns from data and there are none; take eulerian with stop: target"),
         (["loss={name: terminal_velocity}"], "take lagrangian with velocity: self"),
         (["loss={name: consistency, velocity: data}"], "set its velocity: teacher, or give --data"),
         (["loss.name=eulerian", "loss.clam_tangent=1"], "loss.clam_tangent is not a setting of eulerian, did you mean"),
-        (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from that loss's own settings"),
+        (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from the defaults of that loss"),
         (["loss={name: progressive}"], "alone sees no teacher"),
         (["loss.velocity=self"], "alone sees no teacher"),
         (["loss={name: consistency}"], "--set 'pairs={prior: 0, data: 1}' (got data: 0)"),
@@ -126,7 +128,7 @@ def test_recipes_are_frozen():
             ["also=[{loss: {name: flow_matching}, share: 0.5}, {loss: {name: eulerian}, share: 0.5}]"],
             "shares come to 1",
         ),
-        (["also=[{loss: {nam: flow_matching}, share: 0.5}]"], "also.0.loss: wanted a group with a name"),
+        (["also=[{loss: {nam: flow_matching}, share: 0.5}]"], "also.0.loss: expected a group with a name"),
         (["also=[{loss: {name: flow_matching}, share: 2}]"], "also.0.share: Input should be less than 1 (got 2)"),
     ],
 )
@@ -155,3 +157,23 @@ def test_one_rate_of_averaging_or_several():
     for wrong in ([], [0.9, 0.9]):
         with pytest.raises(UserError, match=r"training\.ema"):
             ema(wrong)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("training.clip", "training.max_grad_norm"),
+        ("training.decay", "training.lr_schedule"),
+        ("training.accumulation", "training.gradient_accumulation_steps"),
+        ("training.keep_checkpoints", "training.checkpoints_total_limit"),
+        ("training.refresh_steps", "training.target_update_every"),
+        ("training.bad_steps", "training.max_non_finite_steps"),
+        ("training.learning_rate", "optimizer.lr"),
+        ("training.weight_decay", "optimizer.weight_decay"),
+        ("training.betas", "optimizer.betas"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", [f"{old}=1"])
+    assert str(caught.value) == f"recipe digits: {old} is not a setting; expected its new name, {new}"

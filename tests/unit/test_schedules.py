@@ -1,4 +1,4 @@
-"""Exploding and flow matching schedules; the discrete one is in test_interpolant."""
+"""Exploding and flow matching schedules; the discrete one is in test_time_axis."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_the_network_is_told_is_what_stock_schedulers_tell_it():
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.0, 1.0)])
 def test_ends_that_are_none(low, high):
-    with pytest.raises(UserError, match="wanted 0 < min < max"):
+    with pytest.raises(UserError, match="expected 0 < min < max"):
         VarianceExploding(low, high)
 
 

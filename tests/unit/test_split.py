@@ -31,7 +31,7 @@ SPLIT_SOON = (0, 3, 5, 7)
 
 def settings_of(folder, number, steps):
     loss, pairs, also = CASES[number]
-    training = {"steps": steps, "batch_size": 8, "checkpoint_every": 100, "decay": "constant"}
+    training = {"steps": steps, "batch_size": 8, "checkpoint_every": 100, "lr_schedule": "constant"}
     data = "builtin:digits" if loss["name"] in ("flow_map_matching", "mean_flow", "terminal_velocity") else "none"
     data = "builtin:digits" if loss.get("velocity") == "data" else data
     parts = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}} if number % 2 else {}
@@ -42,7 +42,7 @@ def settings_of(folder, number, steps):
 def train(settings, folder):
     recipe = Recipe.model_validate(settings)
     folder.mkdir(parents=True)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.gradient_accumulation_steps)
     teacher, data = load_teacher(recipe.teacher), images_of(recipe)
     Trainer(Student.from_teacher(teacher), teacher, recipe, data, folder, accelerator).run()
 
@@ -80,7 +80,7 @@ def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, te
     folder, differences, steps = two
     settings = settings_of(teacher_folder, number, steps)
     train(settings, tmp_path / "one")
-    settings["training"]["accumulation"] = 2
+    settings["training"]["gradient_accumulation_steps"] = 2
     train(settings, tmp_path / "parts")
     start = flat(Student.from_teacher(load_teacher(str(teacher_folder))).state_dict())
     whole = weights(tmp_path / "one")

@@ -84,7 +84,7 @@ def teacher():
 def step_of(case, engine, teacher, folder):
     """Counts of the second step of a trainer, when its optimizer has its moments."""
     trainer = make_trainer(case, engine, teacher, 4, Accelerator(cpu=True), folder)
-    trainer._step(0, StopRequest())
+    trainer.train_step(0, StopRequest())
     copies = [average.module for average in trainer.averages.values()]
     copies += [] if trainer.frozen is None else [trainer.frozen]
     calls, counted = Counter(), Counted()
@@ -92,7 +92,7 @@ def step_of(case, engine, teacher, folder):
         for owner in networks:
             owner.network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     with counted:
-        trainer._step(1, StopRequest())
+        trainer.train_step(1, StopRequest())
     teacher.network._forward_pre_hooks.clear()
     layers = sum(isinstance(module, torch.nn.Conv2d) for module in teacher.network.modules())
     convolutions = [counted.names[name] / layers for name in ("convolution", "convolution_backward")]

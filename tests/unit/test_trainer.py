@@ -27,10 +27,11 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training import checkpoint
-from fmm_distill.training.nonfinite import Faults
+from fmm_distill.training.nonfinite import NonFiniteSteps
 from fmm_distill.training.objective import Objective
+from fmm_distill.training.optimizer import learning_rate
 from fmm_distill.training.process import make_accelerator
-from fmm_distill.training.trainer import Trainer, TrainingDivergedError, learning_rate
+from fmm_distill.training.trainer import Trainer, TrainingDivergedError
 from tests.conftest import save_teacher, tiny_unet
 from tests.logs import logged
 
@@ -62,14 +63,15 @@ OTHER_PARTS = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}
 
 
 def recipe_of(folder: Path, loss: dict, **training: object) -> Recipe:
-    settings = {"steps": 3, "batch_size": 8, "checkpoint_every": 100, "decay": "constant"} | training
-    return Recipe.model_validate({"teacher": str(folder), "loss": loss, "training": settings})
+    settings = {"steps": 3, "batch_size": 8, "checkpoint_every": 100, "lr_schedule": "constant"} | training
+    optimizer = settings.pop("optimizer", {})
+    return Recipe.model_validate({"teacher": str(folder), "loss": loss, "training": settings, "optimizer": optimizer})
 
 
 def train(recipe: Recipe, folder: Path) -> Trainer:
     teacher = load_teacher(recipe.teacher)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.accumulation)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.gradient_accumulation_steps)
     trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, folder, accelerator)
     trainer.run()
     return trainer
@@ -180,7 +182,7 @@ def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_
 
 def test_the_frozen_copy_is_the_average_of_the_last_refresh(tmp_path, teacher_folder):
     plain = recipe_of(teacher_folder, LOSSES[0], steps=5, checkpoint_every=3).model_dump()
-    plain["training"] |= {"refresh_steps": 2}
+    plain["training"] |= {"target_update_every": 2}
     recipe = Recipe.model_validate(plain | {"loss": {"name": "progressive", "target": "frozen"}})
     whole = train(recipe, tmp_path / "whole")
     train(recipe, tmp_path / "halved")
@@ -229,7 +231,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
     scheduler = DDPMScheduler(prediction_type="epsilon", clip_sample=False, beta_end=4e-3)
     plain = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     folder = save_teacher(tmp_path / "teacher", tiny_unet(**plain), scheduler)
-    training = {"steps": 1, "batch_size": 16, "learning_rate": 3e-2, "decay": "cosine", "ema": 0.9}
+    training = {"steps": 1, "batch_size": 16, "optimizer": {"lr": 3e-2}, "lr_schedule": "cosine", "ema": 0.9}
     settings = recipe_of(folder, {"name": "lagrangian", "stop": "target"}, **training).model_dump()
     settings["student"] = {"prediction": "v_prediction", "regression_steps": 40}
     recipe = Recipe.model_validate(settings)
@@ -251,21 +253,23 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, teacher_folder):
-    changes = {"learning_rate": 1e30, "clip": 1e30, "bad_steps": 1}
+    changes = {"optimizer": {"lr": 1e30}, "max_grad_norm": 1e30, "max_non_finite_steps": 1}
     recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, **changes)
-    with pytest.raises(TrainingDivergedError, match=r"1 steps in a row .* at half the learning rate too.* --fresh"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"1 non-finite steps in a row, at half the learning rate too.* --fresh"
+    ):
         train(recipe, tmp_path)
     assert checkpoint.newest(tmp_path / "checkpoints") is None
 
 
 def test_learning_rate():
-    settings = TrainingSettings(learning_rate=2.0, warmup_steps=3, decay="cosine")
-    assert learning_rate(settings, 0, 100) == pytest.approx(0.5)
-    assert learning_rate(settings, 50, 100) == pytest.approx(1.0)
-    assert learning_rate(settings, 99, 100) < 1e-3
-    constant = settings.model_copy(update={"decay": "constant"})
-    assert [learning_rate(constant, step, 100) for step in (1, 3, 99)] == [1.0, 2.0, 2.0]
-    assert math.isclose(learning_rate(constant, 0, 1), 0.5)
+    settings = TrainingSettings(warmup_steps=3, lr_schedule="cosine")
+    assert learning_rate(2.0, settings, 0, 100) == pytest.approx(0.5)
+    assert learning_rate(2.0, settings, 50, 100) == pytest.approx(1.0)
+    assert learning_rate(2.0, settings, 99, 100) < 1e-3
+    constant = settings.model_copy(update={"lr_schedule": "constant"})
+    assert [learning_rate(2.0, constant, step, 100) for step in (1, 3, 99)] == [1.0, 2.0, 2.0]
+    assert math.isclose(learning_rate(2.0, constant, 0, 1), 0.5)
 
 
 class Sick(Teacher):
@@ -278,7 +282,7 @@ class Sick(Teacher):
 
 
 def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rate(tmp_path, teacher_folder):
-    changes = {"steps": 8, "checkpoint_every": 3, "bad_steps": 2}
+    changes = {"steps": 8, "checkpoint_every": 3, "max_non_finite_steps": 2}
     recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     # The fifth and the sixth step.
@@ -287,7 +291,7 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
     with logged(said):
         trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
         trainer.run()
-    assert "2 steps in a row without a finite loss and gradient: going on from step-00000003, at half the rate" in said
+    assert "2 non-finite steps in a row: continuing from step-00000003 with half the learning rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))
     assert [record["learning_rate"] for record in records] == [1e-3] * 3 + [5e-4] * 5
@@ -299,7 +303,7 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
         resumed = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
         resumed.run()
     assert torch.equal(flat(resumed.student.state_dict()), flat(trainer.student.state_dict()))
-    assert resumed.faults == trainer.faults == Faults(2, 0.5, 2, 0)
+    assert resumed.non_finite == trainer.non_finite == NonFiniteSteps(2, 0.5, 2, 0)
 
 
 def test_several_averages_of_one_run(tmp_path, teacher_folder):
@@ -354,7 +358,7 @@ def test_stages_that_can_not_be(teacher_folder):
 
 
 def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teacher_folder):
-    changes = {"steps": 6, "bad_steps": 2}
+    changes = {"steps": 6, "max_non_finite_steps": 2}
     recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     teacher.sick = (2, 3, 5)
@@ -362,11 +366,11 @@ def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teach
     with logged(said):
         trainer = Trainer(Student.from_teacher(teacher), teacher, recipe, None, tmp_path, Accelerator(cpu=True))
         trainer.run()
-    assert "2 steps in a row without a finite loss and gradient: going on from here, at half the rate" in said
+    assert "2 non-finite steps in a row: continuing from step 3 with half the learning rate" in said
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [record["loss"] is None for record in records] == [False, True, True, False, True, False]
     assert [record["learning_rate"] for record in records] == [1e-3] * 3 + [5e-4] * 3
-    assert trainer.faults == Faults(2, 0.5, 3, 0)
+    assert trainer.non_finite == NonFiniteSteps(2, 0.5, 3, 0)
 
 
 def test_casts_without_gradients_are_not_kept_for_those_with(tmp_path):

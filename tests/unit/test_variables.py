@@ -25,7 +25,7 @@ from tests.logs import logged
 WINS, REFUSED, HARMLESS, KEPT = "the recipe wins", "refused", "changes no number", "followed on purpose"
 TABLE: dict[str, tuple[str, str, str]] = {
     "ACCELERATE_MIXED_PRECISION": (WINS, "bf16", "training.precision"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (WINS, "4", "training.accumulation"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (WINS, "4", "training.gradient_accumulation_steps"),
     "ACCELERATE_DYNAMO_": (WINS, "BACKEND=inductor", "training.compile; the others go with the backend"),
     "ACCELERATE_FP8_BACKEND": (REFUSED, "TE", "layers would be replaced, whatever the precision"),
     "ACCELERATE_FP8_": (HARMLESS, "FORMAT=E4M3", "read under fp8 alone, which no recipe has"),
@@ -126,7 +126,9 @@ def trained(teacher: Path, folder: Path, **training: object) -> tuple[list[tuple
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, teacher_folder):
     folder = tmp_path_factory.mktemp("plain")
-    return {parts: trained(teacher_folder, folder / str(parts), accumulation=parts)[0] for parts in (1, 2)}
+    return {
+        parts: trained(teacher_folder, folder / str(parts), gradient_accumulation_steps=parts)[0] for parts in (1, 2)
+    }
 
 
 def test_the_table_has_each_variable_that_accelerate_reads():
@@ -162,8 +164,8 @@ def test_the_table_has_each_variable_that_accelerate_reads():
 @pytest.mark.parametrize(
     ("parts", "changes", "setting"),
     [
-        (1, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.accumulation: 1"),
-        (2, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, "training.accumulation: 2"),
+        (1, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.gradient_accumulation_steps: 1"),
+        (2, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, "training.gradient_accumulation_steps: 2"),
         (1, {"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_DYNAMO_USE_DYNAMIC": "maybe"}, "training.compile: none"),
         (1, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "training.precision: fp32"),
         (1, {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_FP8_FORMAT": "E4M3"}, "training.precision: fp32"),
@@ -172,7 +174,7 @@ def test_the_table_has_each_variable_that_accelerate_reads():
 def test_the_recipe_wins_with_a_line(tmp_path, teacher_folder, plain, monkeypatch, parts, changes, setting):
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
-    found, lines = trained(teacher_folder, tmp_path, accumulation=parts)
+    found, lines = trained(teacher_folder, tmp_path, gradient_accumulation_steps=parts)
     assert found == plain[parts]
     name, value = next(iter(changes.items()))
     assert lines.count(f"{name}={value.lower()} is ignored: the recipe has {setting}") == 1

@@ -1,6 +1,6 @@
 """Noise schedules on the time axis, one class per file.
 
-Each one places a teacher's own noise levels in t, gives the network's time input, and measures the length of a jump.
+A schedule maps a teacher's noise levels to t, returns the time input of its network, and measures the length of jumps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every noise schedule has on the time axis."""
+"""The interface of a noise schedule on the time axis."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Schedule", "check_steps", "on_the_circle"]
+__all__ = ["Schedule", "check_steps", "variance_preserving_levels"]
 
 
 class Schedule(TimeAxis, Protocol):
     """The noise levels of a diffusers teacher, continuous in t.
 
     Attributes:
-        num_timesteps: into how many timesteps its scheduler divides the way: the most steps that a sampler takes.
+        num_timesteps: of its scheduler, and the largest number of steps of a sampler.
         kind: the name of the family: ``discrete``, ``angular``, ``exploding`` or ``flow``.
         folds: a stock scheduler of first order has these noise levels, so that a student folds into a stock network.
     """
@@ -28,19 +28,19 @@ class Schedule(TimeAxis, Protocol):
     num_timesteps: int
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """What the network is told at t; below t_min what it is told there."""
+        """Return the time input of the network at t; below t_min, that at t_min."""
         ...
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
-        """The teacher's own ``x = alpha x_0 + sigma eps``."""
+        """Return alpha and sigma of the teacher's path ``x = alpha x_0 + sigma eps``, each of shape ``[batch]``."""
         ...
 
     def scale(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """``alpha + sigma``: the teacher's coordinates are those of the axis times this."""
+        """Return ``alpha + sigma``, the factor from coordinates of the time axis to the teacher's."""
         ...
 
     def grid(self, steps: int) -> Float[Tensor, " points"]:
-        """``steps + 1`` decreasing times, from t_max to data: jumps of one length, as nearly as the schedule has them.
+        """Return ``steps + 1`` decreasing times from t_max to 0, with jumps of equal length as nearly as possible.
 
         Raises:
             UserError: if there are more steps than timesteps, or none.
@@ -48,22 +48,26 @@ class Schedule(TimeAxis, Protocol):
         ...
 
     def to_config(self) -> dict[str, Any]:
-        """The noise levels as JSON, for a pipeline that measures jumps without this package."""
+        """Return the noise levels as JSON, for a pipeline that measures jumps without this package."""
         ...
 
     def is_uniform(self, steps: int) -> bool:
-        """Whether all jumps of ``grid(steps)`` have one length, so that it folds into one bias."""
+        """Return whether all jumps of ``grid(steps)`` have the same length, so that one bias represents it."""
         ...
 
 
 def check_steps(steps: int, timesteps: int) -> None:
-    """Raise ``UserError`` unless a sampler can take ``steps`` steps on ``timesteps`` timesteps."""
+    """Check that a sampler can take ``steps`` steps on ``timesteps`` timesteps.
+
+    Raises:
+        UserError: otherwise.
+    """
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps; expected 1 to {timesteps}, the teacher's number of timesteps")
 
 
-def on_the_circle(t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
-    """Alpha and sigma of a variance-preserving teacher at t."""
+def variance_preserving_levels(t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma of a variance-preserving teacher at t, with ``alpha^2 + sigma^2 = 1``."""
     t = t.double()
     norm = ((1 - t).square() + t.square()).sqrt()
     return (1 - t) / norm, t / norm

@@ -20,8 +20,8 @@ __all__ = ["VarianceExploding"]
 class VarianceExploding:
     """``x = x_0 + sigma eps`` on the time axis: ``t = sigma / (1 + sigma)``.
 
-    Jumps are measured by the share of the way from sigma_min to sigma_max in ``sigma^(1 / rho)`` (Karras et al. 2022,
-    arXiv 2206.00364, eq. 5), or in log sigma where rho is infinite. Below sigma_min nothing is longer.
+    Jumps are measured by the progress from sigma_min to sigma_max in ``sigma^(1 / rho)`` (Karras et al. 2022,
+    arXiv 2206.00364, eq. 5), or in log sigma if rho is infinite. Below sigma_min the length is constant.
 
     Args:
         network_input: the network's time input: sigma itself (Song et al. 2021, arXiv 2011.13456), ``log(sigma) / 4``
@@ -41,7 +41,7 @@ class VarianceExploding:
         num_timesteps: int = 1000,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
-            raise UserError(f"the scheduler's sigmas run from {sigma_min} to {sigma_max}; wanted 0 < min < max")
+            raise UserError(f"the scheduler's sigmas run from {sigma_min} to {sigma_max}; expected 0 < min < max")
         self.sigma_min, self.sigma_max, self.rho, self.network_input = sigma_min, sigma_max, rho, network_input
         self.num_timesteps = num_timesteps
         self.t_min, self.t_max = sigma_min / (1 + sigma_min), sigma_max / (1 + sigma_max)
@@ -52,56 +52,56 @@ class VarianceExploding:
         return sigma.log() if math.isinf(self.rho) else sigma ** (1 / self.rho)
 
     def _sigma(self, t: Tensor) -> Tensor:
-        """Sigma at t, not below sigma_min."""
+        """Return sigma at t, at least sigma_min."""
         t = t.double().clamp_min(self.t_min)
         return t / (1 - t)
 
-    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time at a share of the way from sigma_min to sigma_max."""
-        warped = self._low + (self._high - self._low) * share.double()
+    def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return the time at a progress from 0 (sigma_min) to 1 (sigma_max)."""
+        warped = self._low + (self._high - self._low) * progress.double()
         sigma = warped.exp() if math.isinf(self.rho) else warped**self.rho
         return (sigma / (1 + sigma)).clamp(self.t_min, self.t_max)
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The share of the way."""
+        """Return the progress from sigma_min to sigma_max."""
         return (self._power(self._sigma(t)) - self._low) / (self._high - self._low)
 
     def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The derivative of ``warp`` in t; 0 below t_min."""
+        """Return the derivative of ``warp`` in t; 0 below t_min."""
         sigma = self._sigma(t)
         slope = 1 / sigma if math.isinf(self.rho) else sigma ** (1 / self.rho - 1) / self.rho
         inside = (t.double() >= self.t_min).double()
         return inside * slope * (1 + sigma).square() / (self._high - self._low)
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """What ``told`` says, of sigma."""
+        """Return the function of sigma that ``network_input`` names."""
         sigma = self._sigma(t)
         if self.network_input == "sigma":
             return sigma
         return sigma.log() / 4 if self.network_input == "log" else sigma.atan() * 2 / math.pi
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
-        """One and sigma."""
+        """Return 1 and sigma."""
         t = t.double()
         return torch.ones_like(t), t / (1 - t)
 
     def scale(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """``1 + sigma = 1 / (1 - t)``."""
+        """Return ``1 + sigma = 1 / (1 - t)``."""
         return 1 / (1 - t.double())
 
     def grid(self, steps: int) -> Float[Tensor, " points"]:
-        """Equal shares of the way, and data at its end."""
+        """Return times of equal progress, and 0 at the end."""
         check_steps(steps, self.num_timesteps)
         times = self.time_at(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
         times[-1] = 0
         return times
 
     def to_config(self) -> dict[str, Any]:
-        """The noise levels as JSON; ``rho`` is None for equal steps of log sigma."""
+        """Return the noise levels as JSON; ``rho`` is None for equal steps of log sigma."""
         rho = None if math.isinf(self.rho) else self.rho
         ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
         return {"kind": self.kind, "network_time": self.network_input} | ends | {"rho": rho}
 
     def is_uniform(self, steps: int) -> bool:
-        """Always."""
+        """Return True: jumps are measured by the progress."""
         return True

@@ -40,7 +40,7 @@ _CHECK_STEPS = 5
 _PROMPTS = ("a red cat on a mat", "dogs")
 # The scale at which the pipeline's own guidance is compared: far from 1, where guidance does nothing.
 _SCALE = 3.0
-# Differences in timesteps between a scheduler and its noise levels: some schedulers round to whole timesteps.
+# Differences in timesteps between a scheduler and its noise levels: some schedulers round to integers.
 _ROUNDING = 1.5
 # Relative difference between the pipeline's guided output and ours: a difference of two outputs times the scale
 # amplifies their rounding, and the weight is itself a quotient of such differences.
@@ -149,7 +149,7 @@ class PipelineProbe:
         for call, own, by_level in zip(recording.calls, own_times, own_times if times is None else times, strict=True):
             self._check_time(own, by_level)
             x = tensor_of(call.arguments[self.call.sample])
-            # Schedulers round to whole timesteps: the outputs are comparable at the time that the network got.
+            # Schedulers round timesteps to integers: the outputs are comparable at the time that the network got.
             time = (own if float(own).is_integer() else by_level).float().expand(len(x))
             output, expected = self._output(x, time, cond), crop_to(call.output, x)
             if not is_near(output.abs(), expected.abs()):

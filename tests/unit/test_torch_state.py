@@ -180,7 +180,7 @@ def test_state_is_restored_after_an_error(tmp_path, teacher_folder):
     with dtype(torch.float64):
         before = state()
         with pytest.raises(UserError, match="does not split"):
-            run(teacher_folder, tmp_path, accumulation=3)
+            run(teacher_folder, tmp_path, gradient_accumulation_steps=3)
         with pytest.raises(ZeroDivisionError):
             fail()
         assert state() == before
@@ -240,5 +240,5 @@ def test_the_accumulation_of_the_callers_own_loop_is_kept(tmp_path, teacher_fold
 
     own = Accelerator(gradient_accumulation_steps=3)
     with training_only():
-        run(teacher_folder, tmp_path, accumulation=2)
+        run(teacher_folder, tmp_path, gradient_accumulation_steps=2)
     assert own.gradient_accumulation_steps == 3

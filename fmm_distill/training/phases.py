@@ -1,0 +1,31 @@
+"""The phase of a training step: regression, a stage, or the main loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from fmm_distill.config.recipe import Recipe
+
+__all__ = ["phase_of"]
+
+
+def phase_of(recipe: Recipe, step: int) -> dict[str, Any]:
+    """Return the phase of a step as ``steps.jsonl`` has it, with the settings that are still warming up.
+
+    Args:
+        step: number of the step, from 0, regression included.
+    """
+    regression = recipe.student.regression_steps
+    if step < regression:
+        return {"phase": "regression"}
+    index, step = recipe.stage_at(step - regression)
+    stage = None if index is None else recipe.before[index]
+    loss, pairs = (recipe.loss, recipe.pairs) if stage is None else (stage.loss, stage.pairs or recipe.pairs)
+    phase: dict[str, Any] = {"phase": loss.name}
+    if step < pairs.band_steps:
+        phase["longest_jump"] = 0.1 + 0.9 * step / pairs.band_steps
+    settled = loss.at_step(step)
+    if settled != loss:
+        phase["tangent_scale"] = cast("Any", settled).tangent_scale
+    return phase

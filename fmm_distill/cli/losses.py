@@ -13,7 +13,7 @@ _NEEDS = {"teacher": "a teacher", "self": "flow_matching as an extra loss", "dat
 
 @click.command()
 def losses() -> None:
-    """List the losses: a sentence, the paper, what each needs."""
+    """List the losses with their papers and their requirements."""
     from fmm_distill.losses import registered_losses
 
     for name, loss in registered_losses().items():

@@ -26,11 +26,11 @@ from fmm_distill.config.settings import (
     StudentSettings,
     TrainingSettings,
 )
-from fmm_distill.core.settings import Settings
 from fmm_distill.errors import UserError
 from fmm_distill.losses.base import Loss
 from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.losses.registry import GROUP, AnyLoss, find_loss, registered_losses
+from fmm_distill.losses.settings import Settings
 from fmm_distill.losses.time_sampling import TimeSampling
 from fmm_distill.losses.weighting import Distance, Weight
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from fmm_distill.core.settings import Settings
 from fmm_distill.losses.registry import AnyLoss
+from fmm_distill.losses.settings import Settings
 from fmm_distill.losses.time_sampling import TimeSampling
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 
-from fmm_distill.core.settings import Settings
+from fmm_distill.losses.settings import Settings
 from fmm_distill.losses.time_sampling import TimeSampling
 
 if TYPE_CHECKING:

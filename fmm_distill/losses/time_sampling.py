@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.core.settings import Settings
+from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from fmm_distill.core.settings import Settings
+from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -75,7 +75,7 @@ def test_a_pipeline_decodes_what_its_autoencoder_encodes(tmp_path, name):
 def test_where_there_is_no_way_back_the_reason_is_told(tmp_path, name):
     teacher = opened(name, tmp_path / "teacher")
     kind = type(FAMILIES[name].build()).__name__
-    with pytest.raises(UserError, match=f"--data: {kind} gives no way from images .*{REFUSED[name]}.*take none"):
+    with pytest.raises(UserError, match=f"expected none or teacher: {kind} can't encode images .*{REFUSED[name]}"):
         encoder_of(teacher.codec, image_shape(teacher))
 
 
@@ -187,7 +187,7 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     # A caption that the run did not have.
     files = [png(image.numpy()) for image in greys((8, 8, 3), 4)]
     parquet(tmp_path / "a.parquet", files, text=[*captions[:3], "a cow"])
-    with pytest.raises(UserError, match=r"data\.source: its files are not those that the run"):
+    with pytest.raises(UserError, match=r"data\.source: expected the files that the run"):
         open_run(tmp_path / "run")
     # Where the other data are meant, the run can't have been trained on it.
     (tmp_path / "run" / "inputs.json").unlink()

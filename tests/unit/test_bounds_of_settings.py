@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from fmm_distill.config.plain_yaml import read
 from fmm_distill.config.recipe import Recipe, load_recipe, parse
-from fmm_distill.core.settings import Settings, value_types
 from fmm_distill.errors import UserError
 from fmm_distill.losses import Loss, registered_losses
+from fmm_distill.losses.settings import Settings, value_types
 
 # Fields with a number that need no bounds of their own, and why.
 UNBOUNDED = {

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.losses import registered_losses
+from fmm_distill.run.distill import distill
 from tests.cli.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +110,7 @@ def test_every_test_over_the_losses_runs_on_it(package):
     assert len(own) > 30
 
 
-def test_a_recipe_takes_the_instance_without_registration(package, monkeypatch):
+def test_an_instance_needs_no_registration(package, teacher_folder, tmp_path, monkeypatch):
     # Without the metadata that registers it.
     (package / "module").mkdir()
     (package / "module" / FILE).write_text(MODULE, encoding="utf-8")
@@ -118,4 +120,11 @@ def test_a_recipe_takes_the_instance_without_registration(package, monkeypatch):
     assert recipe.loss is loss
     assert Recipe.model_validate(recipe.model_dump() | {"loss": loss}).loss is loss
     assert "brightness" not in registered_losses()
-    assert "distill(Recipe(loss=Brightness(factor=2))" in SCRIPT
+    # As the page calls it, and again: the run that is stored reads its own recipe.
+    assert "loss=Brightness(factor=2))" in SCRIPT
+    settings = {"teacher": str(teacher_folder)} | TINY
+    with patch("fmm_distill.run.distill.finish"):
+        for steps in (1, 2):
+            recipe = Recipe.model_validate(settings | {"training": TINY["training"] | {"steps": steps}})
+            distill(recipe, tmp_path / "run", loss=loss)
+    assert len((tmp_path / "run" / "steps.jsonl").read_text(encoding="utf-8").splitlines()) == 2

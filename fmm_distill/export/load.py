@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedStudent", "fetch_student", "load_student"]
 
+# The first of a caller's times may be t_max in float32.
 _CLOSE = 1e-6
 _TODO = "fetch or export the student again"
 

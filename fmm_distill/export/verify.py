@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 
+# Of the noise that pipelines and student start from; any number would do.
 SEED = 5
 # The size of a batch and the most numbers in it: eight images of 64 x 64, two of those that take minutes per step on a
 # CPU. A single sample could hide that rows are mixed up.

@@ -66,7 +66,7 @@ def test_a_student_that_differs_from_its_export_is_noticed(exported, tmp_path):
     with torch.no_grad():
         student.network.conv_out.bias += 0.01
     try:
-        with pytest.raises(FmmDistillError, match="reloaded pipelines differ"):
+        with pytest.raises(FmmDistillError, match="the reloaded export differs"):
             verify(Exported(student, exporter_of(teacher), copy, (1,)))
     finally:
         with torch.no_grad():

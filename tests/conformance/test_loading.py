@@ -158,7 +158,7 @@ def test_a_student_that_is_not_whole(loaded, tmp_path):
 def test_what_is_no_student_of_ours(loaded, teacher_folder):
     with pytest.raises(UserError, match="conditions: expected none for an unconditional student"):
         loaded[2].generate(noises(loaded[1]), 1, [0, 0, 0])
-    with pytest.raises(UserError, match="expected an exported student, got a folder without student.json"):
+    with pytest.raises(UserError, match=r"expected an exported student, got a folder without student\.json"):
         load_student(teacher_folder)
     with pytest.raises(UserError, match=r"nobody/nothing: .*HF_HUB_OFFLINE"):
         load_student("nobody/nothing")

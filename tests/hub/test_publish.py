@@ -345,7 +345,7 @@ def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
     "change",
     [
         {"steps": ["four"]},
-        {"made": {}},
+        {"training": {}},
         {"scheduler": {}},
         {"guidance": {"scale": "much"}},
         {"teacher": None},

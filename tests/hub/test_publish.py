@@ -305,7 +305,7 @@ def test_numbers_of_another_student_are_not_said(copy):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "holds no exported student"),
+        (lambda folder: (folder / "student.json").unlink(), "got a folder without student.json"),
         (lambda folder: (folder / "student.json").write_text('{"fmm_distill": "9"}'), "written by fmm_distill 9"),
         (lambda folder: (folder / "student.json").write_text("{"), "is truncated"),
         (lambda folder: (folder / "verification.json").unlink(), "expected a verified export"),
@@ -345,7 +345,7 @@ def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
     "change",
     [
         {"steps": ["four"]},
-        {"made": {}},
+        {"training": {}},
         {"scheduler": {}},
         {"guidance": {"scale": "much"}},
         {"teacher": None},

@@ -27,7 +27,7 @@ from fmm_distill.losses import (
     ProgressiveSettings,
     TerminalVelocitySettings,
 )
-from fmm_distill.teachers.analytic import TwoModes
+from fmm_distill.teachers.closed_form import TwoModes
 from fmm_distill.training.ema import averaged
 from tests.conformance.truths import TRUTHS
 

@@ -36,9 +36,9 @@ class OnDevice(Board):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
         """As the board's own."""
-        return super().at(places.to(self.device))
+        return super().at(positions.to(self.device))
 
 
 def recipe_of(batch: int, steps: int) -> Recipe:

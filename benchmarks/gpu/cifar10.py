@@ -41,7 +41,7 @@ class Experiment(experiment.Experiment):
         budget = BUDGETS["toy" if options.tiny else "gpu"]
         # A step of theirs in torch's own forward mode costs about two of ours.
         peers = [] if options.fastgen is None else list(PEERS)
-        budget = replace(budget, beside=2 * len(peers), seeded=0)
+        budget = replace(budget, peers=2 * len(peers), seeded=0)
         names = list(METHODS)[: 2 if options.tiny else None]
         super().__init__(options.data, work, work / "gpu-cifar10.json", budget, minutes, names)
         self.job, self.peers = job, peers

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from benchmarks.step_peers import ECT, PeerStep
 from experiments.cifar10.budget import BUDGETS
 from experiments.cifar10.experiment import STEPS
-from experiments.cifar10.measure import open_judge, save_whole
+from experiments.cifar10.measure import open_judge, save_atomically
 from fmm_distill.io.files import append_line, write_text
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -112,7 +112,7 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
         found = {str(n): judge.row(consistency(student, n)) for n in STEPS}
         rows, pictures = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
     pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
-    save_whole(pixels, work / "rows" / f"{title}-0.safetensors")
+    save_atomically(pixels, work / "rows" / f"{title}-0.safetensors")
     result = {"method": title, "steps": steps, "images_seen": steps * budget.batch, "rows": rows, "loss": losses}
     write_text(work / "rows" / f"{title}-0.json", json.dumps(result | {"training_seconds": seconds}))
 

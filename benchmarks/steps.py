@@ -6,8 +6,9 @@
 The floor of a step is the sum of the network passes that it needs (``benchmarks/step_cases.py``), each timed alone in
 the same run. A tangent counts as one forward pass, with either engine, and the update (clipping, AdamW, one average) is
 a part of every step. Flow matching trains the same network with the same trainer. Complete steps, those of flow
-matching and the passes alternate, in reverse order in every second repeat; ratios are taken within a repeat, numbers are their
-medians with the interquartile range. Memory is the peak of a step, in addition to weights, moments and averages.
+matching and the passes alternate, in reverse order in every second repeat; ratios are taken within a repeat, numbers
+are their medians with the interquartile range. Memory is the peak of a step, in addition to weights, moments and
+averages.
 
 With ``--fastgen CHECKOUT`` (https://github.com/NVlabs/FastGen) the steps of its mean-flow and sCM losses alternate with
 these on the same network, teacher and batch (``benchmarks/step_peers.py``).

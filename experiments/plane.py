@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import LinearClock
-from fmm_distill.data.samples import PickedImages
+from fmm_distill.data.samples import ImageBatch
 from fmm_distill.teachers.checkerboard import Checkerboard
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ def closed_form() -> PlaneTeacher:
 class Board:
     """The checkerboard as an infinite dataset: each uniform number is one point."""
 
-    def pick(self, draws: Draws) -> PickedImages:
+    def pick(self, draws: Draws) -> ImageBatch:
         """Return one point per draw."""
-        return PickedImages(self.at(draws.image))
+        return ImageBatch(self.at(draws.image))
 
     def at(self, positions: Tensor) -> Tensor:
         """Return the points of float64 uniforms, shape ``[batch, 2]``: 3 bits for the square, 24 per coordinate."""

@@ -52,9 +52,9 @@ class Large:
         options = self.job.options
         return [*WORKER, *map(str, words), "--device", options.device, *(["--tiny"] if options.tiny else [])]
 
-    def build(self, beside: int) -> None:
+    def build(self, reserved: int) -> None:
         """Start to build missing models that fit on the disk, in addition to so many bytes."""
-        free = shutil.disk_usage(self.work).free - beside
+        free = shutil.disk_usage(self.work).free - reserved
         for name, model in MODELS.items():
             out = self.work / f"{name}.json"
             if out.is_file() or name in self.building or not (self.job.options.tiny or model.disk < free):
@@ -88,7 +88,7 @@ class Large:
             "teacher": str(self.work / name),
             "prompts": {"file": str(prompts)},
             "guidance": {"scale": 5.0},
-            "loss": {"name": "lagrangian", "stop": "target"},
+            "loss": {"name": "lagrangian", "stop_gradient": "target"},
             "student": {"lora": {"rank": (2 if tiny else LORA_RANK) if student == "LoRA" else 0}},
             "training": {
                 "steps": 1000,

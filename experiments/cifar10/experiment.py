@@ -354,7 +354,7 @@ def machine() -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     """Return the settings in which the recipes of students differ."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = ("data", "loss", "also", "before", "pairs", "weight", "training")
+    names = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
     if "data" in recipe:
         # The path on this machine does not matter.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name

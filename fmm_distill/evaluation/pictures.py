@@ -50,6 +50,9 @@ def still_images(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor
     """Return one image per sample: the middle frame of a video, the waveform of a sound as a gray band."""
     if samples.ndim == 5:
         return samples[:, :, samples.shape[2] // 2]
+    if samples.ndim == 2:
+        # Vectors: a band of their entries.
+        samples = samples.unsqueeze(1)
     return samples if samples.ndim == 4 else samples.unsqueeze(1)
 
 

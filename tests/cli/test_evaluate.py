@@ -129,7 +129,7 @@ def test_without_the_teacher(finished, tmp_path):
     options = (*FEW, "--against", "none", "--output", tmp_path / "a.json")
     status, out, err = call("evaluate", finished[0] / "student", *options)
     assert status == 0, err
-    assert "the teacher is not opened (--against none): no rows of it, and no endpoint error" in out
+    assert "--against none: the teacher is not loaded, so its rows and the endpoint error are left out" in out
     result = json.loads((tmp_path / "a.json").read_text())
     assert [(row["sampler"], row["endpoint_error"]) for row in result["rows"]] == [("student", None)] * 2
     assert list(result["consistency"]["student"]) == ["1,2"]
@@ -180,11 +180,14 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "SOURCE is missing; wanted a run, an exported folder or a Hub id, or --compare A B"),
-        (("RUN", "--across-protocols"), "--across-protocols acts with --compare"),
-        (("RUN", "--also-steps", "2"), "--also-steps acts with --also"),
-        (("RUN", "--against", "none", "--teacher-steps", "2"), "--teacher-steps acts with --against teacher"),
-        (("RUN", "--compare", "a.json", "b.json"), "--compare measures nothing; leave out all but --across-protocols"),
+        ((), "SOURCE is missing; expected a run, an exported folder or a Hub id, or --compare A B"),
+        (("RUN", "--across-protocols"), "--across-protocols needs --compare"),
+        (("RUN", "--also-steps", "2"), "--also-steps needs --also"),
+        (("RUN", "--against", "none", "--teacher-steps", "2"), "--teacher-steps needs --against teacher"),
+        (
+            ("RUN", "--compare", "a.json", "b.json"),
+            "--compare reads two results and takes no other option",
+        ),
         (("--compare", "a.json", "b.json"), "a.json: no such file"),
         (("RUN", "--features", "clip"), "evaluation.features: expected digits, inception, none, or the path"),
         (

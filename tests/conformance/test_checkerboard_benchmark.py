@@ -125,10 +125,10 @@ def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
 
 def test_settings_of_a_run_are_not_mixed(tmp_path):
     first, other = (checkerboard.recipe_for(checkerboard.METHODS[name], 4, 0, 1) for name in ("lagrangian", "eulerian"))
-    checkerboard.keep_recipe(first, tmp_path / "run")
-    checkerboard.keep_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
     with pytest.raises(SystemExit, match="other settings"):
-        checkerboard.keep_recipe(other, tmp_path / "run")
+        checkerboard.save_recipe(other, tmp_path / "run")
 
 
 def test_chunks_change_nothing(monkeypatch):

@@ -140,7 +140,9 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "elsewhere")
-    assert (tmp_path / "elsewhere/fmm_distill/builtin/digits/unet/diffusion_pytorch_model.safetensors").is_file()
+    assert (
+        tmp_path / "elsewhere/fmm_distill/teachers/builtin/digits/unet/diffusion_pytorch_model.safetensors"
+    ).is_file()
     code = (
         "import fmm_distill, fmm_distill.config.recipe as r; "
         "print(fmm_distill.__file__); print(*r.recipe_names()); r.load_recipe('digits')"

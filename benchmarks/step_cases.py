@@ -12,9 +12,9 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
-from fmm_distill.data.samples import PickedImages, row_of
-from fmm_distill.losses import SETTINGS
-from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.data.samples import ImageBatch, row_of
+from fmm_distill.losses import registered_losses
+from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.conditions import Classes
@@ -64,12 +64,12 @@ class Case:
     loss: dict[str, Any]
     # None: not counted.
     floor: Passes | None
-    pairs: dict[str, Any] = field(default_factory=dict)
+    time_sampling: dict[str, Any] = field(default_factory=dict)
     data: bool = True
 
     def engines(self) -> list[str]:
         """Of its derivative; a loss that takes none has none."""
-        takes = issubclass(SETTINGS[self.loss["name"]], DerivativeSettings) and not self.loss.get("step")
+        takes = issubclass(registered_losses()[self.loss["name"]], DerivativeLoss) and not self.loss.get("step")
         return ["exact", "central"] if takes else ["none"]
 
     def settings(self, engine: str) -> dict[str, Any]:
@@ -82,14 +82,16 @@ _TO_DATA = {"prior": 0, "data": 1}
 _DYADIC = {"prior": 0, "dyadic": 3}
 CASES = (
     Case("flow_matching", {"name": "flow_matching"}, Passes(1, 1, 1)),
-    Case("lagrangian, target", {"name": "lagrangian", "stop": "target"}, Passes(1, 2, 1)),
+    Case("lagrangian, target", {"name": "lagrangian", "stop_gradient": "target"}, Passes(1, 2, 1)),
     # Half of the jumps start from one of the student's own.
-    Case("lagrangian, target, no data", {"name": "lagrangian", "stop": "target"}, Passes(1, 2.5, 1), data=False),
-    Case("lagrangian, teacher", {"name": "lagrangian", "stop": "teacher"}, Passes(1, 2, 2)),
-    Case("lagrangian, none", {"name": "lagrangian", "stop": "none"}, Passes(2, 2, 2)),
-    Case("eulerian, target", {"name": "eulerian", "stop": "target"}, Passes(1, 2, 1)),
-    Case("eulerian, teacher", {"name": "eulerian", "stop": "teacher"}, Passes(1, 3, 2)),
-    Case("eulerian, none", {"name": "eulerian", "stop": "none"}, Passes(1, 2, 2)),
+    Case(
+        "lagrangian, target, no data", {"name": "lagrangian", "stop_gradient": "target"}, Passes(1, 2.5, 1), data=False
+    ),
+    Case("lagrangian, teacher", {"name": "lagrangian", "stop_gradient": "teacher_input"}, Passes(1, 2, 2)),
+    Case("lagrangian, none", {"name": "lagrangian", "stop_gradient": "nowhere"}, Passes(2, 2, 2)),
+    Case("eulerian, target", {"name": "eulerian", "stop_gradient": "target"}, Passes(1, 2, 1)),
+    Case("eulerian, teacher", {"name": "eulerian", "stop_gradient": "teacher_input"}, Passes(1, 3, 2)),
+    Case("eulerian, none", {"name": "eulerian", "stop_gradient": "nowhere"}, Passes(1, 2, 2)),
     Case("progressive", {"name": "progressive", "target": "frozen"}, Passes(0, 3, 1)),
     Case(
         "progressive_distillation", {"name": "progressive_distillation", "target": "frozen"}, Passes(0, 3, 1), _DYADIC
@@ -150,8 +152,8 @@ class _Fixed:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.samples = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
 
-    def pick(self, draws: Draws) -> PickedImages:
-        return PickedImages(self.samples[row_of(draws.image, len(self.samples))])
+    def pick(self, draws: Draws) -> ImageBatch:
+        return ImageBatch(self.samples[row_of(draws.image, len(self.samples))])
 
 
 def make_teacher(kind: str, size: str) -> Teacher:
@@ -192,7 +194,7 @@ def make_trainer(
     settings = {
         "teacher": "random weights",
         "loss": case.settings(engine),
-        "pairs": case.pairs,
+        "time_sampling": case.time_sampling,
         "data": "fixed samples" if case.data else "none",
         "training": {"steps": 100000, "batch_size": batch} | dict(training or {}),
     }

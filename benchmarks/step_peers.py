@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fmm_distill.core.draws import draw
-from fmm_distill.data.starting_points import condition_of
+from fmm_distill.data.starting_points import draw_conditioning
 from fmm_distill.training.ema import averaged
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class PeerStep:
     def __call__(self, step: int) -> Tensor:
         """A complete step; the mean loss, on the device."""
         draws = draw(0, step, self.batch, self.teacher.event_shape).part(0, self.batch, self.accelerator.device)
-        condition = condition_of(self.teacher, draws)
+        condition = draw_conditioning(self.teacher, draws)
         with self.accelerator.autocast():
             loss = self.loss(self.images(draws), condition, step).float().mean()
         loss.backward()

@@ -33,7 +33,7 @@ from benchmarks.step_cases import BASELINE, CASES, make_teacher, make_trainer
 from benchmarks.step_peers import PEERS, PeerStep
 from fmm_distill.core.draws import draw
 from fmm_distill.core.parametrization import keywords
-from fmm_distill.data.starting_points import condition_of
+from fmm_distill.data.starting_points import draw_conditioning
 from fmm_distill.student.student import Student
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.signals import StopRequest
@@ -57,7 +57,7 @@ class Alone:
         self.x = draws.noise
         self.time = torch.linspace(50, 900, batch, device=device)
         self.length = torch.full((batch,), 0.3, device=device)
-        self.cond = condition_of(self.teacher, draws)
+        self.cond = draw_conditioning(self.teacher, draws)
 
     def _half(self) -> AbstractContextManager[None]:
         return self.trainer.accelerator.autocast()

@@ -30,8 +30,8 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import load_images
-from fmm_distill.data.starting_points import points
-from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.data.starting_points import StartingPoints
+from fmm_distill.losses.time_sampling import sample_times
 from fmm_distill.run.plan import plan
 from fmm_distill.training.checkpoint import complete
 from fmm_distill.training.signals import StopRequest
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.draws import Draws
     from fmm_distill.data.samples import Images
 
-LOSS = {"name": "lagrangian", "stop": "target", "derivative": "central"}
+LOSS = {"name": "lagrangian", "stop_gradient": "target", "derivative": "central"}
 # Samples a second of one and of two processes: steps that are timed, after one that is not.
 SPLIT_STEPS = 3
 SPLIT_ROUNDS = 3
@@ -86,9 +86,9 @@ class Bare:
     def set(self, draws: Draws, step: int) -> None:
         """The tensors of a step: noise, times in the network's own units, and starts."""
         axis = self.teacher.schedule
-        self.t, self.r = pair_times(self.trainer.recipe.pairs, axis, draws, step)
+        self.t, self.r = sample_times(self.trainer.recipe.time_sampling, axis, draws, step)
         self.moving = self.t < axis.t_max
-        self.x = points(self.teacher, self.student, draws, self.t, None)
+        self.x = StartingPoints(self.teacher, self.student)(draws, self.t)
         self.time, self.end = (axis.network_time(times).float() for times in (self.t, self.r))
         self.length = (self.student.clock.warp(self.t) - self.student.clock.warp(self.r)).float()
         self.noise = draws.noise
@@ -153,7 +153,7 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
 
     def times(step: int) -> None:
         draws = draw(training.seed, step, training.batch_size, (1,))
-        t, r = pair_times(trainer.recipe.pairs, teacher.schedule, draws, step)
+        t, r = sample_times(trainer.recipe.time_sampling, teacher.schedule, draws, step)
         for now in (t, r):
             teacher.schedule.alpha_sigma(now)
             teacher.schedule.network_time(now)

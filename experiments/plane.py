@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import LinearClock
-from fmm_distill.data.samples import PickedImages
+from fmm_distill.data.samples import ImageBatch
 from fmm_distill.teachers.checkerboard import Checkerboard
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def closed_form() -> PlaneTeacher:
 class Board:
     """The checkerboard as a dataset without end: the places of one uniform each become a point."""
 
-    def pick(self, draws: Draws) -> PickedImages:
+    def pick(self, draws: Draws) -> ImageBatch:
         """The points at the samples' places."""
-        return PickedImages(self.at(draws.image))
+        return ImageBatch(self.at(draws.image))
 
     def at(self, places: Tensor) -> Tensor:
         """Points at float64 uniforms, shape ``[batch, 2]``: 3 bits say which square, 24 each where in it."""

@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler
 
 from fmm_distill.config.recipe import load_recipe
 from fmm_distill.core.draws import draw
-from fmm_distill.data.starting_points import points, teacher_jump
+from fmm_distill.data.starting_points import StartingPoints, teacher_jump
 from fmm_distill.run.plan import plan
 from fmm_distill.student.fold import stock_part
 from fmm_distill.training.trainer import Trainer
@@ -60,7 +60,7 @@ def epsilon_errors(student: Student, teacher: Teacher) -> dict[int, float]:
     draws, errors = draw(1, 0, 64, teacher.event_shape), {}
     for timestep in TIMESTEPS:
         t = teacher.schedule.time(torch.full((64,), timestep))
-        x = points(teacher, teacher_jump(teacher), draws, t, None)
+        x = StartingPoints(teacher, teacher_jump(teacher))(draws, t)
         error = root_mean_square(student.mean_velocity(x, t, t) - teacher.velocity(x, t))
         errors[timestep] = error * (1 - t[0].item())
     return errors

@@ -88,7 +88,7 @@ class Large:
             "teacher": str(self.work / name),
             "prompts": {"file": str(prompts)},
             "guidance": {"scale": 5.0},
-            "loss": {"name": "lagrangian", "stop": "target"},
+            "loss": {"name": "lagrangian", "stop_gradient": "target"},
             "student": {"lora": {"rank": (2 if tiny else LORA_RANK) if student == "LoRA" else 0}},
             "training": {
                 "steps": 1000,

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.rows import Row, take
 from benchmarks.step_cases import BASELINE, CASES, Case, make_teacher, make_trainer
 from benchmarks.steps import about_peers, compare
-from fmm_distill.losses import LOSSES
+from fmm_distill.losses import registered_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +54,7 @@ def cases() -> tuple[list[Case], list[Case]]:
     A loss without a case is timed with its own settings, without a floor.
     """
     first = []
-    for name in LOSSES:
+    for name in registered_losses():
         known = [case for case in CASES if case.loss["name"] == name]
         first.append(known[0] if known else Case(f"{name}, as it comes", {"name": name}, None))
     return first, [case for case in CASES if case not in first]
@@ -106,7 +106,7 @@ class Bench:
         self.open(setting)
         assert self.teacher is not None
         # FastGen's targets are detached: only those losses do the same work.
-        peers = self.peers if case.loss.get("stop") == "target" else {}
+        peers = self.peers if case.loss.get("stop_gradient") == "target" else {}
         kernels = contextlib.nullcontext() if setting.fused else sdpa_kernel(SDPBackend.MATH)
         trainer = None
         try:
@@ -118,7 +118,10 @@ class Bench:
             # The accelerator holds every module that it has prepared.
             del trainer
             self.accelerator.free_memory()
-        return found | {"batch": self.batch, "peers_failed": self.peers_failed if case.loss.get("stop") else {}}
+        return found | {
+            "batch": self.batch,
+            "peers_failed": self.peers_failed if case.loss.get("stop_gradient") else {},
+        }
 
 
 def rows(bench: Bench, settings: list[Setting], some: list[Case], kind: str, guess: float) -> Iterator[Row]:

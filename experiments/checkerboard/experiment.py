@@ -42,34 +42,34 @@ TEACHER_RATE = 3e-3
 NETWORK_OPERATIONS = ("aten::addmm", "aten::mm", "aten::gelu", "aten::gelu_backward")
 UNIFORM = {"prior": 0, "data": 1}
 # The velocity, for a loss that alone teaches the student none or not at every time.
-BESIDE = {"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": UNIFORM}
+BESIDE = {"loss": {"name": "flow_matching"}, "fraction": 0.5, "time_sampling": UNIFORM}
 # A weight that depends on a sample's own loss moves the conditional mean that data teach.
 FROM_DATA = {"weight": {"kind": "none"}}
 
 METHODS: dict[str, dict[str, Any]] = {
     "lagrangian": {"loss": {"name": "lagrangian"}},
-    "lagrangian-target": {"loss": {"name": "lagrangian", "stop": "target"}},
-    "lagrangian-none": {"loss": {"name": "lagrangian", "stop": "none"}},
-    "lagrangian-self": {"loss": {"name": "lagrangian", "velocity": "self"}, "also": [BESIDE]},
+    "lagrangian-target": {"loss": {"name": "lagrangian", "stop_gradient": "target"}},
+    "lagrangian-none": {"loss": {"name": "lagrangian", "stop_gradient": "nowhere"}},
+    "lagrangian-self": {"loss": {"name": "lagrangian", "velocity": "self"}, "extra_losses": [BESIDE]},
     "eulerian": {"loss": {"name": "eulerian"}},
-    "progressive-half": {"loss": {"name": "progressive"}, "also": [BESIDE]},
-    "progressive-uniform": {"loss": {"name": "progressive", "middle": "uniform"}, "also": [BESIDE]},
+    "progressive-half": {"loss": {"name": "progressive"}, "extra_losses": [BESIDE]},
+    "progressive-uniform": {"loss": {"name": "progressive", "middle": "uniform"}, "extra_losses": [BESIDE]},
     "progressive_distillation": {
         "loss": {"name": "progressive_distillation"},
-        "also": [BESIDE],
-        "pairs": {"dyadic": 4, "prior": 0},
+        "extra_losses": [BESIDE],
+        "time_sampling": {"dyadic": 4, "prior": 0},
     },
-    "consistency": {"loss": {"name": "consistency"}, "also": [BESIDE], "pairs": UNIFORM},
-    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "also": [BESIDE]},
+    "consistency": {"loss": {"name": "consistency"}, "extra_losses": [BESIDE], "time_sampling": UNIFORM},
+    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "extra_losses": [BESIDE]},
     "operator_regression": {
         "loss": {"name": "operator_regression", "solver_steps": 4},
-        "also": [BESIDE],
-        "pairs": {"prior": 1},
+        "extra_losses": [BESIDE],
+        "time_sampling": {"prior": 1},
     },
     "mean_flow": FROM_DATA | {"loss": {"name": "mean_flow"}},
     "flow_map_matching": FROM_DATA | {"loss": {"name": "flow_map_matching"}},
     "terminal_velocity": FROM_DATA | {"loss": {"name": "terminal_velocity"}},
-    "flow_matching": FROM_DATA | {"loss": {"name": "flow_matching", "velocity": "data"}, "pairs": UNIFORM},
+    "flow_matching": FROM_DATA | {"loss": {"name": "flow_matching", "velocity": "data"}, "time_sampling": UNIFORM},
 }
 
 
@@ -105,8 +105,8 @@ def recipe_for(changes: dict[str, Any], steps: int, seed: int, curve: int) -> Re
     base = load_recipe("checkerboard").model_dump(mode="json", exclude_unset=True)
     training = base["training"] | {"steps": steps, "seed": seed}
     training |= {"checkpoint_every": max(steps // curve, 1), "checkpoints_total_limit": curve + 1}
-    pairs = base.get("pairs", {}) | changes.get("pairs", {})
-    return parse(base | changes | {"training": training, "pairs": pairs}, "checkerboard")
+    times = base.get("time_sampling", {}) | changes.get("time_sampling", {})
+    return parse(base | changes | {"training": training, "time_sampling": times}, "checkerboard")
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:

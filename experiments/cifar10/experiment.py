@@ -354,7 +354,7 @@ def machine() -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     """What tells a student's recipe from others."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    wanted = ("data", "loss", "also", "before", "pairs", "weight", "training")
+    wanted = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
     if "data" in recipe:
         # Where it lies on this machine says nothing.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name

@@ -1,12 +1,12 @@
-"""The students of the CIFAR-10 benchmark: one recipe each, alike in everything but the loss and its pairs of times."""
+"""The students of the CIFAR-10 benchmark: one recipe each, alike in everything but the loss and its time sampling."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from fmm_distill.config.recipe import Recipe, parse
-from fmm_distill.losses import SETTINGS
-from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.losses import registered_losses
+from fmm_distill.losses.base import DerivativeLoss
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +17,8 @@ __all__ = ["METHODS", "recipe_of"]
 
 TO_DATA = {"prior": 0, "data": 1}
 # The velocity, for a loss that alone teaches the student none or not at every time.
-BESIDE = {"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": TO_DATA}
-LAGRANGIAN = {"name": "lagrangian", "stop": "target"}
+BESIDE = {"loss": {"name": "flow_matching"}, "fraction": 0.5, "time_sampling": TO_DATA}
+LAGRANGIAN = {"name": "lagrangian", "stop_gradient": "target"}
 REGRESSION = {"name": "operator_regression", "solver_steps": 4}
 # The derivative along the flow holds a network's roughness in time, up to ten times the flow's own change.
 EULERIAN = {"name": "eulerian", "step": 0.1}
@@ -27,24 +27,24 @@ EULERIAN = {"name": "eulerian", "step": 0.1}
 METHODS: dict[str, dict[str, Any]] = {
     "lagrangian": {"loss": LAGRANGIAN},
     # Of its own jumps it forgets its teacher within a hundred steps.
-    "progressive": {"loss": {"name": "progressive", "target": "average"}, "also": [BESIDE]},
+    "progressive": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [BESIDE]},
     "eulerian": {"loss": EULERIAN},
     # With the derivative, as published.
-    "mean_flow": {"loss": {"name": "eulerian"}, "pairs": {"prior": 0.25, "diagonal": 0.5}},
+    "mean_flow": {"loss": {"name": "eulerian"}, "time_sampling": {"prior": 0.25, "diagonal": 0.5}},
     "consistency": {
         "loss": {"name": "consistency", "step": 0.05, "solver": "heun"},
-        "also": [BESIDE],
-        "pairs": TO_DATA,
+        "extra_losses": [BESIDE],
+        "time_sampling": TO_DATA,
     },
-    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "also": [BESIDE]},
-    "operator_regression": {"loss": REGRESSION, "also": [BESIDE], "pairs": {"prior": 1}},
+    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "extra_losses": [BESIDE]},
+    "operator_regression": {"loss": REGRESSION, "extra_losses": [BESIDE], "time_sampling": {"prior": 1}},
     "regression-then-lagrangian": {
-        "before": [{"loss": REGRESSION, "share": 0.3, "pairs": {"prior": 1}}],
+        "stages": [{"loss": REGRESSION, "fraction": 0.3, "time_sampling": {"prior": 1}}],
         "loss": LAGRANGIAN,
     },
-    "lagrangian-and-eulerian": {"loss": LAGRANGIAN, "also": [{"loss": EULERIAN, "share": 0.5}]},
+    "lagrangian-and-eulerian": {"loss": LAGRANGIAN, "extra_losses": [{"loss": EULERIAN, "fraction": 0.5}]},
     "lagrangian-data": {"loss": LAGRANGIAN, "data": True},
-    "progressive-data": {"loss": {"name": "progressive", "target": "average"}, "also": [BESIDE], "data": True},
+    "progressive-data": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [BESIDE], "data": True},
 }
 
 
@@ -52,7 +52,7 @@ def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, 
     """The recipe of a student; what is measured is measured by the benchmark, and only one pipeline is exported."""
     changes = dict(METHODS[name])
     loss = dict(changes.pop("loss"))
-    if issubclass(SETTINGS[loss["name"]], DerivativeSettings) and not loss.get("step"):
+    if issubclass(registered_losses()[loss["name"]], DerivativeLoss) and not loss.get("step"):
         # In half precision differences take calls of their own; in full precision they cost least.
         loss["derivative"] = "exact" if budget.student_precision == "bf16" else "central"
     source = {"source": str(data), "flip": True, "fit": "crop"} if changes.pop("data", False) else {"source": "none"}

@@ -27,7 +27,7 @@ from fmm_distill.io.reading import read_mapping
 from fmm_distill.student.fold import OWN_SETTINGS
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.components import quiet
+from fmm_distill.teachers.components import without_progress_bars
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
@@ -311,7 +311,7 @@ def _without_warnings() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with quiet():
+        with without_progress_bars():
             yield
     finally:
         logging.set_verbosity(before)

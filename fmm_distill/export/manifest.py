@@ -249,7 +249,7 @@ def _dataset(recipe: Recipe) -> str | None:
 
 def _training(recipe: Recipe, trained: int | None) -> dict[str, Any]:
     total = recipe.student.regression_steps + recipe.training.steps
-    losses = [*(stage.loss for stage in recipe.before), recipe.loss, *(term.loss for term in recipe.also)]
+    losses = [*(stage.loss for stage in recipe.stages), recipe.loss, *(term.loss for term in recipe.extra_losses)]
     return {
         "loss": recipe.loss_names,
         "papers": list(dict.fromkeys(loss.paper for loss in losses)),

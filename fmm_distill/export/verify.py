@@ -1,4 +1,4 @@
-"""After each export: the folders are opened by stock diffusers, without this package, and their jumps compared."""
+"""Verify an export: open its folders with stock diffusers, without this package, and compare their jumps."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 
 SEED = 5
-# Numbers in a batch: eight images of 64 x 64, two of those that take minutes a step on a CPU. One sample could hide
-# that rows are mixed up.
+# The size of a batch and the most numbers in it: eight images of 64 x 64, two of those that take minutes per step on a
+# CPU. A single sample could hide that rows are mixed up.
 _BATCH, _NUMBERS = 8, 2**17
 
 
@@ -95,7 +95,7 @@ def agreements_of(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
 
 
 def summary(agreements: dict[str, Agreement]) -> str:
-    """The pipeline that is furthest from the student, in one line."""
+    """Describe the pipeline that differs most from the student, in one line."""
     worst = max(agreements.values(), key=lambda one: one.fraction)
     return f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
 
@@ -153,7 +153,7 @@ def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
 
 @contextmanager
 def _scratch() -> Iterator[str]:
-    """A temporary folder for what the other process writes."""
+    """Yield a temporary folder for the files of the other process."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
             yield scratch

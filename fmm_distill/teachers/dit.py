@@ -37,6 +37,7 @@ def load_dit(index: PipelineIndex) -> Teacher:
             f"{index.source}: expected a discrete or a flow scheduler, since DiTPipeline starts from N(0, I), got "
             f"{spec.config['_class_name']}; try DDIMScheduler if it has the same noise levels"
         )
+    # 32 is the default of DiTTransformer2DModel, which its oldest configurations rely on.
     height, width = image_size(index.config("transformer").get("sample_size", 32), index.source, _CONFIG)
     if height != width:
         raise UserError(f"{index.source}: {_CONFIG} has sample_size [{height}, {width}]; expected one number: a square")

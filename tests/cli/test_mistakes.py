@@ -88,7 +88,10 @@ RECIPE = {
         ["loss.stp is not a setting of lagrangian, did you mean loss.st"],
     ),
     "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
-    "shares": (tiny("--set", "pairs={prior: 0.7, diagonal: 0.5}"), ["pairs: ", "their sum is 1.2"]),
+    "shares": (
+        tiny("--set", "time_sampling={prior: 0.7, diagonal: 0.5}"),
+        ["time_sampling: ", "expected a sum of 1, got 1.2"],
+    ),
     "two at once": (
         tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),
         [
@@ -143,7 +146,8 @@ OPENING = {
     "images of another size": (
         tiny("--data", "images"),
         [
-            "images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8",
+            "images, image 0: expected 1 x 8 x 8 (channels x height x width)",
+            "the teacher's images, got 1 x 12 x 8",
             "data.fit=crop",
         ],
     ),
@@ -266,7 +270,7 @@ def test_a_folder_that_holds_other_things_is_left_alone(place, tiny, fresh):
 def test_an_export_leaves_a_folder_of_other_things_alone(place, finished):
     before = snapshot(place / "other")
     status, _, err = call("export", finished[0], place / "other")
-    check(status, err, ["other holds something else than an exported student"])
+    check(status, err, ["other: expected an exported student or an empty folder"])
     assert snapshot(place / "other") == before
 
 

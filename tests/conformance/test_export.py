@@ -105,7 +105,7 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path, teacher):
     assert sorted(path.name for path in target.glob("steps-*")) == ["steps-4"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="expected an exported student or an empty folder"):
         export_pipeline(student, teacher, tmp_path / "mine")
     with pytest.raises(UserError, match=r"export\.steps: expected divisors of the teacher's 1000 timesteps, got 3"):
         export_pipeline(student, teacher, tmp_path / "new", (1, 3))

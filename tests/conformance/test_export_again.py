@@ -127,7 +127,7 @@ def test_a_folder_of_the_users_is_not_an_export(again, name):
     folder.mkdir()
     (folder / name).write_text('{"_class_name": ["mine", "FlowMapPipeline"]}')
     before = snapshot(folder)
-    with pytest.raises(UserError, match="holds something else than an exported student"):
+    with pytest.raises(UserError, match="expected an exported student or an empty folder"):
         export()
     assert snapshot(folder) == before
 

@@ -14,12 +14,11 @@ import math
 from pathlib import Path
 
 import torch
-from fmm_distill.teachers.analytic import Gaussian
 from torch import Tensor, nn
 
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock
-from fmm_distill.losses import LOSSES, Jump
+from fmm_distill.losses import Jump
 from fmm_distill.losses.eulerian import Eulerian
 from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.teachers.closed_form import Gaussian

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Self
 
 import torch
-from fmm_distill.teachers.checkerboard import Checkerboard
 from torch import Tensor, nn
 
 from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap

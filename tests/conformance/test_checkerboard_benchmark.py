@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from fmm_distill.teachers.checkerboard import Checkerboard
 
 from experiments.checkerboard import experiment as checkerboard
 from experiments.checkerboard.report import markdown

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fmm_distill.teachers.analytic import TwoModes
 from torch import nn
 
 from fmm_distill.core.flow_map import FlowMap, diagonal

@@ -78,7 +78,7 @@ def test_it_trains_and_its_export_opens_with_stock_diffusers(trained):
     assert [line["phase"] for line in lines] == ["brightness"] * 2
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["loss"] == {"name": "brightness", "velocity": "teacher", "derivative": "auto", "factor": 2.0}
-    pipeline = DiffusionPipeline.from_pretrained(str(trained / "student" / "2-step"))
+    pipeline = DiffusionPipeline.from_pretrained(str(trained / "student" / "steps-2"))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np", batch_size=2

@@ -330,4 +330,4 @@ def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
     assert status == 3
     last = err.splitlines()[-1]
     assert last.startswith("error: step ")
-    assert "Lower optimizer.lr" in last
+    assert "Try a lower optimizer.lr" in last

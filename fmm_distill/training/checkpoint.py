@@ -84,8 +84,8 @@ def average_name(rate: float) -> str:
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest ``keep``.
 
-    The folder gets its name when all of its files are on disk; a partial one is removed. An older checkpoint of the same
-    step is readable until then.
+    The folder gets its name when all of its files are on disk; a partial one is removed. An older checkpoint of the
+    same step is readable until then.
     """
     target = folder / _name(checkpoint.step)
     partial = folder / f".{target.name}.partial"

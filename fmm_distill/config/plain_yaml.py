@@ -73,7 +73,9 @@ def _check(node: yaml.Node, where: str, above: list[tuple[yaml.Node, str]], coun
         raise UserError(f"{where}: its aliases (*name) unfold to more than {LARGEST:,} values; write fewer")
     line = node.start_mark.line + 1
     if any(node is other for other, _ in above):
-        raise UserError(f"{where}: line {line}: an alias (*name) of what it is in itself; write the value out")
+        raise UserError(
+            f"{where}: line {line}: expected a value, got an alias (*name) of a group around it; write the value out"
+        )
     if isinstance(node, yaml.ScalarNode):
         _check_number(node, where, line)
         return

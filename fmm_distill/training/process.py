@@ -112,29 +112,29 @@ def check_training(recipe: Recipe) -> None:
         tempfile.gettempdir()
     except OSError as error:
         raise UserError(
-            "no folder takes temporary files, and the export is verified with some; set TMPDIR to one that does"
+            "expected a writable folder for temporary files, which the check of the export needs, got none; set TMPDIR"
         ) from error
     if training.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+        raise UserError("training.precision: expected fp32 or bf16 without a GPU, got fp16; try bf16")
     processes = launched()
     parts = processes * training.gradient_accumulation_steps
     if training.batch_size % parts:
         raise UserError(
-            f"training.batch_size {training.batch_size} does not split over {processes} processes "
-            f"x {training.gradient_accumulation_steps} accumulation steps: take a multiple of {parts}"
+            f"training.batch_size: expected a multiple of {parts} for {processes} processes x "
+            f"{training.gradient_accumulation_steps} gradient accumulation steps, got {training.batch_size}"
         )
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """The accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers."""
+    """Return the accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers."""
     training = recipe.training
     check_training(recipe)
     expected = {"fp32": "no"}.get(training.precision, training.precision)
     before = AcceleratorState._shared_state.get("_mixed_precision", expected)
     if before != expected:
         raise UserError(
-            f"training.precision: {training.precision}, but this process has run in {before.replace('no', 'fp32')}, "
-            "and accelerate keeps one precision a process: start another"
+            f"training.precision: expected {before.replace('no', 'fp32')}, in which this process has run, got "
+            f"{training.precision}; start another process, as accelerate has one precision per process"
         )
     if is_set("ACCELERATE_USE_FSDP"):
         # transformers would open text encoders without their buffers in all processes but the first.
@@ -184,8 +184,8 @@ def _accelerator(**settings: Any) -> Accelerator:  # noqa: ANN401 accelerate's o
     # All accelerators of a process share their state, also with an older one of the caller.
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UserError(
-            "an Accelerator of this process compiles networks, and accelerate keeps one such setting a process: start "
-            "another, with training.compile"
+            "expected no compilation by accelerate, got an Accelerator of this process that compiles; start another "
+            "process, and set training.compile"
         )
     check_joined(accelerator)
     return accelerator
@@ -201,10 +201,12 @@ def _check_device() -> None:
         torch.empty(1, device=device).add_(1).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"ACCELERATE_TORCH_DEVICE={name}: no device here that computes; unset it, or take cpu or cuda"
+            f"ACCELERATE_TORCH_DEVICE: expected a device of this machine, got {name}; unset it, or try cpu or cuda"
         ) from error
     if launched() > 1 and device.type != "cpu":
-        raise UserError(f"ACCELERATE_TORCH_DEVICE={name}: {launched()} processes would share it; unset it")
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE: expected one device per process, got {name} for {launched()}; unset it"
+        )
 
 
 def check_joined(accelerator: Accelerator) -> None:
@@ -221,7 +223,7 @@ def check_joined(accelerator: Accelerator) -> None:
 
 
 def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do ``work`` in the first process while the others wait; what it raises ends all of them.
+    """Do ``work`` in the first process while the others wait. An exception ends all of them.
 
     Raises:
         UserError: in the other processes, with the first one's message.

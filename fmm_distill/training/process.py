@@ -201,11 +201,11 @@ def _check_device() -> None:
         torch.empty(1, device=device).add_(1).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"ACCELERATE_TORCH_DEVICE: expected a device of this machine, got {name}; unset it, or try cpu or cuda"
+            f"ACCELERATE_TORCH_DEVICE={name}: expected a device of this machine; unset it, or try cpu or cuda"
         ) from error
     if launched() > 1 and device.type != "cpu":
         raise UserError(
-            f"ACCELERATE_TORCH_DEVICE: expected one device per process, got {name} for {launched()}; unset it"
+            f"ACCELERATE_TORCH_DEVICE={name}: expected one device per process, got one for {launched()}; unset it"
         )
 
 

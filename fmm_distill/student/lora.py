@@ -120,6 +120,8 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
     codec = copy.copy(teacher.codec)
     if isinstance(codec, PipelineCodec):
         codec.network = network
+        # An open pipeline has the network of before as its component, which would stay in memory.
+        codec.release()
     return replace(teacher, network=AdaptersOff(network).eval(), codec=codec)
 
 

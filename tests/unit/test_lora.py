@@ -80,7 +80,10 @@ def test_the_teacher_that_was_passed_stays_as_it_is(folders):
     teacher = opened("sd1", folders["sd1"])
     network, codec = teacher.network, teacher.codec
     student = Student.from_teacher(teacher)
+    assert codec.opened().unet is network
     shared = add_lora(student, teacher, 2)
+    assert shared.codec.opened().unet is student.network
+    assert codec.opened().unet is network
     assert teacher.network is network
     assert teacher.codec is codec
     assert codec.network is network

@@ -1,4 +1,4 @@
-"""Settings from YAML text, strictly: one document, each key once, and no value that YAML reads in a surprising way."""
+"""Strict YAML: one document, each key once, and no value that YAML 1.1 reads as another than it seems."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fmm_distill.errors import UserError
 
 __all__ = ["read", "read_file_text"]
 
-# Aliases may repeat a part of a text; a few lines of them can unfold to more values than memory holds.
+# A few lines of nested aliases can unfold to more values than fit into memory.
 LARGEST = 10_000
 
 
 def read_file_text(data: bytes, where: str) -> str:
-    """The text of a file, which has to be UTF-8.
+    """Decode the text of a file from UTF-8.
 
     Raises:
         UserError: on another encoding.
@@ -30,13 +30,13 @@ def read_file_text(data: bytes, where: str) -> str:
 
 
 def read(text: str, where: str) -> Any:  # noqa: ANN401 what YAML holds
-    """The plain value of a YAML text; of an empty one None.
+    """Parse a YAML text to plain values; None if it is empty.
 
     Args:
-        where: what the text is of, for messages.
+        where: origin of the text, for messages.
 
     Raises:
-        UserError: on what is not YAML, on a key that is there twice, with both lines, and on a key that is no text.
+        UserError: on invalid YAML, on a duplicate key, with both lines, and on a key that is not text.
     """
     try:
         nodes = list(yaml.compose_all(text, yaml.SafeLoader))
@@ -62,18 +62,20 @@ def read(text: str, where: str) -> Any:  # noqa: ANN401 what YAML holds
 
 
 def _check(node: yaml.Node, where: str, above: list[tuple[yaml.Node, str]], count: list[int]) -> None:
-    """Refuse what YAML takes without a word.
+    """Check a node for duplicate keys, keys that are not text, ambiguous numbers and too many values.
 
     Args:
         above: the nodes around this one, with their keys.
-        count: of the values seen, unfolded.
+        count: number of values so far, aliases unfolded.
     """
     count[0] += 1
     if count[0] > LARGEST:
         raise UserError(f"{where}: its aliases (*name) unfold to more than {LARGEST:,} values; write fewer")
     line = node.start_mark.line + 1
     if any(node is other for other, _ in above):
-        raise UserError(f"{where}: line {line}: an alias (*name) of what it is in itself; write the value out")
+        raise UserError(
+            f"{where}: line {line}: expected a value, got an alias (*name) of a group around it; write the value out"
+        )
     if isinstance(node, yaml.ScalarNode):
         _check_number(node, where, line)
         return
@@ -100,7 +102,7 @@ def _check(node: yaml.Node, where: str, above: list[tuple[yaml.Node, str]], coun
 
 
 def _check_number(node: yaml.ScalarNode, where: str, line: int) -> None:
-    """YAML 1.1 reads 010 as eight and 1:30 as ninety."""
+    """Refuse ambiguous numbers: YAML 1.1 reads 010 as eight and 1:30 as ninety."""
     if node.tag != "tag:yaml.org,2002:int" and node.tag != "tag:yaml.org,2002:float":
         return
     if re.fullmatch(r"[-+]?0[0-7_]+", node.value) or ":" in node.value:

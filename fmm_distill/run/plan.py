@@ -29,6 +29,7 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.compile import checkpoint_blocks
 from fmm_distill.training.memory import forecast_memory
+from fmm_distill.training.optimizer import optimizer_factory
 from fmm_distill.training.process import check_training
 from fmm_distill.training.variables import launched
 
@@ -126,7 +127,7 @@ def plan(
     _check_teacher(recipe, teacher)
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
-    student = open_student(recipe, teacher, given)
+    student, teacher = open_student(recipe, teacher, given)
     return Plan(recipe, teacher, student, images, reference)
 
 
@@ -151,8 +152,8 @@ def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
         check_steps(recipe.export.steps, teacher.schedule)
 
 
-def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> Student:
-    """Make the untrained student of a recipe, with its adapters."""
+def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Student, Teacher]:
+    """Make the untrained student of a recipe, with its adapters, and return it with the teacher that shares them."""
     student = Student.from_teacher(teacher, recipe.student.prediction, network=given.student, seed=recipe.training.seed)
     network, training = student.network, recipe.training
     if training.gradient_checkpointing and not hasattr(network, "enable_gradient_checkpointing"):
@@ -160,8 +161,11 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> Student:
             f"training.gradient_checkpointing: expected a diffusers network, got {type(network).__name__}; leave it out"
         )
     if recipe.student.lora.rank:
-        add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
-    return student
+        teacher = add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
+    factory = given.optimizer or optimizer_factory(recipe.optimizer)
+    # An optimizer that does not take these parameters refuses them here, before the long preparations.
+    factory([parameter for parameter in student.parameters() if parameter.requires_grad])
+    return student, teacher
 
 
 def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -87,14 +88,17 @@ def _is(part: str, names: tuple[str, ...]) -> bool:
     return any(part == name or (part.startswith(name) and not part[len(name)].isalpha()) for name in names)
 
 
-def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = ()) -> None:
-    """Freeze the student's network but for its jump embeddings, put adapters on it, and let the teacher share it.
+def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = ()) -> Teacher:
+    """Add adapters to the student's network, in place, and freeze all of it but them and the jump embeddings.
 
     Args:
-        targets: endings of layers' names; none: attention and feed-forward.
+        targets: name endings of the layers that get adapters; empty: attention and feed-forward.
+
+    Returns:
+        The teacher on the student's network with its adapters switched off. ``teacher`` itself stays as it is.
 
     Raises:
-        UserError: without peft, or where no layer is found.
+        UserError: without peft, or if no layer is found.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -105,17 +109,20 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
     chosen = [name for name in linear if name.endswith(targets)] if targets else default_targets(network)
     chosen = [name for name in chosen if not name.startswith("jump_embedding.")]
     if not chosen:
-        wanted = ", ".join(targets) or "attention or feed-forward"
+        names = ", ".join(targets) or "attention or feed-forward"
         raise UserError(
-            f"student.lora: no linear layer of {type(network).__name__} is {wanted}; give student.lora.targets, e.g. "
-            f"[{linear[0].rpartition('.')[2]}]"
+            f"student.lora: expected linear layers of {type(network).__name__} for {names}, got none; try "
+            f"student.lora.targets: [{linear[0].rpartition('.')[2]}]"
         )
     network.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
     cast("Any", network).jump_embedding.requires_grad_(True)
-    teacher.network = AdaptersOff(network).eval()
-    if isinstance(teacher.codec, PipelineCodec):
-        teacher.codec.network = network
+    codec = copy.copy(teacher.codec)
+    if isinstance(codec, PipelineCodec):
+        codec.network = network
+        # An open pipeline has the network of before as its component, which would stay in memory.
+        codec.release()
+    return replace(teacher, network=AdaptersOff(network).eval(), codec=codec)
 
 
 def merged(student: Student) -> Student:

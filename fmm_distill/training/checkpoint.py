@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors that is complete or absent."""
+"""Checkpoints: folders of safetensors, written atomically."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _REPLACED = ".replaced"
-# A run at work removes what was found a moment before. Each look takes longer than that, so few are enough.
+# A running training may remove a checkpoint while it is read. Each try takes longer than that: few are enough.
 _TRIES, _PAUSE = 20, 0.05
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not as it was written."""
+    """A file of a checkpoint is missing or has changed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class State:
     """A checkpoint without its tensors.
 
     Attributes:
-        written: seconds since 1970.
+        written: time of writing, in seconds since 1970.
     """
 
     path: Path
@@ -63,13 +63,12 @@ class State:
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to resume.
 
     Attributes:
-        step: the number of steps done.
-        tensors: file stem to named tensors: student, an average a rate, optimizer, and frozen and weight where there
-            are any.
-        state: what is not a tensor.
+        step: number of steps done.
+        tensors: file stem to named tensors: student, each average, optimizer, and frozen and weight if they exist.
+        state: plain values: gradient scaler, optimizer and non-finite steps.
     """
 
     step: int
@@ -78,15 +77,15 @@ class Checkpoint:
 
 
 def average_name(rate: float) -> str:
-    """The file stem of a moving average in a checkpoint."""
+    """Return the file stem of a moving average in a checkpoint."""
     return f"ema-{rate:g}"
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint next to the older ones, then remove all but the newest ``keep``.
+    """Write a checkpoint, then remove all but the newest ``keep``.
 
-    The folder gets its name only when every file in it is on the disk; a partial one is removed. One of the same step
-    that is there stays readable until the new one has its name.
+    The folder gets its name when all of its files are on disk; a partial one is removed. An older checkpoint of the
+    same step is readable until then.
     """
     target = folder / _name(checkpoint.step)
     partial = folder / f".{target.name}.partial"
@@ -109,7 +108,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Give a written checkpoint its name; the one that has it is under another name for that moment, and counts."""
+    """Give a written checkpoint its name. An older one of this name is readable under another name meanwhile."""
     replaced = target.with_name(f".{target.name}{_REPLACED}")
     if target.exists():
         if replaced.exists():
@@ -121,14 +120,14 @@ def _swap(partial: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that it is complete or absent in between, too."""
+    """Remove a checkpoint atomically: it is renamed first."""
     gone = path.with_name(f".{path.name.removeprefix('.')}.removed.partial")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
-    # Here and below: where a run stands is read without torch.
+    # Here and below: the state of a run is read without torch.
     from safetensors.torch import save_file
 
     partial.mkdir()
@@ -158,7 +157,7 @@ def _name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint by its folder's name; None: it is no checkpoint's, such as a copy of one."""
+    """Return the step in the name of a checkpoint's folder; None for any other folder, such as a copy."""
     name = path.name
     if name.startswith(".") and name.endswith(_REPLACED):
         name = name[1:].removesuffix(_REPLACED)
@@ -169,27 +168,27 @@ def step_of(path: Path) -> int | None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints by their names, the newest last."""
+    """Return the checkpoints by their names, the newest last."""
     found: dict[int, Path] = {}
     if folder.is_dir():
         for path in sorted(folder.iterdir(), reverse=True):
             step = step_of(path)
-            # One that is being replaced counts until the other has its name, which sorts before it here.
+            # A checkpoint that is being replaced counts until the new one has its name, which sorts before it here.
             if step is not None and path.is_dir():
                 found.setdefault(step, path)
     return [found[step] for step in sorted(found)]
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint, if there is one."""
+    """Return the newest checkpoint, or None."""
     found = complete(folder)
     return found[-1] if found else None
 
 
 def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that is as it was written, if there is one; damaged ones are named.
+    """Return the newest undamaged checkpoint, or None if there is no checkpoint; log the damaged ones.
 
-    While the run writes, what was found here may be gone a moment later: then it is looked for again.
+    A running training may remove checkpoints meanwhile; then the folder is read again.
 
     Raises:
         UserError: if there are checkpoints and all are damaged.
@@ -206,7 +205,7 @@ def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
             if damaged and _seen(folder) != before:
                 break
             for fault in damaged:
-                logger.warning(f"{fault}; the one before it is taken")
+                logger.warning(f"{fault}; using the one before it")
             return path, found
         if _seen(folder) == before:
             if damaged:
@@ -217,13 +216,13 @@ def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def _seen(folder: Path) -> list[tuple[Path, int]]:
-    """The checkpoints that are there, told from others of the same names."""
+    """Return the checkpoints with their inodes, which differ between checkpoints of one name."""
     found = []
     for path in complete(folder):
         try:
             found.append((path, path.stat().st_ino))
         except FileNotFoundError:
-            # Another answer than that of the next look.
+            # Differs from the result of the next try.
             found.append((path, 0))
     return found
 
@@ -236,10 +235,10 @@ def _restless(folder: Path) -> UserError:
 
 
 def load(path: Path) -> Checkpoint:
-    """A checkpoint, checked against the digests written with it.
+    """Load a checkpoint and compare its files with the digests written with them.
 
     Raises:
-        DamagedCheckpointError: if a file of it is missing or is not the one that was written.
+        DamagedCheckpointError: if a file is missing or has changed.
     """
     from safetensors.torch import load_file
 
@@ -259,7 +258,7 @@ def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:
 
 
 def _manifest(path: Path) -> tuple[int, dict[str, str]]:
-    """The step of a checkpoint and the digest of each of its files, all of which are there."""
+    """Return the step of a checkpoint and the digest of each of its files, after a check that all exist."""
     keys = {"step": int, "sha256": dict}
     try:
         manifest = read_mapping(path / _MANIFEST, keys, todo="it is damaged")
@@ -279,7 +278,7 @@ def _issha256_of_file(name: str, digest: object) -> bool:
 
 
 def newest_state(folder: Path) -> State | None:
-    """The newest checkpoint whose files are all there and what in it is not a tensor. Reads no weights."""
+    """Return the state of the newest checkpoint with all of its files, or None, without reading weights."""
     for _ in range(_TRIES):
         before = _seen(folder)
         for path in reversed(complete(folder)):

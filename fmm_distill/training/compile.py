@@ -1,4 +1,4 @@
-"""Other ways to compute the same networks, each compared with the plain one before it is used."""
+"""Gradient checkpointing and torch.compile, each compared with the plain networks before it is used."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = ["accelerate_networks", "checkpoint_blocks", "network_of"]
 
 logger = logging.getLogger(__name__)
 
-# Compiled float32 arithmetic is in another order; half precision compiles to the same number of digits.
+# Compiled kernels sum in another order, which moves float32 results by 1e-6 to 1e-4; a wrong network moves more.
 TOLERANCE = 1e-3
 
 
 def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points) -> None:
-    """Switch on ``training.gradient_checkpointing`` and ``training.compile``, if they change nothing.
+    """Switch on ``training.gradient_checkpointing`` and ``training.compile``.
 
     Args:
-        at: x, t, r and a condition where values, derivatives and gradients are compared.
+        at: x, t, r and a condition at which values, derivatives and gradients are compared with the plain networks.
 
     Raises:
-        UserError: if a network takes no such option, or answers otherwise with it.
+        UserError: if a network does not support the option, or if its results differ by more than 1e-3 (relative).
     """
     options: list[tuple[str, Callable[[], None]]] = []
     if training.gradient_checkpointing:
@@ -47,21 +47,21 @@ def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, tea
     if training.compile != "none":
         options.append((f"training.compile: {training.compile}", lambda: _compile(training.compile, student, teacher)))
     for name, switch_on in options:
-        before = _answers(student, teacher, at)
+        before = _results(student, teacher, at)
         try:
             switch_on()
-            after = _answers(student, teacher, at)
+            after = _results(student, teacher, at)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
-                f"{name}: {type(network_of(student)).__name__} does not run with it "
-                f"({first_line(error)}); wanted the setting left out"
+                f"{name}: expected a network that runs with it, got an error from {type(network_of(student)).__name__} "
+                f"({first_line(error)}); leave the setting out"
             ) from error
         differences = {key: _difference(after[key], before[key]) for key in before}
         worst = max(differences, key=lambda key: differences[key])
         if not differences[worst] <= TOLERANCE:
             raise UserError(
-                f"{name}: the {worst} differs by {differences[worst]:.1e} (relative) from the plain network's, above "
-                f"{TOLERANCE:g}; wanted the setting left out"
+                f"{name}: expected the results of the plain network to {TOLERANCE:g} (relative), got a difference of "
+                f"{differences[worst]:.1e} in the {worst}; leave the setting out"
             )
         logger.info(
             f"{name}: compared with the plain networks, largest relative difference {differences[worst]:.0e} ({worst})"
@@ -69,19 +69,19 @@ def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, tea
 
 
 def network_of(student: LearnedFlowMap) -> nn.Module:
-    """The network of a student, which may be the map itself."""
+    """Return the network of a student: the flow map itself if it has no ``network``."""
     return cast("nn.Module", getattr(student, "network", student))
 
 
 @without_tensor_float()
-def _answers(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[str, list[Tensor]]:
-    """Values, the derivative in r and the gradients of both."""
+def _results(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[str, list[Tensor]]:
+    """Return the velocities, and the gradients of the student's velocity and of its derivative in r."""
     x, t, r, cond = at
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     u = student.mean_velocity(x, t, r, cond)
     value = torch.autograd.grad(u.square().mean(), trained, allow_unused=True)
     du_dr = derivative_in_r(student, x, t, r, cond=cond, engine="central")
-    # The derivative itself is zero in a student that was never trained; its gradient is not.
+    # The derivative of an untrained student is zero; its gradient is not.
     slope = torch.autograd.grad(du_dr.mean(), trained, allow_unused=True)
     with torch.no_grad():
         teachers = teacher.velocity(x, t, cond)
@@ -95,7 +95,7 @@ def _answers(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Of all parts together, relative to their size."""
+    """Return the relative difference of two lists of tensors, in the 2-norm over all of them."""
     if len(ours) != len(theirs):
         return float("inf")
     change = sum(float((a - b).double().square().sum()) for a, b in zip(ours, theirs, strict=True))
@@ -104,27 +104,27 @@ def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def checkpoint_blocks(student: LearnedFlowMap) -> None:
-    """Let the network's blocks be computed again in the backward pass, with the jump that they were computed with.
+    """Recompute the network's blocks in the backward pass, with the jump of their forward pass.
 
-    The backward pass comes when other calls have been made, or none is under way.
+    By then the network has made other calls, so that each block stores its own jump.
     """
-    told = cast("Any", network_of(student))
+    network = cast("Any", network_of(student))
 
     def checkpointed(block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 the network's own
-        jump = told.jump
+        jump = network.jump
 
         def again(*inputs: Any) -> Any:  # noqa: ANN401 as above
-            with told.jumping(jump):
+            with network.jumping(jump):
                 return block(*inputs)
 
         return checkpoint(again, *args, use_reentrant=False)
 
-    told.enable_gradient_checkpointing(checkpointed)
+    network.enable_gradient_checkpointing(checkpointed)
     student.needs_functional_jvp = True
 
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:
-    """Compile both networks where they stand: names of weights and the modules themselves stay."""
+    """Compile both networks in place, which changes neither the modules nor the names of their weights."""
     network_of(student).compile(backend=backend)
     if isinstance(network := getattr(teacher, "network", None), torch.nn.Module):
         network.compile(backend=backend)

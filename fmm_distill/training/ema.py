@@ -1,4 +1,4 @@
-"""Moving averages of a student's weights: one of them is evaluated and exported."""
+"""Exponential moving averages of a student's weights, which are evaluated and exported."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def frozen_copy(network: Network) -> Network:
-    """A copy in evaluation mode that is not trained; parameters that ``network`` does not train are its own.
+    """Return a copy in evaluation mode that is not trained and shares the frozen parameters of ``network``.
 
-    So a student with adapters and all its copies hold the large weights once.
+    A student with adapters and all its copies so store the large weights once.
     """
     shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
     return copy.deepcopy(network, shared).requires_grad_(False).eval()
 
 
 class _Average(AveragedModel):
-    """Counts on the CPU: torch's own update asks the device for the count, and so waits for all its work."""
+    """An averaged model with its count on the CPU: torch's own update reads it from the device, and waits for it."""
 
     def __init__(self, module: nn.Module, rate: float) -> None:
-        # It would copy the whole network, untrained weights too.
+        # AveragedModel copies its module; an average shares the frozen weights.
         super().__init__(nn.Identity())
         self.module, self.rate = module, rate
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """One more state of the model's parameters and buffers; the first is taken as it is."""
+        """Add the model's parameters and buffers to the average, which starts as a copy of them."""
         n = int(self.n_averaged)
-        # Of tensors that are split over processes each averages its part.
+        # Under FSDP each process averages its shards.
         ours, theirs = (
             [local(tensor.detach()) for tensor in itertools.chain(part.parameters(), part.buffers())]
             for part in (self.module, model)
@@ -56,10 +56,10 @@ class _Average(AveragedModel):
 
 
 def averaged(network: nn.Module, rate: float) -> AveragedModel:
-    """Torch's averaged model with rate ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
+    """Return an average with decay ``min(rate, (1 + n) / (10 + n))`` after n updates, buffers included.
 
-    The short start keeps the untrained weights out of the average of a short run. Tensors that are not trained are the
-    network's own: one copy of them in memory.
+    The small decay at the start keeps the untrained weights out of the average of a short run. Frozen parameters are
+    shared with the network.
     """
     return _Average(frozen_copy(network), rate).requires_grad_(False).eval()
 
@@ -70,10 +70,10 @@ def build_averages(network: nn.Module, rates: Iterable[float]) -> dict[float, Av
 
 
 def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
-    """What training changes of a module's state: all but the frozen parameters.
+    """Return the state of a module without the student's frozen parameters.
 
     Args:
-        like: a copy of ``student`` whose state is meant; none: the student's own.
+        like: a copy of ``student`` whose state is returned; None: the student's own.
     """
     frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     state = (student if like is None else like).state_dict()
@@ -81,12 +81,12 @@ def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str
 
 
 def load_trained(module: nn.Module, student: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what ``trained_state`` gave.
+    """Load what ``trained_state`` returned.
 
     Raises:
         KeyError: if it is the state of another network.
     """
-    wanted = trained_state(student).keys()
-    if state.keys() != wanted:
-        raise KeyError(", ".join(sorted(state.keys() ^ wanted)[:4]))
+    expected = trained_state(student).keys()
+    if state.keys() != expected:
+        raise KeyError(", ".join(sorted(state.keys() ^ expected)[:4]))
     module.load_state_dict(placed_like(state, module.state_dict()), strict=False)

@@ -1,4 +1,4 @@
-"""How much memory a run takes, found without running it."""
+"""The memory of a training step: its peak, and an estimate without a run."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["GIB", "Memory", "forecast_memory", "peak_memory", "peak_memory_of"]
 
 GIB = 2**30
-# Samples that a trace is made of at most, where several losses share a batch.
-_MOST = 8
+# Largest batch of a trace. Several losses divide a batch by their fractions, and a small fraction needs many samples.
+_LARGEST_TRACE = 8
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that the process has held at most: of the device's memory, on a CPU of the machine's."""
+    """Return the peak memory of the process in bytes: on a GPU the allocated device memory, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        # In KiB. getrusage counts what the parent held when it started this process, too.
+        # In KiB. getrusage also counts the memory of the parent at the start of this process.
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -49,16 +49,16 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the moment of a training step when its tensors take most; they add up to ``peak``.
+    """Bytes of one process at the peak of a training step; they add up to ``peak``.
 
     Attributes:
-        weights: of student, teacher and a weaker teacher, each tensor once; without a GPU of an autoencoder too.
-        gradients: that exist at that moment: where activations are most of the memory it comes before most of the
-            gradients. Under several processes with the buckets in which they are exchanged.
-        optimizer: the moments.
-        averages: the moving averages, one a rate, and a frozen copy.
-        activations: what the backward pass still needs, tangents of forward mode and temporary tensors with it.
-        per_sample: by how much one more sample at a time raises the peak.
+        weights: student, teacher and a weaker teacher, each tensor once; without a GPU also an autoencoder.
+        gradients: gradients at the peak. A peak of activations comes before most gradients exist. With several
+            processes the buckets of their exchange are included.
+        optimizer: the optimizer's state.
+        averages: the moving averages and the frozen target network.
+        activations: tensors of the backward pass, tangents of forward mode and temporary tensors.
+        per_sample: increase of the peak with each sample in a network call.
     """
 
     weights: int
@@ -70,7 +70,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The sum."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.averages + self.activations
 
     def __str__(self) -> str:
@@ -81,16 +81,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes after an operation: of all that the step has made, and of the gradients among it."""
+    """Bytes of all tensors of a step after an operation, and of the gradients among them."""
 
     live: float
     gradients: float
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, until they are freed; in the backward pass too.
+    """A dispatch mode that counts the bytes of new tensors until they are freed, in the backward pass too.
 
-    A kernel's own scratch is not seen. On a CPU the peak is that of the allocator's log (torch.profiler) to the byte.
+    The workspace of kernels is not counted. On CPU the peak equals that of the allocator's log (torch.profiler).
     """
 
     def __init__(self) -> None:
@@ -98,18 +98,18 @@ class _Live(TorchDispatchMode):
         self.moments: list[_Moment] = []
         self.gradients = self._live = 0
         self._made: dict[int, tuple[int, Any]] = {}
-        # What was there before. Held, so that no new storage gets the address of one of these.
-        self._there: dict[int, Any] = {}
+        # Older storages. A reference to each keeps its address from being given to a new one.
+        self._older: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 torch's protocol
-        """Torch's protocol for dispatch modes."""
+        """Run an operation and count the storages of its outputs."""
         for storage in _storages((args, kwargs)):
             if storage._cdata not in self._made:
-                self._there[storage._cdata] = storage
+                self._older[storage._cdata] = storage
         outputs = func(*args, **(kwargs or {}))
         for storage in _storages(outputs):
             key = storage._cdata
-            if key not in self._made and key not in self._there:
+            if key not in self._made and key not in self._older:
                 self._made[key] = storage.nbytes(), weakref.ref(storage, self._forget(key))
                 self._live += storage.nbytes()
         self.moments.append(_Moment(self._live, self.gradients))
@@ -123,7 +123,7 @@ class _Live(TorchDispatchMode):
 
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that the tensors made in a call take at most, beside those that were there before."""
+    """Return the peak bytes of the tensors that a call makes, without those that existed before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -135,7 +135,7 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _storages(values: object) -> Iterator[Any]:
-    """Of the tensors in nested values. Forward mode's zeros say how large they would be, and take nothing."""
+    """Return the storages of the tensors in nested values. Forward mode's zero tensors have a size and no memory."""
     tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
     return (tensor.untyped_storage() for tensor in tensors if not tensor._is_zerotensor())
 
@@ -147,19 +147,19 @@ def forecast_memory(
     processes: int = 1,
     optimizer: OptimizerFactory | None = None,
 ) -> Memory:
-    """The memory that the tensors of one process take in a training step, at its peak.
+    """Estimate the peak memory of the tensors of one process in a training step.
 
-    The loss and its backward pass are run on one sample and on two (more where several losses share a batch), in the
-    recipe's precision and with the derivatives' engine that training takes; every tensor is watched from its making to
-    its end, and each moment's bytes are a line in the number of samples. Of the moments in all phases of training and
-    of the optimizer's step the largest counts. The student stays as it is.
+    The loss and its backward pass run on one sample and on two (more if several losses divide the batch), in the
+    recipe's precision and with its derivative engine. The bytes after each operation are extrapolated linearly to the
+    batch, and the largest value over all phases and the optimizer's step is the peak. The optimizer's state is measured
+    on tiny parameters (``state_bytes``). The student is not changed.
 
-    Not in it: what Python and its libraries take; scratch of kernels, and what an allocator keeps or loses between its
-    blocks (docs/benchmarks.md: 7 to 33 % on a CPU); the data; the evaluation, whose batch is
-    ``evaluation.batch_size``.
+    Not included: Python and its libraries, the workspace of kernels, the fragmentation of the allocator
+    (docs/benchmarks.md: 7 to 33 % on CPU), the data, and the evaluation.
 
     Args:
-        processes: that share a batch; with more than one, gradients are exchanged in buckets of their size.
+        processes: number of processes; with more than one, gradients are exchanged in buckets of the same size.
+        optimizer: builds the optimizer; None: the recipe's.
     """
     factory = optimizer or optimizer_factory(recipe.optimizer)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
@@ -169,17 +169,17 @@ def forecast_memory(
     objective = Objective(student, teacher, recipe, losses, {"average": student, "frozen": student})
     samples = recipe.training.batch_size // (processes * recipe.training.gradient_accumulation_steps)
     phases = [_phase(objective, draws, step, samples) for draws, step in _steps(recipe, teacher)]
-    # Gradients of a part before stay while the next part's activations are made.
-    kept = trained * (recipe.training.gradient_accumulation_steps > 1)
+    # With gradient accumulation the gradients of one pass exist during the forward pass of the next.
+    earlier = trained * (recipe.training.gradient_accumulation_steps > 1)
     moments = [
-        (replace(moment, live=moment.live + max(0.0, kept - moment.gradients)), growth)
+        (replace(moment, live=moment.live + max(0.0, earlier - moment.gradients)), growth)
         for phase in phases
         for moment, growth in phase
     ]
-    # The optimizer's step works in place.
+    # The optimizer's step works in place, next to the gradients.
     moments.append((_Moment(trained, trained), 0.0))
     peak, growth = max(moments, key=lambda pair: pair[0].live)
-    gradients = max(peak.gradients, kept)
+    gradients = max(peak.gradients, earlier)
     return Memory(
         weights=_bytes(_weights(student, teacher)),
         gradients=round(gradients) + (trained if processes > 1 else 0),
@@ -191,33 +191,33 @@ def forecast_memory(
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of tensors that may share their storage."""
+    """Return the bytes of tensors, each storage once."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
-    """Tensors of the networks that stay in the device's memory: a trainer's teacher may have none that can be seen."""
+    """Return the tensors of the networks in the device's memory. A teacher from Python may have no network."""
     weaker, codec = (getattr(teacher, name, None) for name in ("weaker", "codec"))
     networks: list[nn.Module | None] = [student, getattr(teacher, "network", None), getattr(weaker, "network", None)]
     if not torch.cuda.is_available():
-        # It stays on the CPU.
+        # With a GPU the autoencoder is on the CPU.
         networks.append(getattr(codec, "autoencoder", None))
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
 
 
 def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
-    """A few samples and a step number of every phase of training: regression, the stages before, the main losses."""
+    """Yield some draws and a step of each phase of training: the regression, the stages and the main losses."""
     regression = recipe.student.regression_steps
     one = draw(0, 0, 1, teacher.event_shape)
     if regression:
         yield one, 0
-    # By its last step, where warm-ups are over.
+    # The last step of a stage: its warm-ups are over.
     last = {recipe.stage_at(step)[0]: step for step in range(recipe.training.steps)}
     for index in last.keys() - {None}:
         yield one, regression + last[index]
     extra = [term.fraction for term in recipe.extra_losses]
     fractions = [1 - sum(extra), *extra]
-    scale = min(1 / min(fractions), _MOST)
+    scale = min(1 / min(fractions), _LARGEST_TRACE)
     counts = [max(1, round(fraction * scale)) for fraction in fractions]
     ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
@@ -226,21 +226,21 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
 
 
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
-    """Moments of a step of so many samples, each with its growth a sample."""
+    """Return the moments of a step of some number of samples, each with its growth per sample."""
     count = len(draws.position)
-    first, kept_of_first = _trace(objective, draws, step)
-    second, kept_of_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
+    first, stored_first = _trace(objective, draws, step)
+    second, stored_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
     if len(first) != len(second):
-        # A network that does something for every sample in turn. The peak of twice as many may be at another moment.
+        # The network loops over the samples, so that the peak of two samples may be at another operation.
         first, second = ([max(moments, key=lambda m: m.live)] for moments in (first, second))
-        steepest = max(kept_of_second - kept_of_first, second[0].live - first[0].live)
+        steepest = max(stored_second - stored_first, second[0].live - first[0].live)
         second = [replace(second[0], live=first[0].live + steepest)]
     grown = [((b.live - a.live) / count, a) for a, b in zip(first, second, strict=True)]
     return [(_Moment(a.live + growth * (samples - count), a.gradients), growth) for growth, a in grown]
 
 
 def _trace(objective: Objective, draws: Draws, step: int) -> tuple[list[_Moment], float]:
-    """The moments of a loss and its backward pass, and the bytes that are kept between the two."""
+    """Return the moments of a loss and its backward pass, and the bytes stored between the two."""
     recipe, live = objective.recipe, _Live()
     data = ImageBatch(torch.zeros_like(draws.noise)) if recipe.data.has_images else None
     half = recipe.training.precision != "fp32"
@@ -253,14 +253,14 @@ def _trace(objective: Objective, draws: Draws, step: int) -> tuple[list[_Moment]
     hooks = [parameter.register_post_accumulate_grad_hook(made) for parameter in parameters]
     try:
         with torch.enable_grad(), live:
-            # Both half precisions have the same size, and a CPU computes in one of them only.
+            # fp16 and bf16 have the same size, and CPUs run bf16.
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 weighted = objective(draws, data, step)[1].mean()
-            kept = live.moments[-1].live
+            stored = live.moments[-1].live
             weighted.backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter in parameters:
             parameter.grad = None
-    return live.moments, kept
+    return live.moments, stored

@@ -135,7 +135,7 @@ def _arguments(kind: type[torch.optim.Optimizer], settings: OptimizerSettings) -
     name = settings.name
     known = inspect.signature(kind).parameters
     fields = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    # A setting at its default says nothing; any other one must have an effect.
+    # A setting at its default may have no effect; any other one must have one.
     idle = {"betas": settings.betas != BETAS, "weight_decay": settings.weight_decay != 0}
     for field in idle:
         if field not in known and idle[field]:

@@ -1,4 +1,4 @@
-"""The process that trains: its accelerator, its precision, and the processes launched with it."""
+"""Processes: the accelerator of a run, checks of the launch, and work of the first process."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The first process evaluates and exports while the others wait for it; NCCL gives up after ten minutes by itself.
+# The first process evaluates and exports while the others wait; NCCL's default timeout of ten minutes is too short.
 PATIENCE = timedelta(hours=12)
 
-# Ways to split that check_sharding judges.
+# Kinds of distribution that check_sharding checks.
 SPLITS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 _one_run = threading.Lock()
@@ -69,7 +69,7 @@ _one_run = threading.Lock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One run at a time in this process, in its own state; what the caller had is restored.
+    """Allow one run at a time in this process, in torch's default state; restore the caller's state at the end.
 
     Raises:
         UserError: if another run is active, in this thread or in another.
@@ -87,7 +87,7 @@ def alone() -> Iterator[None]:
         with own_state(), lossy_streams():
             yield
     finally:
-        # An accelerator of the caller's own shares it.
+        # An accelerator of the caller shares this state.
         GradientState._shared_state.clear()
         GradientState._shared_state.update(gradients)
         if loading is None:
@@ -98,7 +98,11 @@ def alone() -> Iterator[None]:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Refuse settings of the training that this machine or this launch can't do."""
+    """Check the settings of training against this machine and this launch.
+
+    Raises:
+        UserError: on the first that does not work here.
+    """
     training = recipe.training
     check_variables()
     check_compile(training.compile)
@@ -108,29 +112,29 @@ def check_training(recipe: Recipe) -> None:
         tempfile.gettempdir()
     except OSError as error:
         raise UserError(
-            "no folder takes temporary files, and the export is verified with some; set TMPDIR to one that does"
+            "expected a writable folder for temporary files, which the check of the export needs, got none; set TMPDIR"
         ) from error
     if training.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("training.precision: fp16 needs a GPU, there is none: take fp32 or bf16")
+        raise UserError("training.precision: expected fp32 or bf16 without a GPU, got fp16; try bf16")
     processes = launched()
     parts = processes * training.gradient_accumulation_steps
     if training.batch_size % parts:
         raise UserError(
-            f"training.batch_size {training.batch_size} does not split over {processes} processes "
-            f"x {training.gradient_accumulation_steps} accumulation steps: take a multiple of {parts}"
+            f"training.batch_size: expected a multiple of {parts} for {processes} processes x "
+            f"{training.gradient_accumulation_steps} gradient accumulation steps, got {training.batch_size}"
         )
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """The accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers."""
+    """Return the accelerator of a run in ``folder``, with the recipe's precision, accumulation and trackers."""
     training = recipe.training
     check_training(recipe)
     expected = {"fp32": "no"}.get(training.precision, training.precision)
     before = AcceleratorState._shared_state.get("_mixed_precision", expected)
     if before != expected:
         raise UserError(
-            f"training.precision: {training.precision}, but this process has run in {before.replace('no', 'fp32')}, "
-            "and accelerate keeps one precision a process: start another"
+            f"training.precision: expected {before.replace('no', 'fp32')}, in which this process has run, got "
+            f"{training.precision}; start another process, as accelerate has one precision per process"
         )
     if is_set("ACCELERATE_USE_FSDP"):
         # transformers would open text encoders without their buffers in all processes but the first.
@@ -160,14 +164,14 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
 
 
 def join_processes() -> Accelerator:
-    """The accelerator of processes that share an evaluation and train nothing."""
+    """Return an accelerator of processes that evaluate together."""
     check_variables()
     precision = AcceleratorState._shared_state.get("_mixed_precision", "no")
     return _accelerator(mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
 def _accelerator(**settings: Any) -> Accelerator:  # noqa: ANN401 accelerate's own arguments
-    """An accelerator that compiles nothing by itself, of processes that know of one another."""
+    """Return an accelerator without compilation, after a check that it joins all launched processes."""
     _check_device()
     plain = TorchDynamoPlugin(
         backend="no", mode="default", dynamic=False, fullgraph=False, use_regional_compilation=False
@@ -177,18 +181,18 @@ def _accelerator(**settings: Any) -> Accelerator:  # noqa: ANN401 accelerate's o
     except (ImportError, NotImplementedError, AssertionError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"accelerate does not start ({reason}); the environment has {set_variables()}") from error
-    # An accelerator that the caller made before shares its state.
+    # All accelerators of a process share their state, also with an older one of the caller.
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UserError(
-            "an Accelerator of this process compiles networks, and accelerate keeps one such setting a process: start "
-            "another, with training.compile"
+            "expected no compilation by accelerate, got an Accelerator of this process that compiles; start another "
+            "process, and set training.compile"
         )
     check_joined(accelerator)
     return accelerator
 
 
 def _check_device() -> None:
-    """Refuse a device of ``ACCELERATE_TORCH_DEVICE`` that is not there, or that several processes would share."""
+    """Refuse a device of ``ACCELERATE_TORCH_DEVICE`` that does not exist, or that several processes would share."""
     name = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if name is None:
         return
@@ -197,14 +201,16 @@ def _check_device() -> None:
         torch.empty(1, device=device).add_(1).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"ACCELERATE_TORCH_DEVICE={name}: no device here that computes; unset it, or take cpu or cuda"
+            f"ACCELERATE_TORCH_DEVICE={name}: expected a device of this machine; unset it, or try cpu or cuda"
         ) from error
     if launched() > 1 and device.type != "cpu":
-        raise UserError(f"ACCELERATE_TORCH_DEVICE={name}: {launched()} processes would share it; unset it")
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE={name}: expected one device per process, got one for {launched()}; unset it"
+        )
 
 
 def check_joined(accelerator: Accelerator) -> None:
-    """Refuse processes that were launched together and don't know of one another.
+    """Check that accelerate joins all processes that were launched together.
 
     Raises:
         UserError: with both numbers.
@@ -217,7 +223,7 @@ def check_joined(accelerator: Accelerator) -> None:
 
 
 def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do ``work`` in the first process while the others wait; what it raises ends all of them.
+    """Do ``work`` in the first process while the others wait. An exception ends all of them.
 
     Raises:
         UserError: in the other processes, with the first one's message.

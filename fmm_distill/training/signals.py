@@ -1,4 +1,4 @@
-"""Stopping on request: the first SIGTERM or Ctrl-C lets the step end and a checkpoint be written."""
+"""SIGTERM and Ctrl-C as requests to stop: the step ends, and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["StopRequest", "TrainingStoppedError", "stop_requests"]
 
 
 class TrainingStoppedError(FmmDistillError):
-    """A run was asked to stop, and has saved what it had.
+    """A run has stopped on a signal, after it saved a checkpoint.
 
     Attributes:
-        signal: the signal's number.
+        signal: number of the signal.
     """
 
     def __init__(self, step: int, number: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; the same command goes on from there")
+        super().__init__(f"stopped by {name} after step {step}, which is saved; the same command resumes from there")
         self.signal = number
 
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop.
+    """A request to stop this process.
 
     Attributes:
-        signal: the signal's number; 0: not asked.
+        signal: number of the signal; 0: there was none.
     """
 
     signal: int = 0
@@ -43,13 +43,13 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns the first SIGTERM or Ctrl-C into a request; a second one interrupts at once.
+    """Turn the first SIGTERM or Ctrl-C into a request; a second one interrupts at once.
 
-    Outside of the main thread, where Python takes no signals, they do what they did.
+    Outside the main thread Python can't install handlers, and the signals have their usual effect.
     """
     request = StopRequest()
 
-    def ask(number: int, _: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         if request.signal:
             raise KeyboardInterrupt
         request.signal = number
@@ -57,9 +57,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    # A handler that Python did not install can't be put back: it stays.
+    # getsignal returns None for a handler that Python did not install, which could not be restored.
     taken = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, ask) for number in taken}
+    before = {number: signal.signal(number, handle) for number in taken}
     try:
         yield request
     finally:

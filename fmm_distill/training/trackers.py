@@ -1,4 +1,4 @@
-"""Trackers: the numbers and pictures of a run in TensorBoard, wandb or trackio, by way of accelerate."""
+"""Trackers: numbers and pictures of a run in TensorBoard, wandb or trackio, through accelerate."""
 
 from __future__ import annotations
 
@@ -29,28 +29,32 @@ PROJECT = "fmm_distill"
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Refuse trackers that are not installed, before anything starts."""
+    """Check that the recipe's trackers are installed, before anything starts.
+
+    Raises:
+        UserError: if one is not.
+    """
     installed = [str(name) for name in get_available_trackers()]
     missing = [name for name in recipe.logging.trackers if name not in installed]
     if missing:
         raise UserError(
-            f"logging.trackers: {', '.join(missing)} not installed: `pip install {' '.join(missing)}`, or leave it out "
-            "(steps.jsonl is written always)"
+            f"logging.trackers: expected installed packages, got {', '.join(missing)}, not installed; try `pip install "
+            f"{' '.join(missing)}`, or leave it out (steps.jsonl is always written)"
         )
 
 
 def tracker_folder(folder: Path) -> Path:
-    """Where trackers that write files do so in a run folder."""
+    """Return the folder of trackers that write files, in a run folder."""
     return folder / "tensorboard"
 
 
 @contextmanager
 def tracked(accelerator: Accelerator, recipe: Recipe, folder: Path, done: int) -> Iterator[None]:
-    """Starts the recipe's trackers and closes them, whatever happens between.
+    """Start the recipe's trackers, and close them at the end of the context.
 
     Args:
-        folder: of the run, which exists.
-        done: steps that the run has done; above 0 it goes on in the trackers' runs of before.
+        folder: the folder of the run, which exists.
+        done: number of steps done; above 0 the trackers resume their runs.
 
     Raises:
         UserError: if a tracker does not start, such as wandb without an account.
@@ -63,23 +67,23 @@ def tracked(accelerator: Accelerator, recipe: Recipe, folder: Path, done: int) -
         accelerator.init_trackers(PROJECT, config, _settings(folder, done))
     except _failures(recipe) as error:
         raise UserError(
-            f"logging.trackers: {', '.join(recipe.logging.trackers)} did not start ({' '.join(str(error).split())}); "
-            "repair it or leave it out"
+            f"logging.trackers: expected {', '.join(recipe.logging.trackers)} to start, got an error "
+            f"({' '.join(str(error).split())}); repair it or leave it out"
         ) from error
     try:
         yield
     finally:
-        # accelerate's end_training ends the processes' group too, and a second run in the same processes needs it.
+        # accelerate's end_training would also end the process group, which a second run in this process needs.
         for tracker in accelerator.trackers:
             tracker.finish()
 
 
 def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
-    """What each tracker needs to go on where it was."""
-    kept = folder / "tracker.json"
-    if not kept.is_file():
-        write_text(kept, json.dumps({"id": secrets.token_hex(6)}) + "\n")
-    run = read_mapping(kept, {"id": str}, todo="remove it, and the trackers start a new run")["id"]
+    """Return the settings with which each tracker resumes its run."""
+    file = folder / "tracker.json"
+    if not file.is_file():
+        write_text(file, json.dumps({"id": secrets.token_hex(6)}) + "\n")
+    run = read_mapping(file, {"id": str}, todo="remove it, and the trackers start a new run")["id"]
     return {
         "tensorboard": {"purge_step": done + 1} if done else {},
         "wandb": {"id": run, "name": folder.name, "dir": str(folder), "resume": "allow"},
@@ -88,7 +92,7 @@ def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
 
 
 def _failures(recipe: Recipe) -> tuple[type[Exception], ...]:
-    """What a tracker raises that can't be started here."""
+    """Return the exceptions of trackers that can't start."""
     if "wandb" not in recipe.logging.trackers:
         return (ImportError, OSError, RuntimeError, ValueError)
     wandb = importlib.import_module("wandb")
@@ -96,7 +100,7 @@ def _failures(recipe: Recipe) -> tuple[type[Exception], ...]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their whole path; trackers take plain values, so lists become text."""
+    """Return settings by their dotted paths. Trackers take plain values, so that lists become text."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -120,7 +124,7 @@ class TrackerLog(Callback):
 
 
 def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: int) -> None:
-    """The rows of an evaluation after ``step`` steps: ``evaluation/<quantity>/<sampler>, <number of its steps>``."""
+    """Log the rows of an evaluation as ``evaluation/<quantity>/<sampler>, <number of steps>``."""
     numbers = {
         f"evaluation/{quantity}/{row['sampler']}, {row['steps']}": row[quantity]
         for row in rows
@@ -131,7 +135,7 @@ def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: 
 
 
 def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
-    """A picture's file, for the trackers that take images."""
+    """Log a picture file to the trackers that take images."""
     trackers = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
     if not trackers:
         return

@@ -1,4 +1,4 @@
-"""Environment variables that would change a run behind its recipe: refused, or ignored with a line.
+"""Environment variables that would change a run against its recipe: refused, or ignored with a line.
 
 ``accelerate launch`` sets many of them from its options and from ``default_config.yaml``. The recipe wins: what it also
 sets is passed to accelerate explicitly. What it can't express is refused with the variable's name.
@@ -81,7 +81,7 @@ def check_variables() -> None:
 
 
 def check_compile(backend: str) -> None:
-    """Refuse ``training.compile`` where torch is told to compile nothing."""
+    """Refuse ``training.compile`` if a variable switches torch's compiler off."""
     if backend == "none":
         return
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
@@ -90,7 +90,7 @@ def check_compile(backend: str) -> None:
 
 
 def ignored_variables(recipe: Recipe) -> list[str]:
-    """A line for each variable that says something else than the recipe, which wins."""
+    """Return a line for each variable that contradicts the recipe, which wins."""
     training = recipe.training
     settings = {
         "ACCELERATE_MIXED_PRECISION": ("training.precision", training.precision, {"no": "fp32"}, ("no", "fp32")),
@@ -116,7 +116,7 @@ def ignored_variables(recipe: Recipe) -> list[str]:
 
 
 def is_set(name: str) -> bool:
-    """Whether a flag is on, in the words that accelerate takes.
+    """Return True if a flag is on, in the words that accelerate accepts.
 
     Raises:
         UserError: if it is neither yes nor no.
@@ -128,13 +128,13 @@ def is_set(name: str) -> bool:
 
 
 def launched() -> int:
-    """The number of processes that were launched together, by torch's launcher or else by MPI's."""
+    """Return the number of processes that torch's launcher, or else MPI's, started together."""
     sizes = [_number(name, 1) for name in SIZES if name in os.environ]
     return max(1, sizes[0] if "WORLD_SIZE" in os.environ else max(sizes, default=1))
 
 
 def set_variables() -> str:
-    """The variables of accelerate that are set, for a message."""
+    """Return the variables of accelerate that are set, for a message."""
     prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
     names = [name for name in sorted(os.environ) if name.startswith(prefixes)]
     return ", ".join(f"{name}={os.environ[name]}" for name in names) or "none of accelerate's variables"
@@ -147,4 +147,4 @@ def _number(name: str, default: int) -> int:
     try:
         return int(value)
     except ValueError as error:
-        raise UserError(f"{name}={value}: expected a whole number; unset it, or start with a launcher") from error
+        raise UserError(f"{name}={value}: expected an integer; unset it, or start with a launcher") from error

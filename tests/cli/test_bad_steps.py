@@ -63,8 +63,8 @@ def test_bad_steps_are_left_out_counted_and_named(one):
         assert 0 < record["skipped"][0]["r"] <= record["skipped"][0]["t"] < 1
         # At most one sample of eight is told the class: the others' losses are numbers.
         assert record["skipped"][-1]["loss"] > 0
-    assert out.count("the step is left out") == 1
-    assert f"{len(bad)} of {STEPS} steps were left out: loss or gradient was no number" in out
+    assert out.count("the step is skipped") == 1
+    assert f"{len(bad)} of {STEPS} steps had a non-finite loss or gradient and were skipped" in out
     good = weights(folder)["network.conv_in.weight"]
     assert good.isfinite().all()
     # Neither the optimizer nor the averages have seen them.
@@ -105,5 +105,5 @@ def test_too_many_in_a_row_go_back_once_and_then_stop_the_run(tmp_path):
     out, err = process.communicate()
     assert process.returncode == 3, err
     assert "Traceback" not in err
-    assert out.count("3 steps in a row without a finite loss and gradient: going on from") == 1
-    assert "at half the learning rate too; the newest checkpoint is whole" in err.splitlines()[-1]
+    assert out.count("3 non-finite steps in a row: continuing from") == 1
+    assert "at half the learning rate too; the newest checkpoint is complete" in err.splitlines()[-1]

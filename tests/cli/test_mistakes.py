@@ -158,9 +158,12 @@ OPENING = {
     ),
     "batch that does not split": (
         tiny("--set", "training.gradient_accumulation_steps=3"),
-        ["training.batch_size 8 does not split", "take a multiple of 3"],
+        ["training.batch_size: expected a multiple of 3", "got 8"],
     ),
-    "fp16 without GPU": (tiny("--set", "training.precision=fp16"), ["training.precision: fp16 needs a GPU"]),
+    "fp16 without GPU": (
+        tiny("--set", "training.precision=fp16"),
+        ["training.precision: expected fp32 or bf16 without a GPU, got fp16"],
+    ),
     "more steps than timesteps": (tiny("--set", "evaluation.steps=[1, 1001]"), ["evaluation.steps", "1001"]),
     "more steps of DDIM than timesteps": (tiny("--set", "evaluation.ddim_steps=[1001]"), ["ddim_steps", "1001"]),
     "no steps of DDIM": (tiny("--set", "evaluation.ddim_steps=[0]"), ["evaluation.ddim_steps"]),
@@ -330,4 +333,4 @@ def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
     assert status == 3
     last = err.splitlines()[-1]
     assert last.startswith("error: step ")
-    assert "Lower optimizer.lr" in last
+    assert "Try a lower optimizer.lr" in last

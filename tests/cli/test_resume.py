@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_and_run_again_gives_the_same_numbers(tmp_path, tin
     with training_only():
         status, out, _ = call(*command)
     assert status == 0
-    assert "going on from step-0000000" in out
+    assert "resuming from step-0000000" in out
     assert_same_run(tmp_path / "run", finished[0])
 
 
@@ -53,7 +53,7 @@ def test_a_whole_second_process_ends_with_the_same_student(tmp_path, stopped, ti
     process = spawn("--recipe", tiny, "--output", tmp_path / "run")
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "going on from step-00000006" in out
+    assert "resuming from step-00000006" in out
     assert_same_run(tmp_path / "run", finished[0])
     for file in ("student/unet/diffusion_pytorch_model.safetensors", "student/steps-2/unet/config.json"):
         assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes()
@@ -85,7 +85,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, finished, name)
     assert 4 <= done < STEPS
     assert (
         err.splitlines()[-1]
-        == f"stopped by {name} after step {done}, which is saved; the same command goes on from there"
+        == f"stopped by {name} after step {done}, which is saved; the same command resumes from there"
     )
     assert checkpoints(tmp_path / "run")[-1] == f"step-{done:08d}"
     with training_only():
@@ -174,7 +174,7 @@ def test_fresh_starts_again(tmp_path, tiny, finished):
     with training_only():
         status, out, _ = call("--recipe", tiny, "--output", tmp_path / "run", "--fresh")
     assert status == 0
-    assert "going on" not in out
+    assert "resuming" not in out
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert (tmp_path / "run" / "steps.jsonl").read_bytes() != first
     assert_same_run(tmp_path / "run", finished[0])
@@ -204,9 +204,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, t
     assert status == 0
     size = file.stat().st_size if file.exists() else "[0-9]+"
     assert re.search(
-        rf"checkpoint {file.parent}: {name} is truncated or changed \({size} bytes\); the one before it is taken\n", out
+        rf"checkpoint {file.parent}: {name} is truncated or changed \({size} bytes\); using the one before it\n", out
     )
-    assert "going on from step-00000003" in out
+    assert "resuming from step-00000003" in out
     assert_same_run(tmp_path / "run", finished[0])
 
 
@@ -229,7 +229,7 @@ def test_without_the_damaged_checkpoint_the_run_goes_on_from_the_one_before(tmp_
     with training_only():
         status, out, _ = call("--recipe", tiny, "--output", tmp_path / "run")
     assert status == 0
-    assert "going on from step-00000003" in out
+    assert "resuming from step-00000003" in out
     assert_same_run(tmp_path / "run", finished[0])
 
 
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(tmp_pa
     process = spawn("--recipe", tiny, "--output", tmp_path / "run", preexec_fn=limit_files(300_000))
     out, err = process.communicate()
     assert process.returncode == 2, err
-    assert "going on from step-00000006" in out
+    assert "resuming from step-00000006" in out
     assert "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith(f"error: {newest.with_name('step-00000009')} could not be written (")

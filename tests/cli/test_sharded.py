@@ -78,13 +78,13 @@ def test_a_split_run_goes_on_in_one_process(tmp_path, split_run, tiny, finished)
     folder = without_the_end(split_run[0], tmp_path / "run")
     status, out, _ = call("--recipe", tiny, "--output", folder, "--set", "evaluation.every=5")
     assert status == 0
-    assert "going on from step-00000009" in out
+    assert "resuming from step-00000009" in out
     assert_same_end(folder, finished[0])
 
 
 def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
     folder = without_the_end(finished[0], tmp_path / "run")
-    assert "going on from step-00000009" in sharded("--recipe", tiny, "--output", folder)
+    assert "resuming from step-00000009" in sharded("--recipe", tiny, "--output", folder)
     assert_same_end(folder, finished[0])
 
 

@@ -131,7 +131,10 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(tmp_pat
     for more in ((), ("--dry-run",)):
         status, out, err = call("--recipe", tiny, "--output", tmp_path / "run", "--set", change, *more)
         assert (status, out) == (2, "")
-        assert err.startswith(f"error: logging.trackers: {missing[0]} not installed: `pip install {missing[0]}`")
+        assert err.startswith(
+            f"error: logging.trackers: expected installed packages, got {missing[0]}, not installed; try `pip install "
+            f"{missing[0]}`"
+        )
         assert len(err.splitlines()) == 1
     assert snapshot(tmp_path) == before
 

@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 def pair(request, folders):
     teacher = opened(request.param, folders[request.param])
     student = Student.from_teacher(teacher)
-    add_lora(student, teacher, 2)
+    teacher = add_lora(student, teacher, 2)
     return request.param, teacher, student
 
 
@@ -76,6 +76,21 @@ def test_adapters_are_trained_and_the_teacher_shares_the_rest(pair):
     assert trained(student).keys() == names.keys()
 
 
+def test_the_teacher_that_was_passed_stays_as_it_is(folders):
+    teacher = opened("sd1", folders["sd1"])
+    network, codec = teacher.network, teacher.codec
+    student = Student.from_teacher(teacher)
+    assert codec.opened().unet is network
+    shared = add_lora(student, teacher, 2)
+    assert shared.codec.opened().unet is student.network
+    assert codec.opened().unet is network
+    assert teacher.network is network
+    assert teacher.codec is codec
+    assert codec.network is network
+    assert shared.codec.network is student.network
+    assert not has_lora(network)
+
+
 def test_merged_weights_say_the_same(pair):
     _, teacher, student = pair
     step(teacher, student)
@@ -105,7 +120,7 @@ def test_an_average_holds_the_large_weights_once(pair):
 def test_the_file_is_what_diffusers_loads(tmp_path, folders):
     teacher = opened("sd1", folders["sd1"])
     student = Student.from_teacher(teacher)
-    add_lora(student, teacher, 2)
+    teacher = add_lora(student, teacher, 2)
     step(teacher, student)
     write_lora(student, teacher, tmp_path)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folders["sd1"])
@@ -126,7 +141,9 @@ def test_default_targets_are_attention_and_feed_forward(folders):
 
 def test_targets_that_are_not_there(folders):
     teacher = opened("sd1", folders["sd1"])
-    with pytest.raises(UserError, match=r"no linear layer of TwoTimeUNet2DConditionModel is nowhere; give .*targets"):
+    with pytest.raises(
+        UserError, match=r"linear layers of TwoTimeUNet2DConditionModel for nowhere, got none; try .*targets"
+    ):
         add_lora(Student.from_teacher(teacher), teacher, 2, ("nowhere",))
 
 

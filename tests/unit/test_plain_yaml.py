@@ -38,7 +38,10 @@ REFUSED = {
     "a text": ("teacher\n", "expected keys and values, got str"),
     "an empty text": ("''\n", "expected keys and values, got str"),
     "tabs": ("training:\n\tsteps: 3\n", "not YAML (while scanning"),
-    "an alias of what is around it": ("pipeline: &p {a: *p}\n", "line 1: an alias (*name) of what it is in itself"),
+    "an alias of what is around it": (
+        "pipeline: &p {a: *p}\n",
+        "line 1: expected a value, got an alias (*name) of a group around it",
+    ),
     "an unknown alias": ("training: *nothing\n", "not YAML (found undefined alias"),
     "aliases of aliases": (BOMB, "its aliases (*name) unfold to more than 10,000 values"),
     "no such day": ("revision: 2026-02-31\n", "not YAML (day is out of range"),

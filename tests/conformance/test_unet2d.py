@@ -21,8 +21,8 @@ from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.codec import encoder_of
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import read_scheduler

@@ -318,7 +318,7 @@ def test_an_index_without_the_autoencoder_opens(exports, tmp_path):
 def test_a_folder_whose_autoencoder_is_gone_has_the_message_of_diffusers(exports, tmp_path):
     folder = shutil.copytree(exports["ldm"].folder, tmp_path / "student")
     shutil.rmtree(folder / "vqvae")
-    with pytest.raises(OSError, match="vqvae"):
+    with pytest.raises(OSError, match=r"no file named config\.json"):
         open_folder(folder)
     assert open_folder(folder, vqvae=None).vqvae is None
 

@@ -90,7 +90,7 @@ def test_a_pipeline_that_moves_its_latents_is_found_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "decode", moved)
     assert isinstance(own, diffusers.AutoencoderKL)
-    with pytest.raises(UserError, match="otherwise than by its autoencoder's factor and shift"):
+    with pytest.raises(UserError, match="does not decode its samples by its autoencoder's factor and shift"):
         encoder_of(teacher.codec, image_shape(teacher))
 
 

@@ -186,7 +186,7 @@ def test_a_kill_while_the_former_export_is_removed(again):
     assert not old.exists()
     old.mkdir()
     (old / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match=r"\.student\.old is in the way of an export, which did not write it"):
+    with pytest.raises(UserError, match=r"\.student\.old: expected a former export, got a folder without export\.json"):
         export()
     assert (old / "thesis.txt").is_file()
 

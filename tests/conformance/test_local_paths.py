@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fmm_distill.config.recipe import parse
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import write_card
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.local_paths import is_local, public_name, without_paths
 from fmm_distill.export.manifest import make_manifest
 from fmm_distill.export.pipelines import write_pipelines
@@ -143,7 +144,7 @@ def packed(request, tmp_path_factory):
     evaluation = Evaluation(protocol, [Row("student", 1, 1, 0.5, 3.0, 0.1)])
     student = Student.from_teacher(teacher)
     with replacing(home / "student") as new:
-        write_pipelines(student, teacher, new, (1,))
+        write_pipelines(student, exporter_of(teacher), new, (1,))
         about = make_manifest(student, teacher, recipe, (1,), run)
         write_card(new, about, evaluation, run)
         compared = {"passed": True, "of": str(home / "x")}

@@ -269,7 +269,7 @@ def test_the_card_is_what_the_hub_reads(folder):
     assert read.model_name == "student"
     assert "| student | 4 | 4 | 0.2500 | not measured | 0.40000 |" in text
     # 3600 steps of a second.
-    assert ", 1 hours; loss lagrangian; seed 0" in text
+    assert ", 1 hours\n- loss: lagrangian\n" in text
     assert "arXiv 2406.07507; LSD arXiv 2505.18825" in text
     assert "samples.png" in text
 
@@ -292,7 +292,7 @@ def test_a_teacher_of_the_hub_is_the_base_model(folder, copy):
     assert data["base_model"] == "google/ddpm"
     assert data["base_model_relation"] == "finetune"
     assert (data["license"], data["datasets"]) == ("mit", ["a/b"])
-    assert f"google/ddpm at {'c' * 40}" in card(copy)
+    assert f"google/ddpm (revision {'c' * 40})" in card(copy)
 
 
 def test_numbers_of_another_student_are_not_said(copy):

@@ -188,4 +188,4 @@ def test_a_whole_run(tmp_path, folders):
     assert "guidance 2 is in its weights" in (student / "README.md").read_text()
     upload = pack(tmp_path / "run", "me/student")
     assert {"lora/jump_embedding.safetensors", "lora/pytorch_lora_weights.safetensors"} <= upload.files.keys()
-    assert "`lora/` holds what was trained" in upload.card
+    assert "`lora/` holds the trained adapters" in upload.card

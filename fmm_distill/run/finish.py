@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,7 @@ from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.pictures import plot_samples, plot_steps
 from fmm_distill.evaluation.result import Evaluation, choose, table
 from fmm_distill.export.card import write_card
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import CONTENTS
 from fmm_distill.export.exporter import check_steps
 from fmm_distill.export.manifest import make_manifest
@@ -34,9 +36,24 @@ if TYPE_CHECKING:
     from fmm_distill.export.agreement import Agreement
     from fmm_distill.student.student import Student
 
-__all__ = ["export_student", "finish", "how_to_load"]
+__all__ = ["Trained", "export_student", "finish", "how_to_load"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The run that a student comes from.
+
+    Attributes:
+        folder: of the run.
+        steps: the number of training steps.
+        evaluation: of this student; None: there are no numbers of it.
+    """
+
+    folder: Path
+    steps: int
+    evaluation: Evaluation | None
 
 
 def finish(
@@ -45,27 +62,26 @@ def finish(
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Evaluate the averages, export the best; the student has its weights then."""
+    """Evaluate the averages and export the best, whose weights the student has afterwards."""
+    student = folder / "student"
     # Before an evaluation that may take hours.
-    check_replaceable(folder / "student")
+    check_replaceable(student)
     logger.info("evaluating")
-    device = accelerator.device
     names = {f"student, ema {rate:g}": rate for rate in averages}
     students = {name: cast("Student", averages[rate].eval()) for name, rate in names.items()}
-    measured = evaluate(students, job.teacher, job.recipe.evaluation, job.reference, device)
+    settings, device = job.recipe.evaluation, accelerator.device
+    measured = evaluate(students, job.teacher, settings, job.reference, device)
     rate, evaluation = choose(measured, names)
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
+    trained = Trained(folder, job.recipe.student.regression_steps + job.recipe.training.steps, evaluation)
     logger.info("exporting")
-    student = folder / "student"
-    steps = job.recipe.export.steps
-    made = job.recipe.student.regression_steps + job.recipe.training.steps
-    agreements = export_student(job, student, steps, folder, evaluation, made, wait=True)
+    agreements = export_student(job, student, job.recipe.export.steps, trained, wait=True)
     evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
-    log_rows(accelerator, evaluation.to_json()["rows"], made)
-    log_picture(accelerator, folder / "samples.png", made)
+    log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
+    log_picture(accelerator, folder / "samples.png", trained.steps)
     logger.info(table(evaluation))
     logger.info(f"reloaded with stock diffusers: {summary(agreements)}")
     logger.info(how_to_load(folder, job.recipe))
@@ -75,19 +91,16 @@ def export_student(
     job: Plan,
     target: Path,
     steps: tuple[int, ...],
-    run: Path,
-    evaluation: Evaluation | None,
-    made: int,
+    trained: Trained,
     *,
     wait: bool = False,
 ) -> dict[str, Agreement]:
-    """Write, describe and verify a student; one with adapters has the merged weights, and the adapters in ``lora/``.
+    """Write, describe and verify a student as pipelines; ``target`` is replaced once all of this is done.
 
-    ``target`` is replaced once all of this is done.
+    A student with adapters has the merged weights, and the adapters in ``lora/``.
 
     Args:
-        evaluation: None: its numbers are not those of this student.
-        made: the number of training steps.
+        steps: the numbers of steps with a pipeline of their own.
         wait: wait for another export into ``target`` instead of refusing.
 
     Raises:
@@ -95,14 +108,15 @@ def export_student(
             another export into it at the same time, or a full disk.
         FmmDistillError: if a pipeline does not open or differs from the student; an export that was there before stays.
     """
-    check_steps(steps, job.student.schedule)
-    manifest = make_manifest(job.student, job.teacher, job.recipe, steps, run, made)
-    # Pipelines are opened on the CPU, and this is the last that is done with the two.
+    if exporter_of(job.teacher).not_any_step is None:
+        check_steps(steps, job.student.schedule)
+    manifest = make_manifest(job.student, job.teacher, job.recipe, steps, trained.folder, trained.steps)
+    # Pipelines are opened on the CPU, where both stay: nothing is done with them afterwards.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, wait=wait) as new:
         exported = write_student(job.student, job.teacher, new, steps)
-        write_card(new, manifest, evaluation, run)
+        write_card(new, manifest, trained.evaluation, trained.folder)
         try:
             agreements = verify(exported)
         except UserError:
@@ -126,17 +140,18 @@ def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device)
 
 
 def how_to_load(folder: Path, recipe: Recipe) -> str:
-    """The lines that load a finished run's student."""
-    if not (folder / "student" / "model_index.json").is_file():
-        return f'load it in Python, with its teacher: load_student("{folder / "student"}", teacher=...)'
+    """Return the lines that load a finished run's student."""
+    student = folder / "student"
+    if not (student / "model_index.json").is_file():
+        return f'load it in Python, with its teacher: load_student("{student}", teacher=...)'
     n = recipe.export.steps[-1] if recipe.export.steps else 0
-    folded = folder / "student" / f"steps-{n}"
-    lines = ["load it with diffusers alone (README.md there has the whole call):"]
+    folded = student / f"steps-{n}"
+    lines = ["load it with diffusers alone (README.md there has the complete call):"]
     lines += ["  from diffusers import DiffusionPipeline"]
     if folded.is_dir():
         lines += [f'  pipeline = DiffusionPipeline.from_pretrained("{folded}")  # num_inference_steps={n}']
     lines += [
         "or, for any number of steps:",
-        f'  pipeline = DiffusionPipeline.from_pretrained("{folder / "student"}", trust_remote_code=True)',
+        f'  pipeline = DiffusionPipeline.from_pretrained("{student}", trust_remote_code=True)',
     ]
     return "\n".join(lines)

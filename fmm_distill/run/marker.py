@@ -30,6 +30,7 @@ _FILES = (
     "evaluations.jsonl",
     "inputs.json",
     "prompts.json",
+    "python.json",
     "recipe.yaml",
     "samples.png",
     "steps.jsonl",
@@ -54,6 +55,8 @@ _EXPORT_LOCK = ".student.lock"
 # The name of a file or folder that is being written or removed.
 _PARTIAL = re.compile(r"\.(?P<name>.+?)(\.\d+)?(\.removed)?\.(partial|old)")
 _TRIAL = re.compile(r"\.student\.\d+\.partial")
+# An export has one of these: pipelines, or weights alone.
+_STUDENTS = ("model_index.json", "network/config.json")
 _STAYS = (MARKER, "recipe.yaml")
 _SHOWN = 4
 
@@ -149,7 +152,7 @@ def _foreign_in(folder: Path) -> list[Path]:
         return [folder]
     if (pattern := _FOLDERS[name]) is not None:
         return [path for path in sorted(folder.iterdir()) if not pattern.fullmatch(_without_partial(path.name))]
-    if folder.name == "student" and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+    if folder.name == "student" and any(folder.iterdir()) and not any((folder / name).is_file() for name in _STUDENTS):
         return [folder]
     return []
 

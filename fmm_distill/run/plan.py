@@ -1,4 +1,4 @@
-"""A recipe's teacher, data and student, opened and checked before anything long starts."""
+"""The plan of a run: teacher, data and student, opened and checked before anything long starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.config.settings import DataSettings
+from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.data.prepare import describe_data, disk_bytes, open_images
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.data.row_store import mebibytes
@@ -19,6 +20,7 @@ from fmm_distill.evaluation.checks import check_evaluation, image_shape
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.exporter import check_steps, describe_export
 from fmm_distill.export.write import export_bytes
+from fmm_distill.run.given import Given
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
 from fmm_distill.student.student import Student
@@ -37,12 +39,28 @@ if TYPE_CHECKING:
     from fmm_distill.data.samples import Images
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Plan", "at_guidance", "describe", "forecast", "open_reference", "open_teacher", "plan", "with_evaluation"]
+__all__ = [
+    "Plan",
+    "at_guidance",
+    "forecast",
+    "open_reference",
+    "open_student",
+    "open_teacher",
+    "plan",
+    "with_evaluation",
+]
+
+# The fewest images that a Fréchet distance is computed from.
+_FEWEST = 4
 
 
 @dataclass
 class Plan:
-    """What a recipe needs, opened and checked before anything long starts."""
+    """A recipe with its teacher, data and student, checked against each other.
+
+    Attributes:
+        reference: images that samples are compared with; None: there are none.
+    """
 
     recipe: Recipe
     teacher: Teacher
@@ -50,85 +68,150 @@ class Plan:
     images: Images | None
     reference: Images | None
 
+    def __str__(self) -> str:
+        """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
+        teacher, training = self.teacher, self.recipe.training
+        counts = self._parameters()
+        rank = self.recipe.student.lora.rank
+        lora = f", {counts['adapters']:,} in adapters of rank {rank}" if rank else ""
+        shape = " x ".join(map(str, teacher.event_shape))
+        steps = self.recipe.student.regression_steps + training.steps
+        conditions = (
+            "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
+        )
+        lines = [
+            f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {counts['teacher']:,} "
+            f"parameters{conditions})",
+            f"student: {self.student.prediction}, {counts['jump']:,} new parameters for the second time{lora}",
+            f"data:    {describe_data(self.recipe.data, self.images)}",
+            f"steps:   {steps} of {training.batch_size} samples, loss {self.recipe.loss_names}",
+            f"export:  {describe_export(exporter_of(teacher), self.recipe.export.steps)}",
+        ]
+        return "\n".join(lines)
 
-def plan(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Plan:
-    """Open the teacher and the data and check what can be checked.
+    def _parameters(self) -> dict[str, int]:
+        """Return how many parameters are the teacher's, the second time's and the adapters'."""
+        student = self.student
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        # A flow map of the user's own has the second time everywhere.
+        embedding = getattr(student.network, "jump_embedding", student.network)
+        jump = sum(p.numel() for p in cast("Any", embedding).parameters())
+        adapters = trained - jump if self.recipe.student.lora.rank else 0
+        return {"teacher": sum(p.numel() for p in student.parameters()) - jump - adapters, "jump": jump} | {
+            "adapters": adapters
+        }
+
+
+def plan(
+    recipe: Recipe,
+    prompts: tuple[str, ...] | None = None,
+    given: Given | None = None,
+) -> Plan:
+    """Open the teacher and the data of a recipe, make the student, and check all of it.
 
     Args:
         prompts: those of a run that was begun before; None: the recipe's.
+        given: a teacher and a network for the student from Python.
 
     Raises:
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
+    given = given or Given()
     check_training(recipe)
     data = recipe.data
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = open_teacher(recipe, prompts)
-    if recipe.student.prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
-        raise UserError(
-            f"student.prediction: {recipe.student.prediction} differs from the teacher's {teacher.prediction}, and "
-            "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
-        )
-    check_evaluation(recipe.evaluation, teacher)
-    check_steps(recipe.export.steps, teacher.schedule)
+    teacher = given.open_teacher(recipe) or open_teacher(recipe, prompts)
+    _check_teacher(recipe, teacher)
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
-    student = Student.from_teacher(teacher, recipe.student.prediction, seed=recipe.training.seed)
-    if recipe.student.lora.rank:
-        add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
+    student = open_student(recipe, teacher, given)
     return Plan(recipe, teacher, student, images, reference)
 
 
+def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse what the recipe expects of this teacher and it can't do, before data are opened."""
+    prediction = recipe.student.prediction
+    if prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
+        raise UserError(
+            f"student.prediction: {prediction} differs from the teacher's {teacher.prediction}, and "
+            "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
+        )
+    check_evaluation(recipe.evaluation, teacher)
+    settings = recipe.evaluation
+    solvers = settings.ddim_steps, settings.dpmsolver_steps, settings.unipc_steps, settings.heun_steps
+    if any(solvers) and not teacher.scheduler_config and isinstance(teacher.schedule, VariancePreserving):
+        # Stock schedulers would be built with their default noise levels, which are another model's.
+        raise UserError(
+            f"{teacher.source}: expected the configuration of its diffusers scheduler (Teacher.scheduler_config) for "
+            "the teacher's own rows of the evaluation; pass it, or set evaluation.ddim_steps and dpmsolver_steps to []"
+        )
+    if exporter_of(teacher).not_any_step is None:
+        check_steps(recipe.export.steps, teacher.schedule)
+
+
+def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> Student:
+    """Make the untrained student of a recipe, with its adapters."""
+    student = Student.from_teacher(teacher, recipe.student.prediction, network=given.student, seed=recipe.training.seed)
+    network, training = student.network, recipe.training
+    if training.gradient_checkpointing and not hasattr(network, "enable_gradient_checkpointing"):
+        raise UserError(
+            f"training.gradient_checkpointing: expected a diffusers network, got {type(network).__name__}; leave it out"
+        )
+    if recipe.student.lora.rank:
+        add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
+    return student
+
+
 def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:
-    """What images are compared with: the recipe's own reference, its data, or the built-in digits.
+    """Open the images that samples are compared with: the recipe's reference, its data, or the built-in digits.
 
     Args:
-        images: of the recipe's data, where they are open.
+        images: those of the recipe's data, where they are open.
     """
     settings = recipe.evaluation
     if settings.reference is not None:
         images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
-    if images is not None and settings.features != "none" and len(images) < 4:
-        raise UserError(f"{images.source}: {len(images)} images to compare with; wanted at least 4")
+    if images is not None and settings.features != "none" and len(images) < _FEWEST:
+        raise UserError(f"{images.source}: expected at least {_FEWEST} images to compare with, got {len(images)}")
     return images
 
 
 def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
-    """The teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
+    """Open the teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
-    alone = settings.scale == 1 and settings.range is None
-    guidance = None if alone else Guidance(settings.scale, settings.interval, settings.range)
+    unguided = settings.scale == 1 and settings.range is None
+    guidance = None if unguided else Guidance(settings.scale, settings.interval, settings.range)
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    told: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
+    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
-        return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **told)
-    teacher = load_teacher(recipe.teacher, **of_teacher, **told)
-    weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **told)
+        return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
+    teacher = load_teacher(recipe.teacher, **of_teacher, **shared)
+    weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **shared)
     here, there = ((t.event_shape, t.schedule.t_min, t.schedule.t_max) for t in (teacher, weaker))
     if here != there:
         raise UserError(
-            f"guidance.weaker {settings.weaker}: shape and range of time are {there}, the teacher's {here}; wanted the "
-            "same, such as an earlier or a smaller model on the same data"
+            f"guidance.weaker {settings.weaker}: expected the teacher's shape and range of time {here}, got {there}; "
+            "try an earlier or a smaller model on the same data"
         )
     if settings.range is not None and (teacher.conditions is None or teacher.pipeline is None):
         raise UserError(
-            f"guidance.range: {recipe.teacher} has no pipeline that is called with a guidance_scale; wanted none, and "
-            "the one guidance.scale"
+            f"guidance.range: expected a teacher whose pipeline is called with a guidance_scale, got {recipe.teacher}; "
+            "leave it out, and give one guidance.scale"
         )
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
 
 
 def with_evaluation(recipe: Recipe, changes: Mapping[str, Any] | None, where: str) -> Recipe:
-    """A recipe with other settings of the evaluation.
+    """Return a recipe with other settings of the evaluation.
 
     Args:
-        where: what the recipe is of, for messages.
+        where: the owner of the recipe, for messages.
 
     Raises:
         UserError: on settings that don't fit.
@@ -143,40 +226,18 @@ def with_evaluation(recipe: Recipe, changes: Mapping[str, Any] | None, where: st
 
 
 def at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
-    """A recipe at another scale of its range of guidance.
+    """Return a recipe at another scale of its range of guidance.
 
     Raises:
-        UserError: if it has no such scale.
+        UserError: if the scale is outside the range, or there is none.
     """
     if scale is None:
         return recipe
     scales = recipe.guidance.range
     if scales is None or not scales[0] <= scale <= scales[1]:
-        learned = f"learned {scales[0]:g} to {scales[1]:g}" if scales else "has no guidance.range: it learned one scale"
-        raise UserError(f"--guidance {scale:g}: this run {learned}; wanted a scale that it has learned")
+        learned = f"from {scales[0]:g} to {scales[1]:g}" if scales else "that it learned: it has no guidance.range"
+        raise UserError(f"--guidance: expected a scale {learned}, got {scale:g}; try another, or leave it out")
     return recipe.model_copy(update={"guidance": recipe.guidance.model_copy(update={"scale": scale})})
-
-
-def describe(job: Plan) -> str:
-    """The lines of a run's start: teacher, student, data, steps and formats of the export."""
-    teacher, training = job.teacher, job.recipe.training
-    trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
-    jump = sum(p.numel() for p in cast("Any", job.student.network).jump_embedding.parameters())
-    adapters = trained - jump if job.recipe.student.lora.rank else 0
-    parameters = sum(p.numel() for p in job.student.parameters()) - jump - adapters
-    lora = f", {adapters:,} in adapters of rank {job.recipe.student.lora.rank}" if adapters else ""
-    shape = " x ".join(map(str, teacher.event_shape))
-    steps = job.recipe.student.regression_steps + training.steps
-    export = describe_export(exporter_of(job.teacher), job.recipe.export.steps)
-    told = "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
-    return (
-        f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {parameters:,} "
-        f"parameters{told})\n"
-        f"student: {job.student.prediction}, {jump:,} new parameters for the second time{lora}\n"
-        f"data:    {describe_data(job.recipe.data, job.images)}\n"
-        f"steps:   {steps} of {training.batch_size} samples, loss {job.recipe.loss_names}\n"
-        f"export:  {export}"
-    )
 
 
 def _conditions_of(teacher: Teacher) -> str:
@@ -189,7 +250,7 @@ def _conditions_of(teacher: Teacher) -> str:
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:
-    """The resolved recipe and what a run of it would do, without doing it."""
+    """Return the resolved recipe and the description of its run, without running it."""
     job = plan(recipe)
     lines = _export_disk(job)
     # Of processes that were launched together the first one tries; the others print nothing.
@@ -201,17 +262,17 @@ def forecast(recipe: Recipe, folder: Path) -> str:
     memory = forecast_memory(job.student, job.teacher, recipe, processes)
     part = training.batch_size // (processes * training.gradient_accumulation_steps)
     needed = disk_bytes(recipe, job.teacher, job.images)
-    disk = f"disk:    {mebibytes(needed)} of trajectories or latents, kept for later starts\n" if needed else ""
+    disk = f"disk:    {mebibytes(needed)} of trajectories or latents, stored for later starts\n" if needed else ""
     exported = "\n".join(lines)
     return (
-        f"{recipe.to_yaml()}\n{describe(job)}\n"
+        f"{recipe.to_yaml()}\n{job}\n"
         f"memory:  {memory} ({part} samples at a time in each of {processes} processes)\n"
         f"{disk}{exported}\noutput:  {folder}\nnothing was trained (--dry-run)"
     )
 
 
 def _export_disk(job: Plan) -> list[str]:
-    """The line on what the export takes on the disk, at the end and before training."""
+    """Return the line on the disk space of the export, at the end and before training."""
     final = export_bytes(job.student, job.teacher, job.recipe.export.steps)
     trial = trial_bytes(job.recipe, job.student, job.teacher)
     return [f"disk:    {mebibytes(final)} of the exported student; {mebibytes(trial)} for its trial before step 1"]

@@ -1,4 +1,4 @@
-"""A run opened again: its student at the newest checkpoint, samples of it, and an export."""
+"""A run opened again: its student at the newest checkpoint, samples of it, and its export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmm_distill.evaluation.gallery import Gallery
 from fmm_distill.evaluation.pictures import plot_samples
 from fmm_distill.export.place import check_replaceable
 from fmm_distill.io.files import writing
-from fmm_distill.run.finish import export_student
+from fmm_distill.run.finish import Trained, export_student
 from fmm_distill.run.folder import (
     check_files,
     check_images,
@@ -23,6 +23,7 @@ from fmm_distill.run.folder import (
     stored_prompts,
     stored_recipe,
 )
+from fmm_distill.run.given import Given, check_given
 from fmm_distill.run.plan import Plan, at_guidance, plan, with_evaluation
 from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained
@@ -41,28 +42,32 @@ def open_run(
     folder: Path | str,
     guidance: float | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    given: Given | None = None,
 ) -> Plan:
-    """The teacher of a run and its averaged student at the newest checkpoint.
+    """Open the teacher of a run, and its averaged student at the newest checkpoint.
 
-    Of several averages the one that the run's evaluation chose; before that the first.
+    Of several averages it is the one that the run's evaluation chose; before that, the first.
 
     Args:
         guidance: another scale of a run with ``guidance.range`` than its recipe's.
-        evaluation: settings of the evaluation that are other than the recipe's.
+        evaluation: settings of the evaluation that differ from the recipe's.
+        given: the teacher and the network of a run that got them from Python.
 
     Raises:
-        UserError: if the folder is no run, has no checkpoint yet, or holds other weights; on a scale outside the range.
+        UserError: if the folder is no run, has no checkpoint yet, or has other weights; on a scale outside the range.
     """
-    folder = Path(folder)
+    folder, given = Path(folder), given or Given()
     recipe = at_guidance(with_evaluation(stored_recipe(folder), evaluation, str(folder)), guidance)
+    recipe = given.name_in(recipe)
     # Before the teacher is opened, which takes long.
     found = checkpoint.newest_complete(folder / "checkpoints")
     if found is None:
-        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to go on")
+        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to continue it")
     path, kept = found
     check_files(folder, recipe)
-    job = plan(pinned(recipe, folder), stored_prompts(folder))
+    job = plan(pinned(recipe, folder), stored_prompts(folder), given)
     check_images(folder, job.images)
+    check_given(folder, recipe, job.teacher)
     measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
     average = kept.tensors.get(checkpoint.average_name(rate), {})
@@ -71,8 +76,8 @@ def open_run(
         load_trained(job.student, job.student, weights)
     except KeyError as error:
         raise UserError(
-            f"{path} holds the weights of another network than this recipe's student, or those of an earlier version "
-            "of fmm_distill: distill again into another --output"
+            f"{path}: expected the weights of this recipe's student, got those of another network or of an earlier "
+            "version of fmm_distill; distill again into another --output"
         ) from error
     return job
 
@@ -81,7 +86,7 @@ def open_run(
 def draw_run(
     folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
 ) -> None:
-    """Draw images of a run's averaged student and of its teacher's ODE, same noise in each column."""
+    """Draw images of a run's averaged student and of its teacher's ODE, the same noise in each column."""
     job = open_run(folder, guidance)
     solver_steps = job.recipe.evaluation.endpoint_solver_steps
     rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
@@ -91,13 +96,25 @@ def draw_run(
 
 @own_state()
 def export_run(
-    folder: Path | str, target: Path, steps: tuple[int, ...] | None = None, guidance: float | None = None
+    folder: Path | str, target: Path | str, steps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> dict[str, Agreement]:
-    """Export a run's averaged student at its newest checkpoint; gives how far the reloaded pipelines are from it."""
+    """Export a run's averaged student at its newest checkpoint as pipelines.
+
+    Args:
+        steps: the numbers of steps with a pipeline of their own; None: the recipe's.
+        guidance: another scale of a run with ``guidance.range`` than its recipe's.
+
+    Returns:
+        How far each reloaded pipeline is from the student.
+
+    Raises:
+        UserError: if the folder is no run or has no checkpoint, or the target has files that no export wrote.
+    """
+    folder, target = Path(folder), Path(target)
     # Before the teacher is opened, which takes long.
     check_replaceable(target)
     job = open_run(folder, guidance)
     folded = job.recipe.export.steps if steps is None else steps
     # The run's numbers are of one scale of guidance.
-    evaluation = None if guidance is not None else read_evaluation(Path(folder))
-    return export_student(job, target, folded, Path(folder), evaluation, steps_done(Path(folder)))
+    evaluation = None if guidance is not None else read_evaluation(folder)
+    return export_student(job, target, folded, Trained(folder, steps_done(folder), evaluation))

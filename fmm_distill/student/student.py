@@ -40,6 +40,8 @@ class Student(LearnedFlowMap):
 
     ``u`` is ``eps_hat - x0_hat`` of the network's output, so that a jump is a DDIM step (Song et al. 2021,
     arXiv 2010.02502, eq. 12 with sigma = 0) from t to r.
+
+    ``from_teacher`` makes an untrained one; ``fmm_distill.load_student`` opens one that was exported.
     """
 
     def __init__(self, network: nn.Module, parametrization: Parametrization) -> None:

@@ -118,9 +118,10 @@ class VelocityNetwork(nn.Module):
 
 
 class VelocityParametrization(Parametrization):
-    """The parametrization of a module that gives the velocity: ``module(x, t, cond)`` or ``module(x, t, h, cond)``.
+    """The parametrization of a module that returns the velocity itself.
 
-    Time reaches the module as float64 on the axis, where a stock network gets its own timestep in float32.
+    A teacher's module is called as ``module(x, t, cond)``, a student's as ``module(x, t, h, cond)``. Time reaches it as
+    float64 on the axis, where a stock network gets its own timestep in float32.
     """
 
     def velocity(
@@ -186,7 +187,8 @@ def _check_velocity(teacher: Teacher) -> None:
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.5, 1.0], dtype=torch.float64))
     cond = teacher.conditioned_on(torch.tensor([0.0, 0.5], dtype=torch.float64))
-    v = teacher.velocity(x, t, cond)
+    device = next(iter(teacher.network.parameters()), x).device
+    v = teacher.velocity(x.to(device), t.to(device), None if cond is None else cond.to(device))
     if v.shape != x.shape:
         raise UserError(
             f"{teacher.source}: expected a velocity of shape {tuple(x.shape)} at samples of that shape, got "

@@ -1,0 +1,133 @@
+"""The objects that Python passes to a run next to its recipe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.io.files import write_text
+from fmm_distill.io.reading import read_mapping
+from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.velocity_field import as_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.teachers.velocity_field import KnownVelocity
+    from fmm_distill.training.callbacks import Callback
+    from fmm_distill.training.optimizer import OptimizerFactory
+
+__all__ = ["PYTHON", "Given", "check_given", "keep_given"]
+
+# The prefix of ``recipe.teacher`` in a run whose teacher came from Python.
+PYTHON = "python:"
+_FILE = "python.json"
+_TODO = "remove it, and the run takes the teacher that it is given"
+# Two machines round differently; another teacher differs by far more.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Given:
+    """A teacher, a network for the student, an optimizer and callbacks, each as an object; None: the recipe's.
+
+    Attributes:
+        teacher: a ``Teacher``, or any object with ``velocity`` and ``event_shape`` (``KnownVelocity``).
+        student: the network that the student starts from, or a ``LearnedFlowMap``.
+        optimizer: makes the optimizer of a list of parameters.
+        callbacks: are called by the trainer in the first process.
+    """
+
+    teacher: Teacher | KnownVelocity | None = None
+    student: nn.Module | None = None
+    optimizer: OptimizerFactory | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def name_in(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the teacher's name, by which its run is recognized.
+
+        Raises:
+            UserError: if the recipe names a teacher of Python that is not given, or has settings for opening a teacher
+                that is given.
+        """
+        if self.teacher is None:
+            if recipe.teacher.startswith(PYTHON):
+                raise UserError(
+                    f"teacher {recipe.teacher}: expected the teacher itself, which this run was given in Python; pass "
+                    "teacher=... again"
+                )
+            return recipe
+        guidance, prompts = recipe.guidance, recipe.prompts
+        settings: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "pipeline": recipe.pipeline}
+        settings |= {"guidance.weaker": guidance.weaker, "prompts.file": prompts.file}
+        if unused := [name for name, value in (settings | {"prompts.dataset": prompts.dataset}).items() if value]:
+            raise UserError(f"{unused[0]}: expected none with a teacher from Python; leave it out")
+        name = self.teacher.source if isinstance(self.teacher, Teacher) else type(self.teacher).__qualname__
+        return recipe.model_copy(update={"teacher": f"{PYTHON}{name.removeprefix(PYTHON)}"})
+
+    def open_teacher(self, recipe: Recipe) -> Teacher | None:
+        """Return the teacher that was given, guided as the recipe has it; None: none was given.
+
+        Raises:
+            UserError: if it is no velocity field, or can't be guided.
+        """
+        if self.teacher is None:
+            return None
+        teacher, settings = as_teacher(self.teacher), recipe.guidance
+        if settings.scale == 1 and settings.range is None:
+            return teacher
+        if teacher.conditions is None:
+            raise UserError(
+                f"guidance.scale: expected 1 for the unconditional teacher {teacher.source}, got {settings.scale:g}"
+            )
+        # Raises where there is no input for no condition.
+        teacher.conditions.null(1)
+        teacher.guidance = Guidance(settings.scale, settings.interval, settings.range)
+        return teacher
+
+
+@torch.no_grad()
+def _velocity(teacher: Teacher) -> list[float]:
+    """Return numbers that identify a teacher: mean, size and first entry of its velocity at two fixed points.
+
+    A closed form has no weights to compare.
+    """
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t = teacher.schedule.time_at(torch.tensor([0.3, 0.8], dtype=torch.float64))
+    device = next(iter(teacher.network.parameters()), torch.empty(0)).device
+    cond = teacher.conditioned_on(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    cond = None if cond is None else cond.to(device)
+    v = teacher.velocity(x.to(device), t.to(device), cond).flatten(1).double().cpu()
+    return cast("list[float]", torch.cat([v.mean(1), v.square().mean(1).sqrt(), v[:, 0]]).tolist())
+
+
+def keep_given(folder: Path, recipe: Recipe, teacher: Teacher) -> None:
+    """Write what a teacher from Python is recognized by, once."""
+    if recipe.teacher.startswith(PYTHON) and not (folder / _FILE).is_file():
+        write_text(folder / _FILE, json.dumps({"velocity": _velocity(teacher)}) + "\n")
+
+
+def check_given(folder: Path, recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse to continue with another teacher from Python than the run began with.
+
+    Raises:
+        UserError: if its velocity differs.
+    """
+    if not recipe.teacher.startswith(PYTHON) or not (folder / _FILE).is_file():
+        return
+    before = torch.tensor(read_mapping(folder / _FILE, {"velocity": list}, todo=_TODO)["velocity"], dtype=torch.float64)
+    now = torch.tensor(_velocity(teacher), dtype=torch.float64)
+    if before.shape != now.shape or (now - before).abs().max() > _TOLERANCE * before.abs().max().clamp_min(1):
+        raise UserError(
+            f"teacher: expected the one that the run in {folder} began with, got one of another velocity; pass that "
+            "one, or choose another output"
+        )

@@ -141,7 +141,10 @@ OPENING = {
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
         ["student.lora: no linear layer of TwoTimeUNet2DModel is nowhere; give student.lora.targets"],
     ),
-    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["got epsilon, which is undefined there; try another prediction_type"]),
+    "zero terminal SNR": (
+        tiny("--teacher", "zero-snr"),
+        ["got epsilon, which is undefined there; try another prediction_type"],
+    ),
     "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias has NaN or infinite numbers"]),
     "images of another size": (
         tiny("--data", "images"),

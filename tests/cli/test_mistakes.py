@@ -135,14 +135,17 @@ OPENING = {
     ),
     "guidance of an unconditional teacher": (
         tiny("--set", "guidance.scale=2"),
-        ["guidance.scale 2.0 on an unconditional teacher; expected 1"],
+        ["guidance.scale 2.0 for an unconditional teacher; expected 1"],
     ),
     "adapters nowhere": (
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
         ["student.lora: no linear layer of TwoTimeUNet2DModel is nowhere; give student.lora.targets"],
     ),
-    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["a noise prediction says nothing"]),
-    "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
+    "zero terminal SNR": (
+        tiny("--teacher", "zero-snr"),
+        ["got epsilon, which is undefined there; try another prediction_type"],
+    ),
+    "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias has NaN or infinite numbers"]),
     "images of another size": (
         tiny("--data", "images"),
         [

@@ -120,9 +120,9 @@ def test_encoders_leave_memory_before_training_and_after_the_run(tmp_path, monke
         opened.extend(weakref.ref(part) for part in (pipeline, pipeline.text_encoder, pipeline.vae))
         return pipeline
 
-    def run(trainer, reached):
+    def run(trainer, *given):
         alive.append([part() for part in opened if part() is not None])
-        train(trainer, reached)
+        train(trainer, *given)
 
     train = Trainer.run
     monkeypatch.setattr("fmm_distill.teachers.prompted.load.open_pipeline", watched)

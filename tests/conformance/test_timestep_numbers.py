@@ -155,7 +155,7 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
     probe.check()
     wrong = read_scheduler(pipeline.scheduler, "here", uses_unshifted_time=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):
-        dataclasses.replace(probe, schedule=wrong).check()
+        dataclasses.replace(probe, spec=wrong).check()
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -103,7 +103,7 @@ def test_variants_stand_in_for_the_plain_weights(seen):
         == float(next(tiny_unet().half().parameters()).detach().flatten()[0])
     )
     assert seen["plain of half"].endswith("expected default weights, got variants (fp16); try --set variant=fp16")
-    assert "(fp16): take --set variant=fp16" in seen["none"]
+    assert "got variants (fp16); try --set variant=fp16" in seen["none"]
     assert "\n" not in seen["none"] + seen["plain of half"]
 
 

@@ -75,7 +75,7 @@ def is_near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
 
 
-def read_call(recording: Recording, schedule: ScheduleSpec, source: str) -> RecordedCall:
+def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> RecordedCall:
     """Read a recording: names of sample and time, scale of the time, sign of the output.
 
     Raises:
@@ -101,18 +101,18 @@ def read_call(recording: Recording, schedule: ScheduleSpec, source: str) -> Reco
             "it (docs/add-a-teacher.md)"
         )
     times = torch.tensor([_first_time(call.arguments[time]) for call in recording.calls])
-    own = scheduler_times(recording, schedule)
-    slope, offset = _fit_line(own, times.double(), schedule.schedule.num_timesteps, source)
+    own = scheduler_times(recording, spec)
+    slope, offset = _fit_line(own, times.double(), spec.schedule.num_timesteps, source)
     sign = _sign_of_output(recording, tensor_of(first[sample]), source)
     # The velocity of an inverted scheduler runs from noise to data.
-    sign = -sign if schedule.inverted else sign
+    sign = -sign if spec.inverted else sign
     return RecordedCall(sample, time, slope, offset, sign, isinstance(first[sample], list))
 
 
-def scheduler_times(recording: Recording, schedule: ScheduleSpec) -> Tensor:
+def scheduler_times(recording: Recording, spec: ScheduleSpec) -> Tensor:
     """Return the schedule's times at the recorded steps, as its scheduler counts them."""
     own = torch.tensor([step.timestep for step in recording.steps], dtype=torch.float64)
-    return schedule.schedule.num_timesteps - own if schedule.inverted else own
+    return spec.schedule.num_timesteps - own if spec.inverted else own
 
 
 def _sign_of_output(recording: Recording, x: Tensor, source: str) -> float:

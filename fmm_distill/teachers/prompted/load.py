@@ -62,14 +62,14 @@ def load_prompted(
     if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens.
         check_latents(probe.network, pipeline.vae, index.source)
-    schedule = probe.schedule
+    spec = probe.spec
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
-        parametrization=Parametrization(schedule.schedule, schedule.prediction, probe.call, schedule.sigma_data),
+        parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
         event_shape=probe.event_shape,
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
-        scheduler_config=schedule.config,
+        scheduler_config=spec.config,
         pipeline=StockPipeline(
             index.folder,
             component,

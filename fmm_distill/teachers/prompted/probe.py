@@ -55,7 +55,7 @@ class PipelineProbe:
         source: the id or folder of the pipeline, for messages.
         component: the name of the network in the pipeline.
         recording: a run with two prompts, without guidance.
-        schedule: noise levels and prediction, read from the scheduler.
+        spec: noise levels and prediction, read from the scheduler.
         call: how the pipeline calls its network.
     """
 
@@ -64,7 +64,7 @@ class PipelineProbe:
     component: str
     keywords: CallKeywords
     recording: Recording
-    schedule: ScheduleSpec
+    spec: ScheduleSpec
     call: RecordedCall
 
     @classmethod
@@ -90,9 +90,8 @@ class PipelineProbe:
         if keywords.guidance == "guidance_scale" and recording.takes_guidance:
             keywords = keywords.with_guidance_input(scale)
             recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
-        schedule = _read_schedule(pipeline, recording, source)
-        read = read_call(recording, schedule, source)
-        return cls(source, pipeline, component, keywords, recording, schedule, read)
+        spec = _read_schedule(pipeline, recording, source)
+        return cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
 
     @property
     def network(self) -> nn.Module:
@@ -144,7 +143,7 @@ class PipelineProbe:
         """
         recording = record(self.pipeline, self.component, self.keywords.call(_PROMPTS, _CHECK_STEPS))
         cond = self._embed(_PROMPTS)
-        own_times = scheduler_times(recording, self.schedule)
+        own_times = scheduler_times(recording, self.spec)
         times = self._times_of_levels(recording)
         for call, own, by_level in zip(recording.calls, own_times, own_times if times is None else times, strict=True):
             self._check_time(own, by_level)
@@ -157,7 +156,7 @@ class PipelineProbe:
                     f"{self.source}: expected the output that its pipeline gets, got one that differs by "
                     f"{float((output - expected).abs().max()):.1e}; write an adapter for it (docs/add-a-teacher.md)"
                 )
-        if isinstance(self.schedule.schedule, FlowMatching):
+        if isinstance(self.spec.schedule, FlowMatching):
             x, sample = tensor_of(recording.calls[0].arguments[self.call.sample]), recording.steps[0].sample
             if not is_near(x.flatten().sort().values, sample.flatten().sort().values):
                 raise UserError(
@@ -183,12 +182,12 @@ class PipelineProbe:
 
     def _times_of_levels(self, recording: Recording) -> Tensor | None:
         """Return the schedule's times at the scheduler's noise levels; None: the timesteps are the levels."""
-        schedule = self.schedule.schedule
+        schedule = self.spec.schedule
         if len(recording.sigmas) < len(recording.steps):
             return None
         sigmas = torch.tensor(recording.sigmas[: len(recording.steps)], dtype=torch.float64)
         if isinstance(schedule, FlowMatching):
-            return schedule.network_time(1 - sigmas if self.schedule.inverted else sigmas)
+            return schedule.network_time(1 - sigmas if self.spec.inverted else sigmas)
         return schedule.network_time(sigmas / (1 + sigmas)) if isinstance(schedule, VarianceExploding) else None
 
     def _embed(self, prompts: Sequence[str]) -> Conditioning:
@@ -218,7 +217,7 @@ class PipelineProbe:
             network_time = torch.as_tensor(arguments[self.call.time]).flatten()[:1].float().expand(len(x))
             time = (network_time - self.call.offset) / self.call.slope
             output, uncond = (self.call(self.network, x, time, each, None).flatten() for each in (cond, null))
-            stepped = guided.steps[i].output * (-1 if self.schedule.inverted else 1)
+            stepped = guided.steps[i].output * (-1 if self.spec.inverted else 1)
             # A learned variance is not guided.
             stepped = stepped[:, : x.shape[1]] if stepped.ndim == x.ndim else stepped
             if stepped.numel() != output.numel():

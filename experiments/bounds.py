@@ -21,7 +21,7 @@ from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses import Jump
 from fmm_distill.losses.eulerian import Eulerian
 from fmm_distill.losses.lagrangian import Lagrangian
-from fmm_distill.teachers.analytic import Gaussian
+from fmm_distill.teachers.closed_form import Gaussian
 
 TRUTH = Gaussian(torch.tensor([0.7], dtype=torch.float64), 0.3)
 TIMES = (torch.arange(400, dtype=torch.float64) + 0.5) / 400

@@ -17,7 +17,7 @@ from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.data.samples import ImageBatch
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.teachers.closed_form import Checkerboard
 
 if TYPE_CHECKING:
     from collections.abc import Callable

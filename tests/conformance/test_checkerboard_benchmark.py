@@ -25,7 +25,7 @@ from experiments.plane import (
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses.registry import BUILT_IN
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.teachers.closed_form import Checkerboard
 
 TINY = checkerboard.Budget(
     width=8, teacher_steps=3, steps=4, long_steps=4, seeds=2, solver_steps=2, points=500, curve=2

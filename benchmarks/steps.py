@@ -144,7 +144,7 @@ def compare(
     device = trainer.accelerator.device
     alone = Alone(trainer, batch)
     steps: dict[str, Callable[[int], object]] = {
-        "baseline": lambda step: baseline._step(step, StopRequest()),
+        "baseline": lambda step: baseline.train_step(step, StopRequest()),
         "teachers": lambda _: alone.teachers(),
         "forward": lambda _: alone.forward(),
         "both": lambda _: alone.both(),

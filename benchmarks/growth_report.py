@@ -66,7 +66,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         lines.append("")
     if found["options"]:
-        lines += ["| network | option | time by plain | memory by plain |", "|---|---|---:|---:|"]
+        lines += ["| network | option | time relative to none | memory relative to none |", "|---|---|---:|---:|"]
         for row in found["options"]:
             time = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time"])
             lines.append(f"| {row['network']} | {row['option']} | {time} | {row['memory']:.2f} |")
@@ -78,7 +78,7 @@ def _summary(curves: Sequence[dict[str, Any]]) -> list[str]:
     """Return the slopes, with those of the upper halves in parentheses."""
     axes = list(dict.fromkeys(entry["axis"] for entry in curves))
     words = {"milliseconds": "time", "bytes": "memory"}
-    head = " | ".join(f"{words[quantity]} by {axis}" for axis in axes for quantity in QUANTITIES)
+    head = " | ".join(f"{words[quantity]}, {axis}" for axis in axes for quantity in QUANTITIES)
     lines = [f"| loss | {head} |", "|---|" + "---:|" * (len(axes) * len(QUANTITIES))]
     cells: dict[str, list[str]] = {}
     for axis in axes:
@@ -92,7 +92,7 @@ def _summary(curves: Sequence[dict[str, Any]]) -> list[str]:
 
 def _table(axis: str, title: str, curves: Sequence[dict[str, Any]], unit: float) -> list[str]:
     sizes = [count(size) for size in curves[0]["at"]]
-    head = f"| {title}, by {axis} | " + " | ".join([*sizes, "slope", "upper half"]) + " |"
+    head = f"| {title}, against {axis} | " + " | ".join([*sizes, "slope", "upper half"]) + " |"
     rows = [
         f"| {entry['loss']} | "
         + " | ".join([*(_shown(value / unit) for value in entry["values"]), *_slopes(entry)])

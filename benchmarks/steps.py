@@ -248,16 +248,16 @@ COLUMNS = (
     "loss",
     "derivative",
     "ms",
-    "by flow matching",
-    "by its floor",
-    "by forward and backward",
-    "memory by flow matching",
+    "relative to flow matching",
+    "relative to its floor",
+    "relative to forward and backward",
+    "memory relative to flow matching",
 )
 
 
 def head(peers: Iterable[str]) -> str:
     """Return the head of the table."""
-    columns = [*COLUMNS, *(f"by {name}" for name in peers)]
+    columns = [*COLUMNS, *(f"relative to {name}" for name in peers)]
     return "| " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (len(columns) - 2)
 
 

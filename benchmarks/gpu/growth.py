@@ -44,9 +44,9 @@ def run(job: Job) -> None:
     precision = "fp32" if device == "cpu" else "bf16"
     given = argparse.Namespace(device=device, precision=precision, repeats=2 if tiny else 5, sizes=sizes)
     with tempfile.TemporaryDirectory() as folder:
-        place, guess = Path(folder), 5 if tiny else 60
-        rows = [Row(axis, partial(axis_row, axis, given, place), "axis", guess, {}) for axis in AXES]
-        rows.append(Row("options", partial(options_row, given, place), "options", guess, {}))
+        work, guess = Path(folder), 5 if tiny else 60
+        rows = [Row(axis, partial(axis_row, axis, given, work), "axis", guess, {}) for axis in AXES]
+        rows.append(Row("options", partial(options_row, given, work), "options", guess, {}))
         ((_, deadline),) = list(job.parts())
         take(rows, deadline, job.record)
     curves = [curve for row in job.record.found["rows"].values() for curve in row.get("curves", ())]

@@ -139,7 +139,7 @@ class Large:
             if future.done():
                 del self.waiting[act, row]
                 values = {"what": act, "of": row, "seconds": time.monotonic() - since}
-                error = RuntimeError(NO_TIME) if future.canceled() else future.exception()
+                error = RuntimeError(NO_TIME) if future.cancelled() else future.exception()
                 if error is None:
                     self.job.record.add(f"{act}: {row}", "measured", **values | read(out))
                 else:

@@ -120,14 +120,14 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(required=True)
-    places = {build: "folder out", step: "recipe run out", estimate: "recipe out", open_at: "recipe out"}
-    for act, words in (places | {reload: "student out"}).items():
+    paths = {build: "folder out", step: "recipe run out", estimate: "recipe out", open_at: "recipe out"}
+    for act, words in (paths | {reload: "student out"}).items():
         made = acts.add_parser(act.__name__.removesuffix("_at"))
         made.set_defaults(act=act)
         if act is build:
             made.add_argument("name")
-        for place in words.split():
-            made.add_argument(place, type=Path)
+        for path in words.split():
+            made.add_argument(path, type=Path)
         made.add_argument("--device", default="cuda")
         made.add_argument("--tiny", action="store_true")
         made.add_argument("--steps", type=int, default=5)

@@ -110,7 +110,14 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
     for setting in settings:
         rows = measured(found, setting=setting)
         peers = list(dict.fromkeys(name for row in rows.values() for name in row["by_peer"]))
-        columns = ["loss", "derivative", "ms", "by its floor", "by flow matching", "memory by flow matching"]
+        columns = [
+            "loss",
+            "derivative",
+            "ms",
+            "relative to its floor",
+            "relative to flow matching",
+            "memory relative to flow matching",
+        ]
         cells = [
             [
                 *(row["loss"], row["derivative"], f"{row['milliseconds']['step']['median']:.1f}"),
@@ -124,10 +131,10 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
             ]
             for row in rows.values()
         ]
-        lines += [f"{setting}:", "", *table([*columns, *(f"by {name}" for name in peers)], cells, words=2)]
+        lines += [f"{setting}:", "", *table([*columns, *(f"relative to {name}" for name in peers)], cells, words=2)]
     above = [name for name, row in measured(found).items() if row["by_floor"] and row["by_floor"]["median"] > 1.10]
     slower = [
-        f"{name} by {peer}"
+        f"{name} relative to {peer}"
         for name, row in measured(found).items()
         for peer, ratio in row["by_peer"].items()
         if ratio["median"] > 0.85
@@ -142,11 +149,11 @@ def _large(found: Mapping[str, Any]) -> list[str]:
         "model",
         "student",
         "parameters",
-        "s a step",
-        "samples a second",
+        "s per step",
+        "samples per second",
         "peak GiB",
         "estimate GiB",
-        "measured by estimate",
+        "measured relative to estimate",
     ]
     estimates = {row["of"]: row["bytes"] for row in measured(found, what="estimate").values()}
     cells = []

@@ -36,11 +36,11 @@ def run(job: Job) -> None:
     """Measure all rows in one folder with their bytecode."""
     repeats = 1 if job.options.tiny else 3
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        work = Path(folder)
         rows = [
-            Row("command", partial(commands, place, repeats), "commands", 90 if job.options.tiny else 150, {}),
-            Row("part of a warm start", partial(parts, place, repeats), "parts", 15, {}),
-            Row("imports", partial(imports, place), "imports", 15, {}),
+            Row("command", partial(commands, work, repeats), "commands", 90 if job.options.tiny else 150, {}),
+            Row("part of a warm start", partial(parts, work, repeats), "parts", 15, {}),
+            Row("imports", partial(imports, work), "imports", 15, {}),
         ]
         ((_, deadline),) = list(job.parts())
         take(rows, deadline, job.record)

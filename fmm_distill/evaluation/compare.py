@@ -41,12 +41,12 @@ class Change:
 
     @property
     def of_student(self) -> bool:
-        """Whether it is not the teacher's."""
+        """True for rows other than the teacher's."""
         return not is_of_teacher(self.sampler)
 
     @property
     def judged(self) -> bool:
-        """Whether it is a student's quantity that depends on the samples alone."""
+        """True for a student's quantity that depends on the samples alone."""
         return self.of_student and self.column.judged
 
     @property
@@ -57,7 +57,7 @@ class Change:
 
     @property
     def moved(self) -> bool:
-        """Whether the difference exceeds its threshold."""
+        """True if the difference exceeds its threshold."""
         if math.isnan(self.before) or math.isnan(self.after):
             return not (math.isnan(self.before) and math.isnan(self.after))
         difference = abs(self.after - self.before)
@@ -68,7 +68,7 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """Whether it moved in the wrong direction, or became NaN."""
+        """True if it moved in the wrong direction, or became NaN."""
         if math.isnan(self.before) or math.isnan(self.after):
             return self.moved and math.isnan(self.after)
         falls = self.after < self.before
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether a judged quantity is worse."""
+        """True if a judged quantity is worse."""
         return any(change.worse and change.judged for change in self.changes)
 
 

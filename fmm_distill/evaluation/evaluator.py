@@ -99,7 +99,7 @@ class EvaluationSpec:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process computes the rows."""
+        """True in the process that computes the rows."""
         return self.accelerator is None or self.accelerator.is_main_process
 
 

@@ -154,12 +154,12 @@ class SampleGenerator:
         hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
         draws = self.draws(range(WARM_UP))
         try:
-            memory = peak_memory_of(lambda: self._sampled(sampler, draws), self.device)
+            memory = peak_memory_of(lambda: self._sample(sampler, draws), self.device)
         finally:
             hook.remove()
         return Cost(len(calls), memory)
 
-    def _sampled(self, sampler: Sampler, draws: SampleDraws) -> tuple[Tensor, Tensor | None]:
+    def _sample(self, sampler: Sampler, draws: SampleDraws) -> tuple[Tensor, Tensor | None]:
         """Return samples, and their images where they are decoded; both on the sampler's device."""
         x = sampler.run(draws)
         if sampler.makes_images:
@@ -170,29 +170,29 @@ class SampleGenerator:
     def _batch(self, sampler: Sampler, numbers: range) -> dict[str, Tensor]:
         draws = self.draws(numbers)
         started = time.perf_counter()
-        x, decoded = self._sampled(sampler, draws)
+        x, decoded = self._sample(sampler, draws)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - started) / len(numbers)
-        made = {"seconds": torch.full((len(numbers),), seconds, dtype=torch.float64)}
+        rows = {"seconds": torch.full((len(numbers),), seconds, dtype=torch.float64)}
         if numbers.start < self.spec.stored:
-            made["samples"] = x.cpu()
+            rows["samples"] = x.cpu()
         if decoded is not None:
             images = unit_images(decoded)
             if self.features is not None:
-                seen = self.features(images.to(self.device))
-                made["features"] = seen.features.float().cpu()
-                if seen.scores is not None:
-                    made["scores"] = seen.scores.float().cpu()
+                output = self.features(images.to(self.device))
+                rows["features"] = output.features.float().cpu()
+                if output.scores is not None:
+                    rows["scores"] = output.scores.float().cpu()
             if self.spec.clip is not None:
-                made["clip"] = self.spec.clip(images, numbers).cpu()
+                rows["clip"] = self.spec.clip(images, numbers).cpu()
             # Conversion to uint8 turns NaN into a valid pixel, so that the networks don't see it.
             broken = images.flatten(1).isnan().any(1).cpu()
-            for name in {"features", "scores", "clip"} & made.keys():
-                made[name][broken] = torch.nan
+            for name in {"features", "scores", "clip"} & rows.keys():
+                rows[name][broken] = torch.nan
         if self.progress is not None:
             self.progress(len(numbers) * sampler.steps)
-        return made
+        return rows
 
     def _cached(
         self, make: Callable[[int, int, int], dict[str, Tensor]], steps: int, folder: Path

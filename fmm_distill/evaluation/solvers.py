@@ -81,7 +81,7 @@ def steps_within(teacher: Teacher, calls: tuple[int, ...]) -> dict[str, tuple[in
     """
     each = 2 if teacher.guidance is not None else 1
     evaluations = tuple(dict.fromkeys(max(1, count // each) for count in calls))
-    # All solvers of one setting take as many calls per step.
+    # Solvers of one setting have the same number of calls per step.
     solvers = {solver.setting: solver for solver in SOLVERS}
     return {
         setting: tuple(dict.fromkeys(solver.steps_within(count) for count in evaluations))
@@ -101,7 +101,7 @@ def describe_solvers(teacher: Teacher, settings: EvaluationSettings) -> str:
         if name not in found:
             missing.setdefault(_why_missing(name, teacher), []).append(name.removesuffix("_steps"))
     line = ", ".join(labels) or "none"
-    if isinstance(teacher.schedule, VariancePreserving):
+    if labels and isinstance(teacher.schedule, VariancePreserving):
         line = f"diffusers' {line}, timestep_spacing=trailing, otherwise as configured (clip_sample={_clips(teacher)})"
     return "; ".join([line, *(f"without {', '.join(names)}: {reason}" for reason, names in missing.items())])
 

@@ -260,7 +260,7 @@ def fetch_student(source: str, revision: str | None = None) -> Path:
     except HFValidationError as error:
         raise UserError(f"{source}: expected owner/name on the Hub or an existing folder, got neither") from error
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: no such folder here, and of the Hub: {hub_reason(error)}") from error
+        raise UserError(f"{source}: no such folder here, and on the Hub: {hub_reason(error)}") from error
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{source}: expected a student that fmm-distill publish sends, got a repository without {MANIFEST}"

@@ -241,7 +241,7 @@ def test_tables_of_steps_name_what_misses_its_goal(tmp_path):
     text = render.render(sorted(tmp_path.glob("gpu-*.json")))
     assert "| lagrangian, target | exact | 12.3 | 1.20 (1.20 to 1.20) | 1.50 (1.50 to 1.50) | 1.10 | 0.90" in text
     assert "Above 1.10 of the floor: 1 of 2 rows. slow" in text
-    assert "Above 0.85 of a FastGen step: slow by fastgen sCM" in text
+    assert "Above 0.85 of a FastGen step: slow relative to fastgen sCM" in text
     assert "- skipped (no time), 1: a" in text
 
 

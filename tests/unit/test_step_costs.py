@@ -126,7 +126,7 @@ def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
     settings = {
         "teacher": "none",
         "loss": case.settings(case.engines()[-1]),
-        "time_sampling": case.pairs,
+        "time_sampling": case.time_sampling,
         "data": "fixed",
     }
     recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))

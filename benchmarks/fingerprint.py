@@ -1,4 +1,4 @@
-"""Digests of what four kinds of runs compute, to show that a change of the code moves no number.
+"""Digests of the numbers that four kinds of runs compute, to show that a change of the code moves none.
 
     python -m benchmarks.fingerprint --output before.json     # at the old commit
     python -m benchmarks.fingerprint --output after.json      # at the new one
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Fields of steps.jsonl that say how fast a step was, not what it computed.
+# Fields of steps.jsonl on the speed of a step, which differ between equal runs.
 MEASURED = ("images_per_second", "peak_memory_gib")
 QUICK = {
     "training.batch_size": 8,
@@ -34,26 +34,24 @@ QUICK = {
     "evaluation.features": "none",
     "export.steps": [1, 2],
 }
-# Losses that train their own pairs of times only.
-OWN = {
-    "consistency": {"pairs": {"prior": 0, "data": 1}},
-    "operator_regression": {"pairs": {"prior": 1}},
-    "progressive_distillation": {"pairs": {"prior": 0, "dyadic": 3}},
-}
-# Next to losses that only make a map agree with itself.
-ALSO = [{"loss": {"name": "flow_matching"}, "share": 0.5, "pairs": {"prior": 0, "data": 1}}]
+# Teaches the velocity to losses that only make a map consistent with itself.
+VELOCITY_TERM = {"loss": {"name": "flow_matching"}, "fraction": 0.5, "time_sampling": {"prior": 0, "data": 1}}
 
 
 def runs() -> dict[str, dict[str, Any]]:
-    """Settings of each run, by its name; ``processes`` is the number of processes."""
-    from fmm_distill.losses import SETTINGS
+    """Return the settings of each run, by its name; ``processes`` is the number of processes."""
+    from fmm_distill.losses import registered_losses
 
     digits: dict[str, Any] = {"recipe": "digits"}
     made = {"digits": digits | {"training.steps": 50, "export.steps": [1, 4]}}
-    for loss, kind in SETTINGS.items():
-        own = OWN.get(loss, {}) | ({"also": ALSO} if kind().sees_no_teacher else {})
-        own |= {"data": "builtin:digits", "training.steps": 3, "loss": {"name": loss}}
-        made[f"loss {loss}"] = digits | QUICK | own
+    for name, kind in registered_losses().items():
+        loss = kind.model_validate({})
+        own: dict[str, Any] = {"data": "builtin:digits", "training.steps": 3, "loss": {"name": name}}
+        if loss.needed_sampling is not None:
+            own["time_sampling"] = loss.needed_sampling.model_dump(exclude_unset=True)
+        if loss.needs_velocity_term:
+            own["extra_losses"] = [VELOCITY_TERM]
+        made[f"loss {name}"] = digits | QUICK | own
     made["adapters"] = digits | QUICK | {"teacher": "sd", "training.steps": 3, "student.lora": {"rank": 2}}
     made["adapters"] |= {"loss": {"name": "lagrangian"}, "guidance.scale": 3.0, "pipeline": {"height": 16, "width": 16}}
     made["two processes"] = digits | QUICK | {"training.steps": 5, "processes": 2}
@@ -85,7 +83,7 @@ def fingerprint(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 def digest(run: Path) -> dict[str, Any]:
-    """The losses of a run, the digests of its newest weights and of its exports, and its endpoint errors."""
+    """Return the losses of a run, the digests of its newest weights and its exports, and its endpoint errors."""
     lines = (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
@@ -105,13 +103,25 @@ def sha256(path: Path) -> str:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each run and part that is not equal."""
+    """Return a line for each run and part that is not equal."""
     found = [f"{name}: in one file only" for name in sorted(before.keys() ^ after.keys())]
     for name in sorted(before.keys() & after.keys()):
-        for part in before[name].keys() | after[name].keys():
+        found += _steps_that_differ(name, before[name]["steps"], after[name]["steps"])
+        for part in sorted((before[name].keys() | after[name].keys()) - {"steps"}):
             if before[name].get(part) != after[name].get(part):
                 found.append(f"{name}: {part} differ")
     return found
+
+
+def _steps_that_differ(name: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """Return a line for the first step whose common fields are not equal; a renamed field is no difference."""
+    if len(before) != len(after):
+        return [f"{name}: {len(before)} steps and {len(after)}"]
+    for number, (one, other) in enumerate(zip(before, after, strict=True)):
+        common = one.keys() & other.keys()
+        if unequal := sorted(key for key in common if one[key] != other[key]) or sorted({"loss"} - common):
+            return [f"{name}: step {number}: {', '.join(unequal)} differ"]
+    return []
 
 
 def make(names: list[str] | None, output: Path) -> None:

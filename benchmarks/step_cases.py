@@ -1,4 +1,4 @@
-"""Every loss as it is timed and counted: its settings, and the network passes that its step can't do without."""
+"""The timed and counted losses: their settings and the network passes that a step needs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
-from fmm_distill.data.samples import PickedImages, row_of
-from fmm_distill.losses import SETTINGS
-from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.data.samples import ImageBatch, row_of
+from fmm_distill.losses import registered_losses
+from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.conditions import Classes
@@ -43,11 +43,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Passes:
-    """Network passes of a step: a tangent counts as a forward pass, and so does a gradient at a network's input alone.
+    """Network passes of a step; a tangent and a gradient of a network's input each count as a forward pass.
 
     Attributes:
         teacher: forward passes of the teacher.
-        student: forward passes of the student and its copies, tangents among them.
+        student: forward passes of the student and its copies, including tangents.
         backward: backward passes of the student, each about two forward passes.
     """
 
@@ -58,22 +58,22 @@ class Passes:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss with its settings. Starts come from data, so that no pass is spent on them, unless ``data`` is off."""
+    """A loss with its settings. With ``data``, starting points need no pass of the student."""
 
     name: str
     loss: dict[str, Any]
     # None: not counted.
     floor: Passes | None
-    pairs: dict[str, Any] = field(default_factory=dict)
+    time_sampling: dict[str, Any] = field(default_factory=dict)
     data: bool = True
 
     def engines(self) -> list[str]:
-        """Of its derivative; a loss that takes none has none."""
-        takes = issubclass(SETTINGS[self.loss["name"]], DerivativeSettings) and not self.loss.get("step")
+        """The engines of its derivative; empty for a loss without derivatives."""
+        takes = issubclass(registered_losses()[self.loss["name"]], DerivativeLoss) and not self.loss.get("step")
         return ["exact", "central"] if takes else ["none"]
 
     def settings(self, engine: str) -> dict[str, Any]:
-        """The loss's, with this engine."""
+        """Return the settings of the loss with this engine."""
         return self.loss if engine == "none" else self.loss | {"derivative": engine}
 
 
@@ -82,14 +82,16 @@ _TO_DATA = {"prior": 0, "data": 1}
 _DYADIC = {"prior": 0, "dyadic": 3}
 CASES = (
     Case("flow_matching", {"name": "flow_matching"}, Passes(1, 1, 1)),
-    Case("lagrangian, target", {"name": "lagrangian", "stop": "target"}, Passes(1, 2, 1)),
+    Case("lagrangian, target", {"name": "lagrangian", "stop_gradient": "target"}, Passes(1, 2, 1)),
     # Half of the jumps start from one of the student's own.
-    Case("lagrangian, target, no data", {"name": "lagrangian", "stop": "target"}, Passes(1, 2.5, 1), data=False),
-    Case("lagrangian, teacher", {"name": "lagrangian", "stop": "teacher"}, Passes(1, 2, 2)),
-    Case("lagrangian, none", {"name": "lagrangian", "stop": "none"}, Passes(2, 2, 2)),
-    Case("eulerian, target", {"name": "eulerian", "stop": "target"}, Passes(1, 2, 1)),
-    Case("eulerian, teacher", {"name": "eulerian", "stop": "teacher"}, Passes(1, 3, 2)),
-    Case("eulerian, none", {"name": "eulerian", "stop": "none"}, Passes(1, 2, 2)),
+    Case(
+        "lagrangian, target, no data", {"name": "lagrangian", "stop_gradient": "target"}, Passes(1, 2.5, 1), data=False
+    ),
+    Case("lagrangian, teacher", {"name": "lagrangian", "stop_gradient": "teacher_input"}, Passes(1, 2, 2)),
+    Case("lagrangian, none", {"name": "lagrangian", "stop_gradient": "nowhere"}, Passes(2, 2, 2)),
+    Case("eulerian, target", {"name": "eulerian", "stop_gradient": "target"}, Passes(1, 2, 1)),
+    Case("eulerian, teacher", {"name": "eulerian", "stop_gradient": "teacher_input"}, Passes(1, 3, 2)),
+    Case("eulerian, none", {"name": "eulerian", "stop_gradient": "nowhere"}, Passes(1, 2, 2)),
     Case("progressive", {"name": "progressive", "target": "frozen"}, Passes(0, 3, 1)),
     Case(
         "progressive_distillation", {"name": "progressive_distillation", "target": "frozen"}, Passes(0, 3, 1), _DYADIC
@@ -106,7 +108,7 @@ CASES = (
 
 
 def make_unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32) -> UNet2DModel:
-    """Attention at one level, as in the DDPM of CIFAR-10."""
+    """Return a UNet with attention at one level, as in the DDPM of CIFAR-10."""
     levels = range(len(channels))
     return UNet2DModel(
         sample_size=size,
@@ -121,7 +123,7 @@ def make_unet(channels: tuple[int, ...], layers: int, attention: int, size: int 
 
 
 def make_dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTransformer2DModel:
-    """Told a class; one token for four pixels of a latent image."""
+    """Return a class-conditional transformer with one token per four pixels of a latent image."""
     return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -145,25 +147,25 @@ NETWORKS = {
 
 
 class _Fixed:
-    """64 samples of noise in the place of data: what they show costs nothing."""
+    """64 samples of noise instead of images: their content does not affect the cost."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.samples = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
 
-    def pick(self, draws: Draws) -> PickedImages:
-        return PickedImages(self.samples[row_of(draws.image, len(self.samples))])
+    def pick(self, draws: Draws) -> ImageBatch:
+        return ImageBatch(self.samples[row_of(draws.image, len(self.samples))])
 
 
 def make_teacher(kind: str, size: str) -> Teacher:
-    """A network of random weights, the same every time: ``unet`` on pixels, or ``dit`` on latents, told a class."""
+    """Return a network with fixed random weights: ``unet`` on pixels, or class-conditional ``dit`` on latents."""
     torch.manual_seed(0)
     return teacher_of(NETWORKS[kind, size]())
 
 
 def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
-    """A network as a teacher of the linear schedule."""
+    """Return a network as a teacher with the linear schedule."""
     side, channels = network.config.sample_size, network.config.in_channels
-    told = isinstance(network, DiTTransformer2DModel)
+    conditional = isinstance(network, DiTTransformer2DModel)
     return Teacher(
         network=network.requires_grad_(False).eval(),
         parametrization=Parametrization(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
@@ -171,7 +173,7 @@ def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
         source="random weights",
         adapter="benchmark",
         scheduler_config={},
-        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if told else None,
+        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if conditional else None,
     )
 
 
@@ -184,7 +186,7 @@ def make_trainer(
     folder: Path,
     training: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """A trainer of a new student of this teacher, with one average.
+    """Return a trainer of a new student of this teacher, with one average.
 
     Args:
         training: further settings of the training.
@@ -192,7 +194,7 @@ def make_trainer(
     settings = {
         "teacher": "random weights",
         "loss": case.settings(engine),
-        "pairs": case.pairs,
+        "time_sampling": case.time_sampling,
         "data": "fixed samples" if case.data else "none",
         "training": {"steps": 100000, "batch_size": batch} | dict(training or {}),
     }

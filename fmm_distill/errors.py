@@ -1,4 +1,4 @@
-"""What a user can cause, told apart from what is a fault of ours."""
+"""Errors for mistakes of the user, and for failed runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ __all__ = ["FmmDistillError", "UserError", "first_line", "named"]
 
 
 class FmmDistillError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors of this package; the command line exits with code 3."""
 
 
 class UserError(FmmDistillError):
-    """Input that can't be used. The message says what came, what was wanted and what to do.
+    """Input that can't be used. The message says what was expected, what came and what to try.
 
-    The command line prints it as it stands and exits with 2.
+    The command line prints the message as one line and exits with code 2.
     """
 
 

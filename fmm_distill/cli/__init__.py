@@ -1,4 +1,4 @@
-"""The command line: bare, it distills; the rest are verbs, one file each. Heavy imports stay in command bodies."""
+"""The command line: the bare command distills, and each verb has a file. Heavy imports are in the command bodies."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ for verb in (inspect, status, sample, evaluate, export, publish, recipes, losses
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit 2, a failed run one line and exit 3."""
-    # OpenMP's threads spin while they wait: beside another busy process on two cores a step took nine times as long.
-    # Waiting passively costs a tenth when alone. The user's own setting wins.
+    """Run the command line. A mistake of the user is one line on stderr and exit code 2, a failed run exit code 3."""
+    # OpenMP's threads spin while they wait, which made a step nine times as long on two cores that another process
+    # used as well. Passive waiting costs a tenth of a step on a free machine. A setting of the user has priority.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Of the processes that a launcher starts the first one prints, --help and --dry-run included.
+    # The first process of a launcher prints, also for --help and --dry-run.
     first = os.environ.get("RANK", "0") == "0"
     with lossy_streams(last=True) as (out, _):
         with nullcontext() if first else Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere or sys.stdout):
             line, status = _run()
         out.flush()
-        # A pipe's reader that has seen enough is no error, and a run does not end with its lines.
+        # A reader that closes its pipe is no error, and a run is complete without its output.
         if status == 0 and out.lost is not None and not isinstance(out.lost, BrokenPipeError):
-            line = f"standard output could not be written ({out.lost.strerror}): lines of it are lost"
+            line = f"standard output could not be written ({out.lost.strerror}); some lines are lost"
             status = 0 if _is_run(sys.argv[1:]) else 2
         if line is not None:
             click.echo(line, err=True)
@@ -52,10 +52,10 @@ def main() -> None:
 
 
 def _run() -> tuple[str | None, int]:
-    """The command of ``sys.argv``: its line for stderr and its exit status."""
+    """Run the command in ``sys.argv``; return its line for stderr and its exit code."""
     rank = os.environ.get("RANK", "0")
     first = rank == "0"
-    # Another process may fail alone, for want of memory or of a file on its machine: it says which one it is.
+    # Another process may fail alone, for lack of memory or of a file on its machine, so its line has its rank.
     error_line = "error: {}" if first else f"process {rank}: error: {{}}"
     try:
         _check_text(sys.argv[1:])
@@ -65,7 +65,7 @@ def _run() -> tuple[str | None, int]:
         text = " ".join(error.format_message().split())
         return error_line.format(f"{text}{_recipe_of(sys.argv[1:], error)} (see {where} --help)"), 2
     except click.Abort:
-        return "stopped; the same command goes on where it was" if first else None, 130
+        return "stopped; run the same command to resume" if first else None, 130
     except TrainingStoppedError as error:
         # All processes stop together.
         return str(error) if first else None, 128 + error.signal
@@ -77,7 +77,7 @@ def _run() -> tuple[str | None, int]:
 
 
 def _recipe_of(arguments: list[str], error: click.UsageError) -> str:
-    """The option that is missing before the name of a recipe."""
+    """Return advice for the name of a recipe without ``--recipe``."""
     from fmm_distill.config.recipe import recipe_names
 
     known = "No such command" in error.format_message() and arguments[:1] and arguments[0] in recipe_names()
@@ -85,7 +85,7 @@ def _recipe_of(arguments: list[str], error: click.UsageError) -> str:
 
 
 def _check_text(arguments: list[str]) -> None:
-    """Refuse arguments that are no text in this process's encoding: names with them could not be logged or exported."""
+    """Refuse arguments that this process can't decode: such names can't be logged or exported."""
     for argument in arguments:
         if any("\ud800" <= letter <= "\udfff" for letter in argument):
             shown = argument.encode("utf-8", "backslashreplace").decode()
@@ -95,6 +95,6 @@ def _check_text(arguments: list[str]) -> None:
 
 
 def _is_run(arguments: list[str]) -> bool:
-    """Whether the bare command distilled, which leaves everything in its folder."""
+    """Tell if the bare command has distilled; its results are then in the run folder."""
     given = {argument.partition("=")[0] for argument in arguments}
     return "--recipe" in given and not given & {"--dry-run", "--help", "-h", "--version"}

@@ -1,4 +1,4 @@
-"""Output files of commands, checked before what they hold is computed."""
+"""Output files of commands, checked before their content is computed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ def check_output(path: Path, endings: tuple[str, ...] = ()) -> None:
     """Refuse a file of ``--output`` that could not be written.
 
     Args:
-        endings: of a name that the writer knows; none: any.
+        endings: the accepted suffixes; empty: any.
 
     Raises:
-        UserError: on another ending, a folder, or a place that is not there or takes no files.
+        UserError: on another suffix, or a path that is a folder, has no parent folder, or is not writable.
     """
     if endings and path.suffix.lower() not in endings:
         one_of = " or ".join([", ".join(endings[:-1]), endings[-1]] if endings[1:] else endings)
         raise UserError(f"--output {path}: expected a name that ends in {one_of}, for a picture")
     if not path.parent.is_dir():
         raise UserError(
-            f"--output {path} could not be written ({path.parent} is no folder); make it, or choose another"
+            f"--output {path}: expected a path in an existing folder, got {path.parent}, which is not one; create it, "
+            "or choose another"
         )
     check_writable(path)
 
 
 def check_report(folder: Path) -> None:
-    """Refuse a folder of ``--report`` that could not be made or written; nothing is made yet.
+    """Refuse a folder of ``--report`` that could not be created or written; nothing is created yet.
 
     Raises:
-        UserError: if it is a file, or is in a place that takes none.
+        UserError: if it is a file, or the folder above it is not writable.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"--report {folder} could not be written ({there} is a file; expected a folder)")
+        raise UserError(f"--report {folder}: expected a folder, got the file {there}; choose another path")
     check_writable(there / "report.html" if there == folder else there / folder.name)

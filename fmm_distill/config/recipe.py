@@ -17,20 +17,22 @@ from fmm_distill.config.settings import (
     DataSettings,
     EvaluationSettings,
     ExportSettings,
+    ExtraLoss,
     GuidanceSettings,
     LoggingSettings,
     OptimizerSettings,
     PromptSettings,
     Stage,
     StudentSettings,
-    Term,
     TrainingSettings,
 )
 from fmm_distill.errors import UserError
-from fmm_distill.losses import LOSSES, SETTINGS, AnyLossSettings, LagrangianSettings
-from fmm_distill.losses.base import Settings
-from fmm_distill.losses.time_sampling import Pairs
-from fmm_distill.losses.weighting import Metric, Weight
+from fmm_distill.losses.base import Loss
+from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.losses.registry import GROUP, AnyLoss, find_loss, registered_losses
+from fmm_distill.losses.settings import Settings
+from fmm_distill.losses.time_sampling import TimeSampling
+from fmm_distill.losses.weighting import Distance, Weight
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
@@ -41,6 +43,14 @@ __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
 # Names of settings before the first release: the new ones are often too different to be guessed.
 _RENAMED = {
+    "also": "extra_losses",
+    "before": "stages",
+    "extra_losses.pairs": "extra_losses.time_sampling",
+    "extra_losses.share": "extra_losses.fraction",
+    "metric": "distance",
+    "pairs": "time_sampling",
+    "stages.pairs": "stages.time_sampling",
+    "stages.share": "stages.fraction",
     "training.accumulation": "training.gradient_accumulation_steps",
     "training.bad_steps": "training.max_non_finite_steps",
     "training.betas": "optimizer.betas",
@@ -51,6 +61,7 @@ _RENAMED = {
     "training.refresh_steps": "training.target_update_every",
     "training.weight_decay": "optimizer.weight_decay",
 }
+_RENAMED_OF_LOSSES = {"stop": "stop_gradient"}
 
 
 class Recipe(Settings):
@@ -72,18 +83,18 @@ class Recipe(Settings):
     """Data that jumps may start from, in addition to noise."""
     student: StudentSettings = StudentSettings()
     """The student's prediction type, its start and its adapters."""
-    loss: AnyLossSettings = LagrangianSettings()
-    """Which loss, and its settings."""
-    also: tuple[Term, ...] = ()
-    """Further losses, each on a share of every batch; the main loss has the rest."""
-    before: tuple[Stage, ...] = ()
-    """Losses that are trained alone, one after the other, before the main one and what is beside it."""
-    metric: Metric = Metric()
-    """How large a residual is."""
+    loss: AnyLoss = Lagrangian()
+    """The main loss and its settings."""
+    extra_losses: tuple[ExtraLoss, ...] = ()
+    """Further losses, each on a fraction of every batch; the main loss has the rest."""
+    stages: tuple[Stage, ...] = ()
+    """Losses that are trained alone, one after the other, before the main and the extra losses."""
+    distance: Distance = Distance()
+    """Distance between prediction and target."""
     weight: Weight = Weight()
-    """How much a sample counts."""
-    pairs: Pairs = Pairs()
-    """Where jumps start and end."""
+    """Weight of each sample."""
+    time_sampling: TimeSampling = TimeSampling()
+    """Distribution of the times at which jumps start and end."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer and its learning rate."""
     training: TrainingSettings = TrainingSettings()
@@ -115,15 +126,15 @@ class Recipe(Settings):
         return self
 
     @property
-    def losses(self) -> tuple[AnyLossSettings, ...]:
-        """The main loss, those beside it, and those before it."""
-        return (self.loss, *(term.loss for term in self.also), *(stage.loss for stage in self.before))
+    def losses(self) -> tuple[Loss, ...]:
+        """The main loss, the extra losses, and those of the stages before it."""
+        return (self.loss, *(extra.loss for extra in self.extra_losses), *(stage.loss for stage in self.stages))
 
     @property
     def loss_names(self) -> str:
         """The names of all losses, for messages."""
-        beside = " and ".join([self.loss.name, *(term.loss.name for term in self.also)])
-        return ", then ".join([*(stage.loss.name for stage in self.before), beside])
+        together = " and ".join([self.loss.name, *(extra.loss.name for extra in self.extra_losses)])
+        return ", then ".join([*(stage.loss.name for stage in self.stages), together])
 
     def stage_at(self, step: int) -> tuple[int | None, int]:
         """Return the index of a step's stage, None in the main loss, and the number of the step within it.
@@ -132,8 +143,8 @@ class Recipe(Settings):
             step: number of the step, from 0 after the student's regression.
         """
         start = 0
-        for index, stage in enumerate(self.before):
-            length = round(stage.share * self.training.steps)
+        for index, stage in enumerate(self.stages):
+            length = round(stage.fraction * self.training.steps)
             if step < start + length:
                 return index, step - start
             start += length
@@ -141,62 +152,58 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
-        for stage in self.before:
-            if stage.loss.sees_no_teacher:
-                raise ValueError(
-                    f"before: loss {stage.loss.name} alone sees no teacher with these settings; make it the main loss, "
-                    "with flow_matching in also"
-                )
-        names = [self.loss.name, *(term.loss.name for term in self.also)]
+        self._have_a_velocity()
         for loss in self.losses:
-            if loss.velocity == "data" and not self.data.has_images:
-                raise ValueError(f"loss {loss.name} learns from data and there are none; {_without_data(loss)}")
-            if loss.sees_no_teacher and "flow_matching" not in names:
-                raise ValueError(
-                    f"loss {loss.name} alone sees no teacher with these settings; add to also: "
-                    "{loss: {name: flow_matching}, share: 0.5, pairs: {prior: 0, data: 1}}"
-                )
-        if self.data.on_policy and self.data.has_images and all(loss.velocity == "data" for loss in self.losses):
-            raise ValueError("data.on_policy: a loss that learns from data starts on the way to its image; wanted 0")
-        if (share := sum(term.share for term in self.also)) >= 1:
-            raise ValueError(f"also: the shares come to {share:g}; the main loss needs a part of the batch")
-        if (share := sum(stage.share for stage in self.before)) >= 1:
-            raise ValueError(f"before: the shares come to {share:g}; the main loss needs a part of the steps")
-        if self.training.target_update_every and all(loss.follows != "frozen" for loss in self.losses):
+            if loss.needs_data and not self.data.has_images:
+                fix = f"{loss.without_data}, or give --data"
+                raise ValueError(f"loss {loss.name} learns from data and there are none; {fix}")
+        if self.data.on_policy and self.data.has_images and all(loss.needs_data for loss in self.losses):
+            raise ValueError("data.on_policy: a loss that learns from data starts on the way to its image; expected 0")
+        if (total := sum(extra.fraction for extra in self.extra_losses)) >= 1:
+            raise ValueError(f"extra_losses: expected fractions with a sum below 1, got {total:g}")
+        if (total := sum(stage.fraction for stage in self.stages)) >= 1:
+            raise ValueError(f"stages: expected fractions with a sum below 1, got {total:g}")
+        if self.training.target_update_every and all(loss.target_network != "frozen" for loss in self.losses):
             raise ValueError(
                 "training.target_update_every: expected a loss with target: frozen, got none; leave it out"
             )
-        self._pairs_fit()
+        self._times_fit()
         return self
 
-    def _pairs_fit(self) -> None:
-        wanted = {
-            "consistency": ("data", "{prior: 0, data: 1}"),
-            "operator_regression": ("prior", "{prior: 1}"),
-            "progressive_distillation": ("dyadic", "{prior: 0, dyadic: 3}"),
-        }
-        own = [None, *(term.pairs for term in self.also), *(stage.pairs for stage in self.before)]
-        places = [pairs or self.pairs for pairs in own]
-        for i, (loss, pairs) in enumerate(zip(self.losses, places, strict=True)):
-            key, fit = wanted.get(loss.name, ("spacing", ""))
-            if fit and (got := getattr(pairs, key)) < 1:
-                group = "also" if i <= len(self.also) else "before"
-                cure = f"in {group} give it pairs: {fit}" if i else f"--set 'pairs={fit}'"
-                raise ValueError(f"loss {loss.name} trains its own pairs of times only: {cure} (got {key}: {got:g})")
+    def _have_a_velocity(self) -> None:
+        """Check that a loss which only makes a map consistent with itself comes with one that is a velocity's."""
+        for stage in self.stages:
+            if stage.loss.needs_velocity_term:
+                raise ValueError(
+                    f"stages: loss {stage.loss.name} alone learns no velocity with these settings; make it the main "
+                    "loss, with flow_matching in extra_losses"
+                )
+        together = [self.loss, *(extra.loss for extra in self.extra_losses)]
+        for loss in self.losses:
+            if loss.needs_velocity_term and not any(other.diagonal for other in together):
+                raise ValueError(
+                    f"loss {loss.name} alone learns no velocity with these settings; add to extra_losses: "
+                    "{loss: {name: flow_matching}, fraction: 0.5, time_sampling: {prior: 0, data: 1}}"
+                )
+
+    def _times_fit(self) -> None:
+        """Check that each loss is trained on times that it accepts."""
+        own = [None, *(extra.time_sampling for extra in self.extra_losses)]
+        own += [stage.time_sampling for stage in self.stages]
+        for i, (loss, sampling) in enumerate(zip(self.losses, own, strict=True)):
+            sampling = sampling or self.time_sampling
+            if loss.accepts(sampling) or loss.needed_sampling is None:
+                continue
+            needed = loss.needed_sampling.model_dump(exclude_unset=True)
+            wording = "{" + ", ".join(f"{key}: {value:g}" for key, value in needed.items()) + "}"
+            got = ", ".join(f"{key}: {getattr(sampling, key):g}" for key in needed)
+            group = "extra_losses" if i <= len(self.extra_losses) else "stages"
+            fix = f"in {group} give it time_sampling: {wording}" if i else f"--set 'time_sampling={wording}'"
+            raise ValueError(f"loss {loss.name} needs its own times: {fix} (got {got})")
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, with every field."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _without_data(loss: AnyLossSettings) -> str:
-    """What comes nearest to a loss when there is no data."""
-    nearest = {
-        "flow_map_matching": "take lagrangian, or give --data",
-        "mean_flow": "take eulerian with stop: target, or give --data",
-        "terminal_velocity": "take lagrangian with velocity: self and flow_matching in also, or give --data",
-    }
-    return nearest.get(loss.name, "set its velocity: teacher, or give --data")
 
 
 def _folders() -> list[Path]:
@@ -310,7 +317,7 @@ def parse(settings: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        mistakes = "; ".join(_mistake(item) for item in error.errors())
+        mistakes = "; ".join(_mistake(item, settings) for item in error.errors())
         raise UserError(f"{where}: {mistakes}") from error
 
 
@@ -337,28 +344,40 @@ def _group(settings: dict[str, Any], name: str) -> Any:  # noqa: ANN401 the user
     return group
 
 
-def _mistake(item: Any) -> str:  # noqa: ANN401 pydantic's error record
-    """Return the message of a mistake, with the path that a user can type: without the tags of unions."""
-    keys = item["loc"]
-    tags = [i > 0 and keys[i - 1] == "loss" and part in LOSSES for i, part in enumerate(keys)]
-    path = ".".join(_key(part) for part, tag in zip(keys, tags, strict=True) if not tag) or "recipe"
-    if item["type"] == "union_tag_invalid":
-        name = item["ctx"]["tag"]
-        return f"{path}.name: expected a loss of fmm-distill losses, got {name!r}{_guess(name, LOSSES)}"
-    if item["type"] == "union_tag_not_found":
-        return f"{path}: expected a group with a name, such as {{name: lagrangian}} (got {_shown(item['input'])})"
+def _mistake(item: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401 pydantic's error record
+    """Return one mistake, with the path that can be typed.
+
+    Args:
+        settings: the plain settings that were validated.
+    """
+    path = ".".join(map(_key, item["loc"])) or "recipe"
+    if item["type"] == "loss_unknown":
+        name, known = item["ctx"]["name"], registered_losses()
+        others = f"one of another package needs that package, with an entry point in {GROUP}"
+        return f"{path}.name: expected a loss of fmm-distill losses, got {name!r}{_guess(name, known)} ({others})"
     if item["type"] == "extra_forbidden":
-        of = next((part for part, tag in zip(keys, tags, strict=True) if tag), None)
-        if of is not None:
-            known = [f"{path.rpartition('.')[0]}.{name}" for name in SETTINGS[of].model_fields]
-            hint = f"--set '{path.rpartition('.')[0]}={{name: {of}}}' starts from the defaults of that loss"
-            return f"{path} is not a setting of {of}{_guess(path, known)} ({hint})"
-        if new := _RENAMED.get(".".join(part for part in path.split(".") if not part.isdecimal())):
-            return f"{path} is not a setting; expected its new name, {new}"
-        return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
+        return _unknown_key(path, item["loc"], settings)
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | Settings) else f" (got {_shown(item['input'])})"
     return f"{path}: {message}{got}"
+
+
+def _unknown_key(path: str, keys: tuple[str | int, ...], settings: dict[str, Any]) -> str:
+    """Return the mistake of a key that no group of settings has, with the key that was probably meant."""
+    if "loss" in keys[:-1]:
+        group: Any = settings
+        for key in keys[:-1]:
+            group = group[key]
+        where = path.rpartition(".")[0]
+        kind = find_loss(group["name"])
+        known = [] if kind is None else [f"{where}.{name}" for name in kind.model_fields]
+        renamed = f"{where}.{_RENAMED_OF_LOSSES.get(str(keys[-1]))}"
+        meant = f"; expected its new name, {renamed}" if renamed in known else _guess(path, known)
+        fresh = f"--set '{where}={{name: {group['name']}}}' starts from the defaults of that loss"
+        return f"{path} is not a setting of {group['name']}{meant} ({fresh})"
+    if new := _RENAMED.get(".".join(part for part in path.split(".") if not part.isdecimal())):
+        return f"{path} is not a setting; expected its new name, {new}"
+    return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
 
 
 def _key(part: int | str) -> str:
@@ -390,7 +409,9 @@ def _paths(model: type[Settings], prefix: str = "") -> list[str]:
     paths = []
     for name, spec in model.model_fields.items():
         paths.append(prefix + name)
-        kinds = getattr(spec.annotation, "__args__", (spec.annotation,))
+        kinds: Iterable[Any] = getattr(spec.annotation, "__args__", (spec.annotation,))
+        if spec.annotation is Loss:
+            kinds = registered_losses().values()
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, Settings):
                 paths += _paths(kind, f"{prefix}{name}.")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from fmm_distill.losses import AnyLossSettings
-from fmm_distill.losses.base import Settings
-from fmm_distill.losses.time_sampling import Pairs
+from fmm_distill.losses.registry import AnyLoss
+from fmm_distill.losses.settings import Settings
+from fmm_distill.losses.time_sampling import TimeSampling
 
 __all__ = [
     "FEATURES",
@@ -17,6 +17,7 @@ __all__ = [
     "DataSettings",
     "EvaluationSettings",
     "ExportSettings",
+    "ExtraLoss",
     "GuidanceSettings",
     "LoggingSettings",
     "LoraSettings",
@@ -24,7 +25,6 @@ __all__ = [
     "PromptSettings",
     "Stage",
     "StudentSettings",
-    "Term",
     "TrainingSettings",
     "TrajectorySettings",
 ]
@@ -213,28 +213,28 @@ class GuidanceSettings(Settings):
         return self
 
 
-class Term(Settings):
-    """A further loss on a share of every batch."""
+class ExtraLoss(Settings):
+    """A further loss on a fraction of every batch."""
 
-    loss: AnyLossSettings
-    """Which loss, and its settings."""
-    share: float = Field(gt=0, lt=1)
-    """Share of the batch that goes to it."""
+    loss: AnyLoss
+    """The loss and its settings."""
+    fraction: float = Field(gt=0, lt=1)
+    """Fraction of the batch that it is trained on."""
     weight: float = Field(default=1.0, gt=0, le=1e6)
     """Factor of its weighted loss."""
-    pairs: Pairs | None = None
-    """Its own pairs of times; none: those of the recipe."""
+    time_sampling: TimeSampling | None = None
+    """Distribution of its times; none: that of the recipe."""
 
 
 class Stage(Settings):
     """A loss that is trained alone before the main one."""
 
-    loss: AnyLossSettings
-    """Which loss, and its settings."""
-    share: float = Field(gt=0, lt=1)
-    """Share of training.steps that it lasts."""
-    pairs: Pairs | None = None
-    """Its own pairs of times; none: those of the recipe."""
+    loss: AnyLoss
+    """The loss and its settings."""
+    fraction: float = Field(gt=0, lt=1)
+    """Fraction of training.steps that it lasts."""
+    time_sampling: TimeSampling | None = None
+    """Distribution of its times; none: that of the recipe."""
 
 
 class OptimizerSettings(Settings):

@@ -1,4 +1,4 @@
-"""The random numbers of a training step: functions of the seed, the step and the index in the batch."""
+"""Random numbers as functions of a seed and a position: no generator has a state that a run must save."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["Draws", "draw"]
+__all__ = ["Draws", "draw", "sample_generator", "step_generator"]
+
+_WORD = 2**32
 
 
 @dataclass
 class Draws:
-    """The random numbers of some samples of one step, each from a stream of its own.
+    """The random numbers of some samples of one step, each field from a stream of its own.
 
-    Numbers of ``[batch]`` stay on the CPU: what is decided by them is decided without waiting for a GPU.
+    Numbers of shape ``[batch]`` stay on the CPU: decisions that depend on them do not wait for a GPU.
 
     Attributes:
-        noise: N(0, I), shape ``[batch, *event]``; where the networks are.
-        first, second: uniform on [0, 1], shape ``[batch]``: the two times.
-        kind: uniform on [0, 1], shape ``[batch]``: what jump it is.
-        image: uniform on [0, 1], shape ``[batch]``: which image of a dataset.
-        share: uniform on [0, 1], shape ``[batch]``: what a loss draws itself, such as a middle time.
-        condition: uniform on [0, 1], shape ``[batch]``: what the network is told besides.
-        guidance: uniform on [0, 1], shape ``[batch]``: the scale in its range, where students are told it.
-        flip: uniform on [0, 1], shape ``[batch]``: whether its image is mirrored.
-        policy: uniform on [0, 1], shape ``[batch]``: whether it starts from the student's own jump although there is
-            data.
-        place: in [0, 1), shape ``[batch]``: the sample's place, spread evenly in every part of a batch; which term
-            of a sum of losses it goes to.
+        noise: N(0, I), shape ``[batch, *event]``, on the device of the networks.
+        first: uniform on [0, 1], shape ``[batch]``: the first of the two times.
+        second: uniform on [0, 1], shape ``[batch]``: the second of the two times.
+        kind: uniform on [0, 1], shape ``[batch]``: the kind of jump (from noise, to data, on the diagonal).
+        image: uniform on [0, 1], shape ``[batch]``: position of the image in a dataset.
+        u: uniform on [0, 1], shape ``[batch]``: passed to the loss, which places a middle time with it.
+        condition: uniform on [0, 1], shape ``[batch]``: position of the condition.
+        guidance: uniform on [0, 1], shape ``[batch]``: position of the scale in its range.
+        flip: uniform on [0, 1], shape ``[batch]``: whether the image is mirrored.
+        policy: uniform on [0, 1], shape ``[batch]``: whether a sample starts from the student's jump despite data.
+        position: in [0, 1), shape ``[batch]``: chooses the loss of a sample, spread evenly in every part of a batch.
     """
 
     noise: Float[Tensor, "batch *event"]
@@ -43,36 +44,53 @@ class Draws:
     second: Float[Tensor, " batch"]
     kind: Float[Tensor, " batch"]
     image: Float[Tensor, " batch"]
-    share: Float[Tensor, " batch"]
+    u: Float[Tensor, " batch"]
     condition: Float[Tensor, " batch"]
     guidance: Float[Tensor, " batch"]
     flip: Float[Tensor, " batch"]
     policy: Float[Tensor, " batch"]
-    place: Float[Tensor, " batch"]
+    position: Float[Tensor, " batch"]
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
-        """Samples ``start`` to ``stop`` of the batch, their noise on ``device``."""
+        """Return samples ``start`` to ``stop`` of the batch, with their noise on ``device``."""
         some = {name: values[start:stop] for name, values in vars(self).items()}
         return Draws(**some | {"noise": to_device(some["noise"], device)})
 
     def rows(self, index: Int[Tensor, " some"]) -> Draws:
-        """The samples at these rows, counted on the CPU."""
+        """Return the samples at these rows; the index is on the CPU."""
         some = {name: values[index] for name, values in vars(self).items() if name != "noise"}
         return Draws(self.noise[to_device(index, self.noise.device)], **some)
 
 
 def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:
-    """The draws of a whole step: a function of the seed, the step and the place in a batch of this size."""
+    """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size."""
 
-    def stream(name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{seed} {step} {name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    def uniform(stream: str) -> Tensor:
+        return torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
 
-    def uniform(name: str) -> Tensor:
-        return torch.rand(batch, generator=stream(name), dtype=torch.float64)
-
-    noise = torch.randn(batch, *event_shape, generator=stream("noise"))
-    names = ("first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")
+    noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
+    names = ("first", "second", "kind", "image", "condition", "guidance", "flip", "policy")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
-    place = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
-    return Draws(noise, **{name: uniform(name) for name in names}, place=place)
+    position = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
+    # The name of a stream is hashed: another name than "share" would be other random numbers.
+    return Draws(noise, u=uniform("share"), **{name: uniform(name) for name in names}, position=position)
+
+
+def step_generator(seed: int, step: int, stream: str) -> torch.Generator:
+    """Return the generator of one stream of a training step, seeded by a hash of all three."""
+    digest = hashlib.sha256(f"{seed} {step} {stream}".encode()).digest()
+    # torch takes seeds below 2^63.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def sample_generator(seed: int, number: int, stream: int = 0) -> torch.Generator:
+    """Return the generator of one sample of an evaluation; numbers below 2^32 never share one.
+
+    torch's CPU generator uses 32 bits of its seed. The sum of seed, stream and number is scrambled by a bijection (the
+    finalizer of MurmurHash3), so that the generators of neighboring numbers are unrelated and no two are equal, which a
+    hash cut to 32 bits would not guarantee.
+    """
+    word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
+    word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD
+    word = ((word ^ (word >> 13)) * 0xC2B2AE35) % _WORD
+    return torch.Generator().manual_seed(word ^ (word >> 16))

@@ -112,6 +112,7 @@ class Parametrization:
             return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
         spread = (sigma.square() + self.sigma_data**2).sqrt()
         output = self.call(network, x_teacher / expand(spread, x), time, cond, h).to(x.dtype)
+        # The EDM schedulers of diffusers have c_out of the opposite sign for v_prediction.
         gain = sigma * self.sigma_data / spread * (-1 if self.prediction == "v_prediction" else 1)
         sample = expand(gain, x) * output + expand((self.sigma_data / spread).square(), x) * x_teacher
         return velocity_from_prediction("sample", sample, x_teacher, alpha, sigma)

@@ -43,6 +43,7 @@ def solve(
         return velocity(x, time.expand(len(x)), cond)
 
     for t, r in pairwise(times):
+        # The difference of the times in float64, before the cast to the dtype of x.
         step = expand(r - t, x)
         k1 = at(x, t)
         if method == "euler":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["changed_state", "own_state"]
 
+# Devices with an autocast state of their own.
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 

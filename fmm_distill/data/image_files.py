@@ -148,12 +148,12 @@ def read_folder(listing: Listing, source: str, split: str) -> Rows:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How images are ordered in folders.
+    """The order of images in folders.
 
     Attributes:
         top: the folder whose own folders may be splits.
         folders: those folders.
-        splits: the split that each of them is; None: they are none.
+        splits: the split of each of them; None if they are not splits.
     """
 
     top: Path
@@ -161,18 +161,18 @@ class _Layout:
     splits: dict[str, str] | None
 
     def has(self, path: Path, split: str) -> bool:
-        """Whether a file is of a split."""
+        """Return whether a file is of a split."""
         if self.splits is None:
             return True
         inside = path.is_relative_to(self.top)
         return inside and self.splits.get(path.relative_to(self.top).parts[0]) == splits.base_of(split)
 
     def depth(self, path: Path) -> int:
-        """Folders above an image; the one of its split is not counted."""
+        """Return the number of folders above an image, without the one of its split."""
         return len(path.relative_to(self.top).parts) - (1 if self.splits is None else 2)
 
     def check(self, source: str, split: str) -> None:
-        """Refuse a split that is not there."""
+        """Check that the split exists."""
         base = splits.base_of(split)
         if self.splits is None and base != "train":
             raise UserError(
@@ -186,12 +186,12 @@ class _Layout:
             )
 
     def left_out(self, listing: Listing, split: str, count: int) -> list[str]:
-        """A line on the images of other splits, if there are any."""
+        """Return a line on the images of other splits, if there are any."""
         others = [name for name in self.folders if not self.has(self.top / name, split)]
         return [f"images of other splits ({', '.join(others)}): {count}"] if count else []
 
     def named_like_splits(self) -> list[str]:
-        """Folders that could be taken for splits and are none, because others at the top are none."""
+        """Return the folders with names of splits that are not splits, because others at the top are not."""
         return [name for name in self.folders if splits.of_folder(name)] if self.splits is None else []
 
 
@@ -200,7 +200,7 @@ def _layout(listing: Listing) -> _Layout:
     while True:
         parts = [path.relative_to(top).parts for path in paths]
         names = {each[0] for each in parts}
-        # A folder that holds nothing but one folder says nothing.
+        # A folder that holds nothing but one folder separates nothing.
         if len(names) > 1 or any(len(each) == 1 for each in parts) or splits.of_folder(min(names)) is not None:
             break
         top /= min(names)

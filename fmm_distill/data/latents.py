@@ -1,4 +1,4 @@
-"""Images as a teacher's latents: encoded once, kept on disk under all they depend on."""
+"""Images as a teacher's latents: encoded once, stored on disk under a digest of all they depend on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.row_store import Layout, Parts
-from fmm_distill.data.samples import PickedImages, mirrored, row_of
+from fmm_distill.data.samples import ImageBatch, mirrored, row_of
 from fmm_distill.io.cache import cache_key, cache_path
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ _PART = 4096
 
 
 def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, ...]) -> Layout:
-    """Where the latents of these images are kept: beside the Hub's cache, under a digest of all they depend on.
+    """Return the layout of the latents of these images, next to the Hub's cache.
+
+    Its folder is named by a digest of all that the latents depend on.
 
     Args:
-        event_shape: of one latent, in float32.
+        event_shape: shape of one latent, in float32.
     """
     about = [encoder.digest(), images.fingerprint, len(images), images.flip]
     folder = cache_path(f"latents-{cache_key(about)}")
@@ -44,7 +46,7 @@ def encode_images(
     process: int = 0,
     processes: int = 1,
 ) -> None:
-    """Encode the images whose latents are not on the disk yet: the mean of the posterior, nothing is drawn.
+    """Encode the images whose latents are not on disk yet; a latent is the mean of the posterior, not a draw.
 
     The latent of a mirrored image is not the mirrored latent: with ``flip`` both are encoded.
     """
@@ -69,7 +71,7 @@ class Latents:
     """Encoded images as data to start from.
 
     Args:
-        layout: where ``encode_images`` wrote them.
+        layout: the layout that ``encode_images`` filled.
 
     Raises:
         UserError: if a part is missing or damaged.
@@ -81,8 +83,8 @@ class Latents:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def pick(self, draws: Draws) -> PickedImages:
-        """The latents at shares of the way through the set, of the mirrored image where ``draws.flip`` says so."""
+    def pick(self, draws: Draws) -> ImageBatch:
+        """Return the latents at the positions ``draws.image``, of mirrored images where ``draws.flip`` is below 1/2."""
         index = row_of(draws.image, len(self))
         latents = self.parts.rows("latents", index)
         if self.flip:
@@ -90,4 +92,4 @@ class Latents:
                 expand(mirrored(draws).cpu(), latents).bool(), self.parts.rows("mirrored", index), latents
             )
         rows = self.parts.rows("rows", index)
-        return PickedImages(latents, None if self.conditions is None else self.conditions[rows])
+        return ImageBatch(latents, None if self.conditions is None else self.conditions[rows])

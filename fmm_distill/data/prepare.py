@@ -1,4 +1,4 @@
-"""A run's data made ready before training: images encoded, trajectories solved."""
+"""Preparation of a run's data before training: images are encoded, trajectories solved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_images(settings: DataSettings, teacher: Teacher, table: Table | None) -> Images | None:
-    """The images of a recipe, of the size that its teacher's samples decode to; None: it has none.
+    """Return the images of a recipe, of the size that its teacher's samples decode to; None if it has none.
 
     Raises:
         UserError: if they can't be used with this teacher.
@@ -38,20 +38,24 @@ def open_images(settings: DataSettings, teacher: Teacher, table: Table | None) -
     if not settings.has_images:
         return None
     if isinstance(teacher.codec, Waves):
-        raise UserError(f"--data {settings.source}: {teacher.source} makes sounds; wanted none, data are images")
+        raise UserError(
+            f"--data {settings.source}: expected none, because data are images and {teacher.source} makes sounds"
+        )
     if teacher.conditions is not None and settings.condition is None:
         raise UserError(
-            f"--data {settings.source}: {teacher.source} is told a condition with every sample; name the column that "
-            "holds the images' classes or captions in data.condition, or take none or teacher"
+            f"--data {settings.source}: expected data.condition, the images' classes or captions, because "
+            f"{teacher.source} is conditional; give it, or use none or teacher"
         )
     if teacher.conditions is None and settings.condition is not None:
-        raise UserError(f"data.condition {settings.condition}: {teacher.source} is told nothing; wanted null")
+        raise UserError(
+            f"data.condition {settings.condition}: expected null, because {teacher.source} is unconditional"
+        )
     shape = teacher.event_shape
     if not isinstance(teacher.codec, Pixels):
         shape = tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
     images = load_images(settings, shape, teacher.conditions, table=table)
     if not isinstance(teacher.codec, Pixels):
-        # Says why, where there is no way from images to samples.
+        # Raises if images cannot be encoded.
         encoder_of(teacher.codec, shape)
     return images
 
@@ -63,15 +67,15 @@ def prepare_samples(
     folder: Path,
     accelerator: Accelerator,
 ) -> Samples | None:
-    """What jumps start from, ready to be picked from; long work is shared by all processes and goes on after a kill.
+    """Return the data that jumps start from; all processes share the work, and it resumes after a kill.
 
     Args:
-        folder: of the run; solved trajectories are kept there.
+        folder: folder of the run, where solved trajectories are stored.
 
     Raises:
         UserError: if the disk has no room for it.
     """
-    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    work = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     if recipe.data.source == "teacher":
         settings = recipe.data.trajectories
         layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
@@ -81,11 +85,11 @@ def prepare_samples(
             f"data: {settings.count} trajectories of {settings.points} points take {mebibytes(layout.total_bytes)} in "
             f"{layout.folder}, and {calls} calls of the teacher each"
         )
-        # Its own number of samples at a time, whatever the processes are: the same bits on every split.
+        # The same batch for any number of processes: a batch of another size has other rounding.
         batch = recipe.evaluation.batch_size
         teacher.to(accelerator.device)
         solve_trajectories(
-            teacher, settings, layout, recipe.training.seed, batch=batch, device=accelerator.device, **share
+            teacher, settings, layout, recipe.training.seed, batch=batch, device=accelerator.device, **work
         )
         accelerator.wait_for_everyone()
         return Trajectories(layout, teacher.schedule, settings.points)
@@ -95,7 +99,7 @@ def prepare_samples(
     layout = latent_layout(images, encoder, teacher.event_shape)
     layout.check_room("data: latents")
     logger.info(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
-    encode_images(images, encoder, layout, accelerator.device, **share)
+    encode_images(images, encoder, layout, accelerator.device, **work)
     if isinstance(teacher.codec, PipelineCodec):
         teacher.codec.release()
     accelerator.wait_for_everyone()
@@ -103,7 +107,7 @@ def prepare_samples(
 
 
 def disk_bytes(recipe: Recipe, teacher: Teacher, images: Images | None) -> int:
-    """What ``prepare_samples`` writes, if nothing of it is there yet."""
+    """Return the bytes that ``prepare_samples`` writes if none of its files exist."""
     if recipe.data.source == "teacher":
         return trajectory_layout(Path(), recipe.data.trajectories, teacher.event_shape).total_bytes
     if images is None or isinstance(teacher.codec, Pixels):
@@ -112,7 +116,7 @@ def disk_bytes(recipe: Recipe, teacher: Teacher, images: Images | None) -> int:
 
 
 def describe_data(settings: DataSettings, images: Images | None) -> str:
-    """The data of a run in one line."""
+    """Describe the data of a run in one line."""
     if settings.source == "teacher":
         solved = settings.trajectories
         text = f"{solved.count} trajectories of the teacher's own, {solved.solver_steps} RK4 steps"
@@ -120,7 +124,9 @@ def describe_data(settings: DataSettings, images: Images | None) -> str:
         return "none (noise alone)"
     else:
         text = f"{len(images)} images of {images.source}"
-        text += f", told {settings.condition}" if settings.condition else ""
+        text += f", conditioned on {settings.condition}" if settings.condition else ""
         text += ", resized and cropped" if settings.fit == "crop" else ""
         text += ", half of them mirrored" if settings.flip else ""
-    return text + (f"; a share of {settings.on_policy:g} starts from the student's jumps" if settings.on_policy else "")
+    return text + (
+        f"; a fraction of {settings.on_policy:g} starts from the student's jumps" if settings.on_policy else ""
+    )

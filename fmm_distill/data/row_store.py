@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, in safetensors files that are whole or absent: made part by part, read memory-mapped."""
+"""Rows of tensors on disk, in safetensors files that are written atomically, part by part, and read memory-mapped."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _DAY = 86400
 
 @dataclass(frozen=True)
 class Layout:
-    """Where many rows stand: ``part-00000.safetensors`` and so on in one folder.
+    """The files of many rows: ``part-00000.safetensors`` and so on in one folder.
 
     Attributes:
-        count: rows in all.
-        row_bytes: of one row, over all its tensors.
-        most: rows of a part at most: what a kill can cost, and what processes share.
+        count: number of rows.
+        row_bytes: size of one row, over all its tensors.
+        most: largest number of rows of a part, which is the work that a kill can lose.
     """
 
     folder: Path
@@ -44,24 +44,24 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Rows of a part; the last one has what is left."""
+        """Return the rows of a part; the last part may have fewer."""
         return max(1, min(self.count, self.most, PART_BYTES // self.row_bytes))
 
     @property
     def total_bytes(self) -> int:
-        """Of all parts."""
+        """Return the size of all parts."""
         return self.count * self.row_bytes
 
     @property
     def files(self) -> list[Path]:
-        """The parts, there or not."""
+        """Return the files of the parts, written or not."""
         return [self.folder / f"part-{i:05d}.safetensors" for i in range(-(-self.count // self.size))]
 
     def check_room(self, what: str) -> None:
-        """Refuse what does not fit on the disk beside what is there.
+        """Check that the disk has room for the missing parts.
 
         Raises:
-            UserError: if the parts that are missing need more than is free.
+            UserError: if they need more than is free.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,20 +69,20 @@ class Layout:
         free = shutil.disk_usage(self.folder).free
         if self.total_bytes - there > free:
             raise UserError(
-                f"{what} need {mebibytes(self.total_bytes - there)} more in {self.folder}, and {mebibytes(free)} are "
-                "free there: make room, or ask for less"
+                f"{what}: expected {mebibytes(self.total_bytes - there)} free in {self.folder}, got {mebibytes(free)}; "
+                "make room, or set fewer"
             )
 
     def fill(self, make: Callable[[int, int, int], dict[str, Tensor]], process: int = 0, processes: int = 1) -> None:
-        """Write the parts that are not there yet; of several processes each writes its share.
+        """Write the missing parts; several processes divide them.
 
         Args:
-            make: the tensors of a part, from its number and its first and last but one row; a function of these.
+            make: returns the tensors of a part, a function of its number, its first row and the row after its last.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob(".*.partial"):
-                # Others may be writing here now, but nobody writes at one part for a day.
+                # Another process may be writing here now, but none writes one part for a day.
                 if time.time() - left_over.stat().st_mtime > _DAY:
                     left_over.unlink(missing_ok=True)
         for number, file in enumerate(self.files):
@@ -92,13 +92,13 @@ class Layout:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """The file gets its name when all of it is on the disk."""
+    """Write a file that has its name only when it is complete on disk."""
     with writing(file), atomic_file(file, shared=True) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 class Parts:
-    """All rows of a layout, read from disk as they are asked for.
+    """All rows of a layout, read from disk at each access.
 
     Raises:
         UserError: if a part is missing or damaged.
@@ -112,7 +112,7 @@ class Parts:
         return self.layout.count
 
     def rows(self, name: str, index: Int[Tensor, " some"], among: Int[Tensor, " some"] | None = None) -> Tensor:
-        """The rows of one tensor at these places; ``among`` picks one entry of each row, and only that is read."""
+        """Return the rows of one tensor at these indices; with ``among`` only that entry of each row is read."""
         size = self.layout.size
         if among is None:
             return torch.stack([self._parts[i // size][name][i % size] for i in index.tolist()])
@@ -128,5 +128,5 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def mebibytes(count: int) -> str:
-    """A number of bytes, to be read by people."""
+    """Return a number of bytes as text in MiB."""
     return f"{count / 2**20:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""Data that jumps may start from, and images to compare with. Distilling itself needs none."""
+"""Data that jumps can start from, and images to compare with. Distillation itself needs none."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.conditions import Conditions
 
 __all__ = [
+    "Batch",
+    "ImageBatch",
     "Images",
     "LazyPixels",
-    "Picked",
-    "PickedImages",
     "Samples",
     "captions_of",
     "load_images",
-    "places_of",
+    "positions_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,11 @@ IN_MEMORY = 2 * 2**30
 _BATCH = 256
 
 
-class Picked(Protocol):
-    """The data of some samples of a batch.
+class Batch(Protocol):
+    """The data of the samples of a batch.
 
     Attributes:
-        images: x_0 of the samples, shape ``[batch, *event]``; None: the data are points on trajectories.
+        images: x_0 of the samples, shape ``[batch, *event]``; None for points on trajectories.
     """
 
     @property
@@ -58,66 +58,66 @@ class Picked(Protocol):
         """See the class."""
         ...
 
-    def told(self, draws: Draws) -> Draws:
-        """The draws, with what belongs to the data (its condition) in place of what was drawn by itself."""
+    def with_conditions(self, draws: Draws) -> Draws:
+        """Return the draws with the conditions of the data in place of random ones."""
         ...
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """x_t of the samples, for t below t_max."""
+        """Return x_t of the samples, for t below t_max."""
         ...
 
-    def rows(self, index: Int[Tensor, " some"]) -> Picked:
-        """The samples at these rows."""
+    def rows(self, index: Int[Tensor, " some"]) -> Batch:
+        """Return the samples at these rows."""
         ...
 
-    def to(self, device: torch.device | str) -> Picked:
-        """The same on ``device``."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
         ...
 
 
 class Samples(Protocol):
-    """Data that jumps may start from."""
+    """Data that jumps can start from."""
 
-    def pick(self, draws: Draws) -> Picked:
-        """The data at the samples' places ``draws.image``, uniform in [0, 1)."""
+    def pick(self, draws: Draws) -> Batch:
+        """Return the data at the positions ``draws.image``, uniform in [0, 1)."""
         ...
 
 
 @dataclass(frozen=True)
-class PickedImages:
-    """Images (or their latents) of some samples of a batch: jumps start from them, noised.
+class ImageBatch:
+    """Images (or their latents) of the samples of a batch; jumps start from them, noised.
 
     Attributes:
         images: x_0, shape ``[batch, *event]``.
-        conditions: places of their conditions in [0, 1), shape ``[batch]``, on the CPU; None: they have none.
+        conditions: positions of their conditions in [0, 1), shape ``[batch]``, on the CPU; None: no conditions.
     """
 
     images: Float[Tensor, "batch *event"]
     conditions: Float[Tensor, " batch"] | None = None
 
-    def told(self, draws: Draws) -> Draws:
-        """The draws with the images' own conditions."""
+    def with_conditions(self, draws: Draws) -> Draws:
+        """Return the draws with the images' own conditions."""
         return draws if self.conditions is None else replace(draws, condition=self.conditions)
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """``(1 - t) x_0 + t eps``."""
+        """Return ``(1 - t) x_0 + t eps``."""
         t = to_device(t, self.images.device)
         return expand(1 - t, self.images) * self.images + expand(t, self.images) * draws.noise
 
     def rows(self, index: Int[Tensor, " some"]) -> Self:
-        """The samples at these rows, counted on the CPU."""
+        """Return the samples at these rows; the index is on the CPU."""
         conditions = None if self.conditions is None else self.conditions[index]
         return type(self)(self.images[to_device(index, self.images.device)], conditions)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on ``device``."""
+        """Return the batch on ``device``."""
         return type(self)(to_device(self.images, device), self.conditions)
 
 
 class LazyPixels:
-    """Images of a table that are decoded each time they are asked for.
+    """Images of a table that are decoded at each access.
 
-    One that can't be read is replaced by the next that can, so that a place stands for the same image everywhere.
+    One that can't be read is replaced by the next that can, so that a position is the same image in every process.
 
     Args:
         shape: channels, height and width of each.
@@ -132,10 +132,10 @@ class LazyPixels:
         return len(self.table)
 
     def take(self, index: Int[Tensor, " batch"]) -> tuple[UInt8[Tensor, "batch channels height width"], Tensor]:
-        """The images at these rows and the rows that they really are of.
+        """Return the images at these rows, and the rows that they were read from.
 
         Raises:
-            UserError: when more than ``data.max_corrupt`` of all images were found unreadable.
+            UserError: if more than ``data.max_corrupt`` of all images are unreadable.
         """
         real = index.clone()
         found: list[Tensor | None] = [None] * len(index)
@@ -159,7 +159,7 @@ class LazyPixels:
     def _note(self, row: int, picture: Unreadable) -> None:
         if not self.unreadable:
             logger.warning(
-                f"data: {picture.name} can't be read ({picture.reason}); the next image takes its place, as for others"
+                f"data: {picture.name} can't be read ({picture.reason}); the next image replaces it and any other"
             )
         self.unreadable[row] = picture
         _check_readable(self.unreadable, self.table)
@@ -169,12 +169,12 @@ class Images:
     """A set of images of one shape, as floats in [-1, 1].
 
     Args:
-        pixels: uint8, shape ``[count, channels, height, width]``; or images that are decoded when they are asked for.
-        levels: the number that stands for white.
-        source: where they come from, for messages and protocols.
-        conditions: places of their conditions in [0, 1), shape ``[count]``; None: they have none.
-        flip: whether each picked image is mirrored (left and right) with chance 1/2.
-        split: of the source, where it has splits.
+        pixels: uint8, shape ``[count, channels, height, width]``; or images that are decoded at each access.
+        levels: the value of white.
+        source: the dataset, for messages and protocols.
+        conditions: positions of their conditions in [0, 1), shape ``[count]``; None: no conditions.
+        flip: mirror each picked image (left and right) with chance 1/2.
+        split: the split of the source, if it has splits.
         resized: whether images of other sizes were resized, with antialiasing, and cropped.
     """
 
@@ -202,46 +202,46 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these images from others: a digest of the pixels, or what decoded ones are a function of."""
+        """Return a text that identifies these images: a digest of the pixels, or of what decoded ones depend on."""
         if isinstance(self.pixels, LazyPixels):
             return f"{self.pixels.table.fingerprint} {self.shape}"
         digest = hashlib.sha256(self.pixels.contiguous().numpy().data)
         return f"{digest.hexdigest()} {tuple(self.pixels.shape)} {self.levels}"
 
     def take(self, index: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch channels height width"], Tensor]:
-        """The images at these rows, in [-1, 1], and the rows that they really are of (see ``LazyPixels``)."""
+        """Return the images at these rows, in [-1, 1], and the rows that they were read from (see ``LazyPixels``)."""
         gray, index = self._unit(index)
         return gray * 2 - 1, index
 
     def _unit(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``take``, in [0, 1]."""
+        """Do the same as ``take``, in [0, 1]."""
         if isinstance(self.pixels, LazyPixels):
             pixels, index = self.pixels.take(index)
         else:
             pixels = self.pixels[index]
         return pixels.float() / self.levels, index
 
-    def pick(self, draws: Draws) -> PickedImages:
-        """The images at shares of the way through the set, mirrored where ``draws.flip`` says so."""
+    def pick(self, draws: Draws) -> ImageBatch:
+        """Return the images at the positions ``draws.image``, mirrored where ``draws.flip`` is below 1/2."""
         images, index = self.take(row_of(draws.image, len(self)))
         if self.flip:
             images = torch.where(expand(mirrored(draws).cpu(), images).bool(), images.flip(-1), images)
-        return PickedImages(images, None if self.conditions is None else self.conditions[index])
+        return ImageBatch(images, None if self.conditions is None else self.conditions[index])
 
     def batches(self, size: int) -> Iterator[Float[Tensor, "batch channels height width"]]:
-        """All images that can be read, each once, in order, in [0, 1]."""
+        """Yield all readable images once, in order, in [0, 1]."""
         for index in torch.arange(len(self)).split(size):
             images, rows = self._unit(index)
             yield images[rows == index]
 
 
-def row_of(places: Float[Tensor, " batch"], count: int) -> Int[Tensor, " batch"]:
-    """The rows at shares of the way through a set, each in [0, 1)."""
-    return (places.cpu() * count).long().clamp_max(count - 1)
+def row_of(positions: Float[Tensor, " batch"], count: int) -> Int[Tensor, " batch"]:
+    """Return the rows at positions in a set of ``count``, each in [0, 1)."""
+    return (positions.cpu() * count).long().clamp_max(count - 1)
 
 
 def mirrored(draws: Draws) -> Tensor:
-    """Which samples' images are mirrored."""
+    """Return the samples whose images are mirrored."""
     return draws.flip < 0.5
 
 
@@ -253,39 +253,41 @@ def load_images(
     table: Table | None = None,
     in_memory: int = IN_MEMORY,
 ) -> Images:
-    """Every image of a dataset, checked against the teacher's shape (channels, height, width).
+    """Load every image of a dataset, checked against the teacher's shape (channels, height, width).
 
     Args:
-        conditions: what the teacher can be told, if the column ``data.condition`` is read.
-        table: the dataset, where it is open already.
-        in_memory: bytes that the images may take decoded; more are decoded each time they are asked for.
+        conditions: the teacher's conditions, if the column ``data.condition`` is read.
+        table: the dataset, if it is open already.
+        in_memory: largest size in bytes of the decoded images; larger sets are decoded at each access.
 
     Raises:
-        UserError: if it can't be found, has no images, images of another size or too many that can't be read, or if a
-            condition is none of the teacher's. Nothing is resized in silence.
+        UserError: if it can't be found, has no images, images of another size or too many unreadable ones, or if a
+            condition is not one of the teacher's.
     """
     if settings.source.startswith("builtin:"):
         return _builtin(settings, event_shape, conditions)
     if len(event_shape) != 3 or event_shape[0] not in (1, 3):
         shown = " x ".join(map(str, event_shape))
-        raise UserError(f"--data {settings.source}: the teacher makes {shown}; images have 1 or 3 channels: use none")
+        raise UserError(
+            f"--data {settings.source}: the teacher makes {shown}; expected none, because images have 1 or 3 channels"
+        )
     table = open_table(settings) if table is None else table
     for note in table.notes:
         logger.warning(note)
-    places = None
+    positions = None
     if settings.condition is not None and conditions is not None:
         where = f"data.condition {settings.condition}"
-        places = places_of(table.values(settings.condition), conditions, where)
+        positions = positions_of(table.values(settings.condition), conditions, where)
     if len(table) * event_shape[0] * event_shape[1] * event_shape[2] > in_memory:
         pixels = LazyPixels(table, event_shape)
-        return _images(pixels, settings, places)
-    decoded, kept = _decode(table, event_shape)
-    return _images(decoded, settings, None if places is None else places[kept])
+        return _images(pixels, settings, positions)
+    decoded, rows = _decode(table, event_shape)
+    return _images(decoded, settings, None if positions is None else positions[rows])
 
 
-def _images(pixels: Tensor | LazyPixels, settings: DataSettings, places: Tensor | None) -> Images:
+def _images(pixels: Tensor | LazyPixels, settings: DataSettings, positions: Tensor | None) -> Images:
     crop = settings.fit == "crop"
-    return Images(pixels, settings.source, conditions=places, flip=settings.flip, split=settings.split, resized=crop)
+    return Images(pixels, settings.source, conditions=positions, flip=settings.flip, split=settings.split, resized=crop)
 
 
 def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: Conditions | None) -> Images:
@@ -293,18 +295,18 @@ def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: C
         raise UserError(f"--data {settings.source}: no such built-in images; known: builtin:digits")
     file = load_file(BUILTIN / "digits" / "images.safetensors")
     check_shape(tuple(file["images"].shape[1:]), event_shape, settings.source)
-    places = None
+    positions = None
     if settings.condition is not None and conditions is not None:
         if settings.condition not in file or settings.condition == "images":
             raise UserError(f"data.condition {settings.condition}: builtin:digits has no such column; it has labels")
-        places = places_of(file[settings.condition].tolist(), conditions, f"data.condition {settings.condition}")
-    return Images(file["images"], settings.source, levels=16, conditions=places, flip=settings.flip)
+        positions = positions_of(file[settings.condition].tolist(), conditions, f"data.condition {settings.condition}")
+    return Images(file["images"], settings.source, levels=16, conditions=positions, flip=settings.flip)
 
 
 def _decode(table: Table, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """All images that can be read, and their rows."""
+    """Return all readable images, and their rows."""
     pixels = torch.empty(len(table), *shape, dtype=torch.uint8)
-    kept: list[int] = []
+    readable: list[int] = []
     unreadable: dict[int, Unreadable] = {}
     for start in range(0, len(table), _BATCH):
         rows = range(start, min(start + _BATCH, len(table)))
@@ -312,8 +314,8 @@ def _decode(table: Table, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
             if isinstance(picture, Unreadable):
                 unreadable[row] = picture
                 continue
-            pixels[len(kept)] = picture
-            kept.append(row)
+            pixels[len(readable)] = picture
+            readable.append(row)
     if unreadable:
         _check_readable(unreadable, table)
         first = next(iter(unreadable.values()))
@@ -323,7 +325,7 @@ def _decode(table: Table, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         )
     for note, (count, name) in table.changed.items():
         logger.warning(f"data: {count} of {len(table)} images {note}; the first of them is {name}")
-    return pixels[: len(kept)], torch.tensor(kept)
+    return pixels[: len(readable)], torch.tensor(readable)
 
 
 def _check_readable(unreadable: dict[int, Unreadable], table: Table) -> None:
@@ -332,35 +334,35 @@ def _check_readable(unreadable: dict[int, Unreadable], table: Table) -> None:
         first = next(iter(unreadable.values()))
         raise UserError(
             f"--data {table.settings.source}: {len(unreadable)} of {len(table)} images can't be read, the first of "
-            f"them {first.name} ({first.reason}); wanted at most a share of {limit:g}: repair or remove them, or raise "
-            "data.max_corrupt"
+            f"them {first.name} ({first.reason}); expected at most a fraction of {limit:g}: repair or remove them, or "
+            "raise data.max_corrupt"
         )
 
 
-def places_of(values: Sequence[Any], conditions: Conditions, where: str) -> Float[Tensor, " count"]:
-    """The places in [0, 1) of the conditions that a column names: class numbers, or captions among the prompts.
+def positions_of(values: Sequence[Any], conditions: Conditions, where: str) -> Float[Tensor, " count"]:
+    """Return the positions in [0, 1) of the conditions in a column: class numbers, or captions among the prompts.
 
     Raises:
-        UserError: on a value that is no condition of the teacher.
+        UserError: on a value that is not a condition of the teacher.
     """
     count = len(conditions.names)
     if isinstance(conditions, Classes):
         for row, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-                raise UserError(f"{where}: row {row} has {value!r}; wanted a class of the teacher, 0 to {count - 1}")
+                raise UserError(f"{where}: row {row}: expected a class of the teacher, 0 to {count - 1}, got {value!r}")
         index = torch.tensor(values, dtype=torch.float64)
     else:
         known = {name: i for i, name in enumerate(conditions.names)}
         for row, value in enumerate(values):
             if value not in known:
-                raise UserError(f"{where}: row {row} has {value!r}, which is none of the run's prompts; wanted text")
+                raise UserError(f"{where}: row {row}: expected one of the run's prompts, got {value!r}")
         index = torch.tensor([known[value] for value in values], dtype=torch.float64)
-    # In the middle of a condition's stretch: rounding does not move it to a neighbor.
+    # The middle of a condition's interval: rounding does not move it to a neighbor.
     return (index + 0.5) / count
 
 
 def captions_of(table: Table, column: str) -> tuple[str, ...]:
-    """The captions of a column, each once, in the order of the rows; none where the column holds no text.
+    """Return the captions of a column, each once, in the order of the rows; none if the column holds no text.
 
     Raises:
         UserError: if some rows have text and others none.
@@ -370,5 +372,7 @@ def captions_of(table: Table, column: str) -> tuple[str, ...]:
         return ()
     for row, value in enumerate(values):
         if not isinstance(value, str):
-            raise UserError(f"data.condition {column}: row {row} has {value!r}; wanted a caption, which may be empty")
+            raise UserError(
+                f"data.condition {column}: row {row}: expected a caption, which may be empty, got {value!r}"
+            )
     return tuple(dict.fromkeys(values))

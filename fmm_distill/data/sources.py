@@ -1,4 +1,4 @@
-"""Sources of data: what a path or a name is, and its rows as ``datasets`` gives them."""
+"""Sources of data: the kind of a path or a name, and its rows as ``datasets`` returns them."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """The source as a path."""
+        """Return the source as a path."""
         return Path(self.name).expanduser()
 
     def refuse(self, problem: str, error: Exception | None = None) -> UserError:
-        """The error that says why this source can't be used."""
+        """Return the error of this source with the problem."""
         return UserError(f"{self.what}: {problem}" + ("" if error is None else f" ({first_line(error)})"))
 
 
 def datasets_library(what: str) -> Any:  # noqa: ANN401 a module
-    """The module ``datasets``, or what to install for it."""
+    """Return the module ``datasets``; its absence is an error with the package to install."""
     try:
         import datasets
     except ImportError as error:
@@ -77,7 +77,7 @@ def datasets_library(what: str) -> Any:  # noqa: ANN401 a module
 
 @contextlib.contextmanager
 def _silent(datasets: Any) -> Iterator[None]:  # noqa: ANN401 a module
-    """Without the library's own log lines: what fails is one line of ours."""
+    """Silence the library's own log lines: a failure is one line of ours."""
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
     try:
@@ -183,7 +183,7 @@ def _cause(error: BaseException) -> str:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``."""
+    """Return whether a folder was written by ``save_to_disk``."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -274,7 +274,7 @@ def _of_library(error: Exception, source: Source) -> str:
 
 @contextlib.contextmanager
 def _offline(datasets: Any) -> Iterator[None]:  # noqa: ANN401 a module
-    """The library takes what is in the cache, without asking the Hub."""
+    """Let the library use its cache, without a call to the Hub."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -284,7 +284,7 @@ def _offline(datasets: Any) -> Iterator[None]:  # noqa: ANN401 a module
 
 
 def _refuse_typos(source: Source) -> None:
-    """Refuse what is no name on the Hub before the Hub is asked."""
+    """Check that a name can be one on the Hub, before the Hub is called."""
     name = source.name
     if name.lower() in ("", "no", "off", "false", "null", "nil", "~") and "none" in source.words:
         raise source.refuse(f"no such file or folder; for no data give none; expected {source.expected}")

@@ -1,4 +1,4 @@
-"""Splits of data on a disk: which part of a dataset a folder or a file is, by names that leave no doubt."""
+"""Splits of data on disk: the part of a dataset that a folder or a file is, by unambiguous names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def splits_of_folders(names: Iterable[str]) -> dict[str, str] | None:
 
 
 def sliced(datasets: Any, rows: Any, split: str) -> Any:  # noqa: ANN401 a module and its class
-    """The rows of a split, cut as its slice says: ``train[:1000]``, ``train[10%:20%]``.
+    """Return the rows of a split, cut to its slice: ``train[:1000]``, ``train[10%:20%]``.
 
     Raises:
         UserError: on a slice that can't be read.

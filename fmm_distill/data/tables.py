@@ -44,7 +44,7 @@ _EXPECTED = (
     "JSON-lines file with a column file_name"
 )
 
-# What Pillow raises on bytes that are no image, or only a part of one.
+# Pillow raises these on bytes that are not an image, or only a part of one.
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -54,7 +54,7 @@ class Unreadable:
 
     Attributes:
         name: its file, or its row where it has none.
-        reason: what the decoder said.
+        reason: the decoder's message.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Unreadable:
 
 
 class Table:
-    """The rows of a dataset, memory-mapped; an image is decoded when it is asked for.
+    """The rows of a dataset, memory-mapped; an image is decoded at each access.
 
     Args:
         rows: a ``datasets.Dataset`` whose image column is not decoded.
@@ -93,7 +93,7 @@ class Table:
 
     @property
     def fingerprint(self) -> str:
-        """All that the pixels are a function of: the files, the column and the conversion."""
+        """Return a text of all that the pixels depend on: the files, the column and the conversion."""
         return f"{self.digest} {self.column} {self.settings.fit} {self.settings.background} {VERSION}"
 
     def values(self, column: str) -> list[Any]:
@@ -148,13 +148,13 @@ def _name(i: int, file: dict[str, Any] | None) -> str:
     return (file or {}).get("path") or f"row {i}"
 
 
-def check_shape(got: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+def check_shape(got: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
     """Refuse images of another shape (channels, height, width) than the teacher's."""
-    if tuple(got) != tuple(wanted):
+    if tuple(got) != tuple(expected):
         raise UserError(
-            f"--data {where}: {' x '.join(map(str, got))} (channels x height x width); the teacher makes "
-            f"{' x '.join(map(str, wanted))}: bring images of that size, --set data.fit=crop to have them resized and "
-            "cropped, or --data none"
+            f"--data {where}: expected {' x '.join(map(str, expected))} (channels x height x width), the size of the "
+            f"teacher's images, got {' x '.join(map(str, got))}; try --set data.fit=crop to resize and crop them, or "
+            "--data none"
         )
 
 

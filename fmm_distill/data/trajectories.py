@@ -1,4 +1,4 @@
-"""Teacher data: trajectories that the teacher solves before training, kept on disk; jumps start from points on them."""
+"""Teacher data: trajectories that the teacher solves before training, stored on disk; jumps start on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import expand
 from fmm_distill.data.row_store import Layout, Parts
 from fmm_distill.data.samples import row_of
-from fmm_distill.data.starting_points import condition_of
+from fmm_distill.data.starting_points import draw_conditioning
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from fmm_distill.core.time_axis import TimeAxis
     from fmm_distill.teachers.base import Distillable
 
-__all__ = ["PickedPoints", "Trajectories", "solve_trajectories", "trajectory_layout"]
+__all__ = ["Trajectories", "TrajectoryBatch", "solve_trajectories", "trajectory_layout"]
 
 
 _PART = 256
 
 
 def trajectory_layout(folder: Path, settings: TrajectorySettings, event_shape: tuple[int, ...]) -> Layout:
-    """Where trajectories stand in a folder: states and velocities in float32, places of condition and guidance."""
+    """Return the layout of trajectories: states and velocities in float32, positions of condition and guidance."""
     return Layout(folder, settings.count, 2 * settings.points * 4 * torch.Size(event_shape).numel() + 16, _PART)
 
 
 def trajectory_times(axis: TimeAxis, points: int) -> Float[Tensor, " points"]:
-    """The times at which trajectories are kept, from t_max down to t_min, equally far apart in timesteps."""
+    """Return the times at which trajectories are stored, from t_max to t_min, equally far apart in timesteps."""
     return axis.time_at(torch.linspace(1, 0, points, dtype=torch.float64))
 
 
@@ -54,33 +54,33 @@ def solve_trajectories(
     process: int = 0,
     processes: int = 1,
 ) -> None:
-    """Solve the trajectories that are not on the disk yet, with RK4.
+    """Solve the trajectories that are not on disk yet, with RK4.
 
-    Noise, condition and scale of guidance are functions of the seed and of the trajectory's number.
+    Noise, condition and guidance scale are functions of the seed and of the trajectory's number.
 
     Args:
-        batch: trajectories at a time.
+        batch: trajectories that are solved together.
     """
 
     def make(number: int, start: int, stop: int) -> dict[str, Tensor]:
-        # Steps of the training count from 0: no trajectory has the noise of one of its samples.
+        # Negative steps: training counts from 0, so that no trajectory has the noise of one of its samples.
         draws = draw(seed, -1 - number, layout.size, teacher.event_shape)
         firsts = range(0, stop - start, batch)
         parts = [draws.part(first, min(first + batch, stop - start), device) for first in firsts]
         solved = [_solve(teacher, settings, part) for part in parts]
         states, velocities = (torch.cat(values).cpu() for values in zip(*solved, strict=True))
-        places = {name: getattr(draws, name)[: stop - start] for name in ("condition", "guidance")}
-        return {"states": states, "velocities": velocities} | places
+        positions = {name: getattr(draws, name)[: stop - start] for name in ("condition", "guidance")}
+        return {"states": states, "velocities": velocities} | positions
 
     layout.fill(make, process, processes)
 
 
 def _solve(teacher: Distillable, settings: TrajectorySettings, draws: Draws) -> tuple[Tensor, Tensor]:
-    """States and velocities of some trajectories, shape ``[batch, points, *event]`` each."""
-    cond = condition_of(teacher, draws)
+    """Return states and velocities of trajectories, shape ``[batch, points, *event]`` each."""
+    cond = draw_conditioning(teacher, draws)
     x = teacher.prior(draws.noise)
-    shares = torch.linspace(1, 0, settings.solver_steps + 1, dtype=torch.float64, device=x.device)
-    times = teacher.schedule.time_at(shares)
+    fractions = torch.linspace(1, 0, settings.solver_steps + 1, dtype=torch.float64, device=x.device)
+    times = teacher.schedule.time_at(fractions)
     each = settings.solver_steps // (settings.points - 1)
     states, velocities = [], []
     for first in range(0, settings.solver_steps + 1, each):
@@ -94,7 +94,7 @@ class Trajectories:
     """Solved trajectories as data to start from.
 
     Args:
-        layout: where ``solve_trajectories`` wrote them.
+        layout: the layout that ``solve_trajectories`` filled.
 
     Raises:
         UserError: if a part is missing or damaged.
@@ -106,53 +106,53 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def pick(self, draws: Draws) -> PickedPoints:
-        """The trajectories at shares of the way through the set."""
-        return PickedPoints(self, row_of(draws.image, len(self)))
+    def pick(self, draws: Draws) -> TrajectoryBatch:
+        """Return the trajectories at the positions ``draws.image``."""
+        return TrajectoryBatch(self, row_of(draws.image, len(self)))
 
     def at(self, index: Int[Tensor, " batch"], t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """Points of these trajectories at these times, by cubic Hermite interpolation between the two kept beside.
+        """Return points of these trajectories at these times, by cubic Hermite interpolation.
 
-        Both have their state and their velocity, so the teacher is not asked; the error is of fourth order in their
-        distance (``docs/decisions.md`` has it measured).
+        The two neighboring stored points have a state and a velocity, so the teacher is not called; the error is of
+        fourth order in their distance (measured in ``docs/decisions.md``).
         """
         t = t.cpu().clamp(float(self.times[-1]), float(self.times[0]))
-        # The times fall.
+        # searchsorted needs ascending numbers, and the times descend.
         above = (torch.searchsorted(-self.times, -t, right=True) - 1).clamp(0, len(self.times) - 2)
         read = self.parts.rows
         x, y = read("states", index, above), read("states", index, above + 1)
         v, w = read("velocities", index, above), read("velocities", index, above + 1)
         length = self.times[above + 1] - self.times[above]
-        share, step = expand((t - self.times[above]) / length, x), expand(length, x)
-        from_above = (1 - share).square() * ((1 + 2 * share) * x + share * step * v)
-        return from_above + share.square() * ((3 - 2 * share) * y - (1 - share) * step * w)
+        s, step = expand((t - self.times[above]) / length, x), expand(length, x)
+        from_above = (1 - s).square() * ((1 + 2 * s) * x + s * step * v)
+        return from_above + s.square() * ((3 - 2 * s) * y - (1 - s) * step * w)
 
 
 @dataclass(frozen=True)
-class PickedPoints:
-    """Trajectories of some samples of a batch, read when the times of the jumps are known.
+class TrajectoryBatch:
+    """Trajectories of the samples of a batch, read when the times of the jumps are known.
 
     Attributes:
-        index: which trajectories, shape ``[batch]``.
+        index: numbers of the trajectories, shape ``[batch]``.
     """
 
     trajectories: Trajectories
     index: Int[Tensor, " batch"]
     images: None = None
 
-    def told(self, draws: Draws) -> Draws:
-        """The draws with the trajectories' own conditions and scales of guidance."""
-        places = {name: self.trajectories.parts.rows(name, self.index) for name in ("condition", "guidance")}
-        return replace(draws, **places)
+    def with_conditions(self, draws: Draws) -> Draws:
+        """Return the draws with the trajectories' own conditions and guidance scales."""
+        positions = {name: self.trajectories.parts.rows(name, self.index) for name in ("condition", "guidance")}
+        return replace(draws, **positions)
 
     def points(self, draws: Draws, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
-        """The teacher's own x_t."""
+        """Return the teacher's own x_t."""
         return to_device(self.trajectories.at(self.index, t), draws.noise.device)
 
-    def rows(self, index: Int[Tensor, " some"]) -> PickedPoints:
-        """The samples at these rows."""
+    def rows(self, index: Int[Tensor, " some"]) -> TrajectoryBatch:
+        """Return the samples at these rows."""
         return replace(self, index=self.index[index.to(self.index.device)])
 
-    def to(self, device: torch.device | str) -> PickedPoints:
-        """Itself: what is read goes to the device of the draws."""
+    def to(self, device: torch.device | str) -> TrajectoryBatch:
+        """Return the batch itself: points are read to the device of the draws."""
         return self

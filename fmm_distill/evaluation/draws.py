@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fmm_distill.core.draws import sample_generator
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
 
 NOISE_SEED = 20_240_607
-_WORD = 2**32
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SampleDraws:
         Args:
             after_noise: the noise is already drawn from them, as for a pipeline that is given the noise.
         """
-        made = [_generator(self.seed, number) for number in self.numbers]
+        made = [sample_generator(self.seed, number) for number in self.numbers]
         if after_noise:
             for generator in made:
                 torch.randn(1, *self.noise.shape[1:], generator=generator)
@@ -59,7 +60,7 @@ def draw_samples_of(teacher: Teacher, numbers: range, seed: int, device: torch.d
     A stock pipeline that is given the generator of a sample draws the same noise.
     """
     shape = (1, *teacher.event_shape)
-    noise = torch.cat([torch.randn(shape, generator=_generator(seed, number)) for number in numbers])
+    noise = torch.cat([torch.randn(shape, generator=sample_generator(seed, number)) for number in numbers])
     cond = None
     if teacher.conditions is not None:
         inputs = teacher.conditioned_on(_positions_of(numbers, seed))
@@ -72,22 +73,10 @@ def _positions_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
 
     They have generators of their own, since a pipeline draws the noise first.
     """
-    return torch.cat([torch.rand(1, generator=_generator(seed, number, stream=1)) for number in numbers])
+    return torch.cat([torch.rand(1, generator=sample_generator(seed, number, stream=1)) for number in numbers])
 
 
 def prompts_of(known: Conditions, numbers: range, seed: int) -> list[str]:
     """Return the prompts of the samples with these numbers."""
     count = len(known.names)
     return [known.names[min(int(position * count), count - 1)] for position in _positions_of(numbers, seed).tolist()]
-
-
-def _generator(seed: int, number: int, stream: int = 0) -> torch.Generator:
-    """Return the generator of one sample; numbers below 2^32 have different ones.
-
-    Torch's CPU generator uses 32 bits of its seed. A bijection of these (the finalizer of MurmurHash3) decorrelates
-    neighboring numbers.
-    """
-    word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
-    word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD
-    word = ((word ^ (word >> 13)) * 0xC2B2AE35) % _WORD
-    return torch.Generator().manual_seed(word ^ (word >> 16))

@@ -66,7 +66,7 @@ class Gallery:
     @torch.no_grad()
     def _decoded(self, student: Student, steps: tuple[int, ...], noise: Tensor, endpoints: Tensor) -> dict[str, Tensor]:
         rows = {self.name: endpoints}
-        rows |= {f"student, {n}": sample(student, noise, n, self.cond) for n in steps}
+        rows |= {f"student, {n} step{'s' if n > 1 else ''}": sample(student, noise, n, self.cond) for n in steps}
         return {name: still_images(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
 
 

@@ -31,7 +31,7 @@ STYLES = {
     "teacher-dpmsolver++": ("#009E73", "^", "teacher, DPM-Solver++"),
     "teacher-unipc": ("#CC79A7", "v", "teacher, UniPC"),
     "teacher-heun": ("#E69F00", "D", "teacher, Heun"),
-    "teacher": ("#000000", "*", "teacher, its own sampler"),
+    "teacher": ("#000000", "*", "teacher's own sampler"),
 }
 _OTHERS = (("#56B4E9", "P"), ("#7F7F7F", "X"), ("#F0E442", "p"), ("#56B4E9", "h"))
 # Quantities with a plot in the report.
@@ -115,7 +115,13 @@ def measured_columns(evaluation: Evaluation, quantities: Sequence[str]) -> list[
 def _plot_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
-    labels = {"endpoint_error": "endpoint error (RMS)", "frechet": "Fréchet distance", "kid": "kernel distance"}
+    labels = {
+        "endpoint_error": "endpoint error (RMS)",
+        "frechet": "Fréchet distance",
+        "kid": "kernel distance",
+        "inception_score": "inception score",
+        "clip_score": "CLIP score",
+    }
     shown: list[Row] = []
     for sampler, (color, marker, name) in styles_of(evaluation).items():
         rows = [row for row in evaluation.rows if row.sampler == sampler and getattr(row, column.key) is not None]

@@ -56,7 +56,7 @@ COLUMNS = (
     Column("recall", "recall", ".3f", "higher"),
     Column("clip_score", "CLIP", ".2f", "higher"),
     Column("seconds_per_image", "s/image", ".5f", "lower", judged=False),
-    Column("seconds_ratio", "s ratio", ".4f", "lower", judged=False),
+    Column("seconds_ratio", "time ratio", ".4f", "lower", judged=False),
     Column("memory_ratio", "memory ratio", ".3f", "lower", judged=False),
 )
 
@@ -170,4 +170,5 @@ def table(evaluation: Evaluation) -> str:
     for name, pairs in evaluation.consistency.items():
         distances = ", ".join(f"{pair.replace(',', ' and ')}: {distance:.4f}" for pair, distance in pairs.items())
         lines.append(f"  distance between samples of {name} at two numbers of steps: {distances}")
-    return "\n".join([*lines, *(f"  {key}: {value}" for key, value in evaluation.protocol.items())])
+    entries = (f"  {key}: {value}" for key, value in evaluation.protocol.items() if value is not None)
+    return "\n".join([*lines, *entries])

@@ -14,7 +14,7 @@ from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
-from fmm_distill.teachers.safety import about_checkers
+from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _guided_call(teacher: Teacher) -> dict[str, Any]:
 
 
 def _unchecked(found: PipelineIndex) -> str | None:
-    return about_checkers(found.pipeline, found.components)
+    return describe_checkers(found.pipeline, found.components)
 
 
 def _steps(pipeline: Any, steps: int | None) -> int:  # noqa: ANN401 a diffusers class

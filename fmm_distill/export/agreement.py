@@ -1,4 +1,4 @@
-"""How far a reloaded pipeline is from the student, and how far rounding alone may take it."""
+"""The difference between a reloaded pipeline and the student, and the part of it that rounding explains."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare", "compare_weights"]
 
 # A jump is A x + B f of the state x and the network's output f. Float32 rounds both terms, each by 2^-23 of its size,
-# and the network's layers add roundings of their own: this many are allowed. Of 36 tiny pipelines all differ by 1 to
-# 15 of them.
+# and the layers of the network add more. This number of roundings is allowed; 36 tiny pipelines differ by 1 to 15.
 ROUNDINGS = 256
-# An Euler step walks from the state to its end, x + (s - t) v, and rounds x and the sum even where A is almost 0.
+# An Euler step computes x + (s - t) v: it rounds x and the sum even where A is almost 0.
 _OF_STATE = 8
-# Of decoded images in [0, 1], and of sounds in [-1, 1], made of the same latents: a decoder amplifies nothing.
+# For images in [0, 1] and sounds in [-1, 1] that are decoded from the same latents: a decoder amplifies nothing.
 IMAGE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The jump of a pipeline that is furthest from the student's, in parts of what rounding explains.
+    """The jump of a pipeline that differs most from the student's, relative to its tolerance.
 
     Attributes:
-        difference: between the samples after the jump, at most, in the teacher's coordinates; not clipped.
+        difference: the largest difference between the samples after the jump, in the teacher's coordinates, unclipped.
         tolerance: the largest difference that rounding explains.
         image: the largest difference between the pipeline's images and the decoded samples; None: it decodes nothing.
     """
@@ -51,7 +50,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        """Whether the pipeline is the student; not where a number is NaN."""
+        """True if rounding explains every difference; False where a number is NaN."""
         decoded = self.image is None or self.image <= IMAGE_TOLERANCE
         return self.difference <= self.tolerance and decoded
 
@@ -64,7 +63,7 @@ class Agreement:
         return float("inf") if math.isnan(fraction) else fraction
 
     def to_json(self) -> dict[str, float]:
-        """The entry in ``verification.json``."""
+        """Return the entry in ``verification.json``."""
         image = {} if self.image is None else {"image_difference": self.image, "image_tolerance": IMAGE_TOLERANCE}
         return {"difference": self.difference, "tolerance": self.tolerance} | image
 
@@ -73,28 +72,28 @@ class Agreement:
 def compare(
     student: Student,
     teacher: Teacher,
-    made: dict[str, Tensor],
+    recorded: dict[str, Tensor],
     times: Tensor,
     start: tuple[Tensor, Conditioning | None],
 ) -> Agreement:
-    """A pipeline's jumps with the student's, each from where the pipeline was: a difference is not carried on.
+    """Compare each jump of a pipeline with the student's from the same state, so that differences don't add up.
 
     Args:
-        made: of the pipeline ``states``, ``end`` and where it decodes ``images``, see ``reload``.
-        times: between which the pipeline jumps, data at the end.
-        start: N(0, I) that the pipeline's seed gives, and what the network is conditioned on.
+        recorded: the tensors of the pipeline: ``states``, ``end`` and, where it decodes, ``images``; see ``reload``.
+        times: the times between which the pipeline jumps, data at the end.
+        start: the N(0, I) noise of the pipeline's seed, and the condition of its network.
     """
-    states, (noise, cond) = made["states"], start
+    states, (noise, cond) = recorded["states"], start
     if len(states) != len(times) - 1:
         # A pipeline that skips or repeats steps.
         return Agreement(float("inf"), 0.0)
     points = [state * _size_inside(student, t) for state, t in zip(states, times[:-1], strict=True)]
     found = [_start(student, points[0], noise, times[0])]
     for k, (t, r) in enumerate(pairwise(times)):
-        after = points[k + 1] if k + 1 < len(points) else made["end"]
+        after = points[k + 1] if k + 1 < len(points) else recorded["end"]
         found.append(_jump(student, points[k], after.reshape(points[k].shape), (t, r), cond))
     worst = max(found, key=lambda one: one.fraction)
-    image = _image_difference(teacher, points[-1], made) if "images" in made else None
+    image = _image_difference(teacher, points[-1], recorded) if "images" in recorded else None
     return replace(worst, image=image)
 
 
@@ -113,7 +112,7 @@ def compare_weights(student: Student, folder: Path) -> Agreement:
 
 
 def _size_inside(student: Student, t: Tensor) -> float:
-    """What a preconditioned network's input is divided by; see ``Parametrization``."""
+    """Return the factor that the input of a preconditioned network is divided by; see ``Parametrization``."""
     spread = student.parametrization.sigma_data
     if spread is None:
         return 1.0
@@ -136,37 +135,37 @@ def _jump(
     t, r = (time.double().expand(len(x)) for time in times)
     before, then = (expand(student.schedule.scale(time), x) for time in (t, r))
     own = student(x / before, t, r, cond) * then
-    kept = abs(_share_of_state(student.parametrization, *times)) * _largest(x)
-    # The network's term is at most what is left: B f = own - A x.
-    walked = _OF_STATE / ROUNDINGS * _largest(x)
-    return Agreement(_largest(own - after), _rounding(2 * kept, _largest(own), walked))
+    # The term B f of the network is own - A x: its size is at most the sum of theirs.
+    state = abs(_factor_of_state(student.parametrization, *times)) * _largest(x)
+    euler = _OF_STATE / ROUNDINGS * _largest(x)
+    return Agreement(_largest(own - after), _rounding(2 * state, _largest(own), euler))
 
 
-def _share_of_state(parametrization: Parametrization, t: Tensor, r: Tensor) -> float:
-    """The A of a jump from t to r: 1 / alpha at the start of an epsilon schedule, 1 of a flow model."""
+def _factor_of_state(parametrization: Parametrization, t: Tensor, r: Tensor) -> float:
+    """Return the A of a jump from t to r: 1 / alpha at the start of an epsilon schedule, 1 for a flow model."""
     one = torch.ones(1, 1, dtype=torch.float64)
     t, r = t.double().reshape(1), r.double().reshape(1)
-    schedule, silent = parametrization.schedule, replace(parametrization, call=_silent)
+    schedule, zero = parametrization.schedule, replace(parametrization, call=_zero_output)
     x = one / expand(schedule.scale(t), one)
-    moved = x - expand(t - r, one) * silent.velocity(cast("Any", None), x, t)
+    moved = x - expand(t - r, one) * zero.velocity(cast("Any", None), x, t)
     return float(moved * expand(schedule.scale(r), one))
 
 
-def _silent(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None) -> Tensor:
+def _zero_output(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None) -> Tensor:
     return torch.zeros_like(x)
 
 
-def _image_difference(teacher: Teacher, like: Float[Tensor, "batch *event"], made: dict[str, Tensor]) -> float:
-    """Between the pipeline's images and those of its own last samples, which the same decoder makes."""
-    images, codec = made["images"], teacher.codec
-    own = codec.decode(made["end"].reshape(like.shape))
+def _image_difference(teacher: Teacher, like: Float[Tensor, "batch *event"], recorded: dict[str, Tensor]) -> float:
+    """Return the largest difference between the pipeline's images and those decoded from its last samples."""
+    images, codec = recorded["images"], teacher.codec
+    own = codec.decode(recorded["end"].reshape(like.shape))
     if codec.outputs == "audios":
-        # A length that its blocks don't halve evenly is filled up and cut.
+        # The pipeline pads a length that its blocks can't halve evenly, and cuts the sounds.
         return _largest(own.clamp(-1, 1)[..., : images.shape[-1]] - images)
     own = (own / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     each = (own.reshape(images.shape) - images).abs().flatten(1).amax(1)
     quantized = hasattr(codec.autoencoder, "quantize")
-    # A latent between two codes is rounded to one here and to the other there: of most images none is.
+    # A latent between two codes may be rounded to either. Most images have none, so the median is compared.
     return float(each.median() if quantized else each.max())
 
 

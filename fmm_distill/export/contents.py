@@ -18,7 +18,7 @@ __all__ = ["CONTENTS", "Changes", "changes", "contents", "record", "shown", "wri
 
 CONTENTS = "export.json"
 # Python and file managers leave these in any folder.
-_DEBRIS = ("__pycache__", ".DS_Store")
+_IGNORED = ("__pycache__", ".DS_Store")
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class Changes:
 
 def write_contents(folder: Path) -> None:
     """Write the list of all files in a folder that an export has just written."""
-    seen: dict[tuple[int, int], str] = {}
+    digests: dict[tuple[int, int], str] = {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    _write(folder, {name: _digest(folder / name, seen) for name in names if name != CONTENTS})
+    _write(folder, {name: _digest(folder / name, digests) for name in names if name != CONTENTS})
 
 
 def record(folder: Path, *names: str) -> None:
-    """Take files into the list that were written after it; without a list there is nothing to do."""
+    """Add files to the list that were written after it; without a list there is nothing to do."""
     if (folder / CONTENTS).is_file():
         _write(folder, contents(folder) | {name: _digest(folder / name, {}) for name in names})
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The list: each file's name in the folder to its SHA-256.
+    """Return the SHA-256 of each file in the list, by its name in the folder.
 
     Raises:
         UserError: if there is none, or it can't be read.
@@ -72,13 +72,13 @@ def changes(folder: Path, skip: tuple[str, ...] = ()) -> Changes:
         UserError: if there is no list, or a file can't be read.
     """
     listed = contents(folder)
-    seen: dict[tuple[int, int], str] = {}
+    digests: dict[tuple[int, int], str] = {}
     try:
         there, added = _walk(folder, listed)
         changed = [
             name
             for name in there & listed.keys()
-            if not name.startswith(skip) and not _is_as_written(folder / name, listed[name], seen)
+            if not name.startswith(skip) and not _is_as_written(folder / name, listed[name], digests)
         ]
     except OSError as error:
         raise UserError(f"{folder}: can't be compared with its {CONTENTS} ({error})") from error
@@ -88,46 +88,46 @@ def changes(folder: Path, skip: tuple[str, ...] = ()) -> Changes:
 
 
 def shown(names: tuple[str, ...], most: int = 5) -> str:
-    """The first names on one line, and the number of the others."""
+    """Return the first names on one line, and the number of the others."""
     # A name may hold a line break, or bytes that are no text.
     plain = [name if name.isprintable() else repr(name) for name in names[:most]]
     return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _walk(folder: Path, listed: dict[str, str]) -> tuple[set[str], set[str]]:
-    """The listed names that are there, and what else there is."""
+    """Return the listed names that are in the folder, and the names of everything else in it."""
     parents = {parent.as_posix() for name in listed for parent in Path(name).parents}
     there: set[str] = set()
     added: set[str] = set()
-    for place, folders, files in os.walk(folder):
-        root = Path(place).relative_to(folder)
-        for name in [name for name in folders if name not in _DEBRIS]:
+    for path, folders, files in os.walk(folder):
+        root = Path(path).relative_to(folder)
+        for name in [name for name in folders if name not in _IGNORED]:
             below = (root / name).as_posix()
-            # A folder of the user's goes by its own name: it may be a repository with thousands of files.
+            # A folder of the user's is reported by its own name: it may be a repository with thousands of files.
             if (folder / below).is_symlink() or (below not in parents and any((folder / below).iterdir())):
                 added.add(f"{below}/")
                 folders.remove(name)
-        folders[:] = [name for name in folders if name not in _DEBRIS]
-        names = {(root / name).as_posix() for name in files if name not in _DEBRIS}
+        folders[:] = [name for name in folders if name not in _IGNORED]
+        names = {(root / name).as_posix() for name in files if name not in _IGNORED}
         there |= names & listed.keys()
         added |= names - listed.keys() - {CONTENTS}
     return there, added
 
 
-def _is_as_written(path: Path, digest: str, seen: dict[tuple[int, int], str]) -> bool:
-    # A pipe in the place of a file would be read forever.
-    return stat.S_ISREG(path.lstat().st_mode) and _digest(path, seen) == digest
+def _is_as_written(path: Path, digest: str, digests: dict[tuple[int, int], str]) -> bool:
+    # Reading a named pipe would never end.
+    return stat.S_ISREG(path.lstat().st_mode) and _digest(path, digests) == digest
 
 
-def _digest(path: Path, seen: dict[tuple[int, int], str]) -> str:
-    """The SHA-256; the folded pipelines share most of their files by hard links, which are read once."""
-    place = path.stat()
-    key = (place.st_dev, place.st_ino)
-    if key not in seen:
-        seen[key] = sha256_of_file(path)
-    return seen[key]
+def _digest(path: Path, digests: dict[tuple[int, int], str]) -> str:
+    """Return the SHA-256. The pipelines share most of their files by hard links, which are read once."""
+    status = path.stat()
+    key = (status.st_dev, status.st_ino)
+    if key not in digests:
+        digests[key] = sha256_of_file(path)
+    return digests[key]
 
 
 def _write(folder: Path, digests: dict[str, str]) -> None:
-    kept = {"fmm_distill": __version__, "sha256": dict(sorted(digests.items()))}
-    write_text(folder / CONTENTS, json.dumps(kept, indent=1) + "\n")
+    listed = {"fmm_distill": __version__, "sha256": dict(sorted(digests.items()))}
+    write_text(folder / CONTENTS, json.dumps(listed, indent=1) + "\n")

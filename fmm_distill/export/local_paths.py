@@ -1,4 +1,4 @@
-"""Names for the files and folders of this machine that a published student was made of, in place of their paths."""
+"""Public names for the paths of this machine in the files of an exported student."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def public_name(source: str) -> str:
 
 
 def without_paths(value: Any, known: Mapping[str, str]) -> Any:  # noqa: ANN401 any JSON
-    """JSON values with a name in the place of every path of this machine.
+    """Return JSON values with every path of this machine replaced by a public name.
 
     Args:
         known: paths that may be inside a text, also those with spaces and relative ones, to their names.
@@ -64,7 +64,7 @@ def without_paths(value: Any, known: Mapping[str, str]) -> Any:  # noqa: ANN401 
 
 
 def without_known(text: str, known: Mapping[str, str]) -> str:
-    """A text with a name in the place of each of the known paths."""
+    """Return a text with each of the known paths replaced by its public name."""
     # A name without a separator is also a word.
     paths = sorted((path for path in known if "/" in path or "\\" in path), key=len, reverse=True)
     if not paths:
@@ -84,10 +84,10 @@ def _plain(text: str, known: Mapping[str, str]) -> str:
 
 
 def strip(folder: Path) -> None:
-    """Rewrite the files in a folder of pipelines without the paths that the libraries leave in them.
+    """Rewrite the files in a folder of pipelines without the paths that libraries write into them.
 
-    diffusers and transformers keep under ``_name_or_path`` and ``tokenizer_file`` where a component was loaded from;
-    weights have metadata.
+    diffusers and transformers record the origin of a component as ``_name_or_path`` and ``tokenizer_file``, and
+    weight files have metadata.
 
     Raises:
         UserError: if a configuration is not JSON.
@@ -112,7 +112,7 @@ def _strip_config(file: Path) -> None:
 
 
 def _strip_metadata(file: Path) -> None:
-    """Of a safetensors file: the length of its header in 8 bytes, the header as JSON, the tensors."""
+    """Rewrite a safetensors file: the length of its header in 8 bytes, the header as JSON, the tensors."""
     with file.open("rb") as old:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         metadata = header.get("__metadata__", {})
@@ -128,10 +128,10 @@ def _strip_metadata(file: Path) -> None:
 
 
 def config_without_paths(value: Any, key: str = "") -> Any:  # noqa: ANN401 any JSON
-    """A component's settings with the last name of a path in the place of each path.
+    """Return a component's settings with each path replaced by its last name.
 
     Args:
-        key: the name of the setting.
+        key: the name of the setting that has the value.
     """
     if isinstance(value, dict):
         return {name: config_without_paths(each, name) for name, each in value.items()}

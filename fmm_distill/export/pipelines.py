@@ -1,4 +1,4 @@
-"""The student's folder: an any-step pipeline with its own code, and one folded stock pipeline a number of steps."""
+"""The folder of an exported student: an any-step pipeline, and one stock pipeline per fixed number of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of an export: replaced at once and by one export at a time, with nothing of the user's in it lost."""
+"""Replace the folder of an export atomically, by one export at a time, without losing a file of the user's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["check_replaceable", "in_use", "recover", "replacing"]
 
 @contextmanager
 def replacing(target: Path, *, wait: bool = False) -> Iterator[Path]:
-    """A new folder that takes the place of ``target``, with the list of its files, once the block has filled it.
+    """Yield a new folder that replaces ``target``, with the list of its files, once the block has filled it.
 
-    After an error, or a kill at any moment, the former export is in its place or is put back there by ``recover``.
+    After an error, or a kill at any moment, the former export is in ``target``, or ``recover`` moves it back.
 
     Args:
         wait: wait for another export into it, or its publication, instead of refusing.
@@ -37,7 +37,7 @@ def replacing(target: Path, *, wait: bool = False) -> Iterator[Path]:
     with in_use(folder, "an export", wait=wait), writing(target):
         _put_back(folder)
         check_replaceable(target)
-        partial, old = _beside(folder, "partial"), _beside(folder, "old")
+        partial, old = _sibling(folder, "partial"), _sibling(folder, "old")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
@@ -52,7 +52,7 @@ def replacing(target: Path, *, wait: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def in_use(target: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of an export's folder. It is next to the folder, which an export replaces together with its files.
+    """Hold the lock of an export's folder. The lock is next to the folder, which an export replaces as a unit.
 
     Args:
         wait: wait for the other process instead of refusing.
@@ -60,18 +60,18 @@ def in_use(target: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: if another process holds it.
     """
-    folder = _beside(target.resolve(), "lock")
+    folder = _sibling(target.resolve(), "lock")
     try:
         with locked(folder, purpose, wait=wait):
             yield
     finally:
-        # A process that was killed leaves it, and then it was there before this one; while it is in use it has a file.
+        # A killed process leaves the folder of its lock behind. While another process uses it, it is not empty.
         with suppress(OSError):
             folder.rmdir()
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse a folder of which anything is not, byte for byte, what an export wrote.
+    """Refuse a folder in which any file differs from what an export wrote.
 
     Raises:
         UserError: with the names of the files.
@@ -81,8 +81,8 @@ def check_replaceable(target: Path) -> None:
         return
     if not (target / CONTENTS).is_file():
         raise UserError(
-            f"{target} holds something else than an exported student, or one of an earlier version (no {CONTENTS}); "
-            "choose another folder, or move it away"
+            f"{target}: expected an exported student or an empty folder, got one without {CONTENTS}, from something "
+            "else or an earlier version; choose another folder, or move it away"
         )
     found = changes(target)
     if found.added or found.changed:
@@ -96,21 +96,21 @@ def check_replaceable(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put an export back in its place that was cut off after it had moved the former one out of the way.
+    """Move a former export back to its folder, if an export was killed after it had moved it away.
 
     Raises:
         UserError: if an export into it is running.
     """
     folder = target.resolve()
-    # Of processes that a launcher started the first one has the lock.
+    # Of the processes that a launcher started, the first one holds the lock.
     first = os.environ.get("RANK", "0") == "0"
-    if first and not folder.exists() and _beside(folder, "old").is_dir():
+    if first and not folder.exists() and _sibling(folder, "old").is_dir():
         with in_use(folder, "a recovery"):
             _put_back(folder)
 
 
 def _put_back(folder: Path) -> None:
-    old = _beside(folder, "old")
+    old = _sibling(folder, "old")
     if not old.is_dir():
         return
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
@@ -118,16 +118,16 @@ def _put_back(folder: Path) -> None:
     if not os.path.lexists(folder):
         old.rename(folder)
         return
-    # A kill while the former export was removed: what is left of it is of no use, but for a file of the user's.
+    # A process was killed while it removed the former export: the rest is of no use, except a file of the user's.
     if not (old / CONTENTS).is_file():
-        raise UserError(f"{old} is in the way of an export, which did not write it (no {CONTENTS}); move it away")
+        raise UserError(f"{old}: expected a former export, got a folder without {CONTENTS}; move it away")
     if added := changes(old).added:
         raise UserError(f"{old} has files that no export wrote ({shown(added)}); move them away")
     _remove(old)
 
 
 def _remove(old: Path) -> None:
-    """Remove a former export, its list last: after a kill the list tells that the rest is one."""
+    """Remove a former export, its list last: after a kill, the list shows that the rest belongs to an export."""
     for path in old.iterdir():
         if path.name == CONTENTS:
             continue
@@ -148,10 +148,10 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     except BaseException:
         _put_back(folder)
         raise
-    # The new export is in its place: what can't be removed now is removed by the next one.
+    # The new export is complete: the next one removes what can't be removed now.
     with suppress(OSError):
         _remove(old)
 
 
-def _beside(folder: Path, kind: str) -> Path:
+def _sibling(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")

@@ -1,4 +1,4 @@
-"""The texts of an exported student as they may leave this machine: the same facts without its paths."""
+"""The texts of an exported student without the paths of this machine, as they are published."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TODO = "export the student again"
 
 
 def public_teacher(teacher: str, revision: str | None) -> str:
-    """The name of a teacher: a Hub id as it is, which has a revision, and ``local:<folder>``."""
+    """Return the public name of a teacher: a Hub id, which has a revision, as it is, or ``local:<folder>``."""
     return teacher if revision is not None or teacher.startswith("builtin:") else public_name(teacher)
 
 
 def known_paths(folder: Path, manifest: StudentManifest) -> dict[str, str]:
-    """The paths in an exported student's recipe, as they were written and as they resolve, to their public names."""
+    """Return the public names of the paths in an exported student's recipe, by the path as written and as resolved."""
     named = _sources(manifest, _recipe(folder))
     paths = {value: public_name(value) for value, local in named if local}
     full = {str(Path(path).expanduser().absolute()): name for path, name in paths.items()}
@@ -35,7 +35,7 @@ def known_paths(folder: Path, manifest: StudentManifest) -> dict[str, str]:
 
 
 def public_manifest(manifest: StudentManifest, known: Mapping[str, str]) -> StudentManifest:
-    """The facts with a name in the place of each path."""
+    """Return the manifest with each path replaced by its public name."""
     facts: dict[str, Any] = without_paths(asdict(manifest), known)
     facts["scheduler"] = config_without_paths(facts["scheduler"])
     facts["teacher"] = public_teacher(manifest.teacher, manifest.revision)
@@ -43,14 +43,14 @@ def public_manifest(manifest: StudentManifest, known: Mapping[str, str]) -> Stud
 
 
 def public_json(file: Path, known: Mapping[str, str]) -> str:
-    """The text of a JSON file with a name in the place of each path."""
+    """Return the text of a JSON file with each path replaced by its public name."""
     found = read_mapping(file, todo=_TODO)
     plain = without_paths(found, known)
     return file.read_text(encoding="utf-8") if plain == found else json.dumps(plain, indent=2) + "\n"
 
 
 def public_evaluation(folder: Path, known: Mapping[str, str]) -> dict[str, Any] | None:
-    """The numbers in ``evaluation.json`` of an exported student; None: it was not evaluated."""
+    """Return the contents of ``evaluation.json`` of an exported student; None: it was not evaluated."""
     file = folder / "evaluation.json"
     if not file.is_file():
         return None
@@ -58,12 +58,12 @@ def public_evaluation(folder: Path, known: Mapping[str, str]) -> dict[str, Any] 
 
 
 def public_recipe(folder: Path, manifest: StudentManifest, known: Mapping[str, str]) -> str:
-    """The text of ``recipe.yaml`` with a name in the place of each path; Hub ids stay."""
+    """Return the text of ``recipe.yaml`` with each path replaced by its public name; Hub ids stay."""
     recipe = _recipe(folder)
-    for place, key in _places(recipe):
-        value = place[key]
+    for group, key in _path_settings(recipe):
+        value = group[key]
         if value in known and (value, True) in _sources(manifest, recipe):
-            place[key] = known[value]
+            group[key] = known[value]
     far = {path: name for path, name in known.items() if "/" in path or "\\" in path}
     return yaml.safe_dump(without_paths(recipe, far), sort_keys=False, allow_unicode=True)
 
@@ -73,13 +73,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
     return read_mapping(file, todo=_TODO) if file.is_file() else {}
 
 
-def _places(recipe: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """The settings that may be paths: the mapping that holds each, and its key there."""
+def _path_settings(recipe: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Return the settings that may be paths: the mapping that holds each, and its key there."""
     evaluation = _group(recipe, "evaluation")
-    places = [(recipe, "teacher"), (_group(recipe, "guidance"), "weaker"), (_group(recipe, "data"), "source")]
-    places += [(_group(recipe, "prompts"), "file"), (_group(recipe, "prompts"), "dataset")]
-    places += [(evaluation, "features"), (evaluation, "clip"), (_group(evaluation, "reference"), "source")]
-    return [(place, key) for place, key in places if isinstance(place.get(key), str)]
+    settings = [(recipe, "teacher"), (_group(recipe, "guidance"), "weaker"), (_group(recipe, "data"), "source")]
+    settings += [(_group(recipe, "prompts"), "file"), (_group(recipe, "prompts"), "dataset")]
+    settings += [(evaluation, "features"), (evaluation, "clip"), (_group(evaluation, "reference"), "source")]
+    return [(group, key) for group, key in settings if isinstance(group.get(key), str)]
 
 
 def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -88,16 +88,16 @@ def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _sources(manifest: StudentManifest, recipe: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Each source of a student, and whether it is on this machine."""
+    """Return each source of a student, and whether it is on this machine."""
     data = str(manifest.training["data"])
-    # These were decided when the student was exported: the folders may be gone.
+    # The manifest decides these: their folders may be gone since the export.
     decided = {
         manifest.teacher: public_teacher(manifest.teacher, manifest.revision) != manifest.teacher,
         data: data not in ("none", "teacher", manifest.dataset) and not data.startswith("builtin:"),
     }
     found = list(decided.items())
-    for place, key in _places(recipe):
-        value = place[key]
+    for group, key in _path_settings(recipe):
+        value = group[key]
         file = key == "file" or (key == "features" and value.endswith(".pt"))
         found.append((value, decided.get(value, file or (key != "features" and is_local(value)))))
     return found

@@ -1,13 +1,13 @@
-"""Run by ``verify`` in a process of its own: open exported pipelines with stock diffusers and record what they do.
+"""Open exported pipelines with stock diffusers and record their jumps; ``verify`` runs this in a process of its own.
 
 python reload.py JOBS.json
 
 A job is {"folder", "call", "any_call", "seed", "steps", "component", "sample", "count", "output"}: keywords of the call
 of a folded and of an any-step pipeline, numbers of steps, the network's name in the pipeline and its first argument's,
-how many samples a call makes, a safetensors file to write.
+the number of samples of a call, a safetensors file to write.
 
-Of each pipeline the file has ``KEY.states``, what its network was given in each step, ``KEY.end``, the samples after
-the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and say little.
+For each pipeline the file has ``KEY.states``, the inputs of its network in each step, ``KEY.end``, the samples after
+the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and hide differences.
 """
 
 import copy
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 
-# Any import of the package fails from here on: what opens below opens without it.
+# From here on any import of the package fails: the pipelines have to open without it.
 sys.modules["fmm_distill"] = None
 
 import torch
@@ -25,27 +25,27 @@ from safetensors.torch import save_file
 
 
 def plain(value):
-    """A float tensor of its own, of samples in a tensor or a list."""
+    """Return a copy of samples in a tensor or a list, as one float tensor."""
     return (torch.stack(list(value)) if isinstance(value, list) else value).detach().float().clone()
 
 
 def watched(scheduler, ends):
-    """The scheduler, which keeps the result of each step."""
+    """Return the scheduler, which appends the result of each step to ``ends``."""
     step = scheduler.step
 
-    # Pipelines look at the parameters.
+    # Pipelines read the signature.
     @functools.wraps(step)
-    def kept(*args, **kwargs):
+    def recorded(*args, **kwargs):
         made = step(*args, **kwargs)
         ends.append(plain(made[0] if isinstance(made, tuple) else made.prev_sample))
         return made
 
-    scheduler.step = kept
+    scheduler.step = recorded
     return scheduler
 
 
 def watch_ends(pipeline, call, ends):
-    """Have the samples after each step appended to ``ends``: by the pipeline's scheduler, or by its callback."""
+    """Append the samples after each step to ``ends``, by the pipeline's scheduler or by its callback."""
     module = sys.modules[type(pipeline).__module__]
     if hasattr(module, "FlowMapScheduler"):
         # The any-step pipeline makes a scheduler in each call.
@@ -53,17 +53,17 @@ def watch_ends(pipeline, call, ends):
         module.FlowMapScheduler.from_stock = lambda *args: watched(make(*args), ends)
     elif hasattr(module, "FlowMapPipeline"):
 
-        def keep(_, number, timestep, given):
+        def append(_, number, timestep, given):
             ends.append(plain(given["latents"]))
             return given
 
-        call["callback_on_step_end"] = keep
+        call["callback_on_step_end"] = append
     else:
         watched(pipeline.scheduler, ends)
 
 
 def unchecked(pipeline):
-    """The pipeline without what replaces images by black ones or draws on them: the student is compared, not these."""
+    """Return the pipeline without its checkers and watermarks, which change images: the student is compared."""
     for name in ("safety_checker", "watermarker", "watermark"):
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
@@ -71,9 +71,9 @@ def unchecked(pipeline):
 
 
 def made_by(pipeline, call, job, steps):
-    """The recorded tensors of one call, by the second half of their names."""
+    """Return the recorded tensors of one call, by the second half of their names."""
     pipeline.set_progress_bar_config(disable=True)
-    # Some pipelines change the lists that they are given.
+    # Some pipelines change the lists that they are called with.
     call, states, ends = copy.deepcopy(call), [], []
     call |= {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps}
 
@@ -92,7 +92,7 @@ def made_by(pipeline, call, job, steps):
 
 
 def record_job(job):
-    """The recorded tensors of all pipelines in the folder."""
+    """Return the recorded tensors of all pipelines in the folder."""
     any_step = unchecked(DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True))
     made = {}
     for steps in job["steps"]:

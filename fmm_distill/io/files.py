@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, and errors of a disk as one clear line."""
+"""Atomic writes of files and folders, and disk errors as one-line messages with advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["append_line", "atomic_file", "atomic_folder", "check_writable", "write_text", "writing"]
 
-# What an error of a disk means for its user.
+# The advice for each kind of disk error.
 _ADVICE = (
     (
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -29,8 +29,11 @@ _ADVICE = (
     ((errno.EROFS,), "the file system is read-only: choose another --output"),
     ((errno.ENOENT,), "its folder does not exist: make it, or correct the path"),
     ((errno.EISDIR,), "a folder has this name: choose the name of a file"),
-    ((errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY), "a file or a folder is in its place: choose another --output"),
-    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "the system does not take this path: choose another --output"),
+    (
+        (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+        "the path is taken by a file or a folder: choose another --output",
+    ),
+    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "the system does not accept this path: choose another --output"),
     ((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n), then run it again"),
 )
 
@@ -40,11 +43,15 @@ _OTHERWISE = "check the disk or the network file system, or choose another --out
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turns an error of the disk while writing ``target`` into one clear line, with advice that fits the error."""
+    """Turn a disk error while ``target`` is written into one line with advice that fits the error.
+
+    Raises:
+        UserError: with the reason and the advice.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # Without the number, which is no news to a user.
+        # The text without "[Errno 28]".
         reason = getattr(error, "strerror", None) or first_line(error)
         number = _errno(error)
         advice = next((advice for numbers, advice in _ADVICE if number in numbers), _OTHERWISE)
@@ -56,7 +63,7 @@ def writing(target: Path) -> Iterator[None]:
 def _errno(error: OSError | SafetensorError) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    # safetensors writes in Rust, whose errors end with the number.
+    # Errors of safetensors come from Rust, and end with the number.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
 
@@ -102,16 +109,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that its old content stays until the new one is on the disk."""
+    """Write a text file atomically: its old content stays until the new one is on the disk."""
     with writing(path), atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that ``write_text`` could not write, before what it is to hold is computed.
+    """Refuse a path that ``write_text`` could not write, before its content is computed.
 
     Raises:
-        UserError: if it is a folder, or its folder is not there or takes no files.
+        UserError: if the path is a folder, or its folder is missing or not writable.
     """
     with writing(path):
         if path.is_dir():
@@ -124,6 +131,7 @@ def check_writable(path: Path) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line to a log. Unbuffered: a full disk fails at the write, with nothing left over to fail again."""
+    """Append a line to a log file."""
+    # Unbuffered: on a full disk the write itself fails, and closing the file has nothing left to write.
     with writing(path), path.open("ab", buffering=0) as file:
         file.write(text.encode() + b"\n")

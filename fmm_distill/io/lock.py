@@ -1,4 +1,4 @@
-"""An exclusive lock of a folder, which is released when its process ends, in any way."""
+"""An exclusive lock of a folder, which is released when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 _LOCK, _CLAIM = ".fmm_distill.lock", ".fmm_distill.claim"
 
+# Seconds between two attempts while another process holds the lock.
 _POLL = 0.2
-# A folder or a lock file that another process removes as it ends is made again; nobody does that many times in a row.
+# The lock file, or its folder, may be removed between two calls by a process that ends. More than a few times in a row
+# means that the folder can't be created at all.
 _TRIES = 20
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -37,7 +39,7 @@ class LockedError(UserError):
     """Another process holds the lock of a folder.
 
     Attributes:
-        holder: the folder and the process.
+        holder: a sentence that names the folder and the process.
     """
 
     def __init__(self, holder: str, advice: str) -> None:
@@ -46,25 +48,25 @@ class LockedError(UserError):
 
 
 def is_lock_file(name: str) -> bool:
-    """Tell a lock's file by its name. A process that was killed leaves it behind; it makes no folder anybody's."""
+    """Tell a lock file by its name. A killed process leaves it behind, in a folder that is otherwise free."""
     return name == _LOCK or name.startswith(_CLAIM)
 
 
 @contextmanager
 def locked(folder: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it is missing and removed again if nothing is in it at the end.
+    """Hold the lock of a folder, which is created if it is missing and removed again if it is empty at the end.
 
-    Of processes that a launcher started together the first holds the lock for all; in the others this does nothing.
-    The kernel's lock (flock) disappears with its process. On a file system without it a file is the lock, which is
-    taken over if its process is gone on the same machine.
+    Among processes of one launcher the first holds the lock for all; in the others this does nothing. The kernel
+    releases its lock (flock) when the process ends. File systems without flock get a lock file instead, which another
+    process takes over once its owner has ended on the same machine.
 
     Args:
-        purpose: a noun for messages of other processes, such as "a run".
-        wait: wait for the other process instead of refusing.
+        purpose: a noun for the messages of other processes, such as "a run".
+        wait: wait for the other process instead of raising.
 
     Raises:
-        LockedError: if another process holds it, with the process and what to do.
-        UserError: if the folder can't be written to.
+        LockedError: if another process holds the lock; the message names it and says what to do.
+        UserError: if the folder is not writable.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -81,17 +83,17 @@ def locked(folder: Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
             try:
                 made.rmdir()
             except OSError:
-                # It holds something, or was never made.
+                # It has content, or was never created.
                 break
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folders that have to be made for this one, the deepest first."""
+    """Return the missing folders on the path to this one, the deepest first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _acquire(folder: Path, purpose: str, *, wait: bool) -> int | None:
-    """The handle of the kernel's lock; None: a file is the lock."""
+    """Return the handle of the kernel's lock; None: the lock is a file."""
     waits, tries = False, 0
     with writing(folder):
         while True:
@@ -105,7 +107,7 @@ def _acquire(folder: Path, purpose: str, *, wait: bool) -> int | None:
                 if not wait:
                     raise
                 if not waits:
-                    logger.warning(f"{error.holder}; waiting for it to end")
+                    logger.warning(f"{error.holder}; waiting for that process to end")
                 waits = True
                 time.sleep(_POLL)
 
@@ -127,7 +129,7 @@ def _try(folder: Path, purpose: str) -> int | None:
         _claim(folder, purpose)
         return None
     try:
-        # The holder before removes the file as it ends: a lock on a removed file excludes nobody.
+        # The previous holder removes the file when it ends, and a lock on a removed file excludes nobody.
         if not os.path.samestat(os.fstat(handle), file.stat()):
             raise FileNotFoundError(errno.ENOENT, "it was removed", str(file))
         _write(handle, purpose)
@@ -144,7 +146,7 @@ def _write(handle: int, purpose: str) -> None:
 
 
 def _release(folder: Path, handle: int | None) -> None:
-    # Removed while it is held, or another process's would be removed.
+    # The file is removed while the lock is held; later it may be the one of another process.
     (folder / (_CLAIM if handle is None else _LOCK)).unlink(missing_ok=True)
     if handle is not None:
         _held.discard(handle)
@@ -152,7 +154,7 @@ def _release(folder: Path, handle: int | None) -> None:
 
 
 def _forget() -> None:
-    """A forked child has the open files of its parent, and with them would hold the lock after the parent's end."""
+    """Close the lock files in a forked child, which would otherwise hold the locks after its parent has ended."""
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -162,11 +164,11 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _claim(folder: Path, purpose: str) -> None:
-    """Take the lock where the kernel has none: a file that is created only if it is not there."""
+    """Take the lock on a file system without flock, by creating a file exclusively."""
     claim = folder / _CLAIM
     there = _read(claim)
     if there and _is_gone(there):
-        # Of two processes that find it one renames it.
+        # Two processes may find the stale file; renaming decides which of them removes it.
         grave = folder / f"{_CLAIM}.{os.getpid()}"
         claim.rename(grave)
         if _read(grave) != there:
@@ -178,17 +180,17 @@ def _claim(folder: Path, purpose: str) -> None:
     except FileExistsError as error:
         holder, advice = _refusal(folder, _read(claim))
         raise LockedError(holder, f"{advice}; if that process is gone, remove {claim}") from error
-    logger.warning(f"the file system of {folder} has no locks: {claim.name} takes their place")
+    logger.warning(f"the file system of {folder} has no locks (flock); using the lock file {claim.name}")
 
 
 def _about(purpose: str) -> str:
-    """The holder of a lock, as JSON."""
+    """Return a description of this process as a lock holder, in JSON."""
     holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
     return json.dumps(holder | {"process": _start_of(os.getpid())}) + "\n"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The holder that a lock names; empty: not written yet, or not readable."""
+    """Return the holder that a lock file names; empty: it is not written yet, or not readable."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,7 +199,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _refusal(folder: Path, holder: dict[str, Any]) -> tuple[str, str]:
-    """The holder of a lock, and what to do."""
+    """Return a sentence on the holder of a lock, and advice."""
     pid, host, started = holder.get("pid"), holder.get("host"), holder.get("started")
     if pid is None:
         return f"{folder} is in use by another process", "wait for it to end, or choose another folder"
@@ -210,7 +212,7 @@ def _refusal(folder: Path, holder: dict[str, Any]) -> tuple[str, str]:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Tell if a process of this machine has ended; one of the same number that started later is another."""
+    """Tell if a process of this machine has ended. A process with the same number that started later is another one."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
@@ -226,16 +228,16 @@ def _is_alive(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        # It is another user's.
+        # The process exists and belongs to another user.
         return True
     return True
 
 
 def _start_of(pid: int) -> str | None:
-    """The boot of the machine and the clock tick in it at which a process started; None: the system does not say."""
+    """Return the boot of the machine and the clock tick at which a process started; None: the system has no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        # The name, in parentheses, may hold spaces and parentheses itself.
+        # The name in parentheses may contain spaces and parentheses, so fields are counted from the last one.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

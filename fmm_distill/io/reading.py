@@ -1,4 +1,4 @@
-"""The reader of JSON and YAML files that the program itself wrote: the expected object, or one clear line."""
+"""Reading of JSON and YAML files that this package wrote: the expected object, or a one-line error."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _NAMES = {
 
 
 class BrokenFileError(UserError):
-    """A file that the program wrote is missing, torn, or not the program's."""
+    """A file of this package is missing, damaged, or has other content."""
 
 
 def read_mapping(path: Path, keys: Mapping[str, type | UnionType] | None = None, *, todo: str) -> dict[str, Any]:
-    """Read a mapping from a JSON file, or from a YAML file by its name's ending.
+    """Read a mapping from a JSON or YAML file; the suffix of the path decides.
 
     Args:
         keys: required keys and the types of their values, such as ``{"step": int, "revision": str | None}``.
-        todo: the advice at the end of the message, such as "export the student again".
+        todo: the advice that ends an error message, such as "export the student again".
 
     Raises:
         BrokenFileError: if the file can't be read, or its content is not such a mapping.
@@ -47,7 +47,7 @@ def read_mapping(path: Path, keys: Mapping[str, type | UnionType] | None = None,
 
 
 def read_list(path: Path, of: type | UnionType, *, todo: str) -> list[Any]:
-    """Read a list from a JSON or YAML file, all of whose items have one type.
+    """Read a list of items of one type from a JSON or YAML file.
 
     Raises:
         BrokenFileError: if the file can't be read, or its content is not such a list.
@@ -60,16 +60,16 @@ def read_list(path: Path, of: type | UnionType, *, todo: str) -> list[Any]:
 
 
 def read_lines(path: Path, keys: Mapping[str, type | UnionType], *, todo: str) -> list[dict[str, Any]]:
-    """Read a log of one JSON object per line; no file is an empty log, and an unfinished last line is left out.
+    """Read a log of one JSON object per line. A missing file is an empty log; an unfinished last line is left out.
 
     Raises:
-        BrokenFileError: on a line that is not such an object, with its number.
+        BrokenFileError: if a line is not such an object; the message has its number.
     """
     if not path.exists():
         return []
     text = _text(path, todo)
     found = []
-    # What comes after the last newline is being written, or was when the run was killed.
+    # The text after the last newline is being written, or was when the run was killed.
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
         where = f"{path}: line {number}"
         try:
@@ -84,13 +84,13 @@ def read_lines(path: Path, keys: Mapping[str, type | UnionType], *, todo: str) -
 
 
 def check_keys(where: str, found: Mapping[str, Any], keys: Mapping[str, type | UnionType], *, todo: str) -> None:
-    """Refuse a mapping that lacks a key or has a value of another type.
+    """Refuse a mapping without a required key or with a value of another type.
 
     Args:
-        where: the file, and the place in it, for the message.
+        where: the file and the position in it, for the message.
 
     Raises:
-        BrokenFileError: with the key.
+        BrokenFileError: with the name of the key.
     """
     for key, kind in keys.items():
         if key not in found:
@@ -107,7 +107,7 @@ def _parsed(path: Path, todo: str) -> Any:  # noqa: ANN401 any JSON or YAML valu
     try:
         return yaml.safe_load(text) if is_yaml else json.loads(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A parser that stops at the end of the text was given the beginning of a file.
+        # A JSON error at the end of the text means that the file was cut off.
         torn = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
         fault = "is truncated" if torn else f"is not {'YAML' if is_yaml else 'JSON'}"
         raise BrokenFileError(f"{path} {fault} ({_first_line(error)}); {todo}") from error
@@ -132,7 +132,7 @@ def _checked(path: Path, found: Any, kind: type, todo: str) -> Any:  # noqa: ANN
 
 def _is_of(value: object, kind: type | UnionType) -> bool:
     kinds = _kinds(kind)
-    # To Python true is an integer, to JSON it is not; to JSON 1 is a number like 1.0.
+    # In Python True is an int, in JSON it is not; in JSON 1 is a number like 1.0.
     if isinstance(value, bool):
         return bool in kinds or object in kinds
     return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)

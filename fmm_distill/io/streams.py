@@ -1,4 +1,4 @@
-"""Standard streams whose loss ends nothing: a run outlives a full disk, a closed pipe and a narrow encoding."""
+"""Standard streams that don't end a run: not on a full disk, not on a closed pipe, not on a narrow encoding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Lossy", "lossy_streams"]
 
 
 class Lossy:
-    """A text stream that drops what can't be written.
+    """A text stream that drops output that can't be written.
 
-    It has no ``buffer``, so that nothing is written past it.
+    It has no attribute ``buffer``, so that writers of bytes can't bypass it.
 
     Args:
-        last: this process prints nothing after it: what the stream still holds is dropped too.
+        last: the process prints nothing after this stream, so that buffered output is dropped after an error as well.
 
     Attributes:
-        lost: the first failure of the system; None: nothing was lost.
+        lost: the first error; None: everything was written.
     """
 
     def __init__(self, stream: TextIO, *, last: bool = False) -> None:
@@ -31,7 +31,7 @@ class Lossy:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write a text, with escapes in place of letters that the stream's encoding does not have."""
+        """Write a text; letters that the encoding of the stream lacks become escapes."""
         with self._losing():
             try:
                 self.stream.write(text)
@@ -53,7 +53,7 @@ class Lossy:
             self.lost = self.lost or error
             if not self.last:
                 return
-            # What the stream still holds would fail again as Python ends.
+            # The stream's buffer would fail again when Python closes it at exit.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
@@ -67,7 +67,7 @@ class Lossy:
 
 @contextmanager
 def lossy_streams(*, last: bool = False) -> Iterator[tuple[Lossy, Lossy]]:
-    """Standard output and error as ``Lossy`` streams, until the end of the context."""
+    """Replace standard output and error by ``Lossy`` streams until the end of the context."""
     out, err = Lossy(sys.stdout, last=last), Lossy(sys.stderr, last=last)
     with redirect_stdout(cast("TextIO", out)), redirect_stderr(cast("TextIO", err)):
         yield out, err

@@ -1,95 +1,39 @@
-"""The losses, one file each: settings and one pure function. A new one is a file and a line in each table."""
+"""The losses, one class per file.
+
+``registered_losses()`` maps the name of each registered loss to its class. The classes of this package
+are also its attributes (``fmm_distill.losses.Lagrangian``), imported when they are first used.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from typing import Any
 
-from pydantic import Field
-
-from fmm_distill.losses.base import LossSettings
-from fmm_distill.losses.consistency import ConsistencySettings, consistency
-from fmm_distill.losses.consistency_trajectory import ConsistencyTrajectorySettings, consistency_trajectory
-from fmm_distill.losses.eulerian import EulerianSettings, eulerian
-from fmm_distill.losses.flow_map_matching import FlowMapMatchingSettings, flow_map_matching
-from fmm_distill.losses.flow_matching import FlowMatchingSettings, flow_matching
-from fmm_distill.losses.lagrangian import LagrangianSettings, lagrangian
-from fmm_distill.losses.mean_flow import MeanFlowSettings, mean_flow
-from fmm_distill.losses.operator_regression import OperatorRegressionSettings, operator_regression
-from fmm_distill.losses.progressive import ProgressiveSettings, progressive
-from fmm_distill.losses.progressive_distillation import ProgressiveDistillationSettings, progressive_distillation
-from fmm_distill.losses.terminal_velocity import TerminalVelocitySettings, terminal_velocity
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
+from fmm_distill.losses.base import DerivativeLoss, Jump, Loss, squared_norm
+from fmm_distill.losses.registry import BUILT_IN, AnyLoss, registered_losses
+from fmm_distill.losses.time_sampling import TimeSampling
+from fmm_distill.losses.weighting import Distance, Weight
 
 __all__ = [
-    "LOSSES",
-    "SETTINGS",
-    "AnyLossSettings",
-    "ConsistencySettings",
-    "ConsistencyTrajectorySettings",
-    "EulerianSettings",
-    "FlowMapMatchingSettings",
-    "FlowMatchingSettings",
-    "LagrangianSettings",
-    "LossSettings",
-    "MeanFlowSettings",
-    "OperatorRegressionSettings",
-    "ProgressiveDistillationSettings",
-    "ProgressiveSettings",
-    "TerminalVelocitySettings",
-    "consistency",
-    "consistency_trajectory",
-    "eulerian",
-    "flow_map_matching",
-    "flow_matching",
-    "lagrangian",
-    "mean_flow",
-    "operator_regression",
-    "progressive",
-    "progressive_distillation",
-    "terminal_velocity",
+    "AnyLoss",
+    "DerivativeLoss",
+    "Distance",
+    "Jump",
+    "Loss",
+    "TimeSampling",
+    "Weight",
+    "registered_losses",
+    "squared_norm",
 ]
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "lagrangian": lagrangian,
-    "eulerian": eulerian,
-    "progressive": progressive,
-    "flow_map_matching": flow_map_matching,
-    "flow_matching": flow_matching,
-    "mean_flow": mean_flow,
-    "consistency": consistency,
-    "consistency_trajectory": consistency_trajectory,
-    "progressive_distillation": progressive_distillation,
-    "operator_regression": operator_regression,
-    "terminal_velocity": terminal_velocity,
-}
-AnyLossSettings = Annotated[
-    LagrangianSettings
-    | EulerianSettings
-    | ProgressiveSettings
-    | FlowMapMatchingSettings
-    | FlowMatchingSettings
-    | MeanFlowSettings
-    | ConsistencySettings
-    | ConsistencyTrajectorySettings
-    | ProgressiveDistillationSettings
-    | OperatorRegressionSettings
-    | TerminalVelocitySettings,
-    Field(discriminator="name"),
-]
-SETTINGS: dict[str, type[LossSettings]] = {
-    "lagrangian": LagrangianSettings,
-    "eulerian": EulerianSettings,
-    "progressive": ProgressiveSettings,
-    "flow_map_matching": FlowMapMatchingSettings,
-    "flow_matching": FlowMatchingSettings,
-    "mean_flow": MeanFlowSettings,
-    "consistency": ConsistencySettings,
-    "consistency_trajectory": ConsistencyTrajectorySettings,
-    "progressive_distillation": ProgressiveDistillationSettings,
-    "operator_regression": OperatorRegressionSettings,
-    "terminal_velocity": TerminalVelocitySettings,
-}
+_CLASSES = dict(reference.split(":")[::-1] for reference in BUILT_IN.values())
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 the class of a loss
+    if name not in _CLASSES:
+        raise AttributeError(f"module 'fmm_distill.losses' has no attribute {name!r}")
+    return getattr(import_module(_CLASSES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_CLASSES])

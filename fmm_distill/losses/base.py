@@ -1,141 +1,158 @@
-"""What every loss shares: the base of its settings, and the mean square of a residual."""
+"""The interface of a loss, the jump that it is evaluated on, and the mean square of a residual."""
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from fmm_distill.losses.settings import Settings
+from fmm_distill.losses.time_sampling import TimeSampling
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["DerivativeSettings", "LossSettings", "squared_norm"]
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.core.flow_map import FlowMap
+    from fmm_distill.core.velocity import VelocityField
+
+__all__ = ["DerivativeLoss", "Jump", "Loss", "TargetNetwork", "squared_norm"]
+
+TargetNetwork = Literal["average", "frozen"]
 
 
-class Settings(BaseModel):
-    """A closed, frozen group of settings: an unknown key is an error, and so is a value of a neighboring type.
+@dataclass(frozen=True)
+class Jump:
+    """A batch of jumps that a loss is evaluated on.
 
-    Of every group: numbers are finite, ``true`` is no number, a text with a number in it is one (YAML reads ``1e-4`` as
-    text), and texts are not empty.
+    Attributes:
+        x: points ``x_t`` at which the jumps start, shape ``[batch, *event]``.
+        t: times at which they start, float64, shape ``[batch]``.
+        r: times at which they end, ``r <= t``, float64, shape ``[batch]``.
+        cond: what the networks are conditioned on; None for unconditional networks.
+        u: uniform on [0, 1], shape ``[batch]``: the random number of a loss that places a middle time, or chooses
+            between two cases.
+        target_map: a moving average or a frozen copy of the student, as ``Loss.target_network`` names it; None if the
+            loss names neither.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        kinds = {name: _kinds(cast("Any", field.annotation)) for name, field in cls.model_fields.items()}
-        return {key: _as_number(part, kinds[key]) if key in kinds else part for key, part in value.items()}
-
-    @field_validator("*")
-    @classmethod
-    def _texts(cls, value: object) -> object:
-        if isinstance(value, dict):
-            # Keywords of other people's calls, where an empty text has a meaning.
-            _check_letters("".join(part for pair in value.items() for part in pair if isinstance(part, str)))
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, str):
-                _check_text(part)
-        return value
+    x: Float[Tensor, "batch *event"]
+    t: Float[Tensor, " batch"]
+    r: Float[Tensor, " batch"]
+    cond: Conditioning | None
+    u: Float[Tensor, " batch"]
+    target_map: FlowMap | None = None
 
 
-@cache
-def _kinds(annotation: Any) -> frozenset[Any]:  # noqa: ANN401 a type or an alias of types
-    """The types that an annotation is made of, those of elements included."""
-    parts = get_args(annotation)
-    return frozenset().union(*map(_kinds, parts)) if parts else frozenset([annotation])
+class Loss(Settings):
+    """A loss of flow map distillation: its fields are its settings, and a call evaluates it.
 
-
-def _as_number(value: object, kinds: frozenset[Any]) -> object:
-    """A value of a field with numbers, which pydantic is to see without its own leniency; of a list its elements."""
-    if not kinds & {int, float} or kinds & {bool, str}:
-        return value
-    if isinstance(value, list | tuple):
-        return [_as_number(part, kinds) for part in value]
-    if isinstance(value, bool):
-        # As text it is refused: pydantic takes true for 1.
-        return str(value).lower()
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value.strip()):
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    return value
-
-
-def _check_text(value: str) -> None:
-    if not value.strip():
-        raise ValueError("expected a text that is not empty; leave the setting out, or write null where it may be")
-    _check_letters(value)
-
-
-def _check_letters(value: str) -> None:
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError("expected text in UTF-8 without NUL characters")
-
-
-class LossSettings(Settings):
-    """Settings that every loss has.
+    A subclass sets ``summary`` and ``paper``, gives ``name`` a single literal value, and defines ``__call__``.
 
     Attributes:
         summary: one sentence for ``fmm-distill losses``.
-        paper: where the loss comes from.
-        diagonal: whether it trains jumps of length 0 alone, so that r plays no part.
-        takes: what the function takes besides the five arguments that all have: ``target_map``, a map whose outputs
-            are targets (the student's own moving average, a frozen copy), and ``share``, uniform on [0, 1], shape
-            ``[batch]``, which places a middle time.
+        paper: the source of the loss.
+        diagonal: whether it trains jumps of length 0 alone and ignores r.
+        needed_sampling: the distribution of times that it needs, with the required fields set; None: any.
+        without_data: the nearest alternative for a run without data, as an error message suggests it.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
     diagonal: ClassVar[bool] = False
-    takes: ClassVar[frozenset[str]] = frozenset()
+    needed_sampling: ClassVar[TimeSampling | None] = None
+    without_data: ClassVar[str] = "choose a loss that takes velocity: teacher"
+
+    name: str
+    """Name of the loss."""
+    velocity: Literal["teacher", "self", "data"] = "teacher"
+    """Source of the velocity: the teacher, the student's own diagonal, or the sample's own eps - x_0."""
+
+    @abstractmethod
+    def __call__(self, flow_map: FlowMap, velocity: VelocityField, jump: Jump) -> Float[Tensor, " batch"]:
+        """Return the loss of each sample, shape ``[batch]``, before its distance and weight are applied.
+
+        Args:
+            flow_map: the student.
+            velocity: the velocity field that the setting ``velocity`` names.
+            jump: the batch of jumps.
+        """
+
+    @classmethod
+    def velocities(cls) -> tuple[str, ...]:
+        """Return the sources that the setting ``velocity`` may name."""
+        return get_args(cls.model_fields["velocity"].annotation)
 
     @property
-    def follows(self) -> Literal["average", "frozen"] | None:
-        """Which copy of the student makes the target's jumps, where one does."""
-        target = getattr(self, "target", None) if "target_map" in self.takes else None
-        if target == "average":
-            return "average"
-        return "frozen" if target == "frozen" else None
+    def needs_data(self) -> bool:
+        """Return whether the loss is learned from samples of a dataset."""
+        return self.velocity == "data"
 
     @property
-    def sees_no_teacher(self) -> bool:
-        """Whether the loss only makes a map agree with itself, so that another one has to teach it the velocity."""
+    def needs_velocity_term(self) -> bool:
+        """Return whether the loss only makes a map consistent with itself.
+
+        Another loss must teach it the velocity then.
+        """
+        return self.velocity == "self"
+
+    @property
+    def target_network(self) -> TargetNetwork | None:
+        """Return which copy of the student is the jump's ``target_map``."""
+        return None
+
+    @property
+    def differentiates(self) -> bool:
+        """Return whether the loss takes a derivative of the map."""
         return False
 
+    def accepts(self, sampling: TimeSampling) -> bool:
+        """Return whether a distribution of times is one that the loss can be trained on."""
+        needed = self.needed_sampling
+        return needed is None or all(
+            getattr(sampling, field) == getattr(needed, field) for field in needed.model_fields_set
+        )
+
     def at_step(self, step: int) -> Self:
-        """The settings in force at a step; those with a warm-up differ from step to step."""
+        """Return the loss in force at a step; one with a warm-up differs between steps."""
         return self
 
+    def progress(self, step: int) -> dict[str, float]:
+        """Return the settings that differ at this step from those after every warm-up, for the log."""
+        return {}
 
-class DerivativeSettings(LossSettings):
-    """Settings of a loss that differentiates the map.
+
+class DerivativeLoss(Loss):
+    """A loss that differentiates the map.
 
     Attributes:
-        in_r: whether in the target time alone, where central differences are within 1e-3 of forward mode.
+        in_r: whether it does so in the end time alone, where central differences are within 1e-3 of forward mode.
     """
 
     in_r: ClassVar[bool] = False
 
     derivative: Literal["auto", "exact", "central"] = "auto"
-    """How derivatives are taken: forward mode, central differences, or whichever runs (it is said which)."""
+    """Forward mode, central differences, or whichever runs on the networks (the choice is logged)."""
 
     @property
     def differentiates(self) -> bool:
-        """Whether a derivative is taken at all: not where a finite step stands in its place."""
+        """Return whether a derivative is taken; a finite step can replace it."""
         return True
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether gradients pass through the derivative."""
+        """Return whether gradients pass through the derivative."""
         return True
+
+    @property
+    def engine(self) -> Literal["exact", "central"]:
+        """Return the engine of the derivatives; ``auto`` that was not resolved is forward mode."""
+        return "exact" if self.derivative == "auto" else self.derivative
 
 
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
-    """Mean over the event of the squared residual, in float32 at least."""
+    """Return the mean over the event of the squared residual, in float32 at least."""
     return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)

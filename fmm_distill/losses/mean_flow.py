@@ -9,32 +9,37 @@ from pydantic import model_validator
 
 from fmm_distill.core.derivatives.engines import value_and_derivative_along_flow
 from fmm_distill.core.time_axis import expand
-from fmm_distill.losses.base import squared_norm
-from fmm_distill.losses.eulerian import EulerianSettings, TangentSettings, eulerian
+from fmm_distill.losses.base import Jump, squared_norm
+from fmm_distill.losses.eulerian import Eulerian, TangentLoss
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.flow_map import FlowMap
     from fmm_distill.core.velocity import VelocityField
 
-__all__ = ["MeanFlowSettings", "mean_flow"]
+__all__ = ["MeanFlow"]
 
 
-class MeanFlowSettings(TangentSettings):
-    """Settings of mean flow."""
+class MeanFlow(TangentLoss):
+    """``|u - sg(v - (t - r) du/dt)|^2`` with ``v = eps - x_0``, mean over the event.
+
+    Without ``improved`` it is ``Eulerian`` with ``stop_gradient="target"`` (Geng et al., arXiv 2505.13447, eq. 9 to
+    11). With it, the residual is ``u + (t - r) sg(du/dt) - v`` with du/dt along the predicted ``u(x_t, t, t)``, so that
+    the regression target is free of the network and its minimizer a conditional mean (arXiv 2512.02012).
+    """
 
     summary: ClassVar[str] = (
         "the detached Eulerian loss from data alone; improved: with the student's own velocity as tangent"
     )
     paper: ClassVar[str] = "arXiv 2505.13447; improved arXiv 2512.02012"
+    without_data: ClassVar[str] = "take eulerian with stop_gradient: target"
 
     name: Literal["mean_flow"] = "mean_flow"
-    """Which loss this is."""
+    """Name of the loss."""
     velocity: Literal["data"] = "data"
-    """Whose velocity is regressed on; with a teacher's this is eulerian with stop: target."""
+    """Velocity of the regression; with a teacher's this is eulerian with stop_gradient: target."""
     improved: bool = False
     """Differentiate along the student's own diagonal instead of along the sample's velocity."""
 
@@ -46,38 +51,16 @@ class MeanFlowSettings(TangentSettings):
             )
         return self
 
-
-def mean_flow(
-    flow_map: FlowMap,
-    velocity: VelocityField,
-    x_t: Float[Tensor, "batch *event"],
-    t: Float[Tensor, " batch"],
-    r: Float[Tensor, " batch"],
-    *,
-    cond: Conditioning | None = None,
-    settings: MeanFlowSettings,
-) -> Float[Tensor, " batch"]:
-    """``|u - sg(v - (t - r) du/dt)|^2`` with ``v = eps - x_0``, mean over the event, one number a sample.
-
-    Plain, it is ``eulerian`` with ``stop="target"`` (Geng et al., arXiv 2505.13447, eq. 9 to 11). Improved, the
-    residual is ``u + (t - r) sg(du/dt) - v`` with du/dt along the predicted ``u(x_t, t, t)``, so that the regression
-    target is free of the network and its minimizer a conditional mean (arXiv 2512.02012).
-    """
-    if not settings.improved:
-        shared = settings.model_dump(include=set(TangentSettings.model_fields))
-        return eulerian(
-            flow_map,
-            velocity,
-            x_t,
-            t,
-            r,
-            cond=cond,
-            settings=EulerianSettings.model_validate(shared | {"stop": "target"}),
+    def __call__(self, flow_map: FlowMap, velocity: VelocityField, jump: Jump) -> Float[Tensor, " batch"]:
+        """Return the loss of each sample, shape ``[batch]``."""
+        if not self.improved:
+            return Eulerian.detached_like(self)(flow_map, velocity, jump)
+        x_t, t, r, cond = jump.x, jump.t, jump.r, jump.cond
+        with torch.no_grad():
+            tangent = flow_map.mean_velocity(x_t, t, t, cond)
+        u, du = value_and_derivative_along_flow(
+            flow_map, x_t, t, r, tangent, cond=cond, engine=self.engine, detached=True
         )
-    engine = "exact" if settings.derivative == "auto" else settings.derivative
-    with torch.no_grad():
-        predicted = flow_map.mean_velocity(x_t, t, t, cond)
-    u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, predicted, cond=cond, engine=engine, detached=True)
-    with torch.no_grad():
-        target = velocity(x_t, t, cond) - settings.tangent_scale * expand(t - r, x_t) * du
-    return squared_norm(u - target)
+        with torch.no_grad():
+            target = velocity(x_t, t, cond) - self.tangent_scale * expand(t - r, x_t) * du
+        return squared_norm(u - target)

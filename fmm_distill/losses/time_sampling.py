@@ -1,4 +1,4 @@
-"""The distribution of the pairs (t, r) that a loss is trained on."""
+"""The distribution of the times (t, r) that a loss is trained on."""
 
 from __future__ import annotations
 
@@ -7,106 +7,114 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from fmm_distill.losses.base import Settings
+from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.time_axis import TimeAxis
 
-__all__ = ["Pairs", "diagonal_times", "pair_times"]
+__all__ = ["TimeSampling", "sample_diagonal_times", "sample_times"]
 
 
-class Pairs(Settings):
-    """The distribution of the pairs (t, r)."""
+class TimeSampling(Settings):
+    """The distribution of the times (t, r) at which jumps start and end."""
 
     prior: float = Field(default=0.5, ge=0, le=1)
-    """Share of the jumps that start from pure noise at t_max: the ones that one-step sampling makes."""
+    """Fraction of the jumps that start from pure noise at t_max: the ones that one-step sampling makes."""
     data: float = Field(default=0.0, ge=0, le=1)
-    """Share of the jumps that end at t_min, next to data: the ones that consistency models make."""
+    """Fraction of the jumps that end at t_min, next to data: the ones that consistency models make."""
     diagonal: float = Field(default=0.0, ge=0, le=1)
-    """Share of the jumps of length 0, which regress the student's velocity on the teacher's."""
+    """Fraction of the jumps of length 0, which regress the student's velocity on the teacher's."""
     dyadic: int = Field(default=0, ge=0, le=10)
-    """Jumps of 1, 1/2, ... 2^-dyadic of the whole way, from multiples of their length; 0: anywhere in the triangle."""
+    """Jumps of 1, 1/2, ... 2^-dyadic of the way from noise to data, from multiples of their length; 0: any jump."""
     grid: int = Field(default=0, ge=0, le=1_000_000)
-    """Jumps start and end on a grid of so many equal steps: t is rounded up, r down; 0: anywhere."""
+    """Jumps start and end on a grid of this many equal steps: t is rounded up, r down; 0: any times."""
     band_steps: int = Field(default=0, ge=0, le=40_000_000)
-    """Steps over which the longest jump grows from a tenth of its length to the whole; 0: whole from the start."""
+    """Steps over which the longest jump grows from a tenth of its length to all of it; 0: full length at once."""
     spacing: Literal["timestep", "time"] = "timestep"
-    """What t and r are shares of: the teacher's timesteps, or the time axis itself."""
+    """Scale on which t and r are fractions: the teacher's timesteps, or the time axis itself."""
     distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """Of each of the two times before they are sorted, as a share of the way from data to noise."""
+    """Distribution of each of the two times before they are sorted, as a fraction of the way from data to noise."""
     logit_mean: float = Field(default=0.0, ge=-10, le=10)
-    """Of logit_normal: below 0 nearer to data (MeanFlow, arXiv 2505.13447: -0.4)."""
+    """Mean of logit_normal: below 0 nearer to data (MeanFlow, arXiv 2505.13447: -0.4)."""
     logit_std: float = Field(default=1.0, gt=0, le=10)
-    """Of logit_normal."""
+    """Standard deviation of logit_normal."""
 
     @model_validator(mode="after")
-    def _shares(self) -> Self:
+    def _fractions(self) -> Self:
         total = self.prior + self.data + self.diagonal
         if total > 1:
-            raise ValueError(f"prior, data and diagonal are shares of one batch; their sum is {total}")
+            raise ValueError(f"prior, data and diagonal are fractions of one batch: expected a sum of 1, got {total}")
         uniform = self.distribution == "uniform"
         if self.dyadic and (total or self.band_steps or self.grid or not uniform):
             raise ValueError(
-                "dyadic says where every jump starts and ends: set prior, data, diagonal, grid and band_steps to 0 and "
-                "distribution to uniform"
+                "dyadic sets the start and the end of every jump: set prior, data, diagonal, grid and band_steps to 0 "
+                "and distribution to uniform"
             )
         if uniform and (self.logit_mean, self.logit_std) != (0.0, 1.0):
             raise ValueError("logit_mean and logit_std act on distribution: logit_normal only")
         return self
 
+    def longest_jump(self, step: int) -> float:
+        """Return the fraction of its length that the longest jump of a step has."""
+        # A tenth, because a student that starts as the teacher is right on short jumps alone.
+        return 1.0 if step >= self.band_steps else 0.1 + 0.9 * step / self.band_steps
 
-def pair_times(pairs: Pairs, axis: TimeAxis, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
-    """Times t >= r in [t_min, t_max] in float64, shape ``[batch]`` each.
 
-    The share that starts at t_max takes its r from one draw, the share that ends at t_min its t, the rest is a sorted
-    pair of draws. Data itself (r = 0) is no target of training: beyond t_min the map is the teacher's last
-    step, a straight line.
+def sample_times(
+    sampling: TimeSampling, axis: TimeAxis, draws: Draws, step: int
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Return times t >= r in [t_min, t_max] in float64, shape ``[batch]`` each.
+
+    Jumps from t_max take r from one draw, jumps to t_min take t from one draw, and the others are a sorted pair of
+    draws. No jump ends at data itself (r = 0): beyond t_min the map is the teacher's last step, a straight line.
     """
-    t, r = _dyadic(pairs.dyadic, draws) if pairs.dyadic else _triangle(pairs, draws, step)
-    return _time_at(pairs, axis, t), _time_at(pairs, axis, r)
+    t, r = _dyadic(sampling.dyadic, draws) if sampling.dyadic else _triangle(sampling, draws, step)
+    return _time_at(sampling, axis, t), _time_at(sampling, axis, r)
 
 
-def diagonal_times(pairs: Pairs, axis: TimeAxis, draws: Draws) -> Tensor:
-    """Times in [t_min, t_max] in float64, shape ``[batch]``, from one draw of the pairs' distribution each.
+def sample_diagonal_times(sampling: TimeSampling, axis: TimeAxis, draws: Draws) -> Float[Tensor, " batch"]:
+    """Return times in [t_min, t_max] in float64, shape ``[batch]``, from one draw of the distribution each.
 
-    The later of two draws, half of them at t_max, is where jumps start; it leaves a velocity few samples near data.
+    The times at which jumps start are the later of two draws, half of them t_max: too few of those are near data to
+    learn a velocity there.
     """
-    return _time_at(pairs, axis, _share(pairs, draws.first))
+    return _time_at(sampling, axis, _quantile(sampling, draws.first))
 
 
-def _time_at(pairs: Pairs, axis: TimeAxis, share: Tensor) -> Tensor:
-    if pairs.spacing == "time":
-        return axis.t_min + (axis.t_max - axis.t_min) * share
-    return axis.time_at(share)
+def _time_at(sampling: TimeSampling, axis: TimeAxis, fraction: Tensor) -> Tensor:
+    if sampling.spacing == "time":
+        return axis.t_min + (axis.t_max - axis.t_min) * fraction
+    return axis.time_at(fraction)
 
 
-def _triangle(pairs: Pairs, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
-    """Shares of the way that t and r have from t_min."""
-    first, second = (_share(pairs, uniform) for uniform in (draws.first, draws.second))
+def _triangle(sampling: TimeSampling, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+    """Return t and r as fractions of the way from t_min to t_max."""
+    first, second = (_quantile(sampling, uniform) for uniform in (draws.first, draws.second))
     t, r = torch.maximum(first, second), torch.minimum(first, second)
-    from_noise = draws.kind < pairs.prior
+    from_noise = draws.kind < sampling.prior
     t, r = torch.where(from_noise, 1.0, t), torch.where(from_noise, second, r)
-    to_data = ~from_noise & (draws.kind < pairs.prior + pairs.data)
+    to_data = ~from_noise & (draws.kind < sampling.prior + sampling.data)
     t, r = torch.where(to_data, second, t), torch.where(to_data, 0.0, r)
-    if step < pairs.band_steps:
-        r = t - (t - r) * (0.1 + 0.9 * step / pairs.band_steps)
-    if pairs.grid:
-        t, r = (t * pairs.grid).ceil() / pairs.grid, (r * pairs.grid).floor() / pairs.grid
-    return t, torch.where(draws.kind >= 1 - pairs.diagonal, t, r)
+    if step < sampling.band_steps:
+        r = t - (t - r) * sampling.longest_jump(step)
+    if sampling.grid:
+        t, r = (t * sampling.grid).ceil() / sampling.grid, (r * sampling.grid).floor() / sampling.grid
+    return t, torch.where(draws.kind >= 1 - sampling.diagonal, t, r)
 
 
-def _share(pairs: Pairs, uniform: Tensor) -> Tensor:
-    """A draw of one time from its quantile."""
-    if pairs.distribution == "uniform":
+def _quantile(sampling: TimeSampling, uniform: Tensor) -> Tensor:
+    """Return a draw of one time from its quantile."""
+    if sampling.distribution == "uniform":
         return uniform
-    return torch.sigmoid(pairs.logit_mean + pairs.logit_std * torch.special.ndtri(uniform))
+    return torch.sigmoid(sampling.logit_mean + sampling.logit_std * torch.special.ndtri(uniform))
 
 
 def _dyadic(levels: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Shares of the way: a level with equal chance, then one of its intervals."""
+    """Return the ends of a level's interval: each level with equal chance, then each of its intervals."""
     level = (draws.first * (levels + 1)).long().clamp_max(levels)
     count = torch.exp2(level.double())
     interval = (draws.second * count).floor().clamp_max(count - 1)

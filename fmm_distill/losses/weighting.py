@@ -1,4 +1,4 @@
-"""From a sample's squared residual to what is minimized: its metric and its weight."""
+"""From the squared residual of a sample to the minimized loss: its distance and its weight."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from fmm_distill.losses.base import Settings
+from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["LearnedWeight", "Metric", "Weight", "measure", "weigh"]
+__all__ = ["Distance", "LearnedWeight", "Weight", "measure", "weigh"]
 
 
-class Metric(Settings):
-    """How large a residual is."""
+class Distance(Settings):
+    """The distance between a prediction and its target."""
 
     kind: Literal["squared", "pseudo_huber"] = "squared"
     """The mean square d over the sample, or ``sqrt(d + constant^2) - constant``, linear for large residuals."""
@@ -34,14 +34,14 @@ class Metric(Settings):
 
 
 class Weight(Settings):
-    """How much a sample counts."""
+    """The weight of each sample in the loss."""
 
     kind: Literal["adaptive", "learned", "none"] = "adaptive"
-    """By its own loss d, ``(d + constant)^-power``, gradient stopped; ``exp(-w) d + w``, w(t, r) learned; or none."""
+    """``(d + constant)^-power`` of its own loss d, gradient stopped; ``exp(-w) d + w``, w(t, r) learned; or none."""
     power: float = Field(default=0.5, ge=0, le=2)
-    """0: every sample counts the same; 0.5 has the gradient of a pseudo-Huber metric; 1 takes the logarithm."""
+    """0: equal weights; 0.5 has the gradient of a pseudo-Huber distance; 1 takes the logarithm."""
     constant: float = Field(default=1e-3, ge=1e-12, le=1e6)
-    """What keeps the weight of a small residual finite."""
+    """Offset that bounds the weight of a small residual."""
 
     @model_validator(mode="after")
     def _settings_act(self) -> Self:
@@ -50,18 +50,18 @@ class Weight(Settings):
         return self
 
 
-def measure(squared: Float[Tensor, " batch"], metric: Metric) -> Float[Tensor, " batch"]:
-    """The metric of residuals with these mean squares (pseudo-Huber: Song and Dhariwal 2023, arXiv 2310.14189)."""
-    if metric.kind == "squared":
+def measure(squared: Float[Tensor, " batch"], distance: Distance) -> Float[Tensor, " batch"]:
+    """Return the distances of mean squared residuals (pseudo-Huber: Song and Dhariwal 2023, arXiv 2310.14189)."""
+    if distance.kind == "squared":
         return squared
-    # Not the difference of two roots, which loses the digits of a small residual.
-    return squared / ((squared + metric.constant**2).sqrt() + metric.constant)
+    # The difference of two roots would lose the digits of a small residual.
+    return squared / ((squared + distance.constant**2).sqrt() + distance.constant)
 
 
 def weigh(loss: Float[Tensor, " batch"], weight: Weight) -> Float[Tensor, " batch"]:
-    """The adaptive weight of Geng et al. 2025 (MeanFlow, arXiv 2505.13447, section 4.3) on each sample's loss, or none.
+    """Return each sample's loss with the adaptive weight of Geng et al. (MeanFlow, arXiv 2505.13447, section 4.3).
 
-    The learned one has parameters: ``LearnedWeight``.
+    With ``kind: none`` the loss is returned as it is. A learned weight has parameters: ``LearnedWeight``.
     """
     if weight.kind == "none":
         return loss
@@ -69,7 +69,7 @@ def weigh(loss: Float[Tensor, " batch"], weight: Weight) -> Float[Tensor, " batc
 
 
 class LearnedWeight(nn.Module):
-    """``exp(-w) loss + w``, w a learned function of both times: at its best the logarithm of the mean loss there.
+    """``exp(-w) loss + w`` with w a learned function of both times, at best the logarithm of the mean loss there.
 
     The uncertainty weight of EDM2 (Karras et al. 2024, arXiv 2312.02696, section A.3) with two times, as in
     arXiv 2505.18825: a linear function of cosines. It starts at w = 0.
@@ -86,10 +86,10 @@ class LearnedWeight(nn.Module):
     def forward(
         self, loss: Float[Tensor, " batch"], start: Float[Tensor, " batch"], end: Float[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        """Each sample's loss, weighted; ``start`` and ``end`` are the jump's ends on the clock, in [0, 1]."""
+        """Return each sample's weighted loss; ``start`` and ``end`` are the warped times of the jump, in [0, 1]."""
         ends = torch.stack([start, end], 1).to(self.linear.weight.dtype)
         frequencies = math.pi * torch.arange(1, self.num_frequencies + 1, device=ends.device)
-        # A logarithm of 8 is off by a hundredth in bfloat16.
+        # bfloat16 has a relative precision of 1/256: a w of 8 would be off by a hundredth.
         with torch.autocast(ends.device.type, enabled=False):
             w = self.linear((ends[:, :, None] * frequencies).cos().flatten(1))[:, 0]
         return (-w).exp() * loss + w

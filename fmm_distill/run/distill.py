@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fmm_distill.config.recipe import Recipe
-    from fmm_distill.losses.base import Settings as Loss
+    from fmm_distill.losses.base import Loss
     from fmm_distill.run.plan import Plan
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher

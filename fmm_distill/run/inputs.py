@@ -1,4 +1,4 @@
-"""The files that a recipe names: their absolute paths, and what tells their content from another's."""
+"""The files that a recipe names: their absolute paths and their digests."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ __all__ = [
 ]
 
 INPUTS = "inputs.json"
-# Smaller files are read at every start; of larger ones the stamp of the file system tells that they are the same.
+# Smaller files are hashed at every start; larger ones only if their size or times have changed.
 _LARGE = 256 * 2**20
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
-_TODO = "remove it, and the run takes the teacher and the data as they are"
+_TODO = "remove it, and the run accepts the present teacher and data"
 
 
 def with_paths(recipe: Recipe) -> Recipe:
-    """Make every path of a recipe absolute, with links followed; ids of the Hub and built-in names stay."""
+    """Return the recipe with absolute paths, links resolved; Hub ids and built-in names stay as they are."""
     guidance, data, evaluation, prompts = recipe.guidance, recipe.data, recipe.evaluation, recipe.prompts
     features = evaluation.features if evaluation.features in FEATURES else _if_there(evaluation.features)
     reference = None if evaluation.reference is None else _data(evaluation.reference)
     measured = {"features": features, "reference": reference, "clip": _if_there(evaluation.clip)}
-    asked = {"file": _if_there(prompts.file), "dataset": _if_there(prompts.dataset)}
+    sources = {"file": _if_there(prompts.file), "dataset": _if_there(prompts.dataset)}
     return recipe.model_copy(
         update={
             "teacher": _teacher(recipe.teacher),
             "guidance": guidance.model_copy(update={"weaker": guidance.weaker and _teacher(guidance.weaker)}),
             "data": _data(data),
             "evaluation": evaluation.model_copy(update=measured),
-            "prompts": prompts.model_copy(update=asked),
+            "prompts": prompts.model_copy(update=sources),
         }
     )
 
 
 def _teacher(source: str) -> str | None:
-    # Compared as an id of the Hub, a missing path would be reported as another recipe.
+    # A missing path would pass as a Hub id, and the run would be refused as one of another recipe.
     if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().exists():
         raise UserError(
-            f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits; if the teacher of a "
+            f"{source}: expected a pipeline folder, a Hub id or builtin:digits, got nothing there; if the teacher of a "
             "run has moved, pass its new path"
         )
     return _if_there(source, folder=True)
@@ -73,7 +73,7 @@ def _data(settings: DataSettings) -> DataSettings:
 
 
 def _if_there(text: str | None, *, folder: bool = False) -> str | None:
-    """A path where there is one of this name, as it is opened; otherwise the text, which is an id then."""
+    """Return the absolute path if it exists; otherwise the text, which is then an id."""
     if text is None or text.startswith("builtin:"):
         return text
     path = Path(text).expanduser()
@@ -81,10 +81,10 @@ def _if_there(text: str | None, *, folder: bool = False) -> str | None:
 
 
 def contents(recipe: Recipe, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the files are that a recipe with absolute paths names, by the name of its setting.
+    """Return the digests of the files that a recipe with absolute paths names, by the name of the setting.
 
     Args:
-        known: an earlier answer, from which digests of large files are taken that were not touched since.
+        known: an earlier result, whose digests are reused for large files with the same size and times.
     """
     known = known or {}
     found: dict[str, Any] = {}
@@ -97,9 +97,9 @@ def contents(recipe: Recipe, known: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _pipeline(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests and stamps of a pipeline's files: those at the top of its folder and those of its components."""
+    """Return digests and stamps of the files at the top of a pipeline's folder and in its components."""
     parts = (part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith("."))
-    # The oldest repositories have their one network next to model_index.json.
+    # The oldest repositories have the network next to model_index.json.
     files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.suffix in _SUFFIXES]
     files += [path for part in parts for path in sorted(part.rglob("*")) if path.suffix in _SUFFIXES]
     return {path.relative_to(folder).as_posix(): _file(path, known, folder) for path in files if path.is_file()}
@@ -107,7 +107,7 @@ def _pipeline(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _file(path: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     status = path.stat()
-    # The time of the last change of the file's entry can't be set by its owner, unlike that of its content.
+    # ctime is in the stamp because tools that copy files restore mtime, and can't set ctime.
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     before = known.get(path.relative_to(folder).as_posix(), {})
     if status.st_size >= _LARGE and before.get("stamp") == stamp:
@@ -116,7 +116,7 @@ def _file(path: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _files(source: Path) -> dict[str, Any]:
-    """How many files there are, and a digest of their names and sizes, and of their content where it is little."""
+    """Return the number of files, their bytes, and a digest of names and sizes, and of the content if it is small."""
     files = {source.name: source} if source.is_file() else _visible(source)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     total = sum(sizes.values())
@@ -129,27 +129,27 @@ def _files(source: Path) -> dict[str, Any]:
 
 
 def _visible(folder: Path) -> dict[str, Path]:
-    """The files below a folder without hidden ones, which no reader of datasets opens; name to path.
+    """Return the files below a folder, name to path, without hidden ones, which no reader of datasets opens.
 
-    Links are followed, and a folder that several links lead to is listed once.
+    Links are followed; a folder that several links point to is listed once.
     """
     found: dict[Path, Path] = {}
     seen: set[str] = set()
-    for place, below, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        # A link to a folder above itself would never end.
+    for root, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        # A link to a folder above itself would be followed forever.
         below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        paths = [] if real in seen else [Path(place) / name for name in names if not name.startswith(".")]
+        paths = [] if real in seen else [Path(root) / name for name in names if not name.startswith(".")]
         seen.add(real)
         found |= {path.relative_to(folder): path for path in paths if path.is_file()}
     return {name.as_posix(): path for name, path in sorted(found.items())}
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What a run began with; None: it has not written it yet.
+    """Read the digests of a run's inputs; None: the run has not stored them yet.
 
     Raises:
-        UserError: if the file is broken.
+        UserError: if the file is damaged.
     """
     path = folder / INPUTS
     if not path.is_file():
@@ -164,7 +164,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
 
 
 def same_content(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Tell if a setting names the same files in both, wherever they are."""
+    """Tell if a setting names files of the same content in both, whatever their paths."""
     return name in there and name in here and not _differences(there[name], here[name])
 
 
@@ -172,14 +172,14 @@ def check_inputs(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]
     """Refuse a run whose teacher or data have changed since it began.
 
     Raises:
-        UserError: with the files, and what to do.
+        UserError: with the names of the files.
     """
     for name in sorted(there.keys() & here.keys()):
         if found := _differences(there[name], here[name]):
             shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise UserError(
-                f"{name}: its files are not those that the run in {folder} began with ({shown}); restore them, or "
-                f"start a run in another --output. If the change is meant, remove {folder / INPUTS}"
+                f"{name}: expected the files that the run in {folder} began with, got others ({shown}); restore them, "
+                f"or choose another --output. To accept the change, remove {folder / INPUTS}"
             )
 
 
@@ -187,7 +187,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     if "files" in there and "files" in here:
         if there.get("sha256") == here.get("sha256"):
             return []
-        counts = f"{there['files']} files there, {here['files']} here"
+        counts = f"{there['files']} files then, {here['files']} now"
         return [counts if there["files"] != here["files"] else "other content"]
     return [*_changed(there, here)]
 
@@ -203,21 +203,21 @@ def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterable[str]
 
 
 def check_images(folder: Path, there: Mapping[str, Any], images: Images | None) -> None:
-    """Refuse a run whose dataset on the Hub has changed since it began, as far as its library tells.
+    """Refuse a run whose dataset on the Hub has changed since it began, as far as ``datasets`` tells.
 
     Raises:
         UserError: with both numbers of images.
     """
-    kept = there.get("data.hub")
-    if kept is None or images is None or kept == about_images(images):
+    before = there.get("data.hub")
+    if before is None or images is None or before == about_images(images):
         return
     raise UserError(
-        f"data.source: {images.source} is not what the run in {folder} began with ({kept.get('images')} images there, "
-        f"{len(images)} here); restore it, or start a run in another --output. If the change is meant, remove "
-        f"{folder / INPUTS}"
+        f"data.source: expected {images.source} as the run in {folder} began with it ({before.get('images')} images), "
+        f"got another version ({len(images)} images); restore it, or choose another --output. To accept the change, "
+        f"remove {folder / INPUTS}"
     )
 
 
 def about_images(images: Images) -> dict[str, Any]:
-    """What tells the images of a dataset on the Hub from others."""
+    """Return the number of images and a digest of their fingerprint, for a dataset on the Hub."""
     return {"images": len(images), "fingerprint": sha256_of_text(images.fingerprint)}

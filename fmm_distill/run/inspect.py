@@ -130,7 +130,10 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str
 
 
 def _exports(teacher: Teacher) -> str:
-    if reason := exporter_of(teacher).not_fixed:
+    exporter = exporter_of(teacher)
+    if reason := exporter.not_any_step:
+        return f"weights alone, without a pipeline ({reason})"
+    if reason := exporter.not_fixed:
         return f"an any-step pipeline alone; no stock pipelines of fixed numbers of steps ({reason})"
     total = teacher.schedule.num_timesteps
     which = f"divisors of {total}" if isinstance(teacher.schedule, VariancePreserving) else "any"

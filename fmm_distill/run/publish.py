@@ -1,4 +1,4 @@
-"""An exported student to the Hub: looked at here, asked for there, then sent in one commit."""
+"""Upload of an exported student to the Hub: check the files, check the repository, upload in one commit."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ __all__ = ["Upload", "check_name", "check_target", "pack", "publish"]
 
 logger = logging.getLogger(__name__)
 
-# Made of the teacher's and the data's names, besides the facts, the recipe and the card.
+# Files that name the teacher and the data, like the manifest, the recipe and the card.
 _FACTS = ("evaluation.json", "verification.json")
-# An export without these is a student all the same.
+# An export stays usable without these.
 _OPTIONAL = ("README.md", "evaluation.json", "recipe.yaml", "samples.png", "steps.png", "lora/")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The files and texts that are sent to a repository of the Hub.
+    """The content of a student's repository on the Hub.
 
     Attributes:
-        folder: the exported student.
+        folder: the folder of the exported student.
         teacher: the public name of its teacher.
-        files: name in the repository to the file here.
-        texts: name in the repository to what is written for it: the card and the facts it is made of.
-        notes: lines on what is left out or sent otherwise than one might expect.
-        listed: the digests of what the export wrote.
+        files: each name in the repository and the local file to upload.
+        texts: each name in the repository and the text to upload: the card and the files that it is made from.
+        how_to_load: Python code that loads the student from the Hub.
+        notes: lines on files that are left out or replaced.
+        listed: the digests of the files that the export wrote.
     """
 
     folder: Path
@@ -63,11 +64,11 @@ class Upload:
 
     @property
     def card(self) -> str:
-        """The model card for that repository."""
+        """The model card."""
         return self.texts["README.md"]
 
     def describe(self) -> str:
-        """Every file with its size, the notes, and the card."""
+        """Return each file with its size, the notes, and the card."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         lines = [f"{size:>13,} bytes  {name}" for name, size in sorted(sizes.items())]
@@ -76,15 +77,17 @@ class Upload:
 
 
 def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, ...] | None = None) -> Upload:
-    """Collect what an export wrote, and make the card for the repository; nothing is sent.
+    """Collect the files of an export and create the card for the repository; nothing is uploaded.
 
     Args:
         source: a run, or an exported folder.
-        steps: the folded pipelines that are sent; None: all.
+        repo: the repository, as owner/name.
+        branch: the branch; None: main.
+        steps: the numbers of steps whose pipelines are uploaded; None: all.
 
     Raises:
-        UserError: if there is no student that was opened and compared and is as it was exported, or the steps were not
-            exported.
+        UserError: if there is no verified student, its files have changed since the export, or a number of steps was
+            not exported.
     """
     check_name(repo)
     folder, notes = _student_of(source)
@@ -95,8 +98,8 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     chosen = there if steps is None else tuple(sorted(set(steps)))
     if missing := [n for n in chosen if n not in there]:
         raise UserError(
-            f"--steps {missing[0]}: {folder} has {', '.join(map(str, there)) or 'none'}; export the others first "
-            "(fmm-distill export RUN FOLDER --steps ...)"
+            f"--steps {missing[0]}: expected one of the exported numbers ({', '.join(map(str, there)) or 'none'}) of "
+            f"{folder}; export others with fmm-distill export RUN FOLDER --steps ..."
         )
     left_out = tuple(f"steps-{n}/" for n in manifest.steps if n not in chosen)
     found = changes(folder, left_out)
@@ -106,7 +109,7 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
     made = texts["README.md"] = card(folder, repo, branch, chosen)
     if "README.md" in found.changed:
         texts["README.md"] = _own_card(folder / "README.md", known)
-        notes += ("README.md was edited since the export: it is sent in place of the generated card",)
+        notes += ("README.md was edited since the export; it is uploaded in place of the generated card",)
     files = {
         name: folder / name
         for name in listed
@@ -124,67 +127,72 @@ def pack(source: Path, repo: str, branch: str | None = None, steps: tuple[int, .
 
 
 def _student_of(source: Path) -> tuple[Path, tuple[str, ...]]:
-    """The exported folder of a run or of an export, and what has to be said of it."""
+    """Return the exported folder of a run or of an export, and notes on it."""
     recover(source)
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; expected a run, or a folder that fmm-distill export wrote")
+        raise UserError(f"{source}: expected a run or an exported folder, got nothing there; check the path")
     if not marker.is_run(source):
         return source, ()
     folder = source / "student"
     recover(folder)
     if not folder.is_dir():
-        raise UserError(f"{source} has no student yet; run the same distillation command to its end")
+        raise UserError(
+            f"{source}: expected a finished run, got one without a student; run its distillation command to the end"
+        )
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder} was exported by an earlier version; run fmm-distill export {source} FOLDER, then publish FOLDER"
+            f"{folder}: expected an export with {MANIFEST}, got one of an earlier version; run fmm-distill export "
+            f"{source} FOLDER, then publish FOLDER"
         )
     if (source / "evaluation.json").is_file():
         return folder, ()
     step = read_manifest(folder).training["steps"]
-    return folder, (f"{source} is not finished: its student is the one exported after step {step}",)
+    return folder, (f"{source} is not finished; publishing the student that was exported after step {step}",)
 
 
 def _listed(folder: Path) -> dict[str, str]:
     if not (folder / CONTENTS).is_file():
         raise UserError(
-            f"{folder} has no list of what the export wrote ({CONTENTS}), as earlier versions have none; run "
-            "fmm-distill export RUN FOLDER, then publish FOLDER"
+            f"{folder}: expected an export with {CONTENTS}, got one without (of an earlier version); run fmm-distill "
+            "export RUN FOLDER, then publish FOLDER"
         )
     return contents(folder)
 
 
 def _check_whole(folder: Path, found: Changes, left_out: tuple[str, ...]) -> None:
-    """Refuse an export that is not as it was verified; pictures, numbers, adapters and the card may be missing."""
+    """Refuse an export that has changed since its verification; pictures, results, adapters and card may be missing."""
     changed = tuple(name for name in found.changed if name != "README.md" and not name.startswith(left_out))
     if changed:
         raise UserError(
-            f"{folder}: {shown(changed)} changed since the export, or behind a link; put the exported files back, or "
+            f"{folder}: expected the exported files, got changed or linked ones ({shown(changed)}); restore them, or "
             "export again into another folder"
         )
     readme = folder / "README.md"
     if readme.is_symlink() or (readme.exists() and not readme.is_file()):
-        raise UserError(f"{readme} is not a file of this folder; copy it to its place, or remove it")
+        raise UserError(f"{readme}: expected a file, got a link or a folder; copy the card there, or remove it")
     missing = tuple(name for name in found.missing if not name.startswith((*_OPTIONAL, *left_out)))
     if missing:
-        raise UserError(f"{folder}: {shown(missing)} is missing; export again into another folder")
+        raise UserError(
+            f"{folder}: expected all exported files, {shown(missing)} is missing; export again into another folder"
+        )
 
 
 def _on_changes(
     folder: Path, found: Changes, there: tuple[int, ...], steps: tuple[int, ...] | None, exported: tuple[int, ...]
 ) -> tuple[str, ...]:
-    """The lines on what is left out of a folder."""
+    """Return notes on the files that are left out."""
     notes = []
     if found.added:
-        notes.append(f"left out, as the export did not write it: {shown(found.added, most=50)}")
+        notes.append(f"left out (not written by the export): {shown(found.added, most=50)}")
     gone = [f"steps-{n}/" for n in exported if n not in there] if steps is None else []
     gone += [name for name in found.missing if name.startswith(_OPTIONAL) and name != "README.md"]
     if gone:
-        notes.append(f"left out, as it is not in {folder} any more: {', '.join(gone)}")
+        notes.append(f"left out (removed from {folder}): {', '.join(gone)}")
     return tuple(notes)
 
 
 def _texts(folder: Path, manifest: StudentManifest, known: dict[str, str], there: set[str]) -> dict[str, str]:
-    """What is written anew for the repository: everything that names the teacher and the data, without paths."""
+    """Rewrite the files that name the teacher and the data, without local paths."""
     texts = {MANIFEST: public_manifest(manifest, known).to_json()}
     texts |= {name: public_json(folder / name, known) for name in _FACTS if name in there}
     if "recipe.yaml" in there:
@@ -193,20 +201,21 @@ def _texts(folder: Path, manifest: StudentManifest, known: dict[str, str], there
 
 
 def _own_card(readme: Path, known: dict[str, str]) -> str:
-    """The card that a user has edited."""
+    """Return the card that the user has edited, without local paths."""
     try:
         text = str(without_known(readme.read_text(encoding="utf-8"), known))
         ModelCard(text)
     except (OSError, ValueError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{readme}: no model card ({reason}); repair it, or remove it to send the generated one"
+            f"{readme}: expected a model card, got another text ({reason}); fix it, or remove it to upload the "
+            "generated card"
         ) from error
     return text
 
 
 def _code_in(text: str) -> str:
-    """The blocks of Python in a card."""
+    """Return the Python code of a card."""
     blocks = text.split("```python\n")[1:]
     return "\n\n".join(block.split("\n```")[0] for block in blocks)
 
@@ -214,17 +223,22 @@ def _code_in(text: str) -> str:
 def _check_verified(folder: Path) -> None:
     report = folder / "verification.json"
     if not report.is_file():
-        raise UserError(f"{folder} was not opened and compared (no verification.json); export the student again")
+        raise UserError(
+            f"{folder}: expected a verified export, got one without verification.json; export the student again"
+        )
     todo = "export the student again (fmm-distill export RUN FOLDER)"
     if not read_mapping(report, {"passed": bool}, todo=todo)["passed"]:
-        raise UserError(f"{folder}: its pipelines differ from the student ({report}); it is not published")
+        raise UserError(
+            f"{folder}: expected pipelines that agree with the student, got a failed verification ({report}); export "
+            "the student again"
+        )
 
 
 def _operations(upload: Upload, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """The one commit: the files of this student, without those of the one that is there."""
+    """Return the operations of the commit: add the files of this student, delete those of the previous one."""
     stale = target.files - {*upload.files, *upload.texts} - {".gitattributes"}
     if target.teacher is None and stale:
-        logger.warning(f"{repo}: {len(stale)} files that are not of this student stay there")
+        logger.warning(f"{repo}: {len(stale)} files that don't belong to this student stay in the repository")
         stale = frozenset()
     return [
         *(CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()),
@@ -241,12 +255,17 @@ def publish(
     private: bool = False,
     force: bool = False,
 ) -> str:
-    """Send it in one commit, and give the address. What came there before stays there if the rest does not come.
+    """Upload a student in one commit, and return its address.
 
-    Files of an earlier student that this one has not are removed; with ``force`` files of something else stay.
+    Files of an earlier student that this one lacks are deleted. After an error the repository is as it was, or new and
+    empty; files that arrived are not uploaded again.
+
+    Args:
+        private: create a new repository as a private one.
+        force: overwrite a repository with other content, whose other files stay.
 
     Raises:
-        UserError: with what went wrong and what to do; the repository is then as it was before, or empty.
+        UserError: with the reason and advice.
     """
     for note in upload.notes:
         logger.warning(note)
@@ -256,13 +275,13 @@ def publish(
 
 @contextmanager
 def _unchanged(upload: Upload) -> Iterator[None]:
-    """Keep an export into the folder from replacing its files while they are sent.
+    """Keep an export from replacing the files while they are uploaded.
 
     Raises:
-        UserError: if one is running, or ran since the files were collected.
+        UserError: if an export is running, or ran since the files were collected.
     """
     if not os.access(upload.folder.resolve().parent, os.W_OK):
-        logger.warning(f"{upload.folder} is in a folder that can't be written to: it is published without a lock")
+        logger.warning(f"{upload.folder}: the folder above it is not writable, so it is published without a lock")
         yield
         return
     with in_use(upload.folder, "a publication"):
@@ -274,9 +293,7 @@ def _unchanged(upload: Upload) -> Iterator[None]:
 def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force: bool) -> str:
     target = check_target(repo, upload.teacher, branch, force=force)
     if target.there and target.private != private and private:
-        logger.warning(
-            f"{repo} is there already and public: --private makes new ones private; change it in its settings"
-        )
+        logger.warning(f"--private is ignored: {repo} exists and is public; change that in its settings on the Hub")
     names = {*upload.files, *upload.texts}
     operations = _operations(upload, repo, target)
     api = HfApi()
@@ -295,13 +312,13 @@ def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force
             parent_commit=target.commit,
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        ends = "nothing of it was published"
+        ends = "nothing was published"
         if is_unreachable(error):
-            ends = "if it was the last answer that was lost, it is published: run the same command again to see"
+            ends = "if only the last answer was lost, it is published; run the same command again to check"
         raise UserError(f"{repo}: {hub_reason(error)}; {ends}") from error
     address = f"{api.endpoint}/{repo}" + ("" if branch is None else f"/tree/{branch}")
     if made.oid == target.commit:
-        logger.info(f"nothing new: {address} holds all {len(names)} files as they are here")
+        logger.info(f"nothing to upload: {address} has the same {len(names)} files")
     else:
-        logger.info(f"published {len(names)} files at {address}")
+        logger.info(f"published {len(names)} files to {address}")
     return address

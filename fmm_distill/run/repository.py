@@ -1,4 +1,4 @@
-"""A repository of the Hub before a student is sent there: its name, the right to write, and its present content."""
+"""Checks of a Hub repository before an upload: its name, the right to write, and its present content."""
 
 from __future__ import annotations
 
@@ -22,18 +22,32 @@ _SHOWN = 4
 
 
 def check_name(repo: str) -> None:
-    """Refuse what is no name of a repository."""
+    """Refuse an invalid repository name.
+
+    Raises:
+        UserError: with the reason.
+    """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{repo}: no name for a repository ({first_line(error)}); wanted owner/name") from error
+        raise UserError(
+            f"{repo}: expected a repository as owner/name ({first_line(error)}); choose another name"
+        ) from error
     if repo.count("/") != 1:
-        raise UserError(f"{repo}: no name for a repository; wanted owner/name, such as your user name/{repo}")
+        raise UserError(f"{repo}: expected a repository as owner/name; try YOUR_USER_NAME/{repo}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """The repository as it is: its newest commit on the branch, the files there, the teacher if it holds a student."""
+    """The present state of a repository.
+
+    Attributes:
+        commit: the newest commit of the branch; None: the repository does not exist.
+        files: the names of the files.
+        there: the repository exists.
+        private: the repository is private.
+        teacher: the teacher of the student in it; None: it has no student.
+    """
 
     commit: str | None
     files: frozenset[str]
@@ -43,20 +57,21 @@ class Target:
 
 
 def check_target(repo: str, teacher: str, branch: str | None = None, *, force: bool = False) -> Target:
-    """Whether this token may write there, and whether what is there may be replaced. Nothing is written.
+    """Check that the token may write to a repository and that its content may be replaced. Nothing is written.
 
     Args:
-        teacher: a student of another one is something else.
+        teacher: the student's teacher; a repository with a student of another teacher is refused.
+        force: accept any content.
 
     Raises:
-        UserError: with what is missing.
+        UserError: if the network, the token or the right to write is missing, or the content is not replaceable.
     """
     check_name(repo)
     _check_online(repo)
     teacher = _public(teacher)
     if get_token() is None:
         raise UserError(
-            f"{repo}: no token for the Hub; log in (hf auth login) or set HF_TOKEN, with the right to write"
+            f"{repo}: expected a Hub token with the right to write, got none; log in (hf auth login) or set HF_TOKEN"
         )
     api = HfApi()
     try:
@@ -74,7 +89,7 @@ def check_target(repo: str, teacher: str, branch: str | None = None, *, force: b
 
 
 def _public(teacher: str) -> str:
-    """The public name of a teacher of which only the name is known."""
+    """Return the public name of a teacher by its name alone."""
     return public_name(teacher) if is_local(teacher) else teacher
 
 
@@ -82,8 +97,7 @@ def _check_online(repo: str) -> None:
     if setting := offline():
         name = setting.partition("=")[0]
         raise UserError(
-            f"{repo}: publishing needs the network, and {setting} forbids it; unset {name} and run the same command "
-            "again"
+            f"{repo}: publishing needs the network, but {setting} is set; unset {name} and run the same command again"
         )
 
 
@@ -92,11 +106,14 @@ def _check_owner(repo: str, me: dict[str, object]) -> None:
     orgs = me.get("orgs")
     owners = [name, *(str(org["name"]) for org in orgs if isinstance(org, dict))] if isinstance(orgs, list) else [name]
     if owner not in owners:
-        raise UserError(f"{repo}: your token is of {', '.join(owners)}; wanted one of {owner}, or a name of yours")
+        raise UserError(
+            f"{repo}: expected a token of {owner}, got one of {', '.join(owners)}; use that token, or a repository of "
+            "yours"
+        )
     auth = me.get("auth")
     token = auth.get("accessToken") if isinstance(auth, dict) else None
     if isinstance(token, dict) and token.get("role") == "read":
-        raise UserError(f"{repo}: your token may only read, and publishing writes; {login_advice()}")
+        raise UserError(f"{repo}: expected a token that may write, got one that may only read; {login_advice()}")
 
 
 def _look(api: HfApi, repo: str, branch: str | None) -> Target:
@@ -107,35 +124,38 @@ def _look(api: HfApi, repo: str, branch: str | None) -> Target:
     try:
         info = api.model_info(repo, revision=branch)
     except RevisionNotFoundError:
-        # A branch begins as main is.
+        # A new branch starts from main.
         info = main
     names = frozenset(sibling.rfilename for sibling in info.siblings or [])
     return Target(info.sha, names, there=True, private=bool(main.private))
 
 
 def _check_ours(repo: str, teacher: str, target: Target) -> None:
-    """A repository may be replaced that is empty or holds a student of the same teacher."""
+    """Refuse a repository that is neither empty nor a student of the same teacher."""
     foreign = sorted(target.files - {".gitattributes"})
     if not foreign:
         return
     other = target.teacher
     if other is None:
         shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
-        raise UserError(f"{repo} holds something else ({shown}); take another name, or --force to write over it")
+        raise UserError(
+            f"{repo}: expected an empty repository or a student, got other files ({shown}); choose another name, or "
+            "--force to overwrite it"
+        )
     if other != teacher:
         raise UserError(
-            f"{repo} holds a student of another teacher ({other}; this one's is {teacher}); take another name, or "
-            "--force to write over it"
+            f"{repo}: expected a student of {teacher}, got one of {other}; choose another name, or --force to "
+            "overwrite it"
         )
 
 
 def _teacher_there(repo: str, target: Target) -> str | None:
-    """Of the student that is there; None: a file of the same name is something else."""
-    kept = Path(hf_hub_download(repo, MANIFEST, revision=target.commit))
+    """Return the teacher of the student in a repository; None: its manifest is another kind of file."""
+    manifest = Path(hf_hub_download(repo, MANIFEST, revision=target.commit))
     try:
-        about = read_mapping(kept, {"teacher": str}, todo="")
+        about = read_mapping(manifest, {"teacher": str}, todo="")
     except BrokenFileError:
         return None
-    # An earlier version sent the path of a local teacher.
+    # An earlier version uploaded the path of a local teacher.
     teacher: str = about["teacher"]
     return public_teacher(teacher, about["revision"]) if "revision" in about else _public(teacher)

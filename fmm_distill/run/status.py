@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunFiles:
 def _recipe(written: Path) -> dict[str, Any]:
     """Read the settings that are shown; others may belong to another version, and are not checked."""
     todo = "restore it from a copy, or start another run in another --output"
-    groups = {"teacher": str, "student": dict, "training": dict, "loss": dict, "also": list, "before": list}
+    groups = {"teacher": str, "student": dict, "training": dict, "loss": dict, "extra_losses": list, "stages": list}
     found = read_mapping(written, groups, todo=todo)
     for group, keys in (
         ("student", {"regression_steps": int}),
@@ -83,7 +83,7 @@ def _recipe(written: Path) -> dict[str, Any]:
         ("loss", {"name": str}),
     ):
         check_keys(f"{written}: {group}", found[group], keys, todo=todo)
-    for group in ("also", "before"):
+    for group in ("extra_losses", "stages"):
         for index, term in enumerate(found[group]):
             where = f"{written}: {group}: item {index}"
             check_keys(where, {"item": term}, {"item": dict}, todo=todo)
@@ -112,8 +112,8 @@ def describe(run: RunFiles, now: float | None = None) -> str:
     """
     now = time.time() if now is None else now
     recipe = run.recipe
-    last = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["also"])])
-    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["before"]), last])
+    last = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["extra_losses"])])
+    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["stages"]), last])
     lines = {"teacher": str(recipe["teacher"]), "losses": losses} | _progress(run, now)
     lines["checkpoint"] = _newest(run, now)
     lines["skipped"] = _skipped_steps(run)

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a teacher."""
+"""A teacher: a velocity field on the time axis, with its conditions, its guidance and its origin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Distillable", "Teacher"]
 
 
 class Distillable(Protocol):
-    """What training needs of a teacher, wherever it comes from.
+    """The part of a teacher that training uses.
 
     Attributes:
         event_shape: shape of one sample.
@@ -39,52 +39,52 @@ class Distillable(Protocol):
 
     @property
     def conditions(self) -> Conditions | None:
-        """What it can be told; None: nothing."""
+        """The conditions of the velocity; None: it is unconditional."""
         ...
 
     @property
     def guidance(self) -> Guidance | None:
-        """How much its velocity is guided; None: not at all."""
+        """The guidance of the velocity; None: it is not guided."""
         ...
 
     @property
     def schedule(self) -> TimeAxis:
-        """The times that it is trained on."""
+        """The time axis."""
         ...
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
     ) -> Float[Tensor, "batch *event"]:
-        """Its velocity at x and t."""
+        """Return the velocity at x and t."""
         ...
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """Where sampling starts, at t_max, from N(0, I)."""
+        """Return the start of sampling at t_max, from N(0, I) noise."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """The same teacher on ``device``."""
+        """Move the teacher to ``device``, and return it."""
         ...
 
 
 @dataclass
 class Teacher:
-    """A network and its parametrization as a velocity field; what it is and where it comes from.
+    """A network and its parametrization as a velocity field on the time axis.
 
     Attributes:
         network: frozen, in evaluation mode.
-        parametrization: its schedule, what it predicts and how it is called.
+        parametrization: the schedule, the prediction of the network, and the way in which it is called.
         event_shape: shape of one sample, (channels, height, width) of an image or its latent.
         source: the id or folder that it was loaded from.
         adapter: the name of the rule that opened it.
-        scheduler_config: the configuration of its diffusers scheduler.
+        scheduler_config: the configuration of its diffusers scheduler; empty: it has none.
         pipeline: the stock pipeline into copies of which students are exported; None: there is none.
-        conditions: what it can be told; None: nothing.
-        guidance: how much it is drawn away from what it says untold, or from a weaker teacher; None: not at all.
+        conditions: the conditions of the network; None: it is unconditional.
+        guidance: guidance away from the unconditional output, or from a weaker teacher; None: it is not guided.
         weaker: the teacher of autoguidance (Karras et al. 2024, arXiv 2406.02507); None: classifier-free guidance.
-        codec: from its samples to images and back.
-        revision: the commit on the Hub, where it comes from there.
-        license: ``license``, ``license_name`` and ``license_link`` of its model card, those that it has.
+        codec: converts samples to images and back.
+        revision: the commit on the Hub; None: it is not from the Hub.
+        license: ``license``, ``license_name`` and ``license_link`` of its model card, where it has them.
     """
 
     network: nn.Module
@@ -104,10 +104,19 @@ class Teacher:
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
     ) -> Float[Tensor, "batch *event"]:
-        """``v(x, t)`` for t in [t_min, t_max], guided; below t_min the network is told what it is told there."""
+        """Return the guided velocity.
+
+        Args:
+            x: samples on the time axis, shape ``[batch, *event]``.
+            t: times in [0, t_max], shape ``[batch]``; below t_min the network is called at the time of t_min.
+            cond: the conditions, one per sample, with scales of guidance where it has a range; None: unconditional.
+
+        Raises:
+            UserError: on a condition for an unconditional teacher, or none for a conditional one.
+        """
         if (cond is None) != (self.conditions is None):
-            wanted = "is unconditional, but a condition came" if self.conditions is None else "wants a condition"
-            raise UserError(f"{self.source} {wanted}: pass {'none' if self.conditions is None else 'one'}")
+            expected, got = ("none", "one") if self.conditions is None else ("one", "none")
+            raise UserError(f"{self.source}: cond: expected {expected}, got {got}; pass {expected}")
         scales, cond = (None, None) if cond is None else (cond.guidance, cond.unguided())
         v = self.parametrization.velocity(self.network, x, t, cond)
         if self.guidance is None:
@@ -138,12 +147,12 @@ class Teacher:
 
     @property
     def schedule(self) -> Schedule:
-        """Its noise levels on the time axis."""
+        """The noise levels on the time axis."""
         return self.parametrization.schedule
 
     @property
     def prediction(self) -> Prediction:
-        """What the network predicts."""
+        """The quantity that the network predicts."""
         return self.parametrization.prediction
 
     @property
@@ -153,12 +162,13 @@ class Teacher:
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """Where sampling starts, at t_max, from N(0, I); see ``Parametrization.prior``."""
+        """Return the start of sampling at t_max, from N(0, I) noise; see ``Parametrization.prior``."""
         return self.parametrization.prior(noise)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same teacher with its network and schedule, and those of a weaker one, on ``device``."""
+        """Move network and schedule, and those of a weaker teacher, to ``device``, and return the teacher."""
         self.network.to(device)
+        # The tables of a discrete schedule: looked up on the CPU at every call, they would make a GPU wait.
         if isinstance(self.schedule, VariancePreserving):
             self.schedule.to(device)
         if self.weaker is not None:

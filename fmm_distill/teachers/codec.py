@@ -1,4 +1,4 @@
-"""From a teacher's samples to images or sounds and back."""
+"""Codecs: conversions between the samples of a teacher and images or sounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "encoder_of"]
 
-# Of a decoded image, between a pipeline and its autoencoder alone.
+# The largest difference of a decoded image between a pipeline and its autoencoder alone.
 _TOLERANCE = 1e-3
 
 
@@ -37,11 +37,11 @@ class Codec(Protocol):
     autoencoder: Any | None
 
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels height width"]:
-        """Images of samples, in the range -1 to 1 (not clipped)."""
+        """Decode samples to images in [-1, 1], not clipped."""
         ...
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """Samples of images in the range -1 to 1."""
+        """Encode images in [-1, 1] to samples."""
         ...
 
 
@@ -52,11 +52,11 @@ class Pixels:
     autoencoder: Any | None = None
 
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """The samples themselves."""
+        """Return the samples."""
         return x
 
     def encode(self, images: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """The images themselves."""
+        """Return the images."""
         return images
 
 
@@ -67,16 +67,16 @@ class Waves:
     autoencoder: Any | None = None
 
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        """The samples themselves."""
+        """Return the samples."""
         return x
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """Not known.
+        """Refuse: sounds are not supported as data.
 
         Raises:
             UserError: always.
         """
-        raise UserError("--data: the teacher makes sounds, and data are images (not yet); take none")
+        raise UserError("--data: expected none for a teacher of sounds (sounds are no data yet); try none")
 
 
 class LatentCodec:
@@ -103,7 +103,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels height width"]:
-        """Images of latents."""
+        """Decode latents to images."""
         own = next(self.autoencoder.parameters())
         latents = (x / self.factor + self.shift).to(own.device, own.dtype)
         images: Tensor = self.autoencoder.decode(latents).sample
@@ -111,7 +111,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """The most likely latents of images."""
+        """Encode images to the mode of their latents."""
         own = next(self.autoencoder.parameters())
         encoded = self.autoencoder.encode(images.to(own.device, own.dtype))
         if hasattr(encoded, "latent_dist"):
@@ -122,20 +122,20 @@ class LatentCodec:
         return latents if self.event_shape is None else latents.reshape(-1, *self.event_shape)
 
     def to(self, device: torch.device | str) -> LatentCodec:
-        """The same with its autoencoder on ``device``."""
+        """Move the autoencoder to ``device``, and return the codec."""
         self.autoencoder.to(device)
         return self
 
     def digest(self) -> str:
-        """Of its weights and factors: the same where images have the same latents."""
+        """Return a digest of weights and factors, equal for codecs that encode images to the same latents."""
         prefix = f"{type(self.autoencoder).__name__} {self.factor} {self.shift}"
         return sha256_of_tensors(self.autoencoder.state_dict(), prefix)
 
 
 class PipelineCodec:
-    """A stock pipeline's own way from its last sample to an image: the pipeline is run with its network left out.
+    """Decodes by a stock pipeline: the pipeline is run with zeros in the place of its network's output.
 
-    It is opened when it is first needed: until then its encoders take no memory.
+    It is opened at the first call: until then its encoders take no memory.
     """
 
     outputs = "images"
@@ -156,13 +156,13 @@ class PipelineCodec:
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
-        """Images (or frames, shape ``[batch, channels, frames, height, width]``) of samples, one after the other."""
+        """Decode samples, one at a time, to images, or frames ``[batch, channels, frames, height, width]``."""
         device = next(self.network.parameters()).device
         pipeline = self.opened().to(device)
         images = []
         for row in x.to(device).split(1):
             with (
-                patched_method(self.network, "forward", self._silent),
+                patched_method(self.network, "forward", self._zero_output),
                 patched_method(pipeline.scheduler, "step", _ends(row)),
             ):
                 made = run_pipeline(pipeline, self.call | {"generator": None})[0]
@@ -170,18 +170,18 @@ class PipelineCodec:
         return torch.cat(images).to(x.device)
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
-        """Samples of images, by the pipeline's autoencoder alone; see ``encoder``."""
+        """Encode images to samples by the pipeline's autoencoder alone; see ``encoder``."""
         return self.encoder(tuple(images.shape[1:])).encode(images)
 
     @torch.no_grad()
     def encoder(self, shape: tuple[int, ...]) -> LatentCodec:
-        """The pipeline's autoencoder, checked: what it encodes, the pipeline decodes as the autoencoder alone does.
+        """Return the pipeline's autoencoder, after a check that the pipeline decodes as the autoencoder alone does.
 
         Args:
             shape: of an image, (channels, height, width).
 
         Raises:
-            UserError: where the pipeline has no such autoencoder, or packs, scales or moves its latents otherwise.
+            UserError: if the pipeline has no such autoencoder, or packs, scales or shifts its latents in another way.
         """
         vae = getattr(self.opened(), "vae", None)
         reason = self._no_encoder(vae, shape)
@@ -193,14 +193,14 @@ class PipelineCodec:
                 own, theirs = (" x ".join(map(str, axes)) for axes in (self.event_shape, plain))
                 reason = f"its samples are {own}, its autoencoder's latents {theirs}: it packs them"
             else:
-                reason = "it decodes its samples otherwise than by its autoencoder's factor and shift"
+                reason = "it does not decode its samples by its autoencoder's factor and shift"
                 for shifted in (True, False):
                     codec = LatentCodec(vae, self.event_shape, shifted=shifted)
                     if self._agrees(codec, probe, plain):
                         return codec
         raise UserError(
-            f"--data: {type(self.opened()).__name__} gives no way from images to its samples ({reason}); take none or "
-            "teacher"
+            f"--data: expected none or teacher: {type(self.opened()).__name__} can't encode images to its samples "
+            f"({reason})"
         )
 
     @staticmethod
@@ -212,23 +212,23 @@ class PipelineCodec:
         return None
 
     def _agrees(self, codec: LatentCodec, images: Tensor, plain: tuple[int, ...]) -> bool:
-        """Whether the pipeline decodes as the autoencoder does, whose latents are of shape ``plain``."""
+        """Decide whether the pipeline decodes as the autoencoder does, whose latents have the shape ``plain``."""
         latents = codec.encode(images)
-        decoded, wanted = codec.decode(latents.reshape(-1, *plain)).clamp(-1, 1), self.decode(latents)
-        return wanted.shape == decoded.shape and bool((wanted.to(decoded) - decoded).abs().max() <= _TOLERANCE)
+        decoded, expected = codec.decode(latents.reshape(-1, *plain)).clamp(-1, 1), self.decode(latents)
+        return expected.shape == decoded.shape and bool((expected.to(decoded) - decoded).abs().max() <= _TOLERANCE)
 
     def release(self) -> None:
-        """Let the pipeline go until it is needed again: its text encoders are large."""
+        """Drop the pipeline until the next call: its text encoders are large."""
         self._pipeline = None
 
     def opened(self) -> Any:  # noqa: ANN401 a diffusers class
-        """The pipeline, opened at the first call and held until ``release``."""
+        """Return the pipeline, which is opened at the first call and stays open until ``release``."""
         if self._pipeline is None:
             self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
         return self._pipeline
 
-    def _silent(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The network's answer of the right shape, without asking it."""
+    def _zero_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward method whose output is zeros of the network's shape."""
 
         def forward(*args: Any, **kwargs: Any) -> _Both:  # noqa: ANN401 the network's own
             x = args[0] if args else next(iter(kwargs.values()))
@@ -242,41 +242,41 @@ class PipelineCodec:
 
 
 def encoder_of(codec: Codec, shape: tuple[int, ...]) -> LatentCodec:
-    """The autoencoder behind a teacher's samples, for images of this shape (channels, height, width).
+    """Return the autoencoder of a teacher's samples, for images of this shape (channels, height, width).
 
     Raises:
-        UserError: if there is none that leads from images to samples.
+        UserError: if no autoencoder encodes images to samples.
     """
     if isinstance(codec, PipelineCodec):
         return codec.encoder(shape)
     if isinstance(codec, LatentCodec):
         return codec
-    raise UserError(f"--data: {type(codec).__name__} has no autoencoder to encode images with; wanted none")
+    raise UserError(f"--data: expected none, {type(codec).__name__} has no autoencoder to encode images with")
 
 
 class _Both(tuple[Any, Any]):
-    """An output of a stock network or scheduler, however it is read."""
+    """The output of a stock network or scheduler, as a tuple and by attribute."""
 
     def __new__(cls, value: Any) -> _Both:  # noqa: ANN401 a tensor or a list of them
         return super().__new__(cls, (value, value))
 
     @property
     def sample(self) -> Any:  # noqa: ANN401 as above
-        """A network's."""
+        """The output of a network."""
         return self[0]
 
     prev_sample = sample
 
 
 def _ends(row: Tensor) -> Callable[[Any], Callable[..., _Both]]:
-    """A scheduler's step that ends at ``row`` wherever it starts."""
+    """Return a maker of scheduler steps that end at ``row`` from every start."""
 
     def make(original: Callable[..., Any]) -> Callable[..., _Both]:
         parameters = inspect.signature(original)
 
         def step(*args: Any, **kwargs: Any) -> _Both:  # noqa: ANN401 the scheduler's own
             sample = parameters.bind(*args, **kwargs).arguments["sample"]
-            # One pipeline hands its scheduler frames in place of samples.
+            # One pipeline passes frames to its scheduler in place of samples.
             frames = row.ndim == sample.ndim + 1
             return _Both(row.transpose(1, 2).reshape(sample.shape) if frames else row)
 

@@ -13,7 +13,7 @@ import torch
 
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.safety import without_checkers
-from fmm_distill.teachers.weight_files import model_class, some
+from fmm_distill.teachers.weight_files import list_names, model_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -139,20 +139,20 @@ def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) 
     missing, more = (sorted(keys.get(name, ())) for name in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} weights of its {component} are missing in its file ({some(missing)}); expected "
-            "all weights of the network; try to download or save it again"
+            f"{source}: {len(missing)} weights of its {component} are missing in its file ({list_names(missing)}); "
+            "expected all weights of the network; try to download or save it again"
         )
     # An exported student has weights in addition to those of the stock class.
     more = [key for key in more if not key.startswith("jump_embedding.")]
     if more and component in ("unet", "transformer"):
         raise UserError(
             f"{source}: the file of its {component} has {len(more)} weights that its class does not have "
-            f"({some(more)}); expected the configuration that belongs to them; try to download or save it again"
+            f"({list_names(more)}); expected the configuration that belongs to them; try to download or save it again"
         )
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Hide the progress bars of diffusers and transformers, one for every component that they load."""
     loggings = [diffusers.utils.logging]
     if (transformers := sys.modules.get("transformers")) is not None:
@@ -182,7 +182,7 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
     entries: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     parts = {name: value for name, value in entries.items() if isinstance(value, list) and value[0] is not None}
     given = without_checkers(entries["_class_name"], parts) | given
-    with quiet():
+    with without_progress_bars():
         for name, (library, kind) in parts.items():
             if name not in given and not name.startswith("_") and (folder / name).is_dir():
                 given |= _open_part(folder, name, model_class(library, kind))

@@ -28,7 +28,7 @@ def load_dit(index: PipelineIndex) -> Teacher:
     """Open a teacher that ``DiTPipeline`` has saved (Peebles and Xie 2022, arXiv 2212.09748).
 
     Without an autoencoder (``"vae": [null, null]`` in model_index.json) its samples are pixels. No stock pipeline runs
-    it then, so it has none, and its students are exported as weights. The label after the last class means no class. The channels of the
+    it then, so its students are exported as weights. The label after the last class means no class. The channels of the
     learned variance are left out.
 
     Raises:
@@ -40,6 +40,7 @@ def load_dit(index: PipelineIndex) -> Teacher:
             f"{index.source}: expected a discrete or a flow scheduler, since DiTPipeline starts from N(0, I), got "
             f"{spec.config['_class_name']}; try DDIMScheduler if it has the same noise levels"
         )
+    # 32 is the default of DiTTransformer2DModel, which its oldest configurations rely on.
     height, width = image_size(index.config("transformer").get("sample_size", 32), index.source, _CONFIG)
     if height != width:
         raise UserError(f"{index.source}: {_CONFIG} has sample_size [{height}, {width}]; expected one number: a square")

@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.class_names import current_classes
 from fmm_distill.teachers.components import PipelineIndex
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
-from fmm_distill.teachers.hub.variant import as_plain
+from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.prompted.load import load_prompted
-from fmm_distill.teachers.renamed import current_classes
-from fmm_distill.teachers.safety import about_checkers
+from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -69,7 +69,7 @@ def load_teacher(
     # After an adapter is found: weights that can't be opened are not downloaded.
     index = download(index, variant)
     check_weight_files(index)
-    if checkers := about_checkers(index.pipeline, index.components):
+    if checkers := describe_checkers(index.pipeline, index.components):
         logger.warning(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
         )
@@ -99,8 +99,8 @@ def _adapter(
     described = ", ".join(f"{name}: {cls}" for name, (_, cls) in index.components.items())
     raise UserError(
         f"{index.source}: no adapter for {described or 'an empty pipeline'}; expected UNet2DModel (pixels, or latents "
-        "of a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel (latents of a VAE, or pixels), or a pipeline "
-        "with text encoders; to add an adapter see docs/add-a-teacher.md"
+        "of a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel (pixels, or latents of a VAE), or a "
+        "pipeline with text encoders; to add an adapter see docs/add-a-teacher.md"
     )
 
 
@@ -176,7 +176,7 @@ def download(index: PipelineIndex, variant: str | None = None) -> PipelineIndex:
     if index.snapshot is not None:
         index.snapshot.fetch(variant)
     index = replace(index, license=_license(index.folder))
-    return index if variant is None else replace(index, folder=as_plain(index.source, index.folder, variant))
+    return index if variant is None else replace(index, folder=link_variant(index.source, index.folder, variant))
 
 
 def _locate(source: str, revision: str | None) -> Path | Snapshot:
@@ -198,6 +198,7 @@ def _locate(source: str, revision: str | None) -> Path | Snapshot:
         raise UserError(_about_file(source, path))
     if "://" in source:
         raise UserError(f"{source}: an address; expected a pipeline folder, a Hub id (owner/name) or builtin:digits")
+    # A Hub id has at most one slash.
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder; expected a pipeline folder, a Hub id or builtin:digits")
     return find_on_hub(source, revision)

@@ -11,7 +11,7 @@ import diffusers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CHECKERS", "about_checkers", "without_checkers"]
+__all__ = ["CHECKERS", "describe_checkers", "without_checkers"]
 
 # Components that replace images or draw on them after they are decoded.
 CHECKERS = ("safety_checker", "watermarker")
@@ -38,7 +38,7 @@ def without_checkers(pipeline: str, components: Mapping[str, object]) -> dict[st
     return left
 
 
-def about_checkers(pipeline: str, components: Mapping[str, object]) -> str | None:
+def describe_checkers(pipeline: str, components: Mapping[str, object]) -> str | None:
     """Return the names of the parts that ``without_checkers`` leaves out, as text; None: there are none."""
     left = without_checkers(pipeline, components)
     names = [name.replace("_", " ") for name in CHECKERS if name in left]

@@ -145,6 +145,7 @@ def _exploding(name: str, config: dict[str, Any], source: str) -> ScheduleSpec:
     if name == "ScoreSdeVeScheduler":
         schedule = VarianceExploding(*ends, rho=math.inf, network_input="sigma", num_timesteps=steps)
         return ScheduleSpec(schedule, "score", config)
+    # An infinite rho is the exponential schedule: equal steps of log sigma.
     rho = config["rho"] if config["sigma_schedule"] == "karras" else math.inf
     network_input: Literal["atan", "log"] = "atan" if name == "CosineDPMSolverMultistepScheduler" else "log"
     schedule = VarianceExploding(*ends, rho=rho, network_input=network_input, num_timesteps=steps)

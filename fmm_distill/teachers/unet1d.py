@@ -82,6 +82,7 @@ def _check_network(network: Any, source: str) -> None:  # noqa: ANN401 a diffuse
                 f"{source}: UNet1DModel with {name} {config[name]!r}; expected {expected!r}, as in "
                 "DanceDiffusionPipeline; try an unconditional audio model"
             )
+    # The Fourier embedding has a sine and a cosine per frequency.
     first, width = config.down_block_types[0], 2 * len(network.time_proj.weight)
     if first != "DownBlock1DNoSkip" or config.extra_in_channels != width:
         raise UserError(
@@ -93,6 +94,7 @@ def _check_network(network: Any, source: str) -> None:  # noqa: ANN401 a diffuse
         raise UserError(
             f"{source}: {config.in_channels} channels in, {config.out_channels} out; expected the same number"
         )
+    # Each block halves the length. Upsampling pads the shortest by two samples by reflection, which needs three.
     part = 2 ** len(config.up_block_types)
     size = config.sample_size
     if not config.sample_rate or type(size) is not int or size % part or size < 3 * part:

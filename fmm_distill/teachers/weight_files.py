@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.components import PipelineIndex
 
-__all__ = ["check_weight_files", "model_class", "some"]
+__all__ = ["check_weight_files", "list_names", "model_class"]
 
 logger = logging.getLogger(__name__)
 
+# File names of default weights, without the extension.
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 # Names that peft, diffusers and LyCORIS give to the weights of adapters that are not fused.
 _ADAPTERS = re.compile(r"(^|[._])(base_layer|lora|lora_[A-Za-z]+|hada_w\d\w*|lokr_w\d\w*)(\.|$)")
@@ -43,6 +44,7 @@ def model_class(library: str, name: str) -> Any | None:  # noqa: ANN401 a class 
         kind = getattr(diffusers, name, None)
         return kind if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) else None
     if library == "transformers":
+        # An optional dependency, and slow to import.
         import transformers
 
         kind = getattr(transformers, name, None)
@@ -58,6 +60,7 @@ def check_weight_files(index: PipelineIndex) -> None:
     """
     for name, (library, kind) in index.components.items():
         folder = index.component_folder(name)
+        # In the root folder of the oldest repositories there is the network alone.
         own_folder = folder != index.folder or name == "unet"
         if name in CHECKERS or not folder.is_dir() or not own_folder or _no_model(library, kind):
             continue
@@ -108,7 +111,7 @@ def _files(source: str, name: str, folder: Path, stem: str) -> list[Path]:
     if absent := [shard for shard in shards if not (folder / shard).is_file()]:
         raise UserError(
             f"{source}: {len(absent)} of the {len(shards)} shards that {name}/{shard_index.name} names are missing "
-            f"({some(absent)}); try to download them again"
+            f"({list_names(absent)}); try to download them again"
         )
     return [folder / shard for shard in shards]
 
@@ -127,8 +130,8 @@ def _refuse_files(source: str, name: str, folder: Path, stem: str) -> None:
     if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
         raise UserError(f"{source}: {name} has shards and no {stem}.safetensors.index.json; try to download it again")
     raise UserError(
-        f"{source}: expected {stem}.safetensors in {name}, got {some(files) or 'no weights'}; pickled weights are not "
-        "opened; try to save the pipeline again with save_pretrained(folder, safe_serialization=True)"
+        f"{source}: expected {stem}.safetensors in {name}, got {list_names(files) or 'no weights'}; pickled weights "
+        "are not opened; try to save the pipeline again with save_pretrained(folder, safe_serialization=True)"
     )
 
 
@@ -145,16 +148,16 @@ def _check_header(source: str, name: str, file: Path) -> set[str]:
         raise UserError(f"{source}: {name}/{file.name} can't be read ({error}); try to download it again") from error
     if adapters := [key for key in types if _ADAPTERS.search(key)]:
         raise UserError(
-            f"{source}: expected fused weights, got adapters in {name}/{file.name} ({some(adapters)}), which stock "
-            "diffusers ignores; try pipeline.fuse_lora() and pipeline.unload_lora_weights(), and save it again"
+            f"{source}: expected fused weights, got adapters in {name}/{file.name} ({list_names(adapters)}), which "
+            "stock diffusers ignores; try pipeline.fuse_lora() and pipeline.unload_lora_weights(), and save it again"
         )
     integers = [key for key, kind in types.items() if key.endswith("weight") and kind in _INTEGERS]
     if scales := [key for key in types if _SCALES.search(key)] + integers:
-        _refuse_quantized(source, name, some(scales))
+        _refuse_quantized(source, name, list_names(scales))
     return set(types.values())
 
 
-def some(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Return the first names as text, and the number of the others."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fmm_distill.core.draws import draw
-from fmm_distill.data.samples import PickedImages
-from fmm_distill.training.objective import Objective, settle_engine
+from fmm_distill.data.samples import ImageBatch
+from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import optimizer_factory, state_bytes
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def forecast_memory(
     factory = optimizer or optimizer_factory(recipe.optimizer)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     buffers = _bytes(student.buffers())
-    losses = [settle_engine(student, teacher, settings, recipe.training)[0] for settings in recipe.losses]
-    copies = len(recipe.training.ema) + any(loss.follows == "frozen" for loss in losses)
+    losses = [resolve_engine(student, teacher, loss, recipe.training)[0] for loss in recipe.losses]
+    copies = len(recipe.training.ema) + any(loss.target_network == "frozen" for loss in losses)
     objective = Objective(student, teacher, recipe, losses, {"average": student, "frozen": student})
     samples = recipe.training.batch_size // (processes * recipe.training.gradient_accumulation_steps)
     phases = [_phase(objective, draws, step, samples) for draws, step in _steps(recipe, teacher)]
@@ -215,18 +215,19 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     last = {recipe.stage_at(step)[0]: step for step in range(recipe.training.steps)}
     for index in last.keys() - {None}:
         yield one, regression + last[index]
-    shares = [1 - sum(term.share for term in recipe.also), *(term.share for term in recipe.also)]
-    scale = min(1 / min(shares), _MOST)
-    counts = [max(1, round(share * scale)) for share in shares]
-    ends = torch.tensor([0.0, *shares], dtype=torch.float64).cumsum(0)
-    place = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
-    main = replace(one.rows(torch.zeros(len(place), dtype=torch.long)), place=place)
+    extra = [term.fraction for term in recipe.extra_losses]
+    fractions = [1 - sum(extra), *extra]
+    scale = min(1 / min(fractions), _MOST)
+    counts = [max(1, round(fraction * scale)) for fraction in fractions]
+    ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
+    position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
+    main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
     yield main, regression + recipe.training.steps - 1
 
 
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
     """Moments of a step of so many samples, each with its growth a sample."""
-    count = len(draws.place)
+    count = len(draws.position)
     first, kept_of_first = _trace(objective, draws, step)
     second, kept_of_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
     if len(first) != len(second):
@@ -241,7 +242,7 @@ def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[
 def _trace(objective: Objective, draws: Draws, step: int) -> tuple[list[_Moment], float]:
     """The moments of a loss and its backward pass, and the bytes that are kept between the two."""
     recipe, live = objective.recipe, _Live()
-    data = PickedImages(torch.zeros_like(draws.noise)) if recipe.data.has_images else None
+    data = ImageBatch(torch.zeros_like(draws.noise)) if recipe.data.has_images else None
     half = recipe.training.precision != "fp32"
 
     def made(parameter: Tensor) -> None:

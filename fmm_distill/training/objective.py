@@ -1,8 +1,9 @@
-"""The loss of a batch as one module: what accelerate wraps, so that gradients are synchronized whole."""
+"""The loss of a batch as one module, which accelerate wraps: all gradients are synchronized together."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +12,16 @@ from torch import nn
 from fmm_distill.core.derivatives.engines import choose_engine
 from fmm_distill.core.device import to_device
 from fmm_distill.core.flow_map import diagonal
-from fmm_distill.data.starting_points import condition_of, interpolant_velocity, points, somewhere, teacher_jump
+from fmm_distill.data.starting_points import (
+    StartingPoints,
+    draw_conditioning,
+    interpolant_velocity,
+    probe_inputs,
+    teacher_jump,
+)
 from fmm_distill.errors import UserError
-from fmm_distill.losses import LOSSES
-from fmm_distill.losses.base import DerivativeSettings, squared_norm
-from fmm_distill.losses.time_sampling import diagonal_times, pair_times
+from fmm_distill.losses.base import DerivativeLoss, Jump, squared_norm
+from fmm_distill.losses.time_sampling import sample_diagonal_times, sample_times
 from fmm_distill.losses.weighting import LearnedWeight, measure, weigh
 
 if TYPE_CHECKING:
@@ -27,25 +33,54 @@ if TYPE_CHECKING:
     from fmm_distill.config.settings import TrainingSettings
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
-    from fmm_distill.data.samples import Picked
-    from fmm_distill.losses import AnyLossSettings
-    from fmm_distill.losses.time_sampling import Pairs
+    from fmm_distill.core.velocity import VelocityField
+    from fmm_distill.data.samples import Batch
+    from fmm_distill.losses.base import Loss
+    from fmm_distill.losses.time_sampling import TimeSampling
     from fmm_distill.teachers.base import Distillable
 
-    # A loss, its pairs of times, its factor, and its samples' rows.
-    _Term = tuple[AnyLossSettings, Pairs, float, Tensor]
+__all__ = ["Objective", "resolve_engine"]
 
-__all__ = ["Objective", "settle_engine"]
+
+@dataclass(frozen=True)
+class _FixedNetworks:
+    """The networks that an objective evaluates and does not train.
+
+    A plain object, because a module registers every module among its attributes: the parameters and the state of an
+    objective are those of the student and of the learned weight.
+    """
+
+    teacher: Distillable
+    target_maps: Mapping[str, FlowMap]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A loss and the samples of a batch that it is trained on.
+
+    Attributes:
+        factor: of the weighted loss; 0 for a term that is computed to stay in lockstep with other processes.
+        rows: indices of the samples, on the CPU.
+    """
+
+    loss: Loss
+    sampling: TimeSampling
+    factor: float
+    rows: Tensor
 
 
 class Objective(nn.Module):
-    """The loss of a batch of draws, inside the module that accelerate wraps: gradients are synchronized whole.
+    """The loss of a batch of draws.
 
     Args:
-        losses: the recipe's losses, in its order, with their derivatives' engine settled.
-        copies: the student's first moving average and a frozen copy, for the losses that take their jumps as targets.
-        in_step: networks are called as often in every process, whatever its samples need: where they are split over the
-            processes each call gathers them.
+        student: the flow map that is trained.
+        teacher: the velocity field that is distilled.
+        recipe: how its losses share a batch, their distance and their weight.
+        losses: the recipe's losses in its order, with the engine of their derivatives resolved.
+        target_maps: the student's first moving average and a frozen copy of it, by the names of
+            ``Loss.target_network``.
+        lockstep: call the networks equally often in every process, whatever its samples need. Networks that are split
+            over the processes are gathered at each call.
     """
 
     def __init__(
@@ -53,36 +88,38 @@ class Objective(nn.Module):
         student: LearnedFlowMap,
         teacher: Distillable,
         recipe: Recipe,
-        losses: Sequence[AnyLossSettings],
-        copies: Mapping[str, FlowMap] | None = None,
+        losses: Sequence[Loss],
+        target_maps: Mapping[str, FlowMap] | None = None,
         *,
-        in_step: bool = False,
+        lockstep: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
-        # A tuple hides the teacher and the copies from the wrapped module's parameters and state.
-        self._fixed = (teacher, copies or {})
-        self.recipe, self.in_step = recipe, in_step
+        self.fixed = _FixedNetworks(teacher, target_maps or {})
+        self.recipe, self.lockstep = recipe, lockstep
         self.on_policy = recipe.data.on_policy or 0.0
         self.losses = tuple(losses)
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
 
-    def forward(self, draws: Draws, data: Picked | None, step: int) -> tuple[Tensor, Tensor]:
-        """Mean squared residual of each sample, and what is minimized: its metric, weighted; shape ``[batch]`` both."""
-        draws = draws if data is None else data.told(draws)
+    def forward(self, draws: Draws, data: Batch | None, step: int) -> tuple[Tensor, Tensor]:
+        """Return each sample's mean squared residual and its minimized loss, shape ``[batch]`` both.
+
+        The minimized loss is the distance of the residual, weighted.
+        """
+        draws = draws if data is None else data.with_conditions(draws)
         if step < self.recipe.student.regression_steps:
             return self._regression(draws, data)
         terms, step = self._terms(draws, step)
-        if not self.recipe.also:
-            ((settings, pairs, _, _),) = terms
-            return self._term(settings, pairs, draws, data, step)
+        if not self.recipe.extra_losses:
+            (term,) = terms
+            return self._term(term, draws, data, step)
         both = draws.noise.new_zeros(2, len(draws.noise))
-        for settings, pairs, factor, rows in terms:
-            some = None if data is None else data.rows(rows)
-            losses, weighted = self._term(settings, pairs, draws.rows(rows), some, step)
-            if factor:
+        for term in terms:
+            some = None if data is None else data.rows(term.rows)
+            losses, weighted = self._term(term, draws.rows(term.rows), some, step)
+            if term.factor:
                 both = both.index_copy(
-                    1, to_device(rows, both.device), torch.stack([losses, factor * weighted]).to(both.dtype)
+                    1, to_device(term.rows, both.device), torch.stack([losses, term.factor * weighted]).to(both.dtype)
                 )
             else:
                 # Its backward pass gathers the networks too.
@@ -91,124 +128,128 @@ class Objective(nn.Module):
         return losses.clone(), weighted.clone()
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
-        """The pairs (t, r) of the samples of a step, shape ``[batch]`` each, float64."""
-        schedule = self._fixed[0].schedule
+        """Return the times (t, r) of the samples of a step, shape ``[batch]`` each, float64."""
+        schedule = self.fixed.teacher.schedule
         if step < self.recipe.student.regression_steps:
-            t = diagonal_times(self.recipe.pairs, schedule, draws)
+            t = sample_diagonal_times(self.recipe.time_sampling, schedule, draws)
             return t, t
         terms, step = self._terms(draws, step)
         both = draws.first.new_zeros(2, len(draws.first))
-        for settings, pairs, factor, rows in terms:
-            if not factor:
+        for term in terms:
+            if not term.factor:
                 continue
-            t, r = pair_times(pairs, schedule, draws.rows(rows), step)
-            both[:, rows] = torch.stack([t, t if settings.diagonal else r])
+            t, r = sample_times(term.sampling, schedule, draws.rows(term.rows), step)
+            both[:, term.rows] = torch.stack([t, t if term.loss.diagonal else r])
         t, r = both
         return t, r
 
     def _terms(self, draws: Draws, step: int) -> tuple[list[_Term], int]:
-        """The losses of a step with their samples, those without a sample left out; and the step within its stage.
+        """Return the losses of a step with their samples, and the step within its stage.
 
-        In step with other processes none is left out: it gets the first sample and the factor 0.
+        A loss without a sample is left out; in lockstep with other processes it gets the first sample and the factor 0.
         """
         recipe = self.recipe
         index, step = recipe.stage_at(step - recipe.student.regression_steps)
-        everywhere = torch.arange(len(draws.place), device=draws.place.device)
+        everywhere = torch.arange(len(draws.position), device=draws.position.device)
         if index is not None:
-            settings = self.losses[1 + len(recipe.also) + index]
-            return [(settings, recipe.before[index].pairs or recipe.pairs, 1.0, everywhere)], step
-        if not recipe.also:
-            return [(self.losses[0], recipe.pairs, 1.0, everywhere)], step
-        shares = [term.share for term in recipe.also]
-        ends = [0.0, *itertools.accumulate([1 - sum(shares), *shares])]
+            loss = self.losses[1 + len(recipe.extra_losses) + index]
+            return [_Term(loss, recipe.stages[index].time_sampling or recipe.time_sampling, 1.0, everywhere)], step
+        if not recipe.extra_losses:
+            return [_Term(self.losses[0], recipe.time_sampling, 1.0, everywhere)], step
+        fractions = [extra.fraction for extra in recipe.extra_losses]
+        ends = [0.0, *itertools.accumulate([1 - sum(fractions), *fractions])]
+        # A rounded sum would leave out the last sample.
         ends[-1] = 1.0
-        factors = [1.0, *(term.weight for term in recipe.also)]
-        pairs = [recipe.pairs, *(term.pairs or recipe.pairs for term in recipe.also)]
+        factors = [1.0, *(extra.weight for extra in recipe.extra_losses)]
+        samplings = [recipe.time_sampling, *(e.time_sampling or recipe.time_sampling for e in recipe.extra_losses)]
         terms: list[_Term] = []
         for i, (low, high) in enumerate(itertools.pairwise(ends)):
-            rows = ((draws.place >= low) & (draws.place < high)).nonzero()[:, 0]
+            rows = ((draws.position >= low) & (draws.position < high)).nonzero()[:, 0]
             if len(rows):
-                terms.append((self.losses[i], pairs[i], factors[i], rows))
-            elif self.in_step:
-                terms.append((self.losses[i], pairs[i], 0.0, everywhere[:1]))
+                terms.append(_Term(self.losses[i], samplings[i], factors[i], rows))
+            elif self.lockstep:
+                terms.append(_Term(self.losses[i], samplings[i], 0.0, everywhere[:1]))
         return terms, step
 
-    def _term(
-        self, settings: AnyLossSettings, pairs: Pairs, draws: Draws, data: Picked | None, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """One loss of some samples, and the same weighted."""
-        teacher, copies = self._fixed
-        settings = settings.at_step(step)
-        times = pair_times(pairs, teacher.schedule, draws, step)
-        # One copy of the three.
-        t, r, random = to_device(torch.stack([*times, draws.share]), draws.noise.device)
-        cond = condition_of(teacher, draws)
-        on_path = settings.velocity == "data"
-        share, in_step = self.on_policy, self.in_step
-        x_t = points(
-            teacher, self.student, draws, times[0], data, cond, on_path=on_path, on_policy=share, in_step=in_step
+    def _term(self, term: _Term, draws: Draws, data: Batch | None, step: int) -> tuple[Tensor, Tensor]:
+        """Return one loss of its samples, and the same weighted."""
+        teacher, loss = self.fixed.teacher, term.loss.at_step(step)
+        times = sample_times(term.sampling, teacher.schedule, draws, step)
+        # One copy to the device instead of three.
+        t, r, u = to_device(torch.stack([*times, draws.u]), draws.noise.device)
+        cond = draw_conditioning(teacher, draws)
+        starting_points = StartingPoints(
+            teacher,
+            self.student,
+            data,
+            on_path=loss.needs_data,
+            on_policy=self.on_policy,
+            lockstep=self.lockstep,
         )
-        velocity = teacher.velocity
-        if settings.velocity == "self":
-            velocity = diagonal(self.student)
-        elif on_path and data is not None and data.images is not None:
-            velocity = interpolant_velocity(draws.noise, data.images)
-        followed = None if settings.follows is None else copies[settings.follows]
-        given: dict[str, FlowMap | Tensor | None] = {"share": random, "target_map": followed}
-        given = {name: given[name] for name in settings.takes}
-        losses = LOSSES[settings.name](self.student, velocity, x_t, t, r, cond=cond, settings=settings, **given)
-        return losses, self._weighted(losses, t, t if settings.diagonal else r)
+        target_map = None if loss.target_network is None else self.fixed.target_maps[loss.target_network]
+        jump = Jump(starting_points(draws, times[0], cond), t, r, cond, u, target_map)
+        losses = loss(self.student, self._velocity(loss, draws, data), jump)
+        return losses, self._weighted(losses, t, t if loss.diagonal else r)
+
+    def _velocity(self, loss: Loss, draws: Draws, data: Batch | None) -> VelocityField:
+        """Return the velocity field of a loss; points on solved trajectories have the teacher's."""
+        if loss.velocity == "self":
+            return diagonal(self.student)
+        if loss.needs_data and data is not None and data.images is not None:
+            return interpolant_velocity(draws.noise, data.images)
+        return self.fixed.teacher.velocity
 
     def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        values = measure(losses, self.recipe.metric)
+        values = measure(losses, self.recipe.distance)
         if self.weight is None:
             return weigh(values, self.recipe.weight)
         clock = self.student.clock
         weighted: Tensor = self.weight(values, clock.warp(t), clock.warp(r))
         return weighted
 
-    def _regression(self, draws: Draws, data: Picked | None) -> tuple[Tensor, Tensor]:
-        """``|u(x, t, t) - v(x, t)|^2``, at points that the teacher itself reaches, and the same weighted."""
-        teacher, _ = self._fixed
-        here = diagonal_times(self.recipe.pairs, teacher.schedule, draws)
-        t = to_device(here, draws.noise.device)
-        cond = condition_of(teacher, draws)
-        x_t = points(teacher, teacher_jump(teacher), draws, here, data, cond, on_policy=self.on_policy)
+    def _regression(self, draws: Draws, data: Batch | None) -> tuple[Tensor, Tensor]:
+        """Return ``|u(x, t, t) - v(x, t)|^2`` at points that the teacher itself reaches, and the same weighted."""
+        teacher = self.fixed.teacher
+        times = sample_diagonal_times(self.recipe.time_sampling, teacher.schedule, draws)
+        t = to_device(times, draws.noise.device)
+        cond = draw_conditioning(teacher, draws)
+        starting_points = StartingPoints(teacher, teacher_jump(teacher), data, on_policy=self.on_policy)
+        x_t = starting_points(draws, times, cond)
         with torch.no_grad():
             v = teacher.velocity(x_t, t, cond)
         losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)
         return losses, self._weighted(losses, t, t)
 
 
-def settle_engine(
-    student: LearnedFlowMap, teacher: Distillable, settings: AnyLossSettings, training: TrainingSettings
-) -> tuple[AnyLossSettings, str | None]:
-    """A loss with the engine that ``derivative: auto`` comes to on these networks, and which it is and why.
+def resolve_engine(
+    student: LearnedFlowMap, teacher: Distillable, loss: Loss, training: TrainingSettings
+) -> tuple[Loss, str | None]:
+    """Return a loss with the engine that ``derivative: auto`` selects on these networks, and the reason.
 
-    Nothing is said (None) where the settings name it, or where the loss takes no derivative.
+    The reason is None if the settings name the engine, or if the loss takes no derivative.
 
     Raises:
-        UserError: if the settings name forward mode and an option of the training keeps it from running.
+        UserError: if the settings name forward mode and an option of the training prevents it.
     """
-    if not isinstance(settings, DerivativeSettings) or not settings.differentiates:
-        return settings, None
+    if not isinstance(loss, DerivativeLoss) or not loss.differentiates:
+        return loss, None
     # Without gradients blocks are not computed again.
-    options = ["gradient_checkpointing"] if training.gradient_checkpointing and settings.keeps_graph else []
+    options = ["gradient_checkpointing"] if training.gradient_checkpointing and loss.keeps_graph else []
     options += ["compile"] if training.compile != "none" else []
-    if settings.derivative == "exact" and options:
+    if loss.derivative == "exact" and options:
         raise UserError(
-            f"derivative: exact of loss {settings.name} does not go with training.{options[0]}: forward mode "
-            "does not run through it; wanted central, or auto"
+            f"loss {loss.name}: expected derivative central or auto with training.{options[0]}, got exact; forward "
+            "mode does not run through it"
         )
-    if settings.derivative != "auto":
-        return settings, None
+    if loss.derivative != "auto":
+        return loss, None
     engine, reason = "central", f"forward mode does not run through training.{' and '.join(options)}"
     device = next(student.parameters()).device
-    # On a GPU forward mode may have TensorFloat-32, also in the backward pass, and differences may not.
-    if not options and settings.in_r and (not settings.keeps_graph or device.type == "cpu"):
+    # On a GPU forward mode may use TensorFloat-32, also in the backward pass, and differences may not.
+    if not options and loss.in_r and (not loss.keeps_graph or device.type == "cpu"):
         reason = "it costs less than forward mode here and is within 1e-3 of it"
     elif not options:
-        at = somewhere(teacher, device)
-        engine, reason = choose_engine(student, *at, with_gradient=settings.keeps_graph)
+        at = probe_inputs(teacher, device)
+        engine, reason = choose_engine(student, *at, with_gradient=loss.keeps_graph)
         student.zero_grad(set_to_none=True)
-    return settings.model_copy(update={"derivative": engine}), f"derivatives: {engine} ({reason})"
+    return loss.model_copy(update={"derivative": engine}), f"derivatives: {engine} ({reason})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
@@ -20,12 +20,10 @@ def phase_of(recipe: Recipe, step: int) -> dict[str, Any]:
     if step < regression:
         return {"phase": "regression"}
     index, step = recipe.stage_at(step - regression)
-    stage = None if index is None else recipe.before[index]
-    loss, pairs = (recipe.loss, recipe.pairs) if stage is None else (stage.loss, stage.pairs or recipe.pairs)
+    stage = None if index is None else recipe.stages[index]
+    loss = recipe.loss if stage is None else stage.loss
+    sampling = (None if stage is None else stage.time_sampling) or recipe.time_sampling
     phase: dict[str, Any] = {"phase": loss.name}
-    if step < pairs.band_steps:
-        phase["longest_jump"] = 0.1 + 0.9 * step / pairs.band_steps
-    settled = loss.at_step(step)
-    if settled != loss:
-        phase["tangent_scale"] = cast("Any", settled).tangent_scale
-    return phase
+    if step < sampling.band_steps:
+        phase["longest_jump"] = sampling.longest_jump(step)
+    return phase | loss.progress(step)

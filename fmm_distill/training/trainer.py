@@ -15,9 +15,9 @@ from accelerate.utils import AutocastKwargs, gather_object
 
 from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.core.draws import draw
-from fmm_distill.data.starting_points import somewhere
+from fmm_distill.data.starting_points import probe_inputs
 from fmm_distill.errors import FmmDistillError
-from fmm_distill.losses.base import DerivativeSettings
+from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
@@ -33,7 +33,7 @@ from fmm_distill.training.fsdp import (
 )
 from fmm_distill.training.memory import peak_memory
 from fmm_distill.training.nonfinite import NonFiniteSteps, finite_or_none, worst_samples
-from fmm_distill.training.objective import Objective, settle_engine
+from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
     from fmm_distill.data.samples import Samples
-    from fmm_distill.losses import AnyLossSettings
+    from fmm_distill.losses.base import Loss
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.callbacks import Callback
     from fmm_distill.training.optimizer import OptimizerFactory
@@ -107,8 +107,8 @@ class Trainer:
         self.averages = build_averages(student, training.ema)
         # Under FSDP the first process evaluates and exports a copy that is not split.
         self.plain = frozen_copy(student).to("cpu") if self.sharded and accelerator.is_main_process else student
-        self.frozen = frozen_copy(student) if any(loss.follows == "frozen" for loss in recipe.losses) else None
-        accelerate_networks(training, student, teacher, somewhere(teacher, accelerator.device))
+        self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
+        accelerate_networks(training, student, teacher, probe_inputs(teacher, accelerator.device))
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -275,17 +275,17 @@ class Trainer:
         copies: dict[str, FlowMap] = {"average": self.averaged_student(recipe.training.ema[0])}
         if self.frozen is not None:
             copies["frozen"] = self.frozen
-        losses = [self._settle_engine(settings) for settings in recipe.losses]
-        slopes = [loss for loss in losses if isinstance(loss, DerivativeSettings) and loss.keeps_graph]
+        losses = [self._resolve_engine(loss) for loss in recipe.losses]
+        slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        return Objective(student, self.teacher, recipe, losses, copies, in_step=self.sharded).eval()
+        return Objective(student, self.teacher, recipe, losses, copies, lockstep=self.sharded).eval()
 
-    def _settle_engine(self, settings: AnyLossSettings) -> AnyLossSettings:
-        settled, reason = settle_engine(self.student, self.teacher, settings, self.recipe.training)
+    def _resolve_engine(self, loss: Loss) -> Loss:
+        resolved, reason = resolve_engine(self.student, self.teacher, loss, self.recipe.training)
         if reason is not None:
             logger.warning(reason)
-        return settled
+        return resolved
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of a split student; accelerate applies it to other modules itself."""

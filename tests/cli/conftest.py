@@ -29,5 +29,5 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     with training_only(stop_before=7):
         status, _, err = call("--recipe", tiny, "--output", folder)
     assert status == 130
-    assert err.splitlines()[-1] == "stopped; the same command goes on where it was"
+    assert err.splitlines()[-1] == "stopped; run the same command to resume"
     return folder

@@ -21,7 +21,7 @@ from fmm_distill.training.trainer import Trainer
 STEPS = 12
 TINY = {
     "data": "none",
-    "loss": {"name": "lagrangian", "stop": "target"},
+    "loss": {"name": "lagrangian", "stop_gradient": "target"},
     "training": {"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "checkpoints_total_limit": 2},
     "evaluation": {
         "steps": [1, 2],

@@ -12,7 +12,7 @@ import yaml
 
 from fmm_distill.cli import command
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.losses import EulerianSettings
+from fmm_distill.losses.eulerian import Eulerian
 from fmm_distill.training import checkpoint
 from tests.cli.runs import call
 
@@ -66,27 +66,27 @@ FIELDS = [
     "student.regression_steps",
     "student.lora.rank",
     "student.lora.targets",
-    "loss.derivative",
     "loss.name",
     "loss.velocity",
-    "loss.stop",
-    "also",
-    "before",
-    "metric.kind",
-    "metric.constant",
+    "loss.derivative",
+    "loss.stop_gradient",
+    "extra_losses",
+    "stages",
+    "distance.kind",
+    "distance.constant",
     "weight.kind",
     "weight.power",
     "weight.constant",
-    "pairs.prior",
-    "pairs.data",
-    "pairs.diagonal",
-    "pairs.dyadic",
-    "pairs.grid",
-    "pairs.band_steps",
-    "pairs.spacing",
-    "pairs.distribution",
-    "pairs.logit_mean",
-    "pairs.logit_std",
+    "time_sampling.prior",
+    "time_sampling.data",
+    "time_sampling.diagonal",
+    "time_sampling.dyadic",
+    "time_sampling.grid",
+    "time_sampling.band_steps",
+    "time_sampling.spacing",
+    "time_sampling.distribution",
+    "time_sampling.logit_mean",
+    "time_sampling.logit_std",
     "optimizer.name",
     "optimizer.lr",
     "optimizer.betas",
@@ -148,14 +148,14 @@ def test_recipe_fields():
 
 
 def test_fields_of_the_eulerian_loss():
-    assert sorted(EulerianSettings.model_fields) == [
+    assert sorted(Eulerian.model_fields) == [
         "clamp_tangent",
         "derivative",
         "name",
         "normalize_tangent",
         "solver",
         "step",
-        "stop",
+        "stop_gradient",
         "tangent_scale",
         "tangent_warmup_steps",
         "velocity",

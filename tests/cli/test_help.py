@@ -44,6 +44,17 @@ def test_examples_are_on_lines_of_their_own(monkeypatch):
         assert example in lines
 
 
+def test_the_sections_of_a_help_list_every_option_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call("evaluate", "--help")[1]
+    titles = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert titles == [*EVERY["evaluate",].sections, "Options"]
+    listed = re.findall(r"^  (--[a-z-]+|-h), ?|^  (--[a-z-]+)", out, re.MULTILINE)
+    names = sorted(one or other for one, other in listed)
+    expected = [param.opts[0] for param in EVERY["evaluate",].params if isinstance(param, click.Option)]
+    assert names == sorted([*expected, "-h"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -79,15 +90,15 @@ def test_a_typing_error_is_one_line(arguments, says):
         (("sample", "RUN", "--output", "pictures.png"), "pictures.png could not be written (it is a folder"),
         (
             ("sample", "RUN", "--output", "nowhere/a.png"),
-            "--output nowhere/a.png could not be written (nowhere is no folder)",
+            "--output nowhere/a.png: expected a path in an existing folder, got nowhere, which is not one",
         ),
         (("status", "RUN", "--output", "curves.pdf"), "--output curves.pdf: expected a name that ends in .png"),
-        (("status", "RUN", "--output", "nowhere/a.png"), "nowhere is no folder"),
+        (("status", "RUN", "--output", "nowhere/a.png"), "got nowhere, which is not one"),
         (("status", "RUN", "--output", "pictures.png"), "it is a folder"),
         (("evaluate", "RUN", "--output", "folder"), "it is a folder"),
-        (("evaluate", "RUN", "--output", "file/a.json"), "file is no folder"),
-        (("evaluate", "RUN", "--report", "file"), "file is a file; expected a folder"),
-        (("evaluate", "RUN", "--report", "file/report"), "is a file; expected a folder"),
+        (("evaluate", "RUN", "--output", "file/a.json"), "got file, which is not one"),
+        (("evaluate", "RUN", "--report", "file"), "expected a folder, got the file file"),
+        (("evaluate", "RUN", "--report", "file/report"), "expected a folder, got the file "),
         # Nothing is made before the run is found.
         (("evaluate", "RUN", "--report", "new/report"), "expected a run folder"),
         (("sample", "RUN", "--output", "new.png"), "expected a run folder"),

@@ -88,7 +88,10 @@ RECIPE = {
         ["loss.stp is not a setting of lagrangian, did you mean loss.st"],
     ),
     "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
-    "shares": (tiny("--set", "pairs={prior: 0.7, diagonal: 0.5}"), ["pairs: ", "their sum is 1.2"]),
+    "shares": (
+        tiny("--set", "time_sampling={prior: 0.7, diagonal: 0.5}"),
+        ["time_sampling: ", "expected a sum of 1, got 1.2"],
+    ),
     "two at once": (
         tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),
         [
@@ -101,13 +104,13 @@ RECIPE = {
         tiny("--set", "teacher.name=x"),
         ["--set 'teacher.name=x': expected a group of settings, got teacher"],
     ),
-    "option of another verb": (tiny("recipes"), ["options before recipes belong to the bare command"]),
+    "option of another verb": (tiny("recipes"), ["options before recipes are those of the bare command"]),
 }
 
 OPENING = {
     "no such teacher folder": (
         tiny("--teacher", "./nowhere"),
-        ["./nowhere: no such folder; expected a pipeline"],
+        ["./nowhere: expected a pipeline folder, a Hub id or builtin:digits, got nothing there"],
     ),
     "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and on the Hub: "]),
     "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: expected one of ", "builtin:digits"]),
@@ -143,14 +146,15 @@ OPENING = {
     "images of another size": (
         tiny("--data", "images"),
         [
-            "images, image 0: 1 x 12 x 8 (channels x height x width); the teacher makes 1 x 8 x 8",
+            "images, image 0: expected 1 x 8 x 8 (channels x height x width)",
+            "the teacher's images, got 1 x 12 x 8",
             "data.fit=crop",
         ],
     ),
     "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no such file or folder"]),
     "export off the grid": (
         tiny("--set", "export.steps=[1, 3, 7]"),
-        ["export.steps 3, 7: wanted divisors of the teacher's 1000 timesteps"],
+        ["export.steps: expected divisors of the teacher's 1000 timesteps, got 3, 7"],
     ),
     "batch that does not split": (
         tiny("--set", "training.gradient_accumulation_steps=3"),
@@ -266,7 +270,7 @@ def test_a_folder_that_holds_other_things_is_left_alone(place, tiny, fresh):
 def test_an_export_leaves_a_folder_of_other_things_alone(place, finished):
     before = snapshot(place / "other")
     status, _, err = call("export", finished[0], place / "other")
-    check(status, err, ["other holds something else than an exported student"])
+    check(status, err, ["other: expected an exported student or an empty folder"])
     assert snapshot(place / "other") == before
 
 
@@ -306,8 +310,8 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
             ("export", "other", "out"),
             "other: expected a run folder (the --output of a run), got a folder without .",
         ),
-        (("evaluate", "other", "--steps", "1,x"), "'1,x': wanted whole numbers with commas between"),
-        (("evaluate", "other", "--steps", "0"), "'0': wanted numbers from 1 up"),
+        (("evaluate", "other", "--steps", "1,x"), "'1,x': expected integers separated by commas"),
+        (("evaluate", "other", "--steps", "0"), "'0': expected numbers of at least 1"),
         (("inspect", "text"), "text: its text_encoder is missing"),
         (("--recipe", "checkerboard", "--data", "none"), "run python -m experiments.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit': expected one of"),

@@ -58,7 +58,7 @@ def test_no_verb_takes_a_project_for_a_run(project, arguments):
     before = snapshot(project.parent)
     verb, *rest = (text.format(out=project.parent / "out", name="me/student") for text in arguments)
     line = refused(verb, ".", *rest)
-    assert "no run folder" in line or verb == "publish"
+    assert "expected a run folder" in line or verb == "publish"
     assert snapshot(project.parent) == before
 
 
@@ -134,7 +134,7 @@ def test_paths_that_were_typed_from_elsewhere(tmp_path, teacher_folder, monkeypa
     before = snapshot(tmp_path / "run")
     for arguments in ((*command, "--teacher", place / "t"), ("sample", "run"), ("export", "run", "out")):
         line = refused(*arguments)
-        assert "teacher: its files are not those that the run in" in line
+        assert "teacher: expected the files that the run in" in line
         assert "unet/diffusion_pytorch_model.safetensors has changed" in line
     assert snapshot(tmp_path / "run") == before
     # A teacher that was moved, not changed, is the same.
@@ -157,7 +157,7 @@ def test_images_that_are_gone_are_noticed(tmp_path, tiny):
         assert status == 130, err
     (images / "3.png").unlink()
     for arguments in (command, ("sample", tmp_path / "run")):
-        assert "data.source: its files are not those that the run" in refused(*arguments)
+        assert "data.source: expected the files that the run" in refused(*arguments)
     (tmp_path / "run" / "inputs.json").unlink()
     with training_only():
         status, _, err = call(*command)

@@ -88,7 +88,11 @@ def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
     assert_same_end(folder, finished[0])
 
 
-@pytest.mark.parametrize("loss", [("name=eulerian", "stop=target"), ("stop=teacher", "derivative=exact")], ids=" ".join)
+@pytest.mark.parametrize(
+    "loss",
+    [("name=eulerian", "stop_gradient=target"), ("stop_gradient=teacher_input", "derivative=exact")],
+    ids=" ".join,
+)
 def test_forward_mode_goes_around_what_gathers_blocks(tmp_path, tiny, loss):
     settings = [
         "--recipe",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bounds import SETTINGS, TRUTH, Affine, constant, distance, loss_on_its_line, run
+from experiments.bounds import LOSSES, TRUTH, Affine, constant, distance, loss_on_its_line, run
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_bound_holds_along_a_training_run(name):
     record = run(name, steps=150)
     assert len(record) == 16
@@ -18,7 +18,7 @@ def test_the_bound_holds_along_a_training_run(name):
     assert last[2] < first[2] / 10
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_both_sides_are_zero_at_the_truth(name):
     assert distance(TRUTH) < 1e-20
     assert loss_on_its_line(TRUTH, name) < 1e-20

@@ -24,8 +24,8 @@ from experiments.plane import (
 )
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.time_axis import LinearClock
-from fmm_distill.losses import LOSSES
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.losses.registry import BUILT_IN
+from fmm_distill.teachers.closed_form import Checkerboard
 
 TINY = checkerboard.Budget(
     width=8, teacher_steps=3, steps=4, long_steps=4, seeds=2, solver_steps=2, points=500, curve=2
@@ -104,7 +104,7 @@ def test_a_lost_sample_counts_as_a_boards_width_away():
 
 
 def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
-    hot = checkerboard.METHODS["lagrangian"] | {"loss": {"name": "lagrangian", "stop": "none"}}
+    hot = checkerboard.METHODS["lagrangian"] | {"loss": {"name": "lagrangian", "stop_gradient": "nowhere"}}
     base = checkerboard.recipe_for
 
     def recipe_for(*arguments):
@@ -124,10 +124,10 @@ def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
 
 def test_settings_of_a_run_are_not_mixed(tmp_path):
     first, other = (checkerboard.recipe_for(checkerboard.METHODS[name], 4, 0, 1) for name in ("lagrangian", "eulerian"))
-    checkerboard.keep_recipe(first, tmp_path / "run")
-    checkerboard.keep_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
     with pytest.raises(SystemExit, match="other settings"):
-        checkerboard.keep_recipe(other, tmp_path / "run")
+        checkerboard.save_recipe(other, tmp_path / "run")
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -139,7 +139,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_every_loss_is_in_the_table():
-    assert {method["loss"]["name"] for method in checkerboard.METHODS.values()} == set(LOSSES)
+    assert {method["loss"]["name"] for method in checkerboard.METHODS.values()} == set(BUILT_IN)
     for method in checkerboard.METHODS.values():
         assert checkerboard.recipe_for(method, 7, 3, 2).training.seed == 3
 

@@ -29,7 +29,7 @@ from experiments.cifar10.processes import Processes
 from experiments.cifar10.report import markdown
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.features import open_features
-from fmm_distill.losses import SETTINGS
+from fmm_distill.losses.registry import BUILT_IN
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import call
 from tests.conftest import save_teacher, tiny_unet
@@ -149,7 +149,7 @@ def test_the_classifier_learns_and_its_file_is_taken(tmp_path, size):
     loaded = open_features(str(file), (3, size, size))
     shown = torch.rand(5, 3, size, size)
     torch.testing.assert_close(loaded(shown).features, features(shown))
-    assert loaded.count == 8
+    assert loaded.width == 8
 
 
 def test_moved_images_keep_their_pixels():
@@ -181,7 +181,7 @@ def test_every_student_has_a_recipe(tmp_path):
         assert (recipes[name].loss.derivative, on_gpu[name].loss.derivative) == ("central", "exact")
     assert on_gpu["eulerian"].loss.step == 0.1
     wanted = {"lagrangian", "eulerian", "progressive", "consistency", "consistency_trajectory", "operator_regression"}
-    assert wanted <= {recipe.loss.name for recipe in recipes.values()} <= set(SETTINGS)
+    assert wanted <= {recipe.loss.name for recipe in recipes.values()} <= set(BUILT_IN)
 
 
 def test_tables_of_a_run_that_is_not_finished():

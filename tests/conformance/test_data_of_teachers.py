@@ -75,7 +75,7 @@ def test_a_pipeline_decodes_what_its_autoencoder_encodes(tmp_path, name):
 def test_where_there_is_no_way_back_the_reason_is_told(tmp_path, name):
     teacher = opened(name, tmp_path / "teacher")
     kind = type(FAMILIES[name].build()).__name__
-    with pytest.raises(UserError, match=f"--data: {kind} gives no way from images .*{REFUSED[name]}.*take none"):
+    with pytest.raises(UserError, match=f"expected none or teacher: {kind} can't encode images .*{REFUSED[name]}"):
         encoder_of(teacher.codec, image_shape(teacher))
 
 
@@ -105,7 +105,7 @@ SHORT = {
     "training": {"steps": 2, "batch_size": 6, "checkpoint_every": 2},
     "evaluation": EVALUATION,
     "export": {"steps": []},
-    "pairs": {"prior": 0.0},
+    "time_sampling": {"prior": 0.0},
 }
 
 
@@ -180,28 +180,28 @@ def test_captions_become_the_prompts_and_belong_to_images(tmp_path, monkeypatch)
     latents = encoder.encode(job.images.take(torch.arange(4))[0])
     for draws, picked in seen.picked:
         which = (picked.images[:, None] - latents).flatten(2).abs().sum(2).argmin(1)
-        told = job.teacher.conditions.pick(picked.told(draws).condition).inputs["encoder_hidden_states"]
+        told = job.teacher.conditions.pick(picked.with_conditions(draws).condition).inputs["encoder_hidden_states"]
         rows = job.teacher.conditions.prompts.inputs["encoder_hidden_states"]
         wanted = torch.stack([rows[prompts.index(captions[i])] for i in which])
         assert told.equal(wanted)
     # A caption that the run did not have.
     files = [png(image.numpy()) for image in greys((8, 8, 3), 4)]
     parquet(tmp_path / "a.parquet", files, text=[*captions[:3], "a cow"])
-    with pytest.raises(UserError, match=r"data\.source: its files are not those that the run"):
+    with pytest.raises(UserError, match=r"data\.source: expected the files that the run"):
         open_run(tmp_path / "run")
     # Where the other data are meant, the run can't have been trained on it.
     (tmp_path / "run" / "inputs.json").unlink()
-    with pytest.raises(UserError, match="row 3 has 'a cow', which is none of the run's prompts"):
+    with pytest.raises(UserError, match="row 3: expected one of the run's prompts, got 'a cow'"):
         open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("told", "condition", "wanted"),
     [
-        ("class", None, "told a condition with every sample; name the column .* in data.condition"),
+        ("class", None, "expected data.condition, the images' classes or captions, because .* is conditional"),
         ("class", "text", "expected a pipeline with a text encoder for prompts and pipeline"),
-        ("nothing", "label", r"data\.condition label: .* is told nothing; wanted null"),
-        ("prompt", "label", "row 0 has 0, which is none of the run's prompts; wanted text"),
+        ("nothing", "label", r"data\.condition label: expected null, because .* is unconditional"),
+        ("prompt", "label", "row 0: expected one of the run's prompts, got 0"),
     ],
 )
 def test_data_that_do_not_belong_to_a_teacher(tmp_path, told, condition, wanted):

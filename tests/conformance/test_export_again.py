@@ -127,7 +127,7 @@ def test_a_folder_of_the_users_is_not_an_export(again, name):
     folder.mkdir()
     (folder / name).write_text('{"_class_name": ["mine", "FlowMapPipeline"]}')
     before = snapshot(folder)
-    with pytest.raises(UserError, match="holds something else than an exported student"):
+    with pytest.raises(UserError, match="expected an exported student or an empty folder"):
         export()
     assert snapshot(folder) == before
 
@@ -167,7 +167,7 @@ def test_a_kill_between_the_renames_leaves_a_student_that_is_found(again, deeper
     before = snapshot(folder)
     cut(folder)
     # It is no student that was verified: it is found, and named.
-    with pytest.raises(UserError, match=r"no exported student|earlier version"):
+    with pytest.raises(UserError, match=r"expected an exported student|earlier version"):
         pack(folder.parent if deeper else folder, "me/student")
     assert snapshot(folder) == before
     export()

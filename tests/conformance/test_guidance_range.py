@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline
 from fmm_distill.cli import command as cli
 from fmm_distill.config.recipe import parse
 from fmm_distill.core.draws import draw
-from fmm_distill.data.starting_points import points
+from fmm_distill.data.starting_points import StartingPoints
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
-from fmm_distill.losses import lagrangian
-from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.losses import Jump
+from fmm_distill.losses.time_sampling import sample_times
 from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.run.reopen import open_run
@@ -102,19 +102,19 @@ def test_the_student_starts_as_the_unguided_teacher_and_then_depends_on_the_scal
 
 @torch.no_grad()
 def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
-    recipe = parse({"loss": {"name": "lagrangian"}, "pairs": {"prior": 0.25}}, "here")
+    recipe = parse({"loss": {"name": "lagrangian"}, "time_sampling": {"prior": 0.25}}, "here")
     teacher = opened(folders["dit"], "dit")
     student = moved(Student.from_teacher(teacher))
     draws = draw(0, 0, 16, teacher.event_shape)
     losses, _ = Objective(student, teacher, recipe, recipe.losses)(draws, None, 0)
-    t, r = pair_times(recipe.pairs, teacher.schedule, draws, 0)
+    t, r = sample_times(recipe.time_sampling, teacher.schedule, draws, 0)
     cond = teacher.conditions.pick(draws.condition).guided(1 + 6 * draws.guidance)
     assert 1 < cond.guidance.min() < 2
     assert 6 < cond.guidance.max() < 7
-    x_t = points(teacher, student, draws, t, None, cond)
-    by_hand = lagrangian(student, teacher.velocity, x_t, t, r, cond=cond, settings=recipe.loss)
+    x_t = StartingPoints(teacher, student)(draws, t, cond)
+    by_hand = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond, draws.u))
     torch.testing.assert_close(losses, by_hand)
-    wrong = lagrangian(student, teacher.velocity, x_t, t, r, cond=cond.guided(3.0), settings=recipe.loss)
+    wrong = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond.guided(3.0), draws.u))
     assert (wrong - by_hand).abs().max() > 1e-3 * by_hand.max()
 
 

@@ -12,22 +12,22 @@ from torch import nn
 from fmm_distill.core.flow_map import FlowMap, diagonal
 from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.losses import (
-    LOSSES,
-    SETTINGS,
-    ConsistencySettings,
-    ConsistencyTrajectorySettings,
-    EulerianSettings,
-    FlowMapMatchingSettings,
-    FlowMatchingSettings,
-    LagrangianSettings,
-    LossSettings,
-    MeanFlowSettings,
-    OperatorRegressionSettings,
-    ProgressiveDistillationSettings,
-    ProgressiveSettings,
-    TerminalVelocitySettings,
+    Jump,
+    Loss,
 )
-from fmm_distill.teachers.analytic import TwoModes
+from fmm_distill.losses.consistency import Consistency
+from fmm_distill.losses.consistency_trajectory import ConsistencyTrajectory
+from fmm_distill.losses.eulerian import Eulerian
+from fmm_distill.losses.flow_map_matching import FlowMapMatching
+from fmm_distill.losses.flow_matching import FlowMatching
+from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.losses.mean_flow import MeanFlow
+from fmm_distill.losses.operator_regression import OperatorRegression
+from fmm_distill.losses.progressive import Progressive
+from fmm_distill.losses.progressive_distillation import ProgressiveDistillation
+from fmm_distill.losses.registry import BUILT_IN
+from fmm_distill.losses.terminal_velocity import TerminalVelocity
+from fmm_distill.teachers.closed_form import TwoModes
 from fmm_distill.training.ema import averaged
 from tests.conformance.truths import TRUTHS
 
@@ -93,7 +93,7 @@ class Case:
             untrained jump is off the path, and a student that follows its own velocity there may run away.
     """
 
-    settings: LossSettings
+    settings: Loss
     bound: float
     pairs: object = anywhere
     beside: float = 0.0
@@ -104,40 +104,40 @@ class Case:
 
 BATCH = 256
 CASES = {
-    "lagrangian": Case(LagrangianSettings(), 0.12),
-    "lagrangian-none": Case(LagrangianSettings(stop="none"), 0.11),
-    "lagrangian-target": Case(LagrangianSettings(stop="target"), 0.10),
-    "lagrangian-self": Case(LagrangianSettings(velocity="self"), 0.14, beside=0.5, regression_steps=100),
-    "eulerian-none": Case(EulerianSettings(stop="none"), 0.19),
-    "eulerian-teacher": Case(EulerianSettings(stop="teacher"), 0.19),
-    "eulerian-target": Case(EulerianSettings(stop="target"), 0.19),
-    "eulerian-normalized": Case(EulerianSettings(normalize_tangent=True), 0.19, steps=600),
-    "eulerian-self": Case(EulerianSettings(velocity="self"), 0.17, beside=0.5),
-    "progressive-half": Case(ProgressiveSettings(), 0.15, beside=0.5),
-    "progressive-uniform": Case(ProgressiveSettings(middle="uniform"), 0.15, beside=0.5),
-    "progressive-average": Case(ProgressiveSettings(target="average"), 0.15, beside=0.5),
-    "progressive-ode": Case(ProgressiveSettings(target="ode", pieces=4), 0.17),
-    "flow_map_matching": Case(FlowMapMatchingSettings(), 0.18),
-    "mean_flow": Case(MeanFlowSettings(), 0.19, steps=500),
-    "mean_flow-improved": Case(MeanFlowSettings(improved=True), 0.19, steps=500),
-    "consistency-continuous": Case(ConsistencySettings(), 0.10, to_data),
-    "consistency-step": Case(ConsistencySettings(step=0.05, solver="heun"), 0.11, to_data),
-    "consistency-average": Case(ConsistencySettings(step=0.05, solver="heun", target="average"), 0.19, to_data),
-    "consistency-data": Case(ConsistencySettings(step=0.05, velocity="data"), 0.16, to_data),
-    "consistency-data-continuous": Case(ConsistencySettings(velocity="data"), 0.14, to_data),
-    "consistency_trajectory": Case(ConsistencyTrajectorySettings(), 0.16, steps=600),
-    "consistency_trajectory-student": Case(ConsistencyTrajectorySettings(target="student"), 0.15, steps=600),
-    "progressive_distillation-ode": Case(ProgressiveDistillationSettings(target="ode"), 0.15, dyadic, jumps=8),
-    "progressive_distillation-student": Case(ProgressiveDistillationSettings(target="student"), 0.15, dyadic, 0.5),
-    "progressive_distillation-average": Case(ProgressiveDistillationSettings(), 0.15, dyadic, 0.5),
-    "operator_regression": Case(OperatorRegressionSettings(solver_steps=4), 0.13, from_noise),
-    "terminal_velocity-student": Case(TerminalVelocitySettings(target="student"), 0.15, regression_steps=100),
-    "terminal_velocity": Case(TerminalVelocitySettings(), 0.15),
+    "lagrangian": Case(Lagrangian(), 0.12),
+    "lagrangian-none": Case(Lagrangian(stop_gradient="nowhere"), 0.11),
+    "lagrangian-target": Case(Lagrangian(stop_gradient="target"), 0.10),
+    "lagrangian-self": Case(Lagrangian(velocity="self"), 0.14, beside=0.5, regression_steps=100),
+    "eulerian-none": Case(Eulerian(stop_gradient="nowhere"), 0.19),
+    "eulerian-teacher": Case(Eulerian(stop_gradient="teacher_input"), 0.19),
+    "eulerian-target": Case(Eulerian(stop_gradient="target"), 0.19),
+    "eulerian-normalized": Case(Eulerian(normalize_tangent=True), 0.19, steps=600),
+    "eulerian-self": Case(Eulerian(velocity="self"), 0.17, beside=0.5),
+    "progressive-half": Case(Progressive(), 0.15, beside=0.5),
+    "progressive-uniform": Case(Progressive(middle="uniform"), 0.15, beside=0.5),
+    "progressive-average": Case(Progressive(target="average"), 0.15, beside=0.5),
+    "progressive-ode": Case(Progressive(target="ode", pieces=4), 0.17),
+    "flow_map_matching": Case(FlowMapMatching(), 0.18),
+    "mean_flow": Case(MeanFlow(), 0.19, steps=500),
+    "mean_flow-improved": Case(MeanFlow(improved=True), 0.19, steps=500),
+    "consistency-continuous": Case(Consistency(), 0.10, to_data),
+    "consistency-step": Case(Consistency(step=0.05, solver="heun"), 0.11, to_data),
+    "consistency-average": Case(Consistency(step=0.05, solver="heun", target="average"), 0.19, to_data),
+    "consistency-data": Case(Consistency(step=0.05, velocity="data"), 0.16, to_data),
+    "consistency-data-continuous": Case(Consistency(velocity="data"), 0.14, to_data),
+    "consistency_trajectory": Case(ConsistencyTrajectory(), 0.16, steps=600),
+    "consistency_trajectory-student": Case(ConsistencyTrajectory(target="student"), 0.15, steps=600),
+    "progressive_distillation-ode": Case(ProgressiveDistillation(target="ode"), 0.15, dyadic, jumps=8),
+    "progressive_distillation-student": Case(ProgressiveDistillation(target="student"), 0.15, dyadic, 0.5),
+    "progressive_distillation-average": Case(ProgressiveDistillation(), 0.15, dyadic, 0.5),
+    "operator_regression": Case(OperatorRegression(solver_steps=4), 0.13, from_noise),
+    "terminal_velocity-student": Case(TerminalVelocity(target="student"), 0.15, regression_steps=100),
+    "terminal_velocity": Case(TerminalVelocity(), 0.15),
 }
 # Flow matching trains no jump: its error is that of the velocity.
 DIAGONAL_CASES = {
-    "flow_matching-teacher": Case(FlowMatchingSettings(), 0.30, nowhere),
-    "flow_matching-data": Case(FlowMatchingSettings(velocity="data"), 0.35, nowhere),
+    "flow_matching-teacher": Case(FlowMatching(), 0.30, nowhere),
+    "flow_matching-data": Case(FlowMatching(velocity="data"), 0.35, nowhere),
 }
 
 
@@ -155,9 +155,8 @@ def network_of(seed):
 def loss_of(network, average, settings, data, noise, t, r, share):
     sample = expand(1 - t, data) * data + expand(t, data) * noise
     velocity = {"teacher": TRUTH.velocity, "data": lambda x, t, cond=None: noise - data, "self": diagonal(network)}
-    given = {"share": share, "target_map": average if settings.follows == "average" else None}
-    given = {name: given[name] for name in settings.takes}
-    return LOSSES[settings.name](network, velocity[settings.velocity], sample, t, r, settings=settings, **given)
+    target_map = average if settings.target_network == "average" else None
+    return settings(network, velocity[settings.velocity], Jump(sample, t, r, None, share, target_map))
 
 
 def fit(network, case, generator):
@@ -172,7 +171,7 @@ def fit(network, case, generator):
         loss = loss_of(network, average.module, case.settings, *(part[:main] for part in draws)).sum()
         if case.beside:
             draws = (data, noise, *nowhere(first, second, kind), share)
-            beside = loss_of(network, average.module, FlowMatchingSettings(), *(part[main:] for part in draws))
+            beside = loss_of(network, average.module, FlowMatching(), *(part[main:] for part in draws))
             loss = loss + beside.sum()
         optimizer.zero_grad()
         (loss / BATCH).backward()
@@ -185,7 +184,7 @@ def trained(case, seed=0):
     generator = torch.Generator().manual_seed(seed)
     network = network_of(seed)
     if case.regression_steps:
-        fit(network, Case(FlowMatchingSettings(), 0, nowhere, steps=case.regression_steps), generator)
+        fit(network, Case(FlowMatching(), 0, nowhere, steps=case.regression_steps), generator)
     fit(network, case, generator)
     return network
 
@@ -225,4 +224,4 @@ def test_the_diagonal_learns_the_velocity(name):
 
 
 def test_every_loss_is_trained():
-    assert {case.settings.name for case in [*CASES.values(), *DIAGONAL_CASES.values()]} == set(SETTINGS)
+    assert {case.settings.name for case in [*CASES.values(), *DIAGONAL_CASES.values()]} == set(BUILT_IN)

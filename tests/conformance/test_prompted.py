@@ -14,7 +14,8 @@ from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
 from fmm_distill.core.schedules import FlowMatching, VariancePreserving
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
-from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -167,7 +168,7 @@ def test_a_step_makes_the_map_depend_on_r(opened):
     t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
     r = teacher.schedule.time_at(torch.tensor([0.2, 0.5], dtype=torch.float64))
     optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
-    lagrangian(student, teacher.velocity, x, t, r, cond=cond, settings=LagrangianSettings()).sum().backward()
+    Lagrangian()(student, teacher.velocity, Jump(x, t, r, cond, t)).sum().backward()
     torch.nn.utils.clip_grad_norm_(student.network.jump_embedding.parameters(), 1.0)
     optimizer.step()
     with torch.no_grad():

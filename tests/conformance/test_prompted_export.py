@@ -185,7 +185,16 @@ def line(name, teacher, folds):
 
 
 def rows_of(exports):
-    head = ["tried", "pipeline", "network", "scheduler, prediction", "told", "guidance", "fold", "layers with LoRA"]
+    head = [
+        "tried",
+        "pipeline",
+        "network",
+        "scheduler, prediction",
+        "condition",
+        "guidance",
+        "fold",
+        "layers with LoRA",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [line(name, export.teacher, not export.exporter.not_fixed) for name, export in exports.items()]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.errors import UserError
 from fmm_distill.run.given import Given
 from fmm_distill.run.reopen import open_run
-from fmm_distill.teachers.analytic import Gaussian
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.velocity_field import as_teacher

@@ -19,15 +19,16 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.evaluator import evaluate
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
-from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.run.distill import distill
 from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.run.plan import plan
 from fmm_distill.run.reopen import draw_run
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY
 from tests.conformance.test_prompted import InDouble
@@ -197,7 +198,7 @@ def test_a_step_makes_the_map_depend_on_r(teacher):
     student = Student.from_teacher(teacher)
     x, t, r = jumps(teacher)
     optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
-    lagrangian(student, teacher.velocity, x, t, r, settings=LagrangianSettings()).sum().backward()
+    Lagrangian()(student, teacher.velocity, Jump(x, t, r, None, t)).sum().backward()
     optimizer.step()
     with torch.no_grad():
         change = student.mean_velocity(x, t, r) - student.mean_velocity(x, t, t)
@@ -271,7 +272,7 @@ def test_the_any_step_pipeline_is_the_stock_one(teacher):
 
 
 def test_images_are_no_data_of_it(folder):
-    with pytest.raises(UserError, match=r"builtin:digits: .* makes sounds; wanted none, data are images"):
+    with pytest.raises(UserError, match=r"builtin:digits: expected none, because data are images and .* makes sounds"):
         plan(parse({"teacher": str(folder)} | TINY | {"data": "builtin:digits"}, "here"))
 
 

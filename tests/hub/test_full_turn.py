@@ -103,7 +103,7 @@ def elsewhere(address, turn, tmp_path_factory):
 
 def test_the_command_says_where_it_is_and_how_to_load_it(turn, address, hub):
     folder, out, err = turn
-    assert f"published 21 files at {address}/tester/student" in out
+    assert f"published 21 files to {address}/tester/student" in out
     assert TOKEN not in out + err
     assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert TOKEN.encode() not in b"".join(file.content for file in hub.repos["tester/student"].files.values())
@@ -146,6 +146,7 @@ def test_a_name_that_may_not_be_written_to_stops_before_training(address, tmp_pa
     done = ended(command, tmp_path, told)
     assert done.returncode == 2
     assert (
-        done.stderr == "error: somebody/student: your token is of tester; wanted one of somebody, or a name of yours\n"
+        done.stderr == "error: somebody/student: expected a token of somebody, got one of tester; use that token, or a "
+        "repository of yours\n"
     )
     assert not Path(tmp_path / "run").exists()

@@ -103,7 +103,7 @@ def test_everything_goes_in_one_commit(often):
 def test_the_same_again_sends_nothing(often):
     assert often["commits"][1] == often["commits"][0]
     assert often["puts_again"] == 0
-    assert sum(line.startswith("nothing new: ") for line in often["lines"]) == 1
+    assert sum(line.startswith("nothing to upload: ") for line in often["lines"]) == 1
 
 
 def test_what_a_student_has_no_more_is_removed(often):
@@ -124,18 +124,21 @@ def test_a_branch_is_made_and_named_in_the_card(often):
 
 def test_private_is_of_new_repositories(often):
     assert often["private"] == [True, False]
-    assert sum("is there already and public" in line for line in often["lines"]) == 1
+    assert sum("exists and is public" in line for line in often["lines"]) == 1
 
 
 def test_what_is_something_else_stays(published):
     seen = published["publish_over_others"]
-    assert seen["refused"]["tester/else"].startswith("tester/else holds something else (README.md, weights.bin); ")
-    assert "tester/cousin holds a student of another teacher (a/b; " in seen["refused"]["tester/cousin"]
+    assert seen["refused"]["tester/else"].startswith(
+        "tester/else: expected an empty repository or a student, got other files (README.md, weights.bin); "
+    )
+    assert "got one of a/b; " in seen["refused"]["tester/cousin"]
     assert [line.split("; ")[0] for line in seen["others"]] == [
-        f"tester/{name} holds something else (student.json)" for name in ("list", "text")
+        f"tester/{name}: expected an empty repository or a student, got other files (student.json)"
+        for name in ("list", "text")
     ]
     assert seen["untouched"] == [2, 2]
-    assert "tester/else: 1 files that are not of this student stay there" in seen["lines"]
+    assert "tester/else: 1 files that don't belong to this student stay in the repository" in seen["lines"]
     assert seen["kept"]
     assert seen["mixed"]
     assert seen["card"]
@@ -149,25 +152,25 @@ def test_without_the_right_nothing_is_made(published):
     assert all("\n" not in line for line in seen.values())
     assert not [line for line in seen.values() if "hf_" in line]
     for name in ("student", "a/b/c", "tester/a..b", "tester/-a"):
-        assert seen[name].startswith(f"{name}: no name for a repository")
-    assert seen["other owner"].startswith("somebody/student: your token is of tester; wanted one of somebody")
+        assert seen[name].startswith(f"{name}: expected a repository as owner/name")
+    assert seen["other owner"].startswith("somebody/student: expected a token of somebody, got one of tester")
     assert "403" in seen["forbidden"]
     assert "may not do this" in seen["locked"]
     assert "license" in seen["card"]
     # A login has no effect while the variable is set.
     assert "the Hub refuses the token in HF_TOKEN; set HF_TOKEN to another token" in seen["hf_wrong"]
     assert "may only read" in seen["hf_reads"]
-    assert "no token for the Hub; log in" in seen["none"]
+    assert "got none; log in" in seen["none"]
 
 
 def test_faults_leave_nothing_half(published, folder):
     seen = published["publish_through_faults"]
     assert seen["lost"].endswith(
-        "the Hub has an internal error (status 500); run the same command again later; nothing of it was published"
+        "the Hub has an internal error (status 500); run the same command again later; nothing was published"
     )
     # Two pictures, one of which was lost, and two networks: folded, an untrained student is the same at all steps.
     assert seen["arrived"] == 3
-    assert seen["no commit"].endswith("nothing of it was published")
+    assert seen["no commit"].endswith("nothing was published")
     assert seen["files"] == [".gitattributes"]
     assert seen["busy"] == ""
     # Whatever had arrived is not sent again.
@@ -198,7 +201,7 @@ def test_only_what_the_export_wrote_is_sent(published):
     }
     assert "unet/trainer_state.json" not in seen["names"]
     others = "notes/, secret.json, steps-2/, token.txt, unet/trainer_state.json"
-    line = f"left out, as the export did not write it: {others}"
+    line = f"left out (not written by the export): {others}"
     assert seen["lines"].count(line) == 2
     assert line in seen["dry"]
 
@@ -206,20 +209,20 @@ def test_only_what_the_export_wrote_is_sent(published):
 def test_an_edited_card_is_sent_and_named(published):
     seen = published["publish_with_strangers"]
     assert "# My student of " in seen["card"]
-    assert sum("README.md was edited since the export: it is sent" in line for line in seen["lines"]) == 1
+    assert sum("README.md was edited since the export; it is uploaded" in line for line in seen["lines"]) == 1
     assert 'from_pretrained("tester/student", trust_remote_code=True)' in seen["how"]
     assert "# A few-step student of " in seen["card again"]
-    assert "README.md: no model card (" in seen["torn card"]
+    assert "README.md: expected a model card, got another text (" in seen["torn card"]
     assert "\n" not in seen["torn card"]
 
 
 def test_what_changed_since_the_export_is_refused(published):
     seen = published["publish_with_strangers"]
-    assert ": steps-4/model_index.json, steps-4/scheduler/scheduler_config.json" in seen["linked"]
-    assert "changed since the export, or behind a link" in seen["linked"]
+    assert "(steps-4/model_index.json, steps-4/scheduler/scheduler_config.json" in seen["linked"]
+    assert "expected the exported files, got changed or linked ones (" in seen["linked"]
     assert not [name for name in seen["without it"] if name.startswith(("steps-4", "samples"))]
-    assert "samples.png changed since the export, or behind a link" in seen["picture"]
-    assert "unet/config.json changed since the export" in seen["changed"]
+    assert "got changed or linked ones (samples.png)" in seen["picture"]
+    assert "got changed or linked ones (unet/config.json)" in seen["changed"]
     assert "unet/config.json is missing; export again" in seen["missing"]
     assert seen["commits"] == 0
 
@@ -230,13 +233,13 @@ def test_an_export_and_a_publication_exclude_each_other(published):
     assert "was exported again in the meantime; run the same command again" in seen["between"]
     assert seen["made"] == []
     assert len(seen["notes"]) == 1
-    assert seen["notes"][0].endswith("is not finished: its student is the one exported after step 1000")
+    assert seen["notes"][0].endswith("is not finished; publishing the student that was exported after step 1000")
 
 
 def test_offline_publishing_is_refused_before_training(published):
     seen = published["publish_offline"]
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        line = f"tester/student: publishing needs the network, and {name}=1 forbids it; unset {name} and run the same"
+        line = f"tester/student: publishing needs the network, but {name}=1 is set; unset {name} and run the same"
         assert seen[name].startswith(line)
         assert seen[f"{name} publish"].startswith(line)
     status, out, err = seen["distill"]
@@ -302,11 +305,11 @@ def test_numbers_of_another_student_are_not_said(copy):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "holds no exported student"),
+        (lambda folder: (folder / "student.json").unlink(), "got a folder without student.json"),
         (lambda folder: (folder / "student.json").write_text('{"fmm_distill": "9"}'), "written by fmm_distill 9"),
         (lambda folder: (folder / "student.json").write_text("{"), "is truncated"),
-        (lambda folder: (folder / "verification.json").unlink(), "was not opened and compared"),
-        (lambda folder: (folder / "verification.json").write_text('{"passed": false}'), "its pipelines differ"),
+        (lambda folder: (folder / "verification.json").unlink(), "expected a verified export"),
+        (lambda folder: (folder / "verification.json").write_text('{"passed": false}'), "got a failed verification"),
         (lambda folder: (folder / "verification.json").write_text('{"passed": "no"}'), "expected true or false"),
         (lambda folder: (folder / "verification.json").write_text('{"pipelines": {}}'), "passed is missing"),
         (lambda folder: (folder / "verification.json").write_text("[]"), "expected a mapping"),
@@ -342,7 +345,7 @@ def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
     "change",
     [
         {"steps": ["four"]},
-        {"made": {}},
+        {"training": {}},
         {"scheduler": {}},
         {"guidance": {"scale": "much"}},
         {"teacher": None},
@@ -361,7 +364,7 @@ def test_facts_of_another_form_are_a_line(copy, change):
 @pytest.mark.parametrize("name", ["gone", "student"])
 def test_a_source_that_is_not_there(tmp_path, name):
     (tmp_path / f".{name}.partial").mkdir()
-    with pytest.raises(UserError, match="no such folder; expected a run, or a folder that"):
+    with pytest.raises(UserError, match="expected a run or an exported folder, got nothing there"):
         pack(tmp_path / name, "tester/student")
 
 
@@ -374,12 +377,12 @@ def test_an_interrupted_export_is_published_as_it_was(folder, tmp_path):
 
 def test_an_export_without_a_list_says_what_to_do(copy):
     (copy / "export.json").unlink()
-    with pytest.raises(UserError, match=r"no list of what the export wrote .* run fmm-distill export RUN FOLDER"):
+    with pytest.raises(UserError, match=r"got one without .* run fmm-distill export RUN FOLDER"):
         pack(copy, "tester/student")
 
 
 def test_steps_that_were_not_exported(folder):
-    with pytest.raises(UserError, match=r"--steps 2: .* has 1, 4; export the others first"):
+    with pytest.raises(UserError, match=r"--steps 2: .* exported numbers \(1, 4\) of .*; export others"):
         pack(folder, "tester/student", steps=(1, 2))
 
 
@@ -399,7 +402,7 @@ def test_folders_that_are_gone_are_not_in_the_card(copy):
 
 def test_a_run_without_a_student(tmp_path):
     mark(tmp_path)
-    with pytest.raises(UserError, match="has no student yet"):
+    with pytest.raises(UserError, match="got one without a student"):
         pack(tmp_path, "tester/student")
 
 
@@ -409,7 +412,7 @@ def test_a_dry_run_lists_and_shows(folder):
     assert "  steps-4/unet/diffusion_pytorch_model.safetensors\n" in done.output
     assert "steps-1/" not in done.output
     assert "# A few-step student of" in done.output
-    assert done.output.endswith("nothing was sent (--dry-run)\n")
+    assert done.output.endswith("nothing was uploaded (--dry-run)\n")
 
 
 def test_facts_come_back_as_they_were(folder):

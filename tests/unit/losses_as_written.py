@@ -67,19 +67,21 @@ def steady(g, settings):
 
 
 def lagrangian_as_written(settings, live, still, average, x, t, r, share):
-    v = {"teacher": teacher, "self": diagonal(live if settings.stop == "none" else still)}[settings.velocity]
-    if settings.stop == "target":
+    v = {"teacher": teacher, "self": diagonal(live if settings.stop_gradient == "nowhere" else still)}[
+        settings.velocity
+    ]
+    if settings.stop_gradient == "target":
         u, u_still = live.mean_velocity(x, t, r), still.mean_velocity(x, t, r)
         return [u - u_still + moving_end(still, x, t, r) - v(still(x, t, r), r)]
-    return [moving_end(live, x, t, r) - v((live if settings.stop == "none" else still)(x, t, r), r)]
+    return [moving_end(live, x, t, r) - v((live if settings.stop_gradient == "nowhere" else still)(x, t, r), r)]
 
 
 def eulerian_as_written(settings, live, still, average, x, t, r, share):
-    stop = getattr(settings, "stop", "target")
-    v = diagonal(live if stop == "none" else still)(x, t) if settings.velocity == "self" else teacher(x, t)
-    if stop == "none":
+    stop = getattr(settings, "stop_gradient", "target")
+    v = diagonal(live if stop == "nowhere" else still)(x, t) if settings.velocity == "self" else teacher(x, t)
+    if stop == "nowhere":
         return [moving_start(live, x, t, r, v)]
-    if stop == "teacher":
+    if stop == "teacher_input":
         return [moving_start(live, x, t, r, torch.zeros_like(x)) + moving_start(still, x, t, r, v, rate=0)]
     u, u_still = live.mean_velocity(x, t, r), still.mean_velocity(x, t, r)
     unscaled = u_still - v

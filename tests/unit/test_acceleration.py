@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.errors import UserError
-from fmm_distill.losses.time_sampling import Pairs
+from fmm_distill.losses.time_sampling import TimeSampling
 from fmm_distill.student.student import Student
 from fmm_distill.training.compile import accelerate_networks
 from fmm_distill.training.trainer import Trainer
@@ -18,8 +18,8 @@ from tests.conformance.test_prompted_export import moved, opened
 from tests.logs import logged
 from tests.unit.test_trainer import flat, losses, recipe_of, train
 
-DETACHED = {"name": "eulerian", "stop": "target"}
-THROUGH = {"name": "lagrangian", "stop": "teacher"}
+DETACHED = {"name": "eulerian", "stop_gradient": "target"}
+THROUGH = {"name": "lagrangian", "stop_gradient": "teacher_input"}
 
 
 @pytest.mark.parametrize("loss", [THROUGH, DETACHED], ids=["through", "detached"])
@@ -51,7 +51,9 @@ def test_the_engine_follows(tmp_path, teacher_folder):
     assert engine(THROUGH).startswith("derivatives: central (forward mode does not run through training.gradient")
     # Without gradients nothing is computed again, and forward mode is the better one along the flow.
     assert engine(DETACHED).startswith("derivatives: exact")
-    with pytest.raises(UserError, match=r"derivative: exact of loss lagrangian does not go with training\.gradient"):
+    with pytest.raises(
+        UserError, match=r"loss lagrangian: expected derivative central or auto with training\.gradient"
+    ):
         engine(THROUGH | {"derivative": "exact"})
 
 
@@ -59,7 +61,7 @@ def test_differences_are_taken_in_r_alone_where_both_engines_run(tmp_path, teach
     def said(loss):
         return said_by(recipe_of(teacher_folder, loss), tmp_path, teacher_folder)[0]
 
-    for loss in (THROUGH, THROUGH | {"stop": "target"}):
+    for loss in (THROUGH, THROUGH | {"stop_gradient": "target"}):
         assert said(loss).startswith("derivatives: central (it costs less than forward mode here")
     assert said(DETACHED).startswith("derivatives: exact (forward mode runs")
     with_step = said_by(recipe_of(teacher_folder, DETACHED | {"step": 0.1}), tmp_path, teacher_folder)
@@ -114,12 +116,12 @@ def test_a_network_that_answers_otherwise_is_refused(teacher, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_networks_train_to_the_same_numbers(tmp_path, teacher_folder):
-    loss = {"name": "lagrangian", "stop": "target"}
+    loss = {"name": "lagrangian", "stop_gradient": "target"}
     # From noise alone every call has one shape, and is traced once.
-    pairs = {"pairs": Pairs(prior=1.0)}
-    central = recipe_of(teacher_folder, loss | {"derivative": "central"}).model_copy(update=pairs)
+    times = {"time_sampling": TimeSampling(prior=1.0)}
+    central = recipe_of(teacher_folder, loss | {"derivative": "central"}).model_copy(update=times)
     plain = train(central, tmp_path / "plain")
-    trainer = train(recipe_of(teacher_folder, loss, compile="eager").model_copy(update=pairs), tmp_path / "traced")
+    trainer = train(recipe_of(teacher_folder, loss, compile="eager").model_copy(update=times), tmp_path / "traced")
     assert trainer.student.network._compiled_call_impl is not None
     assert trainer.teacher.network._compiled_call_impl is not None
     assert losses(tmp_path / "traced") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
@@ -129,7 +131,7 @@ def test_compiled_networks_train_to_the_same_numbers(tmp_path, teacher_folder):
 
 @pytest.mark.slow
 def test_compiled_by_inductor(tmp_path, teacher_folder):
-    loss = {"name": "lagrangian", "stop": "target"}
+    loss = {"name": "lagrangian", "stop_gradient": "target"}
     train(recipe_of(teacher_folder, loss | {"derivative": "central"}), tmp_path / "plain")
     train(recipe_of(teacher_folder, loss, compile="inductor"), tmp_path / "compiled")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)

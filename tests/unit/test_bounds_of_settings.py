@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from fmm_distill.config.plain_yaml import read
 from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.errors import UserError
-from fmm_distill.losses import SETTINGS
-from fmm_distill.losses.base import Settings, _kinds
+from fmm_distill.losses import Loss, registered_losses
+from fmm_distill.losses.settings import Settings, value_types
 
 # Fields with a number that need no bounds of their own, and why.
 UNBOUNDED = {
@@ -48,9 +48,12 @@ def groups(model: type[Settings], found: dict[str, type[Settings]]) -> dict[str,
     if model.__name__ not in found:
         found[model.__name__] = model
         for field in model.model_fields.values():
-            for kind in _kinds(field.annotation):
+            for kind in value_types(field.annotation):
                 if isinstance(kind, type) and issubclass(kind, Settings):
                     groups(kind, found)
+        if model is Loss:
+            for kind in registered_losses().values():
+                groups(kind, found)
     return found
 
 
@@ -70,7 +73,7 @@ def bounds(annotation: Any, metadata: list[Any]) -> list[set[str]]:
 
 
 def test_the_groups_are_those_of_all_losses():
-    assert {kind.__name__ for kind in SETTINGS.values()} < set(GROUPS)
+    assert {kind.__name__ for kind in registered_losses().values()} < set(GROUPS)
     assert len(GROUPS) > 25
 
 
@@ -84,7 +87,7 @@ def test_every_number_has_both_bounds(group):
 @pytest.mark.parametrize(("group", "name"), FIELDS, ids=".".join)
 def test_truth_values_infinities_and_nan_are_no_numbers(group, name):
     model = GROUPS[group]
-    kinds = _kinds(model.model_fields[name].annotation)
+    kinds = value_types(model.model_fields[name].annotation)
     if not kinds & {int, float} or bool in kinds:
         return
     for value in (True, math.inf, -math.inf, math.nan, "nan", "inf", 10**400, [True], [math.nan, math.inf]):
@@ -193,13 +196,13 @@ def test_any_value_of_any_setting_gives_a_recipe_or_one_line(path, value):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.sampled_from(sorted(SETTINGS)),
-    st.sampled_from(sorted({name for kind in SETTINGS.values() for name in kind.model_fields})),
+    st.sampled_from(sorted(registered_losses())),
+    st.sampled_from(sorted({name for kind in registered_losses().values() for name in kind.model_fields})),
     VALUES,
 )
 def test_any_value_of_any_loss(loss, name, value):
     judged({"loss": {"name": loss, name: value}})
-    judged({"also": [{"loss": {"name": "flow_matching"}, "share": value, "weight": value}]})
+    judged({"extra_losses": [{"loss": {"name": "flow_matching"}, "fraction": value, "weight": value}]})
 
 
 @settings(max_examples=200, deadline=None)

@@ -173,7 +173,7 @@ def test_foreign_content_is_damage(tmp_path, name, text):
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), "make it, or correct the path"),
         (IsADirectoryError(errno.EISDIR, "Is a directory"), "choose the name of a file"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "is in its place"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "the path is taken by"),
         (OSError(errno.EIO, "Input/output error"), "check the disk"),
         (OSError(errno.ESTALE, "Stale file handle"), "check the disk"),
     ],

@@ -29,8 +29,8 @@ def labels_of(network):
 @pytest.mark.parametrize("also", [False, True])
 @pytest.mark.parametrize("prior", [1.0, 0.25])
 def test_student_and_teacher_are_told_what_was_drawn(teacher, also, prior):
-    terms = [{"loss": {"name": "flow_matching", "velocity": "teacher"}, "share": 0.5}] if also else []
-    recipe = parse({"loss": {"name": "lagrangian"}, "pairs": {"prior": prior}, "also": terms}, "here")
+    terms = [{"loss": {"name": "flow_matching", "velocity": "teacher"}, "fraction": 0.5}] if also else []
+    recipe = parse({"loss": {"name": "lagrangian"}, "time_sampling": {"prior": prior}, "extra_losses": terms}, "here")
     student = Student.from_teacher(teacher)
     draws = draw(0, 3, 64, teacher.event_shape)
     drawn = teacher.conditions.pick(draws.condition).inputs["class_labels"]
@@ -41,7 +41,7 @@ def test_student_and_teacher_are_told_what_was_drawn(teacher, also, prior):
     teacher.network._forward_pre_hooks_with_kwargs.clear()
     parts = [drawn]
     if also:
-        first = draws.place < 0.5
+        first = draws.position < 0.5
         parts = [drawn[first], drawn[~first]]
     # The teacher is asked once for every sample of every term.
     assert [labels.tolist() for labels in teachers] == [labels.tolist() for labels in parts]

@@ -14,7 +14,7 @@ from PIL import Image
 from fmm_distill.config.settings import DataSettings, PromptSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.prompts import load_prompts
-from fmm_distill.data.samples import LazyPixels, captions_of, load_images, places_of
+from fmm_distill.data.samples import LazyPixels, captions_of, load_images, positions_of
 from fmm_distill.data.tables import open_table
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import Classes
@@ -78,7 +78,7 @@ def test_folder_and_parquet_hold_the_same_pixels(tmp_path, channels):
     assert load(tmp_path / "parquet", (channels, 6, 4), split="test").pixels.equal(wanted[[3]])
     with pytest.raises(UserError, match="no split valid: its parquet files are of test, train"):
         load(tmp_path / "parquet", (channels, 6, 4), split="valid")
-    wrong = f"{channels} x 6 x 4 .* the teacher makes {channels} x 8 x 8.*data.fit=crop"
+    wrong = f"expected {channels} x 8 x 8 .* got {channels} x 6 x 4.*data.fit=crop"
     with pytest.raises(UserError, match=wrong):
         load(folder, (channels, 8, 8))
 
@@ -126,7 +126,7 @@ def test_unknown_builtin_images_are_not_sought_on_the_hub():
 
 def test_four_channels_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="4 x 8 x 8; images have 1 or 3 channels"):
+    with pytest.raises(UserError, match="4 x 8 x 8; expected none, because images have 1 or 3 channels"):
         load(tmp_path, (4, 8, 8))
 
 
@@ -188,7 +188,7 @@ def test_unreadable_images_are_counted_and_said_once(tmp_path, in_memory):
 @pytest.mark.parametrize("in_memory", [2**31, 0])
 def test_too_many_unreadable_images_are_refused(tmp_path, in_memory):
     place = parquet(tmp_path / "a.parquet", broken([png(array) for array in arrays(20, 16, 16)]))
-    with pytest.raises(UserError, match=r"of 22 images can't be read.*wanted at most a share of 0\.01"):
+    with pytest.raises(UserError, match=r"of 22 images can't be read.*expected at most a fraction of 0\.01"):
         load(place, (3, 16, 16), in_memory=in_memory).pick(at(np.linspace(0, 0.999, 66)))
     nothing = parquet(tmp_path / "b.parquet", [b"x", b"y"])
     with pytest.raises(UserError, match="2 of 2 images can't be read"):
@@ -244,7 +244,7 @@ def test_conditions_belong_to_images(tmp_path):
     images = load(place, (3, 6, 4), CLASSES, condition="kind")
     draws = draw(0, 0, 100, (1,))
     picked = images.pick(draws)
-    told = CLASSES.pick(picked.told(draws).condition).inputs["class_labels"]
+    told = CLASSES.pick(picked.with_conditions(draws).condition).inputs["class_labels"]
     seen = ((picked.images[:, 0, 0, 0] + 1) / 2 * 255 / 60).round().long()
     assert told.equal(seen)
     assert set(told.tolist()) == {0, 1, 2, 3}
@@ -266,13 +266,13 @@ def test_folders_of_images_are_classes(tmp_path):
 
 @pytest.mark.parametrize(("value", "shown"), [(4, "4"), (-1, "-1"), (None, "None"), ("cat", "'cat'"), (True, "True")])
 def test_what_is_no_class_is_refused(value, shown):
-    with pytest.raises(UserError, match=f"here: row 1 has {shown}; wanted a class of the teacher, 0 to 3"):
-        places_of([2, value], CLASSES, "here")
+    with pytest.raises(UserError, match=f"here: row 1: expected a class of the teacher, 0 to 3, got {shown}"):
+        positions_of([2, value], CLASSES, "here")
 
 
 def test_places_lead_back_to_their_classes():
     many = Classes(tuple(str(i) for i in range(1000)), None)
-    places = places_of(list(range(1000)), many, "here")
+    places = positions_of(list(range(1000)), many, "here")
     assert many.pick(places).inputs["class_labels"].tolist() == list(range(1000))
 
 
@@ -282,7 +282,9 @@ def test_captions_are_kept_once_in_their_order(tmp_path):
     assert captions_of(table, "text") == ("two dogs", "a cat", "")
     assert captions_of(table, "label") == ()
     holes = open_table(DataSettings(source=str(parquet(tmp_path / "b.parquet", files, text=["a", None, "b", "c"]))))
-    with pytest.raises(UserError, match=r"data\.condition text: row 1 has None; wanted a caption"):
+    with pytest.raises(
+        UserError, match=r"data\.condition text: row 1: expected a caption, which may be empty, got None"
+    ):
         captions_of(holes, "text")
 
 

@@ -76,6 +76,6 @@ def test_parts_that_do_not_fit_together(tmp_path):
     def odd(prompts):
         return Conditioning({"text": torch.zeros(len(prompts), len(prompts))})
 
-    with pytest.raises(UserError, match="prompts: the pipeline embeds them to different shapes"):
+    with pytest.raises(UserError, match="prompts: expected embeddings of one shape, got several"):
         embed_all(odd, (*("ab" * CHUNK), "c"), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())

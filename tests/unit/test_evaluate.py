@@ -57,7 +57,9 @@ def test_json_and_table(measured):
     assert set(kept) == {"protocol", "rows", "consistency"}
     assert from_json(json.loads(json.dumps(kept))) == measured
     printed = table(measured)
-    assert len(printed.splitlines()) == 1 + 9 + 1 + len(kept["protocol"])
+    entries = [key for key, value in kept["protocol"].items() if value is not None]
+    assert len(printed.splitlines()) == 1 + 9 + 1 + len(entries)
+    assert printed.splitlines()[-len(entries) :] == [f"  {key}: {kept['protocol'][key]}" for key in entries]
     assert "not measured" in printed
     assert "KID" not in printed.splitlines()[0]
     # What an earlier version wrote.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fmm_distill.evaluation.draws import _generator, draw_samples_of
+from fmm_distill.core.draws import sample_generator
+from fmm_distill.evaluation.draws import draw_samples_of
 from fmm_distill.evaluation.evaluator import Evaluator
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.generate import GenerationSpec, SampleGenerator
@@ -72,7 +73,7 @@ def test_noises_are_independent_and_normal(teacher):
     assert abs(float(noise.var()) - 1) < 0.02
     # Neighbors have nothing in common.
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.01
-    seeds = {_generator(0, number).initial_seed() for number in range(20_000)}
+    seeds = {sample_generator(0, number).initial_seed() for number in range(20_000)}
     assert len(seeds) == 20_000
 
 

@@ -120,7 +120,7 @@ def test_other_images_are_noticed(place, monkeypatch, change, large):
         first.write_bytes(b"more")
     else:
         first.rename(first.with_name("7.png"))
-    with pytest.raises(UserError, match=r"data\.source: its files are not those"):
+    with pytest.raises(UserError, match=r"data\.source: expected the files that the run"):
         check_inputs(place, before, contents(recipe, before))
 
 
@@ -146,5 +146,5 @@ def test_images_in_linked_folders_are_noticed(place, depth):
     before = contents(recipe)
     assert before["data.source"]["files"] == 3
     overwrite(place / "images" / "0.png")
-    with pytest.raises(UserError, match=r"data\.source: its files are not those"):
+    with pytest.raises(UserError, match=r"data\.source: expected the files that the run"):
         check_inputs(place, before, contents(recipe, before))

@@ -114,7 +114,7 @@ def test_one_can_wait_for_the_other(tmp_path):
         pass
     thread.join()
     assert len(lines) == 1
-    assert lines[0].endswith("waiting for it to end")
+    assert lines[0].endswith("waiting for that process to end")
 
 
 def test_of_launched_processes_the_first_holds_it(tmp_path, monkeypatch):

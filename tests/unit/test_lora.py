@@ -11,7 +11,8 @@ from fmm_distill import distill
 from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.export.pipelines import write_lora
-from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.run.publish import pack
 from fmm_distill.student.lora import add_lora, default_targets, has_lora, merged
 from fmm_distill.student.student import Student
@@ -51,7 +52,7 @@ def step(teacher, student):
     optimizer = torch.optim.AdamW(trained(student).values(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        lagrangian(student, teacher.velocity, x, t, r, cond=cond, settings=LagrangianSettings()).sum().backward()
+        Lagrangian()(student, teacher.velocity, Jump(x, t, r, cond, t)).sum().backward()
         optimizer.step()
 
 

@@ -125,7 +125,7 @@ def test_what_a_link_names_is_not_removed(tmp_path, name):
 def test_names_make_no_run(tmp_path, names):
     put(tmp_path, names)
     assert not is_run(tmp_path)
-    with pytest.raises(UserError, match="holds no run") as caught:
+    with pytest.raises(UserError, match="expected a run folder or an empty one") as caught:
         check_vacant(tmp_path)
     assert "fresh" not in str(caught.value)
     assert ("earlier version" in str(caught.value)) == ("recipe.yaml" in names)

@@ -32,7 +32,7 @@ LARGE = {
     "norm_num_groups": 32,
     "attention_head_dim": 64,
 }
-LAGRANGIAN = {"name": "lagrangian", "stop": "target"}
+LAGRANGIAN = {"name": "lagrangian", "stop_gradient": "target"}
 STEPS = {"steps": 2, "batch_size": 2}
 
 
@@ -53,7 +53,7 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
     "settings",
     [
         pytest.param({"loss": LAGRANGIAN | {"derivative": "central"}}, marks=pytest.mark.slow),
-        {"loss": {"name": "lagrangian", "stop": "none", "derivative": "exact"}},
+        {"loss": {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}},
         pytest.param(
             {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
             marks=pytest.mark.slow,
@@ -126,13 +126,13 @@ def test_blocks_that_are_computed_again_keep_less(teacher_folder):
 
 
 def test_the_phase_that_takes_most_counts(teacher_folder):
-    light, heavy = {"name": "flow_matching"}, {"name": "lagrangian", "stop": "none", "derivative": "exact"}
+    light, heavy = {"name": "flow_matching"}, {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}
     least = foretold(teacher_folder, {"loss": light, "training": STEPS})
     most = foretold(teacher_folder, {"loss": heavy, "training": STEPS})
-    first = [{"loss": heavy, "share": 0.5}]
-    assert foretold(teacher_folder, {"loss": light, "before": first, "training": STEPS}).peak == most.peak
-    beside = [{"loss": heavy, "share": 0.5}]
-    both = foretold(teacher_folder, {"loss": light, "also": beside, "training": STEPS | {"batch_size": 64}})
+    first = [{"loss": heavy, "fraction": 0.5}]
+    assert foretold(teacher_folder, {"loss": light, "stages": first, "training": STEPS}).peak == most.peak
+    beside = [{"loss": heavy, "fraction": 0.5}]
+    both = foretold(teacher_folder, {"loss": light, "extra_losses": beside, "training": STEPS | {"batch_size": 64}})
     alone = [
         foretold(teacher_folder, {"loss": loss, "training": STEPS | {"batch_size": 64}}) for loss in (light, heavy)
     ]

@@ -40,7 +40,7 @@ NAMES = ["AdamW", "amsgrad", "NAdam", "momentum", "SGD", "RMSprop", "Adafactor"]
 
 def trainer_of(teacher_folder, folder, factory=None, **settings):
     training = {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "lr_schedule": "cosine", "warmup_steps": 2}
-    loss = {"name": "lagrangian", "stop": "target"}
+    loss = {"name": "lagrangian", "stop_gradient": "target"}
     recipe = Recipe.model_validate({"teacher": str(teacher_folder), "loss": loss, "training": training} | settings)
     teacher = load_teacher(recipe.teacher)
     folder.mkdir(exist_ok=True)

@@ -24,8 +24,8 @@ REFUSED = {
         "training.steps is there twice (lines 2 and 4)",
     ),
     "in a list": (
-        "also:\n  - loss: {name: flow_matching}\n    share: 0.5\n    share: 0.1\n",
-        "also.0.share is there twice (lines 3 and 4)",
+        "extra_losses:\n  - loss: {name: flow_matching}\n    fraction: 0.5\n    fraction: 0.1\n",
+        "extra_losses.0.fraction is there twice (lines 3 and 4)",
     ),
     "in a flow": ("loss: {name: eulerian, name: lagrangian}\n", "loss.name is there twice (lines 1 and 1)"),
     "in quotes": ("training: {steps: 3, 'steps': 4}\n", "training.steps is there twice"),
@@ -88,12 +88,12 @@ def test_what_editors_write_is_read(tmp_path, start, end):
 def test_anchors_and_merges_are_read_and_shared_parts_change_apart(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "loss: &loss {name: lagrangian, stop: target}\n"
-        "also: [{loss: {<<: *loss, stop: teacher}, share: 0.25}]\n"
-        "before: [{loss: *loss, share: 0.25}]\n"
+        "loss: &loss {name: lagrangian, stop_gradient: target}\n"
+        "extra_losses: [{loss: {<<: *loss, stop_gradient: teacher_input}, fraction: 0.25}]\n"
+        "stages: [{loss: *loss, fraction: 0.25}]\n"
     )
-    recipe = load_recipe(str(file), ["loss.stop=none"])
-    assert [loss.stop for loss in recipe.losses] == ["none", "teacher", "target"]
+    recipe = load_recipe(str(file), ["loss.stop_gradient=nowhere"])
+    assert [loss.stop_gradient for loss in recipe.losses] == ["nowhere", "teacher_input", "target"]
 
 
 def test_a_file_that_can_not_be_opened(tmp_path):
@@ -124,8 +124,8 @@ def test_the_end_of_a_files_name_is_said(tmp_path, monkeypatch):
     ("changes", "says"),
     [
         (
-            ["loss.stop=none", "loss={name: eulerian}"],
-            "expected one change of loss.stop, got --set 'loss.stop=none' too",
+            ["loss.stop_gradient=nowhere", "loss={name: eulerian}"],
+            "expected one change of loss.stop_gradient, got --set 'loss.stop_gradient=nowhere' too",
         ),
         (
             ["training.steps=1", "training={batch_size: 4}"],
@@ -156,5 +156,7 @@ def test_options_and_changes_of_the_same_setting():
     for change in ("data=none", "data.source=none"):
         with pytest.raises(UserError, match=r"expected one change of data\.source, got --data too"):
             load_recipe("digits", [change], data="somewhere")
-    recipe = load_recipe("digits", ["data.flip=true", "loss={name: eulerian}", "loss.stop=none"], data="somewhere")
-    assert (recipe.data.flip, recipe.data.source, recipe.loss.stop) == (True, "somewhere", "none")
+    recipe = load_recipe(
+        "digits", ["data.flip=true", "loss={name: eulerian}", "loss.stop_gradient=nowhere"], data="somewhere"
+    )
+    assert (recipe.data.flip, recipe.data.source, recipe.loss.stop_gradient) == (True, "somewhere", "nowhere")

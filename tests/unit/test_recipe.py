@@ -9,7 +9,7 @@ import yaml
 
 from fmm_distill.config.recipe import Recipe, load_recipe, parse, recipe_names
 from fmm_distill.errors import UserError
-from fmm_distill.losses import EulerianSettings
+from fmm_distill.losses.eulerian import Eulerian
 
 FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -29,10 +29,10 @@ def test_every_recipe_parses_and_survives_a_round_trip(file):
 
 
 def test_a_round_trip_keeps_what_is_not_the_default():
-    recipe = Recipe(loss=EulerianSettings(), revision="main", evaluation={"steps": (3,), "ddim_steps": ()})
+    recipe = Recipe(loss=Eulerian(), revision="main", evaluation={"steps": (3,), "ddim_steps": ()})
     again = parse(yaml.safe_load(recipe.to_yaml()), "again")
     assert again == recipe
-    assert isinstance(again.loss, EulerianSettings)
+    assert isinstance(again.loss, Eulerian)
     assert again != Recipe()
 
 
@@ -56,23 +56,26 @@ def test_overrides_win_in_order_and_leave_the_rest():
 
 
 def test_an_override_of_the_whole_loss_changes_its_kind():
-    assert isinstance(load_recipe("digits", ["loss={name: eulerian}"]).loss, EulerianSettings)
+    assert isinstance(load_recipe("digits", ["loss={name: eulerian}"]).loss, Eulerian)
 
 
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"loss": {"name": "lagrangian", "stop": "x"}}, "here: loss.stop: Input should be "),
+        ({"loss": {"name": "lagrangian", "stop_gradient": "x"}}, "here: loss.stop_gradient: Input should be "),
         ({"loss": {"name": "eulerian", "derivative": "x"}}, "here: loss.derivative: Input should be "),
         (
             {"loss": {"name": "eulerian", "derivativ": "exact"}},
             "here: loss.derivativ is not a setting of eulerian, did you mean loss.d",
         ),
-        ({"loss": {"stop": "teacher"}}, "here: loss: "),
+        ({"loss": {"stop_gradient": "teacher_input"}}, "here: loss: "),
         ({"student": {"lora": {"\n": None}}}, r"here: student.lora.'\n' is not a setting"),
         ({"optimizer": {"betas": [0.9]}}, "here: optimizer.betas.1: Field required"),
         ({"training": None}, "here: training: "),
-        ({"pairs": {"prior": 0.9, "diagonal": 0.2}}, "here: pairs: prior, data and diagonal are shares"),
+        (
+            {"time_sampling": {"prior": 0.9, "diagonal": 0.2}},
+            "here: time_sampling: prior, data and diagonal are fractions",
+        ),
         (
             {"evaluation": {"features": "inception"}},
             "here: recipe: evaluation.features: expected data or evaluation.reference",
@@ -114,22 +117,31 @@ def test_recipes_are_frozen():
     ("overrides", "says"),
     [
         (["loss.name=lagrangain"], "got 'lagrangain', did you mean lagrangian?"),
-        (["loss={name: mean_flow}"], "learns from data and there are none; take eulerian with stop: target"),
+        (["loss={name: mean_flow}"], "learns from data and there are none; take eulerian with stop_gradient: target"),
         (["loss={name: terminal_velocity}"], "take lagrangian with velocity: self"),
         (["loss={name: consistency, velocity: data}"], "set its velocity: teacher, or give --data"),
         (["loss.name=eulerian", "loss.clam_tangent=1"], "loss.clam_tangent is not a setting of eulerian, did you mean"),
         (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from the defaults of that loss"),
-        (["loss={name: progressive}"], "alone sees no teacher"),
-        (["loss.velocity=self"], "alone sees no teacher"),
-        (["loss={name: consistency}"], "--set 'pairs={prior: 0, data: 1}' (got data: 0)"),
-        (["loss={name: operator_regression}"], "--set 'pairs={prior: 1}' (got prior: 0.5)"),
-        (["loss={name: progressive_distillation, target: ode}"], "--set 'pairs={prior: 0, dyadic: 3}' (got dyadic: 0)"),
+        (["loss={name: progressive}"], "alone learns no velocity"),
+        (["loss.velocity=self"], "alone learns no velocity"),
+        (["loss={name: consistency}"], "--set 'time_sampling={prior: 0, data: 1}' (got prior: 0.5, data: 0)"),
+        (["loss={name: operator_regression}"], "--set 'time_sampling={prior: 1}' (got prior: 0.5)"),
         (
-            ["also=[{loss: {name: flow_matching}, share: 0.5}, {loss: {name: eulerian}, share: 0.5}]"],
-            "shares come to 1",
+            ["loss={name: progressive_distillation, target: ode}"],
+            "--set 'time_sampling={prior: 0, dyadic: 3}' (got prior: 0.5, dyadic: 0)",
         ),
-        (["also=[{loss: {nam: flow_matching}, share: 0.5}]"], "also.0.loss: expected a group with a name"),
-        (["also=[{loss: {name: flow_matching}, share: 2}]"], "also.0.share: Input should be less than 1 (got 2)"),
+        (
+            ["extra_losses=[{loss: {name: flow_matching}, fraction: 0.5}, {loss: {name: eulerian}, fraction: 0.5}]"],
+            "extra_losses: expected fractions with a sum below 1, got 1",
+        ),
+        (
+            ["extra_losses=[{loss: {nam: flow_matching}, fraction: 0.5}]"],
+            "extra_losses.0.loss: expected a group with a name",
+        ),
+        (
+            ["extra_losses=[{loss: {name: flow_matching}, fraction: 2}]"],
+            "extra_losses.0.fraction: Input should be less than 1 (got 2)",
+        ),
     ],
 )
 def test_a_loss_that_can_not_be_computed_is_refused_before_anything_loads(overrides, says):
@@ -141,7 +153,7 @@ def test_a_loss_that_can_not_be_computed_is_refused_before_anything_loads(overri
 
 def test_sums_of_losses():
     recipe = load_recipe(
-        "digits", ["loss.velocity=self", "also=[{loss: {name: flow_matching}, share: 0.75, weight: 2.0}]"]
+        "digits", ["loss.velocity=self", "extra_losses=[{loss: {name: flow_matching}, fraction: 0.75, weight: 2.0}]"]
     )
     assert [loss.name for loss in recipe.losses] == ["lagrangian", "flow_matching"]
     assert recipe.loss_names == "lagrangian and flow_matching"

@@ -34,8 +34,15 @@ def settings_of(folder, number, steps):
     training = {"steps": steps, "batch_size": 8, "checkpoint_every": 100, "lr_schedule": "constant"}
     data = "builtin:digits" if loss["name"] in ("flow_map_matching", "mean_flow", "terminal_velocity") else "none"
     data = "builtin:digits" if loss.get("velocity") == "data" else data
-    parts = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}} if number % 2 else {}
-    settings = {"teacher": str(folder), "loss": loss, "pairs": pairs, "also": also, "data": data, "training": training}
+    parts = {"distance": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}} if number % 2 else {}
+    settings = {
+        "teacher": str(folder),
+        "loss": loss,
+        "time_sampling": pairs,
+        "extra_losses": also,
+        "data": data,
+        "training": training,
+    }
     return settings | parts
 
 

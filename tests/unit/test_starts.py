@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from fmm_distill.core.draws import Draws, draw
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.core.time_axis import expand
-from fmm_distill.data.samples import PickedImages
-from fmm_distill.data.starting_points import interpolant_velocity, points, teacher_jump
-from fmm_distill.losses.time_sampling import Pairs, diagonal_times, pair_times
+from fmm_distill.data.samples import ImageBatch
+from fmm_distill.data.starting_points import StartingPoints, interpolant_velocity, teacher_jump
+from fmm_distill.losses.time_sampling import TimeSampling, sample_diagonal_times, sample_times
 from fmm_distill.teachers.load import load_teacher
 
-NAMES = ("noise", "first", "second", "kind", "image", "share", "condition", "guidance", "flip", "policy")
+NAMES = ("noise", "first", "second", "kind", "image", "u", "condition", "guidance", "flip", "policy")
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 MANY = draw(3, 7, 20000, (1,))
 
@@ -100,7 +100,7 @@ def test_part_slices_every_field():
 @pytest.mark.parametrize(("prior", "diagonal"), [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.3, 0.5), (0.7, 0.3)])
 def test_pairs(beta_schedule, spacing, prior, diagonal):
     schedule = schedule_of(beta_schedule)
-    t, r = pair_times(Pairs(prior=prior, diagonal=diagonal, spacing=spacing), schedule, MANY, 0)
+    t, r = sample_times(TimeSampling(prior=prior, diagonal=diagonal, spacing=spacing), schedule, MANY, 0)
     assert t.dtype == r.dtype == torch.float64
     assert (t >= r).all()
     assert r.min() >= schedule.t_min
@@ -113,7 +113,7 @@ def test_pairs(beta_schedule, spacing, prior, diagonal):
 @pytest.mark.parametrize("spacing", ["timestep", "time"])
 def test_what_pairs_are_uniform_in(spacing):
     schedule = schedule_of("linear")
-    t, r = pair_times(Pairs(prior=0, spacing=spacing), schedule, MANY, 0)
+    t, r = sample_times(TimeSampling(prior=0, spacing=spacing), schedule, MANY, 0)
     if spacing == "timestep":
         t, r = schedule.timestep(t) / 999, schedule.timestep(r) / 999
     else:
@@ -126,7 +126,7 @@ def test_what_pairs_are_uniform_in(spacing):
 
 def test_ends_of_jumps_from_noise_are_uniform():
     schedule = schedule_of("linear")
-    _, r = pair_times(Pairs(prior=1), schedule, MANY, 0)
+    _, r = sample_times(TimeSampling(prior=1), schedule, MANY, 0)
     shares = schedule.timestep(r) / 999
     for quantile in (0.1, 0.5, 0.9):
         assert (shares < quantile).double().mean() == pytest.approx(quantile, abs=0.02)
@@ -134,7 +134,7 @@ def test_ends_of_jumps_from_noise_are_uniform():
 
 def test_start_and_length_are_not_one_number():
     # One uniform used for both would make every jump from a time equally long.
-    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY, 0)
+    t, r = sample_times(TimeSampling(prior=0), schedule_of("linear"), MANY, 0)
     assert 0.1 < correlation(t, t - r) < 0.9
     assert correlation(t, r) < 0.9
 
@@ -142,7 +142,7 @@ def test_start_and_length_are_not_one_number():
 @pytest.mark.parametrize("spacing", ["timestep", "time"])
 def test_times_of_the_diagonal_are_even_over_the_way(spacing):
     schedule = schedule_of("linear")
-    t = diagonal_times(Pairs(prior=0.5, spacing=spacing), schedule, MANY)
+    t = sample_diagonal_times(TimeSampling(prior=0.5, spacing=spacing), schedule, MANY)
     whole = schedule.t_max - schedule.t_min
     share = schedule.timestep(t) / 999 if spacing == "timestep" else (t - schedule.t_min) / whole
     levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
@@ -150,14 +150,14 @@ def test_times_of_the_diagonal_are_even_over_the_way(spacing):
 
 
 def test_noise_says_nothing_about_times():
-    t, r = pair_times(Pairs(prior=0), schedule_of("linear"), MANY, 0)
+    t, r = sample_times(TimeSampling(prior=0), schedule_of("linear"), MANY, 0)
     assert correlation(MANY.noise.flatten(), t) < 0.042
     assert correlation(MANY.noise.flatten(), t - r) < 0.042
 
 
 def test_jumps_to_data_end_at_t_min():
     schedule = schedule_of("linear")
-    t, r = pair_times(Pairs(prior=0.2, data=0.5), schedule, MANY, 0)
+    t, r = sample_times(TimeSampling(prior=0.2, data=0.5), schedule, MANY, 0)
     assert (r == schedule.t_min).double().mean() == pytest.approx(0.5, abs=0.015)
     assert (t == schedule.t_max).double().mean() == pytest.approx(0.2, abs=0.015)
     shares = schedule.timestep(t[r == schedule.t_min]) / 999
@@ -167,7 +167,7 @@ def test_jumps_to_data_end_at_t_min():
 
 def test_dyadic_jumps_start_at_multiples_of_their_length():
     schedule = schedule_of("linear")
-    t, r = pair_times(Pairs(prior=0, dyadic=3, spacing="time"), schedule, MANY, 0)
+    t, r = sample_times(TimeSampling(prior=0, dyadic=3, spacing="time"), schedule, MANY, 0)
     span = schedule.t_max - schedule.t_min
     length, end = (t - r) / span, (r - schedule.t_min) / span
     levels, counts = (1 / length).round().unique(return_counts=True)
@@ -179,21 +179,23 @@ def test_dyadic_jumps_start_at_multiples_of_their_length():
 
 def test_the_band_grows_to_the_whole_triangle():
     schedule = schedule_of("linear")
-    pairs = Pairs(prior=0.5, band_steps=100, spacing="time")
-    lengths = [(lambda t, r: (t - r).max().item())(*pair_times(pairs, schedule, MANY, step)) for step in (0, 50, 100)]
+    sampling = TimeSampling(prior=0.5, band_steps=100, spacing="time")
+    lengths = [
+        (lambda t, r: (t - r).max().item())(*sample_times(sampling, schedule, MANY, step)) for step in (0, 50, 100)
+    ]
     span = schedule.t_max - schedule.t_min
     assert lengths == pytest.approx([0.1 * span, 0.55 * span, span], rel=0.01)
     grown, whole = (
-        pair_times(pairs, schedule, MANY, 100),
-        pair_times(Pairs(prior=0.5, spacing="time"), schedule, MANY, 0),
+        sample_times(sampling, schedule, MANY, 100),
+        sample_times(TimeSampling(prior=0.5, spacing="time"), schedule, MANY, 0),
     )
     assert torch.equal(grown[1], whole[1])
 
 
 def test_terms_get_their_share_of_every_part_of_a_batch():
     for part in (MANY.part(0, 64, "cpu"), MANY.part(64, 128, "cpu")):
-        assert (part.place < 0.25).double().mean() == pytest.approx(0.25, abs=0.02)
-    assert correlation(MANY.place, MANY.first) < 0.03
+        assert (part.position < 0.25).double().mean() == pytest.approx(0.25, abs=0.02)
+    assert correlation(MANY.position, MANY.first) < 0.03
 
 
 def test_points_on_the_path_of_their_own_image(teacher_folder):
@@ -201,10 +203,10 @@ def test_points_on_the_path_of_their_own_image(teacher_folder):
     draws = draw(0, 0, 6, teacher.event_shape)
     images = torch.rand(6, *teacher.event_shape)
     t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
-    x = points(teacher, teacher_jump(teacher), draws, t, PickedImages(images), on_path=True)
+    x = StartingPoints(teacher, teacher_jump(teacher), ImageBatch(images), on_path=True)(draws, t)
     v = interpolant_velocity(draws.noise, images)(x, t)
     torch.testing.assert_close(x - float(t[0]) * v, images, rtol=0, atol=1e-5)
-    from_prior = points(teacher, teacher_jump(teacher), draws, t, PickedImages(images))
+    from_prior = StartingPoints(teacher, teacher_jump(teacher), ImageBatch(images))(draws, t)
     assert torch.equal(from_prior, teacher.prior(draws.noise))
 
 
@@ -222,7 +224,7 @@ def test_points_on_the_path_of_their_own_image(teacher_folder):
 )
 def test_impossible_pairs(change):
     with pytest.raises(ValidationError):
-        Pairs(**change)
+        TimeSampling(**change)
 
 
 @pytest.fixture
@@ -242,15 +244,15 @@ def shift(x, t, r, cond=None):
 def test_points_at_the_start_are_the_prior(teacher, draws):
     t = torch.full((6,), teacher.schedule.t_max, dtype=torch.float64)
     expected = teacher.prior(draws.noise)
-    assert torch.equal(points(teacher, never, draws, t, None), expected)
+    assert torch.equal(StartingPoints(teacher, never)(draws, t), expected)
     images = torch.ones(6, *teacher.event_shape)
-    assert torch.equal(points(teacher, never, draws, t, PickedImages(images)), expected)
+    assert torch.equal(StartingPoints(teacher, never, ImageBatch(images))(draws, t), expected)
 
 
 def test_points_from_images_are_the_interpolant(teacher, draws):
     t = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.02, teacher.schedule.t_max], dtype=torch.float64)
     images = torch.rand(6, *teacher.event_shape)
-    x = points(teacher, never, draws, t, PickedImages(images))
+    x = StartingPoints(teacher, never, ImageBatch(images))(draws, t)
     s = expand(t, images)
     torch.testing.assert_close(x[:5], ((1 - s) * images + s * draws.noise)[:5])
     assert torch.equal(x[5], teacher.prior(draws.noise)[5])
@@ -260,7 +262,7 @@ def test_points_without_images_are_jumps_from_the_prior(teacher, draws):
     t_max = teacher.schedule.t_max
     t = torch.tensor([0.1, t_max, 0.9, 0.3, t_max, 0.5], dtype=torch.float64)
     prior = teacher.prior(draws.noise)
-    x = points(teacher, shift, draws, t, None)
+    x = StartingPoints(teacher, shift)(draws, t)
     assert torch.equal(x[[1, 4]], prior[[1, 4]])
     rest = torch.tensor([0, 2, 3, 5])
     torch.testing.assert_close(x[rest], prior[rest] + expand(10 * t_max + t[rest], prior))
@@ -269,7 +271,7 @@ def test_points_without_images_are_jumps_from_the_prior(teacher, draws):
 def test_points_carry_no_graph(teacher, draws):
     weight = torch.ones((), requires_grad=True)
     t = torch.full((6,), 0.5, dtype=torch.float64)
-    assert not points(teacher, lambda x, t, r, cond: weight * x, draws, t, None).requires_grad
+    assert not StartingPoints(teacher, lambda x, t, r, cond: weight * x)(draws, t).requires_grad
 
 
 def test_teacher_jump_is_its_ode(teacher, draws):
@@ -285,8 +287,10 @@ def test_teacher_jump_is_its_ode(teacher, draws):
 
 def test_logit_normal_times_are_drawn_before_they_are_sorted():
     schedule = schedule_of("linear")
-    pairs = Pairs(prior=0.2, data=0.2, spacing="time", distribution="logit_normal", logit_mean=-0.4, logit_std=1.5)
-    t, r = pair_times(pairs, schedule, MANY, 0)
+    sampling = TimeSampling(
+        prior=0.2, data=0.2, spacing="time", distribution="logit_normal", logit_mean=-0.4, logit_std=1.5
+    )
+    t, r = sample_times(sampling, schedule, MANY, 0)
     shares = torch.stack([t, r])
     shares = (shares - schedule.t_min) / (schedule.t_max - schedule.t_min)
     inside = (t < schedule.t_max) & (r > schedule.t_min)
@@ -303,10 +307,10 @@ def test_logit_normal_times_are_drawn_before_they_are_sorted():
 @pytest.mark.parametrize("spacing", ["timestep", "time"])
 def test_jumps_on_a_grid_cover_the_jumps_they_come_from(spacing):
     schedule = schedule_of("linear")
-    free = pair_times(Pairs(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing), schedule, MANY, 0)
-    pairs = Pairs(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing, grid=9)
-    t, r = pair_times(pairs, schedule, MANY, 0)
-    points = pair_times(pairs, schedule, MANY.rows((MANY.kind < 0.9).nonzero()[:, 0]), 0)
+    free = sample_times(TimeSampling(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing), schedule, MANY, 0)
+    sampling = TimeSampling(prior=0.2, data=0.2, diagonal=0.1, spacing=spacing, grid=9)
+    t, r = sample_times(sampling, schedule, MANY, 0)
+    points = sample_times(sampling, schedule, MANY.rows((MANY.kind < 0.9).nonzero()[:, 0]), 0)
     grid = schedule.time_at(torch.linspace(0, 1, 10, dtype=torch.float64))
     if spacing == "time":
         grid = torch.linspace(schedule.t_min, schedule.t_max, 10, dtype=torch.float64)
@@ -331,4 +335,4 @@ def test_jumps_on_a_grid_cover_the_jumps_they_come_from(spacing):
 )
 def test_settings_of_pairs_that_do_nothing_or_clash(values):
     with pytest.raises(ValidationError):
-        Pairs(**values)
+        TimeSampling(**values)

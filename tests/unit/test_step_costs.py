@@ -19,7 +19,7 @@ from benchmarks.step_cases import CASES, make_teacher, make_trainer
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.core.derivatives import central, exact, forward_mode
 from fmm_distill.core.draws import draw
-from fmm_distill.data.samples import PickedImages
+from fmm_distill.data.samples import ImageBatch
 from fmm_distill.student.student import Student
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.objective import Objective
@@ -109,7 +109,7 @@ def test_the_costs_of_a_step(teacher, tmp_path, case, engine):
     assert found[4] == pytest.approx(recorded[4], rel=0.1)
 
 
-SEVERAL = {"also": [{"loss": {"name": "flow_matching", "velocity": "data"}, "share": 0.3}]}
+SEVERAL = {"extra_losses": [{"loss": {"name": "flow_matching", "velocity": "data"}, "fraction": 0.3}]}
 
 
 @pytest.mark.parametrize("more", [{}, SEVERAL], ids=["alone", "beside"])
@@ -123,11 +123,16 @@ def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
         monkeypatch.setattr(engine, "needs_value_call", lambda *_: False)
     student = Student.from_teacher(teacher).to("meta")
     away = copy.deepcopy(teacher).to("meta")
-    settings = {"teacher": "none", "loss": case.settings(case.engines()[-1]), "pairs": case.pairs, "data": "fixed"}
+    settings = {
+        "teacher": "none",
+        "loss": case.settings(case.engines()[-1]),
+        "time_sampling": case.pairs,
+        "data": "fixed",
+    }
     recipe = Recipe.model_validate(settings | (more if case.data else {"data": "none"}))
     objective = Objective(student, away, recipe, recipe.losses, {"average": student, "frozen": student})
     draws = draw(0, 0, 8, teacher.event_shape).part(0, 8, "meta")
-    images = PickedImages(torch.empty(8, *teacher.event_shape, device="meta")) if case.data else None
+    images = ImageBatch(torch.empty(8, *teacher.event_shape, device="meta")) if case.data else None
     losses, weighted = objective(draws, images, 0)
     weighted.mean().backward()
     assert losses.device.type == next(student.parameters()).grad.device.type == "meta"

@@ -39,7 +39,7 @@ def test_lost_output_of_a_command_is_one_line(arguments):
         found = program(*arguments, stdout=full)
     assert found.returncode == 2
     assert found.stderr.decode().splitlines() == [
-        "standard output could not be written (No space left on device): lines of it are lost"
+        "standard output could not be written (No space left on device); some lines are lost"
     ]
 
 

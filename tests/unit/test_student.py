@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from fmm_distill.losses import LagrangianSettings, lagrangian
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.student.fold import fold
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -97,10 +98,10 @@ def test_a_training_step_makes_it_depend_on_r(teacher, student, jumps):
     x, t, r = jumps
     before = copy.deepcopy(student.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    settings = LagrangianSettings(derivative="exact")
+    settings = Lagrangian(derivative="exact")
 
     def loss():
-        return lagrangian(student, teacher.velocity, x, t, r, settings=settings).mean()
+        return settings(student, teacher.velocity, Jump(x, t, r, None, t)).mean()
 
     loss().backward()
     assert student.network.jump_embedding[0].linear_2.weight.grad.abs().max() > 0
@@ -117,10 +118,10 @@ def test_a_training_step_makes_it_depend_on_r(teacher, student, jumps):
 def test_a_few_training_steps_lower_the_loss(teacher, student, jumps):
     x, t, r = jumps
     optimizer = torch.optim.AdamW(student.network.parameters(), lr=2e-3, weight_decay=0)
-    settings = LagrangianSettings(derivative="exact")
+    settings = Lagrangian(derivative="exact")
     losses = []
     for _ in range(12):
-        loss = lagrangian(student, teacher.velocity, x, t, r, settings=settings).mean()
+        loss = settings(student, teacher.velocity, Jump(x, t, r, None, t)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,10 +17,10 @@ from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.config.settings import TrainingSettings
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import Images
-from fmm_distill.data.starting_points import points
+from fmm_distill.data.starting_points import StartingPoints
 from fmm_distill.errors import UserError
-from fmm_distill.losses import SETTINGS, flow_matching
-from fmm_distill.losses.time_sampling import pair_times
+from fmm_distill.losses import Jump, registered_losses
+from fmm_distill.losses.time_sampling import sample_times
 from fmm_distill.losses.weighting import Weight
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.student import Student
@@ -36,15 +36,15 @@ from tests.conftest import save_teacher, tiny_unet
 from tests.logs import logged
 
 LOSSES = [
-    {"name": "lagrangian", "stop": "teacher"},
-    {"name": "lagrangian", "stop": "target"},
-    {"name": "eulerian", "stop": "none"},
+    {"name": "lagrangian", "stop_gradient": "teacher_input"},
+    {"name": "lagrangian", "stop_gradient": "target"},
+    {"name": "eulerian", "stop_gradient": "nowhere"},
 ]
-BESIDE = ({"loss": {"name": "flow_matching"}, "share": 0.5},)
+BESIDE = ({"loss": {"name": "flow_matching"}, "fraction": 0.5},)
 # A loss, its pairs, and what stands beside it.
 EVERY_LOSS = [
     ({"name": "lagrangian", "velocity": "self"}, {}, BESIDE),
-    ({"name": "eulerian", "velocity": "self", "stop": "teacher"}, {}, BESIDE),
+    ({"name": "eulerian", "velocity": "self", "stop_gradient": "teacher_input"}, {}, BESIDE),
     ({"name": "progressive", "target": "average", "middle": "uniform"}, {"band_steps": 4}, BESIDE),
     ({"name": "progressive", "target": "ode"}, {}, ()),
     ({"name": "progressive", "target": "frozen", "pieces": 4}, {}, ()),
@@ -59,7 +59,7 @@ EVERY_LOSS = [
 ]
 
 # What is independent of the loss.
-OTHER_PARTS = {"metric": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}}
+OTHER_PARTS = {"distance": {"kind": "pseudo_huber"}, "weight": {"kind": "learned"}}
 
 
 def recipe_of(folder: Path, loss: dict, **training: object) -> Recipe:
@@ -92,12 +92,14 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("parts", [{}, OTHER_PARTS], ids=["plain", "other-parts"])
 @pytest.mark.parametrize(("loss", "pairs", "also"), EVERY_LOSS, ids=[row[0]["name"] for row in EVERY_LOSS])
 def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs, also, parts):
-    from_data = SETTINGS[loss["name"]].model_validate(loss).velocity == "data"
+    from_data = registered_losses()[loss["name"]].model_validate(loss).velocity == "data"
     plain = recipe_of(teacher_folder, LOSSES[0], steps=2).model_dump()
     data = "a folder" if from_data else "none"
     if parts and "dyadic" not in pairs:
         pairs = pairs | {"distribution": "logit_normal", "grid": 8}
-    recipe = Recipe.model_validate(plain | parts | {"loss": loss, "pairs": pairs, "also": also, "data": data})
+    recipe = Recipe.model_validate(
+        plain | parts | {"loss": loss, "time_sampling": pairs, "extra_losses": also, "data": data}
+    )
     folder = tmp_path / "run"
     folder.mkdir()
     teacher = load_teacher(recipe.teacher)
@@ -113,9 +115,14 @@ def test_every_loss_trains_from_its_recipe(tmp_path, teacher_folder, loss, pairs
 
 def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
     plain = recipe_of(teacher_folder, LOSSES[0], batch_size=64).model_dump()
-    also = {"loss": {"name": "flow_matching"}, "share": 0.5, "weight": 3.0, "pairs": {"prior": 0, "diagonal": 1}}
-    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "pairs": {"prior": 1}}
-    recipe = Recipe.model_validate(plain | main | {"also": [also], "weight": {"kind": "none"}})
+    also = {
+        "loss": {"name": "flow_matching"},
+        "fraction": 0.5,
+        "weight": 3.0,
+        "time_sampling": {"prior": 0, "diagonal": 1},
+    }
+    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "time_sampling": {"prior": 1}}
+    recipe = Recipe.model_validate(plain | main | {"extra_losses": [also], "weight": {"kind": "none"}})
     teacher = load_teacher(recipe.teacher)
     asked = []
 
@@ -135,7 +142,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
     assert (from_noise == teacher.schedule.t_max).all()
     assert torch.equal(*diagonal)
     assert (diagonal[0] < teacher.schedule.t_max).all()
-    beside = draws.place >= 0.5
+    beside = draws.position >= 0.5
     assert len(diagonal[0]) == beside.sum()
     assert (losses > 0).all()
     torch.testing.assert_close(weighted, torch.where(beside, 3.0, 1.0) * losses)
@@ -143,9 +150,9 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
 
 def test_the_metric_comes_before_the_weight(teacher_folder):
     plain = recipe_of(teacher_folder, LOSSES[0]).model_dump()
-    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "pairs": {"prior": 1}}
+    main = {"loss": {"name": "operator_regression", "solver_steps": 1}, "time_sampling": {"prior": 1}}
     metric = {"kind": "pseudo_huber", "constant": 0.1}
-    recipe = Recipe.model_validate(plain | main | {"metric": metric, "weight": {"power": 1.0}})
+    recipe = Recipe.model_validate(plain | main | {"distance": metric, "weight": {"power": 1.0}})
     teacher = load_teacher(recipe.teacher)
     losses, weighted = Objective(Student.from_teacher(teacher), teacher, recipe, recipe.losses)(
         draw(0, 0, 8, teacher.event_shape), None, 0
@@ -163,13 +170,13 @@ def test_the_learned_weight_is_asked_at_the_jump_that_is_trained(teacher_folder,
     torch.nn.init.normal_(objective.weight.linear.weight, generator=torch.Generator().manual_seed(0))
     draws = draw(0, 0, 8, teacher.event_shape)
     losses, weighted = objective(draws, None, 0)
-    t, r = pair_times(plain.pairs, teacher.schedule, draws, 0)
+    t, r = sample_times(plain.time_sampling, teacher.schedule, draws, 0)
     start, end = (teacher.schedule.warp(time) for time in (t, t if on_the_diagonal else r))
     torch.testing.assert_close(weighted, objective.weight(losses, start, end))
 
 
 def test_a_learned_weight_learns_and_survives_an_interruption(tmp_path, teacher_folder):
-    plain = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, steps=4, checkpoint_every=2)
+    plain = recipe_of(teacher_folder, {"name": "lagrangian", "stop_gradient": "target"}, steps=4, checkpoint_every=2)
     recipe = plain.model_copy(update={"weight": Weight(kind="learned")})
     whole = train(recipe, tmp_path / "whole")
     assert whole.weight.linear.weight.abs().max() > 1e-4
@@ -206,7 +213,7 @@ def test_a_frozen_copy_that_is_never_refreshed_is_the_start(tmp_path, teacher_fo
 
 
 def test_the_regression_phase_comes_first_and_changes_the_prediction(tmp_path, teacher_folder):
-    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, steps=2)
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop_gradient": "target"}, steps=2)
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"regression_steps": 2})})
     train(recipe, tmp_path)
     phases = [line.split('"phase": "')[1].split('"')[0] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
@@ -232,7 +239,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
     plain = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     folder = save_teacher(tmp_path / "teacher", tiny_unet(**plain), scheduler)
     training = {"steps": 1, "batch_size": 16, "optimizer": {"lr": 3e-2}, "lr_schedule": "cosine", "ema": 0.9}
-    settings = recipe_of(folder, {"name": "lagrangian", "stop": "target"}, **training).model_dump()
+    settings = recipe_of(folder, {"name": "lagrangian", "stop_gradient": "target"}, **training).model_dump()
     settings["student"] = {"prediction": "v_prediction", "regression_steps": 40}
     recipe = Recipe.model_validate(settings)
     teacher = load_teacher(str(folder))
@@ -254,7 +261,7 @@ def test_the_regression_brings_another_prediction_to_the_teachers_samples(tmp_pa
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, teacher_folder):
     changes = {"optimizer": {"lr": 1e30}, "max_grad_norm": 1e30, "max_non_finite_steps": 1}
-    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target"}, **changes)
+    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop_gradient": "target"}, **changes)
     with pytest.raises(
         TrainingDivergedError, match=r"1 non-finite steps in a row, at half the learning rate too.* --fresh"
     ):
@@ -283,7 +290,9 @@ class Sick(Teacher):
 
 def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rate(tmp_path, teacher_folder):
     changes = {"steps": 8, "checkpoint_every": 3, "max_non_finite_steps": 2}
-    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
+    recipe = recipe_of(
+        teacher_folder, {"name": "lagrangian", "stop_gradient": "target", "derivative": "central"}, **changes
+    )
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     # The fifth and the sixth step.
     teacher.sick = (5, 6)
@@ -307,7 +316,7 @@ def test_after_too_many_bad_steps_it_goes_back_to_the_checkpoint_at_half_the_rat
 
 
 def test_several_averages_of_one_run(tmp_path, teacher_folder):
-    loss = {"name": "lagrangian", "stop": "target"}
+    loss = {"name": "lagrangian", "stop_gradient": "target"}
     trainer = train(recipe_of(teacher_folder, loss, steps=6, ema=[0.9, 0.1]), tmp_path / "both")
     slow, fast = (flat(trainer.averaged_student(rate).state_dict()) for rate in (0.9, 0.1))
     for rate, ours in ((0.9, slow), (0.1, fast)):
@@ -318,9 +327,13 @@ def test_several_averages_of_one_run(tmp_path, teacher_folder):
 
 def test_losses_one_after_the_other(tmp_path, teacher_folder):
     settings = recipe_of(teacher_folder, {"name": "eulerian", "tangent_warmup_steps": 2}, steps=10).model_dump()
-    settings["before"] = [
-        {"loss": {"name": "flow_matching"}, "share": 0.2, "pairs": {"prior": 0}},
-        {"loss": {"name": "lagrangian", "stop": "target"}, "share": 0.5, "pairs": {"band_steps": 3}},
+    settings["stages"] = [
+        {"loss": {"name": "flow_matching"}, "fraction": 0.2, "time_sampling": {"prior": 0}},
+        {
+            "loss": {"name": "lagrangian", "stop_gradient": "target"},
+            "fraction": 0.5,
+            "time_sampling": {"band_steps": 3},
+        },
     ]
     recipe = Recipe.model_validate(settings)
     assert recipe.loss_names == "flow_matching, then lagrangian, then eulerian"
@@ -338,28 +351,34 @@ def test_losses_one_after_the_other(tmp_path, teacher_folder):
     t, r = objective.times(draws, 1)
     assert torch.equal(t, r)
     v = trainer.teacher.velocity
-    x_t = points(trainer.teacher, trainer.student, draws, t, None)
-    alone = flow_matching(trainer.student, v, x_t, t, t, settings=recipe.before[0].loss)
+    x_t = StartingPoints(trainer.teacher, trainer.student)(draws, t)
+    alone = recipe.stages[0].loss(trainer.student, v, Jump(x_t, t, t, None, draws.u))
     torch.testing.assert_close(losses, alone)
 
 
 def test_stages_that_can_not_be(teacher_folder):
     def refused(before):
         with pytest.raises(UserError) as caught:
-            parse({"loss": {"name": "lagrangian"}, "before": before}, "here")
+            parse({"loss": {"name": "lagrangian"}, "stages": before}, "here")
         return str(caught.value)
 
-    assert "before: the shares come to 1.2" in refused([{"loss": {"name": "eulerian"}, "share": 0.6}] * 2)
-    alone = [{"loss": {"name": "lagrangian", "velocity": "self"}, "share": 0.5}]
-    assert "before: loss lagrangian alone sees no teacher" in refused(alone)
-    data = [{"loss": {"name": "consistency", "velocity": "teacher"}, "share": 0.5}]
-    assert "in before give it pairs: {prior: 0, data: 1}" in refused(data)
-    assert "loss flow_map_matching learns from data" in refused([{"loss": {"name": "flow_map_matching"}, "share": 0.5}])
+    assert "stages: expected fractions with a sum below 1, got 1.2" in refused(
+        [{"loss": {"name": "eulerian"}, "fraction": 0.6}] * 2
+    )
+    alone = [{"loss": {"name": "lagrangian", "velocity": "self"}, "fraction": 0.5}]
+    assert "stages: loss lagrangian alone learns no velocity" in refused(alone)
+    data = [{"loss": {"name": "consistency", "velocity": "teacher"}, "fraction": 0.5}]
+    assert "in stages give it time_sampling: {prior: 0, data: 1}" in refused(data)
+    assert "loss flow_map_matching learns from data" in refused(
+        [{"loss": {"name": "flow_map_matching"}, "fraction": 0.5}]
+    )
 
 
 def test_before_the_first_checkpoint_it_goes_on_from_where_it_is(tmp_path, teacher_folder):
     changes = {"steps": 6, "max_non_finite_steps": 2}
-    recipe = recipe_of(teacher_folder, {"name": "lagrangian", "stop": "target", "derivative": "central"}, **changes)
+    recipe = recipe_of(
+        teacher_folder, {"name": "lagrangian", "stop_gradient": "target", "derivative": "central"}, **changes
+    )
     teacher = Sick(**vars(load_teacher(str(teacher_folder))))
     teacher.sick = (2, 3, 5)
     said = []
@@ -385,7 +404,9 @@ def test_casts_without_gradients_are_not_kept_for_those_with(tmp_path):
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize(("loss", "precise"), [({"name": "lagrangian", "stop": "none"}, True), (LOSSES[1], False)])
+@pytest.mark.parametrize(
+    ("loss", "precise"), [({"name": "lagrangian", "stop_gradient": "nowhere"}, True), (LOSSES[1], False)]
+)
 def test_the_backward_pass_of_a_difference_is_without_tensor_float(tmp_path, teacher_folder, loss, precise):
     recipe = recipe_of(teacher_folder, loss | {"derivative": "central"}, steps=1)
     teacher = load_teacher(recipe.teacher)

@@ -14,7 +14,7 @@ from fmm_distill.core.draws import draw
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.data import row_store as parts
-from fmm_distill.data.starting_points import points
+from fmm_distill.data.starting_points import StartingPoints
 from fmm_distill.data.trajectories import Trajectories, solve_trajectories, trajectory_layout
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import Classes
@@ -73,7 +73,7 @@ def test_points_lie_on_the_closed_form_flow(tmp_path, name, points_kept, bound):
     draws = draw(1, 0, 500, teacher.event_shape)
     picked = trajectories.pick(draws)
     t = AXIS.time_at(draws.first)
-    x = points(teacher, None, draws, t, picked)
+    x = StartingPoints(teacher, None, picked)(draws, t)
     error = x - exact(teacher, trajectories, picked.index, t)
     assert error.square().mean().sqrt() < bound
     # The bound says something: a straight line between the kept points is far off.
@@ -94,7 +94,7 @@ def test_starts_at_t_max_are_the_prior_of_the_sample_itself(tmp_path):
     trajectories = solved(teacher, tmp_path, TrajectorySettings(count=5, points=3, solver_steps=4))
     draws = draw(0, 0, 6, (2,))
     t = torch.tensor([1.0, 0.5, 1.0, 0.2, 0.9, 1.0], dtype=torch.float64)
-    x = points(teacher, None, draws, t, trajectories.pick(draws))
+    x = StartingPoints(teacher, None, trajectories.pick(draws))(draws, t)
     assert x[t == 1].equal(draws.noise[t == 1].double())
     assert not (x[t < 1] == draws.noise[t < 1]).any()
 
@@ -105,7 +105,7 @@ def test_trajectories_are_told_what_they_were_solved_with(tmp_path):
     trajectories = solved(teacher, tmp_path, TrajectorySettings(count=60, points=9, solver_steps=32))
     draws = draw(1, 0, 200, (2,))
     picked = trajectories.pick(draws)
-    told = picked.told(draws)
+    told = picked.with_conditions(draws)
     cond = classes.pick(told.condition)
     assert set(cond.inputs["class_labels"].tolist()) == {0, 1, 2}
     t = AXIS.time_at(draws.first)
@@ -127,14 +127,14 @@ def test_a_share_starts_from_the_students_own_jumps(tmp_path):
     def student(x, t, r, cond):
         return torch.full_like(x, 77.0)
 
-    x = points(teacher, student, draws, t, trajectories.pick(draws), on_policy=0.3)
+    x = StartingPoints(teacher, student, trajectories.pick(draws), on_policy=0.3)(draws, t)
     own = (x == 77).all(1)
     assert own.equal((draws.policy < 0.3) & (t < 1))
     assert own[t < 1].double().mean() == pytest.approx(0.3, abs=0.03)
-    nothing = points(teacher, student, draws, t, trajectories.pick(draws), on_policy=0.0)
+    nothing = StartingPoints(teacher, student, trajectories.pick(draws), on_policy=0.0)(draws, t)
     assert nothing[~own].equal(x[~own])
     assert not (nothing == 77).any()
-    assert (points(teacher, student, draws, t, trajectories.pick(draws), on_policy=1.0)[t < 1] == 77).all()
+    assert (StartingPoints(teacher, student, trajectories.pick(draws), on_policy=1.0)(draws, t)[t < 1] == 77).all()
 
 
 SMALL = TrajectorySettings(count=23, points=3, solver_steps=4)
@@ -211,7 +211,7 @@ def test_another_seed_has_other_noises(tmp_path):
 def test_a_full_disk_is_told_before_anything_is_solved(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     layout = trajectory_layout(tmp_path / "new", replace_count(free // 10), (2,))
-    with pytest.raises(UserError, match=r"trajectories need [0-9,.]+ MiB more in .* MiB are free there"):
+    with pytest.raises(UserError, match=r"trajectories: expected [0-9,.]+ MiB free in .*, got [0-9,.]+ MiB; make room"):
         layout.check_room("trajectories")
 
 

@@ -189,7 +189,7 @@ def test_a_single_file(tmp_path, name):
     assert ("quantized" if name.endswith("gguf") else "from_single_file") in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         load_teacher(str(tmp_path / "other" / name))
-    with pytest.raises(UserError, match=r"it holds (model|v1-5|flux)\."):
+    with pytest.raises(UserError, match=r"it has (model|v1-5|flux)\."):
         load_teacher(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Metric and weight: values, gradients, and what the learned weight settles at."""
+"""Distance and weight: values, gradients, and what the learned weight settles at."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fmm_distill.losses.weighting import LearnedWeight, Metric, Weight, measure, weigh
+from fmm_distill.losses.weighting import Distance, LearnedWeight, Weight, measure, weigh
 
 
-@pytest.mark.parametrize("settings", [Metric, Weight], ids=lambda settings: settings.__name__)
+@pytest.mark.parametrize("settings", [Distance, Weight], ids=lambda settings: settings.__name__)
 def test_every_setting_is_described(settings):
     assert all(field.description for field in settings.model_fields.values())
 
@@ -41,20 +41,20 @@ def test_no_weight():
 
 def test_squared_metric_is_the_mean_square():
     squared = torch.tensor([0.0, 0.5, 4.0])
-    assert torch.equal(measure(squared, Metric()), squared)
+    assert torch.equal(measure(squared, Distance()), squared)
 
 
 def test_pseudo_huber_is_square_near_zero_and_linear_far():
     c = 0.5
     residual = torch.tensor([1e-5, 0.5, 1e5], dtype=torch.float64)
-    value = measure(residual.square(), Metric(kind="pseudo_huber", constant=c))
+    value = measure(residual.square(), Distance(kind="pseudo_huber", constant=c))
     expected = [1e-10 / (2 * c), (0.5**2 + c**2) ** 0.5 - c, 1e5 - c]
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
 def test_pseudo_huber_has_half_the_gradient_of_the_adaptive_weight_of_power_half():
     squared = torch.tensor([1e-4, 0.01, 3.0], dtype=torch.float64, requires_grad=True)
-    (huber,) = torch.autograd.grad(measure(squared, Metric(kind="pseudo_huber", constant=0.2)).sum(), squared)
+    (huber,) = torch.autograd.grad(measure(squared, Distance(kind="pseudo_huber", constant=0.2)).sum(), squared)
     (adaptive,) = torch.autograd.grad(weigh(squared, Weight(power=0.5, constant=0.04)).sum(), squared)
     torch.testing.assert_close(huber, adaptive / 2)
 
@@ -119,4 +119,4 @@ def test_invalid_weights(values):
 )
 def test_invalid_metrics(values):
     with pytest.raises(ValidationError):
-        Metric(**values)
+        Distance(**values)

@@ -173,6 +173,7 @@ def choose_engine(
     """
     detached = not with_gradient
     try:
+        # Any direction along the flow will do: x has the right shape.
         found = [
             *value_and_derivative_in_r(flow_map, x, t, r, cond=cond, detached=detached),
             *value_and_derivative_along_flow(flow_map, x, t, r, x, cond=cond, detached=detached),
@@ -181,6 +182,7 @@ def choose_engine(
         if loss.requires_grad:
             loss.backward()
     except torch.OutOfMemoryError:
+        # Too little memory is no reason against forward mode.
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return "central", f"forward mode does not run through this network ({first_line(error)})"

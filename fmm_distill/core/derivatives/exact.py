@@ -41,6 +41,7 @@ class Exact:
 
     def parts_along_flow(self, call: MapCall, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return u, ``d_t u``, and ``grad u . v`` without a graph."""
+        # Before the pass with a graph: the memory of this one is free again by then.
         with torch.no_grad():
             transport = jvp(lambda x: call.by_start(x, call.t), (call.x,), (v,))[1]
         tangents, functional = (torch.ones_like(call.t),), call.flow_map.needs_functional_jvp

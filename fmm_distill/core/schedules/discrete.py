@@ -36,6 +36,7 @@ class VariancePreserving:
     folds = True
 
     def __init__(self, alphas_cumprod: Float[Tensor, " timesteps"]) -> None:
+        # float64: the times of neighboring timesteps are close, and the timestep is a quotient of their differences.
         products = alphas_cumprod.detach().double().cpu()
         decreasing = bool((products[1:] < products[:-1]).all())
         if not (decreasing and len(products) >= 2 and products[0] < 1 and products[-1] >= 0):

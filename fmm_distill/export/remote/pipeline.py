@@ -1,4 +1,4 @@
-"""A pipeline of any number of steps for a student flow map. Imports only torch and diffusers: it travels along."""
+"""The any-step pipeline of a student of ``UNet2DModel``. Imports torch and diffusers alone: exports have a copy."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _MODULE = f"flow_map_pipeline_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]
 
 
 class FlowMapPipeline(DiffusionPipeline):
-    """Images from a two-time ``unet(sample, time, h=h)`` by any number of jumps, of a class where it has classes.
+    """Generates images by any number of jumps of a two-time network, ``unet(sample, time, h=h)``.
 
     ``vqvae`` decodes latents. The network's configuration has the noise levels that it was trained on: a ``scheduler``
     of other ones is a ValueError.
@@ -49,10 +49,18 @@ class FlowMapPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         callback_on_step_end=None,
     ):
-        """Images of ``num_inference_steps`` jumps, as "pil", "np" or "pt" (floats in [0, 1]), or "latent".
+        """Generate images.
 
-        ``class_labels``: one, or one per image. ``timesteps``: where the jumps start, decreasing whole timesteps, on a
-        discrete schedule. ``latents``: the noise to start from, N(0, I). A callback may set ``_interrupt``.
+        Args:
+            batch_size: the number of images.
+            num_inference_steps: the number of jumps.
+            generator: one, or one per image.
+            output_type: "pil", "np" or "pt" (floats in [0, 1]), or "latent".
+            class_labels: one, or one per image; drawn at random if None, where the student has classes.
+            timesteps: the starts of the jumps, decreasing integers; not for continuous noise levels.
+            latents: the noise to start from, N(0, I).
+            callback_on_step_end: called with the pipeline, the step, the timestep and ``{"latents": ...}``, which it
+                returns; it may set ``_interrupt``.
         """
         self._check_output(output_type)
         if batch_size < 1:
@@ -78,24 +86,24 @@ class FlowMapPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """Take the components over, of which diffusers expects no class."""
+        """Pass the components on, whose classes diffusers does not expect."""
         return super().from_pipe(pipeline, **{"unet": pipeline.unet, "vqvae": pipeline.vqvae} | kwargs)
 
     def to_json_string(self) -> str:
-        """The index, with the modules that pipeline and network are found in."""
+        """Return the index, with the modules of pipeline and network."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = [self.module_name, type(self).__name__]
         index["unet"] = [self._student().module_name, index["unet"][1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Save the index and this file, which makes the class."""
+        """Save the index and this file, which defines the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _student(self):
-        """The two-time network, which torch.compile, for one, wraps."""
+        """Return the two-time network, which may be wrapped, for example by torch.compile."""
         found = [module for module in self.unet.modules() if hasattr(type(module), "student_scheduler")]
         if not found:
             raise ValueError(
@@ -134,8 +142,8 @@ class FlowMapPipeline(DiffusionPipeline):
             return {}
         if labels is None:
             generator = generator[0] if isinstance(generator, list) and generator else generator
-            drawn_on = "cpu" if generator is None else generator.device
-            labels = torch.randint(count, (batch_size,), generator=generator, device=drawn_on)
+            device = "cpu" if generator is None else generator.device
+            labels = torch.randint(count, (batch_size,), generator=generator, device=device)
         labels = torch.as_tensor(labels)
         if labels.numel() not in (1, batch_size) or bool(((labels < 0) | (labels >= count)).any()):
             raise ValueError(
@@ -155,62 +163,62 @@ class FlowMapPipeline(DiffusionPipeline):
         return self._student().config.flow_map["kind"]
 
     def _levels(self, scheduler, steps, timesteps=None):
-        """The points of the grid: what the network is called with, alpha, sigma, and the place; the last is data."""
+        """Return the points of the grid, data last: the network's time, alpha, sigma, and the position of the jump."""
         config = scheduler.config
         total = config.num_train_timesteps
         if timesteps is not None:
             self._check_timesteps(timesteps, total)
         elif not isinstance(steps, Integral) or not 1 <= steps <= total:
             raise ValueError(f"num_inference_steps must be an integer from 1 to {total}, got {steps!r}")
-        shares = [1 - i / steps for i in range(steps)] + [0.0]
+        fractions = [1 - i / steps for i in range(steps)] + [0.0]
         if self._kind() == "exploding":
-            return [self._exploding(config, share) for share in shares[:-1]] + [(0.0, 1.0, 0.0, 0.0)]
+            return [self._exploding(config, fraction) for fraction in fractions[:-1]] + [(0.0, 1.0, 0.0, 0.0)]
         if self._kind() == "flow":
             if timesteps is not None:
-                shares = [timestep / total for timestep in timesteps] + [0.0]
-            shifted = [(config.shift * s / (1 + (config.shift - 1) * s), s) for s in shares]
+                fractions = [timestep / total for timestep in timesteps] + [0.0]
+            shifted = [(config.shift * s / (1 + (config.shift - 1) * s), s) for s in fractions]
             return [(t * total, 1 - t, t, s) for t, s in shifted]
         if timesteps is None:
             remaining = torch.arange(steps, 0, -1, dtype=torch.float64) * total / steps
             timesteps = (remaining.round().long() - 1).tolist()
         products = [float(scheduler.alphas_cumprod[timestep]) for timestep in timesteps] + [1.0]
-        places = [*timesteps, -1]
-        return [(k, p**0.5, (1 - p) ** 0.5, k / total) for k, p in zip(places, products, strict=True)]
+        points = [*timesteps, -1]
+        return [(k, p**0.5, (1 - p) ** 0.5, k / total) for k, p in zip(points, products, strict=True)]
 
     def _check_timesteps(self, timesteps, total):
         if self._kind() == "exploding":
             raise ValueError("this student's times are continuous, it takes no timesteps")
         low, high = (0, total - 1) if self._kind() == "discrete" else (1, total)
-        falling = all(before > after for before, after in pairwise(timesteps))
-        whole = all(float(timestep).is_integer() for timestep in timesteps)
-        if not len(timesteps) or not falling or not whole or timesteps[-1] < low or timesteps[0] > high:
+        decreasing = all(before > after for before, after in pairwise(timesteps))
+        integers = all(float(timestep).is_integer() for timestep in timesteps)
+        if not len(timesteps) or not decreasing or not integers or timesteps[-1] < low or timesteps[0] > high:
             raise ValueError(
                 f"timesteps must be integers that decrease, from at most {high} to at least {low}, got {timesteps}"
             )
 
-    def _exploding(self, config, share):
+    def _exploding(self, config, fraction):
         rho = getattr(config, "rho", None) if getattr(config, "sigma_schedule", None) == "karras" else None
         low, high = config.sigma_min, config.sigma_max
         if rho is None:
-            sigma = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            sigma = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
         else:
-            sigma = (low ** (1 / rho) + share * (high ** (1 / rho) - low ** (1 / rho))) ** rho
-        told = math.log(sigma) / 4 if hasattr(config, "sigma_data") else sigma
-        return told, 1.0, sigma, share
+            sigma = (low ** (1 / rho) + fraction * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+        time = math.log(sigma) / 4 if hasattr(config, "sigma_data") else sigma
+        return time, 1.0, sigma, fraction
 
     def _jump(self, config, x, ends, labels):
-        """The DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) between two levels."""
-        (time, alpha, sigma, place), end = ends
+        """Jump by the DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) between two levels."""
+        (time, alpha, sigma, position), end = ends
         prediction = "flow" if self._kind() == "flow" else getattr(config, "prediction_type", "score")
         spread = getattr(config, "sigma_data", None) if self._kind() == "exploding" else None
         scale = 1.0 if spread is None else (sigma**2 + spread**2) ** 0.5
-        h = torch.full((len(x),), place - end[3], device=x.device)
+        h = torch.full((len(x),), position - end[3], device=x.device)
         output = self.unet(x / scale, torch.full_like(h, time), h=h, **labels).sample[:, : x.shape[1]]
         eps, x_0 = self._read(prediction, output, x, (alpha, sigma, spread, scale))
         return end[1] * x_0 + end[2] * eps
 
     def _read(self, prediction, output, x, level):
-        """Noise and data in the network's output."""
+        """Return the noise and the data that the network's output predicts."""
         alpha, sigma, spread, scale = level
         if spread is not None:
             sign = -1 if prediction == "v_prediction" else 1

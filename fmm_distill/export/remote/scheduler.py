@@ -1,4 +1,4 @@
-"""The scheduler of an any-step pipeline of a stock class. Imports only torch and diffusers: it travels along.
+"""The scheduler of an any-step pipeline of a stock class. Imports torch and diffusers alone: exports have a copy.
 
 ``FlowMapEulerDiscreteScheduler`` of diffusers steps by the same rule on flow models of a fixed shift. It takes no
 ``mu``, has no inverted sigmas, shifts the timesteps of the caller and computes its grid in float64, so that pipelines
@@ -105,7 +105,7 @@ class _FlowMapDiscreteScheduler(FlowMapScheduler):
 
     @_counted
     def step(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True, **kwargs):
-        """The DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) to the next timestep of the grid, data after the last."""
+        """Jump to the next timestep of the grid, data after the last: DDIM, arXiv 2010.02502, eq. 12, sigma = 0."""
         index = _nearest(self.timesteps, timestep)
         start = float(self.alphas_cumprod[int(self.timesteps[index])])
         end = float(self.alphas_cumprod[int(self.timesteps[index + 1])]) if index + 1 < len(self.timesteps) else 1.0
@@ -137,7 +137,7 @@ class FlowMapIPNDMScheduler(FlowMapScheduler, IPNDMScheduler):
 
     @_counted
     def step(self, model_output, timestep, sample, return_dict=True):
-        """The DDIM step between two levels; the steps of the stock class divide by alpha, 0 at first."""
+        """Jump by the DDIM step between two levels; the steps of the stock class divide by alpha, 0 at first."""
         i = _nearest(self.timesteps, timestep)
         (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[k]), float(self.betas[k])) for k in (i, i + 1))
         eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output

@@ -1,4 +1,4 @@
-"""A stock pipeline whose network is a student flow map. Imports only torch and diffusers: it travels along."""
+"""The any-step pipeline of a stock class. Imports torch and diffusers alone: exports have a copy of it."""
 
 import functools
 import hashlib
@@ -37,13 +37,13 @@ MODULE = f"flow_map_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
 
 def write_code(folder, module: str = MODULE, source: str = _SOURCE) -> None:
-    """Write this file under the name that an index refers to it by."""
+    """Write this file under the name by which an index refers to it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{module}.py").write_text(source, encoding="utf-8")
 
 
 def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
-    """The scale that a student with a range is told: what the call says, which the stock pipeline then does not see."""
+    """Return the scale that a student with a range is conditioned on, and remove it from the call of the pipeline."""
     if config.get("guidance_range") is None:
         return None
     (low, high), name = config["guidance_range"], levels["guidance"]
@@ -55,7 +55,7 @@ def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
 
 
 def _student(pipeline):
-    """The two-time network in a pipeline, which torch.compile, for one, wraps."""
+    """Return the two-time network of a pipeline, which may be wrapped, for example by torch.compile."""
     network = pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
     found = [module for module in network.modules() if hasattr(type(module), "student_scheduler")]
     if not found:
@@ -73,7 +73,7 @@ def _bound(stock: type, pipeline, call: tuple, keywords: dict) -> inspect.BoundA
 
 
 def _check_steps(steps, levels: dict) -> None:
-    """Refuse what is no number of jumps: some stock pipelines return noise for it."""
+    """Refuse a number of steps below 1 or above the timesteps: some stock pipelines return noise for it."""
     most = levels.get("total")
     if steps is not None and (not isinstance(steps, Integral) or steps < 1 or (most is not None and steps > most)):
         expected = "an integer from 1" if most is None else f"an integer from 1 to {most}"
@@ -81,7 +81,7 @@ def _check_steps(steps, levels: dict) -> None:
 
 
 def _turn_guidance_off(levels: dict, given: dict) -> None:
-    """Set what turns the pipeline's own guidance off, where the call does not turn it on."""
+    """Turn the pipeline's own guidance off, unless the call turns it on."""
     for name, value in levels["call"].items():
         if name not in given:
             given[name] = value
@@ -90,7 +90,7 @@ def _turn_guidance_off(levels: dict, given: dict) -> None:
 
 
 class _FlowMap:
-    """What ``flow_map_pipeline`` mixes into a stock pipeline class."""
+    """The part of an any-step pipeline that is the same for every stock class."""
 
     # Attributes: a file of this name that was changed may replace the globals.
     module_name, module_source = MODULE, _SOURCE
@@ -104,7 +104,7 @@ class _FlowMap:
         _check_steps(given.get("num_inference_steps"), levels)
         scale = _chosen_guidance(network.config, levels, given)
         _turn_guidance_off(levels, given)
-        # Handed to the scheduler: some stock pipelines refuse them, or call the network with others.
+        # They go to the scheduler alone: some stock pipelines refuse them, or call the network at other times.
         own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
         if own:
             given["num_inference_steps"] = len(next(iter(own.values())))
@@ -123,12 +123,12 @@ class _FlowMap:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """Take the network over as well, whose class is not the one that diffusers expects."""
+        """Pass the network on, whose class is not the one that diffusers expects."""
         name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
         return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
 
     def to_json_string(self) -> str:
-        """The index, with the modules that pipeline and network are found in."""
+        """Return the index, with the modules of pipeline and network."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = [self.module_name, type(self).__name__]
         for name, value in index.items():
@@ -137,33 +137,35 @@ class _FlowMap:
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Save the index and this file, which makes the class."""
+        """Save the index and this file, which defines the class."""
         write_code(save_directory, self.module_name, self.module_source)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 @functools.cache
 def flow_map_pipeline(stock: type) -> type:
-    """``FlowMap<stock>``: ``stock`` with a two-time network, everything else is its own; for any number of steps.
+    """Return ``FlowMap<stock>``: the stock pipeline class with a two-time network, for any number of steps.
 
-    The jump's length is read from the scheduler's grid. Where the stock pipeline takes ``timesteps`` or ``sigmas`` they
-    are the starts of the jumps, ValueError where none can start there. The guidance that the student was trained with
-    is in its weights: the pipeline's own is off by default, and adds to it with a warning. A student with a range of
-    guidance is called with the scale of the call instead. A scheduler of another class is replaced, with a warning, by
-    the student's own; of other noise levels it is a ValueError.
+    The length of a jump is read from the scheduler's grid. Where the stock pipeline takes ``timesteps`` or ``sigmas``,
+    they are the starts of the jumps. The guidance that the student was trained with is in its weights: the pipeline's
+    own is off by default, and adds to it with a warning. A student with a range of guidance is conditioned on the scale
+    of the call instead. A scheduler of another class is replaced, with a warning, by the student's own.
+
+    Raises:
+        ValueError: on starts from which the student has no jump, or a scheduler of other noise levels.
     """
 
     def __call__(self, *args, **kwargs):  # noqa: N807 it becomes the class's own
         return self.jump_through(stock, args, kwargs)
 
-    # Users and other pipelines look at the parameters.
+    # Users and other pipelines read the signature.
     __call__.__signature__ = inspect.signature(stock.__call__)
     own = {"__module__": __name__, "__doc__": flow_map_pipeline.__doc__, "__call__": __call__}
     return type(f"FlowMap{stock.__name__}", (_FlowMap, stock), own)
 
 
 def __getattr__(name: str) -> type:
-    """``FlowMap<stock>`` by its name, as diffusers and pickle look it up."""
+    """Return ``FlowMap<stock>`` by its name, as diffusers and pickle look it up."""
     stock = getattr(diffusers, name.removeprefix("FlowMap"), None) if name.startswith("FlowMap") else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

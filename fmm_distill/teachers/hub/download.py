@@ -84,7 +84,7 @@ class Snapshot:
                 folder = self._download(variant, cached=True)
             self._fetch_card()
         except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.source}: {_why_not(error)}") from error
+            raise UserError(f"{self.source}: {_download_error(error)}") from error
         _check_digests(self.source, folder)
         return folder
 
@@ -117,6 +117,7 @@ def find_on_hub(source: str, revision: str | None) -> Snapshot:
     Raises:
         UserError: if there is no such repository or revision, or if it is not a pipeline.
     """
+    # The content of a commit never changes: no request is needed if its index is in the cache.
     if revision is not None and _COMMIT.fullmatch(revision) and _index(source, revision, cached=True) is not None:
         return Snapshot(source, revision, cached=constants.HF_HUB_OFFLINE)
     cached = False
@@ -154,7 +155,7 @@ def _index(source: str, revision: str | None, *, cached: bool) -> Path | None:
         raise UserError(f"{source}: {hub_reason(error)}") from error
 
 
-def _why_not(error: Exception) -> str:
+def _download_error(error: Exception) -> str:
     """Return the message on a failed download; stock diffusers has errors of its own for weights that it can't use."""
     text = str(error)
     if "Could not find the necessary `safetensors`" in text:

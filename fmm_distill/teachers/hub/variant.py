@@ -12,10 +12,10 @@ from fmm_distill.teachers.hub.links import linked_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["as_plain"]
+__all__ = ["link_variant"]
 
 
-def as_plain(source: str, folder: Path, variant: str) -> Path:
+def link_variant(source: str, folder: Path, variant: str) -> Path:
     """Return a folder of links to the pipeline's files, with the variant's files under the default names.
 
     Stock classes open the folder, and copies of it, without the name of the variant. Components without this variant
@@ -46,8 +46,10 @@ def _link_part(part: Path, target: Path, variant: str) -> int:
     for path in files:
         name = plain[path.name]
         if path.name not in chosen and chosen and ".safetensors" in path.name:
+            # The default weights, which the variant replaces.
             continue
         if path.name in chosen and path.suffix == ".json":
+            # The index names the shards by the names of the variant.
             index = json.loads(path.read_text(encoding="utf-8"))
             index["weight_map"] = {key: _plain_name(file, variant) for key, file in index["weight_map"].items()}
             (target / name).write_text(json.dumps(index), encoding="utf-8")

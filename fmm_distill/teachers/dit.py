@@ -1,4 +1,4 @@
-"""``DiTTransformer2DModel`` teachers: latents of an autoencoder, conditioned on a class."""
+"""``DiTTransformer2DModel`` teachers: latents of an autoencoder or pixels, conditioned on a class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VarianceExploding
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.codec import LatentCodec
+from fmm_distill.teachers.codec import LatentCodec, Pixels
 from fmm_distill.teachers.components import open_network, open_scheduler
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.first_call import check_first_call, check_latents, image_size
@@ -16,6 +16,7 @@ from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
+    from fmm_distill.teachers.codec import Codec
     from fmm_distill.teachers.components import PipelineIndex
 
 __all__ = ["load_dit"]
@@ -26,7 +27,9 @@ _CONFIG = "transformer/config.json"
 def load_dit(index: PipelineIndex) -> Teacher:
     """Open a teacher that ``DiTPipeline`` has saved (Peebles and Xie 2022, arXiv 2212.09748).
 
-    The label after the last class means no class. The channels of the learned variance are left out.
+    Without an autoencoder (``"vae": [null, null]`` in model_index.json) its samples are pixels. No stock pipeline runs
+    it then, so its students are exported as weights. The label after the last class means no class. The channels of the
+    learned variance are left out.
 
     Raises:
         UserError: on a scheduler or a size that the pipeline does not support.
@@ -44,18 +47,23 @@ def load_dit(index: PipelineIndex) -> Teacher:
     network = open_network(index, "transformer")
     config = network.config
     count = config.num_embeds_ada_norm
-    autoencoder = open_network(index, "vae")
-    check_latents(network, autoencoder, index.source)
+    codec: Codec = Pixels()
+    pipeline = None
+    if "vae" in index.components:
+        autoencoder = open_network(index, "vae")
+        check_latents(network, autoencoder, index.source)
+        codec = LatentCodec(autoencoder)
+        pipeline = StockPipeline(index.folder, "transformer", condition="class_labels", guidance="guidance_scale")
     teacher = Teacher(
         network=network,
         parametrization=Parametrization(spec.schedule, spec.prediction, sigma_data=spec.sigma_data),
         event_shape=(config.in_channels, height, width),
         source=index.source,
-        adapter="DiTTransformer2DModel, latents, class-conditional",
+        adapter=f"DiTTransformer2DModel, {'pixels' if pipeline is None else 'latents'}, class-conditional",
         scheduler_config=spec.config,
-        pipeline=StockPipeline(index.folder, "transformer", condition="class_labels", guidance="guidance_scale"),
+        pipeline=pipeline,
         conditions=Classes(tuple(str(label) for label in range(count)), null_label=count),
-        codec=LatentCodec(autoencoder),
+        codec=codec,
         revision=index.revision,
         license=index.license,
     )

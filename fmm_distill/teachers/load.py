@@ -94,13 +94,13 @@ def _adapter(
             return lambda complete: _guided(load_unet1d(complete), guidance)
         if networks == {"unet": "UNet2DModel"} and set(index.components) <= {"unet", "scheduler", "vqvae"}:
             return lambda complete: _guided(load_unet2d(complete), guidance)
-        if networks == {"transformer": "DiTTransformer2DModel"} and "vae" in index.components:
+        if networks == {"transformer": "DiTTransformer2DModel"}:
             return lambda complete: _guided(load_dit(complete), guidance)
     described = ", ".join(f"{name}: {cls}" for name, (_, cls) in index.components.items())
     raise UserError(
         f"{index.source}: no adapter for {described or 'an empty pipeline'}; expected UNet2DModel (pixels, or latents "
-        "of a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel with a VAE, or a pipeline with text "
-        "encoders; to add an adapter see docs/add-a-teacher.md"
+        "of a VQModel), UNet1DModel (Dance Diffusion), DiTTransformer2DModel (pixels, or latents of a VAE), or a "
+        "pipeline with text encoders; to add an adapter see docs/add-a-teacher.md"
     )
 
 

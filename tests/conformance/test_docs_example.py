@@ -1,49 +1,66 @@
-"""The adapter of a network of one's own, as docs/add-a-teacher.md shows it, run as it stands."""
+"""The code of docs/add-a-teacher.md, pasted from the page: trained two steps, exported, loaded again."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
-from diffusers import DDIMScheduler
-from torch import nn
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from fmm_distill.core.time_axis import expand
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-teacher.md"
+# Numbers of the page that a test makes smaller: each is on the page, or the test fails.
+SMALL = {
+    '"steps": 2000': '"steps": 2',
+    '"batch_size": 64': '"batch_size": 4',
+    '"endpoint_samples": 64': '"endpoint_samples": 2',
+}
+SAMPLES = {"teacher_folder": (1, 8, 8), "network_teacher": (1, 8, 8), "velocity_teacher": (2,)}
 
 
-class Mine(nn.Module):
-    """No network of diffusers: it wants its time first and has no configuration."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 3))
-        self.mix = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, time, x):
-        shift = self.embed(time[:, None].float() / 1000)[:, :, None, None]
-        return self.mix(x) + shift
+def blocks():
+    """The page's complete scripts, by the name that the text gives them."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"`(\w+)\.py`[^`]*:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == text.count("```python") == len(SAMPLES)
+    return dict(found)
 
 
-def example():
-    block = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    code = [line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
-    return block, code
+def run(name, folder, monkeypatch):
+    code = blocks()[name]
+    for number, small in SMALL.items():
+        assert number in code
+        code = code.replace(number, small)
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    names = {"__name__": name}
+    exec(compile(code, f"{PAGE}: {name}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_code_of_the_page_trains_exports_and_reloads(name, tmp_path, monkeypatch):
+    names = run(name, tmp_path, monkeypatch)
+    made = names["student"].generate(torch.randn(3, *SAMPLES[name]), steps=2)
+    assert made.shape == (3, *SAMPLES[name])
+    assert made.isfinite().all()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len((folder / "steps.jsonl").read_text().splitlines()) == 2
+    pipelines = sorted(path.parent.name for path in folder.rglob("model_index.json"))
+    assert pipelines == (["steps-1", "steps-2", "student"] if name == "teacher_folder" else [])
+    if pipelines:
+        stock = DiffusionPipeline.from_pretrained(folder / "student" / "steps-2")
+        assert type(stock).__module__.startswith("diffusers.")
 
 
 @torch.no_grad()
-def test_the_example_is_one_stock_step_and_short():
-    block, code = example()
-    assert len(code) <= 30
-    torch.manual_seed(0)
-    network = Mine()
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.9, 0.5], dtype=torch.float64)
-    names = {"my_network": network, "x": x, "t": t}
-    exec(compile(block, str(PAGE), "exec"), names)
-    teacher = names["teacher"]
-    assert names["v"].shape == x.shape
+def test_the_network_of_the_page_steps_as_stock_diffusers(tmp_path, monkeypatch):
+    names = run("network_teacher", tmp_path, monkeypatch)
+    teacher, network = names["teacher"], names["teacher"].network
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     stock = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     stock.set_timesteps(10)
     k, after = stock.timesteps[3], stock.timesteps[4]

@@ -110,7 +110,7 @@ RECIPE = {
 OPENING = {
     "no such teacher folder": (
         tiny("--teacher", "./nowhere"),
-        ["./nowhere: expected a pipeline folder, a Hub id or builtin:digits, got nothing there"],
+        ["./nowhere: ", "expected a pipeline folder, a Hub id or builtin:digits"],
     ),
     "no such teacher": (tiny("--teacher", "nobody/nothing"), ["nobody/nothing: no such folder here, and on the Hub: "]),
     "no such built-in": (tiny("--teacher", "builtin:cats"), ["builtin:cats: expected one of ", "builtin:digits"]),
@@ -135,14 +135,17 @@ OPENING = {
     ),
     "guidance of an unconditional teacher": (
         tiny("--set", "guidance.scale=2"),
-        ["guidance.scale 2.0 on an unconditional teacher; expected 1"],
+        ["guidance.scale 2.0 for an unconditional teacher; expected 1"],
     ),
     "adapters nowhere": (
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
         ["student.lora: no linear layer of TwoTimeUNet2DModel is nowhere; give student.lora.targets"],
     ),
-    "zero terminal SNR": (tiny("--teacher", "zero-snr"), ["a noise prediction says nothing"]),
-    "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias holds NaN or infinite numbers"]),
+    "zero terminal SNR": (
+        tiny("--teacher", "zero-snr"),
+        ["expected v_prediction or sample for a schedule that ends in pure noise"],
+    ),
+    "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias has NaN or infinite numbers"]),
     "images of another size": (
         tiny("--data", "images"),
         [
@@ -330,4 +333,4 @@ def test_a_diverged_run_is_one_line_and_exit_3(tiny, tmp_path):
     assert status == 3
     last = err.splitlines()[-1]
     assert last.startswith("error: step ")
-    assert "Lower optimizer.lr" in last
+    assert "lower optimizer.lr" in last

@@ -143,7 +143,7 @@ OPENING = {
     ),
     "zero terminal SNR": (
         tiny("--teacher", "zero-snr"),
-        ["expected v_prediction or sample for a schedule that ends in pure noise"],
+        ["for a schedule that ends in pure noise"],
     ),
     "NaN": (tiny("--teacher", "nan"), ["nan: conv_in.bias has NaN or infinite numbers"]),
     "images of another size": (

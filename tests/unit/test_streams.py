@@ -139,5 +139,5 @@ def test_no_room_for_temporary_files_at_the_end_is_one_line(monkeypatch, tmp_pat
         (tmp_path / "export").mkdir()
         (tmp_path / "export" / "reload.py").write_text(full)
     with pytest.raises(UserError, match="the export can't be verified: no temporary files") as caught:
-        verify._reload([], [])
+        verify._reload([])
     assert "\n" not in str(caught.value)

@@ -1,15 +1,16 @@
-"""How time and memory of a training step grow with the batch, the tokens and the parameters.
+"""Measure the growth of time and memory of a training step with batch, tokens and parameters.
 
     OMP_NUM_THREADS=1 python -m benchmarks.growth --output growth.json --picture growth.png
     python -m benchmarks.growth --device cuda --precision bf16 --size large --batches 8 16 32 64 --tokens 256 1024 4096
 
-The same steps as ``benchmarks/steps.py`` times: draws, loss, backward, clipping, AdamW, one average; random weights.
-Batch and parameters are a ``UNet2DModel``'s, tokens are a DiT's. At each size the losses take turns, every other repeat
-the other way round; numbers are medians, ratios are taken within a repeat. Memory is what a step holds at most beside
-weights, moments and averages. The slope of a curve is that of a least-squares line through the logarithms of both.
+The steps are those of ``benchmarks/steps.py``: draws, loss, backward, clipping, AdamW, one average; random weights.
+Batch and parameters are those of a ``UNet2DModel``, tokens those of a DiT. At each size the losses alternate, in
+reverse order in every second repeat; numbers are medians, ratios are taken within a repeat. Memory is the peak of a
+step, in addition to weights, moments and averages. The slope of a curve is that of a least-squares line through the
+logarithms.
 
-Then: where exact derivatives cost less than central ones, and what gradient checkpointing and accumulation save and
-cost at one size. A second process is timed by ``benchmarks/training.py``.
+It also compares exact with central derivatives at all sizes, and measures gradient checkpointing and accumulation at
+one size. ``benchmarks/training.py`` measures a second process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 SLOPES = ("lagrangian, target", "lagrangian, teacher")
 LOSSES = (("flow_matching", "none"), *((name, engine) for name in SLOPES for engine in ("central", "exact")))
-# Options that trade time for memory, on a loss that keeps the graph of its derivative.
+# Options that trade time for memory, for a loss that stores the graph of its derivative.
 TRADED = ("lagrangian, teacher", "central")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,14 +54,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """Sizes of the measurement.
 
     Attributes:
-        channels: of the UNet that is given batches, which grow.
-        widths: first channels of the UNets whose parameters grow, at ``unet_batch``.
-        levels: of those UNets; all but the first are twice as wide.
-        side: of the UNets' pixels.
-        dit: layers, heads and channels a head.
+        channels: of the UNet with growing batches.
+        widths: first channels of the UNets with growing parameters, at ``unet_batch``.
+        levels: of those UNets; all except the first have twice the width.
+        side: height and width of the UNets' images.
+        dit: layers, heads and channels per head.
         tokens: of the DiT, at ``dit_batch``.
     """
 
@@ -77,17 +78,17 @@ class Sizes:
     option_tokens: int = 256
 
     def unet(self, channels: tuple[int, ...]) -> Teacher:
-        """With attention at the second level."""
+        """Return a UNet with attention at the second level."""
         torch.manual_seed(0)
         return teacher_of(make_unet(channels, 1, 1, self.side))
 
     def transformer(self, tokens: int) -> Teacher:
-        """Whose latent images have so many tokens."""
+        """Return a transformer whose latent images have so many tokens."""
         torch.manual_seed(0)
         return teacher_of(make_dit(*self.dit, size=2 * math.isqrt(tokens)))
 
     def points(self, axis: str) -> Iterator[tuple[int, Teacher, int]]:
-        """What grows, a teacher and a batch."""
+        """Yield the size on an axis, a teacher and a batch."""
         if axis == "batch":
             teacher = self.unet(self.channels)
             yield from ((batch, teacher, batch) for batch in self.batches)
@@ -107,17 +108,17 @@ SIZES = {
 
 
 def parameters_of(teacher: Teacher) -> int:
-    """Of its network."""
+    """Return the number of parameters of its network."""
     return sum(parameter.numel() for parameter in teacher.network.parameters())
 
 
 def take_turns(calls: Mapping[str, Callable[[int], object]], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of each call in every repeat, and the bytes that it holds at most beside what was there."""
+    """Return the milliseconds of each call in every repeat, and the peak of its additional bytes."""
     rounds = []
     for step in range(repeats + 1):
         names = list(calls) if step % 2 else list(reversed(calls))
         rounds.append({name: timed(partial(calls[name], step), device) for name in names})
-    # The first round warms up.
+    # The first round is a warm-up.
     milliseconds = {name: [now[name] for now in rounds[1:]] for name in calls}
     return {
         "milliseconds": milliseconds,
@@ -126,10 +127,10 @@ def take_turns(calls: Mapping[str, Callable[[int], object]], repeats: int, devic
 
 
 def step_of(trainer: Trainer) -> Callable[[int], object]:
-    """A whole step of a trainer."""
+    """Return a complete step of a trainer."""
 
     def step(number: int) -> None:
-        # accelerate keeps one number of parts a process, and the trainers that take turns have their own.
+        # accelerate has one number of accumulation steps per process, and the alternating trainers differ in it.
         trainer.accelerator.gradient_accumulation_steps = trainer.recipe.training.gradient_accumulation_steps
         trainer.train_step(number, StopRequest())
 
@@ -137,29 +138,29 @@ def step_of(trainer: Trainer) -> Callable[[int], object]:
 
 
 def by(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Ratios within repeats."""
+    """Return the ratios within repeats."""
     return measured([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def accelerator_of(given: argparse.Namespace) -> Accelerator:
-    """On the device and in the precision that are asked for."""
+    """Return an accelerator with the device and the precision of the options."""
     return Accelerator(cpu=given.device == "cpu", mixed_precision={"fp32": "no"}.get(given.precision, given.precision))
 
 
 def grow(axis: str, sizes: Sizes, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every loss at every size of one axis: its curves, and exact derivatives by central ones."""
+    """Measure every loss at every size of one axis: its curves, and exact relative to central derivatives."""
     cases = {case.name: case for case in CASES}
     accelerator, at, found = accelerator_of(given), [], []
-    for place, teacher, batch in sizes.points(axis):
+    for size, teacher, batch in sizes.points(axis):
         calls = {
             title(name, engine): step_of(make_trainer(cases[name], engine, teacher, batch, accelerator, folder))
             for name, engine in LOSSES
         }
-        at.append(place)
+        at.append(size)
         found.append(take_turns(calls, given.repeats, accelerator.device))
         middles = {name: measured(values)["median"] for name, values in found[-1]["milliseconds"].items()}
-        print(f"{axis} {place:,}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in middles.items()), flush=True)
-        # The accelerator holds every module that it has prepared.
+        print(f"{axis} {size:,}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in middles.items()), flush=True)
+        # The accelerator has references to all modules that it has prepared.
         del calls
         accelerator.free_memory()
     names = [title(*loss) for loss in LOSSES]
@@ -172,12 +173,12 @@ def grow(axis: str, sizes: Sizes, given: argparse.Namespace, folder: Path) -> di
 
 
 def title(name: str, engine: str) -> str:
-    """Of a curve."""
+    """Return the title of a curve."""
     return name if engine == "none" else f"{name}, {engine}"
 
 
 def engines(axis: str, name: str, at: Sequence[int], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A loss with exact derivatives by itself with central ones, at every size."""
+    """Return the ratios of exact to central derivatives of a loss at every size."""
     exact, central = title(name, "exact"), title(name, "central")
     time = [by(now["milliseconds"][exact], now["milliseconds"][central]) for now in found]
     memory = [now["bytes"][exact] / now["bytes"][central] for now in found]
@@ -187,7 +188,7 @@ def engines(axis: str, name: str, at: Sequence[int], found: Sequence[dict[str, A
 
 
 def options(sizes: Sizes, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Checkpointing and accumulation by the same step without them, on both networks at one size."""
+    """Measure checkpointing and accumulation relative to the same step without them, on both networks."""
     case = next(case for case in CASES if case.name == TRADED[0])
     rows: list[dict[str, Any]] = []
     for network, teacher in {
@@ -196,7 +197,7 @@ def options(sizes: Sizes, given: argparse.Namespace, folder: Path) -> list[dict[
     }.items():
         calls, accelerators = {}, []
         for name, training in OPTIONS.items():
-            # Each counts the parts of its own steps.
+            # Each trainer counts its own accumulation steps.
             accelerators.append(accelerator_of(given))
             trainer = make_trainer(
                 case, TRADED[1], teacher, sizes.option_batch, accelerators[-1], folder, training=training
@@ -219,7 +220,7 @@ def options(sizes: Sizes, given: argparse.Namespace, folder: Path) -> list[dict[
 
 
 def run(given: argparse.Namespace, sizes: Sizes) -> None:
-    """All of it; what is measured is written after each axis."""
+    """Measure everything, and write the results after each axis."""
     torch.set_num_threads(given.threads)
     unet, dit = sizes.unet(sizes.channels), sizes.transformer(sizes.tokens[0])
     axes = {
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="tiny networks and two repeats: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and two repeats, for a trial")
     given = parser.parse_args(arguments)
     if given.quick:
         given.size, given.repeats = "tiny", 2
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--tokens {wrong[0]}: a square picture has a square number of tokens, such as 1024")
     wrong = [width for width in lists["widths"] if width % min(32, width)]
     if wrong:
-        parser.error(f"--widths {wrong[0]}: channels come in groups of 32; wanted a multiple, such as 192")
+        parser.error(f"--widths: expected multiples of 32, such as 192; got {wrong[0]}")
     run(given, replace(SIZES[given.size], **{name: values for name, values in lists.items() if values}))
 
 

@@ -1,4 +1,4 @@
-"""Curves of ``benchmarks/growth.py``: slopes, where one engine is cheaper than the other, tables and a picture."""
+"""Curves of ``benchmarks/growth.py``: slopes, comparison of the engines, tables and a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNITS = {"milliseconds": 1.0, "bytes": 2**20}
 
 
 def slope(at: Sequence[float], values: Sequence[float]) -> float | None:
-    """The power that grows like these values: a least-squares line through both logarithms. None: of one point."""
+    """Return the exponent of the best power law, by least squares in logarithms; None for one point."""
     if len(at) < 2:
         return None
     x, y = [math.log(value) for value in at], [math.log(value) for value in values]
@@ -32,26 +32,26 @@ def slope(at: Sequence[float], values: Sequence[float]) -> float | None:
 
 
 def curve(axis: str, loss: str, quantity: str, at: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
-    """A curve with its slopes: over all of it, and over its upper half, where what does not grow counts less."""
+    """Return a curve with its slopes: of all points, and of the upper half, where constant costs matter less."""
     upper = len(at) // 2
     slopes = {"slope": slope(at, values), "slope_upper_half": slope(at[upper:], values[upper:])}
     return {"axis": axis, "loss": loss, "quantity": quantity, "at": list(at), "values": list(values)} | slopes
 
 
 def cheaper(at: Sequence[float], ratios: Sequence[dict[str, float]]) -> str:
-    """Where exact derivatives cost less than central ones, by the whole middle half of the ratios of the two."""
-    here = [place for place, ratio in zip(at, ratios, strict=True) if ratio["high"] < 1]
+    """Return the sizes at which exact derivatives are cheaper: the interquartile range of ratios is below 1."""
+    cheap = [size for size, ratio in zip(at, ratios, strict=True) if ratio["high"] < 1]
     medians = [ratio["median"] for ratio in ratios]
     span = f"{min(medians):.2f} to {max(medians):.2f} of central"
-    if not here:
+    if not cheap:
         return f"never in this range ({span})"
-    if len(here) == len(at):
+    if len(cheap) == len(at):
         return f"everywhere in this range ({span})"
-    return f"at {', '.join(f'{place:,}' for place in here)} ({span})"
+    return f"at {', '.join(f'{size:,}' for size in cheap)} ({span})"
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Tables of what was measured."""
+    """Return all tables."""
     lines: list[str] = []
     for axis in dict.fromkeys(entry["axis"] for entry in found["curves"]):
         for quantity, title in QUANTITIES.items():
@@ -75,7 +75,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _summary(curves: Sequence[dict[str, Any]]) -> list[str]:
-    """Slopes alone, those of the upper halves in brackets."""
+    """Return the slopes, with those of the upper halves in parentheses."""
     axes = list(dict.fromkeys(entry["axis"] for entry in curves))
     words = {"milliseconds": "time", "bytes": "memory"}
     head = " | ".join(f"{words[quantity]} by {axis}" for axis in axes for quantity in QUANTITIES)
@@ -85,21 +85,21 @@ def _summary(curves: Sequence[dict[str, Any]]) -> list[str]:
         for quantity in QUANTITIES:
             for entry in curves:
                 if (entry["axis"], entry["quantity"]) == (axis, quantity):
-                    whole, upper = _slopes(entry)
-                    cells.setdefault(entry["loss"], []).append(f"{whole} ({upper})" if upper else whole)
+                    overall, upper = _slopes(entry)
+                    cells.setdefault(entry["loss"], []).append(f"{overall} ({upper})" if upper else overall)
     return [*lines, *(f"| {loss} | {' | '.join(slopes)} |" for loss, slopes in cells.items())]
 
 
 def _table(axis: str, title: str, curves: Sequence[dict[str, Any]], unit: float) -> list[str]:
-    places = [count(place) for place in curves[0]["at"]]
-    head = f"| {title}, by {axis} | " + " | ".join([*places, "slope", "upper half"]) + " |"
+    sizes = [count(size) for size in curves[0]["at"]]
+    head = f"| {title}, by {axis} | " + " | ".join([*sizes, "slope", "upper half"]) + " |"
     rows = [
         f"| {entry['loss']} | "
         + " | ".join([*(_shown(value / unit) for value in entry["values"]), *_slopes(entry)])
         + " |"
         for entry in curves
     ]
-    return [head, "|---|" + "---:|" * (len(places) + 2), *rows]
+    return [head, "|---|" + "---:|" * (len(sizes) + 2), *rows]
 
 
 def _slopes(entry: dict[str, Any]) -> list[str]:
@@ -111,14 +111,14 @@ def _shown(number: float) -> str:
 
 
 def count(number: float) -> str:
-    """A large number in a few letters."""
+    """Return a short form of a large number."""
     if number >= 1e6:
         return f"{number / 1e6:.0f}M" if number >= 1e7 else f"{number / 1e6:.1f}M"
     return f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:g}"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """One row for what grows, time on the left and memory on the right; legends give the slopes, all and upper half."""
+    """Plot one row per axis, time left and memory right; legends have the slopes of all and the upper half."""
     axes = list(dict.fromkeys(entry["axis"] for entry in found["curves"]))
     figure = Figure(figsize=(14, 3.7 * len(axes)), dpi=120, layout="constrained")
     panels = figure.subplots(len(axes), len(QUANTITIES), squeeze=False)
@@ -135,7 +135,7 @@ def _draw_panel(panel: Axes, curves: Sequence[dict[str, Any]], unit: float) -> N
         label = entry["loss"] + "".join(f"  {text}" for text in _slopes(entry))
         values = [value / unit for value in entry["values"]]
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        # Curves that lie on one another stay visible: later ones have smaller marks and thinner lines.
+        # Later curves have smaller markers and thinner lines, so that coinciding curves stay visible.
         panel.plot(entry["at"], values, label=label, markersize=9 - 1.2 * i, linewidth=2.6 - 0.4 * i, **style)
     panel.set(xscale="log", yscale="log")
     panel.xaxis.set_major_locator(FixedLocator(curves[0]["at"]))

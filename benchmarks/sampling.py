@@ -1,9 +1,9 @@
-"""What sampling through an exported any-step pipeline costs beside the bare calls of its network.
+"""Measure sampling through an exported any-step pipeline relative to the calls of its network alone.
 
     python -m benchmarks.sampling --output sampling.json
 
-Whole calls of the pipeline, to latents, and as many calls of its network take turns, every other repeat the other way
-round; ratios are taken within a repeat. Random weights: a ``UNet2DModel`` of 5M parameters.
+Calls of the pipeline, to latents, and as many calls of its network alternate, in reverse order in every second repeat;
+ratios are taken within a repeat. Random weights: a ``UNet2DModel`` of 5M parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def exported(folder: Path, size: str) -> DiffusionPipeline:
-    """The any-step pipeline of a student that was never trained."""
+    """Return the any-step pipeline of an untrained student."""
     scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
     DDPMPipeline(unet=make_teacher("unet", size).network, scheduler=scheduler).save_pretrained(folder / "teacher")
     teacher = load_teacher(str(folder / "teacher"))
@@ -39,7 +39,7 @@ def exported(folder: Path, size: str) -> DiffusionPipeline:
 
 
 def bare_calls(pipeline: DiffusionPipeline, steps: int, batch: int) -> Callable[[], None]:
-    """As many calls of the network as the pipeline makes, on tensors made before."""
+    """Return the network calls of the pipeline alone, on existing tensors."""
     side, device = pipeline.unet.config.sample_size, pipeline.device
     x = torch.randn(batch, pipeline.unet.config.in_channels, side, side, device=device)
     time, length = torch.full((batch,), 500.0, device=device), torch.full((batch,), 0.3, device=device)
@@ -59,25 +59,25 @@ def compare(
     repeats: int,
     others: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Any]:
-    """Ratios of sampling to the bare calls.
+    """Return the ratios of sampling to the network calls alone.
 
     Args:
         others: further ways to make the same calls, by name.
     """
     bare, device = bare_calls(pipeline, steps, batch), pipeline.device
 
-    def whole() -> None:
+    def complete() -> None:
         pipeline(batch_size=batch, num_inference_steps=steps, output_type="latent")
 
     rounds = []
     for repeat in range(repeats + 1):
-        calls = {"bare": bare, "whole": whole, **(others or {})}
+        calls = {"bare": bare, "complete": complete, **(others or {})}
         names = list(calls) if repeat % 2 else list(reversed(calls))
         rounds.append({name: timed(calls[name], device) for name in names})
     return {
         "steps": steps,
         "milliseconds": {name: measured([now[name] for now in rounds[1:]]) for name in rounds[0]},
-        "ratio": measured([now["whole"] / now["bare"] for now in rounds[1:]]),
+        "ratio": measured([now["complete"] / now["bare"] for now in rounds[1:]]),
     } | {f"{name}_by_bare": measured([now[name] / now["bare"] for now in rounds[1:]]) for name in others or {}}
 
 

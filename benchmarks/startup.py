@@ -1,14 +1,14 @@
-"""Seconds from the command line to the first training step, and where they go.
+"""Measure the seconds from the command line to the first training step, and their parts.
 
     OMP_NUM_THREADS=1 python -m benchmarks.startup --output startup.json
 
-A run of the recipe ``digits`` is started again and again, and ended when its ``steps.jsonl`` has its first line. Cold:
-no module has bytecode yet (``PYTHONPYCACHEPREFIX`` is an empty folder; files may be in the system's cache). Warm: all
-have. Cold and warm runs and the other commands take turns, every other repeat the other way round; numbers are medians
-with the middle half.
+Runs of the recipe ``digits`` are started and ended when ``steps.jsonl`` has its first line. Cold: no module has cached
+bytecode (``PYTHONPYCACHEPREFIX`` is an empty folder; files may be in the system's cache). Warm: all have. Cold and warm
+runs and the other commands alternate, in reverse order in every second repeat; numbers are medians with their
+interquartile range.
 
-Then the parts of a warm start, timed inside the command itself with its imports done one after the other, before; what
-the imports of each package take (``-X importtime``: its own modules, without what they import); and which packages are
+Further results are the parts of a warm start, timed inside the command with its imports done one by one beforehand; the
+imports of each package (``-X importtime``: its own modules, without those that they import); and the packages that are
 loaded at the first step.
 """
 
@@ -33,7 +33,7 @@ from fmm_distill.cli import command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-# Seconds without a first step after which a run is given up.
+# Seconds without a first step after which a run has failed.
 PATIENCE = 600
 COMMANDS = {
     "python -c pass": ("-c", "pass"),
@@ -42,9 +42,9 @@ COMMANDS = {
     "losses": ("-m", "fmm_distill", "losses"),
     "inspect builtin:digits": ("-m", "fmm_distill", "inspect", "builtin:digits"),
 }
-# In the order in which they need one another.
+# In the order of their dependencies.
 IMPORTS = ("torch", "accelerate", "diffusers", "diffusers.models.unets.unet_2d", "fmm_distill.run.distill")
-# Names and the modules that call them, in the order of a run.
+# Functions and the modules that call them, in the order of a run.
 PARTS = {
     ("run", "make_accelerator"): "set up accelerate",
     ("plan", "open_teacher"): "open the teacher",
@@ -58,18 +58,18 @@ STEP = "first step"
 
 
 def recipe_arguments(folder: Path) -> list[str]:
-    """Of the run that is started."""
+    """Return the arguments of the run."""
     return ["--recipe", "digits", "--set", "training.steps=1", "--output", str(folder)]
 
 
 def first_line(arguments: Sequence[str], folder: Path, bytecode: Path, errors: Path | None = None) -> float:
-    """Seconds from the start of a process to the first whole line of ``steps.jsonl``; the process is ended there.
+    """Return the seconds from the start of a process to the first line of ``steps.jsonl``, and end the process.
 
     Args:
         arguments: of Python.
-        folder: of the run, which the arguments name.
-        bytecode: where modules' bytecode is read and written.
-        errors: takes what the process writes to stderr.
+        folder: of the run, as in the arguments.
+        bytecode: the folder of cached bytecode.
+        errors: the file for stderr of the process.
 
     Raises:
         RuntimeError: if the process ends before, or takes too long.
@@ -91,36 +91,36 @@ def first_line(arguments: Sequence[str], folder: Path, bytecode: Path, errors: P
             process.wait()
 
 
-def whole_command(arguments: Sequence[str], bytecode: Path) -> float:
-    """Seconds of a command to its end."""
+def command_seconds(arguments: Sequence[str], bytecode: Path) -> float:
+    """Return the seconds of a command to its end."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *arguments], env=environment(bytecode), check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def environment(bytecode: Path) -> dict[str, str]:
-    """With bytecode in a folder of its own."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return kept | {"PYTHONPYCACHEPREFIX": str(bytecode)}
+    """Return an environment with a folder for bytecode."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return variables | {"PYTHONPYCACHEPREFIX": str(bytecode)}
 
 
 def starts(repeats: int, folder: Path) -> dict[str, Any]:
-    """Seconds of every command, warm, and of runs to their first step, cold and warm."""
+    """Return the seconds of every command, warm, and of runs to their first step, cold and warm."""
     bytecode = folder / "bytecode"
     number = iter(range(10**6))
 
-    def start(kept: Path) -> float:
+    def start(bytecode: Path) -> float:
         run = folder / f"run-{next(number)}"
-        return first_line(["-m", "fmm_distill", *recipe_arguments(run)], run, kept)
+        return first_line(["-m", "fmm_distill", *recipe_arguments(run)], run, bytecode)
 
     calls: dict[str, Callable[[], float]] = {
         "first step, cold": lambda: start(folder / f"empty-{next(number)}"),
         "first step, warm": lambda: start(bytecode),
     }
     calls |= {
-        name: lambda arguments=arguments: whole_command(arguments, bytecode) for name, arguments in COMMANDS.items()
+        name: lambda arguments=arguments: command_seconds(arguments, bytecode) for name, arguments in COMMANDS.items()
     }
-    # Everything has bytecode after these.
+    # All modules have cached bytecode after these.
     for name in list(calls)[1:]:
         calls[name]()
     rounds = []
@@ -132,19 +132,19 @@ def starts(repeats: int, folder: Path) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and middle half."""
+    """Return median and interquartile range."""
     from benchmarks.steps import measured
 
     return measured(values) if len(values) > 1 else {"median": values[0], "low": values[0], "high": values[0]}
 
 
 def parts(repeats: int, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Seconds of the parts of a warm start; and the packages loaded by then, with their numbers of modules."""
+    """Return the seconds of the parts of a warm start, and the loaded packages with their numbers of modules."""
     rounds, packages = [], {}
     for repeat in range(repeats):
         arguments = ["-m", "benchmarks.startup", "--worker", str(folder / f"parts-{repeat}"), str(time.time())]
-        kept = environment(folder / "bytecode")
-        done = subprocess.run([sys.executable, *arguments], env=kept, check=True, capture_output=True, text=True)
+        variables = environment(folder / "bytecode")
+        done = subprocess.run([sys.executable, *arguments], env=variables, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         rounds.append(found["seconds"])
         packages = found["packages"]
@@ -156,7 +156,7 @@ class FirstStepError(Exception):
 
 
 def work(folder: Path, started: float) -> None:
-    """One process of ``parts``: the command, with its parts timed."""
+    """Run the command with its parts timed, in one process of ``parts``."""
     seconds = {"start Python, import fmm_distill.cli": time.time() - started}
     for name in IMPORTS:
         with lap(seconds, f"import {name}"):
@@ -177,8 +177,8 @@ def work(folder: Path, started: float) -> None:
     try:
         command(recipe_arguments(folder), standalone_mode=False)
     except FirstStepError:
-        whole = time.perf_counter() - before
-    seconds["everything else"] = whole - (sum(seconds.values()) - timed)
+        total = time.perf_counter() - before
+    seconds["everything else"] = total - (sum(seconds.values()) - timed)
     seconds["sum"] = sum(seconds.values())
     print("\n" + json.dumps({"seconds": seconds, "packages": loaded()}))
 
@@ -199,7 +199,7 @@ def timed_call(seconds: dict[str, float], title: str, call: Callable[..., Any]) 
 
 
 def loaded() -> dict[str, int]:
-    """Packages that are loaded and no part of Python, with their numbers of modules, the largest first."""
+    """Return the loaded packages outside Python with their numbers of modules, the largest first."""
     counts: dict[str, int] = {}
     for name in tuple(sys.modules):
         package = name.split(".")[0]
@@ -209,10 +209,10 @@ def loaded() -> dict[str, int]:
 
 
 def import_times(text: str) -> dict[str, float]:
-    """Seconds that the modules of each package took by themselves, the largest first.
+    """Return the seconds of the modules of each package by themselves, the largest first.
 
     Args:
-        text: what ``-X importtime`` writes.
+        text: the output of ``-X importtime``.
     """
     seconds: dict[str, float] = {}
     for own, name in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", text, flags=re.MULTILINE):
@@ -223,14 +223,14 @@ def import_times(text: str) -> dict[str, float]:
 
 
 def imports(folder: Path) -> dict[str, float]:
-    """Of one warm run up to its first step; the interpreter's log makes it slower."""
+    """Return the imports of one warm run up to its first step; logging them makes it slower."""
     run, log = folder / "imports", folder / "imports.txt"
     first_line(["-X", "importtime", "-m", "fmm_distill", *recipe_arguments(run)], run, folder / "bytecode", log)
     return import_times(log.read_text(encoding="utf-8", errors="replace"))
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Tables of what was measured."""
+    """Return all tables."""
     lines = ["| command | seconds |", "|---|---:|"]
     lines += [f"| {name} | {_shown(value)} |" for name, value in found["commands"].items()]
     lines += ["", "| part of a warm start | seconds |", "|---|---:|"]
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("startup.json"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one repeat: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one repeat, for a trial")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "STARTED"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.worker:

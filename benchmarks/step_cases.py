@@ -1,4 +1,4 @@
-"""Every loss as it is timed and counted: its settings, and the network passes that its step can't do without."""
+"""The timed and counted losses: their settings and the network passes that a step needs."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Passes:
-    """Network passes of a step: a tangent counts as a forward pass, and so does a gradient at a network's input alone.
+    """Network passes of a step; a tangent and a gradient of a network's input each count as a forward pass.
 
     Attributes:
         teacher: forward passes of the teacher.
-        student: forward passes of the student and its copies, tangents among them.
+        student: forward passes of the student and its copies, including tangents.
         backward: backward passes of the student, each about two forward passes.
     """
 
@@ -58,7 +58,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss with its settings. Starts come from data, so that no pass is spent on them, unless ``data`` is off."""
+    """A loss with its settings. With ``data``, starting points need no pass of the student."""
 
     name: str
     loss: dict[str, Any]
@@ -68,12 +68,12 @@ class Case:
     data: bool = True
 
     def engines(self) -> list[str]:
-        """Of its derivative; a loss that takes none has none."""
+        """The engines of its derivative; empty for a loss without derivatives."""
         takes = issubclass(registered_losses()[self.loss["name"]], DerivativeLoss) and not self.loss.get("step")
         return ["exact", "central"] if takes else ["none"]
 
     def settings(self, engine: str) -> dict[str, Any]:
-        """The loss's, with this engine."""
+        """Return the settings of the loss with this engine."""
         return self.loss if engine == "none" else self.loss | {"derivative": engine}
 
 
@@ -108,7 +108,7 @@ CASES = (
 
 
 def make_unet(channels: tuple[int, ...], layers: int, attention: int, size: int = 32) -> UNet2DModel:
-    """Attention at one level, as in the DDPM of CIFAR-10."""
+    """Return a UNet with attention at one level, as in the DDPM of CIFAR-10."""
     levels = range(len(channels))
     return UNet2DModel(
         sample_size=size,
@@ -123,7 +123,7 @@ def make_unet(channels: tuple[int, ...], layers: int, attention: int, size: int 
 
 
 def make_dit(layers: int, heads: int, head_dim: int = 64, size: int = 32) -> DiTTransformer2DModel:
-    """Told a class; one token for four pixels of a latent image."""
+    """Return a class-conditional transformer with one token per four pixels of a latent image."""
     return DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -147,7 +147,7 @@ NETWORKS = {
 
 
 class _Fixed:
-    """64 samples of noise in the place of data: what they show costs nothing."""
+    """64 samples of noise instead of images: their content does not affect the cost."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.samples = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
@@ -157,15 +157,15 @@ class _Fixed:
 
 
 def make_teacher(kind: str, size: str) -> Teacher:
-    """A network of random weights, the same every time: ``unet`` on pixels, or ``dit`` on latents, told a class."""
+    """Return a network with fixed random weights: ``unet`` on pixels, or class-conditional ``dit`` on latents."""
     torch.manual_seed(0)
     return teacher_of(NETWORKS[kind, size]())
 
 
 def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
-    """A network as a teacher of the linear schedule."""
+    """Return a network as a teacher with the linear schedule."""
     side, channels = network.config.sample_size, network.config.in_channels
-    told = isinstance(network, DiTTransformer2DModel)
+    conditional = isinstance(network, DiTTransformer2DModel)
     return Teacher(
         network=network.requires_grad_(False).eval(),
         parametrization=Parametrization(VariancePreserving(DDPMScheduler().alphas_cumprod), "v_prediction"),
@@ -173,7 +173,7 @@ def teacher_of(network: UNet2DModel | DiTTransformer2DModel) -> Teacher:
         source="random weights",
         adapter="benchmark",
         scheduler_config={},
-        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if told else None,
+        conditions=Classes(tuple(str(i) for i in range(1000)), null_label=1000) if conditional else None,
     )
 
 
@@ -186,7 +186,7 @@ def make_trainer(
     folder: Path,
     training: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """A trainer of a new student of this teacher, with one average.
+    """Return a trainer of a new student of this teacher, with one average.
 
     Args:
         training: further settings of the training.

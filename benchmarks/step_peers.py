@@ -1,8 +1,8 @@
-"""Training steps of FastGen's mean-flow, sCM and ECT losses, run from a checkout of theirs, on a student of ours.
+"""Training steps of FastGen's mean-flow, sCM and ECT losses, run from a checkout, on a student of this package.
 
-Their loss files run as they stand. What those import of the framework around them (configurations, logging) is
-replaced by names that do nothing, their networks by ours, and trainer, optimizer and average are those that our own
-losses are timed with, so that a step differs in the loss alone.
+The files of the losses run unchanged. Their imports of FastGen's framework (configurations, logging) are replaced by
+empty names, and its networks by those of this package. Trainer, optimizer and average are those with which this
+package's losses are timed, so that a step differs only in the loss.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ECT", "PEERS", "PeerStep"]
 
 PEERS = ("fastgen mean_flow", "fastgen mean_flow, differences", "fastgen sCM")
-# Trained, and not timed: its step has no derivative.
+# Not timed: its step has no derivative.
 ECT = "fastgen ECT"
 # Stages of ECT's schedule in a run (config_cm.py: iterations times batch by 8000 are the thousands of images a stage).
 ECT_STAGES = 8
@@ -46,7 +46,7 @@ SIGMA_DATA = 0.5
 
 
 class _Runs(TorchFunctionMode):
-    """What diffusers' networks need to run in torch's own forward mode: ``group_norm`` of a contiguous input."""
+    """Calls ``group_norm`` with contiguous inputs, which diffusers' networks need in torch's own forward mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch's protocol for function modes."""
@@ -57,7 +57,7 @@ class _Runs(TorchFunctionMode):
 
 @contextlib.contextmanager
 def forward_mode() -> Any:
-    """Inside a transform of torch.func: attention that has a rule, and ``_Runs``."""
+    """Select an attention with a forward-mode rule, and ``_Runs``, inside a transform of torch.func."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         yield
         return
@@ -66,26 +66,26 @@ def forward_mode() -> Any:
 
 
 def fake(name: str, **values: object) -> types.ModuleType:
-    """A module that is not there, with these names, where imports look for it."""
+    """Register a replacement of a missing module, with these names."""
     module = types.ModuleType(name)
-    # So that it is a package.
+    # Without a path it would not be a package.
     module.__path__ = []
     vars(module).update(values)
-    return _placed(name, module)
+    return _registered(name, module)
 
 
 def real(name: str, file: Path) -> types.ModuleType:
-    """A file of the checkout under its own name."""
+    """Load a file of the checkout under its own name."""
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    _placed(name, module)
+    _registered(name, module)
     spec.loader.exec_module(module)
     return module
 
 
-def _placed(name: str, module: types.ModuleType) -> types.ModuleType:
+def _registered(name: str, module: types.ModuleType) -> types.ModuleType:
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
     if parent:
@@ -94,7 +94,7 @@ def _placed(name: str, module: types.ModuleType) -> types.ModuleType:
 
 
 def load(checkout: Path) -> dict[str, types.ModuleType]:
-    """FastGen's schedules and both losses."""
+    """Load FastGen's schedules and both losses."""
 
     def expand_like(x: Tensor, like: Tensor) -> Tensor:
         return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
@@ -118,24 +118,24 @@ def load(checkout: Path) -> dict[str, types.ModuleType]:
     }
     fake("fastgen.methods.consistency_model")
     return {
-        name: real(f"fastgen.{place}", checkout / "fastgen" / f"{place.replace('.', '/')}.py")
-        for name, place in files.items()
+        name: real(f"fastgen.{module}", checkout / "fastgen" / f"{module.replace('.', '/')}.py")
+        for name, module in files.items()
     }
 
 
 class Flow(nn.Module):
-    """A network on the rectified-flow axis, which is ours: u of a student, or v of a teacher."""
+    """A network on the rectified-flow axis, as in this package: u of a student, or v of a teacher."""
 
     def __init__(self, schedule: object, student: Student | None = None, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.noise_scheduler, self.student = schedule, student
-        # In a tuple: no part of this module.
+        # In a tuple, so that it is not a submodule of this module.
         self._teacher = (teacher,)
 
     def forward(
         self, x: Tensor, t: Tensor, r: Tensor | None = None, condition: object = None, fwd_pred_type: str = "flow"
     ) -> Tensor:
-        """Their call."""
+        """Return the output of the network, as FastGen calls it."""
         assert fwd_pred_type == "flow"
         teacher = self._teacher[0]
         with forward_mode():
@@ -145,7 +145,7 @@ class Flow(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The same network in EDM's form: x_0 of ``x_0 + sigma eps``; the student's on its diagonal."""
+    """The same network in EDM's form, x_0 of ``x_0 + sigma eps``; that of a student on its diagonal."""
 
     def __init__(self, schedule: object, velocity: Callable[..., Tensor], held: nn.Module | None = None) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Denoiser(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, condition: object = None, return_logvar: bool = False, fwd_pred_type: str = "x0"
     ) -> Any:
-        """Their call."""
+        """Return the output of the network, as FastGen calls it."""
         assert fwd_pred_type == "x0"
         sigma = sigma.reshape(-1).double()
         t = sigma / (1 + sigma)
@@ -168,10 +168,10 @@ class Denoiser(nn.Module):
 
 
 class PeerStep:
-    """One training step of a peer's loss with the update of our trainer: clipping, AdamW, one average.
+    """One training step of a peer's loss with the update of this package's trainer: clipping, AdamW, one average.
 
     Attributes:
-        images: the images of some draws, in [-1, 1]; noise unless it is replaced.
+        images: returns images in [-1, 1] for some draws; noise by default.
         steps: of the run, for ECT's schedule.
         optimizer, average: of the student.
     """
@@ -193,7 +193,7 @@ class PeerStep:
         self.images: Callable[[Draws], Tensor] = lambda draws: draws.noise * SIGMA_DATA
 
     def __call__(self, step: int) -> Tensor:
-        """A complete step; the mean loss, on the device."""
+        """Run a complete step, and return the mean loss on the device."""
         draws = draw(0, step, self.batch, self.teacher.event_shape).part(0, self.batch, self.accelerator.device)
         condition = draw_conditioning(self.teacher, draws)
         with self.accelerator.autocast():
@@ -206,7 +206,7 @@ class PeerStep:
         return loss.detach()
 
     def _mean_flow(self, *, differences: bool) -> tuple[Callable[..., Tensor], nn.Module]:
-        """config_mf_cifar10.py of the checkout with a teacher (use_cd), whose losses take two passes of the student."""
+        """Return the loss of config_mf_cifar10.py with a teacher (use_cd), which takes two passes of the student."""
         device, low, high = self.accelerator.device, self.teacher.schedule.t_min, self.teacher.schedule.t_max
         schedule = self.modules["noise_schedule"].RFNoiseSchedule(max_t=high)
         model = object.__new__(self.modules["mean_flow"].MeanFlowModel)
@@ -237,7 +237,7 @@ class PeerStep:
         return loss, model.net
 
     def _denoiser(self, schedule: object) -> Denoiser:
-        """The student's denoiser; its velocity is the one on the diagonal."""
+        """Return the student's denoiser, with the velocity on the diagonal."""
 
         def of_student(x: Tensor, t: Tensor, condition: Any) -> Tensor:
             return self.student.mean_velocity(x, t, t, condition)
@@ -245,7 +245,7 @@ class PeerStep:
         return Denoiser(schedule, of_student, self.student)
 
     def _ect(self) -> tuple[Callable[..., Tensor], nn.Module]:
-        """config_cm_cifar10.py of the checkout: no teacher but for the weights to start from."""
+        """Return the loss of config_cm_cifar10.py: the teacher is used only for the initial weights."""
         schedule = self.modules["noise_schedule"].EDMNoiseSchedule()
         model = object.__new__(self.modules["CM"].CMModel)
         model.loss_config = SimpleNamespace(
@@ -263,7 +263,7 @@ class PeerStep:
         return loss, model.net
 
     def _scm(self) -> tuple[Callable[..., Tensor], nn.Module]:
-        """config_scm_cifar10.py of the checkout, with a teacher."""
+        """Return the loss of config_scm_cifar10.py, with a teacher."""
         device = self.accelerator.device
         schedule, scm = self.modules["noise_schedule"].EDMNoiseSchedule(), self.modules["sCM"]
         model = object.__new__(scm.SCMModel)

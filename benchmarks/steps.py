@@ -1,16 +1,17 @@
-"""What a training step of every loss costs: as a multiple of flow matching's, and of its floor.
+"""Measure a training step of every loss, relative to one of flow matching and to its floor.
 
     python -m benchmarks.steps --output steps.json
     python -m benchmarks.steps --network dit --size large --batch 64 --precision bf16 --device cuda
 
-The floor of a step is the sum of the network passes that it can't do without (``benchmarks/step_cases.py``), each timed
-alone in the same run: a tangent counts as one forward pass, whichever engine takes it, and the update (clipping, AdamW,
-one average) is a part of every step. Flow matching trains the same network by the same trainer. Whole steps, flow
-matching's and the passes take turns, every other repeat the other way round; ratios are taken within a repeat, numbers
-are their medians with the middle half. Memory is what a step holds at most beside weights, moments and averages.
+The floor of a step is the sum of the network passes that it needs (``benchmarks/step_cases.py``), each timed alone in
+the same run. A tangent counts as one forward pass, with either engine, and the update (clipping, AdamW, one average) is
+a part of every step. Flow matching trains the same network with the same trainer. Complete steps, those of flow
+matching and the passes alternate, in reverse order in every second repeat; ratios are taken within a repeat, numbers
+are their medians with the interquartile range. Memory is the peak of a step, in addition to weights, moments and
+averages.
 
-With ``--fastgen CHECKOUT`` (https://github.com/NVlabs/FastGen) the steps of its mean-flow and sCM losses take turns
-with them on the same network, teacher and batch (``benchmarks/step_peers.py``).
+With ``--fastgen CHECKOUT`` (https://github.com/NVlabs/FastGen) the steps of its mean-flow and sCM losses alternate with
+these on the same network, teacher and batch (``benchmarks/step_peers.py``).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """The passes that floors are made of, on tensors made before."""
+    """The passes of the floors, on existing tensors."""
 
     def __init__(self, trainer: Trainer, batch: int) -> None:
         self.trainer, self.teacher, self.student = trainer, trainer.teacher, trainer.student
@@ -64,30 +65,30 @@ class Alone:
 
     @torch.no_grad()
     def teachers(self) -> None:
-        """The teacher's forward pass."""
+        """Run the forward pass of the teacher."""
         with self._half():
             self.teacher.network(self.x, self.time, **keywords(self.cond, None))
 
     @torch.no_grad()
     def forward(self) -> None:
-        """The student's."""
+        """Run the forward pass of the student."""
         with self._half():
             self.student.network(self.x, self.time, **keywords(self.cond, self.length))
 
     def both(self) -> None:
-        """The student's forward and backward pass."""
+        """Run the forward and backward pass of the student."""
         with self._half():
             output = self.student.network(self.x, self.time, **keywords(self.cond, self.length)).sample
         output.float().square().mean().backward()
         self.trainer.optimizer.zero_grad()
 
     def with_gradients(self) -> None:
-        """Before the update: every weight has a gradient."""
+        """Give every weight a gradient, for the update."""
         for weight in self.trainer.objective.parameters():
             weight.grad = torch.zeros_like(weight)
 
     def update(self) -> None:
-        """What follows the backward pass."""
+        """Run the update, which follows the backward pass."""
         trainer = self.trainer
         trainer.accelerator.clip_grad_norm_(trainer.objective.parameters(), trainer.recipe.training.max_grad_norm)
         trainer.optimizer.step()
@@ -97,7 +98,7 @@ class Alone:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call, to the end of what it started on a GPU."""
+    """Return the milliseconds of a call, including its work on a GPU."""
     wait = torch.cuda.synchronize if device.type == "cuda" else time.time
     wait()
     started = time.perf_counter()
@@ -107,13 +108,13 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def measured(values: Sequence[float]) -> dict[str, float]:
-    """Median and middle half."""
+    """Return median and interquartile range."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
 
 def peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call holds at most beside what was there."""
+    """Return the peak of the additional bytes of a call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -127,7 +128,7 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def floor(passes: Passes | None, now: dict[str, float]) -> float | None:
-    """Milliseconds of these passes; None where they are not counted."""
+    """Return the milliseconds of these passes; None without a count."""
     if passes is None:
         return None
     backward = now["both"] - now["forward"]
@@ -139,7 +140,7 @@ def floor(passes: Passes | None, now: dict[str, float]) -> float | None:
 def compare(
     case: Case, trainer: Trainer, baseline: Trainer, peers: dict[str, PeerStep], repeats: int, batch: int
 ) -> dict[str, Any]:
-    """A loss's step against flow matching's, its floor, and the peers' steps."""
+    """Compare the step of a loss with flow matching, its floor, and the steps of the peers."""
     device = trainer.accelerator.device
     alone = Alone(trainer, batch)
     steps: dict[str, Callable[[int], object]] = {
@@ -159,7 +160,7 @@ def compare(
                 alone.with_gradients()
             now[name] = timed(partial(steps[name], step), device)
         rounds.append(now)
-    # The first one warms up.
+    # The first one is a warm-up.
     del rounds[0]
     memory = {name: peak(partial(steps[name], repeats + 1), device) for name in ("step", "baseline", *peers)}
     floors = [floor(case.floor, now) for now in rounds]
@@ -180,14 +181,14 @@ def compare(
 
 
 def pairs_of(only: Sequence[str]) -> Iterator[tuple[Case, str]]:
-    """Losses and engines that are asked for; a name stands for all that begin with it."""
+    """Return the selected losses and engines; a name selects all that begin with it."""
     for case in CASES:
         if not only or any(case.name.startswith(name) for name in only):
             yield from ((case, engine) for engine in case.engines())
 
 
 def run(given: argparse.Namespace) -> None:
-    """All of it, one loss after the other; what is measured is written after each."""
+    """Measure one loss after the other, and write the results after each."""
     torch.set_num_threads(given.threads)
     half = "no" if given.precision == "fp32" else given.precision
     accelerator = Accelerator(cpu=given.device == "cpu", mixed_precision=half)
@@ -204,7 +205,7 @@ def run(given: argparse.Namespace) -> None:
             rows.append({"loss": case.name, "derivative": engine} | found)
             print(line(rows[-1]), flush=True)
             given.output.write_text(json.dumps({"about": about, "losses": rows}, indent=2) + "\n", encoding="utf-8")
-            # It holds every module that it has prepared.
+            # It has references to all modules that it has prepared.
             del trainer
             accelerator.free_memory()
 
@@ -212,7 +213,7 @@ def run(given: argparse.Namespace) -> None:
 def peers_of(
     checkout: Path | None, teacher: Teacher, batch: int, accelerator: Accelerator
 ) -> dict[str, Callable[[int], None]]:
-    """The peers' steps, each on a student of its own."""
+    """Return the steps of the peers, each with its own student."""
     if checkout is None:
         return {}
     return {
@@ -223,7 +224,7 @@ def peers_of(
 def about_peers(
     checkout: Path, teacher: Teacher, batch: int, accelerator: Accelerator
 ) -> tuple[dict[str, Callable[[int], None]], dict[str, str]]:
-    """The peers' steps that run on this network in this precision, and why the others don't."""
+    """Return the steps of peers that support this network and precision, and the reasons why others don't."""
     peers, failed = {}, {}
     for name in PEERS:
         try:
@@ -237,7 +238,7 @@ def about_peers(
 
 
 def about_run(given: argparse.Namespace, parameters: int) -> dict[str, Any]:
-    """What was run, and where."""
+    """Return the settings and the machine."""
     device = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
     about = {name: getattr(given, name) for name in ("network", "size", "batch", "repeats", "precision", "threads")}
     return about | {"parameters": parameters, "device": device, "cores": os.cpu_count(), "torch": torch.__version__}
@@ -255,13 +256,13 @@ COLUMNS = (
 
 
 def head(peers: Iterable[str]) -> str:
-    """Of the table."""
+    """Return the head of the table."""
     columns = [*COLUMNS, *(f"by {name}" for name in peers)]
     return "| " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (len(columns) - 2)
 
 
 def line(row: dict[str, Any]) -> str:
-    """Of the table, medians with the middle half of the ratios."""
+    """Return a line of the table: medians, with the interquartile range of ratios."""
 
     def shown(ratio: dict[str, float]) -> str:
         return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
@@ -283,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=(), help="names of losses, or how they begin; all")
-    parser.add_argument("--fastgen", type=Path, help="checkout of FastGen, whose steps are timed beside")
-    parser.add_argument("--quick", action="store_true", help="the tiny network and two repeats: to see that it runs")
+    parser.add_argument("--only", nargs="*", default=(), help="names of losses or their beginnings [all]")
+    parser.add_argument("--fastgen", type=Path, help="checkout of FastGen, for a comparison of its steps")
+    parser.add_argument("--quick", action="store_true", help="the tiny network and two repeats, for a trial")
     given = parser.parse_args(arguments)
     if given.quick:
         given.size, given.batch, given.repeats = "tiny", 2, 2

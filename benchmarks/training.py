@@ -1,10 +1,9 @@
-"""What a training step costs beside the network: shares, checkpoints, and a second process.
+"""Measure the cost of a training step outside the network, of checkpoints, and of a second process.
 
     python -m benchmarks.training --output training.json
 
-Everything is timed on one thread in one process, one measurement after the other and again, so that a change of the
-machine's pace falls on all alike; numbers are medians, spreads are the middle half of the repeats. ``--repeats`` and
-``--batch`` change the size.
+All measurements alternate on one thread in one process, so that a change of the machine's speed affects all of them.
+Numbers are medians with the interquartile range of the repeats. ``--repeats`` and ``--batch`` change the size.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ if TYPE_CHECKING:
     from fmm_distill.data.samples import Images
 
 LOSS = {"name": "lagrangian", "stop_gradient": "target", "derivative": "central"}
-# Samples a second of one and of two processes: steps that are timed, after one that is not.
+# Timed steps of one and of two processes, after one warm-up step.
 SPLIT_STEPS = 3
 SPLIT_ROUNDS = 3
 
 
 def save_teacher(folder: Path) -> Path:
-    """A ``UNet2DModel`` of 10.8 million random weights on 32x32 pixels."""
+    """Save a ``UNet2DModel`` with 10.8 million random weights on 32x32 pixels."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32,
@@ -78,13 +77,13 @@ def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
 
 
 class Bare:
-    """The network calls that a step can't do without, on tensors made before."""
+    """The network calls that a step needs, on existing tensors."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.student, self.teacher, self.trainer = trainer.student, trainer.teacher, trainer
 
     def set(self, draws: Draws, step: int) -> None:
-        """The tensors of a step: noise, times in the network's own units, and starts."""
+        """Prepare the tensors of a step: noise, times in the units of the network, and starting points."""
         axis = self.teacher.schedule
         self.t, self.r = sample_times(self.trainer.recipe.time_sampling, axis, draws, step)
         self.moving = self.t < axis.t_max
@@ -95,42 +94,42 @@ class Bare:
 
     @torch.no_grad()
     def starts(self) -> None:
-        """The student's jumps to where training starts."""
+        """Run the student's jumps to the starting points."""
         at = self.moving
         if at.any():
             self.student.network(self.noise[at], self.time[at], h=self.length[at])
 
     @torch.no_grad()
     def derivative(self) -> None:
-        """One more call of the student: the regression's own is the other side of the difference."""
+        """Run one more call of the student; the call of the regression is the other side of the difference."""
         self.student.network(self.x, self.time, h=self.length - 2e-3)
 
     @torch.no_grad()
     def velocity(self) -> None:
-        """One of the teacher."""
+        """Run one call of the teacher."""
         self.teacher.network(self.x, self.end)
 
     def regression(self) -> None:
-        """One of the student, and back."""
+        """Run one call of the student forward and backward."""
         self.student.network(self.x, self.time, h=self.length).sample.square().mean().backward()
         self.trainer.optimizer.zero_grad()
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def measured(values: list[float]) -> dict[str, float]:
-    """Median and middle half."""
+    """Return median and interquartile range."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
 
 def images_of(folder: Path, shape: tuple[int, ...]) -> tuple[Images, Images]:
-    """256 PNGs of noise, which are as slow to decode as any, in memory and not."""
+    """Return 256 PNGs of noise, which decode as slowly as any, in memory and on the disk."""
     if not folder.is_dir():
         folder.mkdir()
         generator = torch.Generator().manual_seed(0)
@@ -142,7 +141,7 @@ def images_of(folder: Path, shape: tuple[int, ...]) -> tuple[Images, Images]:
 
 
 def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object]]:
-    """What a step does beside the networks, each alone; gradients stand from before."""
+    """Return the parts of a step outside the networks; gradients are from an earlier step."""
     training, teacher = trainer.recipe.training, trainer.teacher
     log = folder / "parts.jsonl"
     record = dict.fromkeys(("step", "loss", "weighted", "gradient_norm", "rate", "speed", "memory"), 0.123456789)
@@ -159,18 +158,18 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
             teacher.schedule.network_time(now)
 
     def average(_: int) -> None:
-        for kept in trainer.averages.values():
-            kept.update_parameters(trainer.student)
+        for average in trainer.averages.values():
+            average.update_parameters(trainer.student)
 
     parameters = list(trainer.objective.parameters())
-    kept, decoded = images_of(folder / "images", teacher.event_shape)
+    in_memory, decoded = images_of(folder / "images", teacher.event_shape)
 
     def pick(images: Images, step: int) -> None:
         images.pick(draw(training.seed, step, training.batch_size, (1,)))
 
     return {
-        "images in memory": lambda step: pick(kept, step),
-        "images decoded as they are asked for": lambda step: pick(decoded, step),
+        "images in memory": lambda step: pick(in_memory, step),
+        "images decoded when they are used": lambda step: pick(decoded, step),
         "draws": lambda step: draw(training.seed, step, training.batch_size, teacher.event_shape),
         "times and noise levels": times,
         "clip": lambda _: torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm),
@@ -180,14 +179,14 @@ def parts_of(trainer: Trainer, folder: Path) -> dict[str, Callable[[int], object
     }
 
 
-def shares(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of whole steps, of bare networks and of the other parts; and the share that is not network time."""
+def fractions(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
+    """Return the seconds of complete steps, of the networks alone and of other parts, and the fraction outside."""
     bare, others, training = Bare(trainer), parts_of(trainer, folder), trainer.recipe.training
     calls = {name: getattr(bare, name) for name in ("starts", "derivative", "velocity", "regression")}
     seconds: dict[str, list[float]] = {name: [] for name in ("step", *calls, *others)}
     trainer.train_step(0, StopRequest())
     for step in range(1, repeats + 1):
-        # Every other repeat the other way round.
+        # Every second repeat in reverse order, so that a drift of the machine's speed cancels.
         now = {"step": timed(lambda step=step: trainer.train_step(step, StopRequest()))} if step % 2 else {}
         bare.set(draw(training.seed, step, training.batch_size, trainer.teacher.event_shape), step)
         now |= {name: timed(call) for name, call in calls.items()}
@@ -200,20 +199,20 @@ def shares(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
         for name, value in now.items():
             seconds[name].append(value)
     network = [sum(values) for values in zip(*(seconds[name] for name in calls), strict=True)]
-    share = [1 - alone / whole for alone, whole in zip(network, seconds["step"], strict=True)]
+    outside = [1 - alone / complete for alone, complete in zip(network, seconds["step"], strict=True)]
     fixed = {
         name: measured([part / step for part, step in zip(seconds[name], seconds["step"], strict=True)])
         for name in others
     }
     return {
         "seconds": {name: measured(values) for name, values in seconds.items()},
-        "share_not_network": measured(share),
-        "shares_of_a_step": fixed,
+        "fraction_outside_network": measured(outside),
+        "fractions_of_a_step": fixed,
     }
 
 
 def checkpoints(trainer: Trainer, step_seconds: float) -> dict[str, Any]:
-    """A checkpoint's writing and reading as multiples of a step, and its size beside the student's weights."""
+    """Measure writing and reading a checkpoint in steps, and its size in the student's weights."""
     saves, resumes = [], []
     for step in range(1, 6):
         saves.append(timed(lambda step=step: trainer.save_checkpoint(step)) / step_seconds)
@@ -230,7 +229,7 @@ def checkpoints(trainer: Trainer, step_seconds: float) -> dict[str, Any]:
 
 
 def start(recipe_file: Path, processes: int) -> subprocess.Popen[str]:
-    """A run on so many processes, one thread each, that prints its images a second."""
+    """Start a run on so many processes, one thread each, that prints its images per second."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "benchmarks.training", "--worker", str(recipe_file)]
     changes = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -238,8 +237,8 @@ def start(recipe_file: Path, processes: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=os.environ | changes, stdout=pipe, stderr=pipe, text=True)
 
 
-def images_a_second(*runs: subprocess.Popen[str]) -> float:
-    """Of runs at the same time, together."""
+def images_per_second_of(*runs: subprocess.Popen[str]) -> float:
+    """Return the total images per second of runs at the same time."""
     total = 0.0
     for process in runs:
         out, err = process.communicate()
@@ -250,7 +249,7 @@ def images_a_second(*runs: subprocess.Popen[str]) -> float:
 
 
 def work(recipe_file: Path) -> None:
-    """One process of ``start``."""
+    """Run one process of ``start``."""
     torch.set_num_threads(1)
     recipe = Recipe.model_validate_json(recipe_file.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
@@ -265,15 +264,15 @@ def work(recipe_file: Path) -> None:
 
 
 def processes(recipe_file: Path) -> dict[str, Any]:
-    """Images a second of one process, of two in one run, and of two runs at once, in turn.
+    """Measure images per second of one process, of two in one run, and of two runs at the same time, alternately.
 
-    The last is what the machine gives two processes that wait for nothing.
+    The last is the speed of two processes that don't wait for one another.
     """
     rounds = [
         {
-            "one": images_a_second(start(recipe_file, 1)),
-            "two": images_a_second(start(recipe_file, 2)),
-            "two_runs": images_a_second(start(recipe_file, 1), start(recipe_file, 1)),
+            "one": images_per_second_of(start(recipe_file, 1)),
+            "two": images_per_second_of(start(recipe_file, 2)),
+            "two_runs": images_per_second_of(start(recipe_file, 1), start(recipe_file, 1)),
         }
         for _ in range(SPLIT_ROUNDS)
     ]
@@ -284,21 +283,21 @@ def processes(recipe_file: Path) -> dict[str, Any]:
 
 
 def run(repeats: int, batch: int) -> Mapping[str, Any]:
-    """All of it."""
+    """Run all measurements."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = recipe_of(save_teacher(folder / "teacher"), batch)
         trainer = trainer_of(recipe, folder / "run")
-        shared = shares(trainer, folder, repeats)
-        kept = checkpoints(trainer, shared["seconds"]["step"]["median"])
+        costs = fractions(trainer, folder, repeats)
+        checkpoint = checkpoints(trainer, costs["seconds"]["step"]["median"])
         file = folder / "recipe.json"
         file.write_text(recipe.model_dump_json(), encoding="utf-8")
         together = processes(file)
         parameters = sum(p.numel() for p in trainer.teacher.network.parameters())
     about = {"parameters": parameters, "batch": batch, "repeats": repeats, "loss": LOSS, "torch": torch.__version__}
     about |= {"machine": platform.machine(), "threads": 1}
-    return {"about": about, "step": shared, "checkpoint": kept, "processes": together}
+    return {"about": about, "step": costs, "checkpoint": checkpoint, "processes": together}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fmm_distill
-from fmm_distill import Recipe, Student, Teacher, distill, sample
+from fmm_distill import Recipe, Teacher, distill, load_student
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.scheduler import read_scheduler
@@ -83,16 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> Tensor:
     teacher = make_teacher(network, scheduler)
     recipe = Recipe.model_validate(
         {
-            "training": {"steps": options.steps, "batch_size": 64, "learning_rate": 1e-3, "ema": [0.99]},
+            "training": {"steps": options.steps, "batch_size": 64, "ema": [0.99]},
             "evaluation": {"steps": [1, 2, 4], "ddim_steps": [4], "dpmsolver_steps": [], "endpoint_samples": 32},
         }
     )
     distill(recipe, options.output, teacher=teacher)
 
-    student = Student.from_teacher(teacher)
-    student.load_weights(options.output / "student")
-    digits = teacher.conditioned_on((torch.arange(10, dtype=torch.float64) + 0.5) / 10)
-    images = sample(student, torch.randn(10, 1, 8, 8), steps=2, cond=digits)
+    student = load_student(options.output / "student", teacher=teacher)
+    images = student.generate(torch.randn(10, 1, 8, 8), steps=2, conditions=range(10))
     print(f"ten digits in 2 steps: {tuple(images.shape)}, from {images.min():.2f} to {images.max():.2f}")
     return images
 

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> Evaluation:
             # The student learns the guided velocity: it needs one call per step where the teacher needs two.
             "guidance": {"scale": 7.5},
             "student": {"lora": {"rank": 16}},
-            "training": {"steps": options.steps, "batch_size": options.batch_size, "learning_rate": 1e-4},
+            "training": {"steps": options.steps, "batch_size": options.batch_size},
+            "optimizer": {"lr": 1e-4},
             "evaluation": {
                 "steps": [1, 2, 4],
                 "ddim_steps": [4],

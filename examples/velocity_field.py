@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmm_distill import LearnedFlowMap, Recipe, Student, distill, sample
-from fmm_distill.teachers.velocity_field import as_teacher
+from fmm_distill import LearnedFlowMap, Recipe, distill, load_student
 
 
 class Ring:
@@ -62,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> Tensor:
     options = parser.parse_args(arguments)
     recipe = Recipe.model_validate(
         {
-            "training": {"steps": options.steps, "batch_size": 256, "learning_rate": 2e-3, "ema": [0.99]},
+            "training": {"steps": options.steps, "batch_size": 256, "ema": [0.99]},
+            "optimizer": {"lr": 2e-3},
             "evaluation": {"steps": [1, 2, 4], "endpoint_samples": 64, "endpoint_solver_steps": 32},
         }
     )
     torch.manual_seed(0)
     distill(recipe, options.output, teacher=Ring(), student=RingMap())
 
-    # The run has no pipeline to export: its weights are loaded into a student of the same field and map.
-    student = Student.from_teacher(as_teacher(Ring()), network=RingMap())
-    student.load_weights(options.output / "student")
-    points = sample(student, torch.randn(1000, 2), steps=2)
+    # There is no pipeline for points on the plane: the export has the weights alone.
+    student = load_student(options.output / "student", teacher=Ring(), network=RingMap())
+    points = student.generate(torch.randn(1000, 2), steps=2)
     print(f"mean radius of 1000 points after 2 jumps: {points.norm(dim=1).mean():.3f} (the ring's: 1.005)")
     return points
 

@@ -1,10 +1,10 @@
-"""Both sides of the two Wasserstein bounds of flow map matching, along a training run on a Gaussian.
+"""Compute both sides of the two Wasserstein bounds of flow map matching during training on a Gaussian.
 
     python -m experiments.bounds --output docs/results
 
-An affine student of a Gaussian's ODE: what it makes of noise is a Gaussian, so its squared Wasserstein distance to the
-data, the losses on the row t = 1 and on the column r = 0, and the bounds of arXiv 2406.07507 (propositions 3.7 and 3.8)
-are all integrals in one variable. Writes ``bounds.png``.
+The student is affine, so that its samples are Gaussian. The squared Wasserstein distance to the data, the losses on the
+row t = 1 and on the column r = 0, and the bounds of arXiv 2406.07507 (propositions 3.7 and 3.8) are then integrals in
+one variable. Writes ``bounds.png``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses import Jump
 from fmm_distill.losses.eulerian import Eulerian
 from fmm_distill.losses.lagrangian import Lagrangian
-from fmm_distill.teachers.analytic import Gaussian
+from fmm_distill.teachers.closed_form import Gaussian
 
 TRUTH = Gaussian(torch.tensor([0.7], dtype=torch.float64), 0.3)
 TIMES = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
@@ -29,7 +29,7 @@ LOSSES = {"lagrangian": Lagrangian(stop_gradient="nowhere"), "eulerian": Euleria
 
 
 class Affine(FlowMap, nn.Module):
-    """``u(x, t, h) = gain x + shift``, both small networks of (t, h)."""
+    """``u(x, t, h) = gain x + shift``, with gain and shift by one small network of (t, h)."""
 
     clock = LinearClock()
     t_max = 1.0
@@ -42,13 +42,13 @@ class Affine(FlowMap, nn.Module):
         self.double()
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: object = None) -> Tensor:
-        """u at x, shape ``[batch, 1]``."""
+        """Return u, shape ``[batch, 1]``."""
         gain, shift = self.layers(torch.stack([t, h], 1)).unbind(1)
         return gain[:, None] * x + shift[:, None]
 
 
 def distance(student: FlowMap) -> float:
-    """Squared Wasserstein distance between the data and what the student makes of noise in one jump."""
+    """Return the squared Wasserstein distance between the data and the student's samples of one jump."""
     one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     at = student(torch.tensor([[0.0], [1.0]], dtype=torch.float64), one, zero)[:, 0]
     mean, std = at[0].item(), abs((at[1] - at[0]).item())
@@ -56,9 +56,10 @@ def distance(student: FlowMap) -> float:
 
 
 def loss_on_its_line(student: FlowMap, name: str) -> Tensor:
-    """The Lagrangian loss on the row t = 1, or the Eulerian one on the column r = 0: the integral over the other time.
+    """Return the Lagrangian loss on the row t = 1 or the Eulerian loss on the column r = 0, integrated over time.
 
-    The residual is affine in x, so two points one standard deviation either side of the mean give its mean square.
+    The residual is affine in x, so that two points, one standard deviation to each side of the mean, give its
+    mean square.
     """
     if name == "lagrangian":
         t, r = torch.ones_like(TIMES), TIMES
@@ -73,7 +74,7 @@ def loss_on_its_line(student: FlowMap, name: str) -> Tensor:
 
 
 def constant(name: str) -> float:
-    """What the loss is multiplied by in its bound."""
+    """Return the factor of the loss in its bound."""
     if name == "eulerian":
         return math.e
     variance = (1 - TIMES).square() * TRUTH.std**2 + TIMES.square()
@@ -82,7 +83,7 @@ def constant(name: str) -> float:
 
 
 def run(name: str, steps: int = 300, every: int = 10) -> list[tuple[int, float, float]]:
-    """Train by one loss on its line: (step, squared distance, bound) every some steps."""
+    """Train with one loss on its line; return (step, squared distance, bound) of every ``every``-th step."""
     student = Affine()
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     record = []
@@ -97,7 +98,7 @@ def run(name: str, steps: int = 300, every: int = 10) -> list[tuple[int, float, 
 
 
 def plot(records: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """Distance and bound against steps, one panel a loss."""
+    """Plot distance and bound against steps, one panel per loss."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,6 +1,6 @@
-"""What the checkerboard benchmark is made of: the perceptron, the teachers, the data and the two yardsticks.
+"""The network, the teachers, the data and the two metrics of the checkerboard.
 
-Everything is in units of the data's standard deviation, so that noise is N(0, I) as the package draws it.
+All coordinates are in units of the data's standard deviation, so that noise is N(0, I) as elsewhere in the package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fmm_distill.core.flow_map import FlowMap, LearnedFlowMap
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.data.samples import ImageBatch
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.teachers.closed_form import Checkerboard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,20 +40,20 @@ __all__ = [
 
 HALF_WIDTH = 1 / Checkerboard.scale
 WIDTH = 2 * HALF_WIDTH
-# Half boards; 4.3 standard deviations of the noise.
+# In half boards: 4.3 standard deviations of the noise.
 REACH = 2.5
-# Rows at a time: the activations of this many stay in the processor's cache.
+# Rows per network call: their activations fit into the CPU's cache.
 CHUNK = 2048
-# The closed form's rounding grows like 1/t at the squares' edges.
+# At the edges of the squares the rounding error of the closed form grows like 1/t.
 CLOSED_FORM_T_MIN = 0.02
 
 
 class Perceptron(LearnedFlowMap):
     """``u(x, t, h)`` by four hidden layers of GELU units (the network of arXiv 2505.18825's checkerboard).
 
-    It is told sines and cosines of x and t beside the numbers themselves: the squares' edges are narrow beside the
-    noise. What it is told of h is slow, as a derivative in h stands in the losses, and zero at h = 0; its weights are
-    zero at first, so that every jump begins with the diagonal's velocity.
+    Inputs are x and t with sines and cosines of them, since the edges of the squares are narrow compared with the
+    noise. The features of h vary slowly, because losses differentiate with respect to h, and are zero at h = 0. Their
+    weights are zero initially, so that every jump begins with the velocity of the diagonal.
     """
 
     t_max = 1.0
@@ -71,25 +71,24 @@ class Perceptron(LearnedFlowMap):
             next(self.layers.parameters())[:, -3:] = 0
 
     def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """u, shape ``[batch, 2]``."""
-        # Beyond what noise reaches it stays constant: were it to grow there, a student and a teacher that is asked at
-        # the student's own ends would drive each other away, and did (docs/results/checkerboard.md).
-        place = torch.cat([(x / HALF_WIDTH).clamp(-REACH, REACH), t.to(x.dtype)[:, None]], 1)
-        angles = [math.pi * 2**octave * place for octave in range(self.octaves)]
+        """Return u, shape ``[batch, 2]``."""
+        # Constant beyond the reach of the noise: with growing inputs, a student and a teacher that is evaluated at the
+        # student's endpoints drive each other off the board (docs/results/checkerboard.md).
+        point = torch.cat([(x / HALF_WIDTH).clamp(-REACH, REACH), t.to(x.dtype)[:, None]], 1)
+        angles = [math.pi * 2**octave * point for octave in range(self.octaves)]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
         length = h.to(x.dtype)[:, None]
         jump = [length, (math.pi * length).sin(), (math.pi * length).cos() - 1]
-        velocity: Tensor = self.layers(torch.cat([place, *waves, *jump], 1))
+        velocity: Tensor = self.layers(torch.cat([point, *waves, *jump], 1))
         return velocity
 
 
 @dataclass
 class PlaneTeacher:
-    """A velocity field on the plane, as a trainer wants it.
+    """A velocity field in the plane, with the attributes that a trainer needs of a teacher.
 
     Attributes:
-        velocity: the field.
-        schedule: the times that it is good for.
+        schedule: the times at which the field is accurate.
     """
 
     velocity: VelocityField
@@ -99,16 +98,16 @@ class PlaneTeacher:
     guidance: None = None
 
     def prior(self, noise: Tensor) -> Tensor:
-        """The noise itself."""
+        """Return the noise."""
         return noise
 
     def to(self, device: torch.device | str) -> Self:
-        """Itself: the plane stays on the processor."""
+        """Return the teacher: it has no weights to move."""
         return self
 
 
 def closed_form() -> PlaneTeacher:
-    """The checkerboard's own velocity."""
+    """Return the exact velocity of the checkerboard."""
     board = Checkerboard()
 
     def velocity(x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
@@ -118,16 +117,16 @@ def closed_form() -> PlaneTeacher:
 
 
 class Board:
-    """The checkerboard as a dataset without end: the places of one uniform each become a point."""
+    """The checkerboard as an infinite dataset: each uniform number is one point."""
 
     def pick(self, draws: Draws) -> ImageBatch:
-        """The points at the samples' places."""
+        """Return one point per draw."""
         return ImageBatch(self.at(draws.image))
 
-    def at(self, places: Tensor) -> Tensor:
-        """Points at float64 uniforms, shape ``[batch, 2]``: 3 bits say which square, 24 each where in it."""
-        square = (places * 8).floor()
-        across = (places * 8 - square) * 2**24
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the points of float64 uniforms, shape ``[batch, 2]``: 3 bits for the square, 24 per coordinate."""
+        square = (positions * 8).floor()
+        across = (positions * 8 - square) * 2**24
         down = across - across.floor()
         row = (square / 2).floor()
         column = 2 * (square % 2) + row % 2
@@ -136,25 +135,25 @@ class Board:
 
 
 def divergence(points: Tensor, bins: int) -> float:
-    """KL divergence from the board to a histogram of ``points``, in nats.
+    """Return the KL divergence from the board to a histogram of ``points``, in nats.
 
-    The board is uniform on the bins whose center lies on a white square (the published protocol with 50 bins). A white
-    bin without a point counts as if it had one.
+    The board is uniform on the bins whose center is in a white square (the published protocol with 50 bins). An empty
+    white bin counts as one point.
     """
-    place = ((points.double() / HALF_WIDTH + 1) / 2 * bins).floor()
-    place = place[((place >= 0) & (place < bins)).all(1)].long()
-    counts = torch.bincount(place[:, 0] * bins + place[:, 1], minlength=bins * bins)
+    index = ((points.double() / HALF_WIDTH + 1) / 2 * bins).floor()
+    index = index[((index >= 0) & (index < bins)).all(1)].long()
+    counts = torch.bincount(index[:, 0] * bins + index[:, 1], minlength=bins * bins)
     square = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins * 4).long()
     white = ((square[:, None] + square) % 2 == 0).flatten()
     filled = counts[white].clamp_min(1).double()
-    share = filled / (len(points) + int((counts[white] == 0).sum()))
-    return float(-(share * int(white.sum())).log().mean())
+    fractions = filled / (len(points) + int((counts[white] == 0).sum()))
+    return float(-(fractions * int(white.sum())).log().mean())
 
 
 def endpoint_error(points: Tensor, ends: Tensor) -> float:
-    """Root mean square difference per coordinate; a sample that is lost counts as one a board's width away.
+    """Return the root mean square difference per coordinate; a lost sample counts as a board's width away.
 
-    Without that limit a few samples off the board, where a short run has learned nothing, are the whole figure.
+    Without this limit, a few samples off the board, where a short run learns nothing, would determine the value.
     """
     apart = (points - ends).square().mean(1)
     lost = ~(apart < WIDTH**2)
@@ -163,14 +162,14 @@ def endpoint_error(points: Tensor, ends: Tensor) -> float:
 
 @torch.no_grad()
 def sample(flow_map: FlowMap, noise: Tensor, steps: int) -> Tensor:
-    """Where ``steps`` jumps, equal in time, take noise."""
+    """Return the endpoints of ``steps`` jumps of equal length from noise."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=noise.device)
     return _chunked(lambda x: _walk(flow_map, x, times), noise)
 
 
 @torch.no_grad()
 def solved(teacher: PlaneTeacher, noise: Tensor, steps: int) -> Tensor:
-    """Where Heun steps, equal in time down to the teacher's t_min, and a straight last stretch to data take noise."""
+    """Return the endpoints of Heun steps of equal length down to the teacher's t_min and a straight line to data."""
     low = teacher.schedule.t_min
     times = torch.linspace(1, low, steps + 1, dtype=torch.float64, device=noise.device)
 

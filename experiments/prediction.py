@@ -1,10 +1,10 @@
-"""How well a student that changes its prediction keeps its teacher's DDIM samples after its regression.
+"""Compare DDIM samples of a student that changes its prediction type with those of its teacher, after the regression.
 
     python examples/train_digits_teacher.py --prediction epsilon --output epsilon-digits
     python -m experiments.prediction epsilon-digits --set student.regression_steps=100
 
-The recipe is ``digits``; the cosine of its rate ends with the regression. Samples are those of the stock solver, from
-the same noise.
+The recipe is ``digits``; the cosine decay of its learning rate ends with the regression. Samples are those of the stock
+solver from the same noise.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ TIMESTEPS = (0, 200, 400, 600, 800, 900, 999)
 
 @torch.no_grad()
 def ddim(network: UNet2DModel, folder: Path, prediction: str, noise: Tensor, steps: int) -> Tensor:
-    """Samples of the stock solver on the trailing grid."""
-    kept = {"prediction_type": prediction, "timestep_spacing": "trailing"}
-    solver = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **kept)
+    """Return samples of the stock solver with trailing spacing."""
+    settings = {"prediction_type": prediction, "timestep_spacing": "trailing"}
+    solver = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **settings)
     solver.set_timesteps(steps)
     x = noise
     for timestep in solver.timesteps:
@@ -56,7 +56,7 @@ def root_mean_square(values: Tensor) -> float:
 
 @torch.no_grad()
 def epsilon_errors(student: Student, teacher: Teacher) -> dict[int, float]:
-    """What the error of the student's velocity is as one of epsilon: times alpha / (alpha + sigma)."""
+    """Return the error of the student's velocity as an error of epsilon: multiplied by alpha / (alpha + sigma)."""
     draws, errors = draw(1, 0, 64, teacher.event_shape), {}
     for timestep in TIMESTEPS:
         t = teacher.schedule.time(torch.full((64,), timestep))
@@ -82,7 +82,7 @@ def main() -> None:
     def samples(network: UNet2DModel, prediction: str) -> Tensor:
         return ddim(network, arguments.teacher, prediction, noise, arguments.ddim_steps)
 
-    wanted = samples(job.teacher.network, job.teacher.prediction)
+    expected = samples(job.teacher.network, job.teacher.prediction)
     start = samples(stock_part(job.student.network), job.student.prediction)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(job.student, job.teacher, recipe, job.images, Path(folder), Accelerator(cpu=True))
@@ -94,9 +94,9 @@ def main() -> None:
         "regression_steps": recipe.student.regression_steps,
         "wall_seconds": wall,
         "cpu_seconds": cpu,
-        "teacher_rms": root_mean_square(wanted),
-        "rms_at_start": root_mean_square(start - wanted),
-        "rms": root_mean_square(samples(stock_part(student.network), student.prediction) - wanted),
+        "teacher_rms": root_mean_square(expected),
+        "rms_at_start": root_mean_square(start - expected),
+        "rms": root_mean_square(samples(stock_part(student.network), student.prediction) - expected),
         "epsilon_errors": epsilon_errors(student, job.teacher),
     }
     print(json.dumps(found, indent=2))

@@ -1,1 +1,1 @@
-"""One command that spends the minutes of a borrowed GPU on measuring."""
+"""Measurements on a GPU that is available for minutes."""

@@ -1,4 +1,4 @@
-"""Time that is left, and an alarm when there is none."""
+"""Deadlines, and an alarm at the end of the time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutOfTimeError(BaseException):
 
 
 class Deadline:
-    """A moment by which a piece of work has to be complete.
+    """A time by which work must be complete.
 
     Args:
         seconds: from the time of the call.
@@ -33,15 +33,15 @@ class Deadline:
         self._clock, self._end = clock, clock() + seconds
 
     def remaining(self) -> float:
-        """Seconds until then; negative after it."""
+        """Return the seconds until the deadline; negative after it."""
         return self._end - self._clock()
 
     def fits(self, seconds: float) -> bool:
-        """Return whether work of so many seconds is complete by then."""
+        """Return whether work of so many seconds is complete by the deadline."""
         return seconds <= self.remaining()
 
     def within(self, seconds: float) -> Deadline:
-        """A moment in so many seconds, but no later than this one."""
+        """Return a deadline in so many seconds, but not later than this one."""
         return Deadline(min(seconds, self.remaining()), self._clock)
 
 
@@ -57,7 +57,7 @@ def alarm(seconds: float) -> Iterator[None]:
         raise OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, ring)
-    # Zero would switch the timer off.
+    # Zero disables the timer.
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), _AGAIN)
     try:
         yield

@@ -1,7 +1,8 @@
-"""Stage ``checkerboard``: one Lagrangian student of the exact checkerboard, as many samples as fit.
+"""Stage ``checkerboard``: one Lagrangian student of the exact checkerboard, with as many samples as fit.
 
 The protocol of arXiv 2505.18825: four hidden layers of 512 GELU units, batches of 100,000, 50 bins. Teacher: the closed
-form. The speed of the first steps sets the length of the run, so that its rate is zero when the time is over.
+form. The speed of the first steps determines the number of steps, so that the learning rate is zero at the end of the
+time.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ if TYPE_CHECKING:
 
 BATCH = 100_000
 POINTS = 64_000
-# Long averages hold weights of a higher rate; short ones are noisy. The best of them at the end is reported with all.
+# Long averages include weights of a higher learning rate, short ones are noisy. All are reported, the best first.
 RATES = (0.99, 0.999)
 MEASURED = 10
 
 
 class OnDevice(Board):
-    """The dataset, whose points are made where they are used."""
+    """The dataset, with points on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """As the board's own."""
-        return super().at(places.to(self.device))
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the points of the board on the device."""
+        return super().at(positions.to(self.device))
 
 
 def recipe_of(batch: int, steps: int) -> Recipe:
-    """The benchmark's own recipe, in the published batches."""
+    """Return the experiment's recipe with the published batch size."""
     recipe = recipe_for(METHODS["lagrangian"], steps, 0, 1)
     changes = {"batch_size": batch, "steps": steps, "ema": RATES, "warmup_steps": min(200, steps // 10)}
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
 
 
 class Run:
-    """Teacher, student and yardsticks on one device."""
+    """Teacher, student and metrics on one device."""
 
     def __init__(self, job: Job) -> None:
         self.job, tiny = job, job.options.tiny
@@ -62,15 +63,15 @@ class Run:
         self.ends = solved(closed_form(), self.noise, 10 if tiny else 200)
 
     def trainer(self, steps: int) -> Trainer:
-        """From random weights; it never writes a checkpoint."""
+        """Return a trainer of random weights, which writes no checkpoint."""
         student = Perceptron(0, width=self.width)
         folder = self.job.options.work / "checkerboard"
         folder.mkdir(parents=True, exist_ok=True)
         data = OnDevice(self.device)
         return Trainer(student, closed_form(), recipe_of(self.batch, steps), data, folder, self.accelerator)
 
-    def seconds_a_step(self, seconds: float) -> float:
-        """Measured on a student that is thrown away."""
+    def seconds_per_step(self, seconds: float) -> float:
+        """Return the seconds per step, measured on a student that is then discarded."""
         trainer, request = self.trainer(10**6), StopRequest()
         for step in range(3):
             trainer.train_step(step, request)
@@ -82,7 +83,7 @@ class Run:
         return (time.perf_counter() - started) / steps
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
-        """KL at every number of steps of each average, and its endpoint error; those of the best average first."""
+        """Return KL and endpoint error at every number of steps of each average, those of the best average first."""
         found = {}
         for rate in RATES:
             student = trainer.averaged_student(rate)
@@ -97,32 +98,32 @@ class Run:
 
 
 def run(job: Job) -> None:
-    """Speed, then the run, measured on its way."""
+    """Measure the speed, then train, with measurements during training."""
     ((_, deadline),) = list(job.parts())
     record, tiny = job.record, job.options.tiny
     if job.options.device == "cpu":
         torch.set_num_threads(1)
-    # A curve is of one run.
+    # All points of a curve are of one run.
     record.restart()
     bench = Run(job)
     exact = {f"kl_{bins}": divergence(bench.ends.cpu(), bins) for bins in (50, 48)}
-    pace = bench.seconds_a_step(1 if tiny else 10)
+    pace = bench.seconds_per_step(1 if tiny else 10)
     # A measurement takes about as long as 62 calls of the network on all points and both averages.
     reserve = 3 if tiny else 5 + MEASURED * 2
     steps = max(int((deadline.remaining() - reserve) / pace), 2)
     if tiny:
         steps = min(steps, 20)
     record.set(checkerboard={"exact": exact, "seconds_a_step": pace, "steps": steps, "batch": bench.batch})
-    print(f"{1000 * pace:.1f} ms a step of {bench.batch}: {steps} steps, {steps * bench.batch / 1e6:.1f}M samples")
+    print(f"{1000 * pace:.1f} ms per step of {bench.batch}: {steps} steps, {steps * bench.batch / 1e6:.1f}M samples")
     try:
         with alarm(job.deadline.remaining() - 2):
             train(bench, steps)
     except OutOfTimeError:
-        record.keep("end of the run", "cut", what="end", reason="no time: steps were slower than measured before")
+        record.add("end of the run", "cut", what="end", reason="no time: steps were slower than measured before")
 
 
 def train(bench: Run, steps: int) -> None:
-    """All steps; a row of the curve after each tenth of them."""
+    """Train all steps, with a row of the curve after each tenth of them."""
     trainer, request, spent = bench.trainer(steps), StopRequest(), 0.0
     marks = {math.ceil(steps * part / MEASURED) for part in range(1, MEASURED + 1)}
     started = time.perf_counter()
@@ -134,6 +135,6 @@ def train(bench: Run, steps: int) -> None:
             spent = time.perf_counter() - started - trained
             samples = (step + 1) * bench.batch
             about = {"what": "curve", "samples": samples, "trained_seconds": trained, "steps": step + 1}
-            bench.job.record.keep(f"{samples:,} samples", "measured", **about | found)
+            bench.job.record.add(f"{samples:,} samples", "measured", **about | found)
             shown = ", ".join(f"{value:.3f}" for value in found["kl_50"].values())
             print(f"{samples / 1e6:.1f}M samples in {trained:.0f} s: KL {shown}", flush=True)

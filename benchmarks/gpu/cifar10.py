@@ -1,4 +1,4 @@
-"""Stage ``cifar10``: the CIFAR-10 benchmark within the minutes, with FastGen's students next to ours."""
+"""Stage ``cifar10``: the CIFAR-10 experiment within the minutes, with students of FastGen's losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.gpu.budget import OutOfTimeError, alarm
 from benchmarks.gpu.cifar10_peer import PEERS
-from benchmarks.gpu.kept import pack, unpack
+from benchmarks.gpu.stored import pack, unpack
 from experiments.cifar10 import experiment
 from experiments.cifar10.budget import BUDGETS
 from experiments.cifar10.methods import METHODS
@@ -22,26 +22,26 @@ from experiments.cifar10.methods import METHODS
 if TYPE_CHECKING:
     from benchmarks.gpu.stage import Job
 
-# What the next call needs: the classifier judges all calls alike.
-KEPT = ("teacher", "classifier/classifier.pt", "classifier/classifier.json")
+# Stored for the next call, so that all calls have one teacher and one classifier.
+STORED = ("teacher", "classifier/classifier.pt", "classifier/classifier.json")
 PICTURES = ("steps", "minutes", "samples")
 
 
 class Experiment(experiment.Experiment):
-    """The benchmark, whose teacher is kept for later calls and which trains FastGen's students too."""
+    """The experiment with FastGen's students, whose teacher is stored for later calls."""
 
     def __init__(self, job: Job, minutes: float) -> None:
         options, work = job.options, job.options.work / "cifar10"
         work.mkdir(parents=True, exist_ok=True)
-        if options.kept is not None and not (work / "teacher").is_dir():
+        if options.stored is not None and not (work / "teacher").is_dir():
             print(
-                f"teacher of an earlier call: {'found' if unpack(options.kept, work) else 'no complete one'}",
+                f"teacher of an earlier call: {'found' if unpack(options.stored, work) else 'incomplete'}",
                 flush=True,
             )
         budget = BUDGETS["toy" if options.tiny else "gpu"]
-        # A step of theirs in torch's own forward mode costs about two of ours.
+        # A step of FastGen in torch's own forward mode takes about as long as two of this package.
         peers = [] if options.fastgen is None else list(PEERS)
-        budget = replace(budget, beside=2 * len(peers), seeded=0)
+        budget = replace(budget, peers=2 * len(peers), seeded=0)
         names = list(METHODS)[: 2 if options.tiny else None]
         super().__init__(options.data, work, work / "gpu-cifar10.json", budget, minutes, names)
         self.job, self.peers = job, peers
@@ -50,15 +50,15 @@ class Experiment(experiment.Experiment):
         super()._teacher_and_classifier()
         if (self.work / "teacher" / "model_index.json").is_file():
             halve(self.work / "teacher")
-            if all((self.work / name).exists() for name in KEPT):
-                files = pack(self.work, KEPT, self.job.options.output)
-                print(f"kept for later calls: {', '.join(file.name for file in files)}", flush=True)
+            if all((self.work / name).exists() for name in STORED):
+                files = pack(self.work, STORED, self.job.options.output)
+                print(f"stored for later calls: {', '.join(file.name for file in files)}", flush=True)
 
     def _students(self, names: list[str], steps: int, seed: int) -> None:
         for name in self.peers:
             if seed == 0 and not (self.work / "rows" / f"{row_name(name)}.json").is_file():
                 self._start_peer(name, steps)
-        # The benchmark waits for its own processes alone.
+        # The experiment waits only for its own processes.
         others = {title: self.processes.running.pop(title) for title in list(self.processes.running)}
         try:
             super()._students(names, steps, seed)
@@ -71,14 +71,14 @@ class Experiment(experiment.Experiment):
         self.processes.start(row_name(name), [*command, "--budget", "toy" if self.job.options.tiny else "gpu"])
 
     def finish_peers(self, seconds: float) -> None:
-        """Wait for those that still run, and stop them when the time is over."""
+        """Wait for running students, and stop them when the time is over."""
         until = time.monotonic() + seconds
         for title in list(self.processes.running):
             self.processes.code(title, max(until - time.monotonic(), 0))
             self.write_json()
 
     def write_json(self) -> dict[str, Any]:
-        """Into the stage's own JSON too, with a row per student."""
+        """Write the results, with a row per student, also into the JSON of the stage."""
         found = super().write_json()
         rows = dict.fromkeys(found["students"], "measured")
         rows |= {f"{name}-0": "skipped" for name in found["missing"]}
@@ -102,14 +102,14 @@ class Experiment(experiment.Experiment):
 
 
 def row_name(peer: str) -> str:
-    """The title of a peer's student among the others."""
+    """Return the title of a peer's student."""
     return f"{peer.replace(' ', '-')}-0"
 
 
 def halve(teacher: Path) -> None:
-    """Round the teacher's weights to half precision before anything is measured.
+    """Round the teacher's weights to half precision before any measurement.
 
-    Half of the megabytes travel, and the teacher of every call is the same one. It is opened in float32 either way.
+    The stored teacher then takes half of the space, and every call has the same teacher. It is opened in float32.
     """
     file = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -121,7 +121,7 @@ def halve(teacher: Path) -> None:
 
 
 def run(job: Job) -> None:
-    """Both parts; what there is at the end of the minutes is written."""
+    """Run both parts, and write all results at the end of the minutes."""
     (_, students), (_, peers) = list(job.parts())
     benchmark = Experiment(job, students.remaining() / 60)
     try:
@@ -130,7 +130,7 @@ def run(job: Job) -> None:
             benchmark.finish_peers(min(peers.remaining(), job.deadline.remaining() - 15))
             benchmark.write()
     except OutOfTimeError:
-        print("the time is over; what there is is written", flush=True)
+        print("the time is over; all results are written", flush=True)
     finally:
         benchmark.processes.stop()
         benchmark.write_json()

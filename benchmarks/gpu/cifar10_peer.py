@@ -1,7 +1,7 @@
-"""A student of the CIFAR-10 benchmark by one of FastGen's losses: trained, measured, and put among the rows.
+"""Train and measure a student of the CIFAR-10 experiment by one of FastGen's losses.
 
-Teacher, images, batch, steps, rate, clipping, optimizer and average are those of our students. Multi-step samples of
-consistency models (sCM, ECT) are noised anew between calls, as published; mean flow's are jumps.
+Teacher, images, batch, steps, learning rate, clipping, optimizer and average are those of this package's students.
+Multi-step sampling of consistency models (sCM, ECT) adds noise between calls, as published; that of mean flow jumps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from benchmarks.step_peers import ECT, PeerStep
 from experiments.cifar10.budget import BUDGETS
 from experiments.cifar10.experiment import STEPS
-from experiments.cifar10.measure import open_judge, save_whole
+from experiments.cifar10.measure import open_judge, save_atomically
 from fmm_distill.io.files import append_line, write_text
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
@@ -42,7 +42,7 @@ PEERS = ("fastgen mean_flow", "fastgen sCM", ECT)
 
 
 def picker(pixels: Tensor, device: torch.device) -> Callable[[Draws], Tensor]:
-    """Images in [-1, 1] by their draws, half of them mirrored."""
+    """Return a function from draws to images in [-1, 1], half of them mirrored."""
     pixels = pixels.to(device)
 
     def pick(draws: Draws) -> Tensor:
@@ -55,7 +55,7 @@ def picker(pixels: Tensor, device: torch.device) -> Callable[[Draws], Tensor]:
 
 
 def consistency(student: Student, steps: int) -> Callable[[Tensor], Tensor]:
-    """A consistency model's sampler: to data, and back to the next time with new noise."""
+    """Return the sampler of a consistency model: to data, and back to the next time with new noise."""
 
     def sample(noise: Tensor) -> Tensor:
         generator = torch.Generator(noise.device).manual_seed(0)
@@ -73,7 +73,7 @@ def consistency(student: Student, steps: int) -> Callable[[Tensor], Tensor]:
 
 
 def train(peer: PeerStep, recipe: Recipe, log: Path) -> list[float]:
-    """All steps; the losses of some."""
+    """Train all steps, and return the losses of some."""
     losses, training = [], recipe.training
     for step in range(training.steps):
         for group in peer.optimizer.param_groups:
@@ -86,14 +86,14 @@ def train(peer: PeerStep, recipe: Recipe, log: Path) -> list[float]:
 
 
 def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> None:
-    """Train, measure, write."""
+    """Train and measure the student, and write its row."""
     from experiments.cifar10.methods import recipe_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = "bf16" if budget.student_precision == "bf16" else "no"
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=half)
     teacher = load_teacher(str(work / "teacher")).to(device)
-    # The settings of our students; the loss plays no part.
+    # The settings of this package's students; the loss is not used.
     recipe = recipe_of("lagrangian", work / "teacher", work, budget, steps, 0)
     student = Student.from_teacher(teacher, seed=recipe.training.seed)
     peer = PeerStep(name, fastgen, student, teacher, budget.batch, accelerator)
@@ -112,7 +112,7 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
         found = {str(n): judge.row(consistency(student, n)) for n in STEPS}
         rows, pictures = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
     pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
-    save_whole(pixels, work / "rows" / f"{title}-0.safetensors")
+    save_atomically(pixels, work / "rows" / f"{title}-0.safetensors")
     result = {"method": title, "steps": steps, "images_seen": steps * budget.batch, "rows": rows, "loss": losses}
     write_text(work / "rows" / f"{title}-0.json", json.dumps(result | {"training_seconds": seconds}))
 

@@ -1,4 +1,4 @@
-"""Stage ``growth``: time and memory of a step against its sizes, as ``benchmarks/growth.py`` measures them."""
+"""Stage ``growth``: time and memory of a step against its sizes, as in ``benchmarks/growth.py``."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from benchmarks.gpu.stage import Job
 
 AXES = {"batch": "batch (UNet)", "tokens": "tokens (DiT)", "parameters": "parameters (UNet)"}
-# Sizes at which a GPU is busy: smaller ones wait for their launches.
+# Sizes that keep a GPU busy: smaller ones wait for kernel launches.
 BATCHES = (8, 16, 32, 64, 128)
 TOKENS = (64, 256, 576, 1024, 2304)
 
 
 def axis_row(axis: str, given: argparse.Namespace, folder: Path, _: Deadline) -> dict[str, Any]:
-    """The curves of one axis."""
+    """Measure the curves of one axis."""
     return grow(axis, given.sizes, given, folder)
 
 
 def options_row(given: argparse.Namespace, folder: Path, _: Deadline) -> dict[str, Any]:
-    """Checkpointing and accumulation."""
+    """Measure checkpointing and accumulation."""
     return {"options": options(given.sizes, given, folder)}
 
 
 def run(job: Job) -> None:
-    """A row per axis, the options, and a picture."""
+    """Measure a row per axis and the options, and plot them."""
     tiny, device = job.options.tiny, job.options.device
     if device == "cpu":
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Stage ``large``: steps and memory of models of published sizes with random weights, and FSDP 2 to the end."""
+"""Stage ``large``: steps and memory of models of published sizes with random weights, and a complete run of FSDP 2."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LORA_RANK = 64
 FSDP_DISK = 34 * 2**30
 # Side of the images at which a pipeline is opened (large_worker.py).
 OPENED_AT = 128
-# Side of the images of which the processor estimates the memory in time, and the row whose opening is timed.
+# Side of the images whose memory is estimated on the CPU in time, and the row whose opening is timed.
 ESTIMATED, OPENED = 512, "sd15, LoRA, 512"
 
 
 class Large:
-    """The models' folders, the rows, and the estimates that run next to them."""
+    """The folders of the models, the rows, and the estimates that run at the same time."""
 
     def __init__(self, job: Job, background: Background) -> None:
         self.job, self.background = job, background
@@ -48,13 +48,13 @@ class Large:
         self.waiting: dict[tuple[str, str], tuple[Future[None], Path, float]] = {}
 
     def worker(self, *words: object) -> list[str]:
-        """Arguments of a worker."""
+        """Return the arguments of a worker."""
         options = self.job.options
         return [*WORKER, *map(str, words), "--device", options.device, *(["--tiny"] if options.tiny else [])]
 
-    def build(self, beside: int) -> None:
-        """Start to build the models that are not there and that the disk has room for, next to so many bytes."""
-        free = shutil.disk_usage(self.work).free - beside
+    def build(self, reserved: int) -> None:
+        """Start to build missing models that fit on the disk, in addition to so many bytes."""
+        free = shutil.disk_usage(self.work).free - reserved
         for name, model in MODELS.items():
             out = self.work / f"{name}.json"
             if out.is_file() or name in self.building or not (self.job.options.tiny or model.disk < free):
@@ -69,7 +69,7 @@ class Large:
         """Wait for a model.
 
         Raises:
-            RuntimeError: if there is none.
+            RuntimeError: if it was not built.
         """
         if name in self.building:
             self.building[name].result()
@@ -80,7 +80,7 @@ class Large:
         return {"says": f"{counts}; {found['seconds']:.0f} s"}
 
     def recipe(self, name: str, student: str, side: int, **training: Any) -> Path:
-        """A recipe of LoRA adapters or of a full student, guided."""
+        """Return the recipe of LoRA adapters or of a full student, with guidance."""
         model, tiny = MODELS[name], self.job.options.tiny
         prompts = self.work / "prompts.txt"
         prompts.write_text("a boat\na red house\ntwo birds on a wire\n", encoding="utf-8")
@@ -117,11 +117,11 @@ class Large:
         return file
 
     def side(self, side: int) -> list[str]:
-        """Arguments of a worker on images of this side; tiny models have one size."""
+        """Return the arguments of a worker for images of this side; tiny models have one size."""
         return [] if self.job.options.tiny else ["--side", str(side)]
 
     def start(self, act: str, row: str) -> None:
-        """Start what runs on the processor next to the rows: ``estimate`` of the memory, or ``open``."""
+        """Start a worker on the CPU: ``estimate`` of the memory, or ``open``."""
         if self.job.record.has(f"{act}: {row}") or (act, row) in self.waiting:
             return
         name, student, side = row.split(", ")
@@ -134,20 +134,20 @@ class Large:
         self.waiting[act, row] = future, out, time.monotonic()
 
     def collect(self) -> None:
-        """Write what is complete."""
+        """Write the rows of finished workers."""
         for (act, row), (future, out, since) in list(self.waiting.items()):
             if future.done():
                 del self.waiting[act, row]
                 values = {"what": act, "of": row, "seconds": time.monotonic() - since}
                 error = RuntimeError(NO_TIME) if future.canceled() else future.exception()
                 if error is None:
-                    self.job.record.keep(f"{act}: {row}", "measured", **values | read(out))
+                    self.job.record.add(f"{act}: {row}", "measured", **values | read(out))
                 else:
                     status = "skipped" if str(error) == NO_TIME else "failed"
-                    self.job.record.keep(f"{act}: {row}", status, **values, reason=str(error))
+                    self.job.record.add(f"{act}: {row}", status, **values, reason=str(error))
 
     def step(self, recipe: Path, side: int, deadline: Deadline) -> dict[str, Any]:
-        """Training steps in a process of their own; those before a kill count."""
+        """Measure training steps in a separate process; after a kill, the finished ones count."""
         out = recipe.with_suffix(".step.json")
         out.unlink(missing_ok=True)
         steps = ["--steps", 2 if self.job.options.tiny else STEPS, *self.side(side)]
@@ -158,7 +158,7 @@ class Large:
                 time.sleep(0.1)
             code = process.poll()
         found = read(out)
-        # The first step loads kernels.
+        # The first step loads kernels and is not counted.
         if len(found.get("seconds_of_steps", ())) < 2:
             raise RuntimeError("no time for two steps" if code is None else last_line(log))
         seconds = statistics.median(found["seconds_of_steps"][1:])
@@ -168,12 +168,12 @@ class Large:
         }
 
     def rows(self, name: str) -> Iterator[Row]:
-        """Build, LoRA and full student of a model, at its sizes."""
+        """Return the rows of a model: building it, LoRA and full student, at its sizes."""
         model: Model = MODELS[name]
         tiny = self.job.options.tiny
         yield Row(f"{name}, build", partial(self.built, name), "build", 3 if tiny else 40, {"what": "build"})
         for side in model.sides[:1] if tiny else model.sides:
-            # Tiny ones show that it runs: one model's full student is enough.
+            # For a trial with tiny models, one full student is enough.
             full = side == ESTIMATED and (name == "sd15" or not tiny)
             for student in ("LoRA", "full") if full else ("LoRA",):
                 recipe, row = self.recipe(name, student, side), f"{name}, {student}, {side}"
@@ -192,7 +192,7 @@ class Large:
                 self.start("open", row)
 
     def fsdp(self) -> list[Row]:
-        """A run that is killed after its first checkpoint, resumed to the end, exported, and reloaded."""
+        """Run FSDP: kill after the first checkpoint, resume to the end, export, reload."""
         run = self.work / "fsdp"
         recipe = self.recipe("sd15", "full", 512, steps=4, checkpoint_every=2, checkpoints_total_limit=1)
         # FSDP needs a GPU; elsewhere the same steps run without it.
@@ -212,7 +212,7 @@ class Large:
 
 
 def killed(command: list[str], run: Path, _: Deadline) -> dict[str, Any]:
-    """Start a run and kill it a step after its first checkpoint."""
+    """Start a run and kill it one step after its first checkpoint."""
     shutil.rmtree(run, ignore_errors=True)
     log, lines = run.with_suffix(".killed.log"), run / "steps.jsonl"
     with started(command, log) as process:
@@ -226,27 +226,27 @@ def killed(command: list[str], run: Path, _: Deadline) -> dict[str, Any]:
 
 
 def resumed(command: list[str], run: Path, _: Deadline) -> dict[str, Any]:
-    """The same command again."""
+    """Run the same command again."""
     log = run.with_suffix(".resumed.log")
     call(command, log)
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [line for line in lines if line.startswith(("going on from", "resum", "FSDP:"))]
     if not (run / "evaluation.json").is_file() or not (run / "student" / "model_index.json").is_file():
         raise RuntimeError(f"no evaluation or no export: {last_line(log)}")
-    # What it takes of the disk is needed by the next models.
+    # The next models need its disk space.
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return {"says": "; ".join(found)}
 
 
 def reloaded(command: list[str], run: Path, out: Path, _: Deadline) -> dict[str, Any]:
-    """The export, as others open it."""
+    """Open the export with diffusers."""
     call(command, run.with_suffix(".reload.log"))
     shutil.rmtree(run, ignore_errors=True)
     return read(out)
 
 
 def run(job: Job) -> None:
-    """All parts; builds and estimates run next to the rows."""
+    """Run all parts; models are built and memory is estimated at the same time as rows are measured."""
     with Background(2) as background:
         large = Large(job, background)
         planned = [list(large.rows(name)) for name in MODELS]

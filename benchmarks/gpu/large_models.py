@@ -1,4 +1,4 @@
-"""Pipelines of published sizes with random weights, made in seconds on the device and saved in half precision."""
+"""Pipelines of published sizes with random weights, created on the device and saved in half precision."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Model:
     """A model of a published size.
 
     Attributes:
-        make: the pipeline in its published configuration.
+        make: creates the pipeline in its published configuration.
         tiny: the same classes with a few thousand weights.
         disk: bytes of the saved pipeline.
-        sides: of the images that it is trained on; 512 first, the size whose memory the processor estimates in time.
+        sides: of the images that it is trained on; 512 first, the size whose memory is estimated on the CPU in time.
         batch: of a training step.
     """
 
@@ -55,7 +55,7 @@ class Model:
 
 
 def encoder(sizes: tuple[int, int, int, int], kind: type, act: str) -> torch.nn.Module:
-    """A text encoder of the published size; its tokenizer spells, which takes some of its tokens."""
+    """Return a text encoder of the published size, with a tokenizer of single letters."""
     width, feed_forward, layers, heads = sizes
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
@@ -74,7 +74,7 @@ def encoder(sizes: tuple[int, int, int, int], kind: type, act: str) -> torch.nn.
 
 
 def autoencoder(channels: int, **config: Any) -> AutoencoderKL:
-    """Eight times smaller latents, as in Stable Diffusion."""
+    """Return an autoencoder with eight times smaller latents, as in Stable Diffusion."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
@@ -86,13 +86,13 @@ def autoencoder(channels: int, **config: Any) -> AutoencoderKL:
 
 
 def scheduler(kind: type, **config: Any) -> Any:
-    """A scheduler, whose tables NumPy reads: on the processor, wherever the networks are made."""
+    """Return a scheduler on the CPU, wherever the networks are: NumPy reads its tables."""
     with torch.device("cpu"):
         return kind(**config)
 
 
 def sd15() -> DiffusionPipeline:
-    """Stable Diffusion 1.5: diffusers' defaults are its network but for the width of the text."""
+    """Create Stable Diffusion 1.5: the defaults of diffusers except for the width of the text."""
     return StableDiffusionPipeline(
         vae=autoencoder(4, sample_size=512),
         text_encoder=encoder(CLIP_L, CLIPTextModel, "quick_gelu"),
@@ -106,7 +106,7 @@ def sd15() -> DiffusionPipeline:
 
 
 def sdxl() -> DiffusionPipeline:
-    """Stable Diffusion XL."""
+    """Create Stable Diffusion XL."""
     unet = UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
@@ -132,13 +132,13 @@ def sdxl() -> DiffusionPipeline:
 
 
 def t5() -> torch.nn.Module:
-    """An encoder of T5's published width."""
+    """Return an encoder with the published width of T5."""
     sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 256, "num_layers": 1, "num_heads": 1}
     return T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer()), feed_forward_proj="gated-gelu", **sizes))
 
 
 def sd3() -> DiffusionPipeline:
-    """Stable Diffusion 3 medium with one layer of T5: what is timed is the transformer.
+    """Create Stable Diffusion 3 medium with one layer of T5: only the transformer is timed.
 
     A saved pipeline without a third encoder opens only where None is passed for it.
     """
@@ -182,18 +182,18 @@ MODELS = {
 
 
 def build(name: str, folder: Path, device: str, *, tiny: bool) -> dict[str, int]:
-    """Save a pipeline; its parameters by component."""
+    """Save a pipeline, and return its numbers of parameters by component."""
     torch.manual_seed(0)
     if tiny:
         pipeline = MODELS[name].tiny()
     else:
-        # Initialization on a GPU takes seconds, on a processor minutes.
+        # Initialization takes seconds on a GPU, minutes on a CPU.
         with torch.device(device):
             pipeline = MODELS[name].make()
     counts = {}
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
-            # Zero output layers would leave nothing to depend on the time or the text.
+            # With zero output layers, nothing would depend on the time or the text.
             redraw(module.to(device))
             counts[part] = sum(parameter.numel() for parameter in module.parameters())
             if not tiny:

@@ -1,4 +1,4 @@
-"""One process of stage ``large``: what it holds is free when it ends, and what kills it kills nothing else.
+"""One process of stage ``large``: its memory is freed at its end, and a crash does not affect other rows.
 
 python -m benchmarks.gpu.large_worker build sd15 FOLDER OUT --device cuda
 python -m benchmarks.gpu.large_worker step RECIPE RUN OUT --steps 5
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.gpu.record import write_whole
+from benchmarks.gpu.record import write_atomically
 from fmm_distill.config.recipe import load_recipe
 from fmm_distill.data.prepare import prepare_samples
 from fmm_distill.run.plan import open_teacher, plan
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.run.plan import Plan
 
-# Pixels by latents of every model.
+# Pixels per latent of every model, in each direction.
 SHRINK = 8
 
 
@@ -42,14 +42,14 @@ def build(given: argparse.Namespace) -> None:
 
     started = time.monotonic()
     counts = build_pipeline(given.name, given.folder, given.device, tiny=given.tiny)
-    write_whole(given.out, json.dumps({"parts": counts, "seconds": time.monotonic() - started}))
+    write_atomically(given.out, json.dumps({"parts": counts, "seconds": time.monotonic() - started}))
 
 
 def planned(recipe: Recipe, side: int | None) -> Plan:
-    """Everything that a recipe needs, opened at the recipe's small size of images and set to samples of another.
+    """Return the plan of a recipe, opened at small images and set to samples of another size.
 
-    A pipeline is opened by running it, some sixty samples of the network on the processor: at 512 pixels a minute and
-    more with each process. Weights and conditions are the same at every size.
+    Opening a pipeline runs it, some sixty samples of the network on the CPU: at 512 pixels this takes a minute or more
+    in each process. Weights and conditions are the same at every size.
     """
     job = plan(recipe)
     if side is not None:
@@ -59,7 +59,7 @@ def planned(recipe: Recipe, side: int | None) -> Plan:
 
 
 def open_at(given: argparse.Namespace) -> None:
-    """How long the program takes to open the pipeline at the size of its images."""
+    """Measure the time to open the pipeline at the size of its images."""
     recipe = load_recipe(str(given.recipe))
     if given.side is not None:
         recipe = recipe.model_copy(update={"pipeline": {"height": given.side, "width": given.side}})
@@ -67,11 +67,11 @@ def open_at(given: argparse.Namespace) -> None:
     teacher = open_teacher(recipe)
     seconds = time.monotonic() - started
     shape = " x ".join(map(str, teacher.event_shape))
-    write_whole(given.out, json.dumps({"says": f"samples of {shape}", "open_seconds": seconds}))
+    write_atomically(given.out, json.dumps({"says": f"samples of {shape}", "open_seconds": seconds}))
 
 
 def step(given: argparse.Namespace) -> None:
-    """Training steps as a run takes them, without checkpoints, evaluation and export; written after each."""
+    """Measure training steps without checkpoints, evaluation and export; write the result after each."""
     recipe = load_recipe(str(given.recipe))
     started = time.monotonic()
     accelerator = make_accelerator(recipe, given.run)
@@ -84,15 +84,15 @@ def step(given: argparse.Namespace) -> None:
     found["trained"] = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
     for number in range(given.steps):
         began = time.perf_counter()
-        # It waits for the device to log its numbers.
+        # A step waits for the device, to log its numbers.
         trainer.train_step(number, StopRequest())
         found["seconds_of_steps"].append(time.perf_counter() - began)
         found["bytes"] = peak_memory(accelerator.device)
-        write_whole(given.out, json.dumps(found))
+        write_atomically(given.out, json.dumps(found))
 
 
 def estimate(given: argparse.Namespace) -> None:
-    """What ``fmm-distill --dry-run`` prints of the memory, in bytes."""
+    """Compute the memory estimate of ``fmm-distill --dry-run``, in bytes."""
     recipe = load_recipe(str(given.recipe))
     started = time.monotonic()
     job = planned(recipe, given.side)
@@ -100,11 +100,11 @@ def estimate(given: argparse.Namespace) -> None:
         checkpoint_blocks(job.student)
     memory = forecast_memory(job.student, job.teacher, recipe)
     found = {"bytes": memory.peak, "parts": asdict(memory), "seconds": time.monotonic() - started}
-    write_whole(given.out, json.dumps(found))
+    write_atomically(given.out, json.dumps(found))
 
 
 def reload(given: argparse.Namespace) -> None:
-    """An exported student as others open it: by diffusers, one step."""
+    """Open an exported student with diffusers and sample in one step."""
     from diffusers import DiffusionPipeline
 
     started = time.monotonic()
@@ -113,7 +113,7 @@ def reload(given: argparse.Namespace) -> None:
     image = pipeline("a boat", num_inference_steps=1, output_type="pt").images
     finite = bool(torch.isfinite(image).all())
     found = {"says": f"{type(pipeline).__name__}, image {list(image.shape)}, finite: {finite}", "open_seconds": opened}
-    write_whole(given.out, json.dumps(found))
+    write_atomically(given.out, json.dumps(found))
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def main() -> None:
         made.add_argument("--device", default="cuda")
         made.add_argument("--tiny", action="store_true")
         made.add_argument("--steps", type=int, default=5)
-        made.add_argument("--side", type=int, help="of the images; the recipe's")
+        made.add_argument("--side", type=int, help="of the images [the recipe's]")
     given = parser.parse_args()
     given.act(given)
 

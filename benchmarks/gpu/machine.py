@@ -1,4 +1,4 @@
-"""The machine and the code that are measured; packages that the machine lacks."""
+"""The measured machine and code, and missing packages."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["ROOT", "about_code", "about_machine", "install", "missing", "sources"]
 
 ROOT = Path(__file__).parents[2]
-# Modules whose distribution has another name.
+# Modules with another name than their distribution.
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Distributions of the modules that can't be imported."""
+    """Return the distributions of modules that can't be imported."""
     return [DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
 
 
 def install(wheels: Path, site: Path) -> list[str]:
-    """Install the distributions that are missing, from a folder of wheels and nothing else, into ``site``.
+    """Install missing distributions into ``site``, from a folder of wheels alone.
 
-    Without their dependencies: the folder holds all that is to be installed, and pip would replace the machine's torch.
+    Dependencies are not resolved: the folder has all packages, and pip would replace the machine's torch.
     """
     names = {file.name.split("-")[0] for file in wheels.glob("*.whl")}
     absent = sorted(name for name in names if not _is_installed(name))
@@ -45,7 +45,7 @@ def install(wheels: Path, site: Path) -> list[str]:
 
 
 def use(site: Path) -> None:
-    """Let this process and those that it starts import from ``site``, after the machine's own packages."""
+    """Add ``site`` to the import path of this process and its children, after the machine's own packages."""
     sys.path.append(str(site))
     paths = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(site)]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -61,7 +61,7 @@ def _is_installed(name: str) -> bool:
 
 
 def sources(patterns: Iterable[str]) -> dict[str, str]:
-    """Digests of the files that a stage measures, by their paths in the repository."""
+    """Return digests of the files that a stage measures, by their paths in the repository."""
     files = sorted({file for pattern in patterns for file in ROOT.glob(pattern) if "__pycache__" not in file.parts})
     return {
         file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
@@ -71,7 +71,7 @@ def sources(patterns: Iterable[str]) -> dict[str, str]:
 
 
 def git(*arguments: str) -> str | None:
-    """The answer of git in this checkout; None without git or outside a repository, as in a copy of the files."""
+    """Return the output of git in this checkout; None without git or a repository, as in a copy of the files."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -80,10 +80,10 @@ def git(*arguments: str) -> str | None:
 
 
 def about_code(patterns: Iterable[str], commit: str | None) -> dict[str, Any]:
-    """The commit and the digests of what is measured.
+    """Return the commit and the digests of the measured files.
 
     Args:
-        commit: of a copy that has another history or none; it wins over the history.
+        commit: of a copy without this history; it replaces the commit of the history.
     """
     found = git("rev-parse", "HEAD")
     # A line's first two characters are the state of a file, the third is blank.
@@ -93,7 +93,7 @@ def about_code(patterns: Iterable[str], commit: str | None) -> dict[str, Any]:
 
 
 def about_machine(device: str) -> dict[str, Any]:
-    """Device, versions and date."""
+    """Return device, versions and date."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} processor"

@@ -1,4 +1,4 @@
-"""Processes of a stage, each with a log; none outlives the stage."""
+"""Processes of a stage, each with a log, which end with the stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Background", "call", "last_line", "started"]
 def started(
     command: Sequence[str], log: Path, changes: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of Python in a group of its own, which is killed at the end of the block.
+    """Start a Python process in its own group, which is killed at the end of the block.
 
     Args:
         changes: to the environment.
@@ -49,15 +49,15 @@ def started(
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
+    """Kill a process and its children."""
     with suppress(ProcessLookupError):
-        # Its own group: the launcher's children are in it.
+        # The children of a launcher are in its group.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def call(command: Sequence[str], log: Path, changes: Mapping[str, str] | None = None) -> None:
-    """Run to the end.
+    """Run a process to its end.
 
     Raises:
         RuntimeError: with the last line of the log, if the process fails.
@@ -68,14 +68,14 @@ def call(command: Sequence[str], log: Path, changes: Mapping[str, str] | None = 
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, an error as a rule."""
+    """Return the last line of a log, usually an error."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("error:")]
     return ([*lines, *errors] or ["no output"])[-1][:300]
 
 
 class Background:
-    """Calls that run next to the others, a few at a time; killed when the block ends."""
+    """Background calls, a few at a time, which are killed at the end of the block."""
 
     def __init__(self, workers: int) -> None:
         self._pool, self._over = ThreadPoolExecutor(workers), threading.Event()
@@ -88,7 +88,7 @@ class Background:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, command: Sequence[str], log: Path, changes: Mapping[str, str] | None = None) -> Future[None]:
-        """Start a call as soon as there is a place."""
+        """Start a call as soon as the number of running calls permits."""
         return self._pool.submit(self._run, command, log, changes)
 
     def _run(self, command: Sequence[str], log: Path, changes: Mapping[str, str] | None) -> None:

@@ -1,4 +1,4 @@
-"""The JSON of a stage: complete at every moment, and resumed by the next call that measures the same code."""
+"""The JSON of a stage, complete after every row; the next call on the same code resumes it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "read", "write_whole"]
+__all__ = ["Record", "read", "write_atomically"]
 
-# A result of other code, on another device or with another torch is not continued.
+# Results of other code, of another device or of another torch are not resumed.
 IDENTITY = ("stage", "sources", "device", "torch", "tiny")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there complete or not at all, even if the process is killed."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that exists completely or not at all, even if the process is killed."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON in a file; empty if there is none."""
+    """Return the JSON of a file; empty without the file."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
@@ -33,7 +33,7 @@ class Record:
     """Rows of a stage, written after each.
 
     Args:
-        about: machine, code and options. A file of the same ones is continued, another one is moved out of the way.
+        about: machine, code and options. A file with the same ones is resumed, another one is renamed.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Record:
         self.write()
 
     def restart(self) -> None:
-        """Begin without rows; those that there are stay in a file of their own."""
+        """Start without rows; existing rows stay in a renamed file."""
         if self.found["rows"]:
             self.path.replace(self.path.with_suffix(".previous.json"))
         self.found = {"about": self.found["about"], "rows": {}}
@@ -61,7 +61,7 @@ class Record:
         rows = self.found["rows"].values()
         return [row["seconds"] for row in rows if row["status"] == "measured" and row.get("kind") == kind]
 
-    def keep(self, name: str, status: str, **values: Any) -> None:
+    def add(self, name: str, status: str, **values: Any) -> None:
         """Write a row.
 
         Args:
@@ -71,10 +71,10 @@ class Record:
         self.write()
 
     def set(self, **values: Any) -> None:
-        """Write further entries beside the rows."""
+        """Write further entries next to the rows."""
         self.found |= values
         self.write()
 
     def write(self) -> None:
-        """Write all of it."""
-        write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
+        """Write the JSON."""
+        write_atomically(self.path, json.dumps(self.found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The tables of the stages' JSON, and the list of stages with the state of their results."""
+"""Tables of the JSON files of all stages, and the list of stages with the state of their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLISHED = (0.086, 0.077, 0.071, 0.070, 0.071)
 
 
 def listing(results: Path) -> str:
-    """One line per stage: whether it has a result, of which commit, and whether that is today's code."""
+    """Return the list of stages: results with their commits, and whether the code has changed since."""
     lines = []
     for stage in STAGES.values():
         lines += [
@@ -50,7 +50,7 @@ def _state(path: Path, patterns: Iterable[str]) -> str:
 
 
 def render(paths: Sequence[Path]) -> str:
-    """The tables of these files, as Markdown."""
+    """Return the tables of these files as Markdown."""
     texts = []
     for path in paths:
         found = read(path)
@@ -73,7 +73,7 @@ def _head(found: Mapping[str, Any]) -> list[str]:
 
 
 def _rest(found: Mapping[str, Any]) -> list[str]:
-    """Rows without a measurement, by the reason."""
+    """Return the rows without a measurement by their reasons."""
     reasons: dict[str, list[str]] = {}
     for name, row in found["rows"].items():
         if row["status"] != "measured":
@@ -83,7 +83,7 @@ def _rest(found: Mapping[str, Any]) -> list[str]:
 
 
 def measured(found: Mapping[str, Any], **about: object) -> dict[str, dict[str, Any]]:
-    """The rows that are measured and have these values."""
+    """Return the measured rows with these values."""
     return {
         name: row
         for name, row in found["rows"].items()
@@ -92,7 +92,7 @@ def measured(found: Mapping[str, Any], **about: object) -> dict[str, dict[str, A
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
-    """Markdown; the first ``words`` columns are text. Empty if there are no rows."""
+    """Return a Markdown table whose first ``words`` columns are text; nothing without rows."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     if not lines:
         return []
@@ -179,7 +179,7 @@ def _cifar10(found: Mapping[str, Any]) -> list[str]:
 
 
 def _behind(students: Mapping[str, Any]) -> list[str]:
-    """Who is ahead at each number of calls."""
+    """Return the best student at each number of calls."""
     lines = []
     for n in ("1", "2", "4", "8", "16"):
         ordered = sorted((run["rows"][n]["frechet"], name) for name, run in students.items() if n in run["rows"])
@@ -214,7 +214,7 @@ def _sampling(found: Mapping[str, Any]) -> list[str]:
     columns = ["setting", "steps", "pipeline ms", "bare ms", "pipeline by bare", "graph by bare"]
     cells = [
         [
-            *(row["setting"], str(row["steps"]), f"{row['milliseconds']['whole']['median']:.2f}"),
+            *(row["setting"], str(row["steps"]), f"{row['milliseconds']['complete']['median']:.2f}"),
             *(f"{row['milliseconds']['bare']['median']:.2f}", _shown(row["ratio"]), _shown(row.get("graph_by_bare"))),
         ]
         for row in measured(found).values()

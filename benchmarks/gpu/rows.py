@@ -1,4 +1,4 @@
-"""Rows in order of importance, each measured if it fits."""
+"""Rows in the order of their importance, which are measured if they fit into the time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_TIME", "Row", "take"]
 
-# A row takes at most so much longer than the median of its kind, as a rule; the first ones load what later ones share.
+# Usually a row takes at most so many times the median of its kind; the first ones load what later ones reuse.
 MARGIN = 1.3
 NO_TIME = "no time"
 
@@ -26,10 +26,10 @@ class Row:
     """One small measurement.
 
     Attributes:
-        measure: called with the moment by which it has to be complete; returns the row's values.
-        kind: rows of one kind take about equally long.
+        measure: called with a deadline; returns the values of the row.
+        kind: rows of one kind take about the same time.
         guess: seconds of the first row of its kind.
-        about: values that belong to the row whatever comes of it, such as the name of a network.
+        about: values of the row in all cases, such as the name of a network.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Row:
 
 
 def take(rows: Iterable[Row], deadline: Deadline, record: Record, clean: Callable[[], None] = lambda: None) -> None:
-    """Measure the rows that fit, in their order. A row that fails is recorded with the reason and ends nothing.
+    """Measure the rows that fit, in their order. A failure is recorded with its reason, and the next row follows.
 
     Args:
-        clean: called after a row that did not complete, to free what it held.
+        clean: called after an incomplete row, to free its memory.
     """
     for row in rows:
         if record.has(row.name):
@@ -52,12 +52,12 @@ def take(rows: Iterable[Row], deadline: Deadline, record: Record, clean: Callabl
         expected = MARGIN * statistics.median(before) if before else row.guess
         if not deadline.fits(expected):
             reason = f"{NO_TIME}: {expected:.0f} s expected, {max(deadline.remaining(), 0):.0f} s left"
-            record.keep(row.name, "skipped", **row.about, reason=reason)
+            record.add(row.name, "skipped", **row.about, reason=reason)
             continue
         started = time.monotonic()
         status, values = _measured(row, deadline)
         seconds = time.monotonic() - started
-        record.keep(row.name, status, **row.about | values, kind=row.kind, seconds=round(seconds, 2))
+        record.add(row.name, status, **row.about | values, kind=row.kind, seconds=round(seconds, 2))
         print(f"{status} in {seconds:.1f} s ({max(deadline.remaining(), 0):.0f} s left): {row.name}", flush=True)
         if status != "measured":
             print(f"  {values['reason']}", flush=True)
@@ -70,6 +70,6 @@ def _measured(row: Row, deadline: Deadline) -> tuple[str, dict[str, Any]]:
             return "measured", row.measure(deadline)
     except OutOfTimeError:
         return "cut", {"reason": NO_TIME}
-    except Exception as error:  # noqa: BLE001 one row's failure, out of memory above all, leaves the others their time
+    except Exception as error:  # noqa: BLE001 a failure of one row, such as out of memory, must not end the others
         text = str(error).strip().splitlines() or [""]
         return "failed", {"reason": f"{type(error).__name__}: {text[0][:300]}"}

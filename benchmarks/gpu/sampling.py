@@ -1,4 +1,4 @@
-"""Stage ``sampling``: an exported pipeline against the bare calls of its network, eager and as a CUDA graph."""
+"""Stage ``sampling``: an exported pipeline against the calls of its network alone, eager and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ REPEATS = 20
 
 
 def graphed(bare: Callable[[], object]) -> Callable[[], object]:
-    """The same calls as one CUDA graph."""
+    """Return the same calls as one CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        # Kernels are chosen and workspaces made before the capture.
+        # Kernels are selected and workspaces allocated before the capture.
         for _ in range(3):
             bare()
     torch.cuda.current_stream().wait_stream(side)
@@ -41,8 +41,8 @@ def graphed(bare: Callable[[], object]) -> Callable[[], object]:
 
 
 def row(pipeline: DiffusionPipeline, steps: int, batch: int, half: bool, repeats: int, _: Deadline) -> dict[str, Any]:
-    """One number of steps at one batch."""
-    # A cast that is cached outside a graph is not part of it.
+    """Measure one number of steps at one batch size."""
+    # A cached cast from outside would not be part of the graph.
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         bare = bare_calls(pipeline, steps, batch)
         others = {"graph": graphed(bare)} if pipeline.device.type == "cuda" else {}
@@ -51,7 +51,7 @@ def row(pipeline: DiffusionPipeline, steps: int, batch: int, half: bool, repeats
 
 
 def run(job: Job) -> None:
-    """Every row of one pipeline."""
+    """Measure all rows of one pipeline."""
     tiny, device = job.options.tiny, job.options.device
     if device == "cpu":
         torch.set_num_threads(1)

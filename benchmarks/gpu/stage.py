@@ -1,4 +1,4 @@
-"""The stages: their parts with shares of the time, the modules that they need, and the code that they measure."""
+"""The stages: their parts with fractions of the time, required modules, and measured code."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ALL = ("fmm_distill/**/*.py",)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage, and the share of the stage's time that it may take; what it leaves goes to the next ones."""
+    """A part of a stage and its fraction of the time; unused time goes to the next parts."""
 
     name: str
-    share: float
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Stage:
 
     Attributes:
         title: one line for ``--list``.
-        goal: what its numbers are compared with.
+        goal: the thresholds of its numbers.
         parts: in the order in which they run.
         measures: patterns of files; a result is current while none of them changes.
-        needs: modules besides those that every stage imports.
-        inputs: options without which it can't run.
+        needs: modules in addition to those that every stage imports.
+        inputs: required options.
     """
 
     name: str
@@ -58,22 +58,22 @@ class Stage:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every module that has to be importable."""
+        """All required modules."""
         return BASE + self.needs
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Patterns of the files that its numbers depend on."""
+        """Patterns of the files that the numbers depend on."""
         return (*self.measures, f"benchmarks/gpu/{self.name}*.py")
 
     def run(self, job: Job) -> None:
-        """Measure. The module is imported here: it needs torch."""
+        """Run the module of the stage, which is imported here because it imports torch."""
         importlib.import_module(f"benchmarks.gpu.{self.name}").run(job)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command is called with."""
+    """Options of the command."""
 
     work: Path
     output: Path
@@ -82,12 +82,12 @@ class Options:
     minutes: float
     data: Path | None = None
     fastgen: Path | None = None
-    kept: Path | None = None
+    stored: Path | None = None
 
 
 @dataclass
 class Job:
-    """A stage under way.
+    """A running stage.
 
     Attributes:
         deadline: of the complete stage, pictures included.
@@ -103,16 +103,16 @@ class Job:
         self._seconds = self.deadline.remaining()
 
     def parts(self) -> Iterator[tuple[str, Deadline]]:
-        """The parts with their deadlines, one after the other; a part that ends early leaves its time to the next."""
+        """Yield the parts with their deadlines; unused time goes to the next part."""
         done = 0.0
         for part in self.stage.parts:
-            done += part.share
+            done += part.fraction
             spent = self._seconds - self.deadline.remaining()
             yield part.name, self.deadline.within(done * self._seconds - spent)
 
     def plan(self) -> str:
-        """What the stage does, with seconds."""
-        lines = [f"{part.share * self._seconds:6.0f} s  {part.name}" for part in self.stage.parts]
+        """Return the plan of the stage, with seconds."""
+        lines = [f"{part.fraction * self._seconds:6.0f} s  {part.name}" for part in self.stage.parts]
         return "\n".join([f"{self.stage.name}: {self.stage.title}", f"goal: {self.stage.goal}", *lines])
 
 
@@ -132,9 +132,9 @@ _STAGES = (
     Stage(
         "large",
         "SD 1.5, SDXL and a flow transformer of 2B parameters with random weights: steps, memory, FSDP to the end",
-        "measured memory within 15 % of the program's own estimate; FSDP 2 resumes, exports and reloads",
+        "measured memory within 15 % of the estimate; FSDP 2 resumes, exports and reloads",
         (
-            Part("SD 1.5: build it; LoRA and full student, estimates next to them on the processor", 0.25),
+            Part("SD 1.5: build it; LoRA and full student, estimates at the same time on the CPU", 0.25),
             Part("FSDP 2 through accelerate launch: kill, resume, export, reload", 0.25),
             Part("flow transformer of 2B: build it; LoRA and full student", 0.22),
             Part("SDXL: build it; LoRA and full student", 0.24),
@@ -160,8 +160,8 @@ _STAGES = (
     ),
     Stage(
         "sampling",
-        "an exported any-step pipeline against the bare calls of its network, and those as a CUDA graph",
-        "1.05 of the bare calls",
+        "an exported any-step pipeline against the calls of its network alone, and those as a CUDA graph",
+        "1.05 of the calls alone",
         (Part("pipelines of 36M parameters, bf16 and fp32, 1 to 16 steps, batch 1 to 64", 0.94),),
         (*ALL, "benchmarks/sampling.py"),
     ),

@@ -1,4 +1,4 @@
-"""Stage ``startup``: from the command line to the first training step, as ``benchmarks/startup.py`` measures it."""
+"""Stage ``startup``: from the command line to the first training step, as in ``benchmarks/startup.py``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 def commands(folder: Path, repeats: int, _: Deadline) -> dict[str, Any]:
-    """Every command and a run to its first step, cold and warm."""
+    """Measure all commands and a run to its first step, cold and warm."""
     return {"values": startup.starts(repeats, folder)}
 
 
 def parts(folder: Path, repeats: int, _: Deadline) -> dict[str, Any]:
-    """The parts of a warm start."""
+    """Measure the parts of a warm start."""
     seconds, packages = startup.parts(repeats, folder)
     return {"values": seconds, "packages": packages}
 
 
 def imports(folder: Path, _: Deadline) -> dict[str, Any]:
-    """What the imports of each package take, the largest ones."""
+    """Measure the imports of each package, and return the largest."""
     found = startup.imports(folder)
     return {"values": dict(list(found.items())[:15])}
 
 
 def run(job: Job) -> None:
-    """All rows in one folder, which holds their bytecode."""
+    """Measure all rows in one folder with their bytecode."""
     repeats = 1 if job.options.tiny else 3
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

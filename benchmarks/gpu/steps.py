@@ -1,4 +1,4 @@
-"""Stage ``steps``: training steps of every loss in every setting, as ``benchmarks/steps.py`` compares them."""
+"""Stage ``steps``: training steps of every loss in every setting, as in ``benchmarks/steps.py``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Setting:
-    """A network and how it is computed; rows of one setting share teacher, flow matching and FastGen's steps."""
+    """A network and its arithmetic; rows of one setting share teacher, flow matching and FastGen's steps."""
 
     network: str
     precision: str
@@ -49,9 +49,9 @@ EAGER = [Setting(network, precision) for precision in ("bf16", "fp32") for netwo
 
 
 def cases() -> tuple[list[Case], list[Case]]:
-    """The first case of every loss of the registry, and the further ones.
+    """Return the first case of every registered loss, and all other cases.
 
-    A loss without a case is timed with its own settings, without a floor.
+    A loss without a case is timed with its default settings, without a floor.
     """
     first = []
     for name in registered_losses():
@@ -61,7 +61,7 @@ def cases() -> tuple[list[Case], list[Case]]:
 
 
 class Bench:
-    """What the rows of a setting share; made anew when the setting changes."""
+    """Objects that the rows of a setting share, replaced when the setting changes."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.options, self.folder = job.options, folder
@@ -69,7 +69,7 @@ class Bench:
         self.peers_failed: dict[str, str] = {}
 
     def close(self) -> None:
-        """Free all of it. accelerate keeps one precision a process until its state is reset."""
+        """Free all objects. accelerate has one precision per process until its state is reset."""
         self.setting = self.teacher = self.baseline = self.accelerator = None
         self.peers: dict[str, Any] = {}
         gc.collect()
@@ -79,7 +79,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def open(self, setting: Setting) -> None:
-        """Teacher, flow matching and peers of a setting."""
+        """Open teacher, flow matching and peers of a setting."""
         if self.setting == setting:
             return
         self.close()
@@ -102,7 +102,7 @@ class Bench:
         )
 
     def row(self, setting: Setting, case: Case, engine: str, deadline: Deadline) -> dict[str, Any]:
-        """One loss in one setting."""
+        """Measure one loss in one setting."""
         self.open(setting)
         assert self.teacher is not None
         # FastGen's targets are detached: only those losses do the same work.
@@ -115,7 +115,7 @@ class Bench:
                 repeats = 2 if self.options.tiny else REPEATS
                 found = compare(case, trainer, self.baseline, peers, repeats, self.batch)
         finally:
-            # The accelerator holds every module that it has prepared.
+            # The accelerator has references to all modules that it has prepared.
             del trainer
             self.accelerator.free_memory()
         return found | {
@@ -125,11 +125,11 @@ class Bench:
 
 
 def rows(bench: Bench, settings: list[Setting], some: list[Case], kind: str, guess: float) -> Iterator[Row]:
-    """Rows of these cases in each setting, by every engine that runs in it."""
+    """Return the rows of these cases in each setting, by every engine that it supports."""
     for setting in settings:
         for case in some:
             for engine in case.engines():
-                # Forward mode does not run through a compiled network, and has attention of its own.
+                # Forward mode does not support compiled networks, and has its own attention.
                 if engine == "exact" and (setting.compiled or not setting.fused):
                     continue
                 name = f"{setting}: {case.name}, {engine}"
@@ -139,7 +139,7 @@ def rows(bench: Bench, settings: list[Setting], some: list[Case], kind: str, gue
 
 
 def plans(bench: Bench, tiny: bool) -> list[list[Row]]:
-    """The rows of each part of the stage."""
+    """Return the rows of each part of the stage."""
     first, further = cases()
     derivative = [case for case in first if case.engines() != ["none"]]
     unfused = [Setting("dit", precision, fused=False) for precision in ("bf16", "fp32")]
@@ -147,7 +147,7 @@ def plans(bench: Bench, tiny: bool) -> list[list[Row]]:
     compilable = first[:2] if tiny else first
     others = [case for case in first if case not in derivative]
     return [
-        # Those with a derivative have the goals: in all settings before the others.
+        # The goals are about losses with a derivative: these come first in all settings.
         [row for some in (derivative, others) for row in rows(bench, EAGER, some, "eager", 1 if tiny else 12)],
         list(rows(bench, unfused, derivative[:2], "attention", 1 if tiny else 12)),
         list(rows(bench, compiled, compilable, "compiled", 5 if tiny else 45)),
@@ -156,7 +156,7 @@ def plans(bench: Bench, tiny: bool) -> list[list[Row]]:
 
 
 def run(job: Job) -> None:
-    """All parts, then what was skipped for want of a part's share."""
+    """Measure all parts, then rows that were skipped because a part's time was over."""
     if job.options.device == "cpu":
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""Every loss on the checkerboard: one teacher, one network, the same samples seen; KL divergence and endpoint error.
+"""Every loss on the checkerboard with one teacher, one network and the same samples: KL and endpoint error.
 
     python -m experiments.checkerboard --output runs/checkerboard
 
 Trains the teacher by flow matching, then a student by each loss and seed with the package's own trainer, measures each
-and writes ``checkerboard.md``, ``checkerboard.json`` and ``checkerboard.png``. Run again, it goes on where it stopped.
+and writes ``checkerboard.md``, ``checkerboard.json`` and ``checkerboard.png``. The same command resumes after an
+interruption.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main() -> None:
         nargs="+",
         choices=list(METHODS),
         default=list(METHODS),
-        help="these losses alone, printed and not written",
+        help="only these losses, printed and not written",
     )
     arguments = parser.parse_args()
     folder, started = arguments.output, time.perf_counter()
@@ -38,7 +39,7 @@ def main() -> None:
     print(markdown(results))
     print(f"{results['minutes']:.1f} minutes in this call")
     if set(arguments.only) != set(METHODS):
-        print("not every loss was asked for: tables and pictures are left as they were")
+        print("tables and pictures are written for all losses together: they are unchanged")
         return
     write_text(folder / "checkerboard.json", json.dumps(results, indent=1))
     write_text(folder / "checkerboard.md", markdown(results))

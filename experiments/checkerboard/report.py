@@ -1,4 +1,4 @@
-"""Tables and pictures of the checkerboard benchmark, from its results alone."""
+"""Tables and plots of the checkerboard experiment, from its results alone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["markdown", "plot_curves", "plot_densities"]
 KINDS = {
     "kl_50": "KL divergence, 50 x 50 bins (the published protocol; perfect samples: 0.065)",
     "kl_48": "KL divergence, 48 x 48 bins (aligned with the squares; perfect samples: 0.009)",
-    "endpoint": "Endpoint error: root mean square per coordinate from the end of the same noise, in units of "
-    "the data's deviation; a sample that is lost counts as a board's width (3.46) away",
+    "endpoint": "Endpoint error: root mean square per coordinate to the end of the ODE from the same noise, in units "
+    "of the data's deviation; a lost sample counts as a board's width (3.46) away",
 }
 
 
 def _cell(runs: list[dict[str, Any]], kind: str, n: str) -> str:
-    """Mean and half the range over the seeds, or how many of them lost most of their samples."""
+    """Return mean and half the range over the seeds, or the number of seeds that lost most of their samples."""
     lost = sum(run["endpoint"][n] > WIDTH / 2 for run in runs)
     if lost:
         return f"diverged ({lost} of {len(runs)})"
@@ -41,7 +41,7 @@ def _rows(runs: dict[str, list[dict[str, Any]]], kind: str, steps: list[str]) ->
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every table of a finished benchmark."""
+    """Return all tables of a finished experiment."""
     teacher, machine = results["teacher"], results["machine"]
     steps = [str(n) for n in results["steps"]]
     head = "| loss | " + " | ".join(f"{n} steps" if n != "1" else "1 step" for n in steps) + " |"
@@ -51,7 +51,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"Teacher: flow matching, {budget['teacher_steps'] * results['batch_size'] / 1e6:.1f} million samples; "
         f"{budget['solver_steps']} Heun steps give KL {teacher['kl_50']:.3f} (50 bins) and {teacher['kl_48']:.3f} "
-        f"(48 bins). Every student: the teacher's weights at first, {seen / 1e6:.2f} million samples, "
+        f"(48 bins). Every student: initially the teacher's weights, {seen / 1e6:.2f} million samples, "
         f"{budget['seeds']} seed(s), 4 x {budget['width']} units; mean and half the range. "
         f"{budget['points']:,} samples in a histogram. Machine: {machine}.",
         "",
@@ -70,7 +70,7 @@ def markdown(results: dict[str, Any]) -> str:
             *(f"| {kind} | " + " | ".join(f"{run[kind][n]:.3f}" for n in steps) + " |" for kind in KINDS),
             "",
         ]
-    lines += ["**Speed**", "", "| loss | samples a second | time outside the networks |", "|---|---:|---:|"]
+    lines += ["**Speed**", "", "| loss | samples per second | time outside the networks |", "|---|---:|---:|"]
     for name, seeds in results["runs"].items():
         rate = statistics.median(run["samples_per_second"] for run in seeds)
         lines.append(f"| {name} | {rate:,.0f} | {results['outside'][name]:.0%} |")
@@ -78,7 +78,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot_densities(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Histograms of samples, one row a method and one column a number of steps."""
+    """Plot histograms of samples, one row per method and one column per number of steps."""
     plt = _pyplot()
     columns = max(len(row) for row in pictures.values())
     figure, panels = plt.subplots(
@@ -99,7 +99,7 @@ def plot_densities(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 
 def plot_curves(curves: dict[str, list[dict[str, Any]]], floors: dict[str, float], path: Path) -> None:
-    """KL divergence against samples seen, at 1 and 4 steps; dashed is the teacher's."""
+    """Plot the KL divergence against samples seen, at 1 and 4 steps, with the teacher's dashed."""
     plt = _pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for panel, n in zip(panels, ("1", "4"), strict=True):
@@ -109,7 +109,7 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], floors: dict[str, float
             panel.axhline(floors[name], color=line.get_color(), linestyle="--", linewidth=1)
         panel.set(title=f"{n} step" + "s" * (n != "1"), xlabel="samples seen")
         panel.grid(alpha=0.3, which="both")
-        # Names of the ticks between powers of ten would run into one another.
+        # Labels between powers of ten would overlap.
         panel.xaxis.set_minor_formatter("")
     panels[0].set_ylabel("KL divergence, 50 x 50 bins")
     panels[0].legend(fontsize=8)

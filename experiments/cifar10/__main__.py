@@ -1,11 +1,11 @@
-"""CIFAR-10 on one GPU in minutes: teacher, classifier, a student by every loss, and what they come to.
+"""CIFAR-10 on one GPU in minutes: a teacher, a classifier, a student of every loss, and their quality.
 
     python -m experiments.cifar10 --data DIR --work DIR --minutes 8.5 --output cifar10.json
 
-``--data`` is a folder of parquet files with the columns ``img`` and ``label``, a split in each name. Every stage is
-kept in ``--work`` whole or not at all; run again, the command goes on where it stopped, with ``--minutes`` more.
-It ends in time with the JSON and the pictures of what there is. ``--budget`` has the whole line at three sizes;
-``--render`` prints the tables of a JSON that is there already.
+``--data`` is a folder of parquet files with the columns ``img`` and ``label``, and a split in each file name. Complete
+stages are saved in ``--work``: the same command resumes there, with ``--minutes`` more. It ends in time and writes the
+JSON and the pictures of all finished stages. ``--budget`` selects one of three sizes; ``--render`` prints the tables of
+an existing JSON.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from experiments.cifar10.report import markdown
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of parquet files")
-    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of everything that is kept")
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of all stages")
     parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
-    parser.add_argument("--output", type=Path, default=Path("cifar10.json"), help="pictures are written beside it")
+    parser.add_argument("--output", type=Path, default=Path("cifar10.json"), help="pictures are written next to it")
     parser.add_argument("--parallel", type=int, help="students that train at the same time")
-    parser.add_argument("--beside", type=int, default=0, help="students of others that share the device meanwhile")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these losses alone")
-    parser.add_argument("--gather", action="store_true", help="write what there is in --work, and stop")
+    parser.add_argument("--peers", type=int, default=0, help="students of other packages on the same device")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="only these losses")
+    parser.add_argument("--gather", action="store_true", help="write the results in --work, and stop")
     parser.add_argument("--budget", choices=list(BUDGETS), default="gpu", help="toy: 20 steps, 64 samples")
     parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of a finished JSON, and stop")
     options = parser.parse_args()
@@ -40,15 +40,15 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is missing: a folder of parquet files with the columns img and label")
-    budget = replace(BUDGETS[options.budget], beside=options.beside)
+    budget = replace(BUDGETS[options.budget], peers=options.peers)
     if options.parallel:
         budget = replace(budget, parallel=options.parallel)
-    places = [place.resolve() for place in (options.data, options.work, options.output)]
-    experiment = Experiment(*places, budget, options.minutes, options.only)
+    paths = [path.resolve() for path in (options.data, options.work, options.output)]
+    experiment = Experiment(*paths, budget, options.minutes, options.only)
     if options.gather:
         experiment.write()
         return
-    # As Ctrl-C: what is running is stopped, and what there is is written.
+    # As for Ctrl-C: stop running processes and write all results.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         experiment.run()

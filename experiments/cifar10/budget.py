@@ -1,4 +1,4 @@
-"""How much of everything the CIFAR-10 benchmark takes: on a GPU in minutes, on a processor in hours, and for tests."""
+"""Sizes of the CIFAR-10 experiment: for minutes on a GPU, for hours on a CPU, and for tests."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ __all__ = ["BUDGETS", "Budget"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything.
+    """Sizes and durations of all stages.
 
     Attributes:
-        size: height and width of the images; smaller than theirs, they are resized.
+        size: height and width of the images, which are resized.
         precision: of the teacher's and the classifier's training, and of sampling.
         student_precision: of the students' training.
-        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP a call on one image. Most parameters stand
+        channels: of the network's levels; 10.7 million parameters, 1.0 GFLOP per call on one image. Most parameters are
             at low resolution, where they cost little: (64, 128, 192) has 7.2 million and costs 2.4 GFLOP.
-        teacher_share: of the minutes that the teacher may take, compiling included.
+        teacher_fraction: of the minutes, for the teacher, compilation included.
         steps: of each student; 0: as many as fit, from the speed of each loss.
         parallel: students that train at the same time, each in its own process.
-        beside: processes of others that train on the device at the same time.
-        seeded: how many of the best are trained with a second seed.
-        solver_steps: RK4 steps of the teacher's ODE, whose ends are what endpoint errors are measured from.
-        reserve: seconds at the end for what is measured last, and the pictures.
-        watched: seconds in which the steps of all losses are counted side by side.
-        startup: seconds in which processes start and end and the device waits.
+        peers: processes of other packages that train on the device at the same time.
+        seeded: the number of the best students that are trained with a second seed.
+        solver_steps: RK4 steps of the teacher's ODE, for the endpoint error.
+        reserve: seconds at the end, for the last measurements and the pictures.
+        watched: seconds in which the speed of all losses is measured at the same time.
+        startup: seconds in which processes start and end and the device is idle.
     """
 
     size: int = 32
     channels: tuple[int, ...] = (32, 64, 128, 256)
     precision: str = "bf16"
     student_precision: str = "bf16"
-    teacher_share: float = 0.25
+    teacher_fraction: float = 0.25
     teacher_batch: int = 512
     teacher_rate: float = 1e-3
     teacher_steps: int = 1_000_000
@@ -42,7 +42,7 @@ class Budget:
     batch: int = 128
     learning_rate: float = 5e-4
     parallel: int = 8
-    beside: int = 0
+    peers: int = 0
     seeded: int = 2
     samples: int = 10_000
     endpoint_samples: int = 512
@@ -55,12 +55,12 @@ class Budget:
 
 BUDGETS = {
     "gpu": Budget(),
-    # Small levels where pixels are many: 2.5 million parameters at 60 MFLOP a call on one image.
+    # Few channels at high resolution: 2.5 million parameters at 60 MFLOP per call on one image.
     "cpu": Budget(
         size=16,
         channels=(16, 32, 64, 128),
         student_precision="fp32",
-        teacher_share=0.3,
+        teacher_fraction=0.3,
         teacher_batch=128,
         teacher_steps=6000,
         classifier_width=128,

@@ -1,10 +1,10 @@
-"""A small CIFAR-10 classifier: what judges samples where Inception's weights can't be had.
+"""Train a small CIFAR-10 classifier, whose features measure samples where Inception's weights are missing.
 
     python -m experiments.cifar10.classifier --images cifar10.safetensors --output DIR
 
 Writes ``classifier.pt``, a TorchScript module from images in [0, 1], shape ``[batch, 3, size, size]``, to the features
 before the last layer, shape ``[batch, width]``; the weights as safetensors; and ``classifier.json`` with its accuracy
-on the test images. A residual network of nine layers; about half a minute on a data-center GPU.
+on the test images. It is a residual network of nine layers and takes about half a minute on a data-center GPU.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def convolution(channels: int, width: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Two convolutions and a way around them."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(convolution(width, width), convolution(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of both ways."""
+        """Return the sum of both paths."""
         return x + self.body(x)
 
 
 class Features(nn.Module):
-    """Images in [0, 1] to ``width`` numbers, the mean over the last places, an eighth of the size each way."""
+    """Images in [0, 1] to ``width`` features: the mean over the last layer, an eighth of the image's size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class Features(nn.Module):
         self.register_buffer("deviation", torch.tensor(DEVIATION).reshape(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Shape ``[batch, 3, size, size]`` to ``[batch, width]``."""
+        """Return features of shape ``[batch, width]`` for images of shape ``[batch, 3, size, size]``."""
         return self.body((images.to(self.mean.dtype) - self.mean) / self.deviation).mean((2, 3))
 
 
 def augmented(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1], mirrored with chance 1/2 and moved by up to an eighth of their size, borders reflected."""
+    """Return images in [0, 1], mirrored with probability 1/2 and shifted by up to an eighth, with reflected borders."""
     count, _, height, width = pixels.shape
     device = pixels.device
     images = pixels.float() / 255
@@ -85,7 +85,7 @@ def augmented(pixels: torch.Tensor) -> torch.Tensor:
 def train(
     pixels: torch.Tensor, labels: torch.Tensor, *, width: int, epochs: int, batch: int, lr: float, precision: str
 ) -> tuple[Features, nn.Linear]:
-    """Features and head, trained with one cycle of the learning rate; ``precision`` is ``"bf16"`` or ``"fp32"``."""
+    """Train features and head with one cycle of the learning rate; ``precision`` is ``"bf16"`` or ``"fp32"``."""
     device = pixels.device
     features = Features(width).to(device, memory_format=torch.channels_last)
     head = nn.Linear(width, 10).to(device)
@@ -113,7 +113,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(features: Features, head: nn.Linear, pixels: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the images whose class is the most likely one; no augmentation, float32."""
+    """Return the fraction of correctly classified images, without augmentation, in float32."""
     right = [
         (head(features(part.float() / 255)).argmax(1) == truth).float()
         for part, truth in zip(pixels.split(1000), labels.split(1000), strict=True)
@@ -123,7 +123,7 @@ def accuracy(features: Features, head: nn.Linear, pixels: torch.Tensor, labels: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="what experiments.cifar10 decodes")
+    parser.add_argument("--images", type=Path, required=True, help="images.safetensors of experiments.cifar10")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--width", type=int, default=256, help="features")
     parser.add_argument("--epochs", type=int, default=16)
@@ -147,7 +147,7 @@ def main() -> None:
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
     save_file(tensors, options.output / "classifier.safetensors")
     torch.jit.trace(features, torch.rand(2, *images["test"].shape[1:])).save(str(options.output / "classifier.pt"))
-    # The last: with it the classifier is there.
+    # Written last: its presence means that the classifier is complete.
     write_text(options.output / "classifier.json", json.dumps(found, indent=2) + "\n")
     print(f"test accuracy {found['accuracy']:.4f} in {found['seconds']:.0f} s")
 

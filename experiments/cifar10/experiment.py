@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from experiments.cifar10.measure import PICTURED, open_judge, save_whole
+from experiments.cifar10.measure import PICTURED, open_judge, save_atomically
 from experiments.cifar10.methods import recipe_of
 from experiments.cifar10.processes import ROOT, Processes
 from experiments.cifar10.report import markdown, plot_minutes, plot_steps, write_samples
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
 SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
-# Measured first.
+# The number of steps that is measured first, for an estimate of the others.
 FIRST = 4
 
 
 class Experiment:
-    """The stages, in order; each in files of its own under ``work``."""
+    """The stages in their order, each with its files in ``work``."""
 
     def __init__(self, data: Path, work: Path, output: Path, budget: Budget, minutes: float, names: list[str]) -> None:
         self.data, self.work, self.output, self.budget, self.names = data, work, output, budget, names
@@ -52,29 +52,29 @@ class Experiment:
         self.stages: dict[str, float] = {}
         work.mkdir(parents=True, exist_ok=True)
         written = work / "budget.json"
-        own = asdict(budget) | {"parallel": None, "beside": None}
+        own = asdict(budget) | {"parallel": None, "peers": None}
         if written.is_file() and read(written) != json.loads(json.dumps(own)):
-            sys.exit(f"{work} holds a run of another budget: choose another --work or remove it")
+            sys.exit(f"{work} has a run of another budget: choose another --work or remove it")
         write_text(written, json.dumps(own))
         self.processes = Processes(work / "logs", budget.parallel)
 
     def left(self) -> float:
-        """Seconds until only the reserve is left."""
+        """Return the seconds until only the reserve is left."""
         return self.deadline - self.budget.reserve - time.monotonic()
 
     def run(self) -> None:
-        """All stages that there is time for."""
+        """Run all stages that there is time for."""
         with self._stage("teacher, classifier"):
             self._teacher_and_classifier()
         made = ("teacher/model_index.json", "classifier/classifier.json")
         if not all((self.work / name).is_file() for name in made) or self.left() < 0:
-            print("there is no teacher or no classifier, or no time after them; the same command goes on")
+            print("the time is over before teacher and classifier are complete; the same command resumes")
             return
         with self._stage("reference, the teacher's first rows"):
             self.judge = self._judge()
             if not self.budget.steps:
                 rows = self.teacher_rows()
-                # Alone on the device: how long measuring takes is reckoned from it.
+                # Alone on the device: the time of later measurements is estimated from this one.
                 next(rows, None)
                 self._start_all_losses()
                 for _ in range(3):
@@ -89,14 +89,14 @@ class Experiment:
             self._students(best, steps, 1)
         for _ in self.teacher_rows():
             if self.left() < 0:
-                print("the time is over before all of the teacher's rows are measured; the same command goes on")
+                print("the time is over before all rows of the teacher are measured; the same command resumes")
                 break
 
     def _stage(self, name: str) -> Stage:
         return Stage(self, name)
 
     def _images(self) -> dict[str, torch.Tensor]:
-        """Every image and label, uint8 and int64, decoded once."""
+        """Return all images and labels, uint8 and int64; they are decoded once."""
         file = self.work / "images.safetensors"
         if not file.is_file():
             found = {}
@@ -105,14 +105,14 @@ class Experiment:
                 table = open_table(settings)
                 images = load_images(settings, (3, self.budget.size, self.budget.size), table=table)
                 found[split], found[f"{split}_labels"] = images.pixels, torch.tensor(table.values("label"))
-            save_whole(found, file)
+            save_atomically(found, file)
         return load_file(file)
 
     def _teacher_and_classifier(self) -> None:
-        """Side by side: neither fills the device."""
+        """Train both at the same time: neither uses the complete device."""
         budget, work = self.budget, self.work
         if not (work / "teacher" / "model_index.json").is_file():
-            # Not compiled: in two minutes that does not pay.
+            # Not compiled: compilation takes longer than it saves in two minutes.
             self.processes.start("teacher", self._teacher_command())
         self._images()
         if not (work / "classifier" / "classifier.json").is_file():
@@ -133,7 +133,7 @@ class Experiment:
             "--batch": budget.teacher_batch,
             "--lr": budget.teacher_rate,
             "--steps": budget.teacher_steps,
-            "--minutes": budget.teacher_share * self.minutes,
+            "--minutes": budget.teacher_fraction * self.minutes,
         }
         words = [str(word) for pair in options.items() for word in pair]
         channels = ["--channels", *map(str, budget.channels)]
@@ -142,36 +142,36 @@ class Experiment:
     def _judge(self) -> Judge:
         teacher = load_teacher(str(self.work / "teacher"))
         judge = open_judge(teacher, self.work, self.budget, self.device, self.work)
-        self._keep_pictures("ode", {"0": judge.truth[:PICTURED].cpu()})
+        self._save_pictures("ode", {"0": judge.endpoints[:PICTURED].cpu()})
         return judge
 
     def teacher_rows(self) -> Iterator[None]:
-        """Measure what is missing of the teacher under stock schedulers, one number of steps at a time."""
+        """Measure the missing rows of the teacher under stock schedulers; yield after each."""
         for n in sorted(SOLVER_STEPS, key=lambda n: abs(n - FIRST)):
             for kind in SOLVERS:
                 file = self.work / "rows" / f"{kind}-{n}.json"
                 if not file.is_file():
                     rows, pictures = self.judge.solver(kind, (n,))
-                    self._keep(f"{kind}-{n}", rows, pictures)
+                    self._save(f"{kind}-{n}", rows, pictures)
                     yield
 
-    def _keep(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
-        self._keep_pictures(name, pictures)
+    def _save(self, name: str, found: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
+        self._save_pictures(name, pictures)
         write_text(self.work / "rows" / f"{name}.json", json.dumps(found))
 
-    def _keep_pictures(self, name: str, pictures: dict[str, torch.Tensor]) -> None:
+    def _save_pictures(self, name: str, pictures: dict[str, torch.Tensor]) -> None:
         folder = self.work / "rows"
         folder.mkdir(exist_ok=True)
         pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
-        save_whole(pixels, folder / f"{name}.safetensors")
+        save_atomically(pixels, folder / f"{name}.safetensors")
 
     def _start_all_losses(self) -> None:
-        """Every loss in a process of its own, without end, to see what their steps cost side by side."""
+        """Start an endless process per loss, to measure the cost of their steps at the same time."""
         folder = self.work / "speed"
         shutil.rmtree(folder, ignore_errors=True)
         if (self.work / "steps.json").is_file():
             return
-        # With data a loss is spared the student's own jump to the start: no slower.
+        # With data a loss is no slower: it needs no jump of the student to a starting point.
         self.timed = {f"speed-{name}": name for name in self.names if name.removesuffix("-data") == name} or {
             f"speed-{name}": name for name in self.names
         }
@@ -179,7 +179,7 @@ class Experiment:
             self._distill(title, name, 10**6, 0, folder / title)
 
     def _steps(self) -> int:
-        """How many steps every student gets: chosen once, from what the steps of each loss cost of the device."""
+        """Return the number of steps of every student, chosen once from the speed of all losses."""
         file, budget = self.work / "steps.json", self.budget
         if not file.is_file():
             speeds = {} if budget.steps else self._speeds()
@@ -190,37 +190,37 @@ class Experiment:
         return steps
 
     def _speeds(self) -> dict[str, float]:
-        """Seconds that a step of each loss costs of the device; ends the processes that were started for it."""
+        """Return the device seconds of a step of each loss, and end the processes that measured them."""
         budget = self.budget
         logs = {title: self.work / "speed" / title / "steps.jsonl" for title in self.timed}
         costs = self.processes.step_seconds(logs, budget.watched, self.left)
         self.processes.kill(list(logs))
         if not costs:
-            sys.exit(f"no student trains: {self.work / 'logs'} says why")
+            sys.exit(f"no student trains; see {self.work / 'logs'}")
         known = {self.timed[title]: seconds * budget.batch for title, seconds in costs.items()}
         worst = max(known.values())
         speeds = {name: known.get(name, known.get(name.removesuffix("-data"), worst)) for name in self.names}
         for name, seconds in speeds.items():
-            print(f"{name}: a step costs {1000 * seconds:.1f} ms of the device", flush=True)
+            print(f"{name}: a step takes {1000 * seconds:.1f} ms of the device", flush=True)
         return speeds
 
     def _fitting(self, speeds: dict[str, float]) -> int:
         budget = self.budget
         row = read(self.work / "rows" / f"{SOLVERS[0]}-{FIRST}.json")[str(FIRST)]
-        # A student's measurement takes as many calls of the network an image as there are steps in all.
+        # Network calls per image of a student's measurement: the sum of its numbers of steps.
         students = len(speeds) + budget.seeded
         measuring = students * sum(STEPS) * budget.samples / (FIRST * row["images_per_second"])
         seconds = self.left() - budget.startup - measuring
-        # Those with a second seed come last and few at a time: they fill the device half.
+        # Students with a second seed train last and few at a time: they use half of the device.
         seeded = 2 * budget.seeded * max(speeds.values())
-        beside = budget.beside * sum(speeds.values()) / len(speeds)
-        steps = int(seconds / (sum(speeds.values()) + seeded + beside))
+        peers = budget.peers * sum(speeds.values()) / len(speeds)
+        steps = int(seconds / (sum(speeds.values()) + seeded + peers))
         if steps < 50:
-            sys.exit(f"{self.left():.0f} s are left, which is {steps} steps a student: give --minutes more")
+            sys.exit(f"expected time for 50 steps per student, got {steps} in {self.left():.0f} s: increase --minutes")
         return steps
 
     def _students(self, names: list[str], steps: int, seed: int) -> None:
-        """Train and measure those that are not yet, several at a time; meanwhile the teacher's rows."""
+        """Train and measure the missing students, several at a time, and the teacher's rows meanwhile."""
         titles = {f"{name}-{seed}": name for name in names}
         waiting = [title for title in titles if not (self.work / "rows" / f"{title}.json").is_file()]
         rest = self.teacher_rows()
@@ -233,11 +233,11 @@ class Experiment:
             for title in finished:
                 if self.processes.code(title) == 0:
                     self._measure(title, titles[title])
-            # On a processor it would take the cores from the students: there the teacher's rows come last.
+            # On a CPU this would take cores from the students: the teacher's rows follow at the end.
             if not finished and (self.device == "cpu" or next(rest, self) is self):
                 time.sleep(0.2)
         if running:
-            print(f"the time is over before these are finished; the same command goes on: {', '.join(running)}")
+            print(f"the time is over before these are finished; the same command resumes: {', '.join(running)}")
             self.processes.stop()
 
     def _distill(self, title: str, name: str, steps: int, seed: int, output: Path) -> None:
@@ -255,14 +255,14 @@ class Experiment:
         found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
         found["cpu_seconds"] = self.processes.cpu_seconds(title)
         found["loss"] = [line["loss"] for line in log[:: max(len(log) // 100, 1)]]
-        self._keep(title, found, pictures)
-        # After each, so that little is lost where this process is killed.
+        self._save(title, found, pictures)
+        # After each student, so that an interruption loses little.
         self.write_json()
         shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in STEPS)
         print(f"{title}: Fréchet distance {shown} at {STEPS} steps, {self.left():.0f} s left", flush=True)
 
     def _best(self) -> list[str]:
-        """The names whose mean logarithm of the Fréchet distance is lowest."""
+        """Return the methods with the lowest mean logarithm of the Fréchet distance."""
         scores = {}
         for name in self.names:
             file = self.work / "rows" / f"{name}-0.json"
@@ -271,7 +271,7 @@ class Experiment:
         return sorted(scores, key=lambda name: scores[name])[: self.budget.seeded]
 
     def results(self) -> dict[str, Any]:
-        """Everything that there is, as one plain dictionary."""
+        """Return all results as one plain dictionary."""
         work = self.work
         rows = {file.stem: read(file) for file in sorted((work / "rows").glob("*.json"))}
         solvers = {
@@ -281,7 +281,7 @@ class Experiment:
         speed = read_if_there(work / "steps.json")
         students = {title: found for title, found in rows.items() if "method" in found}
         for found in students.values():
-            # What other code has put among the rows is shown beside them; its cost was not measured with the others.
+            # Rows of other packages have no cost: it was not measured with the others.
             seconds = speed["seconds_a_step"].get(found["method"])
             on_gpu = None if seconds is None else found["steps"] * seconds
             found["device_seconds"] = on_gpu if torch.cuda.is_available() else found.get("cpu_seconds")
@@ -299,14 +299,14 @@ class Experiment:
         }
 
     def write_json(self) -> dict[str, Any]:
-        """What there is, into the output; and the same."""
+        """Write the results into the output, and return them."""
         results = self.results()
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.output, json.dumps(results, indent=1) + "\n")
         return results
 
     def write(self) -> None:
-        """The JSON, the tables on the screen, and the pictures beside the JSON."""
+        """Write the JSON and the pictures next to it, and print the tables."""
         results, output = self.write_json(), self.output
         print(markdown(results), flush=True)
         if not results["students"]:
@@ -318,7 +318,7 @@ class Experiment:
 
 
 class Stage:
-    """Says how long a stage took, and keeps it."""
+    """Measures and prints the time of a stage."""
 
     def __init__(self, experiment: Experiment, name: str) -> None:
         self.experiment, self.name = experiment, name
@@ -341,7 +341,7 @@ def read_if_there(file: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Return the device and the versions."""
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} processor",
@@ -352,10 +352,10 @@ def machine() -> dict[str, Any]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What tells a student's recipe from others."""
+    """Return the settings in which the recipes of students differ."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    wanted = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
+    names = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
     if "data" in recipe:
-        # Where it lies on this machine says nothing.
+        # The path on this machine does not matter.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name
-    return {name: recipe[name] for name in wanted if name in recipe}
+    return {name: recipe[name] for name in names if name in recipe}

@@ -1,4 +1,4 @@
-"""Fréchet distance and endpoint error of samplers on the same noises, on one device."""
+"""Measure the Fréchet distance and the endpoint error of samplers on the same noises, on one device."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ NOISE_SEED = 20_240_607
 PICTURED = 10
 
 
-def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file that is there whole or not at all."""
+def save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file that exists completely or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     save_file(tensors, partial)
     partial.replace(file)
 
 
 class Judge:
-    """The noises, where the teacher's ODE takes some of them, and the reference images' features; made once.
+    """Measures samplers with noises, endpoints of the teacher's ODE and features of the reference, computed once.
 
     Args:
-        pixels: reference images, uint8, shape ``[count, 3, size, size]``.
         features: a TorchScript file: images in [0, 1] to features.
-        precision: ``"bf16"`` or ``"fp32"``, of sampling; the ODE is solved in float32.
-        kept: where features and ends of the ODE are kept, with the protocol, for the next one that is alike.
+        pixels: reference images, uint8, shape ``[count, 3, size, size]``.
+        budget: numbers of samples and steps, and the precision of sampling; the ODE is solved in float32.
+        cache: a folder for features, endpoints and protocol, which a second judge reads.
     """
 
     @torch.no_grad()
@@ -56,40 +56,37 @@ class Judge:
         features: Path,
         pixels: Tensor,
         device: str,
-        *,
-        samples: int,
-        endpoint_samples: int,
-        solver_steps: int,
-        batch: int,
-        precision: str,
-        kept: Path,
+        budget: Budget,
+        cache: Path,
     ) -> None:
-        self.teacher, self.device, self.batch, self.precision = teacher.to(device), device, batch, precision
-        noise = torch.randn(samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        self.teacher, self.device, self.budget = teacher.to(device), device, budget
+        self.batch, self.precision = budget.measure_batch, budget.precision
+        noise = torch.randn(budget.samples, *teacher.event_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         self.noise = noise.to(device)
         found = open_features(str(features), teacher.event_shape)
         assert found is not None
         self.features = found.to(torch.device(device))
-        some = self.noise[:endpoint_samples]
-        tensors, protocol = kept / "judge.safetensors", kept / "protocol.json"
+        some = self.noise[: budget.endpoint_samples]
+        tensors, protocol = cache / "judge.safetensors", cache / "protocol.json"
         if not tensors.is_file():
-            reference = torch.cat([self._seen(part.to(device).float() / 255) for part in pixels.split(batch)])
-            self.truth = self._solved(some, solver_steps)
-            about = self._protocol(pixels, samples, some, solver_steps)
+            reference = torch.cat([self._features(part.to(device).float() / 255) for part in pixels.split(self.batch)])
+            self.endpoints = self._solve(some, budget.solver_steps)
+            about = self._protocol(pixels, some)
             write_text(protocol, json.dumps(about))
-            # The last: with it both are there.
-            save_whole({"reference": reference, "truth": self.truth.cpu()}, tensors)
+            # Written last: its presence means that both files are complete.
+            save_atomically({"reference": reference, "truth": self.endpoints.cpu()}, tensors)
         known = load_file(tensors)
-        self.truth = known["truth"].to(device)
-        self.frechet = FrechetDistance(known["reference"], samples, with_error=False)
+        self.endpoints = known["truth"].to(device)
+        self.frechet = FrechetDistance(known["reference"], budget.samples, with_error=False)
         self.protocol: dict[str, Any] = json.loads(protocol.read_text(encoding="utf-8"))
 
-    def _protocol(self, pixels: Tensor, samples: int, some: Tensor, solver_steps: int) -> dict[str, Any]:
-        """What every number depends on, and how far the solver and half precision move them."""
-        halved = self._solved(some, max(solver_steps // 2, 1))
+    def _protocol(self, pixels: Tensor, some: Tensor) -> dict[str, Any]:
+        """Return the conditions of the measurement, and the effects of the solver's steps and of half precision."""
+        samples, solver_steps = self.budget.samples, self.budget.solver_steps
+        halved = self._solve(some, max(solver_steps // 2, 1))
         ddim = _stock(self.teacher, "ddim", 16)
         exact = torch.cat([ddim(part) for part in some.split(self.batch)])
-        moved = (exact - self._sampled(ddim, some)).square().mean().sqrt().item()
+        moved = (exact - self._sample(ddim, some)).square().mean().sqrt().item()
         return {
             "samples": samples,
             "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
@@ -97,39 +94,39 @@ class Judge:
             f"{self.features.preprocessing}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
-            "ode_solver_error": (self.truth - halved).square().mean().sqrt().item(),
-            "ode_range": self.truth.abs().max().item(),
-            "ode_outside": (self.truth.abs() > 1.1).float().mean().item(),
+            "ode_solver_error": (self.endpoints - halved).square().mean().sqrt().item(),
+            "ode_range": self.endpoints.abs().max().item(),
+            "ode_outside": (self.endpoints.abs() > 1.1).float().mean().item(),
             "precision": self.precision,
             "precision_moves_ddim_16": moved,
             "noise_seed": NOISE_SEED,
         }
 
-    def _seen(self, images: Tensor) -> Tensor:
-        """Features of images in [0, 1], on the CPU: distances are taken in float64, which not all GPUs have all of."""
-        # TorchScript would compile the network anew for every size of batch.
+    def _features(self, images: Tensor) -> Tensor:
+        """Return features of images in [0, 1], on the CPU: distances need float64, which some devices lack."""
+        # The optimizing executor of TorchScript compiles again for every batch size.
         with torch.jit.optimized_execution(False):
             return self.features(images).features.cpu()
 
-    def _solved(self, noise: Tensor, steps: int) -> Tensor:
+    def _solve(self, noise: Tensor, steps: int) -> Tensor:
         teacher = self.teacher
         parts = [endpoint(teacher.velocity, teacher.schedule, teacher.prior(x), steps) for x in noise.split(self.batch)]
         return torch.cat(parts)
 
-    def _sampled(self, sampler: Sampler, noise: Tensor) -> Tensor:
-        """The protocol has how far bfloat16 moves a sample."""
+    def _sample(self, sampler: Sampler, noise: Tensor) -> Tensor:
+        """Return samples in the budget's precision; the protocol has the effect of bfloat16."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             return torch.cat([sampler(part) for part in noise.split(self.batch)]).float()
 
     @torch.no_grad()
     def row(self, sampler: Sampler) -> tuple[dict[str, float], Tensor]:
-        """Fréchet distance, endpoint error and images a second of a sampler; and its first samples."""
+        """Return Fréchet distance, endpoint error and images per second of a sampler, and its first samples."""
         started = time.perf_counter()
-        x = self._sampled(sampler, self.noise)
-        error = (x[: len(self.truth)] - self.truth).square().mean().sqrt().item()
-        # The error has waited for the samples.
+        x = self._sample(sampler, self.noise)
+        error = (x[: len(self.endpoints)] - self.endpoints).square().mean().sqrt().item()
+        # The error above waits for the device.
         rate = len(x) / (time.perf_counter() - started)
-        seen = torch.cat([self._seen(unit_images(part)) for part in x.split(self.batch)])
+        seen = torch.cat([self._features(unit_images(part)) for part in x.split(self.batch)])
         distance = self.frechet(seen)["frechet"].value
         found = {"frechet": distance, "endpoint": error, "images_per_second": rate}
         return found, x[:PICTURED].cpu()
@@ -137,12 +134,12 @@ class Judge:
     def student(
         self, student: Student, steps: tuple[int, ...]
     ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-        """A row a number of jumps, and the first samples of each."""
+        """Return one row per number of jumps, and the first samples of each."""
         student = student.to(self.device).eval()
         return self._rows({str(n): _jumps(student, n) for n in steps})
 
     def solver(self, kind: str, steps: tuple[int, ...]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-        """The same of the teacher under a stock scheduler: ``ddim`` or ``dpmsolver++``."""
+        """Return the same of the teacher under a stock scheduler, ``ddim`` or ``dpmsolver++``."""
         return self._rows({str(n): _stock(self.teacher, kind, n) for n in steps})
 
     def _rows(self, samplers: dict[str, Sampler]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
@@ -150,19 +147,15 @@ class Judge:
         return {name: row for name, (row, _) in found.items()}, {name: x for name, (_, x) in found.items()}
 
 
-def open_judge(teacher: Teacher, work: Path, budget: Budget, device: str, kept: Path) -> Judge:
-    """The judge of a teacher's students, by the images and the classifier in ``work``."""
+def open_judge(teacher: Teacher, work: Path, budget: Budget, device: str, cache: Path) -> Judge:
+    """Return the judge of a teacher's students, with the images and the classifier in ``work``."""
     return Judge(
         teacher,
         work / "classifier" / "classifier.pt",
         load_file(work / "images.safetensors")["train"],
         device,
-        samples=budget.samples,
-        endpoint_samples=budget.endpoint_samples,
-        solver_steps=budget.solver_steps,
-        batch=budget.measure_batch,
-        precision=budget.precision,
-        kept=kept,
+        budget,
+        cache,
     )
 
 
@@ -171,7 +164,7 @@ def _jumps(student: Student, steps: int) -> Sampler:
 
 
 def _stock(teacher: Teacher, kind: str, steps: int) -> Sampler:
-    """What diffusers does with the teacher's own network and scheduler, spacing trailing."""
+    """Return a sampler of diffusers with the teacher's own network and configuration, and trailing spacing."""
     classes = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
     settings: dict[str, Any] = {"timestep_spacing": "trailing"}
     if kind == "dpmsolver++":

@@ -1,4 +1,4 @@
-"""The students of the CIFAR-10 benchmark: one recipe each, alike in everything but the loss and its time sampling."""
+"""The students of the CIFAR-10 experiment: recipes that differ only in the loss and its time sampling."""
 
 from __future__ import annotations
 
@@ -16,51 +16,55 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "recipe_of"]
 
 TO_DATA = {"prior": 0, "data": 1}
-# The velocity, for a loss that alone teaches the student none or not at every time.
-BESIDE = {"loss": {"name": "flow_matching"}, "fraction": 0.5, "time_sampling": TO_DATA}
+# Trains the velocity, for losses that alone train it at no time or not at every time.
+VELOCITY = {"loss": {"name": "flow_matching"}, "fraction": 0.5, "time_sampling": TO_DATA}
 LAGRANGIAN = {"name": "lagrangian", "stop_gradient": "target"}
 REGRESSION = {"name": "operator_regression", "solver_steps": 4}
-# The derivative along the flow holds a network's roughness in time, up to ten times the flow's own change.
+# The derivative along the flow contains the network's roughness in time, up to ten times the change of the flow.
 EULERIAN = {"name": "eulerian", "step": 0.1}
 
-# The most wanted first: what the time does not reach is what stands last.
+# In the order of importance: the last ones are left out when the time is over.
 METHODS: dict[str, dict[str, Any]] = {
     "lagrangian": {"loss": LAGRANGIAN},
-    # Of its own jumps it forgets its teacher within a hundred steps.
-    "progressive": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [BESIDE]},
+    # With its own jumps as the target it diverges from its teacher within a hundred steps.
+    "progressive": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [VELOCITY]},
     "eulerian": {"loss": EULERIAN},
     # With the derivative, as published.
     "mean_flow": {"loss": {"name": "eulerian"}, "time_sampling": {"prior": 0.25, "diagonal": 0.5}},
     "consistency": {
         "loss": {"name": "consistency", "step": 0.05, "solver": "heun"},
-        "extra_losses": [BESIDE],
+        "extra_losses": [VELOCITY],
         "time_sampling": TO_DATA,
     },
-    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "extra_losses": [BESIDE]},
-    "operator_regression": {"loss": REGRESSION, "extra_losses": [BESIDE], "time_sampling": {"prior": 1}},
+    "consistency_trajectory": {"loss": {"name": "consistency_trajectory"}, "extra_losses": [VELOCITY]},
+    "operator_regression": {"loss": REGRESSION, "extra_losses": [VELOCITY], "time_sampling": {"prior": 1}},
     "regression-then-lagrangian": {
         "stages": [{"loss": REGRESSION, "fraction": 0.3, "time_sampling": {"prior": 1}}],
         "loss": LAGRANGIAN,
     },
     "lagrangian-and-eulerian": {"loss": LAGRANGIAN, "extra_losses": [{"loss": EULERIAN, "fraction": 0.5}]},
     "lagrangian-data": {"loss": LAGRANGIAN, "data": True},
-    "progressive-data": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [BESIDE], "data": True},
+    "progressive-data": {
+        "loss": {"name": "progressive", "target": "average"},
+        "extra_losses": [VELOCITY],
+        "data": True,
+    },
 }
 
 
 def recipe_of(name: str, teacher: Path, data: Path, budget: Budget, steps: int, seed: int) -> Recipe:
-    """The recipe of a student; what is measured is measured by the benchmark, and only one pipeline is exported."""
+    """Return the recipe of a student, with a minimal evaluation and export: the experiment measures it afterwards."""
     changes = dict(METHODS[name])
     loss = dict(changes.pop("loss"))
     if issubclass(registered_losses()[loss["name"]], DerivativeLoss) and not loss.get("step"):
-        # In half precision differences take calls of their own; in full precision they cost least.
+        # Differences need additional calls in half precision; in full precision they are the cheapest.
         loss["derivative"] = "exact" if budget.student_precision == "bf16" else "central"
     source = {"source": str(data), "flip": True, "fit": "crop"} if changes.pop("data", False) else {"source": "none"}
     settings = {
         "teacher": str(teacher),
         "data": source,
         "loss": loss,
-        # Relative errors: what goes wrong where the residual is small is amplified on the way to data.
+        # A relative weight: errors where the residual is small are amplified on the path to data.
         "weight": {"power": 1.0, "constant": 1e-3},
         "optimizer": {"lr": budget.learning_rate},
         "training": {

@@ -1,4 +1,4 @@
-"""The processes of the CIFAR-10 benchmark: started with a log each, stopped together, and timed side by side."""
+"""The processes of the CIFAR-10 experiment, each with a log, which are timed and stopped together."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["Processes"]
 
 ROOT = Path(__file__).parents[2]
-# Steps before a process is at its pace.
+# Steps before the speed of a process is constant.
 WARM = 3
 
 
 class Processes:
-    """Processes of one run, with a log each in ``logs``.
+    """Processes of one run, each with a log in ``logs``.
 
     Args:
-        parallel: how many run at a time; cores are shared among them.
+        parallel: the number of processes at a time, which divide the cores.
     """
 
     def __init__(self, logs: Path, parallel: int) -> None:
@@ -40,31 +40,31 @@ class Processes:
         }
 
     def start(self, name: str, command: list[str]) -> None:
-        """Start a process, its output at the end of its log."""
+        """Start a process that appends its output to its log."""
         self.logs.mkdir(exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
         self.running[name] = process
 
     def start_distilling(self, name: str, recipe: Path, output: Path) -> None:
-        """Start a student by the package's own command."""
+        """Start to train a student with the package's own command."""
         command = [sys.executable, "-m", "fmm_distill", "--recipe", str(recipe), "--output", str(output)]
         self.start(name, command)
 
     def wait_for_one(self) -> list[str]:
-        """Wait until a process has ended, if any runs; the names of those that had no error."""
+        """Wait until a process ends, if any runs, and return the names of those that ended without error."""
         while self.running and not self.finished():
             time.sleep(0.2)
         return [name for name in self.finished() if self.code(name) == 0]
 
     def finished(self) -> list[str]:
-        """Names of those that have ended, whose code is not taken yet."""
+        """Return the names of ended processes whose exit code was not requested yet."""
         for name, process in self.running.items():
             self._reap(name, process)
         return [name for name, process in self.running.items() if process.returncode is not None]
 
     def cpu_seconds(self, name: str) -> float:
-        """What the processes of this name have taken of the processor, all calls together."""
+        """Return the CPU seconds of the processes of this name, over all calls."""
         file = self._cpu_file(name)
         return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
 
@@ -72,17 +72,17 @@ class Processes:
         return self.logs / f"{name}.cpu-seconds"
 
     def _reap(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        """As ``poll``, which doesn't say what a process has taken."""
+        """Update the exit code, as ``poll`` does, and record the CPU time, which ``poll`` doesn't return."""
         if process.returncode is not None:
             return
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
             process.returncode = os.waitstatus_to_exitcode(status)
-            taken = self.cpu_seconds(name) + usage.ru_utime + usage.ru_stime
-            self._cpu_file(name).write_text(f"{taken:.3f}", encoding="utf-8")
+            seconds = self.cpu_seconds(name) + usage.ru_utime + usage.ru_stime
+            self._cpu_file(name).write_text(f"{seconds:.3f}", encoding="utf-8")
 
     def code(self, name: str, seconds: float = 0.0) -> int:
-        """The exit code of a process, which is stopped if it runs longer than so many seconds; it is said if not 0."""
+        """Return the exit code of a process, which is stopped after so many seconds; a code other than 0 is printed."""
         process = self.running[name]
         if not self._wait(name, process, seconds):
             process.send_signal(signal.SIGTERM)
@@ -92,11 +92,11 @@ class Processes:
         code: int = process.returncode
         del self.running[name]
         if code:
-            print(f"{name}: ended with exit code {code} ({self.logs / name}.log says why)", flush=True)
+            print(f"{name}: ended with exit code {code}; see {self.logs / name}.log", flush=True)
         return code
 
     def _wait(self, name: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
-        """Whether it ends in so many seconds."""
+        """Return whether the process ends within so many seconds."""
         until = time.monotonic() + seconds
         while True:
             self._reap(name, process)
@@ -107,14 +107,14 @@ class Processes:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ask all to save and stop, and wait for them."""
+        """Send SIGTERM to all processes, which then save and stop, and wait for them."""
         for process in self.running.values():
             process.send_signal(signal.SIGTERM)
         for name in list(self.running):
             self.code(name, 8)
 
     def kill(self, names: list[str]) -> None:
-        """End processes whose work is not needed."""
+        """Kill processes whose results are not needed."""
         for name in names:
             self.running[name].kill()
             self._wait(name, self.running[name], math.inf)
@@ -125,12 +125,12 @@ class Processes:
         return self.running[name].returncode is None
 
     def step_seconds(self, logs: dict[str, Path], seconds: float, left: Callable[[], float]) -> dict[str, float]:
-        """What one image costs of the device in each of these processes: its time in a step, divided by their number.
+        """Return the device seconds per image of each process: its time in a step, divided by the number of processes.
 
         Args:
-            logs: the JSON lines that each writes, one a step.
-            seconds: how long they are watched once all are at their pace.
-            left: seconds that there are at most.
+            logs: the JSON lines that each process writes, one per step.
+            seconds: duration of the measurement, after the speed of all processes is constant.
+            left: returns the seconds that are left.
         """
         if not logs:
             return {}
@@ -141,7 +141,7 @@ class Processes:
         found = {}
         for name, log in logs.items():
             lines = lines_of(log)[before[name] :]
-            # A step that had begun before counts too: one of them may be longer than the watch.
+            # A step may be longer than the measurement: the last one counts then.
             lines = lines or lines_of(log)[-1:]
             if lines and self._is_running(name):
                 found[name] = statistics.mean(1 / json.loads(line)["images_per_second"] for line in lines) / len(logs)
@@ -149,7 +149,7 @@ class Processes:
 
 
 def lines_of(log: Path) -> list[str]:
-    """The whole lines of a log that is being written."""
+    """Return the complete lines of a log that is being written."""
     return log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []
 
 

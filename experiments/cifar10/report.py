@@ -1,4 +1,4 @@
-"""Tables and pictures of the CIFAR-10 benchmark, from its results alone."""
+"""Tables and plots of the CIFAR-10 experiment, from its results alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["markdown", "plot_minutes", "plot_steps", "write_samples"]
 
 STEPS = ("1", "2", "4", "8", "16")
 SOLVERS = {"ddim": "teacher, DDIM", "dpmsolver++": "teacher, DPM-Solver++"}
-# Okabe and Ito's colors, which the color-blind can tell apart; styles tell the rest.
+# Colors of Okabe and Ito, which color-blind readers distinguish; line styles distinguish the others.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X<>hd"
 
 
 MINUTES = {
-    "GPU": "GPU minutes: the share of the device that the steps take, measured with all losses side by side on it.",
+    "GPU": "GPU minutes: the fraction of the device that the steps use, measured with all losses at the same time.",
     "CPU": "CPU minutes: of one core, start and export of the student included.",
 }
 
@@ -35,7 +35,7 @@ def _device(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every table of a benchmark, as far as it has come."""
+    """Return all tables of an experiment, which may be incomplete."""
     lines = [*_about(results), ""]
     for quantity, title in (("frechet", "Fréchet distance"), ("endpoint", "Endpoint error")):
         lines += [f"{title}:", "", *_table(results, quantity), ""]
@@ -57,7 +57,7 @@ def _about(results: dict[str, Any]) -> list[str]:
         )
     if classifier:
         lines.append(
-            f"Classifier: {100 * classifier['accuracy']:.1f} % of {classifier['test_images']:,} test images right, "
+            f"Classifier: {100 * classifier['accuracy']:.1f} % of {classifier['test_images']:,} test images correct, "
             f"{classifier['width']} features, {classifier['seconds']:.0f} s."
         )
     if protocol:
@@ -65,7 +65,7 @@ def _about(results: dict[str, Any]) -> list[str]:
             f"Fréchet distance: {protocol['samples']:,} samples against {protocol['reference']} (decoded JPEG), "
             f"{protocol['features']}. Endpoint error: root mean square over {protocol['endpoint_samples']} noises and "
             f"all pixels (range -1 to 1) of the distance to the teacher's ODE ({protocol['ode_solver']}; half as many "
-            f"steps move it by {protocol['ode_solver_error']:.2g})."
+            f"steps change it by {protocol['ode_solver_error']:.2g})."
         )
     seen = {found["images_seen"] for found in results["students"].values()}
     if seen:
@@ -102,14 +102,14 @@ def _cell(row: dict[str, float] | None, quantity: str) -> str:
 
 
 def _style(results: dict[str, Any], title: str) -> dict[str, Any]:
-    """Students of one method look alike."""
+    """Return the style of a student, the same for all seeds of a method."""
     methods = list(dict.fromkeys(title.rpartition("-")[0] for title in results["students"]))
     i = methods.index(title.rpartition("-")[0])
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
 def plot_steps(results: dict[str, Any], path: Path) -> None:
-    """Both quantities against network calls, the teacher's solvers dashed."""
+    """Plot both quantities against network calls, with the teacher's solvers dashed."""
     figure = Figure(figsize=(11, 4.4), dpi=130)
     panels = figure.subplots(1, 2)
     for axis, quantity in zip(panels, ("frechet", "endpoint"), strict=True):
@@ -137,14 +137,14 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_minutes(results: dict[str, Any], path: Path) -> None:
-    """Fréchet distance at 1 and at 4 calls against the minutes that training takes alone on the device."""
+    """Plot the Fréchet distance at 1 and 4 calls against the minutes of training alone on the device."""
     figure = Figure(figsize=(10, 4.2), dpi=130)
     panels = figure.subplots(1, 2)
     for axis, n in zip(panels, ("1", "4"), strict=True):
         timed = {title: found for title, found in results["students"].items() if found["device_seconds"] is not None}
         for title, found in timed.items():
-            place = found["device_seconds"] / 60, found["rows"][n]["frechet"]
-            axis.plot(*place, linestyle="", label=_name(title), **_style(results, title))
+            point = found["device_seconds"] / 60, found["rows"][n]["frechet"]
+            axis.plot(*point, linestyle="", label=_name(title), **_style(results, title))
         for i, (kind, rows) in enumerate(results["teacher"]["rows"].items()):
             if n in rows:
                 axis.axhline(rows[n]["frechet"], color="black", linestyle="--" if i else "-.", label=SOLVERS[kind])
@@ -163,13 +163,13 @@ def plot_minutes(results: dict[str, Any], path: Path) -> None:
 
 
 def write_samples(rows: Path, students: list[str], path: Path) -> None:
-    """Samples from the same noises: the teacher's ODE and stock solvers above, the best students' jumps below."""
+    """Plot samples from the same noises: the teacher's ODE and stock solvers above, the best students below."""
     shown: dict[str, Tensor] = {}
     for name, n, title in (("ode", "0", "teacher's ODE"), ("ddim-4", "4", "DDIM, 4"), ("ddim-50", "50", "DDIM, 50")):
         file = rows / f"{name}.safetensors"
         if file.is_file():
             shown[title] = load_file(file)[n] / 127.5 - 1
     for title in students:
-        kept = load_file(rows / f"{title}.safetensors")
-        shown |= {f"{_name(title)}, {n}": kept[n] / 127.5 - 1 for n in ("1", "2", "4", "8")}
+        images = load_file(rows / f"{title}.safetensors")
+        shown |= {f"{_name(title)}, {n}": images[n] / 127.5 - 1 for n in ("1", "2", "4", "8")}
     plot_samples(shown, path)

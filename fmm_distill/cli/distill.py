@@ -56,9 +56,10 @@ def distill(
     """Distill a pretrained diffusers model into a few-step generator.
 
     \b
-    fmm-distill --recipe digits
-    fmm-distill --teacher google/ddpm-cifar10-32 --recipe cifar10
-    accelerate launch -m fmm_distill --teacher ID --recipe cifar10
+    Examples:
+      fmm-distill --recipe digits
+      fmm-distill --teacher google/ddpm-cifar10-32 --recipe cifar10
+      accelerate launch -m fmm_distill --teacher ID --recipe cifar10
 
     After an interruption the same command resumes.
     """  # noqa: D301 click reads the backspace that Python makes of the escape

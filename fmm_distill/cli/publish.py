@@ -11,10 +11,10 @@ from fmm_distill.cli.numbers import STEPS
 __all__ = ["publish"]
 
 
-@click.command(short_help="Put a student on the Hub, with its card.")
+@click.command(short_help="Upload a student to the Hub with its model card.")
 @click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Create a new repository as a private one.")
 @click.option("--branch", metavar="NAME", help="Branch to publish to, created if it is missing [main].")
 @click.option("--steps", type=STEPS, metavar="N,...", help="Fixed-step pipelines to upload [all].")
 @click.option("--force", is_flag=True, help="Overwrite a repository that has other content.")

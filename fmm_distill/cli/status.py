@@ -15,7 +15,7 @@ __all__ = ["status"]
 def status(run: Path, output: Path | None) -> None:
     """Show the progress of a run and plot its curves.
 
-    The run may be active, interrupted or finished; it is not changed.
+    The run may be active, interrupted or finished; nothing of it is changed.
     """
     from fmm_distill.cli.outputs import check_output
     from fmm_distill.run.status import describe, plot, read_run

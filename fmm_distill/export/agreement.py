@@ -50,7 +50,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        """Whether rounding explains every difference; False where a number is NaN."""
+        """True if rounding explains every difference; False where a number is NaN."""
         decoded = self.image is None or self.image <= IMAGE_TOLERANCE
         return self.difference <= self.tolerance and decoded
 

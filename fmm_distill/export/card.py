@@ -72,13 +72,13 @@ def card(folder: Path, repo: str | None = None, branch: str | None = None, steps
     if evaluation is not None:
         _check_rows(folder, evaluation)
     name = manifest.teacher if repo is None else repo.split("/")[-1]
-    place = _Place(repo, branch)
+    location = _Location(repo, branch)
     parts = [
         f"---\n{_metadata(manifest, evaluation, name).to_yaml().strip()}\n---",
         f"# A few-step student of {manifest.teacher}",
         _introduction(manifest),
         *(["![samples: the same noise in each column](samples.png)"] if (folder / "samples.png").is_file() else []),
-        f"## How to use\n\n{_usage(manifest, manifest.steps if steps is None else steps, place)}",
+        f"## How to use\n\n{_usage(manifest, manifest.steps if steps is None else steps, location)}",
         *([_LORA] if manifest.lora else []),
         f"## Evaluation\n\n{_numbers(evaluation, (folder / 'steps.png').is_file())}",
         f"## Training\n\n{_training(manifest)}",
@@ -93,7 +93,7 @@ length, for which stock diffusers has no input. The pipelines here have both mer
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """A repository of the Hub with a branch, or the folder of the card."""
 
     repo: str | None
@@ -114,25 +114,25 @@ def _introduction(manifest: StudentManifest) -> str:
     )
 
 
-def _usage(manifest: StudentManifest, steps: tuple[int, ...], place: _Place) -> str:
+def _usage(manifest: StudentManifest, steps: tuple[int, ...], location: _Location) -> str:
     if manifest.not_any_step:
-        return _weights(manifest, place)
-    return f"{_fixed(manifest, steps, place)}\n\n{_any_step(manifest, place)}"
+        return _weights(manifest, location)
+    return f"{_fixed(manifest, steps, location)}\n\n{_any_step(manifest, location)}"
 
 
-def _fixed(manifest: StudentManifest, steps: tuple[int, ...], place: _Place) -> str:
-    """How to load a fixed number of steps, or the reason why there is none."""
+def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: _Location) -> str:
+    """Return the section on pipelines of a fixed number of steps, or the reason why there is none."""
     if not steps:
         reason = f": {manifest.not_fixed}" if manifest.not_fixed else ""
         return f"There is no pipeline for a fixed number of steps{reason}."
     last = steps[-1]
     lines = [f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps]
-    if place.repo is None:
+    if location.repo is None:
         opened = f'pipeline = DiffusionPipeline.from_pretrained("{_HERE}/steps-{last}")'
     else:
         opened = (
             "from huggingface_hub import snapshot_download\n"
-            f'folder = snapshot_download("{place.repo}"{place.revision}, allow_patterns="steps-{last}/*")\n'
+            f'folder = snapshot_download("{location.repo}"{location.revision}, allow_patterns="steps-{last}/*")\n'
             f'pipeline = DiffusionPipeline.from_pretrained(f"{{folder}}/steps-{last}")'
         )
     call = manifest.fixed_call.replace("{steps}", str(last))
@@ -141,24 +141,24 @@ def _fixed(manifest: StudentManifest, steps: tuple[int, ...], place: _Place) -> 
     return "\n\n".join([title, f"```python\n{code}\n```", "\n".join(lines)])
 
 
-def _any_step(manifest: StudentManifest, place: _Place) -> str:
+def _any_step(manifest: StudentManifest, location: _Location) -> str:
     return f"""For any number of steps, with code from this repository (two files):
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("{place.repo or _HERE}"{place.revision}, trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained("{location.repo or _HERE}"{location.revision}, trust_remote_code=True)
 {manifest.any_step_call.replace("{steps}", "3")}
 ```"""
 
 
-def _weights(manifest: StudentManifest, place: _Place) -> str:
+def _weights(manifest: StudentManifest, location: _Location) -> str:
     return f"""The repository holds the weights and the configuration of the network, and no pipeline:
 {manifest.not_any_step}. With the teacher, as a `Teacher` or any object with a velocity, it opens in Python:
 
 ```python
 import torch
 from fmm_distill import load_student
-student = load_student("{place.repo or _HERE}"{place.revision}, teacher=teacher)
+student = load_student("{location.repo or _HERE}"{location.revision}, teacher=teacher)
 samples = student.generate(torch.randn(4, *student.event_shape), steps=3)
 ```"""
 

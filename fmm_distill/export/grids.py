@@ -19,6 +19,7 @@ __all__ = ["StockGrids"]
 
 # The attributes of a flow scheduler that set_timesteps reads; a pipeline may change them before it calls it.
 _READ = ("sigma_min", "sigma_max", "_shift")
+# Of the arguments that pipelines derive from the number of steps; an unknown form costs one run per number of steps.
 _FORMS: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {
         "number of steps": lambda steps: steps,
@@ -112,5 +113,6 @@ class StockGrids:
     def _known(self, steps: int) -> _Grid | None:
         if steps in self._runs or len(self._runs) < 2:
             return self._runs.get(steps)
+        # Two runs tell an argument that depends on the number of steps from a constant.
         one, two = list(self._runs.values())[:2]
         return one.at(two, steps)

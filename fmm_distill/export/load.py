@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedStudent", "fetch_student", "load_student"]
 
+# The first of a caller's times may be t_max in float32.
 _CLOSE = 1e-6
 _TODO = "fetch or export the student again"
 
@@ -186,8 +187,7 @@ def load_student(
     else:
         if teacher is not None or network is not None:
             raise UserError(f"teacher: expected none, {source} is complete; leave teacher and network out")
-        opened = _diagonal_teacher(folder, str(source), manifest, prompts)
-        student = Student.from_teacher(opened)
+        opened, student = _student_of_pipeline(folder, str(source), manifest, prompts)
         component = "unet" if opened.pipeline is None else opened.pipeline.component
     _load_weights(student, folder / component, str(source))
     return LoadedStudent(student.eval(), manifest, opened)
@@ -223,14 +223,17 @@ def _teacher_of_weights(manifest: StudentManifest, source: str, teacher: Teacher
         ) from error
 
 
-def _diagonal_teacher(folder: Path, source: str, manifest: StudentManifest, prompts: Sequence[str]) -> Teacher:
-    """Open the diagonal of an exported student by the adapter that opened its teacher."""
+def _student_of_pipeline(
+    folder: Path, source: str, manifest: StudentManifest, prompts: Sequence[str]
+) -> tuple[Teacher, Student]:
+    """Open the diagonal of an exported student by the adapter of its teacher, and make the student of it."""
     guidance = None
     if manifest.guidance is not None:
         scales = manifest.guidance["range"]
         guidance = Guidance(manifest.guidance["scale"], range=None if scales is None else tuple(scales))
     try:
-        return _open(_teacher_view(folder, manifest), source, prompts, manifest.call, guidance)
+        teacher = _open(_teacher_view(folder, manifest), source, prompts, manifest.call, guidance)
+        return teacher, Student.from_teacher(teacher)
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
         raise _incomplete(source, error) from error
 

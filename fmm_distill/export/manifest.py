@@ -182,6 +182,7 @@ def read_manifest(folder: Path) -> StudentManifest:
 
 
 def _example(teacher: Teacher, *, any_step: bool) -> str:
+    """Return a line of Python that calls a pipeline, with ``{steps}`` for the number of steps."""
     if teacher.conditions is None:
         outputs = teacher.codec.outputs
         return f"{outputs} = pipeline(batch_size=4, num_inference_steps={{steps}}).{outputs}"
@@ -196,6 +197,7 @@ def _example(teacher: Teacher, *, any_step: bool) -> str:
 
 
 def _limits(recipe: Recipe, teacher: Teacher) -> str:
+    """Return the sentences of the card on conditions, guidance and the reach of the student."""
     copies = "It follows its teacher's ODE: it can't generate what the teacher can't."
     if teacher.conditions is None:
         return f"Unconditional. {copies}"

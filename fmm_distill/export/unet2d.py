@@ -73,7 +73,7 @@ class UNet2DExporter:
         if self.autoencoder is not None:
             pipeline = diffusers.LDMPipeline(unet=network, scheduler=scheduler, vqvae=self.autoencoder)
         else:
-            # DDIMPipeline makes a DDIMScheduler of every scheduler, with the levels that this one can make.
+            # DDIMPipeline replaces every scheduler by a DDIMScheduler, which does not have the levels of the others.
             kind = diffusers.DDIMPipeline if type(scheduler) is diffusers.DDIMScheduler else diffusers.DDPMPipeline
             pipeline = kind(unet=network, scheduler=scheduler)
         pipeline.save_pretrained(folder / f"steps-{steps}", safe_serialization=True)

@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
 
+# Of the noise that pipelines and student start from; any number would do.
 SEED = 5
 # The size of a batch and the most numbers in it: eight images of 64 x 64, two of those that take minutes per step on a
 # CPU. A single sample could hide that rows are mixed up.
 _BATCH, _NUMBERS = 8, 2**17
+# The key of an export without pipelines.
+_WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def verify_all(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
         write_text(export.folder / "verification.json", json.dumps(report, indent=2) + "\n")
         record(export.folder, "verification.json")
         if wrong:
-            raise FmmDistillError(f"{export.folder}: reloaded pipelines differ from the student ({_shown(wrong)})")
+            raise FmmDistillError(f"{export.folder}: the reloaded export differs from the student ({_shown(wrong)})")
     return found
 
 
@@ -87,7 +90,7 @@ def agreements_of(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
     jobs = [_Job(export) for export in exports if export.exporter.not_any_step is None]
     pipelines = iter(zip(jobs, _reload(jobs) if jobs else [], strict=True))
     return [
-        {"weights": compare_weights(export.student, export.folder / export.exporter.component)}
+        {_WEIGHTS: compare_weights(export.student, export.folder / export.exporter.component)}
         if export.exporter.not_any_step
         else _agreements(*next(pipelines))
         for export in exports
@@ -96,6 +99,8 @@ def agreements_of(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
 
 def summary(agreements: dict[str, Agreement]) -> str:
     """Describe the pipeline that differs most from the student, in one line."""
+    if _WEIGHTS in agreements:
+        return "the weights are equal to the student's"
     worst = max(agreements.values(), key=lambda one: one.fraction)
     return f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
 
@@ -103,7 +108,8 @@ def summary(agreements: dict[str, Agreement]) -> str:
 def _shown(wrong: dict[str, Agreement]) -> str:
     texts = []
     for key, one in wrong.items():
-        texts.append(f"{key}: a jump by {one.difference:.1e}, where rounding explains {one.tolerance:.1e}")
+        jump = f"a jump by {one.difference:.1e}, where rounding explains {one.tolerance:.1e}"
+        texts.append(f"{key}: {f'by {one.difference:.1e}' if key == _WEIGHTS else jump}")
         if one.image is not None:
             texts[-1] += f"; images by {one.image:.1e}"
     return "; ".join(texts)

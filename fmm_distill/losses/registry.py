@@ -155,7 +155,7 @@ def _validate(value: object) -> Loss:
             known.passed[value.name] = type(value)
         return value
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise PydanticCustomError("loss_without_name", "expected a group with a name, e.g. {name: lagrangian}")
+        raise PydanticCustomError("loss_without_name", "expected a group with a name, such as {name: lagrangian}")
     name = value["name"]
     if name in known.broken:
         raise PydanticCustomError("loss_broken", "{reason}", {"reason": known.broken[name]})

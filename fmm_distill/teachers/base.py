@@ -168,6 +168,7 @@ class Teacher:
     def to(self, device: torch.device | str) -> Self:
         """Move network and schedule, and those of a weaker teacher, to ``device``, and return the teacher."""
         self.network.to(device)
+        # The tables of a discrete schedule: looked up on the CPU at every call, they would make a GPU wait.
         if isinstance(self.schedule, VariancePreserving):
             self.schedule.to(device)
         if self.weaker is not None:

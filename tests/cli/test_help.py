@@ -44,6 +44,17 @@ def test_examples_are_on_lines_of_their_own(monkeypatch):
         assert example in lines
 
 
+def test_the_sections_of_a_help_list_every_option_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call("evaluate", "--help")[1]
+    titles = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    assert titles == [*EVERY["evaluate",].sections, "Options"]
+    listed = re.findall(r"^  (--[a-z-]+|-h), ?|^  (--[a-z-]+)", out, re.MULTILINE)
+    names = sorted(one or other for one, other in listed)
+    expected = [param.opts[0] for param in EVERY["evaluate",].params if isinstance(param, click.Option)]
+    assert names == sorted([*expected, "-h"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

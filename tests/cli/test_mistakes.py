@@ -154,7 +154,7 @@ OPENING = {
     "no such data": (tiny("--data", "./nowhere"), ["--data ./nowhere: no such file or folder"]),
     "export off the grid": (
         tiny("--set", "export.steps=[1, 3, 7]"),
-        ["export.steps 3, 7: wanted divisors of the teacher's 1000 timesteps"],
+        ["export.steps: expected divisors of the teacher's 1000 timesteps, got 3, 7"],
     ),
     "batch that does not split": (
         tiny("--set", "training.gradient_accumulation_steps=3"),

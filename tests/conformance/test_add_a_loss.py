@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from fmm_distill.config.recipe import Recipe
+from fmm_distill.losses import registered_losses
+from fmm_distill.run.distill import distill
 from tests.cli.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +93,7 @@ def test_a_run_is_reopened_with_the_package_and_refused_by_one_line_without(trai
     done = run("-m", "fmm_distill", "evaluate", trained)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "loss.name: loss 'brightness' is unknown" in done.stderr
+    assert "loss.name: expected a loss of fmm-distill losses, got 'brightness'" in done.stderr
     assert "fmm_distill.losses" in done.stderr
 
 
@@ -106,12 +110,21 @@ def test_every_test_over_the_losses_runs_on_it(package):
     assert len(own) > 30
 
 
-def test_a_recipe_takes_the_instance_without_registration(monkeypatch):
-    names: dict[str, object] = {}
-    monkeypatch.setattr("sys.modules", sys.modules | {})
-    exec(compile(MODULE, FILE, "exec"), names)
-    loss = names["Brightness"](factor=2)
+def test_an_instance_needs_no_registration(package, teacher_folder, tmp_path, monkeypatch):
+    # Without the metadata that registers it.
+    (package / "module").mkdir()
+    (package / "module" / FILE).write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(package / "module")
+    loss = importlib.import_module(FILE.removesuffix(".py")).Brightness(factor=2)
     recipe = Recipe(loss=loss)
     assert recipe.loss is loss
     assert Recipe.model_validate(recipe.model_dump() | {"loss": loss}).loss is loss
-    assert "distill(Recipe(loss=Brightness(factor=2))" in SCRIPT
+    assert "brightness" not in registered_losses()
+    # As the page calls it, and again: the run that is stored reads its own recipe.
+    assert "loss=Brightness(factor=2))" in SCRIPT
+    settings = {"teacher": str(teacher_folder)} | TINY
+    with patch("fmm_distill.run.distill.finish"):
+        for steps in (1, 2):
+            recipe = Recipe.model_validate(settings | {"training": TINY["training"] | {"steps": steps}})
+            distill(recipe, tmp_path / "run", loss=loss)
+    assert len((tmp_path / "run" / "steps.jsonl").read_text(encoding="utf-8").splitlines()) == 2

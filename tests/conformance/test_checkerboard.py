@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fmm_distill.core.solvers import solve
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.teachers.closed_form import Checkerboard
 
 BOARD = Checkerboard()
 

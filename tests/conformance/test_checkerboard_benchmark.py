@@ -25,7 +25,7 @@ from experiments.plane import (
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.time_axis import LinearClock
 from fmm_distill.losses.registry import BUILT_IN
-from fmm_distill.teachers.checkerboard import Checkerboard
+from fmm_distill.teachers.closed_form import Checkerboard
 
 TINY = checkerboard.Budget(
     width=8, teacher_steps=3, steps=4, long_steps=4, seeds=2, solver_steps=2, points=500, curve=2
@@ -124,10 +124,10 @@ def test_a_run_that_diverges_has_a_result(tmp_path, monkeypatch):
 
 def test_settings_of_a_run_are_not_mixed(tmp_path):
     first, other = (checkerboard.recipe_for(checkerboard.METHODS[name], 4, 0, 1) for name in ("lagrangian", "eulerian"))
-    checkerboard.keep_recipe(first, tmp_path / "run")
-    checkerboard.keep_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
+    checkerboard.save_recipe(first, tmp_path / "run")
     with pytest.raises(SystemExit, match="other settings"):
-        checkerboard.keep_recipe(other, tmp_path / "run")
+        checkerboard.save_recipe(other, tmp_path / "run")
 
 
 def test_chunks_change_nothing(monkeypatch):

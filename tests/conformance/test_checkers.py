@@ -12,8 +12,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.export.verify import verify
+from fmm_distill.export.verify import Exported, verify
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.guidance import Guidance
@@ -118,7 +119,7 @@ def test_the_export_has_the_teachers_checker(pipeline, tmp_path):
     teacher, _ = opened(folder, name)
     student = moved(Student.from_teacher(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (2,))
-    assert all(one.passed for one in verify(student, teacher, made, (2,)).values())
+    assert all(one.passed for one in verify(Exported(student, exporter_of(teacher), made, (2,))).values())
     for place in (made, made / "steps-2"):
         index = json.loads((place / "model_index.json").read_text())
         assert index["safety_checker"][1] == "StableDiffusionSafetyChecker"
@@ -140,7 +141,7 @@ def test_a_learned_variance_and_a_watermark_of_pixels(tmp_path, variance):
     assert (teacher.codec.decode(x) - x).abs().max() < 1e-6
     student = moved(Student.from_teacher(teacher))
     made = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
-    assert all(one.passed for one in verify(student, teacher, made, (1, 4)).values())
+    assert all(one.passed for one in verify(Exported(student, exporter_of(teacher), made, (1, 4))).values())
 
 
 def test_an_invisible_watermark_is_switched_off():

@@ -149,7 +149,7 @@ def test_the_classifier_learns_and_its_file_is_taken(tmp_path, size):
     loaded = open_features(str(file), (3, size, size))
     shown = torch.rand(5, 3, size, size)
     torch.testing.assert_close(loaded(shown).features, features(shown))
-    assert loaded.count == 8
+    assert loaded.width == 8
 
 
 def test_moved_images_keep_their_pixels():

@@ -167,7 +167,7 @@ def test_a_kill_between_the_renames_leaves_a_student_that_is_found(again, deeper
     before = snapshot(folder)
     cut(folder)
     # It is no student that was verified: it is found, and named.
-    with pytest.raises(UserError, match=r"no exported student|earlier version"):
+    with pytest.raises(UserError, match=r"expected an exported student|earlier version"):
         pack(folder.parent if deeper else folder, "me/student")
     assert snapshot(folder) == before
     export()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import kept, machine, render, steps
+from benchmarks.gpu import machine, render, steps, stored
 from benchmarks.gpu.budget import Deadline, OutOfTimeError, alarm
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.rows import Row, take
@@ -158,7 +158,7 @@ def test_a_row_that_overruns_is_cut(tmp_path):
 def test_results_of_other_code_or_machines_are_not_continued(tmp_path, name, value):
     about = {"stage": "steps", "device": "one", "torch": "2", "sources": {"a.py": "1"}, "tiny": False, "date": "today"}
     file = tmp_path / "gpu-steps.json"
-    Record(file, about).keep("a", "measured")
+    Record(file, about).add("a", "measured")
     assert Record(file, about | {"date": "tomorrow"}).has("a")
     assert not Record(file, about | {name: value}).has("a")
     assert read(tmp_path / "gpu-steps.previous.json")["rows"] == {"a": {"status": "measured"}}
@@ -175,7 +175,7 @@ def test_every_loss_of_the_registry_has_a_row(monkeypatch):
 
 def test_stages_are_complete():
     for stage in STAGES.values():
-        assert sum(part.share for part in stage.parts) < 0.99
+        assert sum(part.fraction for part in stage.parts) < 0.99
         assert (ROOT / "benchmarks" / "gpu" / f"{stage.name}.py").is_file()
         assert len(machine.sources(stage.sources)) > 40
         assert [pattern for pattern in stage.sources if not machine.sources([pattern])] == []
@@ -265,16 +265,16 @@ def test_what_is_kept_travels_in_pieces(tmp_path, size):
     again.mkdir()
     data = os.urandom(1000) * (size // 1000)
     (work / "teacher" / "w.bin").write_bytes(data)
-    files = kept.pack(work, ("teacher",), pieces)
+    files = stored.pack(work, ("teacher",), pieces)
     assert len(files) == (1 if size == 1000 else 3)
     assert all(file.stat().st_size <= 16 * 2**20 for file in files)
-    assert kept.unpack(pieces, again)
+    assert stored.unpack(pieces, again)
     assert (again / "teacher" / "w.bin").read_bytes() == data
     files[0].unlink()
-    assert not kept.unpack(pieces, again)
+    assert not stored.unpack(pieces, again)
     (work / "teacher" / "w.bin").write_bytes(bytes(61 * 2**20))
-    with pytest.raises(RuntimeError, match="MiB to keep are more than 4 pieces"):
-        kept.pack(work, ("teacher",), pieces)
+    with pytest.raises(RuntimeError, match="MiB exceed 4 pieces"):
+        stored.pack(work, ("teacher",), pieces)
 
 
 def test_the_plane_runs_where_its_noise_is():
@@ -314,7 +314,7 @@ def test_help_and_list_load_no_torch():
     ("arguments", "message"),
     [
         (["--stage", "cifar10"], "--stage cifar10 needs --data"),
-        (["--stage", "steps", "--fastgen", "nowhere"], "--fastgen .*nowhere: there is no such folder"),
+        (["--stage", "steps", "--fastgen", "nowhere"], "--fastgen .*nowhere: no such folder"),
         (["--stage", "steps", "--device", "cuda"], "there is no GPU that torch can use"),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_killed_run_leaves_what_it_measured(tmp_path):
     code = (
         "import time\nfrom pathlib import Path\nfrom benchmarks.gpu.record import Record\n"
         f"record = Record(Path({str(tmp_path / 'gpu-steps.json')!r}), {{'stage': 'steps'}})\n"
-        "for i in range(10**6):\n    record.keep(str(i % 500), 'measured', text='x' * 2000)\n"
+        "for i in range(10**6):\n    record.add(str(i % 500), 'measured', text='x' * 2000)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
     file = tmp_path / "gpu-steps.json"
@@ -436,7 +436,7 @@ def test_stage_cifar10_keeps_its_teacher(tmp_path):
     assert list(student["rows"]) == ["1", "2", "4", "8", "16"]
     assert found["rows"]["fastgen-ECT-0"] == {"status": "skipped", "reason": "no --fastgen"}
     assert (tmp_path / "output" / "gpu-cifar10-steps.png").is_file()
-    assert kept.unpack(tmp_path / "output", tmp_path)
+    assert stored.unpack(tmp_path / "output", tmp_path)
     known = load_teacher(str(tmp_path / "work" / "cifar10" / "teacher")).network.state_dict()
     again = load_teacher(str(tmp_path / "teacher")).network.state_dict()
     # Rounded before anything was measured with it.

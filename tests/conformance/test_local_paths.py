@@ -193,8 +193,8 @@ def test_the_run_and_the_export_still_know_their_paths(packed):
 def test_hub_ids_are_sent_as_they_are(packed, tmp_path):
     folder = shutil.copytree(packed[1].folder, tmp_path / "student")
     facts = json.loads((folder / "student.json").read_text())
-    made = facts["made"] | {"data": "uoft-cs/cifar10"}
-    known = {"teacher": "google/ddpm", "revision": "c" * 40, "dataset": "uoft-cs/cifar10", "made": made}
+    training = facts["training"] | {"data": "uoft-cs/cifar10"}
+    known = {"teacher": "google/ddpm", "revision": "c" * 40, "dataset": "uoft-cs/cifar10", "training": training}
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe |= {"teacher": "google/ddpm", "data": {"source": "uoft-cs/cifar10"}}
     recipe["guidance"]["weaker"] = "google/ddpm-small"

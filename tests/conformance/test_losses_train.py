@@ -11,7 +11,10 @@ from torch import nn
 
 from fmm_distill.core.flow_map import FlowMap, diagonal
 from fmm_distill.core.time_axis import LinearClock, expand
-from fmm_distill.losses import Jump, Loss
+from fmm_distill.losses import (
+    Jump,
+    Loss,
+)
 from fmm_distill.losses.consistency import Consistency
 from fmm_distill.losses.consistency_trajectory import ConsistencyTrajectory
 from fmm_distill.losses.eulerian import Eulerian
@@ -24,7 +27,7 @@ from fmm_distill.losses.progressive import Progressive
 from fmm_distill.losses.progressive_distillation import ProgressiveDistillation
 from fmm_distill.losses.registry import BUILT_IN
 from fmm_distill.losses.terminal_velocity import TerminalVelocity
-from fmm_distill.teachers.analytic import TwoModes
+from fmm_distill.teachers.closed_form import TwoModes
 from fmm_distill.training.ema import averaged
 from tests.conformance.truths import TRUTHS
 

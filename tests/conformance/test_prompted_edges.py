@@ -16,8 +16,9 @@ from fmm_distill.config.settings import EvaluationSettings
 from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.evaluator import evaluate
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
-from fmm_distill.export.verify import verify
+from fmm_distill.export.verify import Exported, verify
 from fmm_distill.run.distill import distill
 from fmm_distill.run.plan import forecast
 from fmm_distill.run.reopen import open_run
@@ -48,7 +49,7 @@ def test_prompts_padded_beside_a_long_one_are_verified_as_the_pipeline_pads_them
     teacher = load_teacher(source, prompts=prompts, call=call)
     student = moved(Student.from_teacher(teacher))
     folder = export_pipeline(student, teacher, tmp_path / "student", (2,))
-    assert len(verify(student, teacher, folder, (2,))) == 2
+    assert len(verify(Exported(student, exporter_of(teacher), folder, (2,)))) == 2
 
 
 def test_cogvideox_is_measured_against_solvers_with_its_own_noise_levels(tmp_path):

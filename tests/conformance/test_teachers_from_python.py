@@ -10,17 +10,19 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
-from fmm_distill import LearnedFlowMap, Recipe, Student, Teacher, distill, evaluate, load_teacher, sample
+from fmm_distill import LearnedFlowMap, Recipe, Student, Teacher, distill, evaluate, load_student, load_teacher, sample
+from fmm_distill.config.settings import OptimizerSettings
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.errors import UserError
 from fmm_distill.run.given import Given
 from fmm_distill.run.reopen import open_run
-from fmm_distill.teachers.analytic import Gaussian
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.velocity_field import as_teacher
-from tests.cli.runs import TINY, losses
+from fmm_distill.training.callbacks import Callback
+from tests.cli.runs import STEPS, TINY, losses
 from tests.conftest import tiny_unet
 
 
@@ -105,8 +107,7 @@ def test_a_closed_form_and_a_map_of_ones_own(tmp_path):
     rows = {(row.sampler, row.steps) for row in found.rows}
     assert ("student", 1) in rows or any(name.startswith("student") for name, _ in rows)
     job = open_run(tmp_path / "run", given=Given(Blob(), PlaneMap(seed=7)))
-    again = Student.from_teacher(as_teacher(Blob()), network=PlaneMap(seed=9))
-    again.load_weights(tmp_path / "run" / "student")
+    again = load_student(tmp_path / "run" / "student", teacher=Blob(), network=PlaneMap(seed=9)).flow_map
     torch.testing.assert_close(velocity_of(again, (2,)), velocity_of(job.student, (2,)))
     assert sample(again, torch.randn(5, 2), 2).shape == (5, 2)
     measured = evaluate(tmp_path / "run", teacher=Blob(), student=PlaneMap(), settings={"steps": [1]})
@@ -119,19 +120,17 @@ def test_a_closed_form_and_a_stock_network(tmp_path):
     distill(recipe(), tmp_path / "run", teacher=field, student=tiny_unet())
     student = Student.from_teacher(as_teacher(field), network=tiny_unet())
     assert student.prediction == "flow_prediction"
-    before = velocity_of(student, (1, 8, 8))
-    student.load_weights(tmp_path / "run" / "student")
-    assert (velocity_of(student, (1, 8, 8)) - before).abs().max() > 0
+    again = load_student(tmp_path / "run" / "student", teacher=field, network=tiny_unet()).flow_map
+    assert (velocity_of(student, (1, 8, 8)) - velocity_of(again, (1, 8, 8))).abs().max() > 0
 
 
-def test_a_network_of_ones_own(tmp_path, caplog):
+def test_a_network_of_ones_own(tmp_path):
     distill(recipe(), tmp_path / "run", teacher=own_teacher())
-    assert sorted(path.name for path in (tmp_path / "run" / "student").iterdir() if path.suffix == ".safetensors")
-    again = Student.from_teacher(own_teacher())
-    start = velocity_of(again, (1, 8, 8))
-    torch.testing.assert_close(start, velocity_of(Student.from_teacher(own_teacher()), (1, 8, 8)))
-    again.load_weights(tmp_path / "run" / "student")
-    assert (velocity_of(again, (1, 8, 8)) - start).abs().max() > 0
+    start = Student.from_teacher(own_teacher())
+    again = load_student(tmp_path / "run" / "student", teacher=own_teacher()).flow_map
+    assert (velocity_of(again, (1, 8, 8)) - velocity_of(start, (1, 8, 8))).abs().max() > 0
+    job = open_run(tmp_path / "run", given=Given(own_teacher()))
+    assert torch.equal(velocity_of(job.student, (1, 8, 8)), velocity_of(again, (1, 8, 8)))
 
 
 def test_a_dit_in_pixels(tmp_path):
@@ -143,11 +142,10 @@ def test_a_dit_in_pixels(tmp_path):
         source="pixels",
         adapter="DiT in pixels",
         scheduler_config=spec.config,
-        component="transformer",
         conditions=Classes(tuple("0123"), null_label=4),
     )
     distill(recipe(guidance={"scale": 2.0}), tmp_path / "run", teacher=teacher)
-    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "student" / "network" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_a_stopped_run_resumes_with_its_own_teacher_alone(tmp_path):
@@ -165,6 +163,38 @@ def test_a_stopped_run_resumes_with_its_own_teacher_alone(tmp_path):
         open_run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "python.json").read_text())["velocity"]
     distill(recipe(), tmp_path / "run", teacher=Blob(), student=PlaneMap(), fresh=True)
+
+
+class Count(Callback):
+    def __init__(self):
+        self.steps, self.ended = [], 0
+
+    def on_step(self, step, metrics):
+        self.steps.append(step)
+
+    def on_end(self):
+        self.ended += 1
+
+
+def test_an_optimizer_and_callbacks_of_ones_own(tmp_path):
+    counted, made = Count(), []
+
+    def factory(parameters):
+        made.append(torch.optim.SGD(parameters, lr=1e-3, momentum=0.5))
+        return made[-1]
+
+    given = {"teacher": Blob(), "callbacks": [counted]}
+    distill(recipe(), tmp_path / "sgd", student=PlaneMap(), optimizer=factory, **given)
+    assert len(made) == 1
+    assert counted.steps == list(range(1, STEPS + 1))
+    assert counted.ended == 1
+    # Settings are those of the recipe, and recorded in it.
+    settings = OptimizerSettings(name="SGD", lr=1e-3, options={"momentum": 0.5})
+    distill(recipe(), tmp_path / "settings", student=PlaneMap(), optimizer=settings, **given)
+    assert "name: SGD" in (tmp_path / "settings" / "recipe.yaml").read_text()
+    assert losses(tmp_path / "settings") == losses(tmp_path / "sgd")
+    distill(recipe(), tmp_path / "adam", student=PlaneMap(), teacher=Blob())
+    assert losses(tmp_path / "adam")[2:] != losses(tmp_path / "sgd")[2:]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from diffusers import (
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding, VariancePreserving
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.student.student import Student
@@ -140,7 +141,7 @@ def test_exports_are_verified(teachers, tmp_path):
     for i, name in enumerate(names):
         student = moved(Student.from_teacher(teachers[name]))
         folder = export_pipeline(student, teachers[name], tmp_path / str(i), (1, 4))
-        exports.append(Exported(student, teachers[name], folder, (1, 4)))
+        exports.append(Exported(student, exporter_of(teachers[name]), folder, (1, 4)))
     found = dict(zip(names, verify_all(exports), strict=True))
     assert all(one.passed for agreements in found.values() for one in agreements.values()), found
 

@@ -27,8 +27,8 @@ from fmm_distill.run.plan import plan
 from fmm_distill.run.reopen import draw_run
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY
 from tests.conformance.test_prompted import InDouble

@@ -17,11 +17,12 @@ from fmm_distill.core.time_axis import expand
 from fmm_distill.data.latents import Latents, encode_images, latent_layout
 from fmm_distill.data.samples import Images
 from fmm_distill.evaluation.evaluator import evaluate
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.analytic import Gaussian
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.codec import encoder_of
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import read_scheduler
@@ -173,7 +174,7 @@ def test_students_in_stock_diffusers(tmp_path):
         teacher = row(name, tmp_path / name)
         student = moved_student(teacher)
         folder = export_pipeline(student, teacher, tmp_path / name / "student", (1, 2, 4))
-        exports.append(Exported(student, teacher, folder, (1, 2, 4)))
+        exports.append(Exported(student, exporter_of(teacher), folder, (1, 2, 4)))
     for name, differences in zip(ROWS, verify_all(exports), strict=True):
         kinds = ("any", "folded") if name in FOLDED else ("any",)
         assert sorted(differences) == sorted(f"{kind}-{n}" for kind in kinds for n in (1, 2, 4))
@@ -223,5 +224,5 @@ def test_latents_of_a_vq_model(tmp_path):
     torch.testing.assert_close(Latents(images, layout).pick(draws).images, expected)
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path / "student", (1, 4))
-    differences = verify(student, teacher, folder, (1, 4))
+    differences = verify(Exported(student, exporter_of(teacher), folder, (1, 4)))
     assert sorted(differences) == ["any-1", "any-4", "folded-1", "folded-4"]

@@ -145,7 +145,7 @@ def test_weights_that_were_changed_are_noticed(tmp_path):
     weights = load_file(file)
     name = next(iter(weights))
     save_file(weights | {name: weights[name] + 1e-3}, file)
-    with pytest.raises(FmmDistillError, match="reloaded pipelines differ from the student"):
+    with pytest.raises(FmmDistillError, match="the reloaded export differs from the student"):
         verify(made)
 
 

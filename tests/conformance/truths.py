@@ -11,8 +11,8 @@ from torch import nn
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.schedules import VariancePreserving
-from fmm_distill.teachers.analytic import Gaussian, TwoModes
 from fmm_distill.teachers.base import Teacher
+from fmm_distill.teachers.closed_form import Gaussian, TwoModes
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

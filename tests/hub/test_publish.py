@@ -218,7 +218,7 @@ def test_an_edited_card_is_sent_and_named(published):
 
 def test_what_changed_since_the_export_is_refused(published):
     seen = published["publish_with_strangers"]
-    assert ": steps-4/model_index.json, steps-4/scheduler/scheduler_config.json" in seen["linked"]
+    assert "(steps-4/model_index.json, steps-4/scheduler/scheduler_config.json" in seen["linked"]
     assert "expected the exported files, got changed or linked ones (" in seen["linked"]
     assert not [name for name in seen["without it"] if name.startswith(("steps-4", "samples"))]
     assert "got changed or linked ones (samples.png)" in seen["picture"]
@@ -305,7 +305,7 @@ def test_numbers_of_another_student_are_not_said(copy):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "holds no exported student"),
+        (lambda folder: (folder / "student.json").unlink(), "got a folder without student.json"),
         (lambda folder: (folder / "student.json").write_text('{"fmm_distill": "9"}'), "written by fmm_distill 9"),
         (lambda folder: (folder / "student.json").write_text("{"), "is truncated"),
         (lambda folder: (folder / "verification.json").unlink(), "expected a verified export"),
@@ -345,7 +345,7 @@ def test_a_damaged_file_of_a_student_that_is_loaded_is_a_line(copy, name, text):
     "change",
     [
         {"steps": ["four"]},
-        {"made": {}},
+        {"training": {}},
         {"scheduler": {}},
         {"guidance": {"scale": "much"}},
         {"teacher": None},
@@ -382,7 +382,7 @@ def test_an_export_without_a_list_says_what_to_do(copy):
 
 
 def test_steps_that_were_not_exported(folder):
-    with pytest.raises(UserError, match=r"--steps 2: .* has 1, 4; export the others first"):
+    with pytest.raises(UserError, match=r"--steps 2: .* exported numbers \(1, 4\) of .*; export others"):
         pack(folder, "tester/student", steps=(1, 2))
 
 
@@ -412,7 +412,7 @@ def test_a_dry_run_lists_and_shows(folder):
     assert "  steps-4/unet/diffusion_pytorch_model.safetensors\n" in done.output
     assert "steps-1/" not in done.output
     assert "# A few-step student of" in done.output
-    assert done.output.endswith("nothing was sent (--dry-run)\n")
+    assert done.output.endswith("nothing was uploaded (--dry-run)\n")
 
 
 def test_facts_come_back_as_they_were(folder):

@@ -87,7 +87,7 @@ def test_only_what_can_be_used_is_fetched(seen):
     assert "no adapter for" in lines["video"]
     assert "its unet is code of the repository (my_unet.py), which is not run" in lines["code"]
     assert "its pipeline is code of the repository" in lines["pipe"]
-    assert "pickled weights are not opened" in lines["pickled"]
+    assert "expected weights in .safetensors, got pickled ones" in lines["pickled"]
     assert lines["much"] == ""
     assert not [line for line in lines.values() if "\n" in line]
     weights = [name for name in seen["got"] if not name.endswith(".json")]

@@ -18,7 +18,7 @@ from fmm_distill.core.derivatives.forward_mode import StockNetworks
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.student.student import Student
-from fmm_distill.teachers.analytic import Gaussian
+from fmm_distill.teachers.closed_form import Gaussian
 
 
 class Polynomial(FlowMap):

@@ -148,7 +148,7 @@ def unknown():
 
 def test_a_recipe_takes_an_instance_anywhere(unknown):
     message = refused(loss={"name": "mine"})
-    assert "here: loss.name: loss 'mine' is unknown" in message
+    assert "here: loss.name: expected a loss of fmm-distill losses, got 'mine'" in message
     assert "with an entry point in fmm_distill.losses" in message
     extra, stages = [{"loss": Mine(factor=2), "fraction": 0.5}], [{"loss": Mine(factor=3), "fraction": 0.5}]
     recipe = Recipe.model_validate({"loss": Mine(), "extra_losses": extra, "stages": stages})

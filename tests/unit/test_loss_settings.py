@@ -212,7 +212,7 @@ TANGENT = "normalize_tangent, tangent_warmup_steps, tangent_scale and clamp_tang
         ({"name": "operator_regression", "velocity": "data"}, "Input should be 'teacher'"),
         ({"name": "terminal_velocity", "velocity": "teacher"}, "Input should be 'data'"),
         ({"name": "lagrange"}, "loss lagrange is unknown"),
-        ({"stop_gradient": "nowhere"}, "expected a group with a name, e.g. {name: lagrangian}"),
+        ({"stop_gradient": "nowhere"}, "expected a group with a name, such as {name: lagrangian}"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Closed-form velocity fields and flow maps: of a Gaussian and of a mixture with two modes."""
+"""The closed-form velocity field and flow map of a mixture with two modes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from fmm_distill.core.flow_map import FlowMap
 from fmm_distill.core.time_axis import LinearClock, expand
+from fmm_distill.teachers.closed_form.gaussian import Gaussian, deviation
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,42 +17,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.core.conditioning import Conditioning
 
-__all__ = ["Gaussian", "TwoModes"]
-
-
-def _spread(t: Tensor, std: float) -> Tensor:
-    """Return the standard deviation at t of data with standard deviation ``std``."""
-    return ((1 - t).square() * std**2 + t.square()).sqrt()
-
-
-class Gaussian(FlowMap):
-    """Data N(mean, std^2 I): the field is ``velocity``, the flow map the object itself, for times in [0, 1]."""
-
-    clock = LinearClock()
-    t_max = 1.0
-
-    def __init__(self, mean: Float[Tensor, "*event"], std: float) -> None:
-        self.mean, self.std = mean, std
-
-    def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return ``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
-        a, s = expand(alpha, x), expand(sigma, x)
-        gain = a * self.std**2 / (a.square() * self.std**2 + s.square())
-        return self.mean + gain * (x - a * self.mean)
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """Return ``-mean + (x - (1 - t) mean) (t - (1 - t) std^2) / S(t)^2``, with S(t) the deviation at t."""
-        s = expand(t, x)
-        slope = (s - (1 - s) * self.std**2) / _spread(s, self.std).square()
-        return slope * (x - (1 - s) * self.mean) - self.mean
-
-    def mean_velocity_of_jump(self, x: Tensor, t: Tensor, h: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """Return u of the linear map on whose trajectories ``(x_t - (1 - t) mean) / S(t)`` is constant."""
-        # (S(t) - S(r)) / (t - r) with the difference canceled by hand: it is exact at t = r too.
-        s, e = expand(t, x), expand(t - h, x)
-        start, end = _spread(s, self.std), _spread(e, self.std)
-        gain = ((s + e) - (2 - s - e) * self.std**2) / (start * (start + end))
-        return gain * (x - (1 - s) * self.mean) - self.mean
+__all__ = ["TwoModes"]
 
 
 class TwoModes(FlowMap):
@@ -80,7 +46,7 @@ class TwoModes(FlowMap):
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return ``(x - x0_hat) / t``, in a form that is finite at t = 0."""
         s = expand(t, x)
-        spread = _spread(s, self.std)
+        spread = deviation(s, self.std)
         lean = torch.tanh((1 - s) * (x @ self.center).unsqueeze(1) / spread.square())
         mean = lean * self.center
         return (s - (1 - s) * self.std**2) / spread.square() * (x - (1 - s) * mean) - mean
@@ -100,7 +66,7 @@ class TwoModes(FlowMap):
 
     def _distribution(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cumulative distribution and the density at t along the line."""
-        spread, center = _spread(t, self.std), (1 - t) * self.offset
+        spread, center = deviation(t, self.std), (1 - t) * self.offset
         a, b = (y - center) / spread, (y + center) / spread
         cumulative = (torch.special.ndtr(a) + torch.special.ndtr(b)) / 2
         density = ((-a.square() / 2).exp() + (-b.square() / 2).exp()) / (2 * math.sqrt(2 * math.pi) * spread)

@@ -1,4 +1,4 @@
-"""Files that travel from one machine to the next: cut into pieces that a transfer takes."""
+"""Files for the next machine, split into pieces for the transfer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST = 4
 
 
 def pack(work: Path, names: Iterable[str], output: Path) -> list[Path]:
-    """Write these files and folders of ``work`` as ``kept-*.bin``; the same content gives the same pieces.
+    """Write files and folders of ``work`` as ``stored-*.bin``; equal content gives equal pieces.
 
     Raises:
-        RuntimeError: if they take more than ``MOST`` pieces.
+        RuntimeError: if they need more than ``MOST`` pieces.
     """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
@@ -30,10 +30,10 @@ def pack(work: Path, names: Iterable[str], output: Path) -> list[Path]:
     data = stream.getvalue()
     pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
     if len(pieces) > MOST:
-        raise RuntimeError(f"{len(data) / 2**20:.0f} MiB to keep are more than {MOST} pieces of {PIECE // 2**20} MiB")
+        raise RuntimeError(f"{len(data) / 2**20:.0f} MiB exceed {MOST} pieces of {PIECE // 2**20} MiB")
     files = []
     for number, piece in enumerate(pieces):
-        files.append(output / f"kept-{number}-of-{len(pieces)}.bin")
+        files.append(output / f"stored-{number}-of-{len(pieces)}.bin")
         partial = files[-1].with_suffix(".partial")
         partial.write_bytes(piece)
         partial.replace(files[-1])
@@ -41,8 +41,8 @@ def pack(work: Path, names: Iterable[str], output: Path) -> list[Path]:
 
 
 def unpack(folder: Path, work: Path) -> bool:
-    """Put the pieces in ``folder`` back under ``work``; false if one is missing."""
-    files = sorted(folder.glob("kept-*-of-*.bin"))
+    """Restore the files of the pieces in ``folder`` under ``work``; return False if one is missing."""
+    files = sorted(folder.glob("stored-*-of-*.bin"))
     if not files or len(files) != int(files[0].stem.split("-")[-1]):
         return False
     with tarfile.open(fileobj=io.BytesIO(b"".join(file.read_bytes() for file in files))) as archive:

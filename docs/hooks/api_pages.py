@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mkdocs.structure.files import File
 
@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def table(root: Path) -> str:
     """Return a row per name that ``fmm_distill/__init__.py`` exports: a link, and the docstring's first line."""
     tree = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    exported, homes = assigned(tree, "__all__"), assigned(tree, "_HOMES")
+    exported, homes = assigned(tree, "__all__"), dict(assigned(tree, "_HOMES"))
     rows = []
     for name in sorted(set(exported) - {"__version__"}):
         # A name without a home is a package.
@@ -84,8 +84,8 @@ def table(root: Path) -> str:
     return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
-def assigned(tree: ast.Module, name: str) -> Any:
-    """Return the literal that a module assigns to a name."""
+def assigned(tree: ast.Module, name: str) -> list[str] | dict[str, str]:
+    """Return the list or the dictionary of strings that a module assigns to a name."""
     return next(ast.literal_eval(node.value) for node in tree.body if is_assignment(node, name))
 
 

@@ -75,9 +75,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def table(root: Path) -> str:
     """Return a row per name that ``fmm_distill/__init__.py`` exports: a link, and the docstring's first line."""
     tree = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    homes = next(ast.literal_eval(node.value) for node in tree.body if is_assignment(node, "_HOMES"))
-    rows = [f"| [`{name}`][{home}.{name}] | {summary(root, home, name)} |" for name, home in sorted(homes.items())]
+    exported, homes = assigned(tree, "__all__"), dict(assigned(tree, "_HOMES"))
+    rows = []
+    for name in sorted(set(exported) - {"__version__"}):
+        # A name without a home is a package.
+        link = f"{homes[name]}.{name}" if name in homes else f"{PACKAGE}.{name}"
+        rows.append(f"| [`{name}`][{link}] | {summary(root, homes.get(name), name)} |")
     return "\n".join(["| name | what it is |", "|---|---|", *rows])
+
+
+def assigned(tree: ast.Module, name: str) -> list[str] | dict[str, str]:
+    """Return the list or the dictionary of strings that a module assigns to a name."""
+    return next(ast.literal_eval(node.value) for node in tree.body if is_assignment(node, name))
 
 
 def is_assignment(node: ast.stmt, name: str) -> bool:
@@ -85,8 +94,9 @@ def is_assignment(node: ast.stmt, name: str) -> bool:
     return isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets)
 
 
-def summary(root: Path, home: str, name: str) -> str:
-    """Return the first line of the docstring of a class or function."""
-    tree = ast.parse((root / f"{home.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    found = next(node for node in tree.body if isinstance(node, DOCUMENTED) and node.name == name)
-    return (ast.get_docstring(found) or "").split("\n")[0]
+def summary(root: Path, home: str | None, name: str) -> str:
+    """Return the first line of the docstring of a class or function, or of a package if there is no home."""
+    file = f"{home.replace('.', '/')}.py" if home else f"{PACKAGE}/{name}/__init__.py"
+    tree = ast.parse((root / file).read_text(encoding="utf-8"))
+    found = (node for node in tree.body if isinstance(node, DOCUMENTED) and node.name == name)
+    return (ast.get_docstring(next(found) if home else tree) or "").split("\n")[0]

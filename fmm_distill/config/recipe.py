@@ -68,7 +68,7 @@ class Recipe(Settings):
     """The settings of a distillation run, as ``distill(Recipe(...))`` takes them."""
 
     teacher: str = "builtin:digits"
-    """Teacher: a Hub id, a folder or builtin:<name>."""
+    """Teacher: a Hub id, a folder or ``builtin:<name>``."""
     revision: str | None = None
     """Branch, tag or commit of the teacher on the Hub."""
     variant: str | None = None

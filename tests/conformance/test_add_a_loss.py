@@ -87,8 +87,8 @@ def test_it_trains_and_its_export_opens_with_stock_diffusers(trained):
 
 
 def test_a_run_is_reopened_with_the_package_and_refused_by_one_line_without(trained, package):
-    reopen = "from fmm_distill.run.folder import kept_recipe; from pathlib import Path; import sys\n"
-    reopen += "print(kept_recipe(Path(sys.argv[1])).loss.factor)"
+    reopen = "from fmm_distill.run.folder import stored_recipe; from pathlib import Path; import sys\n"
+    reopen += "print(stored_recipe(Path(sys.argv[1])).loss.factor)"
     assert run("-c", reopen, trained, installed=package).stdout == "2.0\n"
     done = run("-m", "fmm_distill", "evaluate", trained)
     assert done.returncode == 2

@@ -195,7 +195,10 @@ def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
             "evaluation.features: expected data or evaluation.reference with inception",
         ),
         (("RUN", "--reference", "builtin:digits"), "evaluation.reference: expected evaluation.features with it"),
-        (("RUN", "--output", "./nowhere/a.json"), "--output nowhere/a.json: expected a path in an existing folder, got nowhere"),
+        (
+            ("RUN", "--output", "./nowhere/a.json"),
+            "--output nowhere/a.json: expected a path in an existing folder",
+        ),
         (("RUN", "--output", "tests"), "tests could not be written (it is a folder); what was there before"),
         (("RUN", "--report", "README.md"), "--report README.md: expected a folder, got the file README.md"),
         (("RUN", "--clip", "some/model"), "evaluation.clip some/model: "),

@@ -90,8 +90,8 @@ class Judge:
         return {
             "samples": samples,
             "reference": f"{len(pixels)} training images of {pixels.shape[-2]} x {pixels.shape[-1]}",
-            "features": f"{self.features.width} of the classifier (sha256 {self.features.digest[:12]}), images "
-            f"{self.features.preprocessing}",
+            "features": f"{self.features.width} features of the classifier (sha256 {self.features.digest[:12]}), "
+            f"images {self.features.preprocessing}",
             "endpoint_samples": len(some),
             "ode_solver": f"RK4, {solver_steps} steps, then the stock last step to x0_hat",
             "ode_solver_error": (self.endpoints - halved).square().mean().sqrt().item(),

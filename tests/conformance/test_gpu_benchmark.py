@@ -315,7 +315,7 @@ def test_help_and_list_load_no_torch():
     [
         (["--stage", "cifar10"], "--stage cifar10 needs --data"),
         (["--stage", "steps", "--fastgen", "nowhere"], "--fastgen .*nowhere: no such folder"),
-        (["--stage", "steps", "--device", "cuda"], "there is no GPU that torch can use"),
+        (["--stage", "steps", "--device", "cuda"], "expected a GPU that torch can use"),
     ],
 )
 def test_mistakes_end_before_anything_starts(tmp_path, monkeypatch, arguments, message):

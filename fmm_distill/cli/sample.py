@@ -47,4 +47,4 @@ def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Pat
     from fmm_distill.run.reopen import draw_run
 
     draw_run(run, steps, count, seed, output, guidance)
-    click.echo(f"{output}: {count} images of {', '.join(map(str, steps))} steps")
+    click.echo(f"{output}: {count} images per row, {', '.join(map(str, steps))} steps")

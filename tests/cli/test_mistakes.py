@@ -139,7 +139,7 @@ OPENING = {
     ),
     "adapters nowhere": (
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
-        ["student.lora: no linear layer of TwoTimeUNet2DModel is nowhere; give student.lora.targets"],
+        ["student.lora: expected linear layers of TwoTimeUNet2DModel for "],
     ),
     "zero terminal SNR": (
         tiny("--teacher", "zero-snr"),

@@ -23,6 +23,8 @@ from typing import Any
 
 # Fields of steps.jsonl on the speed of a step, which differ between equal runs.
 MEASURED = ("images_per_second", "peak_memory_gib")
+# Height and width of the images of the tiny Stable Diffusion.
+SIZE = {"height": 16, "width": 16}
 QUICK = {
     "training.batch_size": 8,
     "evaluation.steps": [1],
@@ -53,14 +55,18 @@ def runs() -> dict[str, dict[str, Any]]:
             own["extra_losses"] = [VELOCITY_TERM]
         made[f"loss {name}"] = digits | QUICK | own
     made["adapters"] = digits | QUICK | {"teacher": "sd", "training.steps": 3, "student.lora": {"rank": 2}}
-    made["adapters"] |= {"loss": {"name": "lagrangian"}, "guidance.scale": 3.0, "pipeline": {"height": 16, "width": 16}}
+    made["adapters"] |= {"loss": {"name": "lagrangian"}, "guidance.scale": 3.0, "pipeline": SIZE}
     made["two processes"] = digits | QUICK | {"training.steps": 5, "processes": 2}
     return made
 
 
 def save_stable_diffusion(folder: Path) -> None:
+    import torch
+
     from tests.tiny.diffusion import sd1
 
+    # The weights are random: equal ones for every commit.
+    torch.manual_seed(0)
     sd1().save_pretrained(folder)
 
 
@@ -94,8 +100,23 @@ def digest(run: Path) -> dict[str, Any]:
         "steps": steps,
         "weights": {str(path.relative_to(run)): sha256(path) for path in weights},
         "rows": rows,
-        "images": sha256(run / "samples.png"),
+        "images": {
+            str(folder.relative_to(run)): images_of(folder) for folder in sorted((run / "student").glob("steps-*"))
+        },
     }
+
+
+def images_of(folder: Path) -> str:
+    """Return the digest of four samples of an exported pipeline, as stock diffusers makes them."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"num_inference_steps": int(folder.name.removeprefix("steps-")), "output_type": "np"}
+    call |= {"prompt": [""] * 4, **SIZE} if hasattr(pipeline, "tokenizer") else {"batch_size": 4}
+    images = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+    return hashlib.sha256(images.tobytes()).hexdigest()
 
 
 def sha256(path: Path) -> str:

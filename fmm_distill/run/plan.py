@@ -161,7 +161,8 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
             f"training.gradient_checkpointing: expected a diffusers network, got {type(network).__name__}; leave it out"
         )
     if recipe.student.lora.rank:
-        teacher = add_lora(student, teacher, recipe.student.lora.rank, recipe.student.lora.targets)
+        lora = recipe.student.lora
+        teacher = add_lora(student, teacher, lora.rank, lora.targets, seed=recipe.training.seed)
     factory = given.optimizer or optimizer_factory(recipe.optimizer)
     # An optimizer that does not take these parameters refuses them here, before the long preparations.
     factory([parameter for parameter in student.parameters() if parameter.requires_grad])

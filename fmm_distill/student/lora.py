@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from fmm_distill.errors import UserError
@@ -88,11 +89,12 @@ def _is(part: str, names: tuple[str, ...]) -> bool:
     return any(part == name or (part.startswith(name) and not part[len(name)].isalpha()) for name in names)
 
 
-def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = ()) -> Teacher:
+def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = (), *, seed: int = 0) -> Teacher:
     """Add adapters to the student's network, in place, and freeze all of it but them and the jump embeddings.
 
     Args:
         targets: name endings of the layers that get adapters; empty: attention and feed-forward.
+        seed: of the adapters' initial weights, so that two runs of a recipe start alike.
 
     Returns:
         The teacher on the student's network with its adapters switched off. ``teacher`` itself stays as it is.
@@ -115,7 +117,9 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
             f"student.lora.targets: [{linear[0].rpartition('.')[2]}]"
         )
     network.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
     cast("Any", network).jump_embedding.requires_grad_(True)
     codec = copy.copy(teacher.codec)
     if isinstance(codec, PipelineCodec):

@@ -56,6 +56,22 @@ def step(teacher, student):
         optimizer.step()
 
 
+def test_initial_adapters_follow_the_seed_and_leave_the_generator_alone(folders):
+    teacher = opened("dit", folders["dit"])
+
+    def adapters(seed):
+        student = Student.from_teacher(teacher)
+        add_lora(student, teacher, 2, seed=seed)
+        return {name: value for name, value in student.network.state_dict().items() if ".lora_A" in name}
+
+    before = torch.random.get_rng_state()
+    one, same, other = adapters(1), adapters(1), adapters(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert one
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_adapters_are_trained_and_the_teacher_shares_the_rest(pair):
     _, teacher, student = pair
     x, t, r, cond = points(teacher)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fmm_distill import __version__
 from fmm_distill.cli.messages import logged_lines
+
+if TYPE_CHECKING:
+    from fmm_distill.config.recipe import Recipe
 
 __all__ = ["distill"]
 
@@ -94,15 +98,12 @@ def distill(
         return
     from fmm_distill.run.distill import distill
 
-    # A missing right to write is found before hours of training.
-    if repo is not None and _FIRST:
-        from fmm_distill.run.inputs import with_paths
-        from fmm_distill.run.publish import check_target
-
-        check_target(repo, with_paths(resolved).teacher)
+    publishes = repo is not None and _FIRST
+    if publishes:
+        _check_target(str(repo), resolved)
     distill(resolved, folder, fresh=not resume)
-    if repo is not None and _FIRST:
-        _publish(folder, repo, private)
+    if publishes:
+        _publish(folder, str(repo), private)
 
 
 def _check_recipe(recipe: str, folder: Path) -> None:
@@ -126,6 +127,14 @@ def _check_repo(repo: str | None, private: bool) -> None:
         check_name(repo)
     elif private:
         raise click.UsageError("--private needs --push-to-hub; add that, or leave this out")
+
+
+def _check_target(repo: str, recipe: Recipe) -> None:
+    """Find a missing right to write before hours of training."""
+    from fmm_distill.run.inputs import with_paths
+    from fmm_distill.run.publish import check_target
+
+    check_target(repo, with_paths(recipe).teacher)
 
 
 def _publish(folder: Path, repo: str, private: bool) -> None:

@@ -43,12 +43,14 @@ def encode_images(
     encoder: LatentCodec,
     layout: Layout,
     device: torch.device | str = "cpu",
-    process: int = 0,
-    processes: int = 1,
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
     """Encode the images whose latents are not on disk yet; a latent is the mean of the posterior, not a draw.
 
     The latent of a mirrored image is not the mirrored latent: with ``flip`` both are encoded.
+
+    Args:
+        shard: the index of this process, and the number of processes that divide the work.
     """
 
     def make(number: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ def encode_images(
         return {name: torch.cat(values) for name, values in made.items() if values}
 
     encoder.to(device)
-    layout.fill(make, process, processes)
+    layout.fill(make, *shard)
     encoder.to("cpu")
 
 

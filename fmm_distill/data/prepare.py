@@ -75,7 +75,7 @@ def prepare_samples(
     Raises:
         UserError: if the disk has no room for it.
     """
-    work = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    shard = (accelerator.process_index, accelerator.num_processes)
     if recipe.data.source == "teacher":
         settings = recipe.data.trajectories
         layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
@@ -89,7 +89,7 @@ def prepare_samples(
         batch = recipe.evaluation.batch_size
         teacher.to(accelerator.device)
         solve_trajectories(
-            teacher, settings, layout, recipe.training.seed, batch=batch, device=accelerator.device, **work
+            teacher, settings, layout, recipe.training.seed, batch=batch, device=accelerator.device, shard=shard
         )
         accelerator.wait_for_everyone()
         return Trajectories(layout, teacher.schedule, settings.points)
@@ -99,7 +99,7 @@ def prepare_samples(
     layout = latent_layout(images, encoder, teacher.event_shape)
     layout.check_room("data: latents")
     logger.info(f"data: {len(images)} latents take {mebibytes(layout.total_bytes)} in {layout.folder}")
-    encode_images(images, encoder, layout, accelerator.device, **work)
+    encode_images(images, encoder, layout, accelerator.device, shard=shard)
     if isinstance(teacher.codec, PipelineCodec):
         teacher.codec.release()
     accelerator.wait_for_everyone()

@@ -51,8 +51,7 @@ def solve_trajectories(
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
-    process: int = 0,
-    processes: int = 1,
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
     """Solve the trajectories that are not on disk yet, with RK4.
 
@@ -60,6 +59,7 @@ def solve_trajectories(
 
     Args:
         batch: trajectories that are solved together.
+        shard: the index of this process, and the number of processes that divide the work.
     """
 
     def make(number: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def solve_trajectories(
         positions = {name: getattr(draws, name)[: stop - start] for name in ("condition", "guidance")}
         return {"states": states, "velocities": velocities} | positions
 
-    layout.fill(make, process, processes)
+    layout.fill(make, *shard)
 
 
 def _solve(teacher: Distillable, settings: TrajectorySettings, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ __all__ = ["distill"]
 logger = logging.getLogger(__name__)
 
 
-def distill(
+def distill(  # noqa: PLR0913 the objects from Python, each optional
     recipe: Recipe,
     output: Path | str,
     *,

@@ -192,9 +192,9 @@ def test_processes_share_the_parts(tmp_path):
     teacher = true_teacher("modes-plane")
     solved(teacher, tmp_path / "one", SMALL)
     layout = trajectory_layout(tmp_path / "two", SMALL, (2,))
-    solve_trajectories(teacher, SMALL, layout, 3, process=1, processes=2)
+    solve_trajectories(teacher, SMALL, layout, 3, shard=(1, 2))
     assert sorted(files(tmp_path / "two")) == ["part-00001.safetensors", "part-00003.safetensors"]
-    solve_trajectories(teacher, SMALL, layout, 3, process=0, processes=2)
+    solve_trajectories(teacher, SMALL, layout, 3, shard=(0, 2))
     assert_same_files(tmp_path / "two", tmp_path / "one")
 
 

@@ -117,7 +117,7 @@ def derivative_along_flow(
     return value_and_derivative_along_flow(flow_map, x, t, r, v, cond=cond, engine=engine)[1]
 
 
-def value_and_derivative_along_flow(
+def value_and_derivative_along_flow(  # noqa: PLR0913 a jump, its velocity and the engine
     flow_map: FlowMap,
     x: Float[Tensor, "batch *event"],
     t: Float[Tensor, " batch"],

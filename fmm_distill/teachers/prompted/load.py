@@ -82,11 +82,7 @@ def load_prompted(
         conditions=conditions,
         guidance=_plain_guidance(guidance, conditions, takes_guidance=probe.recording.takes_guidance),
         codec=PipelineCodec(
-            index.folder,
-            component,
-            probe.network,
-            probe.keywords.call(("",), STEPS),
-            probe.event_shape,
+            index.folder, component, probe.network, probe.keywords.call(("",), STEPS), probe.event_shape
         ),
         revision=index.revision,
         license=index.license,

@@ -48,9 +48,8 @@ def own_loss(tmp_path_factory):
 
 
 def test_every_page_with_a_command_is_read():
-    pages = {
-        page.relative_to(ROOT) for page in PAGES if re.search(r"^(    )?fmm-distill ", page.read_text(), re.MULTILINE)
-    }
+    line = re.compile(r"^(    )?fmm-distill ", re.MULTILINE)
+    pages = {page.relative_to(ROOT) for page in PAGES if line.search(page.read_text(encoding="utf-8"))}
     assert pages <= {page for page, _ in FOUND}
     # Most pages have several.
     assert len(FOUND) > 2 * len(pages) > 0

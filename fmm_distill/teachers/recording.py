@@ -72,7 +72,7 @@ class Recording:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the network is called with a guidance scale."""
+        """True if the network is called with a guidance scale."""
         return self.calls[0].arguments.get("guidance") is not None
 
 

@@ -155,4 +155,5 @@ class DerivativeLoss(Loss):
 
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """Return the mean over the event of the squared residual, in float32 at least."""
+    # fp16 overflows above 65504, and bfloat16 drops the small squares of a long sum.
     return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)

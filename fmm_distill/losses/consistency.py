@@ -74,10 +74,12 @@ class Consistency(TangentLoss):
         """Return the loss of each sample, shape ``[batch]``."""
         if not self.step:
             return Eulerian.detached_like(self)(flow_map, velocity, jump)
+        # Regressed on u instead of X: the weight of the published form vanishes near the diagonal.
         u = flow_map.mean_velocity(jump.x, jump.t, jump.r, jump.cond)
         with torch.no_grad():
             s, v = torch.maximum(jump.t - self.step, jump.r), velocity(jump.x, jump.t, jump.cond)
             source = flow_map if jump.target_map is None else jump.target_map
             change = change_over_step(source, velocity, jump, s, u, v, self.solver)
+            # A target of the form u - g has the gradient of g alone, so that g can be clamped and normalized.
             target = u - self.stabilize(u - v + change)
         return squared_norm(u - target)

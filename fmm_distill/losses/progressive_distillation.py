@@ -55,5 +55,6 @@ class ProgressiveDistillation(Loss):
 
     def __call__(self, flow_map: FlowMap, velocity: VelocityField, jump: Jump) -> Float[Tensor, " batch"]:
         """Return the loss of each sample, shape ``[batch]``."""
+        # A DDIM step is an Euler step. Progressive accepts a solver other than its default with target: ode only.
         solver: Literal["euler", "heun"] = "euler" if self.target == "ode" else "heun"
         return Progressive(target=self.target, solver=solver)(flow_map, velocity, jump)

@@ -63,6 +63,7 @@ class JumpEmbedding(nn.Module):
     range.
     """
 
+    # With a base of 100, neighboring frequencies differ by 16 %, so that none of the range is left out.
     num_frequencies = 32
 
     def __init__(self, width: int, guided: bool = False) -> None:
@@ -74,6 +75,7 @@ class JumpEmbedding(nn.Module):
 
     def forward(self, h: torch.Tensor, fraction: torch.Tensor | None = None) -> torch.Tensor:
         """Return the embedding, shape ``[batch, width]``, of h, shape ``[batch]``, the jump's length in [0, 1]."""
+        # The difference before the layer without bias: one product instead of two, and exactly 0 at h = 0.
         jump = self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
         return jump if self.guidance is None else jump + self.guidance(fraction)
 
@@ -111,6 +113,7 @@ class _TwoTime:
         for index, name in enumerate(self.config.jump_hosts):
             host = self.get_submodule(name)
             hooks = [hook for module in host.modules() for hook in module._forward_hooks.values()]
+            # Registered once per layer, although every conditioned block calls this.
             if not any(getattr(hook, "func", None) == self._add_jump for hook in hooks):
                 host.register_forward_hook(functools.partial(self._add_jump, index))
 
@@ -126,6 +129,7 @@ class _TwoTime:
     @contextlib.contextmanager
     def jumping(self, jump: tuple):
         """Condition the calls in the block on this jump."""
+        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
         before, self.jump = self.jump, jump
         try:
             yield
@@ -148,6 +152,7 @@ class _TwoTime:
             if "h" in keywords:
                 return None
             time = keywords[time_name] if time_name in keywords else inputs[time_index]
+            # The inputs' device: with offloading the weights may be on another one.
             device = next(value.device for value in (*inputs, *keywords.values()) if torch.is_tensor(value))
             # One length for all samples, however many times the network is called with.
             jump = keywords_at(torch.as_tensor(time).flatten()[0])
@@ -229,6 +234,7 @@ class _TwoTime:
         """Save the configuration and this file, which defines the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
+        # After this file: the folder may be pushed to the Hub in this call.
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -188,6 +188,7 @@ class Evaluator:
     def _key(self, sampler: Sampler) -> str:
         """Return the name of the cache folder, a digest of everything that the samples depend on."""
         network = sampler.network
+        # Computed once per network: all numbers of steps have the same weights.
         if network not in self._digests:
             self._digests[network] = sha256_of_tensors(network.state_dict())
         generation, teacher = self.generator.spec, self.spec.teacher
@@ -216,6 +217,7 @@ class Evaluator:
             generated.cost.calls,
             numbers.pop("endpoint_error", None),
             numbers.pop("frechet", None),
+            # The median: other work on the machine slows single batches down.
             generated.seconds.median().item(),
             **numbers,
             memory=generated.cost.memory,
@@ -300,6 +302,7 @@ def _endpoints(spec: EvaluationSpec) -> tuple[Float[Tensor, "batch *event"], flo
             [endpoint(velocity, schedule, teacher.prior(part.noise), steps, part.cond) for part in parts]
         ).cpu()
 
+    # RK4's error falls 16-fold per halving of the step, so the change is an upper estimate of the finer one's error.
     fine = solved(settings.endpoint_solver_steps)
     return fine, (fine - solved(max(1, settings.endpoint_solver_steps // 2))).square().mean().sqrt().item()
 

@@ -172,10 +172,13 @@ class SampleGenerator:
         started = time.perf_counter()
         x, decoded = self._sample(sampler, draws)
         if self.device.type == "cuda":
+            # Kernels run asynchronously: without it only their launches would be timed.
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - started) / len(numbers)
         rows = {"seconds": torch.full((len(numbers),), seconds, dtype=torch.float64)}
+        # Complete batches; ``run`` cuts the last one to the number of stored samples.
         if numbers.start < self.spec.stored:
+            # Off the GPU at once, where all samples of an evaluation may not fit.
             rows["samples"] = x.cpu()
         if decoded is not None:
             images = unit_images(decoded)
@@ -240,6 +243,7 @@ class SampleGenerator:
 
 
 def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    # A tensor of 32 bytes, because the file holds tensors alone.
     return torch.frombuffer(bytearray.fromhex(sha256_of_tensors(tensors)), dtype=torch.uint8)
 
 

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Images that take more bytes stay where they are and are decoded again each time.
 IN_MEMORY = 2 * 2**30
+# Images of one call of the decoders, which work in parallel.
 _BATCH = 256
 
 
@@ -137,6 +138,7 @@ class LazyPixels:
         Raises:
             UserError: if more than ``data.max_corrupt`` of all images are unreadable.
         """
+        # A copy, in which rows of unreadable images are replaced.
         real = index.clone()
         found: list[Tensor | None] = [None] * len(index)
         missing = list(range(len(index)))

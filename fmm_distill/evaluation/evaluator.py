@@ -171,6 +171,7 @@ class Evaluator:
         """Remove the cached samples of the samplers that were evaluated."""
         for folder in self._folders:
             try:
+                # Only under the lock: another process may be reading the files.
                 with locked(folder, "an evaluation"):
                     for file in folder.glob("*part-*"):
                         file.unlink(missing_ok=True)
@@ -194,6 +195,7 @@ class Evaluator:
         generation, teacher = self.generator.spec, self.spec.teacher
         features, conditions, guidance = generation.features, teacher.conditions, teacher.guidance
         parts = [sampler.name, sampler.steps, self._digests[network], generation.count, generation.stored]
+        # The batch size too: it is part of the seconds, and of the rounding.
         parts += [generation.batch_size, generation.seed, self.generator.decodes, self.spec.settings.clip]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
         parts += [None if conditions is None else conditions.names, teacher.source]

@@ -171,6 +171,7 @@ def _from_file(name: str, shape: tuple[int, ...]) -> FeatureNetwork:
     if not path.is_file():
         raise UserError(f"evaluation.features {name}: no such file; {expected}")
     try:
+        # To the CPU: the module may have been saved on a GPU that is not here.
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"evaluation.features {name}: can't be opened ({_line(error)}); {expected}") from error

@@ -138,7 +138,7 @@ def test_the_file_is_what_diffusers_loads(tmp_path, folders):
     student = Student.from_teacher(teacher)
     teacher = add_lora(student, teacher, 2)
     step(teacher, student)
-    write_lora(student, teacher, tmp_path)
+    write_lora(student, "unet", tmp_path)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folders["sd1"])
     pipeline.load_lora_weights(tmp_path / "lora")
     x, t, _, cond = points(teacher)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["other_pipeline", "reference_pipeline"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from fmm_distill.teachers.hub.download import Snapshot
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = [
     "STOCK_ERRORS",
-    "PipelineIndex",
     "check_weights",
     "open_component",
     "open_network",
@@ -45,54 +43,6 @@ STOCK_ERRORS = (
     TypeError,
     ValueError,
 )
-
-
-@dataclass
-class PipelineIndex:
-    """The index of a pipeline, ``model_index.json``, before any weight is loaded.
-
-    Attributes:
-        source: the id or folder that the user gave.
-        folder: on this disk.
-        revision: the commit, if it is on the Hub.
-        license: ``license``, ``license_name`` and ``license_link`` of the model card, those that it has.
-        pipeline: the name of the pipeline class.
-        components: name to (library, class) of every component that is not empty.
-        snapshot: the commit on the Hub, of which only the index may be on this disk; None: a local folder.
-    """
-
-    source: str
-    folder: Path
-    revision: str | None = None
-    license: dict[str, Any] = field(default_factory=dict)
-    pipeline: str = ""
-    components: dict[str, tuple[str, str]] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
-
-    def component_folder(self, name: str) -> Path:
-        """Return the folder of a component's files: its own, or the root in the oldest repositories."""
-        own = self.folder / name
-        return own if own.is_dir() else self.folder
-
-    def config(self, name: str) -> dict[str, Any]:
-        """Return the configuration of a component that is not opened yet; empty if it has none.
-
-        Raises:
-            UserError: if it is not a dictionary in JSON.
-        """
-        file = self.component_folder(name) / "config.json"
-        try:
-            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.source}: {name}/config.json can't be read ({error}); try to download it again"
-            ) from error
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{self.source}: {name}/config.json: expected a dictionary, got {type(values).__name__}; try to "
-                "download it again"
-            )
-        return values
 
 
 def open_component(index: PipelineIndex, component: str, **options: object) -> Any:  # noqa: ANN401 a diffusers class

@@ -17,7 +17,7 @@ from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.codec import Codec
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["load_dit"]
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fmm_distill.errors import UserError, named
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.call_errors import format_shape, refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["check_first_call", "check_latents", "image_size", "refuse_call"]
+__all__ = ["check_first_call", "check_latents", "image_size"]
 
 
 def image_size(sample_size: Any, source: str, file: str) -> tuple[int, int]:  # noqa: ANN401 whatever JSON holds
@@ -36,20 +37,6 @@ def image_size(sample_size: Any, source: str, file: str) -> tuple[int, int]:  # 
     return size[0], size[1]
 
 
-def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Exception) -> UserError:  # noqa: ANN401
-    """Return the error for a network that fails in its first call.
-
-    Args:
-        owner: the teacher or its pipeline, for the message.
-        shape: of one sample.
-        error: raised by the network.
-    """
-    return UserError(
-        f"{owner}: its {type(network).__name__} does not run on a sample of {_by(shape)} ({named(error)}); expected a "
-        "size and inputs that its blocks accept; try another sample_size in its config.json"
-    )
-
-
 @torch.no_grad()
 def check_first_call(teacher: Teacher) -> None:
     """Call the network at both ends of its schedule.
@@ -67,8 +54,9 @@ def check_first_call(teacher: Teacher) -> None:
         )
         if output.shape != x.shape:
             raise UserError(
-                f"{source}: its {type(teacher.network).__name__} makes {_by(tuple(output.shape[1:]))} of a sample of "
-                f"{_by(teacher.event_shape)}; expected the same shape; try a sample_size that its blocks halve evenly"
+                f"{source}: its {type(teacher.network).__name__} makes {format_shape(tuple(output.shape[1:]))} of a "
+                f"sample of {format_shape(teacher.event_shape)}; expected the same shape; try a sample_size that its "
+                "blocks halve evenly"
             )
         velocity = teacher.velocity(x, ends, cond)
     except STOCK_ERRORS as error:
@@ -92,7 +80,3 @@ def check_latents(network: Any, autoencoder: Any, source: str) -> None:  # noqa:
             f"{source}: its {type(network).__name__} has samples of {own} channels, its {type(autoencoder).__name__} "
             f"latents of {other}; expected the same number; try to download the pipeline again"
         )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -16,10 +16,10 @@ from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.class_names import current_classes
-from fmm_distill.teachers.components import PipelineIndex
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
 from fmm_distill.teachers.hub.variant import link_variant
+from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
 from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.unet1d import load_unet1d

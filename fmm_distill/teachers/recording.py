@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
-from fmm_distill.teachers.first_call import refuse_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ from fmm_distill.teachers.first_call import check_first_call
 from fmm_distill.teachers.pipeline import StockPipeline
 
 if TYPE_CHECKING:
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["load_unet1d"]
 

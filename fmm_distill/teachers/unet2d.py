@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import diffusers
 
     from fmm_distill.teachers.codec import Codec
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
     from fmm_distill.teachers.scheduler import ScheduleSpec
 
 __all__ = ["load_unet2d"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["check_weight_files", "list_names", "model_class"]
 

@@ -250,12 +250,12 @@ def test_the_record_of_a_run_is_no_recipe_for_it(run, more, inside):
     file.write_text((run / "recipe.yaml").read_text(encoding="utf-8") + "# mine\n", encoding="utf-8")
     before = file.read_bytes()
     line = refused("--recipe", str(file), "--output", str(run), *more)
-    assert "is the run's own record; copy it to another folder and pass the copy" in line
+    assert "which holds the record of a run; copy it to another folder and pass the copy" in line
     assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("typed", ["./gone", "/no/teacher"])
 def test_a_missing_teacher_is_not_another_recipe(run, tiny, typed):
     line = refused("--recipe", tiny, "--teacher", typed, "--output", str(run))
-    assert f"{typed}: no such folder" in line
+    assert f"{typed}: expected a pipeline folder" in line
     assert "--fresh" not in line

@@ -90,7 +90,10 @@ def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
 
 @pytest.mark.parametrize(
     "loss",
-    [("name=eulerian", "stop_gradient=target"), ("stop_gradient=teacher_input", "derivative=exact")],
+    [
+        ("name=eulerian", "stop_gradient=target"),
+        pytest.param(("stop_gradient=teacher_input", "derivative=exact"), marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_forward_mode_goes_around_what_gathers_blocks(tmp_path, tiny, loss):

@@ -120,7 +120,7 @@ def test_prior_is_the_teachers_own_start():
 
 def test_unconditional_teacher_refuses_a_condition():
     teacher = exact_teacher("modes-plane", "linear", "epsilon")
-    with pytest.raises(UserError, match="unconditional"):
+    with pytest.raises(UserError, match="cond: expected none, got one"):
         teacher.velocity(torch.zeros(1, 2), torch.ones(1) / 2, Conditioning({"class_labels": torch.zeros(1)}))
 
 

@@ -129,7 +129,7 @@ def test_the_export_has_the_teachers_checker(pipeline, tmp_path):
     assert not result.images.any()
 
 
-@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+@pytest.mark.parametrize("variance", ["learned_range", pytest.param("fixed_small", marks=pytest.mark.slow)])
 def test_a_learned_variance_and_a_watermark_of_pixels(tmp_path, variance):
     deep_floyd(variance).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     teacher, lines = opened(tmp_path / "teacher", "if")

@@ -37,6 +37,7 @@ def test_where_an_engine_is_cheaper():
     assert cheaper([1, 2000], ratios(1.2, 0.97)) == "never in this range (0.97 to 1.20 of central)"
 
 
+@pytest.mark.slow
 def test_growth_runs(tmp_path, capsys):
     output, picture = tmp_path / "growth.json", tmp_path / "growth.png"
     growth.main(["--quick", "--output", str(output), "--picture", str(picture)])

@@ -40,7 +40,7 @@ def test_autoguidance_is_the_difference_to_a_weaker_teacher(two):
 def test_a_weaker_teacher_of_another_shape(two, tmp_path):
     save_teacher(tmp_path / "large", tiny_unet(sample_size=16))
     with pytest.raises(
-        UserError, match=r"guidance\.weaker .*large: shape and range of time are .*16.* wanted the same"
+        UserError, match=r"guidance\.weaker .*large: expected the teacher's shape and range of time .*got .*16"
     ):
         opened(two[0], scale=2.0, weaker=str(tmp_path / "large"))
 

@@ -249,7 +249,7 @@ def test_variables_of_other_packages(tmp_path, monkeypatch, name, value):
 
 def test_an_accelerator_of_the_caller_that_compiles_is_refused(tmp_path):
     accelerate.Accelerator(dynamo_backend="eager")
-    with pytest.raises(UserError, match="an Accelerator of this process compiles"):
+    with pytest.raises(UserError, match="got an Accelerator of this process that compiles"):
         make_accelerator(Recipe(), tmp_path)
 
 

@@ -23,9 +23,9 @@ from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fmm_distill.teachers.components import PipelineIndex
     from fmm_distill.teachers.conditions import Embeddings
     from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["load_prompted"]
 

@@ -9,9 +9,9 @@ import torch
 
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.teachers.first_call import refuse_call
 from fmm_distill.teachers.prompted.arguments import split_arguments
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
 from fmm_distill.teachers.prompted.call import crop_to, is_near, read_call, scheduler_times
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
-    from fmm_distill.teachers.components import PipelineIndex
+    from fmm_distill.teachers.index import PipelineIndex
     from fmm_distill.teachers.prompted.call import RecordedCall
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec

@@ -150,6 +150,7 @@ class DerivativeLoss(Loss):
     @property
     def engine(self) -> Literal["exact", "central"]:
         """Return the engine of the derivatives; ``auto`` that was not resolved is forward mode."""
+        # ``training.objective.resolve_engine`` replaces auto before a run; a loss on its own gets the exact one.
         return "exact" if self.derivative == "auto" else self.derivative
 
 

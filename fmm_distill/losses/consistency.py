@@ -36,6 +36,7 @@ class Consistency(TangentLoss):
         "two starts on one trajectory, a step apart, reach the same data; step: 0 is its continuous limit"
     )
     paper: ClassVar[str] = "arXiv 2303.01469; continuous arXiv 2410.11081"
+    # Consistency models are trained on jumps to data alone.
     needed_sampling: ClassVar[TimeSampling | None] = TimeSampling(prior=0, data=1)
     without_data: ClassVar[str] = "set its velocity: teacher"
 

@@ -135,6 +135,7 @@ class Eulerian(TangentLoss):
             v = velocity(x_t, t, cond)
             u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=self.engine)
             return squared_norm(u - v + length * du)
+        # No gradient in v: with velocity: self the diagonal learns from its own loss alone.
         with torch.no_grad():
             v = velocity(x_t, t, cond)
         if self.stop_gradient == "teacher_input":

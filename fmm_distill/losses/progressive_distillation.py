@@ -30,6 +30,7 @@ class ProgressiveDistillation(Loss):
         "one jump equals two of half its length, on a dyadic grid (target: student, with flow_matching, shortcut)"
     )
     paper: ClassVar[str] = "arXiv 2202.00512; shortcut arXiv 2410.12557"
+    # The advice of an error message: eight intervals at most. ``accepts`` takes any number of levels.
     needed_sampling: ClassVar[TimeSampling | None] = TimeSampling(prior=0, dyadic=3)
 
     name: Literal["progressive_distillation"] = "progressive_distillation"

@@ -162,6 +162,7 @@ def _validate(value: object) -> Loss:
     name = value["name"]
     if name in known.broken:
         raise PydanticCustomError("loss_broken", "{reason}", {"reason": known.broken[name]})
+    # At validation and not in the schema: losses can be registered after this module was imported.
     if (kind := find_loss(name)) is None:
         raise PydanticCustomError("loss_unknown", "loss {name} is unknown", {"name": name})
     return kind.model_validate(value)

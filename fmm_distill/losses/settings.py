@@ -58,6 +58,7 @@ def _as_number(value: object, types: frozenset[Any]) -> object:
     if isinstance(value, bool):
         # pydantic takes true for 1, and refuses it as text.
         return str(value).lower()
+    # Three digits of exponent at most, as float64 has.
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value.strip()):
         number = float(value)
         return int(number) if number.is_integer() else number

@@ -94,6 +94,7 @@ def _time_at(sampling: TimeSampling, axis: TimeAxis, fraction: Tensor) -> Tensor
 def _triangle(sampling: TimeSampling, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
     """Return t and r as fractions of the way from t_min to t_max."""
     first, second = (_quantile(sampling, uniform) for uniform in (draws.first, draws.second))
+    # Two draws of one distribution, the later of which is the start, as in mean flow.
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     # The kind has a draw of its own, so that another prior leaves the times of the other samples as they are.
     from_noise = draws.kind < sampling.prior

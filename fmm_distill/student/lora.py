@@ -134,6 +134,7 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
 
 def merged(student: Student) -> Student:
     """Return a copy of the student with its adapters merged into the weights: an ordinary two-time network."""
+    # A copy: an export also saves the adapters, which the student itself still has.
     plain = copy.deepcopy(student)
     for name, layer in _layers(plain.network):
         layer.merge()

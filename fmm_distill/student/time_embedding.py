@@ -51,6 +51,7 @@ def _time_only_layers(teacher: Teacher, of_kind: Callable[[nn.Module], bool]) ->
     # Any two times inside of the range would do; at its ends the time axis has rules of its own.
     times, shape = torch.tensor([0.7, 0.55], dtype=torch.float64) * teacher.schedule.t_max, teacher.event_shape
     generator = torch.Generator().manual_seed(0)
+    # Random samples: with zeros, a layer after a product with the sample would look independent of it.
     first, second = torch.randn(2, 1, *shape, generator=generator)
     device = next(teacher.network.parameters()).device
     runs = [
@@ -78,6 +79,7 @@ def _outputs(teacher: Teacher, of_kind: Callable[[nn.Module], bool], x: Tensor, 
         for name, module in teacher.network.named_modules()
         if of_kind(module)
     ]
+    # One condition for all calls, so that its embedding does not look like one of the time.
     cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(x.device)
     try:
         teacher.parametrization.velocity(teacher.network, x, t, cond)

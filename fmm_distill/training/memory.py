@@ -182,6 +182,7 @@ def forecast_memory(
     gradients = max(peak.gradients, earlier)
     return Memory(
         weights=_bytes(_weights(student, teacher)),
+        # The buckets of the exchange are copies of all gradients.
         gradients=round(gradients) + (trained if processes > 1 else 0),
         optimizer=state_bytes(factory, [p for p in objective.parameters() if p.requires_grad]),
         # Copies share the frozen parameters with the student.
@@ -231,6 +232,7 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
     """Return the moments of a step of some number of samples, each with its growth per sample."""
     count = len(draws.position)
+    # Two counts determine the line: each moment is linear in the number of samples.
     first, stored_first = _trace(objective, draws, step)
     second, stored_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
     if len(first) != len(second):

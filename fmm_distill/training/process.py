@@ -119,6 +119,7 @@ def check_training(recipe: Recipe) -> None:
         raise UserError("training.precision: expected fp32 or bf16 without a GPU, got fp16; try bf16")
     processes = launched()
     parts = processes * training.gradient_accumulation_steps
+    # An uneven part would have another weight in the mean over processes.
     if training.batch_size % parts:
         raise UserError(
             f"training.batch_size: expected a multiple of {parts} for {processes} processes x "

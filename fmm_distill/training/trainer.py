@@ -316,6 +316,7 @@ class Trainer:
 
     def _update_target(self, step: int) -> None:
         """Set the frozen target to the average: after the regression, and every ``target_update_every`` steps."""
+        # A function of the step alone, so that a resumed run updates at the same steps.
         every = self.recipe.training.target_update_every
         regressed = step == 0 and self.recipe.student.regression_steps > 0
         if self.frozen is not None and (regressed or (every and step > 0 and step % every == 0)):
@@ -363,6 +364,7 @@ class Trainer:
         if found is not None:
             self.restore(found[1])
             step = found[1].step
+        # After ``restore``, which has loaded the count of the checkpoint.
         self.non_finite = halved
         where = f"step {step}" if found is None else found[0].name
         logger.warning(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")

@@ -88,6 +88,7 @@ class OptimizerState:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _items(self) -> list[tuple[str, Any]]:
+        # By identity: tensors compare element by element.
         index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         ordered, state = self._ordered(), self.optimizer.state_dict()["state"]
         return [
@@ -100,6 +101,7 @@ class OptimizerState:
 def _differs(value: Any, other: Any) -> bool:  # noqa: ANN401 values of a parameter group
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
         return not torch.equal(value, other)
+    # Identity first: some values do not compare equal to themselves, such as NaN.
     return value is not other and bool(value != other)
 
 

@@ -31,7 +31,7 @@ class Draws:
         second: uniform on [0, 1], shape ``[batch]``: the second of the two times.
         kind: uniform on [0, 1], shape ``[batch]``: the kind of jump (from noise, to data, on the diagonal).
         image: uniform on [0, 1], shape ``[batch]``: position of the image in a dataset.
-        u: uniform on [0, 1], shape ``[batch]``: passed to the loss, which places a middle time with it.
+        uniform: uniform on [0, 1], shape ``[batch]``: passed to the loss, which may place a middle time with it.
         condition: uniform on [0, 1], shape ``[batch]``: position of the condition.
         guidance: uniform on [0, 1], shape ``[batch]``: position of the scale in its range.
         flip: uniform on [0, 1], shape ``[batch]``: whether the image is mirrored.
@@ -44,7 +44,7 @@ class Draws:
     second: Float[Tensor, " batch"]
     kind: Float[Tensor, " batch"]
     image: Float[Tensor, " batch"]
-    u: Float[Tensor, " batch"]
+    uniform: Float[Tensor, " batch"]
     condition: Float[Tensor, " batch"]
     guidance: Float[Tensor, " batch"]
     flip: Float[Tensor, " batch"]
@@ -75,7 +75,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     position = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     # The name of a stream is hashed: another name than "share" would be other random numbers.
-    return Draws(noise, u=uniform("share"), **{name: uniform(name) for name in names}, position=position)
+    return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=position)
 
 
 def step_generator(seed: int, step: int, stream: str) -> torch.Generator:

@@ -26,7 +26,7 @@ class Progressive(Loss):
 
     u_i are the mean velocities of successive jumps from t to r, w_i their fractions of its length. The residual is
     taken on u, so that no factor ``(t - r)^2`` removes the gradient near the diagonal (the preconditioned PSD of arXiv
-    2505.18825; progressive flow map matching of arXiv 2406.07507 with a frozen ``target_map``). The jump's uniform u
+    2505.18825; progressive flow map matching of arXiv 2406.07507 with a frozen ``target_map``). ``jump.uniform``
     places the middle time when ``middle="uniform"``. The target is stopped; without ``target_map`` it is the map's own.
     """
 
@@ -70,7 +70,7 @@ class Progressive(Loss):
         source = flow_map if jump.target_map is None else jump.target_map
         if self.middle == "uniform":
             # Fractions of the jump, from its start (1) to its end (0).
-            ends = torch.stack([torch.ones_like(jump.u), jump.u, torch.zeros_like(jump.u)])
+            ends = torch.stack([torch.ones_like(jump.uniform), jump.uniform, torch.zeros_like(jump.uniform)])
         else:
             ends = torch.linspace(1, 0, self.pieces + 1, dtype=t.dtype, device=t.device)[:, None].expand(-1, len(t))
         with torch.no_grad():

@@ -29,7 +29,9 @@ class TerminalVelocity(DerivativeLoss):
     sample's point.
     """
 
-    summary: ClassVar[str] = "the end of a jump moves with a moving average's velocity, which data teach (TVM)"
+    summary: ClassVar[str] = (
+        "the end of a jump moves with the diagonal of a moving average, which is learned from data (TVM)"
+    )
     paper: ClassVar[str] = "arXiv 2511.19797"
     in_r: ClassVar[bool] = True
     without_data: ClassVar[str] = "take lagrangian with velocity: self and flow_matching in extra_losses"

@@ -67,7 +67,7 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
             host.bias.add_(mean.to(host.bias))
         rest = jumps - mean
         if float(rest.abs().max()) > _EQUAL * float(jumps.abs().max()):
-            _tilt(host, _host_inputs(student, teacher, name, starts), rest)
+            _add_to_layer(host, _host_inputs(student, teacher, name, starts), rest)
     return stock
 
 
@@ -89,7 +89,7 @@ def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -
     return torch.cat([inputs.reshape(-1, inputs.shape[-1])[:1] for inputs in seen])
 
 
-def _tilt(host: nn.Linear, inputs: Tensor, jumps: Tensor) -> None:
+def _add_to_layer(host: nn.Linear, inputs: Tensor, jumps: Tensor) -> None:
     """Apply the smallest change of weight and bias (where there is one) that adds ``jumps`` at ``inputs``."""
     constant = inputs.new_full((len(inputs), 1), float(host.bias is not None))
     rows = torch.cat([inputs, constant], 1).double()

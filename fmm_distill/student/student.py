@@ -135,7 +135,7 @@ class Student(LearnedFlowMap):
         h: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """Return u of the jump of length h (a fraction of the axis) that starts at t."""
+        """Return u of the jump of length ``h = clock.warp(t) - clock.warp(r)`` that starts at t."""
         return self.parametrization.velocity(self.network, x, t, cond, h)
 
 

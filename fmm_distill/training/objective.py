@@ -178,7 +178,7 @@ class Objective(nn.Module):
         teacher, loss = self.fixed.teacher, term.loss.at_step(step)
         times = sample_times(term.sampling, teacher.schedule, draws, step)
         # One copy to the device instead of three.
-        t, r, u = to_device(torch.stack([*times, draws.u]), draws.noise.device)
+        t, r, uniform = to_device(torch.stack([*times, draws.uniform]), draws.noise.device)
         cond = draw_conditioning(teacher, draws)
         starting_points = StartingPoints(
             teacher,
@@ -189,7 +189,7 @@ class Objective(nn.Module):
             lockstep=self.lockstep,
         )
         target_map = None if loss.target_network is None else self.fixed.target_maps[loss.target_network]
-        jump = Jump(starting_points(draws, times[0], cond), t, r, cond, u, target_map)
+        jump = Jump(starting_points(draws, times[0], cond), t, r, cond, uniform, target_map)
         losses = loss(self.student, self._velocity(loss, draws, data), jump)
         return losses, self._weighted(losses, t, t if loss.diagonal else r)
 

@@ -32,7 +32,7 @@ class OptimizerState:
     schedule sets.
 
     Attributes:
-        parameters: all parameters that the optimizer was built for, and others in between.
+        parameters: all parameters that the optimizer was built for, and possibly more.
         defaults: values of the parameter groups as they were built.
     """
 

@@ -87,7 +87,7 @@ class Student(LearnedFlowMap):
         if isinstance(teacher.network, VelocityNetwork):
             raise UserError(
                 f"{teacher.source}: a velocity field has no network that a student could start from; expected "
-                "student=..., a diffusers network of its samples or a LearnedFlowMap"
+                "network=... (student=... in distill), a diffusers network for its samples or a LearnedFlowMap"
             )
         chosen = teacher.prediction if prediction == "teacher" else prediction
         if chosen != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):

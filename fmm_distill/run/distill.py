@@ -31,7 +31,7 @@ from fmm_distill.run.folder import (
     store_inputs,
     take_changes,
 )
-from fmm_distill.run.given import Given, check_given, keep_given
+from fmm_distill.run.given import Given, check_given, check_optimizer_of_run, keep_given
 from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import plan
 from fmm_distill.run.trial import keep_trial, try_export
@@ -159,6 +159,7 @@ class Distillation:
             check_prompts(self.folder, job.teacher)
             check_images(self.folder, job.images)
             check_given(self.folder, self.recipe, job.teacher)
+            check_optimizer_of_run(self.folder, job.optimizer)
         logger.info(str(job))
         passed: list[str] = []
         on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
@@ -178,7 +179,7 @@ class Distillation:
             take_changes(folder, self.recipe)
         store_commits(folder, job.teacher)
         store_inputs(folder, self.recipe, job.images)
-        keep_given(folder, self.recipe, job.teacher)
+        keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)
         if isinstance(job.teacher.conditions, Embeddings):
             write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
         for digest in passed:

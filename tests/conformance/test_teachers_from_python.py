@@ -21,7 +21,9 @@ from fmm_distill.teachers.closed_form import Gaussian
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.velocity_field import as_teacher
+from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import Callback
+from fmm_distill.training.train_state import OptimizerState
 from tests.cli.runs import STEPS, TINY, losses
 from tests.conftest import tiny_unet
 
@@ -196,6 +198,49 @@ def test_an_optimizer_and_callbacks_of_ones_own(tmp_path):
     assert losses(tmp_path / "settings") == losses(tmp_path / "sgd")
     distill(recipe(), tmp_path / "adam", student=PlaneMap(), teacher=Blob())
     assert losses(tmp_path / "adam")[2:] != losses(tmp_path / "sgd")[2:]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.5)
+
+
+@pytest.mark.parametrize("factory", [sgd, momentum])
+def test_a_run_is_not_continued_by_another_optimizer(tmp_path, teacher_folder, factory):
+    plain = TINY | {"teacher": str(teacher_folder)}
+    first, more = (Recipe.model_validate(plain | {"training": TINY["training"] | {"steps": n}}) for n in (4, 6))
+    folder = tmp_path / "run"
+    distill(first, folder, optimizer=factory)
+    assert json.loads((folder / "python.json").read_text()) == {"optimizer": "SGD"}
+    state = json.loads((checkpoint.newest(folder / "checkpoints") / "state.json").read_text())
+    assert state["optimizer"]["name"] == "SGD"
+    before = losses(folder)
+    message = r"^optimizer: expected SGD, which the run began with, got AdamW; pass that one again .*[^\n]*$"
+    with pytest.raises(UserError, match=message):
+        distill(more, folder)
+    # The checkpoint alone has it too, for a trainer without the run's folder.
+    (folder / "python.json").unlink()
+    with pytest.raises(UserError, match=message):
+        distill(more, folder)
+    assert losses(folder) == before
+    distill(more, folder, optimizer=factory)
+    assert losses(folder)[: len(before)] == before
+    assert len(losses(folder)) == len(before) + 2
+    # Evaluation builds no optimizer of its own.
+    assert evaluate(folder, settings={"steps": [1]}).rows
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_its_state():
+    layer = nn.Linear(2, 2)
+    states = [
+        OptimizerState(kind(layer.parameters(), lr=0.1), list(layer.parameters()), [{}])
+        for kind in (torch.optim.SGD, torch.optim.AdamW)
+    ]
+    with pytest.raises(UserError, match="expected SGD, which the run began with, got AdamW"):
+        states[1].load({}, states[0].plain())
 
 
 @pytest.mark.parametrize(

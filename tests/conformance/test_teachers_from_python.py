@@ -18,6 +18,8 @@ from fmm_distill.config.settings import OptimizerSettings
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.errors import UserError
+from fmm_distill.evaluation.gallery import Gallery
+from fmm_distill.evaluation.pictures import point_images
 from fmm_distill.losses import Loss, squared_norm
 from fmm_distill.run.given import Given
 from fmm_distill.run.reopen import open_run
@@ -135,6 +137,19 @@ def test_a_closed_form_and_a_map_of_ones_own(tmp_path):
     assert "and coordinates of the distance" in found.protocol["consistency"]
     for word in ("pixels", "image"):
         assert word not in card.replace("seconds_per_image", "")
+
+
+def test_points_are_drawn_where_they_are():
+    gallery = Gallery(as_teacher(Blob()), 4, 3, 0, torch.device("cpu"))
+    rows = gallery.rows(Student.from_teacher(as_teacher(Blob()), network=PlaneMap()), (1,))
+    assert {images.shape for images in rows.values()} == {(3, 1, 33, 33)}
+    spots = point_images(torch.tensor([[0.0, 0.0], [1.1, 0.0], [0.0, 1.1], [9.0, -9.0]]), torch.ones(1, 2)) > 0
+    assert spots.flatten(1).sum(1).tolist() == [9, 9, 9, 9]
+    # Row and column of the middle of each.
+    middles = [spots[i, 0].nonzero().float().mean(0).tolist() for i in range(4)]
+    assert middles == [[16, 16], [16, 31], [1, 16], [31, 31]]
+    # A line has one coordinate.
+    assert (point_images(torch.tensor([[1.1]]), torch.ones(1, 1)) > 0)[0, 0, 16, 31]
 
 
 def test_a_closed_form_and_a_stock_network(tmp_path):

@@ -285,7 +285,7 @@ class TrainingSettings(Settings):
     warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps of linear learning rate warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or half a cosine down to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or half a cosine that would reach 0 one step after the last."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=MOST_RATE)
     """Largest gradient norm; a larger gradient is scaled down to it."""
     ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
@@ -332,7 +332,7 @@ class EvaluationSettings(Settings):
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
-    """Numbers of DDIM steps of the teacher, as baselines."""
+    """Numbers of DDIM steps of the teacher, as baselines; of Euler steps if it is a flow or a velocity field."""
     dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
     """Numbers of DPM-Solver++ (2M) steps of the teacher, as baselines."""
     unipc_steps: Steps = ()

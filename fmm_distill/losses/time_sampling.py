@@ -47,7 +47,9 @@ class TimeSampling(Settings):
     def _fractions(self) -> Self:
         total = self.prior + self.data + self.diagonal
         if total > 1:
-            raise ValueError(f"prior, data and diagonal are fractions of one batch: expected a sum of 1, got {total}")
+            raise ValueError(
+                f"prior, data and diagonal are fractions of one batch: expected a sum of at most 1, got {total}"
+            )
         uniform = self.distribution == "uniform"
         if self.dyadic and (total or self.band_steps or self.grid or not uniform):
             raise ValueError(

@@ -31,7 +31,7 @@ from fmm_distill.run.folder import (
     store_inputs,
     take_changes,
 )
-from fmm_distill.run.given import Given, check_given, keep_given
+from fmm_distill.run.given import Given, check_given, check_optimizer_of_run, keep_given
 from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import plan
 from fmm_distill.run.trial import keep_trial, try_export
@@ -160,6 +160,7 @@ class Distillation:
             check_prompts(self.folder, job.teacher)
             check_images(self.folder, job.images)
             check_given(self.folder, self.recipe, job.teacher)
+            check_optimizer_of_run(self.folder, job.optimizer)
         logger.info(str(job))
         passed: list[str] = []
         on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
@@ -180,7 +181,7 @@ class Distillation:
         store_commits(folder, job.teacher)
         # Before training: a later call compares its inputs with those that the first step saw.
         store_inputs(folder, self.recipe, job.images)
-        keep_given(folder, self.recipe, job.teacher)
+        keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)
         if isinstance(job.teacher.conditions, Embeddings):
             write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
         for digest in passed:

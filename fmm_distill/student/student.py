@@ -42,7 +42,12 @@ class Student(LearnedFlowMap):
     arXiv 2010.02502, eq. 12 with sigma = 0) from t to r.
 
     ``from_teacher`` makes an untrained one; ``fmm_distill.load_student`` opens one that was exported.
+
+    Attributes:
+        started_from: the class of the network that it was started from; None: the teacher's network.
     """
+
+    started_from: str | None = None
 
     def __init__(self, network: nn.Module, parametrization: Parametrization) -> None:
         super().__init__()
@@ -79,6 +84,7 @@ class Student(LearnedFlowMap):
         """
         if isinstance(network, LearnedFlowMap):
             return cls._of_map(teacher, network)
+        started_from = None if network is None else type(network).__name__
         if network is not None:
             parametrization = Parametrization(teacher.schedule, "flow_prediction")
             if not isinstance(teacher.network, VelocityNetwork):
@@ -87,7 +93,7 @@ class Student(LearnedFlowMap):
         if isinstance(teacher.network, VelocityNetwork):
             raise UserError(
                 f"{teacher.source}: a velocity field has no network that a student could start from; expected "
-                "student=..., a diffusers network of its samples or a LearnedFlowMap"
+                "network=... (student=... in distill), a diffusers network for its samples or a LearnedFlowMap"
             )
         chosen = teacher.prediction if prediction == "teacher" else prediction
         if chosen != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
@@ -99,12 +105,14 @@ class Student(LearnedFlowMap):
             _two_time_copy(teacher, find_jump_hosts(teacher), seed).eval(),
             replace(teacher.parametrization, prediction=chosen),
         )
+        student.started_from = started_from
         _check_first_call(student, teacher)
         return student
 
     @classmethod
     def _of_map(cls, teacher: Teacher, flow_map: LearnedFlowMap) -> Self:
         student = cls(MapNetwork(flow_map).eval(), VelocityParametrization(teacher.schedule, "flow_prediction"))
+        student.started_from = type(flow_map).__name__
         clock = getattr(flow_map, "clock", None)
         if clock is not None:
             t = torch.linspace(teacher.schedule.t_min, teacher.schedule.t_max, 5, dtype=torch.float64)

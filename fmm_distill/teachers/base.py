@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Distillable", "Teacher"]
 
+# Channels, height and width.
+_AXES_OF_IMAGE = 3
+
 
 class Distillable(Protocol):
     """The part of a teacher that training uses.
@@ -156,6 +159,11 @@ class Teacher:
     def prediction(self) -> Prediction:
         """The quantity that the network predicts."""
         return self.parametrization.prediction
+
+    @property
+    def has_coordinates(self) -> bool:
+        """Whether a sample is a point with coordinates, and no image: its shape has no height and width."""
+        return isinstance(self.codec, Pixels) and len(self.event_shape) < _AXES_OF_IMAGE
 
     @property
     def config(self) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _manifest(path: Path) -> tuple[int, dict[str, str]]:
         raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
     digests, step = manifest["sha256"], manifest["step"]
     # A folder that was copied under another name would resume at a wrong step.
-    if step != step_of(path) or _STATE not in digests or not all(_issha256_of_file(*item) for item in digests.items()):
+    if step != step_of(path) or _STATE not in digests or not all(_is_digest_entry(*item) for item in digests.items()):
         raise _damaged(path, _MANIFEST, "is missing or unreadable: it is not of this checkpoint")
     for name in digests:
         if not (path / name).is_file():
@@ -281,7 +281,7 @@ def _manifest(path: Path) -> tuple[int, dict[str, str]]:
     return step, digests
 
 
-def _issha256_of_file(name: str, digest: object) -> bool:
+def _is_digest_entry(name: str, digest: object) -> bool:
     return Path(name).name == name and isinstance(digest, str)
 
 

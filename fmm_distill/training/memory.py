@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["GIB", "Memory", "forecast_memory", "peak_memory", "peak_memory_of"]
+__all__ = ["Memory", "forecast_memory", "memory_unit", "peak_memory", "peak_memory_of"]
 
-GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 # Largest batch of a trace. Several losses divide a batch by their fractions, and a small fraction needs many samples.
 _LARGEST_TRACE = 8
 
@@ -75,8 +75,14 @@ class Memory:
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "averages", "activations")
-        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
-        return f"{self.peak / GIB:.2f} GiB at peak: {parts}"
+        unit, name_of_unit, form = memory_unit(self.peak)
+        parts = ", ".join(f"{name} {getattr(self, name) / unit:{form}}" for name in names)
+        return f"{self.peak / unit:{form}} {name_of_unit} at peak: {parts}"
+
+
+def memory_unit(count: int) -> tuple[int, str, str]:
+    """Return the unit for a number of bytes, its name, and the format of a number in it: MiB below 1 GiB."""
+    return (_MIB, "MiB", ".1f") if count < _GIB else (_GIB, "GiB", ".2f")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,9 @@ def check_optimizer(settings: OptimizerSettings) -> None:
 
 
 def learning_rate(peak: float, training: TrainingSettings, step: int, total: int) -> float:
-    """Return the learning rate of a step: a linear warm-up, then constant or half a cosine down to 0.
+    """Return the learning rate of a step: a linear warm-up, then constant or half a cosine.
+
+    The cosine reaches 0 at step ``total``, one after the last, so that every step changes the weights.
 
     Args:
         peak: learning rate at the end of the warm-up.

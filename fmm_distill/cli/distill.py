@@ -23,7 +23,7 @@ _FIRST = os.environ.get("RANK", "0") == "0"
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fmm-distill")
 @click.option("--teacher", metavar="ID|FOLDER", help="Hub id, pipeline folder, or builtin:digits [the recipe's].")
-@click.option("--recipe", metavar="NAME|FILE", help="A recipe of `fmm-distill recipes`, or a YAML file.")
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe of `fmm-distill recipes`, or a YAML file [required].")
 @click.option(
     "--data",
     metavar="SOURCE",
@@ -41,7 +41,7 @@ _FIRST = os.environ.get("RANK", "0") == "0"
     "--resume/--fresh",
     default=True,
     show_default=True,
-    help="Continue the run in the folder, or remove it and start again.",
+    help="Continue the run in the folder, or remove the run's files and start again.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the complete recipe and its cost, test the export, and stop.")
 @click.pass_context

@@ -353,7 +353,7 @@ def _mistake(item: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401 pydant
     path = ".".join(map(_key, item["loc"])) or "recipe"
     if item["type"] == "loss_unknown":
         name, known = item["ctx"]["name"], registered_losses()
-        others = f"install the package that registers it, with an entry point in {GROUP}"
+        others = f"for one of another package, install the package that registers it, with an entry point in {GROUP}"
         return f"{path}.name: expected a loss of fmm-distill losses, got {name!r}{_guess(name, known)} ({others})"
     if item["type"] == "extra_forbidden":
         return _unknown_key(path, item["loc"], settings)

@@ -151,6 +151,7 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, value: object) -> object:
+        # YAML reads no and off as false, which the validator of source refuses with advice.
         return {PLAIN["data"]: value} if isinstance(value, str | bool) else value
 
     @field_validator("source", mode="before")
@@ -284,7 +285,7 @@ class TrainingSettings(Settings):
     warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps of linear learning rate warm-up."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or half a cosine down to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or half a cosine that would reach 0 one step after the last."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=MOST_RATE)
     """Largest gradient norm; a larger gradient is scaled down to it."""
     ema: tuple[Rate, ...] = Field(default=(0.999,), max_length=16)
@@ -311,11 +312,13 @@ class TrainingSettings(Settings):
     @field_validator("ema", mode="before")
     @classmethod
     def _one_rate(cls, value: object) -> object:
+        # Text too: YAML reads 1e-1 as text, and the numeric field converts it.
         return (value,) if isinstance(value, int | float | str) else value
 
     @field_validator("ema")
     @classmethod
     def _rates_differ(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        # As text, which names the file of an average in a checkpoint.
         if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
             raise ValueError("expected one or more different rates")
         return rates
@@ -329,7 +332,7 @@ class EvaluationSettings(Settings):
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
-    """Numbers of DDIM steps of the teacher, as baselines."""
+    """Numbers of DDIM steps of the teacher, as baselines; of Euler steps if it is a flow or a velocity field."""
     dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
     """Numbers of DPM-Solver++ (2M) steps of the teacher, as baselines."""
     unipc_steps: Steps = ()
@@ -366,6 +369,7 @@ class EvaluationSettings(Settings):
             raise ValueError(f"evaluation.reference: expected a source of images, or null, got {self.reference.source}")
         if self.reference is not None and self.features == "none":
             raise ValueError("evaluation.reference: expected evaluation.features with it, got none; try inception")
+        # Precision and recall need a third neighbor of each sample.
         if self.samples < 4 and self.features != "none":
             raise ValueError(f"evaluation.samples: expected at least 4 with features, got {self.samples}")
         return self

@@ -66,8 +66,10 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
     """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size."""
 
     def uniform(stream: str) -> Tensor:
+        # float64, as times are: in float32 a uniform draw has 2^24 values, and equal times would occur.
         return torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
 
+    # On the CPU also for a GPU: the generators of devices differ, and a draw must not depend on the device.
     noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
     names = ("first", "second", "kind", "image", "condition", "guidance", "flip", "policy")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
@@ -90,6 +92,7 @@ def sample_generator(seed: int, number: int, stream: int = 0) -> torch.Generator
     finalizer of MurmurHash3), so that the generators of neighboring numbers are unrelated and no two are equal, which a
     hash cut to 32 bits would not guarantee.
     """
+    # Large odd factors: neighboring seeds and streams start far from each other and do not overlap by small numbers.
     word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) % _WORD

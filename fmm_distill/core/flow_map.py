@@ -69,6 +69,7 @@ class FlowMap(ABC):
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """Return ``X(x, t, r)``, shape ``[batch, *event]``."""
+        # The factor t - r makes X the identity at r = t, whatever the network returns.
         return x - expand(t - r, x) * self.mean_velocity(x, t, r, cond)
 
 

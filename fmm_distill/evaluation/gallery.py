@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
-from fmm_distill.evaluation.pictures import still_images
+from fmm_distill.evaluation.pictures import point_images, still_images
 from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ __all__ = ["COLUMNS", "SEED", "Gallery", "interpolate_noise"]
 COLUMNS = 12
 # Other noises than those of the metrics, so that the pictures are no selection of them.
 SEED = NOISE_SEED + 1
+# Of more coordinates, gray levels show more than the position of the first two.
+_MOST_COORDINATES = 3
 
 
 class Gallery:
@@ -60,6 +62,7 @@ class Gallery:
         """Return the same rows for noises between the first two, all with the condition of the first."""
         if self.cond is not None:
             self.cond = self.cond.rows(torch.zeros(len(self.noise), dtype=torch.long))
+        # One condition for all: the pictures then show the map's dependence on the noise alone.
         noise = interpolate_noise(self.noise[0], self.noise[1], len(self.noise))
         return self._decoded(student, steps, noise, self._solve(noise))
 
@@ -67,6 +70,8 @@ class Gallery:
     def _decoded(self, student: Student, steps: tuple[int, ...], noise: Tensor, endpoints: Tensor) -> dict[str, Tensor]:
         rows = {self.name: endpoints}
         rows |= {f"student, {n} step{'s' if n > 1 else ''}": sample(student, noise, n, self.cond) for n in steps}
+        if self.teacher.has_coordinates and math.prod(self.teacher.event_shape) <= _MOST_COORDINATES:
+            return {name: point_images(x.cpu(), endpoints.cpu()) for name, x in rows.items()}
         return {name: still_images(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
 
 

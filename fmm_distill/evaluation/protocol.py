@@ -133,6 +133,8 @@ def entries(teacher: Teacher) -> str:
     """Return the name of the entries that distances between samples average over."""
     if isinstance(teacher.codec, Waves):
         return "entries of the waves (range -1 to 1)"
+    if teacher.has_coordinates:
+        return "coordinates"
     return "pixels (range -1 to 1)" if isinstance(teacher.codec, Pixels) else "entries of the latents"
 
 

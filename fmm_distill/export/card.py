@@ -152,13 +152,17 @@ pipeline = DiffusionPipeline.from_pretrained("{location.repo or _HERE}"{location
 
 
 def _weights(manifest: StudentManifest, location: _Location) -> str:
-    return f"""The repository holds the weights and the configuration of the network, and no pipeline:
-{manifest.not_any_step}. With the teacher, as a `Teacher` or any object with a velocity, it opens in Python:
+    objects, network = "`teacher`, a `Teacher` or any object with a velocity", ""
+    if manifest.started_from is not None:
+        network = ", network=network"
+        objects += f", and `network`, a `{manifest.started_from}` as the student was started from"
+    return f"""The repository holds the weights of the network, in `network/`, and no pipeline:
+{manifest.not_any_step}. In Python it opens with {objects}:
 
 ```python
 import torch
 from fmm_distill import load_student
-student = load_student("{location.repo or _HERE}"{location.revision}, teacher=teacher)
+student = load_student("{location.repo or _HERE}"{location.revision}, teacher=teacher{network})
 samples = student.generate(torch.randn(4, *student.event_shape), steps=3)
 ```"""
 
@@ -188,7 +192,11 @@ def _numbers(evaluation: dict[str, Any] | None, plotted: bool) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: the columns that every evaluation has, then the other ones that were measured."""
-    main = {"endpoint_error": "endpoint error", "frechet": "Fréchet distance", "seconds_per_image": "seconds per image"}
+    main = {
+        "endpoint_error": "endpoint error",
+        "frechet": "Fréchet distance",
+        "seconds_per_image": "seconds per sample",
+    }
     forms = {column.key: column.form for column in COLUMNS}
     titles = main | {
         column.key: column.title
@@ -204,7 +212,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _training(manifest: StudentManifest) -> str:
     training = manifest.training
-    hours = "" if manifest.hours is None else f", {manifest.hours:.2g} hours"
+    hours = "" if manifest.hours is None else f", {_duration(manifest.hours * 3600)}"
     lines = [
         f"- {training['steps']} steps of {training['batch_size']} samples{hours}",
         f"- loss: {training['loss']}",
@@ -217,10 +225,19 @@ def _training(manifest: StudentManifest) -> str:
     return "\n".join(lines)
 
 
+def _duration(seconds: float) -> str:
+    """Return a duration in hours, minutes or seconds, whichever is the largest that it has one of."""
+    for name, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {name}"
+    return f"{seconds:.2g} seconds"
+
+
 def _metadata(manifest: StudentManifest, evaluation: dict[str, Any] | None, name: str) -> ModelCardData:
     """Return the metadata that the Hub reads."""
     task = manifest.pipeline_tag
     results = [] if evaluation is None or task is None else _results(task, evaluation)
+    # Only a teacher of the Hub has a revision.
     base: dict[str, Any] = {}
     if manifest.revision:
         # A relation to a model that the Hub does not have is an error there.

@@ -44,6 +44,7 @@ _TYPES: dict[str, type | UnionType] = {
     "call": dict,
     "guidance": dict | None,
     "lora": bool,
+    "started_from": str | None,
     "dataset": str | None,
     "training": dict,
     "environment": dict | None,
@@ -80,6 +81,7 @@ class StudentManifest:
         call: keywords of the pipeline's call other than prompt and guidance.
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
         lora: whether ``lora/`` has the adapters.
+        started_from: the class of the network that ``load_student`` needs next to the teacher; None: the teacher's.
         dataset: the Hub id of the images that it was trained with; None: there is none.
         training: loss, papers, steps, batch size, seed and data of its training.
         environment: versions and device; None: not recorded.
@@ -102,6 +104,7 @@ class StudentManifest:
     call: dict[str, Any]
     guidance: dict[str, Any] | None
     lora: bool
+    started_from: str | None
     dataset: str | None
     training: dict[str, Any]
     environment: dict[str, Any] | None
@@ -144,6 +147,7 @@ def make_manifest(
         call={} if pipeline is None else dict(pipeline.call),
         guidance=_guidance(teacher),
         lora=has_lora(student.network),
+        started_from=student.started_from,
         dataset=_dataset(recipe),
         training=_training(recipe, trained),
         environment=_environment(run),
@@ -167,7 +171,8 @@ def read_manifest(folder: Path) -> StudentManifest:
     if not file.is_file():
         raise UserError(f"{folder}: expected an exported student, got a folder without {MANIFEST}; export one into it")
     todo = f"export the student again with fmm_distill {__version__}"
-    found = read_mapping(file, todo=todo)
+    # Students of earlier development versions lack it, and are loaded all the same.
+    found = {"started_from": None} | read_mapping(file, todo=todo)
     if missing := sorted(_TYPES.keys() - found.keys()):
         raise UserError(f"{file} was written by fmm_distill {found.get('fmm_distill')}, without {missing[0]}; {todo}")
     check_keys(str(file), found, _TYPES, todo=todo)
@@ -216,8 +221,8 @@ def _limits(recipe: Recipe, teacher: Teacher) -> str:
 
 
 def _task(teacher: Teacher) -> str | None:
-    # The Hub has no task of sounds without a condition.
-    if teacher.codec.outputs == "audios":
+    # The Hub has no task of sounds without a condition, nor of points.
+    if teacher.codec.outputs == "audios" or teacher.has_coordinates:
         return None
     if teacher.conditions is None or teacher.conditions.noun != "prompts":
         return "unconditional-image-generation"
@@ -246,6 +251,7 @@ def _guidance(teacher: Teacher) -> dict[str, Any] | None:
 def _dataset(recipe: Recipe) -> str | None:
     source = recipe.data.source
     named = recipe.data.has_images and source.count("/") == 1 and not source.startswith((".", "/", "~", "builtin:"))
+    # A folder owner/name here wins over a Hub id of that name, as when data are opened.
     return source if named and not Path(source).exists() else None
 
 
@@ -276,4 +282,5 @@ def _hours(run: Path | None, recipe: Recipe) -> float | None:
         return None
     lines = read_lines(log, {"images_per_second": float}, todo="repair or remove the line")
     rates = [line["images_per_second"] for line in lines]
+    # From the rates of the steps: a run may have been interrupted, and waiting is no training.
     return sum(recipe.training.batch_size / rate for rate in rates) / 3600

@@ -151,9 +151,11 @@ class DerivativeLoss(Loss):
     @property
     def engine(self) -> Literal["exact", "central"]:
         """Return the engine of the derivatives; ``auto`` that was not resolved is forward mode."""
+        # ``training.objective.resolve_engine`` replaces auto before a run; a loss on its own gets the exact one.
         return "exact" if self.derivative == "auto" else self.derivative
 
 
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """Return the mean over the event of the squared residual, in float32 at least."""
+    # fp16 overflows above 65504, and bfloat16 drops the small squares of a long sum.
     return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)

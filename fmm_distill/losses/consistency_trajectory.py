@@ -54,13 +54,16 @@ class ConsistencyTrajectory(Loss):
         zero = torch.zeros_like(r)
         with torch.no_grad():
             s = r + jump.uniform * (t - r)
+            # Per sample: each has its own s, and all take the same number of steps.
             fractions = torch.linspace(0, 1, self.solver_steps + 1, dtype=t.dtype, device=t.device)
             x_s = solve(velocity, jump.x, t - fractions[:, None] * (t - s), method="heun", cond=cond)
             target = source(source(x_s, s, r, cond), r, zero, cond)
         end = flow_map(jump.x, t, r, cond)
+        # ``autograd.grad`` needs a graph even where the loss is only evaluated.
         with torch.enable_grad():
             # Y may be the student itself: its gradient is taken at its input alone and passed on to X.
             at = end.detach().requires_grad_()
             loss = squared_norm(source(at, r, zero, cond) - target)
             (slope,) = torch.autograd.grad(loss.sum(), at)
+        # The value of the loss with its gradient through X alone, by the chain rule.
         return loss.detach() + ((end - end.detach()) * slope).flatten(1).sum(1)

@@ -49,8 +49,10 @@ class FlowMapMatching(DerivativeLoss):
         with torch.no_grad():
             v = velocity(x_t, t, cond)
             swapped = (jump.uniform > 0.5) & (self.directions == "both")
+            # Exchanged samples start their round trip at x_t itself.
             x_r = torch.where(expand(swapped, x_t).bool(), x_t, x_t - expand(t - r, x_t) * v)
             t, r = torch.where(swapped, r, t), torch.where(swapped, t, r)
+        # With a graph: the gradient of both terms also passes through the way there.
         y = flow_map(x_r, r, t, cond)
         length = expand(t - r, y)
         u, du_dr = value_and_derivative_in_r(flow_map, y, t, r, cond=cond, engine=self.engine)

@@ -58,11 +58,13 @@ class Lagrangian(DerivativeLoss):
         if self.stop_gradient == "target":
             u, du_dr = value_and_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=self.engine, detached=True)
             with torch.no_grad():
+                # Under no_grad as a block: u has a graph, which the target must not have.
                 target = velocity(x_t - length * u, r, cond) + length * du_dr
             return squared_norm(u - target)
         u, du_dr = value_and_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=self.engine)
         end = x_t - length * u
         if self.stop_gradient == "nowhere":
+            # With a graph through the teacher: its backward pass is part of each step.
             v = velocity(end, r, cond)
         else:
             with torch.no_grad():

@@ -69,6 +69,7 @@ class Progressive(Loss):
         t, r, cond = jump.t, jump.r, jump.cond
         source = flow_map if jump.target_map is None else jump.target_map
         if self.middle == "uniform":
+            # Fractions of the jump, from its start (1) to its end (0).
             ends = torch.stack([torch.ones_like(jump.uniform), jump.uniform, torch.zeros_like(jump.uniform)])
         else:
             ends = torch.linspace(1, 0, self.pieces + 1, dtype=t.dtype, device=t.device)[:, None].expand(-1, len(t))
@@ -82,6 +83,8 @@ class Progressive(Loss):
                         u = (u + velocity(x - expand(start - end, x) * u, end, cond)) / 2
                 else:
                     u = source.mean_velocity(x, start, end, cond)
+                # Weighted by fractions of the jump, so that the mean velocity needs no quotient by t - r.
                 target = target + expand(a - b, x) * u
+                # The x after the last piece is not used; one update costs less than a branch.
                 x = x - expand(start - end, x) * u
         return squared_norm(flow_map.mean_velocity(jump.x, t, r, cond) - target)

@@ -55,5 +55,6 @@ class TerminalVelocity(DerivativeLoss):
         moved = end_moves(flow_map, diagonal(source), jump)
         with torch.no_grad():
             v = velocity(jump.x, jump.t, jump.cond)
+            # The same sample's point on its own interpolant, at which data teach the diagonal of time r.
             x_r = jump.x - expand(jump.t - jump.r, jump.x) * v
         return moved + squared_norm(flow_map.mean_velocity(x_r, jump.r, jump.r, jump.cond) - v)

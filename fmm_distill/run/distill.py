@@ -31,7 +31,7 @@ from fmm_distill.run.folder import (
     store_inputs,
     take_changes,
 )
-from fmm_distill.run.given import Given, check_given, keep_given
+from fmm_distill.run.given import Given, check_given, check_optimizer_of_run, keep_given
 from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import plan
 from fmm_distill.run.trial import keep_trial, try_export
@@ -104,6 +104,7 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """Return the recipe with other values of some fields, checked together with the rest."""
     if not changes:
         return recipe
+    # Validated again, since a loss can require settings of other groups.
     fields = {name: getattr(recipe, name) for name in recipe.model_fields_set}
     return make_recipe(fields | changes, "distill()")
 
@@ -159,6 +160,7 @@ class Distillation:
             check_prompts(self.folder, job.teacher)
             check_images(self.folder, job.images)
             check_given(self.folder, self.recipe, job.teacher)
+            check_optimizer_of_run(self.folder, job.optimizer)
         logger.info(str(job))
         passed: list[str] = []
         on_first(self.accelerator, lambda: passed.append(self._try_export(job)))
@@ -177,8 +179,9 @@ class Distillation:
         if self.changes:
             take_changes(folder, self.recipe)
         store_commits(folder, job.teacher)
+        # Before training: a later call compares its inputs with those that the first step saw.
         store_inputs(folder, self.recipe, job.images)
-        keep_given(folder, self.recipe, job.teacher)
+        keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)
         if isinstance(job.teacher.conditions, Embeddings):
             write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
         for digest in passed:

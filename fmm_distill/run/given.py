@@ -14,6 +14,8 @@ from fmm_distill.io.reading import read_mapping
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.velocity_field import as_teacher
+from fmm_distill.training.checkpoint import newest_state
+from fmm_distill.training.train_state import check_same_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
     from fmm_distill.training.callbacks import Callback
     from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["PYTHON", "Given", "check_given", "keep_given"]
+__all__ = ["PYTHON", "Given", "check_given", "check_optimizer_of_run", "keep_given"]
 
 # The prefix of ``recipe.teacher`` in a run whose teacher came from Python.
 PYTHON = "python:"
 _FILE = "python.json"
-_TODO = "remove it, and the run takes the teacher that it is given"
+_TODO = "remove it, and the run takes the teacher and the optimizer that it is given"
 # Two machines round differently; another teacher differs by far more.
 _TOLERANCE = 1e-3
 
@@ -110,10 +112,41 @@ def _velocity(teacher: Teacher) -> list[float]:
     return cast("list[float]", torch.cat([v.mean(1), v.square().mean(1).sqrt(), v[:, 0]]).tolist())
 
 
-def keep_given(folder: Path, recipe: Recipe, teacher: Teacher) -> None:
-    """Write what a teacher from Python is recognized by, once."""
-    if recipe.teacher.startswith(PYTHON) and not (folder / _FILE).is_file():
-        write_text(folder / _FILE, json.dumps({"velocity": _velocity(teacher)}) + "\n")
+def keep_given(folder: Path, recipe: Recipe, teacher: Teacher, optimizer: str | None) -> None:
+    """Write the numbers that identify a teacher from Python, and the optimizer's class, each once.
+
+    Args:
+        optimizer: the class of an optimizer from Python; None: it is the recipe's.
+    """
+    before = _read(folder)
+    found: dict[str, Any] = {}
+    if recipe.teacher.startswith(PYTHON) and "velocity" not in before:
+        found["velocity"] = _velocity(teacher)
+    if optimizer is not None and "optimizer" not in before:
+        found["optimizer"] = optimizer
+    if found:
+        write_text(folder / _FILE, json.dumps(before | found) + "\n")
+
+
+def check_optimizer_of_run(folder: Path, optimizer: str) -> None:
+    """Refuse to continue with an optimizer of another class than the run began with.
+
+    Its state is another one's, and the recipe does not name an optimizer from Python.
+
+    Args:
+        optimizer: the name of the class.
+
+    Raises:
+        UserError: if the run in ``folder`` began with another one.
+    """
+    check_same_optimizer(_read(folder).get("optimizer"), optimizer)
+    newest = newest_state(folder / "checkpoints")
+    if newest is not None:
+        check_same_optimizer(newest.state["optimizer"].get("name"), optimizer)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return read_mapping(folder / _FILE, todo=_TODO) if (folder / _FILE).is_file() else {}
 
 
 def check_given(folder: Path, recipe: Recipe, teacher: Teacher) -> None:
@@ -122,7 +155,7 @@ def check_given(folder: Path, recipe: Recipe, teacher: Teacher) -> None:
     Raises:
         UserError: if its velocity differs.
     """
-    if not recipe.teacher.startswith(PYTHON) or not (folder / _FILE).is_file():
+    if not recipe.teacher.startswith(PYTHON) or "velocity" not in _read(folder):
         return
     before = torch.tensor(read_mapping(folder / _FILE, {"velocity": list}, todo=_TODO)["velocity"], dtype=torch.float64)
     now = torch.tensor(_velocity(teacher), dtype=torch.float64)

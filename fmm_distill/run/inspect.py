@@ -13,7 +13,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
-from fmm_distill.training.memory import GIB, forecast_memory
+from fmm_distill.training.memory import forecast_memory, memory_unit
 
 if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
@@ -48,7 +48,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "jump embedding": _hosts(student),
         **_memory(teacher, student, recipe),
         "exports": _exports(teacher),
-        "export test": "not run; a recipe with --dry-run exports an untrained student and verifies it",
+        "export test": "not run; use --dry-run with a recipe",
         "license": teacher.license.get("license", "not stated; ask the authors before you publish a student"),
     }
     return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
@@ -122,11 +122,16 @@ def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str
     adapters = sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
     weights = sum(p.numel() for p in teacher.network.parameters())
     low = 4 * (weights + (4 + len(recipe.training.ema)) * (adapters + jump)) + full.activations
-    lora = f"{low / GIB:.2f} GiB at rank {RANK}" if layers else "no default layers; name them in student.lora.targets"
+    lora = f"{_text(low)} at rank {RANK}" if layers else "no default layers; name them in student.lora.targets"
     return {
-        "memory": f"{full}; for one sample, loss {recipe.loss_names}; {full.per_sample / GIB:.3f} per further sample",
+        "memory": f"{full}; for one sample, loss {recipe.loss_names}; {_text(full.per_sample)} per further sample",
         "LoRA memory": lora,
     }
+
+
+def _text(count: int) -> str:
+    unit, name, form = memory_unit(count)
+    return f"{count / unit:{form}} {name}"
 
 
 def _exports(teacher: Teacher) -> str:

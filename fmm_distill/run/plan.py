@@ -61,6 +61,7 @@ class Plan:
 
     Attributes:
         reference: images that samples are compared with; None: there are none.
+        optimizer: the name of the optimizer's class.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class Plan:
     student: Student
     images: Images | None
     reference: Images | None
+    optimizer: str
 
     def __str__(self) -> str:
         """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
@@ -118,6 +120,7 @@ def plan(
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     given = given or Given()
+    # In the order of cost: settings, then tables, then networks.
     check_training(recipe)
     data = recipe.data
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
@@ -128,7 +131,10 @@ def plan(
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
     student, teacher = open_student(recipe, teacher, given)
-    return Plan(recipe, teacher, student, images, reference)
+    factory = given.optimizer or optimizer_factory(recipe.optimizer)
+    # An optimizer that does not take these parameters refuses them here, before the long preparations.
+    optimizer = factory([parameter for parameter in student.parameters() if parameter.requires_grad])
+    return Plan(recipe, teacher, student, images, reference, type(optimizer).__name__)
 
 
 def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
@@ -163,9 +169,6 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
     if recipe.student.lora.rank:
         lora = recipe.student.lora
         teacher = add_lora(student, teacher, lora.rank, lora.targets, seed=recipe.training.seed)
-    factory = given.optimizer or optimizer_factory(recipe.optimizer)
-    # An optimizer that does not take these parameters refuses them here, before the long preparations.
-    factory([parameter for parameter in student.parameters() if parameter.requires_grad])
     return student, teacher
 
 
@@ -208,6 +211,7 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
             f"guidance.range: expected a teacher whose pipeline is called with a guidance_scale, got {recipe.teacher}; "
             "leave it out, and give one guidance.scale"
         )
+    # Set afterwards: autoguidance needs no unconditional input, which the loader would require.
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
 

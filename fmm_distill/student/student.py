@@ -42,7 +42,12 @@ class Student(LearnedFlowMap):
     arXiv 2010.02502, eq. 12 with sigma = 0) from t to r.
 
     ``from_teacher`` makes an untrained one; ``fmm_distill.load_student`` opens one that was exported.
+
+    Attributes:
+        started_from: the class of the network that it was started from; None: the teacher's network.
     """
+
+    started_from: str | None = None
 
     def __init__(self, network: nn.Module, parametrization: Parametrization) -> None:
         super().__init__()
@@ -79,6 +84,7 @@ class Student(LearnedFlowMap):
         """
         if isinstance(network, LearnedFlowMap):
             return cls._of_map(teacher, network)
+        started_from = None if network is None else type(network).__name__
         if network is not None:
             parametrization = Parametrization(teacher.schedule, "flow_prediction")
             if not isinstance(teacher.network, VelocityNetwork):
@@ -87,7 +93,7 @@ class Student(LearnedFlowMap):
         if isinstance(teacher.network, VelocityNetwork):
             raise UserError(
                 f"{teacher.source}: a velocity field has no network that a student could start from; expected "
-                "student=..., a diffusers network of its samples or a LearnedFlowMap"
+                "network=... (student=... in distill), a diffusers network for its samples or a LearnedFlowMap"
             )
         chosen = teacher.prediction if prediction == "teacher" else prediction
         if chosen != teacher.prediction and teacher.prediction not in ("epsilon", "sample", "v_prediction"):
@@ -99,15 +105,18 @@ class Student(LearnedFlowMap):
             _two_time_copy(teacher, find_jump_hosts(teacher), seed).eval(),
             replace(teacher.parametrization, prediction=chosen),
         )
+        student.started_from = started_from
         _check_first_call(student, teacher)
         return student
 
     @classmethod
     def _of_map(cls, teacher: Teacher, flow_map: LearnedFlowMap) -> Self:
         student = cls(MapNetwork(flow_map).eval(), VelocityParametrization(teacher.schedule, "flow_prediction"))
+        student.started_from = type(flow_map).__name__
         clock = getattr(flow_map, "clock", None)
         if clock is not None:
             t = torch.linspace(teacher.schedule.t_min, teacher.schedule.t_max, 5, dtype=torch.float64)
+            # Differences, since a constant offset of the clock changes no length.
             own, expected = (one.warp(t) - one.warp(t[:1]) for one in (clock, student.clock))
             # A map whose h had another meaning would be trained and sampled on different jumps.
             if not torch.allclose(own, expected, rtol=1e-6):
@@ -149,6 +158,7 @@ def _two_time_copy(teacher: Teacher, hosts: Mapping[str, int], seed: int) -> nn.
         config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
         kind = cast("Any", two_time(cast("Any", type(teacher.network))))
         network = cast("nn.Module", kind.from_config(config | {"guidance_range": guidance_range}))
+    # Not strict, since the jump embeddings are new; any other difference is an error below.
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
@@ -164,6 +174,7 @@ def _check_first_call(student: Student, teacher: Teacher) -> None:
     device = next(student.parameters()).device
     cond = teacher.conditioned_on(torch.zeros(1))
     cond = None if cond is None else cond.to(device)
+    # A jump of length 0, which every student computes, trained or not.
     t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
     calls: list[int] = []
     embedding = cast("Any", student.network).jump_embedding[0]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Distillable", "Teacher"]
 
+# Channels, height and width.
+_AXES_OF_IMAGE = 3
+
 
 class Distillable(Protocol):
     """The part of a teacher that training uses.
@@ -117,6 +120,7 @@ class Teacher:
         if (cond is None) != (self.conditions is None):
             expected, got = ("none", "one") if self.conditions is None else ("one", "none")
             raise UserError(f"{self.source}: cond: expected {expected}, got {got}; pass {expected}")
+        # The network is called without scales: here guidance combines two of its outputs.
         scales, cond = (None, None) if cond is None else (cond.guidance, cond.unguided())
         v = self.parametrization.velocity(self.network, x, t, cond)
         if self.guidance is None:
@@ -143,6 +147,7 @@ class Teacher:
         if self.conditions is None:
             return None
         total = len(self.conditions.names)
+        # The middle of each condition's interval, which rounding does not leave.
         return self.conditioned_on((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
 
     @property
@@ -154,6 +159,11 @@ class Teacher:
     def prediction(self) -> Prediction:
         """The quantity that the network predicts."""
         return self.parametrization.prediction
+
+    @property
+    def has_coordinates(self) -> bool:
+        """Whether a sample is a point with coordinates, and no image: its shape has no height and width."""
+        return isinstance(self.codec, Pixels) and len(self.event_shape) < _AXES_OF_IMAGE
 
     @property
     def config(self) -> dict[str, Any]:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["GIB", "Memory", "forecast_memory", "peak_memory", "peak_memory_of"]
+__all__ = ["Memory", "forecast_memory", "memory_unit", "peak_memory", "peak_memory_of"]
 
-GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 # Largest batch of a trace. Several losses divide a batch by their fractions, and a small fraction needs many samples.
 _LARGEST_TRACE = 8
 
@@ -75,8 +75,14 @@ class Memory:
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "averages", "activations")
-        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
-        return f"{self.peak / GIB:.2f} GiB at peak: {parts}"
+        unit, name_of_unit, form = memory_unit(self.peak)
+        parts = ", ".join(f"{name} {getattr(self, name) / unit:{form}}" for name in names)
+        return f"{self.peak / unit:{form}} {name_of_unit} at peak: {parts}"
+
+
+def memory_unit(count: int) -> tuple[int, str, str]:
+    """Return the unit for a number of bytes, its name, and the format of a number in it: MiB below 1 GiB."""
+    return (_MIB, "MiB", ".1f") if count < _GIB else (_GIB, "GiB", ".2f")
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,10 @@ def forecast_memory(
     gradients = max(peak.gradients, earlier)
     return Memory(
         weights=_bytes(_weights(student, teacher)),
+        # The buckets of the exchange are copies of all gradients.
         gradients=round(gradients) + (trained if processes > 1 else 0),
         optimizer=state_bytes(factory, [p for p in objective.parameters() if p.requires_grad]),
+        # Copies share the frozen parameters with the student.
         averages=copies * (trained + buffers),
         activations=round(peak.live - gradients),
         per_sample=round(growth),
@@ -218,8 +226,10 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     extra = [term.fraction for term in recipe.extra_losses]
     fractions = [1 - sum(extra), *extra]
     scale = min(1 / min(fractions), _LARGEST_TRACE)
+    # At least one sample of each loss, so that every loss is traced.
     counts = [max(1, round(fraction * scale)) for fraction in fractions]
     ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
+    # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
     main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
     yield main, regression + recipe.training.steps - 1
@@ -228,6 +238,7 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
     """Return the moments of a step of some number of samples, each with its growth per sample."""
     count = len(draws.position)
+    # Two counts determine the line: each moment is linear in the number of samples.
     first, stored_first = _trace(objective, draws, step)
     second, stored_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
     if len(first) != len(second):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmm_distill.errors import UserError
 from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained, trained_state
 from fmm_distill.training.fsdp import full_state, placed_like
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["OptimizerState", "TrainState"]
+__all__ = ["OptimizerState", "TrainState", "check_same_optimizer"]
 
 # Types that JSON holds exactly: a float is written with all its digits.
 PLAIN = (bool, int, float, str, list, tuple, type(None))
@@ -65,10 +66,15 @@ class OptimizerState:
                     f"{type(self.optimizer).__name__}: expected a state of tensors and plain values, got {key} of "
                     f"type {type(value).__name__}, which a checkpoint can't store"
                 )
-        return {"state": values, "groups": groups}
+        return {"name": type(self.optimizer).__name__, "state": values, "groups": groups}
 
     def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Restore what ``tensors`` and ``plain`` returned."""
+        """Restore what ``tensors`` and ``plain`` returned.
+
+        Raises:
+            UserError: if they are the state of another optimizer.
+        """
+        check_same_optimizer(plain.get("name"), type(self.optimizer).__name__)
         order = {id(parameter): i for i, parameter in enumerate(self._ordered())}
         state: dict[int, dict[str, Any]] = {}
         for key, value in [*tensors.items(), *plain["state"].items()]:
@@ -88,6 +94,7 @@ class OptimizerState:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _items(self) -> list[tuple[str, Any]]:
+        # By identity: tensors compare element by element.
         index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         ordered, state = self._ordered(), self.optimizer.state_dict()["state"]
         return [
@@ -97,9 +104,27 @@ class OptimizerState:
         ]
 
 
+def check_same_optimizer(before: str | None, now: str) -> None:
+    """Refuse to continue a run with another optimizer than it began with.
+
+    Args:
+        before: the name of the class that the run began with; None: not recorded.
+        now: the name of the class that would continue it.
+
+    Raises:
+        UserError: if the names differ.
+    """
+    if before not in (None, now):
+        raise UserError(
+            f"optimizer: expected {before}, which the run began with, got {now}; pass that one again "
+            "(distill(..., optimizer=...)), or start again with --fresh"
+        )
+
+
 def _differs(value: Any, other: Any) -> bool:  # noqa: ANN401 values of a parameter group
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
         return not torch.equal(value, other)
+    # Identity first: some values do not compare equal to themselves, such as NaN.
     return value is not other and bool(value != other)
 
 

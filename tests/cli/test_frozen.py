@@ -230,7 +230,7 @@ def test_weights_of_another_network_are_one_line(finished, tmp_path):
     checkpoint.save(folder / "checkpoints", other, 2)
     status, _, err = call("evaluate", folder)
     assert status == 2
-    assert "holds the weights of another network" in err.splitlines()[-1]
+    assert "got those of another network" in err.splitlines()[-1]
 
 
 def test_the_run_folder_explains_itself(finished):

@@ -90,7 +90,7 @@ RECIPE = {
     "misspelled group": (tiny("--set", "trainin.steps=3"), ["trainin is not a setting, did you mean training?"]),
     "shares": (
         tiny("--set", "time_sampling={prior: 0.7, diagonal: 0.5}"),
-        ["time_sampling: ", "expected a sum of 1, got 1.2"],
+        ["time_sampling: ", "expected a sum of at most 1, got 1.2"],
     ),
     "two at once": (
         tiny("--set", "training.ema=2", "--set", "export.stpes=[1]"),

@@ -88,6 +88,8 @@ def test_help_and_version(capsys):
     status, out, _ = call("--help")
     assert status == 0
     assert "--recipe" in out
+    assert "YAML file [required]" in " ".join(out.split())
+    assert "remove the run's files" in " ".join(out.split())
     assert call("--version")[1].split()[-1] == fmm_distill.__version__
     assert call()[1] == out
 
@@ -99,7 +101,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert "teacher: builtin:digits (UNet2DModel" in out
     assert "7 of 64 samples" in out
     assert re.search(
-        r"memory:  \d\.\d\d GiB at peak: weights 0\.\d\d, gradients .*, activations .* \(64 samples at", out
+        r"memory:  \d+\.\d MiB at peak: weights \d+\.\d, gradients .*, activations .* \(64 samples at", out
     )
     assert not list(tmp_path.iterdir())
 
@@ -124,11 +126,36 @@ def test_the_losses_are_listed_with_what_each_needs():
         assert "    paper: arXiv " in entry
     assert entries["mean_flow"].rstrip().endswith("needs: data")
     assert entries["flow_matching"].rstrip().endswith("needs: a teacher or data")
-    assert entries["lagrangian"].rstrip().endswith("needs: a teacher or flow_matching as an extra loss")
-    assert {name for name, entry in entries.items() if "extra loss with the default target" in entry} >= {
-        "progressive",
-        "progressive_distillation",
-    }
+    assert (
+        entries["lagrangian"]
+        .rstrip()
+        .endswith("needs: a teacher; or velocity: self with flow_matching as an extra loss")
+    )
+    for name in ("progressive", "progressive_distillation"):
+        needs = "needs: a teacher; and flow_matching as an extra loss unless target: frozen or ode"
+        assert entries[name].rstrip().endswith(needs)
+
+
+@pytest.mark.parametrize("name", list(registered_losses()))
+def test_a_loss_shows_its_settings(name):
+    status, out, _ = call("losses", name)
+    assert status == 0
+    assert out.startswith(f"{name}\n")
+    fields = {key: field for key, field in registered_losses()[name].model_fields.items() if key != "name"}
+    shown = dict(re.findall(r"^(\w+): (.+)$", out, flags=re.MULTILINE))
+    assert shown.keys() == fields.keys()
+    for key, field in fields.items():
+        assert field.description
+        assert " ".join(field.description.split()) in " ".join(out.split())
+        if isinstance(field.default, str):
+            assert shown[key] == field.default
+
+
+def test_an_unknown_loss_is_one_line_with_a_guess():
+    status, _, err = call("losses", "langrangian")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "got langrangian; did you mean lagrangian?" in err
 
 
 def test_recipes_are_listed_in_columns():

@@ -55,6 +55,13 @@ def publish_often(hub: Hub, folder: str) -> dict[str, Any]:
     seen["on_branch"] = "steps-4/model_index.json" in repo.at("next").files
     seen["on_main"] = "steps-4/model_index.json" in repo.files
     seen["branch_card"] = repo.at("next").files["README.md"].content.decode()
+    import fmm_distill
+
+    with logged(lines):
+        seen["from_python"] = fmm_distill.publish(folder, "tester/python", branch="first", steps=(1,), private=True)
+    python = hub.repos["tester/python"]
+    seen["python_files"] = sorted({name.split("/")[0] for name in python.at("first").files})
+    seen["python_private"] = python.private
     with logged(lines):
         publish(pack(source, "tester/hidden"), "tester/hidden", private=True)
     with logged(lines):

@@ -122,6 +122,13 @@ def test_a_branch_is_made_and_named_in_the_card(often):
     assert 'from_pretrained("tester/student", revision="next", trust' in often["branch_card"]
 
 
+def test_the_function_publishes_as_the_verb(often):
+    assert often["from_python"].endswith("/tester/python/tree/first")
+    assert often["python_private"]
+    assert {"README.md", "student.json", "steps-1"} <= set(often["python_files"])
+    assert "steps-4" not in often["python_files"]
+
+
 def test_private_is_of_new_repositories(often):
     assert often["private"] == [True, False]
     assert sum("exists and is public" in line for line in often["lines"]) == 1
@@ -269,15 +276,31 @@ def test_the_card_is_what_the_hub_reads(folder):
     assert read.model_name == "student"
     assert "| student | 4 | 4 | 0.2500 | not measured | 0.40000 |" in text
     # 3600 steps of a second.
-    assert ", 1 hours\n- loss: lagrangian\n" in text
+    assert ", 1.0 hours\n- loss: lagrangian\n" in text
     assert "arXiv 2406.07507; LSD arXiv 2505.18825" in text
     assert "samples.png" in text
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"), [(130, "130.0 hours"), (0.75, "45.0 minutes"), (0.01, "36 seconds"), (3.3e-6, "0.012 seconds")]
+)
+def test_a_duration_is_in_the_unit_that_fits(copy, hours, text):
+    about = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps(about | {"hours": hours}))
+    assert f"samples, {text}\n" in card(copy)
+
+
+def test_a_student_without_the_class_of_its_network_is_read(copy):
+    about = json.loads((copy / "student.json").read_text())
+    del about["started_from"]
+    (copy / "student.json").write_text(json.dumps(about))
+    assert read_manifest(copy).started_from is None
 
 
 def test_the_card_has_what_else_was_measured():
     rows = [asdict(Row("student", 1, 1, None, 3.0, 0.1, kid=0.0125, recall=0.5)), asdict(ROWS[1])]
     assert _table(rows).splitlines() == [
-        "| sampler | steps | network calls | endpoint error | Fréchet distance | seconds per image | KID | recall |",
+        "| sampler | steps | network calls | endpoint error | Fréchet distance | seconds per sample | KID | recall |",
         "|---|---|---|---|---|---|---|---|",
         "| student | 1 | 1 | not measured | 3.000 | 0.10000 | 0.01250 | 0.500 |",
         "| student | 4 | 4 | 0.2500 | not measured | 0.40000 | not measured | not measured |",

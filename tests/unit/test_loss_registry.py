@@ -149,7 +149,7 @@ def unknown():
 def test_a_recipe_takes_an_instance_anywhere(unknown):
     message = refused(loss={"name": "mine"})
     assert "here: loss.name: expected a loss of fmm-distill losses, got 'mine'" in message
-    assert "with an entry point in fmm_distill.losses" in message
+    assert "install the package that registers it, with an entry point in fmm_distill.losses" in message
     extra, stages = [{"loss": Mine(factor=2), "fraction": 0.5}], [{"loss": Mine(factor=3), "fraction": 0.5}]
     recipe = Recipe.model_validate({"loss": Mine(), "extra_losses": extra, "stages": stages})
     assert [loss.factor for loss in recipe.losses] == [1.0, 2.0, 3.0]

@@ -1,4 +1,4 @@
-"""Train the teacher that ships as ``builtin:digits``, and the classifier that judges its samples.
+"""Train the teacher of ``builtin:digits``, and the classifier whose features evaluate its samples.
 
 A plain diffusers script: a DDPM (v_prediction, linear betas) on scikit-learn's 1797 gray 8x8 digits.
 
@@ -28,14 +28,14 @@ from fmm_distill.evaluation.digits import DigitsClassifier
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in [-1, 1], shape (1797, 1, 8, 8), and their labels."""
+    """Return images in [-1, 1], shape (1797, 1, 8, 8), and their labels."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     return images, torch.tensor(data.target)
 
 
 def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[DigitsClassifier, float]:
-    """A classifier trained on 1437 images, and its accuracy on the other 360."""
+    """Train a classifier on 1437 images and return it with its accuracy on the other 360."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     network = DigitsClassifier()
@@ -47,8 +47,8 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor) -> tuple[Digits
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        right = network.logits(images[test] / 2 + 0.5).argmax(1) == labels[test]
-    return network, right.float().mean().item()
+        correct = network.logits(images[test] / 2 + 0.5).argmax(1) == labels[test]
+    return network, correct.float().mean().item()
 
 
 def new_unet() -> UNet2DModel:
@@ -64,13 +64,13 @@ def new_unet() -> UNet2DModel:
         attention_head_dim=16,
         resnet_time_scale_shift="scale_shift",
         time_embedding_dim=128,
-        # 1797 images are few: without it the ODE learns them by heart and branches between neighbors.
+        # Without dropout the network memorizes the 1797 images and its ODE branches between neighboring noises.
         dropout=0.1,
     )
 
 
 def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch: int, lr: float) -> UNet2DModel:
-    """The exponential moving average of a network trained by the simple loss of the scheduler's prediction."""
+    """Train a network by the unweighted loss of the scheduler's prediction; return its exponential moving average."""
     network = new_unet()
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-3)
@@ -87,26 +87,28 @@ def train_unet(images: torch.Tensor, scheduler: DDPMScheduler, steps: int, batch
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        # The warm-up of the decay removes the random start from the average.
         decay = min(0.9995, (1 + step) / (10 + step))
         with torch.no_grad():
-            for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+            for averaged, current in zip(average.parameters(), network.parameters(), strict=True):
+                averaged.lerp_(current, 1 - decay)
         if step % 500 == 0 or step == steps - 1:
             print(f"step {step:6d}  loss {loss.item():.4f}", flush=True)
     return average.eval()
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two sets of features, in float64."""
+    """Return the Fréchet distance of two sets of features, in float64."""
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     eigenvalues = np.linalg.eigvals(cov_a @ cov_b)
+    # The trace of the matrix root from eigenvalues; rounding makes some of them negative or complex.
     return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues.astype(complex)).real.sum())
 
 
 @torch.no_grad()
 def features_of_samples(unet: UNet2DModel, scheduler: DDPMScheduler, classifier: DigitsClassifier) -> np.ndarray:
-    """Features of 1797 samples of 100 DDIM steps."""
+    """Return the features of 1797 samples of 100 DDIM steps."""
     ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     ddim.set_timesteps(100)
     x = torch.randn(1797, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -126,12 +128,12 @@ tags: [ddpm, digits]
 `UNet2DModel` ({parameters} parameters), `DDPMScheduler` (linear betas, {prediction}), trained from scratch on
 the 1797 images of scikit-learn's `load_digits` (Optical Recognition of Handwritten Digits, E. Alpaydin and
 C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0) by `examples/train_digits_teacher.py`
-({steps} steps of {batch} images). Images lie in [-1, 1].
+({steps} steps of {batch} images). Images are in [-1, 1].
 
 - Sample quality: Fréchet distance {frechet:.3f} between 1797 samples of 100 DDIM steps and the 1797 images it
   was trained on, in the 32 features of `classifier.safetensors`, images clipped to [0, 1] and not rounded.
   Two random halves of the data are {floor:.3f} apart.
-- The classifier was trained on 1437 of the images and is right on {accuracy:.1%} of the other 360.
+- The classifier was trained on 1437 of the images; its accuracy on the other 360 is {accuracy:.1%}.
 - `images.safetensors` holds the images (`images`, uint8 levels 0 to 16) and `labels`.
 
 A teaching aid for fast tests of few-step distillation; of no use for anything else.

@@ -1,12 +1,12 @@
-"""Train a small unconditional teacher with plain diffusers and accelerate, to try the tool on images of your own.
+"""Train a small unconditional teacher on your own images with diffusers and accelerate.
 
     pip install fmm-distill[data]
     python examples/train_teacher.py --data <hub id, parquet or image folder> --size 32 --output teacher
     accelerate launch examples/train_teacher.py --data <...> --output teacher        # on several GPUs
 
-``--minutes`` ends the training in time, its learning rate with it. The same command goes on where it was stopped.
-What it predicts is v_prediction unless ``--objective`` says otherwise: an epsilon-predicting DDPM of the linear
-schedule multiplies its errors by up to 157 near noise, and the ODE of a young one leaves the range of images.
+``--minutes`` limits the duration, and the learning rate decays to zero within it. The same command resumes a run.
+The network predicts v unless ``--objective`` is another one: with the linear schedule an epsilon prediction
+multiplies its errors by up to 157 near noise, and the ODE of a network trained briefly leaves the range of images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMESTEPS = 1000
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """Channels last is the faster one on GPUs, and the slower one on processors."""
+    """Return the faster memory format: channels last on GPUs, contiguous on CPU."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
@@ -46,14 +46,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="height and width; other images are resized and cropped")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--objective", choices=["v_prediction", "epsilon", "flow"], default="v_prediction")
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128, 192], help="of each level")
-    parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128, 192], help="channels of each level")
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks per level")
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end sooner, after so many in all")
-    parser.add_argument("--batch", type=int, default=128, help="over all processes")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest, after a warm-up of 200 steps")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time, if earlier")
+    parser.add_argument("--batch", type=int, default=128, help="images per step, over all processes")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak, after a warm-up of 200 steps")
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of autocast")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="precision of autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--checkpoint-every", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 
 
 def new_network(size: int, channels: list[int], layers: int) -> UNet2DModel:
-    """A network whose lowest level attends: there its cost is small."""
+    """Return a network with attention at the lowest resolution, where it is cheap."""
     levels = len(channels)
     return UNet2DModel(
         sample_size=size,
@@ -75,41 +75,45 @@ def new_network(size: int, channels: list[int], layers: int) -> UNet2DModel:
 
 
 class Denoising(nn.Module):
-    """The mean squared error of a network's prediction; what accelerate wraps, so that only its inside is autocast."""
+    """The mean squared error of a network's prediction.
+
+    accelerate wraps this module, so that autocast and gradient synchronization cover the loss alone.
+    """
 
     def __init__(self, network: UNet2DModel, objective: str) -> None:
         super().__init__()
         self.network, self.objective = network, objective
-        # Not clipped: DDIM steps then converge to the ODE that is distilled.
+        # Without clipping, DDIM steps converge to the ODE that is distilled.
         kind = "epsilon" if objective == "flow" else objective
         self.scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS, prediction_type=kind, clip_sample=False)
 
     def forward(self, x_0: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """The loss of images in [-1, 1] with noises and places in time, uniform in [0, 1)."""
+        """Return the loss of images in [-1, 1] with noises and times, as fractions in [0, 1)."""
         if self.objective == "flow":
             t = uniform[:, None, None, None]
-            x_t, target, told = torch.lerp(x_0, noise, t), noise - x_0, uniform * TIMESTEPS
+            x_t, target, timestep = torch.lerp(x_0, noise, t), noise - x_0, uniform * TIMESTEPS
         else:
-            told = (uniform * TIMESTEPS).long()
-            x_t = self.scheduler.add_noise(x_0, noise, told)
-            target = noise if self.objective == "epsilon" else self.scheduler.get_velocity(x_0, noise, told)
-        return F.mse_loss(self.network(x_t, told).sample.float(), target)
+            timestep = (uniform * TIMESTEPS).long()
+            x_t = self.scheduler.add_noise(x_0, noise, timestep)
+            target = noise if self.objective == "epsilon" else self.scheduler.get_velocity(x_0, noise, timestep)
+        return F.mse_loss(self.network(x_t, timestep).sample.float(), target)
 
     def stock_scheduler(self) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-        """What samples from it."""
+        """Return the scheduler that samples from the network."""
         return FlowMatchEulerDiscreteScheduler() if self.objective == "flow" else self.scheduler
 
 
 class Batches:
-    """Images on the device, mirrored with chance 1/2; noises and times: functions of the seed, step and process."""
+    """Batches of images, each mirrored with probability 1/2, and draws that depend on seed, step and process alone."""
 
     def __init__(self, pixels: torch.Tensor, size: int, seed: int, accelerator: Accelerator) -> None:
         self.pixels, self.size, self.seed = pixels.to(accelerator.device), size, seed
         self.process, self.generator = accelerator.process_index, torch.Generator(accelerator.device)
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images in [-1, 1], noises, and places in time."""
+        """Return images in [-1, 1], noises, and times as fractions in [0, 1)."""
         device = self.pixels.device
+        # One seed per step: a resumed run draws what an uninterrupted one draws.
         self.generator.manual_seed((self.seed * 1000 + self.process) * 10**8 + step)
         given = {"generator": self.generator, "device": device}
         index = torch.randint(len(self.pixels), (self.size,), **given)
@@ -120,7 +124,7 @@ class Batches:
 
 
 class Training:
-    """Network, its moving average and optimizer, and how far they are."""
+    """The state of a training: network, moving average, optimizer, step and seconds."""
 
     def __init__(self, options: argparse.Namespace, accelerator: Accelerator) -> None:
         torch.manual_seed(options.seed)
@@ -135,14 +139,14 @@ class Training:
         self.objective = Denoising(self.network, options.objective)
         self._resume()
         if options.compile:
-            # In place: the names of the weights stay.
+            # In place, so that the names of the weights do not change.
             self.network.compile()
-        # The optimizer stays as it is: without a gradient scaler there is nothing to prepare in it.
+        # The optimizer is not prepared: accelerate wraps it for gradient scaling, which bfloat16 does not need.
         self.wrapped = accelerator.prepare(self.objective)
         self._pairs = [list(module.parameters()) for module in (self.average, self.network)]
 
     def train(self, batches: Batches) -> None:
-        """Go on to the last step, or to the end of the minutes."""
+        """Train to the last step or to the end of the minutes."""
         options, began = self.options, time.monotonic() - self.seconds
         while self.step < options.steps and self.seconds < options.minutes * 60:
             progress = max(self.step / options.steps, self.seconds / 60 / options.minutes)
@@ -154,12 +158,13 @@ class Training:
             nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            # The warm-up of the decay removes the random start from the average.
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(*self._pairs, 1 - decay)
             self.step += 1
             if self.step % 100 == 0:
-                # Waits for the device: the clock is right at these steps.
+                # item() waits for the device, so the seconds are exact at these steps.
                 self.accelerator.print(f"step {self.step:6d}  loss {loss.item():.4f}  {self.seconds:.0f} s", flush=True)
             self.seconds = self._together(time.monotonic() - began)
             if self.step % options.checkpoint_every == 0:
@@ -169,7 +174,7 @@ class Training:
         self.seconds = time.monotonic() - began
 
     def _together(self, seconds: float) -> float:
-        """All processes have to stop at the same step."""
+        """Return the mean over the processes, so that all of them stop at the same step."""
         if self.accelerator.num_processes == 1:
             return seconds
         return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
@@ -183,27 +188,27 @@ class Training:
             "average": dict(self.average.state_dict()),
             "optimizer": {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
         }
-        kept = checkpoint.Checkpoint(self.step, tensors, {"seconds": self.seconds})
-        checkpoint.save(self.options.output / "checkpoints", kept, 1)
+        saved = checkpoint.Checkpoint(self.step, tensors, {"seconds": self.seconds})
+        checkpoint.save(self.options.output / "checkpoints", saved, 1)
 
     def _resume(self) -> None:
         found = checkpoint.newest_complete(self.options.output / "checkpoints")
         if found is None:
             return
-        kept = found[1]
-        self.network.load_state_dict(kept.tensors["network"])
-        self.average.load_state_dict(kept.tensors["average"])
+        saved = found[1]
+        self.network.load_state_dict(saved.tensors["network"])
+        self.average.load_state_dict(saved.tensors["average"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in kept.tensors["optimizer"].items():
+        for key, value in saved.tensors["optimizer"].items():
             index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step, self.seconds = kept.step, kept.state["seconds"]
-        self.accelerator.print(f"going on from step {self.step}")
+        self.step, self.seconds = saved.step, saved.state["seconds"]
+        self.accelerator.print(f"resumed from step {self.step}")
 
     def save_pipeline(self) -> None:
-        """The average as a stock pipeline, and beside it how it was made."""
+        """Save the average as a stock pipeline, with the settings of the training in ``training.json``."""
         output, options = self.options.output, self.options
         pipeline = DDPMPipeline(unet=self.average.to("cpu"), scheduler=self.objective.stock_scheduler())
         about = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
@@ -212,7 +217,7 @@ class Training:
         about["parameters"] = sum(p.numel() for p in self.network.parameters())
         about["device"] = device_name(self.accelerator.device)
         write_text(output / "training.json", json.dumps(about, indent=2) + "\n")
-        # Last of all its model_index.json: the training is finished when it is there.
+        # diffusers writes model_index.json last, so its presence marks a finished training.
         pipeline.save_pretrained(output, safe_serialization=True)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
@@ -230,7 +235,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=options.precision)
     if options.batch % accelerator.num_processes:
         raise SystemExit(f"--batch {options.batch} does not split over {accelerator.num_processes} processes")
-    # All of them, decoded: they go to the device.
+    # All images are decoded at once, since they are moved to the device.
     images = load_images(
         DataSettings(source=options.data, fit="crop"), (3, options.size, options.size), in_memory=2**37
     )

@@ -151,6 +151,7 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, value: object) -> object:
+        # YAML reads no and off as false, which the validator of source refuses with advice.
         return {PLAIN["data"]: value} if isinstance(value, str | bool) else value
 
     @field_validator("source", mode="before")
@@ -311,11 +312,13 @@ class TrainingSettings(Settings):
     @field_validator("ema", mode="before")
     @classmethod
     def _one_rate(cls, value: object) -> object:
+        # Text too: YAML reads 1e-1 as text, and the numeric field converts it.
         return (value,) if isinstance(value, int | float | str) else value
 
     @field_validator("ema")
     @classmethod
     def _rates_differ(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        # As text, which names the file of an average in a checkpoint.
         if not rates or len({f"{rate:g}" for rate in rates}) < len(rates):
             raise ValueError("expected one or more different rates")
         return rates
@@ -366,6 +369,7 @@ class EvaluationSettings(Settings):
             raise ValueError(f"evaluation.reference: expected a source of images, or null, got {self.reference.source}")
         if self.reference is not None and self.features == "none":
             raise ValueError("evaluation.reference: expected evaluation.features with it, got none; try inception")
+        # Precision and recall need a third neighbor of each sample.
         if self.samples < 4 and self.features != "none":
             raise ValueError(f"evaluation.samples: expected at least 4 with features, got {self.samples}")
         return self

@@ -38,6 +38,7 @@ class Conditioning:
 
     def rows(self, index: Int[Tensor, " some"]) -> Conditioning:
         """Return the samples at these rows."""
+        # Indices are made on the CPU, where the draws are, and conditions may be on a GPU.
         return self._map(lambda rows: rows[index.to(rows.device)])
 
     def part(self, start: int, stop: int) -> Conditioning:
@@ -46,6 +47,7 @@ class Conditioning:
 
     def twice(self) -> Conditioning:
         """Return the samples followed by the same samples again."""
+        # Shared keywords are not repeated: they have no row per sample.
         return self._map(lambda rows: torch.cat((rows, rows)))
 
     def to(self, device: torch.device | str) -> Conditioning:

@@ -31,7 +31,7 @@ class Draws:
         second: uniform on [0, 1], shape ``[batch]``: the second of the two times.
         kind: uniform on [0, 1], shape ``[batch]``: the kind of jump (from noise, to data, on the diagonal).
         image: uniform on [0, 1], shape ``[batch]``: position of the image in a dataset.
-        u: uniform on [0, 1], shape ``[batch]``: passed to the loss, which places a middle time with it.
+        uniform: uniform on [0, 1], shape ``[batch]``: passed to the loss, which may place a middle time with it.
         condition: uniform on [0, 1], shape ``[batch]``: position of the condition.
         guidance: uniform on [0, 1], shape ``[batch]``: position of the scale in its range.
         flip: uniform on [0, 1], shape ``[batch]``: whether the image is mirrored.
@@ -44,7 +44,7 @@ class Draws:
     second: Float[Tensor, " batch"]
     kind: Float[Tensor, " batch"]
     image: Float[Tensor, " batch"]
-    u: Float[Tensor, " batch"]
+    uniform: Float[Tensor, " batch"]
     condition: Float[Tensor, " batch"]
     guidance: Float[Tensor, " batch"]
     flip: Float[Tensor, " batch"]
@@ -66,14 +66,16 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
     """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size."""
 
     def uniform(stream: str) -> Tensor:
+        # float64, as times are: in float32 a uniform draw has 2^24 values, and equal times would occur.
         return torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
 
+    # On the CPU also for a GPU: the generators of devices differ, and a draw must not depend on the device.
     noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
     names = ("first", "second", "kind", "image", "condition", "guidance", "flip", "policy")
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     position = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     # The name of a stream is hashed: another name than "share" would be other random numbers.
-    return Draws(noise, u=uniform("share"), **{name: uniform(name) for name in names}, position=position)
+    return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=position)
 
 
 def step_generator(seed: int, step: int, stream: str) -> torch.Generator:
@@ -90,6 +92,7 @@ def sample_generator(seed: int, number: int, stream: int = 0) -> torch.Generator
     finalizer of MurmurHash3), so that the generators of neighboring numbers are unrelated and no two are equal, which a
     hash cut to 32 bits would not guarantee.
     """
+    # Large odd factors: neighboring seeds and streams start far from each other and do not overlap by small numbers.
     word = (seed * 0x9E3779B1 + stream * 0x85EBCA77 + number) % _WORD
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) % _WORD
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) % _WORD

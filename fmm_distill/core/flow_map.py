@@ -24,8 +24,11 @@ class FlowMap(ABC):
     """A two-time map of a velocity field's ODE, from x at time t to time r; the identity at r = t by construction.
 
     A subclass defines the mean velocity as a function of the length of the jump,
-    ``h = clock.warp(t) - clock.warp(r)``. The map is X of Boffi, Albergo and Vanden-Eijnden 2024 (arXiv 2406.07507) on
-    the time axis of ``core.time_axis``.
+    ``h = clock.warp(t) - clock.warp(r)``. For a discrete schedule this is a fraction of the teacher's timesteps; where
+    ``warp(t) = t``, it is t - r. Jumps go towards data, r <= t and h >= 0. Only ``flow_map_matching`` also trains the
+    map towards noise, with h < 0.
+
+    The map is X of Boffi, Albergo and Vanden-Eijnden 2024 (arXiv 2406.07507) on the time axis of ``core.time_axis``.
 
     Attributes:
         clock: measures the length of jumps.
@@ -66,6 +69,7 @@ class FlowMap(ABC):
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """Return ``X(x, t, r)``, shape ``[batch, *event]``."""
+        # The factor t - r makes X the identity at r = t, whatever the network returns.
         return x - expand(t - r, x) * self.mean_velocity(x, t, r, cond)
 
 

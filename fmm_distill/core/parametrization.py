@@ -62,6 +62,7 @@ def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
         *groups, last = name.split(".")
         target = arguments
         for group in groups:
+            # ``shared`` may hold other entries of the same dictionary, which stay.
             target = target.setdefault(group, {})
         target[last] = rows
     return arguments
@@ -69,6 +70,7 @@ def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
 
 def call_stock(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None) -> Tensor:
     """Return ``network(x, time, **conditions).sample``, without the channels of a learned variance."""
+    # Networks with a learned variance return it in further channels after the prediction.
     output: Tensor = network(x, time, **keywords(cond, h)).sample
     return output[:, : x.shape[1]]
 
@@ -108,8 +110,10 @@ class Parametrization:
         time = self.schedule.network_time(t).to(precise)
         h = None if h is None else h.to(precise)
         if self.sigma_data is None:
+            # A half-precision output is cast first: the division by a small alpha or sigma needs the digits of x.
             output = self.call(network, x_teacher, time, cond, h).to(x.dtype)
             return velocity_from_prediction(self.prediction, output, x_teacher, alpha, sigma)
+        # The standard deviation of the teacher's x for data with deviation sigma_data.
         spread = (sigma.square() + self.sigma_data**2).sqrt()
         output = self.call(network, x_teacher / expand(spread, x), time, cond, h).to(x.dtype)
         # The EDM schedulers of diffusers have c_out of the opposite sign for v_prediction.
@@ -128,5 +132,6 @@ class Parametrization:
         """
         t = torch.full((len(noise),), self.schedule.t_max, dtype=torch.float64, device=noise.device)
         alpha, sigma = self.schedule.alpha_sigma(t)
+        # Sigma itself would be a start that no stock sampler uses: they draw N(0, I) for this kind of schedule.
         start = torch.ones_like(sigma) if isinstance(self.schedule, VariancePreserving) else sigma
         return noise * expand(start / (alpha + sigma), noise)

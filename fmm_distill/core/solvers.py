@@ -40,6 +40,7 @@ def solve(
     """
 
     def at(x: Tensor, time: Tensor) -> Tensor:
+        # A scalar time and one of shape ``[batch]`` both expand to ``[batch]``.
         return velocity(x, time.expand(len(x)), cond)
 
     for t, r in pairwise(times):
@@ -71,6 +72,7 @@ def endpoint(
     Args:
         steps: of RK4, of equal size in the teacher's own count.
     """
+    # Equal steps of the teacher's own count, since t itself is crowded near data for some schedules.
     progress = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
     x = solve(velocity, x, schedule.time_at(progress), cond=cond)
     # The teacher is not trained below t_min: the stock DDIM sampler makes the same last step.

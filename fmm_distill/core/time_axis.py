@@ -23,6 +23,7 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 def expand(times: Float[Tensor, " batch"], like: Float[Tensor, "batch *event"]) -> Tensor:
     """Return the times with shape ``[batch, 1, ..., 1]`` and the dtype of ``like``, to multiply it sample by sample."""
+    # The cast comes last: callers subtract times in float64, where float32 would lose digits near t_max.
     return times.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
@@ -49,11 +50,13 @@ def velocity_from_prediction(
         return output
     a, s = expand(alpha, x), expand(sigma, x)
     if prediction == "score":
+        # x = a x_0 + s eps: one of the two is predicted, the other is solved for, and both are inserted in eps - x_0.
         return (-(a + s) * s * output - x) / a
     if prediction == "epsilon":
         return ((a + s) * output - x) / a
     if prediction == "sample":
         return (x - a * output) / s - output
+    # eps_hat = s x + a v and x0_hat = a x - s v, because a^2 + s^2 = 1: no division, so errors are not amplified.
     return (a + s) * output - (a - s) * x
 
 

@@ -101,6 +101,7 @@ class _Shared:
             if self.active == 0:
                 self.saved = self._save()
                 self._set()
+            # Counted, since calls of several threads may end in any order.
             self.active += 1
 
     def __exit__(self, *_: object) -> None:
@@ -134,6 +135,7 @@ class _Shared:
         if self.saved["deterministic"] == 2:
             # In error mode, an operation without a deterministic form would stop a run in the middle.
             torch.set_deterministic_debug_mode("warn")
+        # numpy's defaults: in a caller's ``raise`` mode an underflow would end a run.
         np.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
 
     def _restore(self) -> None:
@@ -147,6 +149,7 @@ class _Shared:
             torch.set_deterministic_debug_mode(saved["deterministic"])
         if saved["threads"] != torch.get_num_threads():
             torch.set_num_threads(saved["threads"])
+        # The package has generators of its own, but stock networks and pipelines may draw from the global ones.
         torch.set_rng_state(saved["torch"])
         if saved["cuda"] is not None:
             torch.cuda.set_rng_state(saved["cuda"])

@@ -80,9 +80,11 @@ def list_files(root: Path) -> Listing:
         real = os.path.realpath(folder)
         if real in seen:
             found.repeated += 1
+            # In place: ``os.walk`` goes no deeper, which ends circles of links.
             below.clear()
             continue
         seen.add(real)
+        # In place: ``os.walk`` visits the folders in this order, on every file system the same one.
         below.sort()
         place = Path(folder).relative_to(root)
         unseen = any(part.startswith(".") or part in _HIDDEN for part in place.parts)
@@ -319,6 +321,7 @@ def _digest(root: Path, files: list[Path], tables: list[Path] | None = None) -> 
     digest = hashlib.sha256()
     for file in [*files, *(tables or [])]:
         try:
+            # Sizes and times instead of contents: to read every file would take as long as an epoch.
             state = (root / file).stat()
             digest.update(f"{file}\0{state.st_size}\0{state.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         except OSError:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Latents", "encode_images", "latent_layout"]
 
+# Images per call of the encoder, whose activations need far more memory than its latents.
 _BATCH = 64
+# Latents of a part, which is the work that a kill can lose.
 _PART = 4096
 
 
@@ -35,6 +37,7 @@ def latent_layout(images: Images, encoder: LatentCodec, event_shape: tuple[int, 
     about = [encoder.digest(), images.fingerprint, len(images), images.flip]
     folder = cache_path(f"latents-{cache_key(about)}")
     numbers = torch.Size(event_shape).numel()
+    # float32 latents, and the int64 row of the image.
     return Layout(folder, len(images), 4 * numbers * (2 if images.flip else 1) + 8, _PART)
 
 
@@ -61,11 +64,13 @@ def encode_images(
             made["latents"].append(encoder.encode(some).cpu())
             if images.flip:
                 made["mirrored"].append(encoder.encode(some.flip(-1)).cpu())
+            # The rows that were read: an unreadable image is replaced by another, with that one's condition.
             made["rows"].append(rows)
         return {name: torch.cat(values) for name, values in made.items() if values}
 
     encoder.to(device)
     layout.fill(make, *shard)
+    # Training does not use the encoder, and its weights would occupy the GPU.
     encoder.to("cpu")
 
 

@@ -54,6 +54,7 @@ def to_pixels(opened: Image.Image, channels: int, background: str) -> tuple[Imag
     gray = deep or opened.mode in _GRAY
     # Pillow keeps the upper byte of 16-bit color, and with it that of the transparent color.
     wide = not deep and "16" in _raw_mode(opened)
+    # Cameras store the orientation in a tag and the pixels as the sensor had them.
     image = ImageOps.exif_transpose(opened)
     if deep:
         notes.append("have 16 bits per channel and are scaled to 8")
@@ -78,6 +79,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Levels of 65535 as levels of 255, rounded; a transparent level becomes an alpha channel."""
+    # 32 bits, because 65535 + 128 overflows 16.
     levels = np.asarray(image).astype(np.uint32)
     # 257 = 65535 / 255.
     eight = ((levels + 128) // 257).astype(np.uint8)
@@ -91,6 +93,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _shorten_key(image: Image.Image) -> None:
     key = image.info.get("transparency")
     if isinstance(key, tuple):
+        # As Pillow shortens the colors, so that the key still equals the color of transparent pixels.
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
@@ -100,6 +103,7 @@ def _composite(image: Image.Image, level: int) -> tuple[Image.Image, bool]:
         image = image.convert("LA")
     pixels: NDArray[np.uint32] = np.asarray(image.convert("RGBA")).astype(np.uint32)
     color, alpha = pixels[..., :3], pixels[..., 3:]
+    # Rounded to the nearest level; a plain division would darken every translucent pixel.
     mixed = (color * alpha + level * (255 - alpha) + 127) // 255
     return Image.fromarray(mixed.astype(np.uint8)), bool((alpha < 255).any())
 

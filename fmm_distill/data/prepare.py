@@ -52,6 +52,7 @@ def open_images(settings: DataSettings, teacher: Teacher, table: Table | None) -
         )
     shape = teacher.event_shape
     if not isinstance(teacher.codec, Pixels):
+        # Decoded instead of computed: the factor between latents and images differs between autoencoders.
         shape = tuple(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).shape[1:])
     images = load_images(settings, shape, teacher.conditions, table=table)
     if not isinstance(teacher.codec, Pixels):
@@ -80,6 +81,7 @@ def prepare_samples(
         settings = recipe.data.trajectories
         layout = trajectory_layout(folder / "trajectories", settings, teacher.event_shape)
         layout.check_room("data: trajectories")
+        # RK4 calls the teacher four times per step, and each stored point has its velocity.
         calls = 4 * settings.solver_steps + settings.points
         logger.info(
             f"data: {settings.count} trajectories of {settings.points} points take {mebibytes(layout.total_bytes)} in "

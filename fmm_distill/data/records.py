@@ -47,6 +47,7 @@ def integers(values: list[Any]) -> list[Any]:
 
 
 def _separated(text: str, separator: str, what: str) -> dict[str, list[Any]]:
+    # strict: an open quote is an error, not one field to the end of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         names = next(reader, [])
@@ -62,6 +63,7 @@ def _separated(text: str, separator: str, what: str) -> dict[str, list[Any]]:
                     "as many: put quotes around a text with a separator in it"
                 )
             for name, value in zip(names, row, strict=True):
+                # CSV has no other way to write a missing value than the empty field.
                 columns[name].append(value or None)
     except csv.Error as error:
         raise UserError(f"{what}: line {reader.line_num} can't be read ({error}); expected separated fields") from error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "Parts", "mebibytes"]
 
+# The memory that a part takes while it is made.
 PART_BYTES = 64 * 2**20
 _DAY = 86400
 
@@ -86,6 +87,7 @@ class Layout:
                 if time.time() - left_over.stat().st_mtime > _DAY:
                     left_over.unlink(missing_ok=True)
         for number, file in enumerate(self.files):
+            # By number: which process writes a part does not depend on which parts exist.
             if number % processes == process and not file.is_file():
                 start = number * self.size
                 _write(file, make(number, start, min(start + self.size, self.count)))
@@ -117,6 +119,7 @@ class Parts:
         if among is None:
             return torch.stack([self._parts[i // size][name][i % size] for i in index.tolist()])
         pairs = zip(index.tolist(), among.tolist(), strict=True)
+        # Of a memory-mapped row only the pages of this entry are read.
         return torch.stack([self._parts[i // size][name][i % size, j] for i, j in pairs])
 
 

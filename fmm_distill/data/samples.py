@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Images that take more bytes stay where they are and are decoded again each time.
 IN_MEMORY = 2 * 2**30
+# Images of one call of the decoders, which work in parallel.
 _BATCH = 256
 
 
@@ -137,6 +138,7 @@ class LazyPixels:
         Raises:
             UserError: if more than ``data.max_corrupt`` of all images are unreadable.
         """
+        # A copy, in which rows of unreadable images are replaced.
         real = index.clone()
         found: list[Tensor | None] = [None] * len(index)
         missing = list(range(len(index)))
@@ -205,6 +207,7 @@ class Images:
         """Return a text that identifies these images: a digest of the pixels, or of what decoded ones depend on."""
         if isinstance(self.pixels, LazyPixels):
             return f"{self.pixels.table.fingerprint} {self.shape}"
+        # The buffer of the array itself: ``tobytes`` would copy it.
         digest = hashlib.sha256(self.pixels.contiguous().numpy().data)
         return f"{digest.hexdigest()} {tuple(self.pixels.shape)} {self.levels}"
 
@@ -232,6 +235,7 @@ class Images:
         """Yield all readable images once, in order, in [0, 1]."""
         for index in torch.arange(len(self)).split(size):
             images, rows = self._unit(index)
+            # An image that replaces an unreadable one would be counted twice.
             yield images[rows == index]
 
 
@@ -305,6 +309,7 @@ def _builtin(settings: DataSettings, event_shape: tuple[int, ...], conditions: C
 
 def _decode(table: Table, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return all readable images, and their rows."""
+    # Filled in place: a list of images that is stacked at the end needs twice the memory.
     pixels = torch.empty(len(table), *shape, dtype=torch.uint8)
     readable: list[int] = []
     unreadable: dict[int, Unreadable] = {}
@@ -348,6 +353,7 @@ def positions_of(values: Sequence[Any], conditions: Conditions, where: str) -> F
     count = len(conditions.names)
     if isinstance(conditions, Classes):
         for row, value in enumerate(values):
+            # bool is a subclass of int, and True no class.
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
                 raise UserError(f"{where}: row {row}: expected a class of the teacher, 0 to {count - 1}, got {value!r}")
         index = torch.tensor(values, dtype=torch.float64)

@@ -71,6 +71,7 @@ def datasets_library(what: str) -> Any:  # noqa: ANN401 a module
         import datasets
     except ImportError as error:
         raise UserError(f"{what}: reading it needs `pip install fmm-distill[data]`") from error
+    # The progress bar of the run is the only one on stderr.
     datasets.disable_progress_bars()
     return datasets
 
@@ -299,6 +300,7 @@ def _refuse_typos(source: Source) -> None:
 def _neighbor(path: Path) -> str:
     """A file or folder with nearly this name, if there is one."""
     try:
+        # At most 10,000 names: a similar name is a courtesy, and folders of images are large.
         names = [entry.name for entry in itertools.islice(path.parent.iterdir(), 10_000)]
     except OSError:
         return ""

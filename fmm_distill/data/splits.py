@@ -71,4 +71,5 @@ def sliced(datasets: Any, rows: Any, split: str) -> Any:  # noqa: ANN401 a modul
     index: list[int] = []
     for part in parts:
         index += range(part.from_ or 0, len(rows) if part.to is None else part.to)
+    # Indices instead of a slice: percentages and sums of slices are lists of ranges.
     return rows.select(index)

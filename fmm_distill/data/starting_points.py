@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["StartingPoints", "draw_conditioning", "interpolant_velocity", "probe_inputs", "teacher_jump"]
 
 
+# Eight steps: the points only decide where the loss is evaluated, so Euler's error matters little.
 def teacher_jump(teacher: Distillable, steps: int = 8) -> Mover:
     """Return the teacher's own map by ``steps`` Euler steps of equal length in time.
 
@@ -103,6 +104,7 @@ class StartingPoints:
         may_be_called = self.data is None or self.on_policy > 0
         if not len(rows) and not (self.lockstep and may_be_called):
             return x
+        # In lockstep the first sample is moved for nothing; the slices below drop its result.
         called = rows if len(rows) else rows.new_zeros(1)
         end, index = to_device(t[called], x.device), to_device(called, x.device)
         start = torch.full_like(end, self.teacher.schedule.t_max)
@@ -123,5 +125,6 @@ def draw_conditioning(teacher: Distillable, draws: Draws) -> Conditioning | None
 def probe_inputs(teacher: Distillable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Conditioning | None]:
     """Return x, t, r and the condition of a jump of two samples from pure noise, to test networks with."""
     draws = draw(0, 0, 2, teacher.event_shape).part(0, 2, device)
+    # At t_max, where a prediction of noise is divided by the smallest alpha.
     t = torch.full((2,), teacher.schedule.t_max, dtype=torch.float64, device=device)
     return teacher.prior(draws.noise), t, t / 2, draw_conditioning(teacher, draws)

@@ -86,6 +86,7 @@ class Table:
     ) -> None:
         self.rows, self.column, self.settings, self.digest, self.notes = rows, column, settings, digest, notes
         self.changed: dict[str, tuple[int, str]] = {}
+        # Threads suffice, and unlike processes they need no copies of the table.
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def __len__(self) -> int:
@@ -138,8 +139,10 @@ class Table:
         except _FAULTS as error:
             return Unreadable(_name(i, file), first_line(error))
         if self.settings.fit == "crop":
+            # Pillow antialiases when it shrinks an image, which torch does not do by default.
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         check_shape((channels, image.height, image.width), shape, f"{self.settings.source}, image {i}")
+        # A copy: the array of a Pillow image is read-only, and torch warns of that.
         return torch.from_numpy(np.array(image).reshape(height, width, channels)).movedim(-1, 0), notes
 
 

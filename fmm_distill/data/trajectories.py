@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["Trajectories", "TrajectoryBatch", "solve_trajectories", "trajectory_layout"]
 
 
+# Trajectories of a part, which is the work that a kill can lose.
 _PART = 256
 
 
 def trajectory_layout(folder: Path, settings: TrajectorySettings, event_shape: tuple[int, ...]) -> Layout:
     """Return the layout of trajectories: states and velocities in float32, positions of condition and guidance."""
+    # 4 bytes per number, and two float64 positions per trajectory.
     return Layout(folder, settings.count, 2 * settings.points * 4 * torch.Size(event_shape).numel() + 16, _PART)
 
 
@@ -81,6 +83,7 @@ def _solve(teacher: Distillable, settings: TrajectorySettings, draws: Draws) -> 
     x = teacher.prior(draws.noise)
     fractions = torch.linspace(1, 0, settings.solver_steps + 1, dtype=torch.float64, device=x.device)
     times = teacher.schedule.time_at(fractions)
+    # The settings make it a divisor, so that stored points are points of the solver.
     each = settings.solver_steps // (settings.points - 1)
     states, velocities = [], []
     for first in range(0, settings.solver_steps + 1, each):
@@ -124,6 +127,7 @@ class Trajectories:
         v, w = read("velocities", index, above), read("velocities", index, above + 1)
         length = self.times[above + 1] - self.times[above]
         s, step = expand((t - self.times[above]) / length, x), expand(length, x)
+        # The cubic Hermite basis, factored: x and v belong to the upper end, y and w to the lower one.
         from_above = (1 - s).square() * ((1 + 2 * s) * x + s * step * v)
         return from_above + s.square() * ((3 - 2 * s) * y - (1 - s) * step * w)
 

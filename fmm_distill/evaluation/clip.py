@@ -79,6 +79,7 @@ def make_clip_scorer(
         pixels = as_bytes(images).to(device)
         found = []
         for image, prompt in zip(pixels, prompts_of(known, numbers, seed), strict=True):
+            # One image at a time: torchmetrics returns a mean, and the evaluation needs a score per sample.
             metric.reset()
             metric.update(image, prompt)
             found.append(metric.compute().cpu())

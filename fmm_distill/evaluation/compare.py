@@ -53,6 +53,7 @@ class Change:
     def error(self) -> float | None:
         """Standard error of the difference; an upper estimate, since both sets have the same noises."""
         one, other = self.errors
+        # Errors of independent sets add in squares; a common noise only makes the true error smaller.
         return None if one is None or other is None else math.hypot(one, other)
 
     @property

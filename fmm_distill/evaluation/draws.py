@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
 
+# Any number, but one for all runs, so that their values come from the same noises.
 NOISE_SEED = 20_240_607
 
 
@@ -50,6 +51,7 @@ class SampleDraws:
         made = [sample_generator(self.seed, number) for number in self.numbers]
         if after_noise:
             for generator in made:
+                # The state after the noise, from which a pipeline draws the noise of its steps.
                 torch.randn(1, *self.noise.shape[1:], generator=generator)
         return made
 

@@ -171,6 +171,7 @@ class Evaluator:
         """Remove the cached samples of the samplers that were evaluated."""
         for folder in self._folders:
             try:
+                # Only under the lock: another process may be reading the files.
                 with locked(folder, "an evaluation"):
                     for file in folder.glob("*part-*"):
                         file.unlink(missing_ok=True)
@@ -188,11 +189,13 @@ class Evaluator:
     def _key(self, sampler: Sampler) -> str:
         """Return the name of the cache folder, a digest of everything that the samples depend on."""
         network = sampler.network
+        # Computed once per network: all numbers of steps have the same weights.
         if network not in self._digests:
             self._digests[network] = sha256_of_tensors(network.state_dict())
         generation, teacher = self.generator.spec, self.spec.teacher
         features, conditions, guidance = generation.features, teacher.conditions, teacher.guidance
         parts = [sampler.name, sampler.steps, self._digests[network], generation.count, generation.stored]
+        # The batch size too: it is part of the seconds, and of the rounding.
         parts += [generation.batch_size, generation.seed, self.generator.decodes, self.spec.settings.clip]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
         parts += [None if conditions is None else conditions.names, teacher.source]
@@ -216,6 +219,7 @@ class Evaluator:
             generated.cost.calls,
             numbers.pop("endpoint_error", None),
             numbers.pop("frechet", None),
+            # The median: other work on the machine slows single batches down.
             generated.seconds.median().item(),
             **numbers,
             memory=generated.cost.memory,
@@ -300,6 +304,7 @@ def _endpoints(spec: EvaluationSpec) -> tuple[Float[Tensor, "batch *event"], flo
             [endpoint(velocity, schedule, teacher.prior(part.noise), steps, part.cond) for part in parts]
         ).cpu()
 
+    # RK4's error falls 16-fold per halving of the step, so the change is an upper estimate of the finer one's error.
     fine = solved(settings.endpoint_solver_steps)
     return fine, (fine - solved(max(1, settings.endpoint_solver_steps // 2))).square().mean().sqrt().item()
 

@@ -104,6 +104,7 @@ def unit_images(decoded: Float[Tensor, "batch channels height width"]) -> Float[
 
 def as_bytes(images: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
     """Return images in [0, 1] as the uint8 of an image file: rounded, where a cast alone would truncate."""
+    # Inputs are in [0, 1] here, so that the cast does not wrap around.
     return (images * 255).round().to(torch.uint8)
 
 
@@ -170,6 +171,7 @@ def _from_file(name: str, shape: tuple[int, ...]) -> FeatureNetwork:
     if not path.is_file():
         raise UserError(f"evaluation.features {name}: no such file; {expected}")
     try:
+        # To the CPU: the module may have been saved on a GPU that is not here.
         network = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"evaluation.features {name}: can't be opened ({_line(error)}); {expected}") from error
@@ -212,6 +214,7 @@ def _inception(shape: tuple[int, ...]) -> FeatureNetwork:
             f"evaluation.features: inception needs `pip install fmm-distill[fid]`; {ALTERNATIVES}"
         ) from error
     path = _inception_file()
+    # torch-fidelity computes the inception score of the logits without bias as well.
     network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
 
     def forward(images: Tensor) -> FeatureOutput:

@@ -62,6 +62,7 @@ class Gallery:
         """Return the same rows for noises between the first two, all with the condition of the first."""
         if self.cond is not None:
             self.cond = self.cond.rows(torch.zeros(len(self.noise), dtype=torch.long))
+        # One condition for all: the pictures then show the map's dependence on the noise alone.
         noise = interpolate_noise(self.noise[0], self.noise[1], len(self.noise))
         return self._decoded(student, steps, noise, self._solve(noise))
 

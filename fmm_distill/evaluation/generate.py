@@ -172,10 +172,14 @@ class SampleGenerator:
         started = time.perf_counter()
         x, decoded = self._sample(sampler, draws)
         if self.device.type == "cuda":
+            # Kernels run asynchronously: without it only their launches would be timed.
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - started) / len(numbers)
+        # Per sample: parts of different batch sizes then have one median.
         rows = {"seconds": torch.full((len(numbers),), seconds, dtype=torch.float64)}
+        # Complete batches; ``run`` cuts the last one to the number of stored samples.
         if numbers.start < self.spec.stored:
+            # Off the GPU at once, where all samples of an evaluation may not fit.
             rows["samples"] = x.cpu()
         if decoded is not None:
             images = unit_images(decoded)
@@ -199,6 +203,7 @@ class SampleGenerator:
     ) -> dict[str, Tensor]:
         """Return all rows by way of the disk: parts of earlier calls are reused, and processes divide the others."""
         width = 0 if self.features is None else self.features.width + self.features.classes
+        # Bytes per sample: float32 numbers, and 16 for the seconds and a CLIP score.
         row = 16 + 4 * (width + torch.Size(self.teacher.event_shape).numel())
         layout = Layout(folder, self.spec.count, row, _PART)
         # Another evaluation of the same samples waits, and then reuses the files.
@@ -240,6 +245,7 @@ class SampleGenerator:
 
 
 def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    # A tensor of 32 bytes, because the file holds tensors alone.
     return torch.frombuffer(bytearray.fromhex(sha256_of_tensors(tensors)), dtype=torch.uint8)
 
 

@@ -107,6 +107,7 @@ class Monitor:
             rows = evaluator.rows_of_students({"student": student})
             settings = self.recipe.evaluation.model_dump(mode="json", exclude={"every"})
             measured = [line for line in self.lines or () if line["settings"] == settings]
+            # The teacher's rows depend on the settings alone and are measured once for them.
             if not any(row["sampler"] != "student" for line in measured for row in line["rows"]):
                 rows += evaluator.rows_of_teacher()
             picture = self.pictures / f"samples-{step}.png"

@@ -102,6 +102,7 @@ def plot_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], 
     for (name, images), line in zip(rows.items(), axes, strict=True):
         for image, axis in zip(images[:columns], line, strict=True):
             pixels = (image / 2 + 0.5).clamp(0, 1).movedim(0, -1).squeeze(-1).numpy()
+            # Fixed limits: matplotlib would stretch the contrast of each image to its own range.
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])

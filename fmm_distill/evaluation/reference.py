@@ -90,6 +90,7 @@ def _read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
             raise ValueError(f"expected shape {shape}, got {tuple(features.shape)}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         logger.warning(f"{folder} is damaged ({error}); its features are computed again")
+        # Removed, because an atomic folder does not replace one that exists.
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return features

@@ -143,6 +143,7 @@ def choose(evaluation: Evaluation, rates: Mapping[str, float]) -> tuple[float, E
     }
     # NaN is the worst.
     best = min(scores, key=lambda name: (math.isnan(scores[name]), scores[name]))
+    # The rows of the chosen average are the student's; the others stay below under their own names.
     first = [replace(row, sampler="student") for row in evaluation.rows if row.sampler == best]
     protocol = evaluation.protocol | {"ema": rates[best]}
     if len(rates) > 1:

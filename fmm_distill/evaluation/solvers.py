@@ -188,6 +188,7 @@ def _clips(teacher: Teacher) -> bool:
     return bool(teacher.scheduler_config.get("clip_sample", False))
 
 
+# Order 2, which diffusers recommends for guided sampling; likewise for UniPC.
 _DPMSOLVER = _scheduler(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2)
 # HeunDiscreteScheduler accepts no denoised samples.
 _STOCK_HEUN = _scheduler(HeunDiscreteScheduler, prediction_type="epsilon")

@@ -126,6 +126,7 @@ def _unchecked(found: PipelineIndex) -> str | None:
 def _steps(pipeline: Any, steps: int | None) -> int:  # noqa: ANN401 a diffusers class
     """Return ``steps``, or the pipeline's default."""
     default = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    # A pipeline without the keyword takes one step.
     return steps or (int(default.default) if default is not None else 1)
 
 

@@ -59,6 +59,7 @@ class Agreement:
         """The difference as a fraction of the tolerance; NaN is the worst."""
         if self.difference == 0:
             return 0.0
+        # Weights alone have the tolerance 0.
         fraction = self.difference / self.tolerance if self.tolerance else float("inf")
         return float("inf") if math.isnan(fraction) else fraction
 
@@ -87,6 +88,7 @@ def compare(
     if len(states) != len(times) - 1:
         # A pipeline that skips or repeats steps.
         return Agreement(float("inf"), 0.0)
+    # The hook saw the preconditioned input; jumps are compared in the teacher's own coordinates.
     points = [state * _size_inside(student, t) for state, t in zip(states, times[:-1], strict=True)]
     found = [_start(student, points[0], noise, times[0])]
     for k, (t, r) in enumerate(pairwise(times)):
@@ -148,6 +150,7 @@ def _factor_of_state(parametrization: Parametrization, t: Tensor, r: Tensor) -> 
     schedule, zero = parametrization.schedule, replace(parametrization, call=_zero_output)
     x = one / expand(schedule.scale(t), one)
     moved = x - expand(t - r, one) * zero.velocity(cast("Any", None), x, t)
+    # The jump is affine in x and f, so with f = 0 and x = 1 it is A.
     return float(moved * expand(schedule.scale(r), one))
 
 

@@ -237,6 +237,7 @@ def _metadata(manifest: StudentManifest, evaluation: dict[str, Any] | None, name
     """Return the metadata that the Hub reads."""
     task = manifest.pipeline_tag
     results = [] if evaluation is None or task is None else _results(task, evaluation)
+    # Only a teacher of the Hub has a revision.
     base: dict[str, Any] = {}
     if manifest.revision:
         # A relation to a model that the Hub does not have is an error there.

@@ -122,6 +122,7 @@ def _is_as_written(path: Path, digest: str, digests: dict[tuple[int, int], str])
 def _digest(path: Path, digests: dict[tuple[int, int], str]) -> str:
     """Return the SHA-256. The pipelines share most of their files by hard links, which are read once."""
     status = path.stat()
+    # Hard links have one inode, which is unique on its device alone.
     key = (status.st_dev, status.st_ino)
     if key not in digests:
         digests[key] = sha256_of_file(path)

@@ -1,4 +1,4 @@
-"""What a student of a teacher can be exported to: one exporter per kind of teacher."""
+"""Exporters of students, one per kind of teacher."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ class _Grid:
 
     def sigmas(self, scheduler: Any) -> torch.Tensor:  # noqa: ANN401 a diffusers class
         """Return the levels that a copy of the scheduler has after these calls."""
+        # A shallow copy: ``set_timesteps`` assigns new tensors and changes none in place.
         replayed = copy.copy(scheduler)
         vars(replayed).update(self.attributes)
         for call in self.calls:
@@ -70,6 +71,7 @@ def _at(one: tuple[Any, int], two: tuple[Any, int], steps: int) -> list[Any]:
 def _same(one: Any, other: Any) -> bool:  # noqa: ANN401 an argument of set_timesteps
     if one is None or other is None or isinstance(one, str | torch.device) or isinstance(other, str | torch.device):
         return type(one) is type(other) and str(one) == str(other)
+    # Numbers, lists and arrays of equal values are one form of an argument.
     return np.array_equal(np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64))
 
 
@@ -104,6 +106,7 @@ class StockGrids:
         after = {name: getattr(used, name) for name in _READ}
         changed = {name: value for name, value in after.items() if value is not before[name]}
         grid = _Grid(steps, changed, seen.grids)
+        # To the last bit: the replay runs the same code on the same arguments.
         if torch.equal(grid.sigmas(scheduler), levels):
             self._runs[steps] = grid
         else:

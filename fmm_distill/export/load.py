@@ -144,6 +144,7 @@ class LoadedStudent:
         schedule = self.flow_map.schedule
         times = schedule.time_at(torch.linspace(0, 1, steps + 1, dtype=torch.float64)).to(samples.device)
         cond = self.conditioned_on(len(samples), conditions)
+        # Heun from data to noise: it calls the field at both ends of a step and nowhere outside of the axis.
         ends = solve(diagonal(self.flow_map), samples, times, method="heun", cond=cond)
         return ends / self.flow_map.parametrization.prior(torch.ones_like(samples))
 
@@ -256,6 +257,7 @@ def fetch_student(source: str, revision: str | None = None) -> Path:
         UserError: if it can't be had, or holds no exported student.
     """
     try:
+        # The folded pipelines and adapters repeat the weights, and nothing here reads them.
         folder = Path(snapshot_download(source, revision=revision, ignore_patterns=["steps-*", "lora/*"]))
     except HFValidationError as error:
         raise UserError(f"{source}: expected owner/name on the Hub or an existing folder, got neither") from error
@@ -293,6 +295,7 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
                 (view / name).symlink_to((folder / name).resolve())
         (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
+    # The version is part of the key: another version may write the view in another way.
     return linked_folder("students", folder, __version__, fill)
 
 
@@ -301,6 +304,7 @@ def _one_time_network(folder: Path, target: Path, config: dict[str, Any]) -> str
     stock = str(config["_class_name"]).removeprefix("TwoTime")
     plain = {key: value for key, value in config.items() if key not in (*OWN_SETTINGS, "auto_map")}
     target.mkdir()
+    # The index of a sharded file as well.
     for path in folder.glob("*.safetensors*"):
         (target / path.name).symlink_to(path.resolve())
     (target / "config.json").write_text(json.dumps(plain | {"_class_name": stock}), encoding="utf-8")

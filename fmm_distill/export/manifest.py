@@ -251,6 +251,7 @@ def _guidance(teacher: Teacher) -> dict[str, Any] | None:
 def _dataset(recipe: Recipe) -> str | None:
     source = recipe.data.source
     named = recipe.data.has_images and source.count("/") == 1 and not source.startswith((".", "/", "~", "builtin:"))
+    # A folder owner/name here wins over a Hub id of that name, as when data are opened.
     return source if named and not Path(source).exists() else None
 
 
@@ -281,4 +282,5 @@ def _hours(run: Path | None, recipe: Recipe) -> float | None:
         return None
     lines = read_lines(log, {"images_per_second": float}, todo="repair or remove the line")
     rates = [line["images_per_second"] for line in lines]
+    # From the rates of the steps: a run may have been interrupted, and waiting is no training.
     return sum(recipe.training.batch_size / rate for rate in rates) / 3600

@@ -30,10 +30,11 @@ def copy_parts(
         linked: write links to the teacher's own files, wherever they are.
     """
     for name in pipeline.parts:
-        # A name is that of a folder in this one.
+        # An index of a stranger must not write outside of the export.
         if Path(name).name != name:
             continue
         if source is not None and (source / name).is_dir():
+            # Hard links: each pipeline is complete on its own, and the files are on the disk once.
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (pipeline.folder / name).is_dir():
             copy_file = _pointed_to if linked else shutil.copy2

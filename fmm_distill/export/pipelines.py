@@ -58,6 +58,7 @@ def write_pipelines(
     exporter.any_step(student, folder, linked=linked)
     for n in () if exporter.not_fixed else steps:
         exporter.fixed(student, n, folder)
+    # Last: libraries write the paths while they save.
     strip(folder)
 
 

@@ -42,6 +42,7 @@ def replacing(target: Path, *, wait: bool = False) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
+            # Last of the files, over everything that the block has written.
             write_contents(partial)
             # The user may have put a file there during a long verification.
             check_replaceable(target)
@@ -142,6 +143,7 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
     if folder.exists():
+        # Two renames instead of copies: between them a kill leaves both folders complete.
         folder.rename(old)
     try:
         new.rename(folder)

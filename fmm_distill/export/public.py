@@ -30,6 +30,7 @@ def known_paths(folder: Path, manifest: StudentManifest) -> dict[str, str]:
     """Return the public names of the paths in an exported student's recipe, by the path as written and as resolved."""
     named = _sources(manifest, _recipe(folder))
     paths = {value: public_name(value) for value, local in named if local}
+    # Messages and configurations may have the path in either form.
     full = {str(Path(path).expanduser().absolute()): name for path, name in paths.items()}
     return full | {str(Path(path).expanduser()): name for path, name in paths.items()} | paths
 

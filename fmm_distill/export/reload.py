@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 def plain(value):
     """Return a copy of samples in a tensor or a list, as one float tensor."""
+    # A copy, since schedulers may change their inputs in place.
     return (torch.stack(list(value)) if isinstance(value, list) else value).detach().float().clone()
 
 
@@ -106,6 +107,7 @@ def record_job(job):
 
 
 if __name__ == "__main__":
+    # Once for the process: some pipelines call their network outside of ``no_grad``.
     torch.set_grad_enabled(False)
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)

@@ -143,6 +143,7 @@ def _reads_variance(pipeline: StockPipeline | None) -> bool:
 
 def _made(name: str, config: Mapping[str, Any], changes: dict[str, Any]) -> Any:  # noqa: ANN401 a diffusers class
     kind = getattr(diffusers, name)
+    # Nothing else of the teacher's scheduler: it may be of another class, with switches of its own.
     levels = {key: value for key, value in config.items() if key in LEVELS[name]}
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     for parameter in parameters:

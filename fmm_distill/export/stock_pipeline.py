@@ -167,6 +167,7 @@ class StockPipelineExporter:
                 parts = {self.component: network, "scheduler": scheduler}
                 self._opened = open_pipeline(self.pipeline.folder, **parts)
             opened = self._opened
+        # A shallow copy: its encoders are those of the open pipeline, its network and scheduler its own.
         pipeline = copy.copy(opened)
         for name, part in ((self.component, network), ("scheduler", scheduler)):
             setattr(pipeline, name, part)
@@ -218,6 +219,7 @@ class StockPipelineExporter:
         spread = self.teacher.parametrization.sigma_data
         if self.teacher.schedule.kind != "exploding":
             return 1.0
+        # The scheduler starts at the root of sigma_max^2 + 1 times N(0, I).
         high = cast("VarianceExploding", self.teacher.schedule).sigma_max ** 2
         return ((high + 1) / (1 if spread is None else high + spread**2)) ** 0.5
 

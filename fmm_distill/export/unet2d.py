@@ -87,6 +87,7 @@ class UNet2DExporter:
         if self.teacher.schedule.kind != "flow":
             return self.teacher.schedule.grid(steps)
         scheduler = self._fixed_scheduler(student, steps)
+        # Without sigmas, as the stock pipeline calls it.
         scheduler.set_timesteps(steps)
         times: Tensor = scheduler.sigmas.double()
         return times

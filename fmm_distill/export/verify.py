@@ -67,6 +67,7 @@ def verify(exported: Exported) -> dict[str, Agreement]:
     Raises:
         FmmDistillError: if a pipeline does not open, or differs by more than rounding explains (``agreement``).
     """
+    # Both sides on the CPU: kernels of other devices sum in another order.
     exported.student.to("cpu")
     # Without pipelines of fixed steps the any-step one is still compared.
     return verify_all([replace(exported, steps=exported.steps or (4,))])[0]
@@ -179,7 +180,9 @@ def _reload(jobs: Sequence[_Job]) -> list[dict[str, Tensor]]:
         plain = [job.to_json(f"{scratch}/{i}.safetensors") for i, job in enumerate(jobs)]
         written = Path(scratch) / "jobs.json"
         written.write_text(json.dumps(plain), encoding="utf-8")
+        # -P: the folder of the script is not on the path, where modules of this package would hide others.
         command = [sys.executable, "-P", str(files("fmm_distill") / "export" / "reload.py"), str(written)]
+        # A new cache of code, and no Hub: nothing but the export itself can make it open.
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if run.returncode:

@@ -50,6 +50,7 @@ class WeightsExporter:
             network.save_pretrained(target, safe_serialization=True, max_shard_size="1TB")
             return
         target.mkdir()
+        # safetensors refuses strided tensors.
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         save_file(state, target / WEIGHTS)
         kind = type(network)

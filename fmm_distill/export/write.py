@@ -35,6 +35,7 @@ def write_student(
     student.to("cpu")
     adapted = has_lora(student.network)
     plain = merged(student) if adapted else student
+    # The teacher of a student with adapters is the student's own network, which the merge has replaced.
     exporter = exporter_of(replace(teacher, network=stock_part(plain.network)) if adapted else teacher)
     write_pipelines(plain, exporter, target, steps, linked=linked)
     if adapted:
@@ -46,6 +47,7 @@ def network_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> i
     """Return the bytes that the pipelines of an export with these numbers of steps don't share: mostly networks."""
     exporter = exporter_of(teacher)
     modules = exporter.own_modules(student)
+    # Exports are float32.
     weights = sum(4 * parameter.numel() for module in modules for parameter in module.parameters())
     return weights * (1 + (0 if exporter.not_fixed else len(steps)))
 

@@ -31,9 +31,10 @@ class Jump:
     Attributes:
         x: points ``x_t`` at which the jumps start, shape ``[batch, *event]``.
         t: times at which they start, float64, shape ``[batch]``.
-        r: times at which they end, ``r <= t``, float64, shape ``[batch]``.
+        r: times at which they end, ``r <= t``, float64, shape ``[batch]``. A loss may evaluate the map in the other
+            direction too, as ``flow_map_matching`` does.
         cond: what the networks are conditioned on; None for unconditional networks.
-        u: uniform on [0, 1], shape ``[batch]``: the random number of a loss that places a middle time, or chooses
+        uniform: random numbers, uniform on [0, 1], shape ``[batch]``, for a loss that places a middle time or chooses
             between two cases.
         target_map: a moving average or a frozen copy of the student, as ``Loss.target_network`` names it; None if the
             loss names neither.
@@ -43,7 +44,7 @@ class Jump:
     t: Float[Tensor, " batch"]
     r: Float[Tensor, " batch"]
     cond: Conditioning | None
-    u: Float[Tensor, " batch"]
+    uniform: Float[Tensor, " batch"]
     target_map: FlowMap | None = None
 
 
@@ -150,9 +151,11 @@ class DerivativeLoss(Loss):
     @property
     def engine(self) -> Literal["exact", "central"]:
         """Return the engine of the derivatives; ``auto`` that was not resolved is forward mode."""
+        # ``training.objective.resolve_engine`` replaces auto before a run; a loss on its own gets the exact one.
         return "exact" if self.derivative == "auto" else self.derivative
 
 
 def squared_norm(residual: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """Return the mean over the event of the squared residual, in float32 at least."""
+    # fp16 overflows above 65504, and bfloat16 drops the small squares of a long sum.
     return residual.flatten(1).to(torch.promote_types(residual.dtype, torch.float32)).square().mean(1)

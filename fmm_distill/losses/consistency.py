@@ -36,6 +36,7 @@ class Consistency(TangentLoss):
         "two starts on one trajectory, a step apart, reach the same data; step: 0 is its continuous limit"
     )
     paper: ClassVar[str] = "arXiv 2303.01469; continuous arXiv 2410.11081"
+    # Consistency models are trained on jumps to data alone.
     needed_sampling: ClassVar[TimeSampling | None] = TimeSampling(prior=0, data=1)
     without_data: ClassVar[str] = "set its velocity: teacher"
 
@@ -74,10 +75,12 @@ class Consistency(TangentLoss):
         """Return the loss of each sample, shape ``[batch]``."""
         if not self.step:
             return Eulerian.detached_like(self)(flow_map, velocity, jump)
+        # Regressed on u instead of X: the weight of the published form vanishes near the diagonal.
         u = flow_map.mean_velocity(jump.x, jump.t, jump.r, jump.cond)
         with torch.no_grad():
             s, v = torch.maximum(jump.t - self.step, jump.r), velocity(jump.x, jump.t, jump.cond)
             source = flow_map if jump.target_map is None else jump.target_map
             change = change_over_step(source, velocity, jump, s, u, v, self.solver)
+            # A target of the form u - g has the gradient of g alone, so that g can be clamped and normalized.
             target = u - self.stabilize(u - v + change)
         return squared_norm(u - target)

@@ -23,9 +23,9 @@ __all__ = ["ConsistencyTrajectory"]
 class ConsistencyTrajectory(Loss):
     """``|Y(X(x_t, t, r), r, 0) - Y(Y(x_s, s, r), r, 0)|^2``, mean over the event.
 
-    The middle time is ``s = r + u (t - r)`` with the jump's uniform u, x_s is solved from x_t, and Y is the stopped
-    ``target_map`` (Kim et al., arXiv 2310.02279, without the GAN and the denoising term). The gradient passes through Y
-    at r to the jump X, not to Y's weights. The target has the solver's error, of second order in its step.
+    The middle time is ``s = r + jump.uniform (t - r)``, x_s is solved from x_t, and Y is the stopped ``target_map``
+    (Kim et al., arXiv 2310.02279, without the GAN and the denoising term). The gradient passes through Y at r to the
+    jump X, not to Y's weights. The target has the solver's error, of second order in its step.
     """
 
     summary: ClassVar[str] = (
@@ -53,14 +53,17 @@ class ConsistencyTrajectory(Loss):
         source = flow_map if jump.target_map is None else jump.target_map
         zero = torch.zeros_like(r)
         with torch.no_grad():
-            s = r + jump.u * (t - r)
+            s = r + jump.uniform * (t - r)
+            # Per sample: each has its own s, and all take the same number of steps.
             fractions = torch.linspace(0, 1, self.solver_steps + 1, dtype=t.dtype, device=t.device)
             x_s = solve(velocity, jump.x, t - fractions[:, None] * (t - s), method="heun", cond=cond)
             target = source(source(x_s, s, r, cond), r, zero, cond)
         end = flow_map(jump.x, t, r, cond)
+        # ``autograd.grad`` needs a graph even where the loss is only evaluated.
         with torch.enable_grad():
             # Y may be the student itself: its gradient is taken at its input alone and passed on to X.
             at = end.detach().requires_grad_()
             loss = squared_norm(source(at, r, zero, cond) - target)
             (slope,) = torch.autograd.grad(loss.sum(), at)
+        # The value of the loss with its gradient through X alone, by the chain rule.
         return loss.detach() + ((end - end.detach()) * slope).flatten(1).sum(1)

@@ -45,6 +45,7 @@ class TangentLoss(DerivativeLoss):
         """Return the loss with the tangent scale after ``step`` steps of the warm-up."""
         if step >= self.tangent_warmup_steps:
             return self
+        # A copy without validation: the settings are frozen, and a step must not cost a validation.
         return self.model_copy(update={"tangent_scale": self.tangent_scale * step / self.tangent_warmup_steps})
 
     def progress(self, step: int) -> dict[str, float]:
@@ -55,6 +56,7 @@ class TangentLoss(DerivativeLoss):
     def stabilize(self, g: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         """Return the step of a detached target, clamped and normalized."""
         if self.clamp_tangent is not None:
+            # Before the normalization: one outlier would otherwise set the norm of its sample.
             g = g.clamp(-self.clamp_tangent, self.clamp_tangent)
         if self.normalize_tangent:
             g = g / expand(g.flatten(1).norm(dim=1) + NORM_OFFSET, g)
@@ -133,12 +135,14 @@ class Eulerian(TangentLoss):
             v = velocity(x_t, t, cond)
             u, du = value_and_derivative_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=self.engine)
             return squared_norm(u - v + length * du)
+        # No gradient in v: with velocity: self the diagonal learns from its own loss alone.
         with torch.no_grad():
             v = velocity(x_t, t, cond)
         if self.stop_gradient == "teacher_input":
             u, du_dt, transport = value_and_parts_along_flow(flow_map, x_t, t, r, v, cond=cond, engine=self.engine)
             return squared_norm(u - v + length * (du_dt + transport))
         if self.step:
+            # The step is a fraction of the timesteps, converted to t at first order.
             u, s = flow_map.mean_velocity(x_t, t, r, cond), t - self.step / flow_map.clock.dwarp_dt(t)
             change = change_over_step(flow_map, velocity, jump, torch.maximum(s, r), u, v, self.solver)
             g = u - v + self.tangent_scale * change
@@ -147,6 +151,7 @@ class Eulerian(TangentLoss):
                 flow_map, x_t, t, r, v, cond=cond, engine=self.engine, detached=True
             )
             with torch.no_grad():
+                # The warm-up scales the derivative alone: u - v is 0 for a student that starts as the teacher.
                 g = u - v + self.tangent_scale * length * du
         with torch.no_grad():
             target = u - self.stabilize(g)
@@ -176,9 +181,11 @@ def change_over_step(
     """
     x_t, t, r, cond = jump.x, jump.t, jump.r, jump.cond
     step, start = expand(t - s, x_t), v
+    # The mean velocity of both ends: the Euler point is off by the curvature, at first order of the step.
     if solver == "heun":
         v = (v + velocity(x_t - step * v, s, cond)) / 2
     later = flow_map.mean_velocity(x_t - step * v, s, r, cond)
     # Where t = s = r the numerator is 0: the smallest number keeps 0 / 0 away and changes no other value.
     rest = (s - r) / (t - s).clamp_min(torch.finfo(t.dtype).tiny)
+    # The caller's residual has the velocity at the start; start - v replaces it by the mean over the step.
     return start - v + expand(rest, x_t) * (u - later)

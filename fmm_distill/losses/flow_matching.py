@@ -25,7 +25,9 @@ class FlowMatching(Loss):
     minimizer is its conditional mean; with the teacher's, the tangent condition.
     """
 
-    summary: ClassVar[str] = "the diagonal u(x, t, t) is the velocity; trains no jump, so a term next to another loss"
+    summary: ClassVar[str] = (
+        "the diagonal u(x, t, t) is the velocity; trains no jumps, so it is an extra loss or a stage"
+    )
     paper: ClassVar[str] = "arXiv 2210.02747; as a term arXiv 2505.18825"
     diagonal: ClassVar[bool] = True
     without_data: ClassVar[str] = "set its velocity: teacher"

@@ -28,8 +28,9 @@ class Lagrangian(DerivativeLoss):
     distillation; its s and t are our 1 - t and 1 - r).
 
     - ``stop_gradient="nowhere"``: the published loss, with the gradient through the teacher's input too.
-    - ``stop_gradient="teacher_input"``: v is evaluated at the detached X; the gradient passes through d_r u (the
-      stop-gradient rule of LSD, arXiv 2505.18825).
+    - ``stop_gradient="teacher_input"``: v is evaluated at the detached X, without a graph; the gradient passes through
+      u and d_r u. With ``velocity="self"`` there is no teacher: v is the student's own diagonal, and neither its input
+      nor its weights get a gradient from it (the stop-gradient rule of LSD, arXiv 2505.18825).
     - ``stop_gradient="target"``: u is regressed on ``v(X, r) + (t - r) d_r u``, all of it detached (as AYF-LMD,
       arXiv 2506.14603), without a graph of the derivative.
     """
@@ -43,7 +44,7 @@ class Lagrangian(DerivativeLoss):
     velocity: Literal["teacher", "self"] = "teacher"
     """Velocity that the end follows: the teacher's, or the student's own diagonal (add flow_matching then)."""
     stop_gradient: Literal["teacher_input", "nowhere", "target"] = "teacher_input"
-    """Gradients stop at the teacher's input, nowhere (as published), or at a detached regression target."""
+    """Part without a gradient: v and its input, nothing (as published), or the complete regression target."""
 
     @property
     def keeps_graph(self) -> bool:
@@ -57,11 +58,13 @@ class Lagrangian(DerivativeLoss):
         if self.stop_gradient == "target":
             u, du_dr = value_and_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=self.engine, detached=True)
             with torch.no_grad():
+                # Under no_grad as a block: u has a graph, which the target must not have.
                 target = velocity(x_t - length * u, r, cond) + length * du_dr
             return squared_norm(u - target)
         u, du_dr = value_and_derivative_in_r(flow_map, x_t, t, r, cond=cond, engine=self.engine)
         end = x_t - length * u
         if self.stop_gradient == "nowhere":
+            # With a graph through the teacher: its backward pass is part of each step.
             v = velocity(end, r, cond)
         else:
             with torch.no_grad():

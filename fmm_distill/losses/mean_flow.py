@@ -57,6 +57,7 @@ class MeanFlow(TangentLoss):
             return Eulerian.detached_like(self)(flow_map, velocity, jump)
         x_t, t, r, cond = jump.x, jump.t, jump.r, jump.cond
         with torch.no_grad():
+            # A call of its own, on the diagonal: it is only the direction of the derivative.
             tangent = flow_map.mean_velocity(x_t, t, t, cond)
         u, du = value_and_derivative_along_flow(
             flow_map, x_t, t, r, tangent, cond=cond, engine=self.engine, detached=True

@@ -43,6 +43,7 @@ class OperatorRegression(Loss):
         """Return the loss of each sample, shape ``[batch]``."""
         t, r = jump.t, jump.r
         with torch.no_grad():
+            # Per sample: each has its own (t, r), and all take the same number of steps.
             fractions = torch.linspace(0, 1, self.solver_steps + 1, dtype=t.dtype, device=t.device)
             x_r = solve(velocity, jump.x, t - fractions[:, None] * (t - r), cond=jump.cond)
         return squared_norm(flow_map(jump.x, t, r, jump.cond) - x_r)

@@ -26,7 +26,7 @@ class Progressive(Loss):
 
     u_i are the mean velocities of successive jumps from t to r, w_i their fractions of its length. The residual is
     taken on u, so that no factor ``(t - r)^2`` removes the gradient near the diagonal (the preconditioned PSD of arXiv
-    2505.18825; progressive flow map matching of arXiv 2406.07507 with a frozen ``target_map``). The jump's uniform u
+    2505.18825; progressive flow map matching of arXiv 2406.07507 with a frozen ``target_map``). ``jump.uniform``
     places the middle time when ``middle="uniform"``. The target is stopped; without ``target_map`` it is the map's own.
     """
 
@@ -69,7 +69,8 @@ class Progressive(Loss):
         t, r, cond = jump.t, jump.r, jump.cond
         source = flow_map if jump.target_map is None else jump.target_map
         if self.middle == "uniform":
-            ends = torch.stack([torch.ones_like(jump.u), jump.u, torch.zeros_like(jump.u)])
+            # Fractions of the jump, from its start (1) to its end (0).
+            ends = torch.stack([torch.ones_like(jump.uniform), jump.uniform, torch.zeros_like(jump.uniform)])
         else:
             ends = torch.linspace(1, 0, self.pieces + 1, dtype=t.dtype, device=t.device)[:, None].expand(-1, len(t))
         with torch.no_grad():
@@ -82,6 +83,8 @@ class Progressive(Loss):
                         u = (u + velocity(x - expand(start - end, x) * u, end, cond)) / 2
                 else:
                     u = source.mean_velocity(x, start, end, cond)
+                # Weighted by fractions of the jump, so that the mean velocity needs no quotient by t - r.
                 target = target + expand(a - b, x) * u
+                # The x after the last piece is not used; one update costs less than a branch.
                 x = x - expand(start - end, x) * u
         return squared_norm(flow_map.mean_velocity(jump.x, t, r, cond) - target)

@@ -30,6 +30,7 @@ class ProgressiveDistillation(Loss):
         "one jump equals two of half its length, on a dyadic grid (target: student, with flow_matching, shortcut)"
     )
     paper: ClassVar[str] = "arXiv 2202.00512; shortcut arXiv 2410.12557"
+    # The advice of an error message: eight intervals at most. ``accepts`` takes any number of levels.
     needed_sampling: ClassVar[TimeSampling | None] = TimeSampling(prior=0, dyadic=3)
 
     name: Literal["progressive_distillation"] = "progressive_distillation"
@@ -55,5 +56,6 @@ class ProgressiveDistillation(Loss):
 
     def __call__(self, flow_map: FlowMap, velocity: VelocityField, jump: Jump) -> Float[Tensor, " batch"]:
         """Return the loss of each sample, shape ``[batch]``."""
+        # A DDIM step is an Euler step. Progressive accepts a solver other than its default with target: ode only.
         solver: Literal["euler", "heun"] = "euler" if self.target == "ode" else "heun"
         return Progressive(target=self.target, solver=solver)(flow_map, velocity, jump)

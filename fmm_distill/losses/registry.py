@@ -83,6 +83,7 @@ def _registry() -> _Registry:
     for name, reference in BUILT_IN.items():
         module, _, attribute = reference.partition(":")
         made.losses[name] = getattr(import_module(module), attribute)
+    # Grouped first: the error names every distribution that registers the same loss.
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, []).append(entry)
@@ -110,6 +111,7 @@ def _load(name: str, entries: list[EntryPoint]) -> type[Loss]:
     where = f"loss {name} of {owners[0]} ({entries[0].value})"
     try:
         kind = entries[0].load()
+    # Any error: a broken package must not prevent the use of the other losses.
     except Exception as error:
         raise ImportError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if (reason := incomplete(kind, name)) is not None:
@@ -124,6 +126,7 @@ def incomplete(kind: object, name: str) -> str | None:
         return f"expected a subclass of fmm_distill.losses.Loss, got {kind!r}"
     if inspect.isabstract(kind):
         return "expected a class that defines __call__"
+    # Recipes find the class by this literal, so it must be the name of the entry point.
     if get_args(kind.model_fields["name"].annotation) != (name,) or kind.model_fields["name"].default != name:
         return f'expected the field name: Literal["{name}"] = "{name}"'
     absent = [attribute for attribute in ("summary", "paper") if not isinstance(getattr(kind, attribute, None), str)]
@@ -159,6 +162,7 @@ def _validate(value: object) -> Loss:
     name = value["name"]
     if name in known.broken:
         raise PydanticCustomError("loss_broken", "{reason}", {"reason": known.broken[name]})
+    # At validation and not in the schema: losses can be registered after this module was imported.
     if (kind := find_loss(name)) is None:
         raise PydanticCustomError("loss_unknown", "loss {name} is unknown", {"name": name})
     return kind.model_validate(value)

@@ -18,6 +18,7 @@ class Settings(BaseModel):
     a text that holds a number in scientific notation is one (YAML reads ``1e-4`` as text), and texts are not empty.
     """
 
+    # Closed: a mistyped key is an error instead of a setting without effect.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -49,6 +50,7 @@ def value_types(annotation: Any) -> frozenset[Any]:  # noqa: ANN401 a type or an
 
 def _as_number(value: object, types: frozenset[Any]) -> object:
     """Prepare a value of a numeric field, so that pydantic's leniency does not apply; of a list, each element."""
+    # A field that also takes text or a truth value gets its value as it is written.
     if not types & {int, float} or types & {bool, str}:
         return value
     if isinstance(value, list | tuple):
@@ -56,6 +58,7 @@ def _as_number(value: object, types: frozenset[Any]) -> object:
     if isinstance(value, bool):
         # pydantic takes true for 1, and refuses it as text.
         return str(value).lower()
+    # Three digits of exponent at most, as float64 has.
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}", value.strip()):
         number = float(value)
         return int(number) if number.is_integer() else number

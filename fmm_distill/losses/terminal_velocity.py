@@ -29,7 +29,9 @@ class TerminalVelocity(DerivativeLoss):
     sample's point.
     """
 
-    summary: ClassVar[str] = "the end of a jump moves with a moving average's velocity, which data teach (TVM)"
+    summary: ClassVar[str] = (
+        "the end of a jump moves with the diagonal of a moving average, which is learned from data (TVM)"
+    )
     paper: ClassVar[str] = "arXiv 2511.19797"
     in_r: ClassVar[bool] = True
     without_data: ClassVar[str] = "take lagrangian with velocity: self and flow_matching in extra_losses"
@@ -53,5 +55,6 @@ class TerminalVelocity(DerivativeLoss):
         moved = end_moves(flow_map, diagonal(source), jump)
         with torch.no_grad():
             v = velocity(jump.x, jump.t, jump.cond)
+            # The same sample's point on its own interpolant, at which data teach the diagonal of time r.
             x_r = jump.x - expand(jump.t - jump.r, jump.x) * v
         return moved + squared_norm(flow_map.mean_velocity(x_r, jump.r, jump.r, jump.cond) - v)

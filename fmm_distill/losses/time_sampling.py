@@ -96,15 +96,20 @@ def _time_at(sampling: TimeSampling, axis: TimeAxis, fraction: Tensor) -> Tensor
 def _triangle(sampling: TimeSampling, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
     """Return t and r as fractions of the way from t_min to t_max."""
     first, second = (_quantile(sampling, uniform) for uniform in (draws.first, draws.second))
+    # Two draws of one distribution, the later of which is the start, as in mean flow.
     t, r = torch.maximum(first, second), torch.minimum(first, second)
+    # The kind has a draw of its own, so that another prior leaves the times of the other samples as they are.
     from_noise = draws.kind < sampling.prior
     t, r = torch.where(from_noise, 1.0, t), torch.where(from_noise, second, r)
     to_data = ~from_noise & (draws.kind < sampling.prior + sampling.data)
     t, r = torch.where(to_data, second, t), torch.where(to_data, 0.0, r)
     if step < sampling.band_steps:
+        # The end moves and the start stays, so that starts have their distribution during the warm-up too.
         r = t - (t - r) * sampling.longest_jump(step)
+    # Outward, so that no jump gets the length 0.
     if sampling.grid:
         t, r = (t * sampling.grid).ceil() / sampling.grid, (r * sampling.grid).floor() / sampling.grid
+    # The other end of the same draw: with a sum of at most 1 the three kinds never overlap.
     return t, torch.where(draws.kind >= 1 - sampling.diagonal, t, r)
 
 
@@ -112,11 +117,13 @@ def _quantile(sampling: TimeSampling, uniform: Tensor) -> Tensor:
     """Return a draw of one time from its quantile."""
     if sampling.distribution == "uniform":
         return uniform
+    # A draw of exactly 0 is -infinity here, and its sigmoid 0 again: no clamp is necessary.
     return torch.sigmoid(sampling.logit_mean + sampling.logit_std * torch.special.ndtri(uniform))
 
 
 def _dyadic(levels: int, draws: Draws) -> tuple[Tensor, Tensor]:
     """Return the ends of a level's interval: each level with equal chance, then each of its intervals."""
+    # The product of a draw just below 1 can round up to the next integer.
     level = (draws.first * (levels + 1)).long().clamp_max(levels)
     count = torch.exp2(level.double())
     interval = (draws.second * count).floor().clamp_max(count - 1)

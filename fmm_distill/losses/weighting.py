@@ -65,6 +65,7 @@ def weigh(loss: Float[Tensor, " batch"], weight: Weight) -> Float[Tensor, " batc
     """
     if weight.kind == "none":
         return loss
+    # Detached: the weight scales a sample's gradient and must not be minimized itself.
     return loss * (loss.detach() + weight.constant) ** -weight.power
 
 
@@ -80,6 +81,7 @@ class LearnedWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * self.num_frequencies, 1)
+        # w = 0 at the start, so that the first steps are those of the unweighted loss.
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -88,6 +90,7 @@ class LearnedWeight(nn.Module):
     ) -> Float[Tensor, " batch"]:
         """Return each sample's weighted loss; ``start`` and ``end`` are the warped times of the jump, in [0, 1]."""
         ends = torch.stack([start, end], 1).to(self.linear.weight.dtype)
+        # Cosines of multiples of pi: each has slope 0 at both ends of [0, 1], beyond which there are no times.
         frequencies = math.pi * torch.arange(1, self.num_frequencies + 1, device=ends.device)
         # bfloat16 has a relative precision of 1/256: a w of 8 would be off by a hundredth.
         with torch.autocast(ends.device.type, enabled=False):

@@ -52,6 +52,7 @@ def plot_curves(
     figure = Figure(figsize=(9, 0.6 + 1.25 * sum(heights)), dpi=130, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     done = _column(records, "step") + 1
+    # A fiftieth of the run smooths the noise of single batches and leaves its trend.
     width = max(10, len(records) // 50)
     for axis, (key, label) in zip(
         axes,
@@ -88,6 +89,7 @@ def plot_curves(
         axis.spines[["top", "right"]].set_visible(False)
     _phases(axes, records)
     axes[-1].set_xlabel(f"steps, of {total:,}")
+    # A margin, so that the last point is not cut in half.
     axes[-1].set_xlim(0, done[-1] * 1.01)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)

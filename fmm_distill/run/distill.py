@@ -104,6 +104,7 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """Return the recipe with other values of some fields, checked together with the rest."""
     if not changes:
         return recipe
+    # Validated again, since a loss can require settings of other groups.
     fields = {name: getattr(recipe, name) for name in recipe.model_fields_set}
     return make_recipe(fields | changes, "distill()")
 
@@ -178,6 +179,7 @@ class Distillation:
         if self.changes:
             take_changes(folder, self.recipe)
         store_commits(folder, job.teacher)
+        # Before training: a later call compares its inputs with those that the first step saw.
         store_inputs(folder, self.recipe, job.images)
         keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)
         if isinstance(job.teacher.conditions, Embeddings):

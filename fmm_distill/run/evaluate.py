@@ -114,6 +114,7 @@ def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> Eva
     recipe = with_evaluation(recipe, request.evaluation, source)
     if recipe.evaluation.reference is not None or recipe.evaluation.features == "none":
         recipe = recipe.model_copy(update={"data": DataSettings()})
+    # The manifest has the commit that was distilled; a branch in the recipe may have moved.
     recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
     recipe = at_guidance(recipe, request.guidance)
     prompts = _prompts(recipe, request)
@@ -201,6 +202,7 @@ def _measure(
     evaluation = Evaluation(evaluator.protocol, rows, evaluator.consistency)
     if report is not None:
         _write_report(evaluation, target, student, report, device)
+    # Last: a call that is interrupted before this line resumes from the cached samples.
     evaluator.clear_cache()
     return evaluation
 

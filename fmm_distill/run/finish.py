@@ -72,6 +72,7 @@ def finish(
     settings, device = job.recipe.evaluation, accelerator.device
     measured = evaluate(students, job.teacher, settings, job.reference, device)
     rate, evaluation = choose(measured, names)
+    # Into the student of the plan, whose teacher may share its network (adapters).
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
@@ -79,6 +80,7 @@ def finish(
     logger.info("exporting")
     agreements = export_student(job, student, job.recipe.export.steps, trained, wait=True)
     evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
+    # After the export: this file marks the run as finished.
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
     log_picture(accelerator, folder / "samples.png", trained.steps)

@@ -120,6 +120,7 @@ def plan(
         UserError: on anything in the recipe that this teacher or this machine can't do.
     """
     given = given or Given()
+    # In the order of cost: settings, then tables, then networks.
     check_training(recipe)
     data = recipe.data
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
@@ -210,6 +211,7 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
             f"guidance.range: expected a teacher whose pipeline is called with a guidance_scale, got {recipe.teacher}; "
             "leave it out, and give one guidance.scale"
         )
+    # Set afterwards: autoguidance needs no unconditional input, which the loader would require.
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
 

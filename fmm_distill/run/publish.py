@@ -236,6 +236,7 @@ def _check_verified(folder: Path) -> None:
 
 def _operations(upload: Upload, repo: str, target: Target) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Return the operations of the commit: add the files of this student, delete those of the previous one."""
+    # The Hub writes .gitattributes itself.
     stale = target.files - {*upload.files, *upload.texts} - {".gitattributes"}
     if target.teacher is None and stale:
         logger.warning(f"{repo}: {len(stale)} files that don't belong to this student stay in the repository")
@@ -298,6 +299,7 @@ def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force
     operations = _operations(upload, repo, target)
     api = HfApi()
     try:
+        # Before the repository is created: the Hub refuses the card of a commit otherwise.
         ModelCard(upload.card).validate()
         if not target.there:
             api.create_repo(repo, private=private)
@@ -309,6 +311,7 @@ def _send(upload: Upload, repo: str, branch: str | None, *, private: bool, force
             commit_message="A few-step student",
             commit_description=f"Of {upload.teacher}, by fmm_distill.",
             revision=branch,
+            # The Hub refuses the commit if the branch has changed since it was checked.
             parent_commit=target.commit,
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:

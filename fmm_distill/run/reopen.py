@@ -1,4 +1,4 @@
-"""A run opened again: its student at the newest checkpoint, samples of it, and its export."""
+"""Reopen a run: load its student at the newest checkpoint, plot samples of it, or export it."""
 
 from __future__ import annotations
 
@@ -46,32 +46,34 @@ def open_run(
 ) -> Plan:
     """Open the teacher of a run, and its averaged student at the newest checkpoint.
 
-    Of several averages it is the one that the run's evaluation chose; before that, the first.
+    The average is the one that the run's evaluation chose or, without an evaluation, the first of ``training.ema``.
 
     Args:
-        guidance: another scale of a run with ``guidance.range`` than its recipe's.
-        evaluation: settings of the evaluation that differ from the recipe's.
-        given: the teacher and the network of a run that got them from Python.
+        guidance: scale of guidance that replaces the recipe's, for a run with ``guidance.range``.
+        evaluation: settings of the evaluation that replace the recipe's.
+        given: teacher and network of a run that was started from Python with objects of the caller.
 
     Raises:
-        UserError: if the folder is no run, has no checkpoint yet, or has other weights; on a scale outside the range.
+        UserError: if the folder is not a run, has no checkpoint, or holds weights of another network, or if the scale
+            is outside of the range.
     """
     folder, given = Path(folder), given or Given()
     recipe = at_guidance(with_evaluation(stored_recipe(folder), evaluation, str(folder)), guidance)
     recipe = given.name_in(recipe)
-    # Before the teacher is opened, which takes long.
+    # Before the teacher is opened, which can take minutes.
     found = checkpoint.newest_complete(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to continue it")
-    path, kept = found
+    path, stored = found
     check_files(folder, recipe)
     job = plan(pinned(recipe, folder), stored_prompts(folder), given)
     check_images(folder, job.images)
     check_given(folder, recipe, job.teacher)
     measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
-    average = kept.tensors.get(checkpoint.average_name(rate), {})
+    average = stored.tensors.get(checkpoint.average_name(rate), {})
     try:
+        # The counter of the average is no weight of the student.
         weights = {name: value for name, value in average.items() if name != "n_averaged"}
         load_trained(job.student, job.student, weights)
     except KeyError as error:
@@ -86,7 +88,7 @@ def open_run(
 def draw_run(
     folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
 ) -> None:
-    """Draw images of a run's averaged student and of its teacher's ODE, the same noise in each column."""
+    """Plot samples of a run's averaged student and of its teacher's ODE, with the same noise in each column."""
     job = open_run(folder, guidance)
     solver_steps = job.recipe.evaluation.endpoint_solver_steps
     rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
@@ -101,20 +103,20 @@ def export_run(
     """Export a run's averaged student at its newest checkpoint as pipelines.
 
     Args:
-        steps: the numbers of steps with a pipeline of their own; None: the recipe's.
-        guidance: another scale of a run with ``guidance.range`` than its recipe's.
+        steps: numbers of steps that get a pipeline each; None: the recipe's.
+        guidance: scale of guidance that replaces the recipe's, for a run with ``guidance.range``.
 
     Returns:
-        How far each reloaded pipeline is from the student.
+        The agreement of each reloaded pipeline with the student.
 
     Raises:
-        UserError: if the folder is no run or has no checkpoint, or the target has files that no export wrote.
+        UserError: if the folder is not a run or has no checkpoint, or the target has files that no export wrote.
     """
     folder, target = Path(folder), Path(target)
-    # Before the teacher is opened, which takes long.
+    # Before the teacher is opened, which can take minutes.
     check_replaceable(target)
     job = open_run(folder, guidance)
     folded = job.recipe.export.steps if steps is None else steps
-    # The run's numbers are of one scale of guidance.
+    # The run's evaluation describes the recipe's scale of guidance alone.
     evaluation = None if guidance is not None else read_evaluation(folder)
     return export_student(job, target, folded, Trained(folder, steps_done(folder), evaluation))

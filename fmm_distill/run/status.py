@@ -125,6 +125,7 @@ def describe(run: RunFiles, now: float | None = None) -> str:
 def _progress(run: RunFiles, now: float) -> dict[str, str]:
     if not run.records:
         return {"step": f"0 of {run.total:,} (no step logged yet)"}
+    # Steps count from 0 in the log.
     last, done = run.records[-1], run.records[-1]["step"] + 1
     percent = 100 * done / run.total
     ago = _duration(now - (run.logged or now))

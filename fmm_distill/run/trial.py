@@ -1,4 +1,4 @@
-"""The export, tried before training: an untrained student is written, opened by stock diffusers and compared."""
+"""A trial export before training: write an untrained student, open it with stock diffusers and compare the two."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ __all__ = ["keep_trial", "trial_bytes", "try_export"]
 
 logger = logging.getLogger(__name__)
 
-_KEPT = "trial.json"
+_RESULT_FILE = "trial.json"
 _SEED = 0
-# Of the digests that have passed in this process: another run of the same kind of student needs no other trial.
+# Digests that passed in this process, so that a second run of the same kind of student skips its trial.
 _PASSED: set[str] = set()
 
 
@@ -54,129 +54,136 @@ def try_export(
     *,
     locked: bool = False,
 ) -> str:
-    """Export and verify the student with random jump embeddings, and remove it again.
+    """Export a student with random jump embeddings, verify the export, and remove it.
 
-    What is tried is the path that the end of the run takes. The student, the teacher and the random state are left as
-    they are. A kind of student that has passed in ``folder`` or in this process is not tried again.
+    The trial runs the code that exports the trained student. It does not change the student, the teacher or the random
+    state. A kind of student that passed in ``folder`` or in this process is not tried again.
 
     Args:
-        folder: of the run; the export is written into it, where the final one will be, or next to it if it is missing.
-        locked: the caller holds the lock of ``folder``: what a trial that was killed left there is removed.
+        folder: folder of the run. The trial is written into it or, if it does not exist, into the nearest parent.
+        locked: True if the caller holds the lock of ``folder``. Leftovers of a killed trial are then removed.
 
     Returns:
         The digest for ``keep_trial``.
 
     Raises:
-        UserError: if the export fails, with the reason.
+        UserError: if the export or its verification fails, or the disk has too little space.
     """
     if locked:
         shutil.rmtree(folder / TRIAL.format(0), ignore_errors=True)
     digest = _digest(recipe, student, teacher)
-    if digest in _PASSED or _kept(folder) == digest:
+    if digest in _PASSED or _passed_digest(folder) == digest:
         return digest
-    steps, place = _tried_steps(recipe), _place(folder)
-    # Next to the folder no run knows the name.
-    name = TRIAL.format(0 if locked else secrets.randbelow(10**9) + 1) if place == folder.absolute() else None
-    _check_room(student, teacher, steps, place)
+    steps, parent = _tried_steps(recipe), _parent_of_trial(folder)
+    # A fixed name only inside the run's folder: there the next run finds and removes leftovers.
+    name = TRIAL.format(0 if locked else secrets.randbelow(10**9) + 1) if parent == folder.absolute() else None
+    _check_disk_space(student, teacher, steps, parent)
     began = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=[]), _written(place, name) as written:
-            exported = write_student(_drawn(student), teacher, written, steps, linked=True)
+        with torch.random.fork_rng(devices=[]), _temporary_folder(parent, name) as target:
+            exported = write_student(_with_random_jumps(student), teacher, target, steps, linked=True)
             agreements = verify(exported)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
-            f"{teacher.source}: its student can't be exported, which is tried before training ({_reason(error)})"
+            f"{teacher.source}: its student can't be exported; the trial before training failed ({_reason(error)})"
         ) from error
     finally:
         if isinstance(teacher.codec, PipelineCodec):
-            # Text encoders are large, and training does not need them.
+            # Text encoders are large, and training does not use them.
             teacher.codec.release()
     _PASSED.add(digest)
     logger.info(
-        f"export:  tried with an untrained student in {time.perf_counter() - began:.1f} s: {summary(agreements)}"
+        f"export:  verified with an untrained student in {time.perf_counter() - began:.1f} s: {summary(agreements)}"
     )
     return digest
 
 
 def keep_trial(folder: Path, digest: str) -> None:
-    """Write into a run's folder what has passed, unless it is there."""
-    if _kept(folder) == digest:
+    """Record in a run's folder the digest of the trial that passed."""
+    if _passed_digest(folder) == digest:
         return
-    write_text(folder / _KEPT, json.dumps({"passed": digest}) + "\n")
+    write_text(folder / _RESULT_FILE, json.dumps({"passed": digest}) + "\n")
 
 
 def trial_bytes(recipe: Recipe, student: Student, teacher: Teacher) -> int:
-    """What a trial takes on the disk: what each pipeline has of its own; the other components are links."""
+    """Return the disk space of a trial in bytes: the networks alone, since the other components are links."""
     return network_bytes(student, teacher, _tried_steps(recipe))
 
 
-def _kept(folder: Path) -> str | None:
-    file = folder / _KEPT
+def _passed_digest(folder: Path) -> str | None:
+    file = folder / _RESULT_FILE
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["passed"]) if file.is_file() else None
     except (ValueError, KeyError, TypeError):
-        # A file that was cut off: the export is tried again.
+        # A truncated file costs one more trial and is no error.
         return None
 
 
 def _tried_steps(recipe: Recipe) -> tuple[int, ...]:
-    """The fewest and the most steps: some pipelines fail at one, a layer folds a limited number of different jumps."""
+    """Return the fewest and the most steps.
+
+    Some pipelines fail at one step, and a layer folds a limited number of different jumps.
+    """
     steps = recipe.export.steps
     return tuple(sorted({min(steps), max(steps)})) if steps else ()
 
 
 def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
-    """Of what decides how the export is written: its code and every configuration, not the weights."""
+    """Return the digest of everything but the weights that an export depends on: versions and configurations."""
     pipeline = None if teacher.pipeline is None else [teacher.pipeline.call, teacher.pipeline.index]
-    about = [
+    inputs = [
         [__version__, diffusers.__version__, torch.__version__],
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
     ]
-    return sha256_of_text(json.dumps(about, sort_keys=True, default=repr))
+    return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 
 
-def _place(folder: Path) -> Path:
-    """The run's folder or the nearest one above it, on the same disk; that of temporary files if it takes none."""
+def _parent_of_trial(folder: Path) -> Path:
+    """Return the run's folder or its nearest existing parent; the folder of temporary files if that is read-only."""
     path = folder.absolute()
-    near = next(path for path in (path, *path.parents) if path.is_dir())
-    return near if os.access(near, os.W_OK) else Path(tempfile.gettempdir())
+    # The same disk as the run, so that the trial also tests its space and its symbolic links.
+    existing = next(path for path in (path, *path.parents) if path.is_dir())
+    return existing if os.access(existing, os.W_OK) else Path(tempfile.gettempdir())
 
 
 @contextmanager
-def _written(place: Path, name: str | None) -> Iterator[Path]:
-    """An empty folder for a trial in ``place``, removed at the end. None: of a name that nothing there has."""
+def _temporary_folder(parent: Path, name: str | None) -> Iterator[Path]:
+    """Make an empty folder in ``parent`` and remove it at the end. With None it gets a new random name."""
     if name is None:
-        with tempfile.TemporaryDirectory(prefix=".fmm-distill-", dir=place) as near:
-            yield Path(near)
+        with tempfile.TemporaryDirectory(prefix=".fmm-distill-", dir=parent) as made:
+            yield Path(made)
         return
-    made = place / name
+    target = parent / name
     try:
-        made.mkdir()
-        yield made
+        target.mkdir()
+        yield target
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
 
 
-def _check_room(student: Student, teacher: Teacher, steps: tuple[int, ...], place: Path) -> None:
-    needed, free = network_bytes(student, teacher, steps), shutil.disk_usage(place).free
+def _check_disk_space(student: Student, teacher: Teacher, steps: tuple[int, ...], parent: Path) -> None:
+    needed, free = network_bytes(student, teacher, steps), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"the export is tried before training and needs {mebibytes(needed)} in {place} for it; {mebibytes(free)} "
-            "are free there: make room, or take fewer export.steps"
+            f"trial export: expected {mebibytes(needed)} of free disk space in {parent}, got {mebibytes(free)}; free "
+            "some space or try fewer export.steps"
         )
 
 
 @torch.no_grad()
-def _drawn(student: Student) -> Student:
-    """A copy whose jumps differ from the teacher's steps; all other weights are shared with the student."""
-    drawn = {name for name, _ in student.named_parameters() if _is_zero_at_first(name)}
-    shared = [value for name, value in student.named_parameters() if name not in drawn]
+def _with_random_jumps(student: Student) -> Student:
+    """Return a copy with random jump embeddings and adapters; it shares all other weights with the student."""
+    # With these at zero a student equals its teacher, and an export that lost them would still agree.
+    randomized = {name for name, _ in student.named_parameters() if _is_zero_at_first(name)}
+    shared = [value for name, value in student.named_parameters() if name not in randomized]
+    # deepcopy takes the objects in its memo as already copied: large weights stay in memory once.
     made = copy.deepcopy(student, {id(value): value for value in (*shared, *student.buffers())})
     generator = torch.Generator().manual_seed(_SEED)
     for name, value in made.named_parameters():
-        if name in drawn:
+        if name in randomized:
+            # Scaled by the layer's inputs, so that the random jump is of order 1 at every width.
             value.copy_(torch.randn(value.shape, generator=generator) * value.shape[-1] ** -0.5)
     return made
 
@@ -186,7 +193,7 @@ def _is_zero_at_first(name: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """In one line: of what a process printed, the last line says what went wrong."""
+    """Return an error as one line: the first line and, of a longer output, the last one, which names the cause."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return text if isinstance(error, FmmDistillError) else f"{type(error).__name__}: {text}"

@@ -29,10 +29,12 @@ def stock_part(network: nn.Module) -> nn.Module:
     """Return a stock network of the same class with the weights of a two-time one, without its jump embeddings."""
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
     config = {key: value for key, value in config.items() if key not in OWN_SETTINGS}
+    # A two-time class has the mixin and the stock class as its bases.
     kind = cast("Any", type(network).__bases__[-1])
     stock = cast("nn.Module", kind.from_config(config))
     state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
     stock.load_state_dict(state)
+    # ``from_config`` returns a network in training mode, with dropout active.
     return stock.eval()
 
 
@@ -57,13 +59,15 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     fraction = network.guidance_fraction(None if scale is None else torch.full_like(lengths, scale))
     for name, embedding in zip(network.config["jump_hosts"], network.jump_embedding, strict=True):
         host = cast("nn.Linear", stock.get_submodule(name))
+        # float64: inputs of neighboring times are nearly equal, which makes the least squares ill-conditioned.
         jumps = embedding(lengths, fraction).double()
+        # The common part goes into the bias exactly; only the rest depends on least squares.
         mean = torch.zeros_like(jumps[0]) if host.bias is None else jumps.mean(0)
         if host.bias is not None:
             host.bias.add_(mean.to(host.bias))
         rest = jumps - mean
         if float(rest.abs().max()) > _EQUAL * float(jumps.abs().max()):
-            _tilt(host, _host_inputs(student, teacher, name, starts), rest)
+            _add_to_layer(host, _host_inputs(student, teacher, name, starts), rest)
     return stock
 
 
@@ -76,17 +80,20 @@ def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -
     cond = None if cond is None else cond.to(times.device)
     try:
         for t in times:
+            # Any sample: the inputs depend on the time alone.
             x = torch.zeros(1, *teacher.event_shape, device=times.device)
             student.mean_velocity_of_jump(x, t[None], torch.zeros(1, device=times.device), cond)
     finally:
         hook.remove()
+    # One row per call: a network that embeds a time per token has equal rows here.
     return torch.cat([inputs.reshape(-1, inputs.shape[-1])[:1] for inputs in seen])
 
 
-def _tilt(host: nn.Linear, inputs: Tensor, jumps: Tensor) -> None:
+def _add_to_layer(host: nn.Linear, inputs: Tensor, jumps: Tensor) -> None:
     """Apply the smallest change of weight and bias (where there is one) that adds ``jumps`` at ``inputs``."""
     constant = inputs.new_full((len(inputs), 1), float(host.bias is not None))
     rows = torch.cat([inputs, constant], 1).double()
+    # The pseudo-inverse gives the solution of smallest norm, so that other inputs of the layer change least.
     change = torch.linalg.pinv(rows) @ jumps
     if float((rows @ change - jumps).abs().max()) > _EXACT * float(jumps.abs().max()):
         raise UserError(

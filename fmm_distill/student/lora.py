@@ -1,6 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a student's network, by peft; without them it is the teacher.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a student's network, by peft.
 
-So one copy of the large weights serves both.
+The network without its adapters is the teacher's, so one copy of the large weights serves both.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptersOff", "add_lora", "default_targets", "has_lora", "lora_state", "merged"]
 
+# Names of attention and feed-forward blocks and of their layers in diffusers and in other transformers.
 _ADAPTED = ("attn", "attention", "to_q", "to_k", "to_v", "to_out", "qkv", "ff", "ffn", "feed_forward")
-# Modulations and embeddings inside such blocks are left as they are.
-_LEFT = ("norm", "ada", "embed", "mod")
+# Modulations and embeddings in such blocks depend on times and conditions: the jump embedding already adapts these.
+_EXCLUDED = ("norm", "ada", "embed", "mod")
 
 
 class AdaptersOff(nn.Module):
-    """A network with its adapters switched off while it is asked; its weights stay the network's own."""
+    """A network whose adapters are disabled during its calls. It owns no weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        # A tuple hides the network: its weights are counted, moved and saved once, with the student.
+        # A tuple hides the network from torch: the student already counts, moves and saves these weights.
         self._network = (network,)
 
     @property
     def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
-        """The network's."""
+        """The configuration of the network."""
         return cast("Any", self._network[0]).config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
-        """The teacher's answer."""
-        with _switched_off(self._network[0]):
+        """Call the network without its adapters, which is the teacher."""
+        with _adapters_disabled(self._network[0]):
             return self._network[0](*args, **kwargs)
 
 
@@ -57,12 +58,12 @@ def _layers(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 def has_lora(network: nn.Module) -> bool:
-    """Whether adapters were added to a network."""
+    """Return True if a network has adapters."""
     return any(name.endswith(("lora_A", "lora_B")) for name, _ in network.named_modules())
 
 
 @contextmanager
-def _switched_off(network: nn.Module) -> Iterator[None]:
+def _adapters_disabled(network: nn.Module) -> Iterator[None]:
     layers = _layers(network)
     for _, layer in layers:
         layer.enable_adapters(False)
@@ -74,33 +75,33 @@ def _switched_off(network: nn.Module) -> Iterator[None]:
 
 
 def default_targets(network: nn.Module) -> list[str]:
-    """The linear layers of attention and feed-forward blocks."""
-    found = []
+    """Return the names of the linear layers of attention and feed-forward blocks."""
+    targets = []
     for name, module in network.named_modules():
         parts = name.split(".")
-        left = any(part.startswith(_LEFT) or part.endswith(_LEFT) for part in parts)
-        if isinstance(module, nn.Linear) and not left and any(_is(part, _ADAPTED) for part in parts):
-            found.append(name)
-    return found
+        excluded = any(part.startswith(_EXCLUDED) or part.endswith(_EXCLUDED) for part in parts)
+        if isinstance(module, nn.Linear) and not excluded and any(_matches(part, _ADAPTED) for part in parts):
+            targets.append(name)
+    return targets
 
 
-def _is(part: str, names: tuple[str, ...]) -> bool:
-    """``attn``, ``attn1`` and ``ff_context`` are; ``affine`` is not."""
+def _matches(part: str, names: tuple[str, ...]) -> bool:
+    """Match a part of a layer's name: ``attn1`` and ``ff_context`` match ``attn`` and ``ff``, ``affine`` does not."""
     return any(part == name or (part.startswith(name) and not part[len(name)].isalpha()) for name in names)
 
 
 def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, ...] = (), *, seed: int = 0) -> Teacher:
-    """Add adapters to the student's network, in place, and freeze all of it but them and the jump embeddings.
+    """Add adapters to the student's network, in place, and freeze all weights but those and the jump embeddings.
 
     Args:
-        targets: name endings of the layers that get adapters; empty: attention and feed-forward.
-        seed: of the adapters' initial weights, so that two runs of a recipe start alike.
+        targets: endings of the names of the layers that get adapters; empty: attention and feed-forward layers.
+        seed: seed of the adapters' initial weights.
 
     Returns:
-        The teacher on the student's network with its adapters switched off. ``teacher`` itself stays as it is.
+        The teacher on the student's network with disabled adapters. ``teacher`` itself does not change.
 
     Raises:
-        UserError: without peft, or if no layer is found.
+        UserError: if peft is missing, or no layer matches.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -117,20 +118,23 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
             f"student.lora.targets: [{linear[0].rpartition('.')[2]}]"
         )
     network.requires_grad_(False)
+    # peft draws from the global generator, whose state belongs to the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # alpha = rank: peft multiplies the adapters by alpha / rank, so their scale is 1 at every rank.
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
     cast("Any", network).jump_embedding.requires_grad_(True)
     codec = copy.copy(teacher.codec)
     if isinstance(codec, PipelineCodec):
         codec.network = network
-        # An open pipeline has the network of before as its component, which would stay in memory.
+        # An open pipeline holds the teacher's first network, which would stay in memory.
         codec.release()
     return replace(teacher, network=AdaptersOff(network).eval(), codec=codec)
 
 
 def merged(student: Student) -> Student:
-    """A copy of the student with its adapters added to the weights: an ordinary two-time network."""
+    """Return a copy of the student with its adapters merged into the weights: an ordinary two-time network."""
+    # A copy: an export also saves the adapters, which the student itself still has.
     plain = copy.deepcopy(student)
     for name, layer in _layers(plain.network):
         layer.merge()
@@ -140,10 +144,11 @@ def merged(student: Student) -> Student:
 
 
 def lora_state(student: Student, component: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapters under the names that diffusers gives them, and the jump embeddings."""
+    """Return the adapters under the names that diffusers loads, and the jump embeddings."""
     adapters, jumps = {}, {}
     for name, value in student.network.state_dict().items():
         if ".lora_" in name:
+            # peft names its adapter in the key, the file format of diffusers does not.
             adapters[f"{component}.{name.replace('.default.', '.')}"] = value.contiguous()
         elif name.startswith("jump_embedding."):
             jumps[name] = value.contiguous()

@@ -38,6 +38,7 @@ class TwoTimeNetwork(nn.Module):
         self, network: nn.Module, hosts: Mapping[str, int], guidance_range: tuple[float, float] | None = None
     ) -> None:
         super().__init__()
+        # A copy: training must not change the teacher, whose parameters are frozen.
         self.network = copy.deepcopy(network).requires_grad_()
         guided = guidance_range is not None
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guided) for width in hosts.values()])
@@ -59,6 +60,7 @@ class TwoTimeNetwork(nn.Module):
     @contextmanager
     def jumping(self, jump: tuple[Tensor | None, Tensor | None]) -> Iterator[None]:
         """Condition the calls in the block on this jump."""
+        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
         before, self.jump = self.jump, jump
         try:
             yield

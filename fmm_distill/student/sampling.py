@@ -1,4 +1,4 @@
-"""N jumps from noise to data."""
+"""Sampling: N jumps of a student from noise to data."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ def sample(
     steps: int | Float[Tensor, " points"],
     cond: Conditioning | None = None,
 ) -> Float[Tensor, "batch *event"]:
-    """Samples of the teacher's kind from its own N(0, I), by ``steps`` jumps of the student's map.
+    """Return samples on the teacher's axis (latents, for a latent teacher), made by ``steps`` jumps of the student.
 
     Args:
-        steps: how many, on the schedule's own grid; or the times between which to jump, from t_max to 0.
+        noise: draws from N(0, I).
+        steps: number of jumps on the schedule's own grid, or the times between which to jump, from t_max to 0.
 
     Raises:
-        UserError: if there are more steps than timesteps, or none.
+        UserError: if there are no steps, or more steps than timesteps.
     """
     times = (student.schedule.grid(steps) if isinstance(steps, int) else steps).to(noise.device)
+    # N(0, I) in the teacher's variables; here at t_max its scale is another one.
     x = student.parametrization.prior(noise)
     for t, r in pairwise(times):
         x = student(x, t.expand(len(x)), r.expand(len(x)), cond)

@@ -116,6 +116,7 @@ class Student(LearnedFlowMap):
         clock = getattr(flow_map, "clock", None)
         if clock is not None:
             t = torch.linspace(teacher.schedule.t_min, teacher.schedule.t_max, 5, dtype=torch.float64)
+            # Differences, since a constant offset of the clock changes no length.
             own, expected = (one.warp(t) - one.warp(t[:1]) for one in (clock, student.clock))
             # A map whose h had another meaning would be trained and sampled on different jumps.
             if not torch.allclose(own, expected, rtol=1e-6):
@@ -142,7 +143,7 @@ class Student(LearnedFlowMap):
         h: Float[Tensor, " batch"],
         cond: Conditioning | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        """Return u of the jump of length h (a fraction of the axis) that starts at t."""
+        """Return u of the jump of length ``h = clock.warp(t) - clock.warp(r)`` that starts at t."""
         return self.parametrization.velocity(self.network, x, t, cond, h)
 
 
@@ -157,6 +158,7 @@ def _two_time_copy(teacher: Teacher, hosts: Mapping[str, int], seed: int) -> nn.
         config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
         kind = cast("Any", two_time(cast("Any", type(teacher.network))))
         network = cast("nn.Module", kind.from_config(config | {"guidance_range": guidance_range}))
+    # Not strict, since the jump embeddings are new; any other difference is an error below.
     missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
         raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
@@ -172,6 +174,7 @@ def _check_first_call(student: Student, teacher: Teacher) -> None:
     device = next(student.parameters()).device
     cond = teacher.conditioned_on(torch.zeros(1))
     cond = None if cond is None else cond.to(device)
+    # A jump of length 0, which every student computes, trained or not.
     t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
     calls: list[int] = []
     embedding = cast("Any", student.network).jump_embedding[0]

@@ -1,4 +1,4 @@
-"""Where a network's time embedding ends: found by how its layers behave, not by their names."""
+"""Find the end of a network's time embedding by the behavior of its layers, not by their names."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ __all__ = ["find_jump_hosts"]
 
 @torch.no_grad()
 def find_jump_hosts(teacher: Teacher) -> dict[str, int]:
-    """The layers that end the time embeddings of a teacher's network, by name, and how many features each gives.
+    """Return the last layers of the time embeddings of a teacher's network, by name, with their numbers of features.
 
-    An embedding's end is the second linear layer, in the order of the call, whose output moves with the time and not
-    with the sample. Where no linear layer does, the time is embedded by fixed functions alone, and their end is the
-    last layer of any kind that does. With it stand the layers of the same name in repeated blocks, where every block
-    embeds the time anew.
+    The last layer of an embedding is the second linear layer, in the order of the call, whose output depends on the
+    time and not on the sample. If no linear layer has such an output, fixed functions embed the time, and the last
+    layer of any kind with such an output ends the embedding. The result includes the layers of the same name in
+    repeated blocks, since some networks embed the time in every block.
 
     Raises:
-        UserError: if there is one such linear layer alone, or no such layer at all.
+        UserError: if exactly one linear layer has such an output, or no layer at all.
     """
-    linear = _told(teacher, lambda module: isinstance(module, nn.Linear))
-    told = linear or _told(teacher, lambda module: not any(module.children()))
-    if not told or len(linear) == 1:
+    linear = _time_only_layers(teacher, lambda module: isinstance(module, nn.Linear))
+    layers = linear or _time_only_layers(teacher, lambda module: not any(module.children()))
+    if not layers or len(linear) == 1:
         raise UserError(
-            f"{teacher.source}: no time embedding found in {type(teacher.network).__name__} (layers that move with the "
-            f"time alone: {', '.join(told) or 'none'}); wanted two linear ones in a row to add the jump to, or none "
-            "and a layer of another kind"
+            f"{teacher.source}: no time embedding found in {type(teacher.network).__name__}: expected two linear "
+            "layers whose outputs depend on the time alone, or none and a layer of another kind, got "
+            f"{', '.join(layers) or 'none'}"
         )
-    names = list(told)
-    end = _place(names[1] if linear else names[-1])
-    return {name: width for name, width in told.items() if _place(name) == end}
+    names = list(layers)
+    end = _without_block_number(names[1] if linear else names[-1])
+    return {name: width for name, width in layers.items() if _without_block_number(name) == end}
 
 
-def _told(teacher: Teacher, of_kind: Callable[[nn.Module], bool]) -> dict[str, int]:
-    """The layers of a kind, in the order of the call, that move with the time and not with the sample; their widths."""
+def _time_only_layers(teacher: Teacher, of_kind: Callable[[nn.Module], bool]) -> dict[str, int]:
+    """Return the widths of the layers whose output depends on the time and not on the sample, in call order."""
+    # Any two times inside of the range would do; at its ends the time axis has rules of its own.
     times, shape = torch.tensor([0.7, 0.55], dtype=torch.float64) * teacher.schedule.t_max, teacher.event_shape
     generator = torch.Generator().manual_seed(0)
+    # Random samples: with zeros, a layer after a product with the sample would look independent of it.
     first, second = torch.randn(2, 1, *shape, generator=generator)
     device = next(teacher.network.parameters()).device
     runs = [
@@ -59,39 +61,42 @@ def _told(teacher: Teacher, of_kind: Callable[[nn.Module], bool]) -> dict[str, i
     return {
         name: outputs[0].shape[-1]
         for name, outputs in runs[0].items()
-        if _moves(runs[0], runs[1], name) and not _moves(runs[0], runs[2], name)
+        if _differs(runs[0], runs[1], name) and not _differs(runs[0], runs[2], name)
     }
 
 
 def _outputs(teacher: Teacher, of_kind: Callable[[nn.Module], bool], x: Tensor, t: Tensor) -> Outputs:
-    """What every layer of a kind gave, in the order of the first calls."""
-    seen: Outputs = {}
+    """Return the outputs of every layer of a kind, in the order of the first calls."""
+    outputs: Outputs = {}
 
-    def keep(name: str, output: object) -> None:
+    def record(name: str, output: object) -> None:
         if isinstance(output, torch.Tensor):
-            seen.setdefault(name, []).append(output.clone())
+            # A copy, since a later layer may change the output in place.
+            outputs.setdefault(name, []).append(output.clone())
 
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
         for name, module in teacher.network.named_modules()
         if of_kind(module)
     ]
+    # One condition for all calls, so that its embedding does not look like one of the time.
     cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(x.device)
     try:
         teacher.parametrization.velocity(teacher.network, x, t, cond)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return outputs
 
 
-def _moves(one: Outputs, other: Outputs, name: str) -> bool:
+def _differs(one: Outputs, other: Outputs, name: str) -> bool:
+    # To the last bit: the calls run the same code on one sample each, so only a dependence can change a value.
     pairs = zip(one[name], other.get(name, []), strict=False)
     return len(one[name]) != len(other.get(name, [])) or any(not torch.equal(a, b) for a, b in pairs)
 
 
-def _place(name: str) -> str:
-    """A layer's name without the number of its block; a number at the end is the layer's own."""
+def _without_block_number(name: str) -> str:
+    """Return a layer's name with ``*`` for the number of its block; a number at the end is the layer's own."""
     parts = name.split(".")
     block = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
     return ".".join("*" if i == block else part for i, part in enumerate(parts))

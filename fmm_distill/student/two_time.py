@@ -1,4 +1,7 @@
-"""A stock diffusers network with a second time. Imports only torch and diffusers: it travels with the student."""
+"""A stock diffusers network with a second time.
+
+The file is saved with every exported student, so it imports torch and diffusers alone.
+"""
 
 import contextlib
 import functools
@@ -25,14 +28,14 @@ _SOURCE = Path(__file__).read_text(encoding="utf-8")
 # Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
 MODULE = f"two_time_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
-# Of each kind of schedule, the settings of a scheduler that change what the network's time stands for.
+# Settings of a scheduler that change the noise level of the network's time, for each kind of schedule.
 _LEVELS = {
     "discrete": ("num_train_timesteps", "prediction_type"),
     "exploding": ("sigma_min", "sigma_max", "sigma_data", "prediction_type"),
     "flow": ("num_train_timesteps",),
     "angular": ("num_train_timesteps",),
 }
-# The settings of a flow scheduler that choose another grid, between whose points the student can jump as well.
+# Settings of a flow scheduler that only choose another grid. The student jumps between the points of any grid.
 _GRIDS = (
     "shift",
     "use_dynamic_shifting",
@@ -53,12 +56,14 @@ _locks = weakref.WeakKeyDictionary()
 
 
 class JumpEmbedding(nn.Module):
-    """``g(h) - g(0)``: a sinusoid of low frequency and two linear layers, the last one zero at the start.
+    """The embedding ``g(h) - g(0)`` of a jump's length: a low-frequency sinusoid and two linear layers.
 
-    So h = 0 adds nothing, at any time of training. A bias of the last layer would cancel: there is none.
-    ``guided`` adds another such term of the guidance, a fraction of its range.
+    h = 0 adds nothing at any time of the training, and the last layer is zero at the start. The last layer has no bias,
+    since the difference would cancel it. ``guided`` adds a second such term for the guidance as a fraction of its
+    range.
     """
 
+    # With a base of 100, neighboring frequencies differ by 16 %, so that none of the range is left out.
     num_frequencies = 32
 
     def __init__(self, width: int, guided: bool = False) -> None:
@@ -69,7 +74,8 @@ class JumpEmbedding(nn.Module):
         nn.init.zeros_(self.linear_2.weight)
 
     def forward(self, h: torch.Tensor, fraction: torch.Tensor | None = None) -> torch.Tensor:
-        """Shape ``[batch]`` (the jump's length as a fraction of the whole way) to ``[batch, width]``."""
+        """Return the embedding, shape ``[batch, width]``, of h, shape ``[batch]``, the jump's length in [0, 1]."""
+        # The difference before the layer without bias: one product instead of two, and exactly 0 at h = 0.
         jump = self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
         return jump if self.guidance is None else jump + self.guidance(fraction)
 
@@ -81,9 +87,9 @@ class JumpEmbedding(nn.Module):
 
 
 class _TwoTime:
-    """What ``two_time`` mixes into a stock class."""
+    """The mixin that ``two_time`` adds to a stock class."""
 
-    # The file that the class is saved in. Attributes: a file of this name that was changed may replace the globals.
+    # The file that defines the class. Attributes, since diffusers may replace the globals by those of an edited file.
     module_name, module_source = MODULE, _SOURCE
 
     def __init__(
@@ -107,6 +113,7 @@ class _TwoTime:
         for index, name in enumerate(self.config.jump_hosts):
             host = self.get_submodule(name)
             hooks = [hook for module in host.modules() for hook in module._forward_hooks.values()]
+            # Registered once per layer, although every conditioned block calls this.
             if not any(getattr(hook, "func", None) == self._add_jump for hook in hooks):
                 host.register_forward_hook(functools.partial(self._add_jump, index))
 
@@ -122,6 +129,7 @@ class _TwoTime:
     @contextlib.contextmanager
     def jumping(self, jump: tuple):
         """Condition the calls in the block on this jump."""
+        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
         before, self.jump = self.jump, jump
         try:
             yield
@@ -144,13 +152,14 @@ class _TwoTime:
             if "h" in keywords:
                 return None
             time = keywords[time_name] if time_name in keywords else inputs[time_index]
+            # The inputs' device: with offloading the weights may be on another one.
             device = next(value.device for value in (*inputs, *keywords.values()) if torch.is_tensor(value))
             # One length for all samples, however many times the network is called with.
-            told = keywords_at(torch.as_tensor(time).flatten()[0])
-            return inputs, keywords | {name: torch.full((1,), value, device=device) for name, value in told.items()}
+            jump = keywords_at(torch.as_tensor(time).flatten()[0])
+            return inputs, keywords | {name: torch.full((1,), value, device=device) for name, value in jump.items()}
 
         with self.lock:
-            # Quantization, for one, replaces layers and with them their hooks.
+            # Quantization, for example, replaces layers and with them their hooks.
             self._register_jump_hooks()
             # The innermost of nested blocks conditions the call.
             hook = self.register_forward_pre_hook(condition, with_kwargs=True, prepend=True)
@@ -161,35 +170,37 @@ class _TwoTime:
 
     @property
     def lock(self) -> threading.RLock:
-        """The lock of this network: a call's jump is an attribute, two threads would overwrite each other's."""
+        """The lock of this network, since two threads would overwrite the attribute that holds a call's jump."""
         # Not an attribute: a lock can't be copied or pickled.
         return _locks.setdefault(self, threading.RLock())
 
     def guidance_fraction(self, w: torch.Tensor | None) -> torch.Tensor | None:
-        """The scale of guidance as a fraction of its range."""
+        """Return the scale of guidance as a fraction of its range."""
         if (w is None) != (self.config.guidance_range is None):
-            wanted = "takes no w" if w is not None else f"expects w in {self.config.guidance_range} with h"
-            raise ValueError(f"{type(self).__name__} {wanted}: the scale of guidance, one per sample")
+            rule = "takes no w" if w is not None else f"expects w in {self.config.guidance_range} with h"
+            raise ValueError(f"{type(self).__name__} {rule}: the scale of guidance, one per sample")
         if w is None:
             return None
         low, high = self.config.guidance_range
         return (w - low) / (high - low)
 
     def forward(self, *args: object, h: torch.Tensor | None = None, w: torch.Tensor | None = None, **kwargs: object):
-        """The stock forward; h, shape ``[batch]``, is the length of the jump as a fraction of the whole way.
+        """Call the stock forward, conditioned on the jump.
 
-        w, shape ``[batch]``, goes with h where there is a ``guidance_range``: the scale of guidance.
+        Args:
+            h: length of the jump as a fraction of the time axis, shape ``[batch]``; None: the stock model.
+            w: scale of guidance, shape ``[batch]``, which a network with a ``guidance_range`` takes with h.
         """
         with self.jumping((None, None) if h is None else (h, self.guidance_fraction(w))):
             return super().forward(*args, **kwargs)
 
     def student_scheduler(self, scheduler):
-        """The scheduler that the student was exported with, whichever is set, and a warning of what differs.
+        """Return the scheduler that the student was exported with, and warn of settings of ``scheduler`` it ignores.
 
-        A flow student keeps the grid of a scheduler of its class.
+        A flow student uses the grid of ``scheduler`` if that has the exported class.
 
         Raises:
-            ValueError: on a scheduler of other noise levels, or for a network that predicts something else.
+            ValueError: if ``scheduler`` has other noise levels, or is for a network with another prediction.
         """
         exported, kind = dict(self.config.flow_map["scheduler"]), self.config.flow_map["kind"]
         stock = getattr(diffusers, exported["_class_name"])
@@ -210,24 +221,25 @@ class _TwoTime:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: object) -> tuple:
-        """Leave out ``auto_map``, which is no argument and which diffusers would warn of."""
+        """Remove ``auto_map``, which is not an argument, so that diffusers does not warn about it."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def to_json_string(self) -> str:
-        """The configuration, with the module that the class is found in."""
+        """Return the configuration with ``auto_map``, the module that defines the class."""
         config = json.loads(super().to_json_string())
         config["auto_map"] = {"AutoModel": f"{self.module_name}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs: object) -> None:
-        """Save the configuration and this file, which makes the class."""
+        """Save the configuration and this file, which defines the class."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{self.module_name}.py").write_text(self.module_source, encoding="utf-8")
+        # After this file: the folder may be pushed to the Hub in this call.
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 def _check_levels(scheduler, own, names: tuple[str, ...]) -> None:
-    """Refuse a scheduler whose timesteps stand for other noise levels than those of ``own``."""
+    """Raise ValueError if the timesteps of a scheduler have other noise levels than those of ``own``."""
     differing = [
         f"{name}={scheduler.config[name]!r} (expected {own.config[name]!r})"
         for name in names
@@ -249,7 +261,7 @@ def _check_levels(scheduler, own, names: tuple[str, ...]) -> None:
 
 
 def _differ(one: object, other: object) -> bool:
-    """Compare settings, whose tables may be tuples, arrays or, from JSON, lists."""
+    """Compare two settings. Tables may be tuples, arrays or, from JSON, lists."""
     one, other = (list(value) if hasattr(value, "__len__") and len(value) else value for value in (one, other))
     return one != other
 
@@ -261,12 +273,12 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def two_time(stock: type) -> type:
-    """``TwoTime<stock>``: the stock network class conditioned on the length h of the jump as well, ``model(..., h=h)``.
+    """Return the class ``TwoTime<stock>``: the stock network also conditioned on the jump, ``model(..., h=h)``.
 
-    Without h it is the stock model. Its configuration has four more entries: ``jump_hosts``, the layers at the ends of
-    the time embeddings that h is added to, ``jump_widths``, how many features each gives, ``guidance_range``, the
-    scales of guidance that it takes as ``w=w``, and ``flow_map``, how a pipeline measures h and by which scheduler it
-    steps. The state dict is the stock one's plus ``jump_embedding.*``.
+    Without h it is the stock model. Its configuration has four more entries: ``jump_hosts``, the names of the layers to
+    whose outputs the embedding of h is added, ``jump_widths``, the numbers of their features, ``guidance_range``, the
+    range of the scale of guidance that is passed as ``w=w``, and ``flow_map``, the scheduler of the student and the
+    measure of h. The state dict is that of the stock class plus ``jump_embedding.*``.
     """
     name = f"TwoTime{stock.__name__}"
     made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
@@ -288,15 +300,15 @@ def two_time(stock: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """``TwoTime<stock>`` by its name, as diffusers and pickle look it up."""
+    """Return ``TwoTime<stock>`` by its name, for diffusers and pickle."""
     stock = getattr(diffusers, name.removeprefix("TwoTime"), None) if name.startswith("TwoTime") else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return two_time(stock)
 
 
-# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
-# first run are in use and may be pickled: their classes, locks and caches stay.
+# diffusers executes this file again, in the same namespace, for every repository that it opens. Objects of the first
+# execution are in use and may be pickled, so its classes, locks and caches are restored.
 _first_run = globals().get("_first_run") or dict(globals())
 if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)

@@ -120,6 +120,7 @@ class Teacher:
         if (cond is None) != (self.conditions is None):
             expected, got = ("none", "one") if self.conditions is None else ("one", "none")
             raise UserError(f"{self.source}: cond: expected {expected}, got {got}; pass {expected}")
+        # The network is called without scales: here guidance combines two of its outputs.
         scales, cond = (None, None) if cond is None else (cond.guidance, cond.unguided())
         v = self.parametrization.velocity(self.network, x, t, cond)
         if self.guidance is None:
@@ -146,6 +147,7 @@ class Teacher:
         if self.conditions is None:
             return None
         total = len(self.conditions.names)
+        # The middle of each condition's interval, which rounding does not leave.
         return self.conditioned_on((torch.arange(count, dtype=torch.float64) % total + 0.5) / total)
 
     @property

@@ -115,6 +115,7 @@ class LatentCodec:
         own = next(self.autoencoder.parameters())
         encoded = self.autoencoder.encode(images.to(own.device, own.dtype))
         if hasattr(encoded, "latent_dist"):
+            # Not a draw: stored latents are a function of the image alone.
             latents: Tensor = encoded.latent_dist.mode()
         else:
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
@@ -160,12 +161,14 @@ class PipelineCodec:
         device = next(self.network.parameters()).device
         pipeline = self.opened().to(device)
         images = []
+        # One at a time: the call has one prompt, and a batch of decoded videos may not fit into memory.
         for row in x.to(device).split(1):
             with (
                 patched_method(self.network, "forward", self._zero_output),
                 patched_method(pipeline.scheduler, "step", _ends(row)),
             ):
                 made = run_pipeline(pipeline, self.call | {"generator": None})[0]
+            # Pipelines return arrays in [0, 1] with the channels last.
             images.append(torch.as_tensor(made).movedim(-1, 1).float() * 2 - 1)
         return torch.cat(images).to(x.device)
 
@@ -186,9 +189,11 @@ class PipelineCodec:
         vae = getattr(self.opened(), "vae", None)
         reason = self._no_encoder(vae, shape)
         if reason is None:
+            # Smooth, and different in every channel: a wrong factor, shift or order changes the decoded image.
             height, width = (torch.linspace(-0.7, 0.7, size) for size in shape[1:])
             probe = ((height[:, None] + width).sin() * torch.linspace(-1, 1, shape[0])[:, None, None])[None]
             plain = tuple(LatentCodec(vae).encode(probe).shape[1:])
+            # Axes of length 1, such as the single frame of a video, need no packing.
             if [n for n in plain if n > 1] != [n for n in self.event_shape if n > 1]:
                 own, theirs = (" x ".join(map(str, axes)) for axes in (self.event_shape, plain))
                 reason = f"its samples are {own}, its autoencoder's latents {theirs}: it packs them"
@@ -235,6 +240,7 @@ class PipelineCodec:
             if isinstance(x, list):
                 return _Both([torch.zeros_like(row) for row in x])
             config = cast("Any", self.network).config
+            # Pipelines cut the channels of a learned variance off, so they have to be there.
             learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
             return _Both(torch.cat([torch.zeros_like(x)] * (2 if learned else 1), 1))
 

@@ -131,6 +131,7 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
     """
     entries: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     parts = {name: value for name, value in entries.items() if isinstance(value, list) and value[0] is not None}
+    # A component of the caller wins over the removal of a checker.
     given = without_checkers(entries["_class_name"], parts) | given
     with without_progress_bars():
         for name, (library, kind) in parts.items():
@@ -175,6 +176,7 @@ def open_network(index: PipelineIndex, component: str, **missing: object) -> Any
         raise UserError(
             f"{index.source}: its {component} is missing (no folder of that name); try to download or save it again"
         )
+    # float32 also from half-precision files, since the student is trained from these weights.
     network = open_component(index, component, use_safetensors=True, torch_dtype=torch.float32, **missing)
     check_weights(network, index.source)
     return network.eval().requires_grad_(False)

@@ -65,6 +65,7 @@ class Classes:
 
     def null(self, count: int) -> Conditioning:
         """Return the label for no class."""
+        # A label of another class in its place would guide away from that class.
         if self.null_label is None:
             raise UserError(
                 "guidance: expected a label for no class, got a class-conditional teacher without one; try "

@@ -46,6 +46,7 @@ def check_first_call(teacher: Teacher) -> None:
     """
     # At the ends, where a prediction is multiplied by the largest factors.
     ends = torch.tensor([teacher.schedule.t_min, teacher.schedule.t_max], dtype=torch.float64)
+    # Two samples: a network that mixes up its batch dimension fails here.
     x, source = torch.zeros(2, *teacher.event_shape), teacher.source
     try:
         cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(2))

@@ -82,6 +82,7 @@ def _adapter(
     """Return the function that opens a pipeline with these components."""
     networks = {name: cls for name, (_, cls) in index.components.items() if name in ("unet", "transformer")}
     has_text = any(name.startswith("text_encoder") for name in index.components)
+    # Before the other rules: a prompted pipeline may have a network that they know too.
     if has_text and networks:
         return lambda complete: load_prompted(complete, prompts or ("",), call, guidance)
     if (prompts or call) and not has_text:
@@ -135,6 +136,7 @@ def find_index(source: str, revision: str | None = None) -> PipelineIndex:
     if not isinstance(entries, dict):
         raise UserError(f"{source}: model_index.json has no components; try to download the pipeline again")
     components = {
+        # Other entries of the index are settings of the pipeline and no components.
         name: (value[0], value[1])
         for name, value in entries.items()
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)

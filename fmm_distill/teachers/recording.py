@@ -72,7 +72,7 @@ class Recording:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the network is called with a guidance scale."""
+        """True if the network is called with a guidance scale."""
         return self.calls[0].arguments.get("guidance") is not None
 
 
@@ -96,6 +96,7 @@ def patched_method(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterato
     try:
         yield
     finally:
+        # The method of the class, which the entry of the object has hidden, is visible again.
         del owner.__dict__[name]
 
 
@@ -118,6 +119,7 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
 
         def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
             given = parameters.bind(*args, **kwargs).arguments
+            # Copies, since schedulers may change their arguments in place.
             output, sample = given["model_output"].clone(), given["sample"].clone()
             recording.steps.append(SchedulerStep(output, float(given["timestep"]), sample))
             return original(*args, **kwargs)

@@ -129,6 +129,7 @@ def _prediction(config: dict[str, Any], known: tuple[str, ...], source: str) -> 
 def _flow(config: dict[str, Any], source: str, shift: float | None, uses_unshifted_time: bool) -> ScheduleSpec:
     if "use_flow_sigmas" in config:
         _prediction(config, ("flow_prediction",), source)
+        # The solvers that also support flow models call the same setting flow_shift.
         shift = config["flow_shift"] if shift is None else shift
     elif config.get("use_dynamic_shifting") and shift is None:
         raise UserError(
@@ -159,6 +160,7 @@ def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> Schedule
         raise UserError(
             f"{source}: {type(scheduler).__name__} with timestep_type: continuous; expected timestep_type: discrete"
         )
+    # A copy: the scheduler still runs in its pipeline.
     products = scheduler.alphas_cumprod.clone()
     if config.get("rescale_betas_zero_snr"):
         # Some schedulers store 2^-24 in place of 0, which can be larger than the entry before it.
@@ -166,6 +168,7 @@ def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> Schedule
     schedule = VariancePreserving(products)
     if type(scheduler).__name__ not in _VIDEO:
         _check_stock(scheduler, config, source)
+    # The data would be a quotient by alpha, which is 0 there.
     if prediction == "epsilon" and schedule.t_max == 1:
         raise UserError(
             f"{source}: expected v_prediction or sample for a schedule that ends in pure noise "
@@ -181,6 +184,7 @@ def _check_stock(scheduler: Any, config: dict[str, Any], source: str) -> None:  
     except NotImplementedError as error:
         raise UserError(f"{source}: {error}; expected a schedule that DDIMScheduler supports") from error
     # The last entry is left out: it differs under rescale_betas_zero_snr.
+    # A relative tolerance, since the last levels are as small as 4e-5.
     if not torch.allclose(stock.alphas_cumprod[:-1], scheduler.alphas_cumprod[:-1], rtol=1e-4, atol=0):
         raise UserError(
             f"{source}: expected the noise levels of DDIMScheduler with the same configuration, got others "

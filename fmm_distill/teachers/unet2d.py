@@ -38,6 +38,7 @@ def load_unet2d(index: PipelineIndex) -> Teacher:
     height, width = image_size(network.config.sample_size, index.source, "unet/config.json")
     codec: Codec = Pixels()
     if "vqvae" in index.components:
+        # By ``open_network``, for its check that all weights are there and finite.
         codec = LatentCodec(open_network(index, "vqvae"))
         check_latents(network, codec.autoencoder, index.source)
     space = "pixels" if isinstance(codec, Pixels) else "latents of a VQModel"

@@ -61,11 +61,11 @@ class OwnAxis(FlowMatching):
         super().__init__()
         self.axis, self.t_min, self.t_max = axis, float(axis.t_min), float(axis.t_max)
 
-    def time_at(self, share: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Return the time at a fraction of the axis from t_min to t_max, equal steps of ``warp``."""
+    def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return the time at a progress from 0 (t_min) to 1 (t_max), in equal steps of ``warp``."""
         if hasattr(self.axis, "time_at"):
-            return self.axis.time_at(share.double())
-        return self._between(self.t_min, share.double())
+            return self.axis.time_at(progress.double())
+        return self._between(self.t_min, progress.double())
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the variable in which jumps are measured."""
@@ -81,6 +81,7 @@ class OwnAxis(FlowMatching):
 
     def grid(self, steps: int) -> Float[Tensor, " points"]:
         """Return ``steps + 1`` times from t_max down to 0, equal steps of ``warp``."""
+        # For its check of the number of steps alone.
         super().grid(steps)
         return self._between(0.0, torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
 
@@ -89,6 +90,7 @@ class OwnAxis(FlowMatching):
         ends = self.warp(torch.tensor([start, self.t_max], dtype=torch.float64, device=fraction.device))
         level = ends[0] + (ends[1] - ends[0]) * fraction
         low, high = torch.full_like(level, start), torch.full_like(level, self.t_max)
+        # Bisection needs nothing but an increasing ``warp``: an inverse is not part of the interface.
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             below = self.warp(middle) < level
@@ -134,6 +136,7 @@ class VelocityParametrization(Parametrization):
     ) -> Float[Tensor, "batch *event"]:
         """Return the velocity at x and t (of the jump of length h), in the dtype of x."""
         velocity: Tensor = network(x, t, cond) if h is None else network(x, t, h, cond)
+        # A closed form in float64 must not change the dtype of the samples.
         return velocity.to(x.dtype)
 
 

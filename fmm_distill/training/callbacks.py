@@ -98,6 +98,7 @@ class StepLog(Callback):
     def on_start(self, step: int) -> None:
         """Remove the lines of later steps."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        # Line k belongs to step k: the lines of later steps come after the first ``step``.
         write_text(self.path, "".join(lines[:step]))
 
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -121,10 +122,12 @@ class ProgressBar(Callback):
         if self.bar is not None:
             self.bar.n = step
         elif step < self.total:
+            # At most one refresh per second: output that is not a terminal gets a line for each.
             self.bar = tqdm(total=self.total, initial=step, unit="step", mininterval=1.0, desc="distill")
 
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Advance the bar, with the loss, the images per second and the memory."""
+        # JSON has no NaN: a loss that is not finite is null.
         loss = "nan" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         rate, memory = f"{metrics['images_per_second']:.0f}", f"{metrics['peak_memory_gib']:.1f}"
         self.bar.set_postfix(phase=metrics["phase"], loss=loss, images_s=rate, GiB=memory)

@@ -99,9 +99,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         try:
             _write(partial, checkpoint)
             _swap(partial, target)
+            # A new name is on disk only when its parent folder is.
             _sync_folder(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        # Last: there is always at least one complete checkpoint.
         for old in complete(folder)[:-keep]:
             _remove(old)
     return target
@@ -132,15 +134,18 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
 
     partial.mkdir()
     for name, tensors in checkpoint.tensors.items():
+        # safetensors refuses strided tensors, such as weights in channels-last format.
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, partial / f"{name}.safetensors")
     (partial / _STATE).write_text(json.dumps(checkpoint.state), encoding="utf-8")
+    # Of the files as they were written, so that a later difference is damage and no rounding.
     digests = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
     manifest = {"step": checkpoint.step, "sha256": digests}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    # The data must be on disk before the folder gets its name, which marks it as complete.
     _sync_folder(partial)
 
 
@@ -153,6 +158,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _name(step: int) -> str:
+    # Zeros in front, so that names sort by step.
     return f"step-{step:08d}"
 
 
@@ -202,6 +208,7 @@ def newest_complete(folder: Path) -> tuple[Path, Checkpoint] | None:
             except DamagedCheckpointError as error:
                 damaged.append(error)
                 continue
+            # A checkpoint may only look damaged because the running training removed it meanwhile.
             if damaged and _seen(folder) != before:
                 break
             for fault in damaged:
@@ -265,6 +272,7 @@ def _manifest(path: Path) -> tuple[int, dict[str, str]]:
     except BrokenFileError as error:
         raise _damaged(path, _MANIFEST, "is missing or unreadable") from error
     digests, step = manifest["sha256"], manifest["step"]
+    # A folder that was copied under another name would resume at a wrong step.
     if step != step_of(path) or _STATE not in digests or not all(_is_digest_entry(*item) for item in digests.items()):
         raise _damaged(path, _MANIFEST, "is missing or unreadable: it is not of this checkpoint")
     for name in digests:

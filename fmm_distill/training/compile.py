@@ -58,6 +58,7 @@ def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, tea
             ) from error
         differences = {key: _difference(after[key], before[key]) for key in before}
         worst = max(differences, key=lambda key: differences[key])
+        # Negated, so that NaN is refused too.
         if not differences[worst] <= TOLERANCE:
             raise UserError(
                 f"{name}: expected the results of the plain network to {TOLERANCE:g} (relative), got a difference of "
@@ -96,8 +97,10 @@ def _results(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the relative difference of two lists of tensors, in the 2-norm over all of them."""
+    # A parameter has lost its gradient, or has got one.
     if len(ours) != len(theirs):
         return float("inf")
+    # Over all tensors together: the relative error of a tiny gradient alone would be rounding.
     change = sum(float((a - b).double().square().sum()) for a, b in zip(ours, theirs, strict=True))
     size = sum(float(b.double().square().sum()) for b in theirs)
     return float((change / max(size, torch.finfo(torch.float64).tiny)) ** 0.5)
@@ -108,6 +111,7 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
 
     By then the network has made other calls, so that each block stores its own jump.
     """
+    # diffusers calls this function in place of torch's checkpoint for each block.
     network = cast("Any", network_of(student))
 
     def checkpointed(block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 the network's own
@@ -117,9 +121,11 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
             with network.jumping(jump):
                 return block(*inputs)
 
+        # The reentrant form supports neither ``torch.autograd.grad`` nor blocks whose inputs need no gradient.
         return checkpoint(again, *args, use_reentrant=False)
 
     network.enable_gradient_checkpointing(checkpointed)
+    # The hooks of recomputed blocks do not pass dual tensors.
     student.needs_functional_jvp = True
 
 

@@ -49,6 +49,7 @@ class _Average(AveragedModel):
             for part in (self.module, model)
         )
         if n:
+            # One call for all tensors: a GPU then launches few kernels.
             torch._foreach_lerp_(ours, theirs, 1 - min(self.rate, (1 + n) / (10 + n)))
         else:
             torch._foreach_copy_(ours, theirs)
@@ -75,6 +76,7 @@ def trained_state(student: nn.Module, like: nn.Module | None = None) -> dict[str
     Args:
         like: a copy of ``student`` whose state is returned; None: the student's own.
     """
+    # By the student's parameters: those of a copy are all frozen.
     frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     state = (student if like is None else like).state_dict()
     return {name: value for name, value in state.items() if name not in frozen}
@@ -88,5 +90,7 @@ def load_trained(module: nn.Module, student: nn.Module, state: dict[str, Tensor]
     """
     expected = trained_state(student).keys()
     if state.keys() != expected:
+        # A few names identify the difference; a network has hundreds.
         raise KeyError(", ".join(sorted(state.keys() ^ expected)[:4]))
+    # Not strict, because frozen parameters are missing; the names were compared above.
     module.load_state_dict(placed_like(state, module.state_dict()), strict=False)

@@ -153,6 +153,7 @@ def full_state(state: Mapping[str, Tensor], *, main: bool) -> dict[str, Tensor]:
     """
     gathered: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        # One tensor at a time: all of them together may exceed the memory of one device.
         full = full_tensor(tensor).detach().cpu() if isinstance(tensor, DTensor) else tensor
         if main:
             gathered[name] = full

@@ -188,8 +188,10 @@ def forecast_memory(
     gradients = max(peak.gradients, earlier)
     return Memory(
         weights=_bytes(_weights(student, teacher)),
+        # The buckets of the exchange are copies of all gradients.
         gradients=round(gradients) + (trained if processes > 1 else 0),
         optimizer=state_bytes(factory, [p for p in objective.parameters() if p.requires_grad]),
+        # Copies share the frozen parameters with the student.
         averages=copies * (trained + buffers),
         activations=round(peak.live - gradients),
         per_sample=round(growth),
@@ -224,8 +226,10 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     extra = [term.fraction for term in recipe.extra_losses]
     fractions = [1 - sum(extra), *extra]
     scale = min(1 / min(fractions), _LARGEST_TRACE)
+    # At least one sample of each loss, so that every loss is traced.
     counts = [max(1, round(fraction * scale)) for fraction in fractions]
     ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
+    # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
     main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
     yield main, regression + recipe.training.steps - 1
@@ -234,6 +238,7 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
     """Return the moments of a step of some number of samples, each with its growth per sample."""
     count = len(draws.position)
+    # Two counts determine the line: each moment is linear in the number of samples.
     first, stored_first = _trace(objective, draws, step)
     second, stored_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
     if len(first) != len(second):

@@ -35,6 +35,7 @@ class NonFiniteSteps:
 
     def count(self, finite: bool) -> bool:
         """Count a step. Return True if it is the first non-finite one of the run."""
+        # Any finite step ends a row: single bad batches do not return the run to a checkpoint.
         self.consecutive = 0 if finite else self.consecutive + 1
         self.skipped += not finite
         return not finite and self.skipped == 1

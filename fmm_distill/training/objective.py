@@ -113,6 +113,7 @@ class Objective(nn.Module):
         if not self.recipe.extra_losses:
             (term,) = terms
             return self._term(term, draws, data, step)
+        # Losses of several terms are put back in the order of the batch.
         both = draws.noise.new_zeros(2, len(draws.noise))
         for term in terms:
             some = None if data is None else data.rows(term.rows)
@@ -150,6 +151,7 @@ class Objective(nn.Module):
         """
         recipe = self.recipe
         index, step = recipe.stage_at(step - recipe.student.regression_steps)
+        # On the CPU, where the decision which sample has which loss does not wait for a GPU.
         everywhere = torch.arange(len(draws.position), device=draws.position.device)
         if index is not None:
             loss = self.losses[1 + len(recipe.extra_losses) + index]
@@ -176,7 +178,7 @@ class Objective(nn.Module):
         teacher, loss = self.fixed.teacher, term.loss.at_step(step)
         times = sample_times(term.sampling, teacher.schedule, draws, step)
         # One copy to the device instead of three.
-        t, r, u = to_device(torch.stack([*times, draws.u]), draws.noise.device)
+        t, r, uniform = to_device(torch.stack([*times, draws.uniform]), draws.noise.device)
         cond = draw_conditioning(teacher, draws)
         starting_points = StartingPoints(
             teacher,
@@ -187,23 +189,26 @@ class Objective(nn.Module):
             lockstep=self.lockstep,
         )
         target_map = None if loss.target_network is None else self.fixed.target_maps[loss.target_network]
-        jump = Jump(starting_points(draws, times[0], cond), t, r, cond, u, target_map)
+        jump = Jump(starting_points(draws, times[0], cond), t, r, cond, uniform, target_map)
         losses = loss(self.student, self._velocity(loss, draws, data), jump)
         return losses, self._weighted(losses, t, t if loss.diagonal else r)
 
     def _velocity(self, loss: Loss, draws: Draws, data: Batch | None) -> VelocityField:
         """Return the velocity field of a loss; points on solved trajectories have the teacher's."""
         if loss.velocity == "self":
+            # With the student's gradients; each loss decides where they stop.
             return diagonal(self.student)
         if loss.needs_data and data is not None and data.images is not None:
             return interpolant_velocity(draws.noise, data.images)
         return self.fixed.teacher.velocity
 
     def _weighted(self, losses: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        # The distance first: adaptive and learned weights are functions of the distance, not of the square.
         values = measure(losses, self.recipe.distance)
         if self.weight is None:
             return weigh(values, self.recipe.weight)
         clock = self.student.clock
+        # Warped, because equal steps of t are not equal steps of the teacher's noise levels.
         weighted: Tensor = self.weight(values, clock.warp(t), clock.warp(r))
         return weighted
 
@@ -213,6 +218,7 @@ class Objective(nn.Module):
         times = sample_diagonal_times(self.recipe.time_sampling, teacher.schedule, draws)
         t = to_device(times, draws.noise.device)
         cond = draw_conditioning(teacher, draws)
+        # Points of the teacher: the student with another prediction is no velocity yet.
         starting_points = StartingPoints(teacher, teacher_jump(teacher), data, on_policy=self.on_policy)
         x_t = starting_points(draws, times, cond)
         with torch.no_grad():
@@ -251,5 +257,6 @@ def resolve_engine(
     elif not options:
         at = probe_inputs(teacher, device)
         engine, reason = choose_engine(student, *at, with_gradient=loss.keeps_graph)
+        # The trial of the engine leaves gradients behind.
         student.zero_grad(set_to_none=True)
     return loss.model_copy(update={"derivative": engine}), f"derivatives: {engine} ({reason})"

@@ -69,6 +69,7 @@ def check_optimizer(settings: OptimizerSettings) -> None:
         UserError: on an unknown name, a setting that the optimizer does not take, and an optimizer that needs more
             than gradients, such as LBFGS.
     """
+    # A matrix, since Muon takes nothing else.
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
         _stepped(optimizer_factory(settings), parameter)
@@ -89,6 +90,7 @@ def learning_rate(peak: float, training: TrainingSettings, step: int, total: int
         step: number of the step, from 0.
         total: number of all steps.
     """
+    # The first step has a rate above 0, and without a warm-up the full one.
     warm = min(1.0, (step + 1) / (training.warmup_steps + 1))
     if training.lr_schedule == "constant":
         return peak * warm
@@ -126,6 +128,7 @@ def _class_of(name: str) -> type[torch.optim.Optimizer]:
     }
     if name not in classes:
         lower = {key.lower(): key for key in classes}
+        # Lower case on both sides, so that adamw is recognized as AdamW.
         near = difflib.get_close_matches(name.lower(), lower, n=1)
         guess = f"; did you mean {lower[near[0]]}?" if near else ""
         raise UserError(f"optimizer.name: expected one of {', '.join(sorted(classes))}, got {name}{guess}")
@@ -150,6 +153,7 @@ def _arguments(kind: type[torch.optim.Optimizer], settings: OptimizerSettings) -
 
 def _stepped(factory: OptimizerFactory, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """Return the tensors of an optimizer's state after one step on a parameter."""
+    # Any gradient: optimizers make their state in the first step.
     parameter.grad = torch.ones_like(parameter)
     optimizer = factory([parameter])
     optimizer.step()

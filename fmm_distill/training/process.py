@@ -74,6 +74,7 @@ def alone() -> Iterator[None]:
     Raises:
         UserError: if another run is active, in this thread or in another.
     """
+    # Not blocking: within one thread it would wait for itself.
     if not _one_run.acquire(blocking=False):
         raise UserError(
             "another distill() is active in this process, and accelerate has one state per process: wait for it, or "
@@ -118,6 +119,7 @@ def check_training(recipe: Recipe) -> None:
         raise UserError("training.precision: expected fp32 or bf16 without a GPU, got fp16; try bf16")
     processes = launched()
     parts = processes * training.gradient_accumulation_steps
+    # An uneven part would have another weight in the mean over processes.
     if training.batch_size % parts:
         raise UserError(
             f"training.batch_size: expected a multiple of {parts} for {processes} processes x "
@@ -198,6 +200,7 @@ def _check_device() -> None:
         return
     try:
         device = torch.device(name)
+        # A name may parse although the device is absent: only an operation on it shows that.
         torch.empty(1, device=device).add_(1).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -238,6 +241,7 @@ def on_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise
     finally:
         broadcast_object_list(failure)
+    # The other processes end too, instead of waiting in their next collective until the timeout.
     if failure[0] is not None:
         raise UserError(failure[0])
 

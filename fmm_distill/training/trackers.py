@@ -85,6 +85,7 @@ def _settings(folder: Path, done: int) -> dict[str, dict[str, Any]]:
         write_text(file, json.dumps({"id": secrets.token_hex(6)}) + "\n")
     run = read_mapping(file, {"id": str}, todo="remove it, and the trackers start a new run")["id"]
     return {
+        # TensorBoard hides the points of steps that a resumed run repeats.
         "tensorboard": {"purge_step": done + 1} if done else {},
         "wandb": {"id": run, "name": folder.name, "dir": str(folder), "resume": "allow"},
         "trackio": {"name": f"{folder.name}-{run}", "resume": "allow"},
@@ -119,6 +120,7 @@ class TrackerLog(Callback):
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log the numbers under the number of steps done."""
         numbers = {f"train/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
+        # The step is the axis of every tracker and no curve of its own.
         del numbers["train/step"]
         self.accelerator.log(numbers, step=step)
 
@@ -142,6 +144,7 @@ def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
     import matplotlib.image
 
     for tracker in trackers:
+        # Without alpha, which matplotlib adds to every PNG.
         pixels = (matplotlib.image.imread(picture)[..., :3] * 255).round().astype("uint8")
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")

@@ -33,7 +33,7 @@ class OptimizerState:
     schedule sets.
 
     Attributes:
-        parameters: all parameters that the optimizer was built for, and others in between.
+        parameters: all parameters that the optimizer was built for, and possibly more.
         defaults: values of the parameter groups as they were built.
     """
 
@@ -94,6 +94,7 @@ class OptimizerState:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _items(self) -> list[tuple[str, Any]]:
+        # By identity: tensors compare element by element.
         index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         ordered, state = self._ordered(), self.optimizer.state_dict()["state"]
         return [
@@ -123,6 +124,7 @@ def check_same_optimizer(before: str | None, now: str) -> None:
 def _differs(value: Any, other: Any) -> bool:  # noqa: ANN401 values of a parameter group
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
         return not torch.equal(value, other)
+    # Identity first: some values do not compare equal to themselves, such as NaN.
     return value is not other and bool(value != other)
 
 

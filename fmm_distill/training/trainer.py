@@ -204,12 +204,15 @@ class Trainer:
         self._update_target(step - self.recipe.student.regression_steps)
         rates = [learning_rate(peak, training, step, self.total) * self.non_finite.lr_scale for peak in self.peaks]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
             group["lr"] = rate
+        # Each process draws the complete batch and takes its part, so that their number changes no draw.
         draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape)
         try:
             losses, weighted, gradient_norm = self._gradient(draws, step)
         except RuntimeError as error:
             raise _memory_error(error, step) from error
+        # The request to stop is among the means, so that all processes stop after the same step.
         means = torch.stack([losses.mean(), weighted, losses.new_full((), float(request.signal > 0))])
         # The only synchronization of host and device in a step: everything is read at once.
         numbers = torch.cat([self.accelerator.reduce(means, "mean"), gradient_norm[None]])
@@ -235,6 +238,7 @@ class Trainer:
         if finite and not overflow:
             for average in self.averages.values():
                 average.update_parameters(self.student)
+        # Of a skipped step too, whose gradients would be added to the next one's.
         self.optimizer.zero_grad()
         if finite and overflow:
             return "the gradient scaler lowers its scale"
@@ -260,12 +264,15 @@ class Trainer:
                 with self._autocast():
                     losses, each = self.objective(mine, images, step)
                 weighted = each.float().mean()
+                # The backward pass of a difference is a difference as well, and needs all digits of float32.
                 with without_tensor_float() if self.differences else nullcontext():
                     accelerator.backward(weighted)
                 if accelerator.sync_gradients:
                     clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.max_grad_norm)
                     norm = full_tensor(torch.as_tensor(clipped)).to(sums.device)
+            # Detached, so that the graph of a part is free before the next one.
             found.append(losses.detach())
+            # accelerate divides the loss of the backward pass by the number of parts itself.
             sums += weighted.detach() / parts
         return torch.cat(found), sums, norm
 
@@ -297,6 +304,7 @@ class Trainer:
     def _is_overflow(self, norm: float) -> bool:
         """Return True if a gradient scaler can still lower its scale."""
         scaler = self.accelerator.scaler
+        # At a scale of 1 an infinite gradient is the network's own and no overflow of fp16.
         return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
 
     def _worst(self, draws: Draws, losses: Tensor, step: int) -> list[dict[str, float | None]]:
@@ -308,6 +316,7 @@ class Trainer:
 
     def _update_target(self, step: int) -> None:
         """Set the frozen target to the average: after the regression, and every ``target_update_every`` steps."""
+        # A function of the step alone, so that a resumed run updates at the same steps.
         every = self.recipe.training.target_update_every
         regressed = step == 0 and self.recipe.student.regression_steps > 0
         if self.frozen is not None and (regressed or (every and step > 0 and step % every == 0)):
@@ -355,6 +364,7 @@ class Trainer:
         if found is not None:
             self.restore(found[1])
             step = found[1].step
+        # After ``restore``, which has loaded the count of the checkpoint.
         self.non_finite = halved
         where = f"step {step}" if found is None else found[0].name
         logger.warning(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")

@@ -65,6 +65,7 @@ def check_variables() -> None:
         raise UserError(
             f"ACCELERATE_FP8_BACKEND={eight}: fp8 is not supported; unset it, or start with --mixed_precision no"
         )
+    # Each is read once, so that a value that is no number is an error with its name.
     for name in (*SIZES, *RANKS, *LOCAL):
         _number(name, 0)
     if (rank := _number("RANK", 0)) >= launched():

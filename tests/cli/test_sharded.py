@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.errors import UserError
@@ -197,7 +199,7 @@ def test_factored_moments_are_not_split(split_state):
 
 
 def test_a_check_of_the_split_changes_nothing(split_state):
-    plugin = FSDP(fsdp_version=2, mixed_precision_policy={"param_dtype": "bf16"})
+    plugin = FSDP(fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     accelerator = split_state(DistributedType.FSDP, plugin)
     check_sharding(accelerator, Recipe())
     assert plugin.mixed_precision_policy is not None

@@ -25,7 +25,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_recipes_and_the_built_in_teacher(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     kept = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "fmm_distill" / "builtin").rglob("*") if path.is_file()
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "fmm_distill" / "teachers" / "builtin").rglob("*")
+        if path.is_file()
     }
     assert len(kept) >= 5
     assert kept <= names

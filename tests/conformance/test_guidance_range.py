@@ -112,9 +112,9 @@ def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
     assert 1 < cond.guidance.min() < 2
     assert 6 < cond.guidance.max() < 7
     x_t = StartingPoints(teacher, student)(draws, t, cond)
-    by_hand = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond, draws.u))
+    by_hand = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond, draws.uniform))
     torch.testing.assert_close(losses, by_hand)
-    wrong = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond.guided(3.0), draws.u))
+    wrong = recipe.loss(student, teacher.velocity, Jump(x_t, t, r, cond.guided(3.0), draws.uniform))
     assert (wrong - by_hand).abs().max() > 1e-3 * by_hand.max()
 
 

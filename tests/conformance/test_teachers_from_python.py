@@ -274,8 +274,10 @@ def test_an_optimizer_and_callbacks_of_ones_own(tmp_path):
 
     given = {"teacher": Blob(), "callbacks": [counted]}
     distill(recipe(), tmp_path / "sgd", student=PlaneMap(), optimizer=factory, **given)
-    # Once before the long preparations, which it may refuse, and once for training.
+    # Once to check that it takes these parameters, before anything long starts, and once to train.
     assert len(made) == 2
+    assert not made[0].state
+    assert made[1].state
     assert counted.steps == list(range(1, STEPS + 1))
     assert counted.ended == 1
     # Settings are those of the recipe, and recorded in it.

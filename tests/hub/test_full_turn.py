@@ -113,7 +113,7 @@ def test_the_command_says_where_it_is_and_how_to_load_it(turn, address, hub):
 def test_the_card_names_the_commit_of_the_teacher(turn, hub):
     card = hub.repos["tester/student"].files["README.md"].content.decode()
     commit = hub.repos["tester/teacher"].at("main").sha
-    assert f"distilled from tester/teacher at {commit}" in card
+    assert f"distilled from tester/teacher (revision {commit})" in card
     assert "base_model: tester/teacher" in card
     assert "license: cc-by-4.0" in card
 

@@ -352,7 +352,7 @@ def test_losses_one_after_the_other(tmp_path, teacher_folder):
     assert torch.equal(t, r)
     v = trainer.teacher.velocity
     x_t = StartingPoints(trainer.teacher, trainer.student)(draws, t)
-    alone = recipe.stages[0].loss(trainer.student, v, Jump(x_t, t, t, None, draws.u))
+    alone = recipe.stages[0].loss(trainer.student, v, Jump(x_t, t, t, None, draws.uniform))
     torch.testing.assert_close(losses, alone)
 
 

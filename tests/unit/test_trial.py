@@ -80,7 +80,7 @@ def test_a_trial_leaves_student_teacher_and_random_state_alone(teacher_folder, u
     with logged(said):
         try_export(recipe, job.student, job.teacher, tmp_path / "run")
     assert len(said) == 1
-    assert "tried with an untrained student" in said[0]
+    assert "verified with an untrained student" in said[0]
     assert torch.equal(torch.random.get_rng_state(), random)
     after, after_config = state_of(job.student)
     assert after.keys() == before.keys()
@@ -95,7 +95,9 @@ def test_the_jumps_of_the_student_that_is_tried_matter(teacher_folder):
     x = torch.randn(2, *job.teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((2,), 0.8, dtype=torch.float64)
     with torch.no_grad():
-        own, drawn = (student.mean_velocity(x, t, 0 * t) for student in (job.student, trial._drawn(job.student)))
+        own, drawn = (
+            student.mean_velocity(x, t, 0 * t) for student in (job.student, trial._with_random_jumps(job.student))
+        )
     assert (own - drawn).abs().max() > 1e-2 * own.abs().max()
 
 
@@ -140,12 +142,12 @@ def tiny_recipe(teacher_folder):
 def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, untried, tmp_path):
     pipeline = FAMILIES["mochi"].call
     failing = [
-        (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported, .*ZeroDivisionError"),
+        (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported; .*ZeroDivisionError"),
         (
             recipe_of(wan, pipeline=FAMILIES["wan"].call),
-            r"its student can't be exported, .*DDIMScheduler' object has no",
+            r"its student can't be exported; .*DDIMScheduler' object has no",
         ),
-        (recipe_of(flow, export={"steps": [1, 500]}), r"its student can't be exported, .*500 different jumps"),
+        (recipe_of(flow, export={"steps": [1, 500]}), r"its student can't be exported; .*500 different jumps"),
     ]
     (tmp_path / "run").mkdir()
     for recipe, reason in failing:
@@ -161,7 +163,7 @@ def test_a_dry_run_says_what_was_tried_and_what_the_export_takes(teacher_folder,
     status, out, err = call("--recipe", write_recipe(tmp_path / "tiny.yaml", teacher_folder), "--dry-run")
     assert status == 0, err
     assert "MiB of the exported student" in out
-    assert "export:  tried with an untrained student in " in out
+    assert "export:  verified with an untrained student in " in out
     status, out, _ = call("inspect", teacher_folder)
     assert "not run; use --dry-run with a recipe" in out
 
@@ -172,7 +174,7 @@ def test_a_disk_without_room_for_the_trial_leaves_the_earlier_run(tiny_recipe, u
     mark(tmp_path / "run")
     before = sorted((tmp_path / "run").iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"the export is tried before training and needs .* MiB in .*: make room"):
+    with pytest.raises(UserError, match=r"trial export: expected .* MiB of free disk space in .*; free some space"):
         distill(tiny_recipe, tmp_path / "run", fresh=True)
     assert sorted((tmp_path / "run").iterdir()) == before
 
@@ -201,7 +203,7 @@ def test_a_trial_is_in_the_folder_of_its_run(tiny_recipe, untried, tmp_path, mon
 
 def test_a_refused_trial_leaves_no_folder_of_a_new_run(tiny_recipe, untried, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"needs .* MiB in .*new/run for it"):
+    with pytest.raises(UserError, match=r"expected .* MiB of free disk space in .*new/run, got"):
         distill(tiny_recipe, tmp_path / "new" / "run")
     assert not list(tmp_path.iterdir())
 

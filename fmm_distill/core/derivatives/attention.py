@@ -66,8 +66,10 @@ def attention_jvp(q: Dual, k: Dual, v: Dual, mask: Dual, *, is_causal: bool, dro
     tangent_k = _joined(None if q.tangent is None else k.value, k.tangent)
     values = v.value if v.tangent is None else torch.cat((v.value, v.tangent), -1)
     factors = _Factors(q.value, tangent_q, k.value, tangent_k, v.value, values)
+    # A mask can broadcast over heads, and its blocks would depend on how; queries are split in any case.
     if mask.value is not None or is_causal or q.value.ndim < 3:
         return _in_blocks_of_queries(factors, mask, BLOCK, is_causal=is_causal, dropout_p=dropout_p)
+    # On a GPU a smaller block is only more launches; on CPU the three to four passes over a block then stay in cache.
     block = min(BLOCK, CPU_BLOCK) if q.value.device.type == "cpu" else BLOCK
     parts = [
         _in_blocks_of_queries(some, mask, block, is_causal=False, dropout_p=dropout_p)
@@ -86,6 +88,7 @@ def _joined(*tensors: Tensor | None) -> Tensor | None:
 
 def _blocks_of_heads(factors: _Factors, block: int) -> Iterator[_Factors]:
     """Yield the factors of as many heads, of any samples, as fit into a block."""
+    # A single head may exceed the block; it is then split by queries.
     size = max(1, block // (factors.q.shape[-2] * factors.k.shape[-2]))
     count = -(-factors.q.shape[:-2].numel() // size)
     flat = (tensor if tensor is None else tensor.flatten(0, -3) for tensor in factors)
@@ -150,6 +153,7 @@ def _attention(
         moved = d_mask if moved is None else moved if d_mask is None else moved + d_mask
     weights = scores.softmax(-1)
     dropout = F.dropout(torch.ones_like(weights), dropout_p) if dropout_p else None
+    # One product for the output and the values' part of the tangent: the weights are read once.
     both = (weights if dropout is None else weights * dropout) @ values
     out, tangent = both[..., : v.shape[-1]], both[..., v.shape[-1] :]
     if moved is not None:
@@ -177,6 +181,7 @@ class _RecomputedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
         q, tangent_q, mask, _, k, tangent_k, v, values = ctx.saved_tensors
+        # Self- and cross-attention of diffusers almost always take this path.
         if tangent_q is not None and mask is None and ctx.rest == (None, 0):
             of_q, of_tangent_q, *rest = _attention_backward(q, tangent_q, k, tangent_k, v, values, *gradients)
             return of_q, of_tangent_q, None, None, *rest, None, None
@@ -215,11 +220,14 @@ def _attention_backward(
     """
     weights, moved = (q @ k.mT).softmax(-1), tangent_q @ tangent_k.mT
     product = weights * moved
+    # The gradient of ``- rowsum(R) out`` in R: one number per row.
     of_sum = -torch.linalg.vecdot(of_tangent, weights @ v)[..., None]
     of_out = of_out - product.sum(-1, keepdim=True) * of_tangent
     of_both = of_out if values.shape[-1] == v.shape[-1] else torch.cat((of_out, of_tangent), -1)
+    # In place from here on: these tensors have the size of the weights, the largest of a layer.
     of_product = (of_tangent @ v.mT).add_(of_sum)
     of_scores = (of_both @ values.mT).addcmul_(moved, of_product).mul_(weights)
+    # The gradient of softmax, W (g - rowsum(W g)), with W g in of_scores already.
     of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
     of_moved = of_product.mul_(weights)
     return (

@@ -99,6 +99,7 @@ class _Pair(NamedTuple):
 
         Its backward pass computes one gradient per weight, where two calls compute two and add them.
         """
+        # The order of ``torch.cat`` below: all samples of one side, then all of the other.
         cond = None if self.cond is None else self.cond.twice()
         arguments = map(torch.cat, zip(self.arguments(-1), self.arguments(1), strict=True))
         before, after = self.function(*arguments, cond).chunk(2)
@@ -122,11 +123,13 @@ class _Pair(NamedTuple):
         difference = (after - before) / 2
         if detached:
             difference = difference.detach()
+        # (before + after) / 2, written so that a detached difference leaves the graph of ``after`` alone.
         return after - difference, difference
 
 
 def _starts_around(call: MapCall, v: Tensor) -> tuple[_Pair, Tensor]:
     """Return the calls of a step before and after the start, along v; and the step, shaped as a divisor of u."""
+    # The same step in timesteps at every t: the teacher's embedding oscillates in timesteps, not in t.
     step = TIME_STEP / call.flow_map.clock.dwarp_dt(call.t)
     # A schedule ends at t_max: there the difference is that of the point one step earlier.
     shift = torch.minimum(call.flow_map.t_max - step - call.t, torch.zeros_like(call.t))

@@ -94,6 +94,7 @@ def value_and_derivative_in_r(
             Where the engine needs it (``needs_value_call``), the value has a call of its own.
     """
     method, call = ENGINES[engine], MapCall(flow_map, x, t, r, cond)
+    # dh/dr, since h = warp(t) - warp(r).
     slope = -expand(flow_map.clock.dwarp_dt(r), x)
     if detached and method.needs_value_call(flow_map, x):
         with torch.no_grad():
@@ -178,12 +179,14 @@ def choose_engine(
             *value_and_derivative_in_r(flow_map, x, t, r, cond=cond, detached=detached),
             *value_and_derivative_along_flow(flow_map, x, t, r, x, cond=cond, detached=detached),
         ]
+        # Some of torch's tangents fail only in their backward pass.
         loss = torch.stack([part.square().sum() for part in found]).sum()
         if loss.requires_grad:
             loss.backward()
     except torch.OutOfMemoryError:
         # Too little memory is no reason against forward mode.
         raise
+    # torch and the networks raise any of these for an operation without a forward-mode rule.
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return "central", f"forward mode does not run through this network ({first_line(error)})"
     return "exact", "forward mode runs through this network"

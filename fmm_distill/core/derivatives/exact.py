@@ -36,6 +36,7 @@ class Exact:
 
     def along_flow(self, call: MapCall, v: Tensor, *, detached: bool = False) -> tuple[Tensor, Tensor]:
         """Return u and ``d_t u + grad u . v``."""
+        # One pass for both variables: the tangents (v, 1) are the direction of the flow.
         primals, tangents = (call.x, call.t), (v, torch.ones_like(call.t))
         return jvp(call.by_start, primals, tangents, detached=detached, functional=call.flow_map.needs_functional_jvp)
 

@@ -38,6 +38,7 @@ class StockNetworks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 torch's protocol
         """Call the rule of a layer, or the layer itself if it has none (the protocol of torch's function modes)."""
         kwargs = dict(kwargs or {})
+        # Every call of torch passes here, so the lookup is one dictionary access.
         rule = RULES.get(func)
         if rule is None:
             return func(*args, **kwargs)
@@ -76,5 +77,7 @@ def jvp(
         duals = [forward_ad.make_dual(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True)]
         value, product = forward_ad.unpack_dual(function(*duals))
     if product is None:
+        # None: no primal reaches the output, as in a network that ignores its time.
         product = torch.zeros_like(value)
+    # The rules make the tangent without a graph, but torch's own tangents of other operations have one.
     return value, product.detach() if detached else product

@@ -20,6 +20,7 @@ def full_precision(like: Tensor) -> torch.autocast:
 
     In half precision a tangent loses two digits, and a difference of two calls is noise.
     """
+    # Autocast is a state of one device type, so the context needs the device of the calls.
     return torch.autocast(like.device.type, enabled=False)
 
 

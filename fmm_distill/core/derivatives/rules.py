@@ -79,6 +79,7 @@ class _NormalizedTangent(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 torch's protocol
         x, dx, mean, rstd = ctx.saved_tensors
         tangent, back = _project(dx, x, mean, rstd), _project(gradient, x, mean, rstd)
+        # Computed again instead of saved: it has the size of the input.
         x_hat = (x - mean) * rstd
 
         def mean_product(v: Tensor, w: Tensor) -> Tensor:
@@ -128,6 +129,7 @@ def _group_norm(
     value = value.contiguous()
     rows, channels = value.shape[:2]
     size = math.prod(value.shape[2:])
+    # The native function also returns mean and rstd, of which the tangent is made.
     out, mean, rstd = torch.native_group_norm(value, weight, bias, rows, channels, size, num_groups, eps)
     with torch.set_grad_enabled(graph):
         scale = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
@@ -152,6 +154,7 @@ def _layer_norm(
     other = weight is not None and weight.dtype != x.dtype
     if tangent is None or other or has_tangent(weight, bias):
         return layer(x, normalized_shape, weight, bias, eps)
+    # As above: the tangent is made of mean and rstd.
     out, mean, rstd = torch.native_layer_norm(value, normalized_shape, weight, bias, eps)
     with torch.set_grad_enabled(graph):
         out_tangent = _normalized_tangent(value, tangent, math.prod(normalized_shape), mean, rstd, weight)
@@ -191,6 +194,7 @@ class _Elementwise(NamedTuple):
 
 def _silu_second(x: Tensor) -> Tensor:
     """Return ``s (1 - s) (2 + x (1 - 2 s))`` with s the sigmoid of x."""
+    # In place on new tensors: the input belongs to the network.
     s = torch.sigmoid(x)
     factor = (1 - 2 * s).mul_(x).add_(2)
     return s.addcmul_(s, s, value=-1).mul_(factor)
@@ -222,6 +226,7 @@ _GELU = {
 
 def _silu(layer: Layer, graph: bool, x: Tensor, inplace: bool = False) -> Tensor:
     """Apply SiLU, in place by torch's own rule."""
+    # A rule returns a new dual and cannot change the one that the network holds.
     return layer(x, inplace=True) if inplace else _elementwise(layer, graph, x, _SILU)
 
 
@@ -263,6 +268,7 @@ def _product(layer: Layer, graph: bool, x: Tensor, other: Tensor | float) -> Ten
     if da is None and db is None:
         return layer(x, other)
     with torch.set_grad_enabled(graph):
+        # The product rule; at most one part for a constant operand.
         parts = [d * factor for d, factor in ((da, b), (db, a)) if d is not None]
         out_tangent = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     return make_dual(layer(a, b), out_tangent)
@@ -285,16 +291,19 @@ def _softmax(
     dim: int | None,
     *rest: Any,  # noqa: ANN401 the layer's own
     dtype: torch.dtype | None = None,
+    # An argument of F.softmax, without effect here.
     _stacklevel: int = 3,
 ) -> Tensor:
     """Apply softmax: outside of torch.func, torch's rule overwrites a tensor that its own gradient needs."""
     # As a positional argument the dtype is the last; F.softmax has another argument before it.
     dtype = rest[-1] if rest and isinstance(rest[-1], torch.dtype) else dtype
     value, tangent = split(x if dtype is None else x.to(dtype))
+    # torch chooses the dimension itself if dim is None, with a deprecation warning.
     if tangent is None or dim is None:
         return layer(x, dim, dtype=dtype)
     out = layer(value, dim)
     with torch.set_grad_enabled(graph):
+        # The Jacobian of softmax, diag(out) - out out^T, times the tangent.
         product = out * tangent
         out_tangent = product - out * product.sum(dim, keepdim=True)
     return make_dual(out, out_tangent)
@@ -337,11 +346,13 @@ def _attention(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not separate):
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
+            # Fused kernels repeat the shared heads themselves; the blocks of heads here need them all.
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         q, k, v, mask = (split(tensor) for tensor in (query, key, value, attn_mask))
         if (lead := query.shape[:-2]) != key.shape[:-2] or lead != value.shape[:-2]:
             q, k, v = _broadcast(q, k, v)
+        # Scaled once on the queries, which are smaller than the scores.
         q = Dual(q.value * scale, None if q.tangent is None else q.tangent * scale)
         found, out_tangent = attention_jvp(q, k, v, mask, is_causal=is_causal, dropout_p=dropout_p)
     return make_dual(found if out is None else out, out_tangent)

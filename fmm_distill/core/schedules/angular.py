@@ -37,6 +37,7 @@ class Angular:
         if num_timesteps < 2:
             raise UserError(f"the scheduler's num_train_timesteps is {num_timesteps}; expected at least 2")
         self.num_timesteps = num_timesteps
+        # The angle pi / (2 N), at which the network's time is 1 / N.
         tangent = math.tan(math.pi / 2 / num_timesteps)
         self.t_min = tangent / (1 + tangent)
         self._first = float(self.warp(torch.tensor(self.t_min, dtype=torch.float64)))
@@ -49,6 +50,7 @@ class Angular:
 
     def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the time at a progress from 0 (t_min) to 1 (t = 1), in equal steps of s."""
+        # Clamped, because rounding can leave the interval by the last bit.
         return self._time(self._first + (1 - self._first) * progress.double()).clamp(self.t_min, self.t_max)
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -61,11 +63,13 @@ class Angular:
         """Return the derivative of ``warp`` in t; below t_min, that at t_min."""
         t = t.double().clamp_min(self.t_min)
         _, sigma = self.alpha_sigma(t)
+        # ds/dphi times dphi/dt, where dphi/dt is the square of the scale.
         return ((1 + sigma) / sigma).sqrt() / math.pi * self.scale(t).square()
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return ``2 phi / pi``, in (0, 1]."""
         t = t.double().clamp_min(self.t_min)
+        # atan2 instead of a quotient, which would be infinite at t = 1.
         return torch.atan2(t, 1 - t) * 2 / math.pi
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:

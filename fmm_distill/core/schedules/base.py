@@ -69,5 +69,6 @@ def check_steps(steps: int, timesteps: int) -> None:
 def variance_preserving_levels(t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma of a variance-preserving teacher at t, with ``alpha^2 + sigma^2 = 1``."""
     t = t.double()
+    # t fixes the ratio sigma / alpha = t / (1 - t), and the squares of both add up to 1.
     norm = ((1 - t).square() + t.square()).sqrt()
     return (1 - t) / norm, t / norm

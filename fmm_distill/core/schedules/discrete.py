@@ -38,6 +38,7 @@ class VariancePreserving:
     def __init__(self, alphas_cumprod: Float[Tensor, " timesteps"]) -> None:
         # float64: the times of neighboring timesteps are close, and the timestep is a quotient of their differences.
         products = alphas_cumprod.detach().double().cpu()
+        # Strictly, since equal levels would be equal times and the interpolant of the timestep infinitely steep.
         decreasing = bool((products[1:] < products[:-1]).all())
         if not (decreasing and len(products) >= 2 and products[0] < 1 and products[-1] >= 0):
             raise UserError(
@@ -48,6 +49,7 @@ class VariancePreserving:
         self.num_timesteps = len(products)
         times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma / (alpha + sigma)])
         self._tables = {times.device: (times, _monotone_slopes(times))}
+        # times[0] is data, which is no timestep of the teacher.
         self.t_min, self.t_max = float(times[1]), float(times[-1])
 
     def to(self, device: torch.device | str) -> None:
@@ -69,6 +71,7 @@ class VariancePreserving:
     def time_at(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the time at a progress from 0 (timestep 0) to 1 (timestep N - 1), linear between timesteps."""
         timestep = progress * (self.num_timesteps - 1)
+        # At progress 1 the interval is the last one, and the position in it 1.
         below: Int[Tensor, " batch"] = timestep.long().clamp_max(self.num_timesteps - 2)
         return torch.lerp(self.time(below), self.time(below + 1), timestep - below)
 
@@ -77,6 +80,7 @@ class VariancePreserving:
         t = t.double()
         times, slopes = self._on(t.device)
         # The index of the interval is piecewise constant in t and has no derivative.
+        # The clamps put t_max into the last interval; ``contiguous`` avoids torch's warning.
         index = torch.searchsorted(times, t.detach().contiguous(), right=True).clamp(1, self.num_timesteps) - 1
         width = times[index + 1] - times[index]
         s = (t - times[index]) / width
@@ -86,6 +90,7 @@ class VariancePreserving:
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the timestep; 0 below t_min."""
+        # Between timestep 0 and data no time was trained, and the stock sampler makes one last step.
         return self.timestep(t).clamp_min(0)
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -94,6 +99,7 @@ class VariancePreserving:
 
     def dwarp_dt(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return the derivative of ``warp`` in t."""
+        # Not a table of derivatives: this is the exact slope of the interpolant that ``warp`` evaluates.
         return torch.func.jvp(self.warp, (t.double(),), (torch.ones_like(t.double()),))[1]
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:

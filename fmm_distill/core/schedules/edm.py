@@ -36,6 +36,7 @@ class VarianceExploding:
         sigma_min: float,
         sigma_max: float,
         *,
+        # The value of Karras et al., table 1.
         rho: float = 7.0,
         network_input: Literal["sigma", "log", "atan"] = "log",
         num_timesteps: int = 1000,
@@ -53,6 +54,7 @@ class VarianceExploding:
 
     def _sigma(self, t: Tensor) -> Tensor:
         """Return sigma at t, at least sigma_min."""
+        # Below sigma_min the network is not trained, and log sigma would be -infinity at data.
         t = t.double().clamp_min(self.t_min)
         return t / (1 - t)
 
@@ -60,6 +62,7 @@ class VarianceExploding:
         """Return the time at a progress from 0 (sigma_min) to 1 (sigma_max)."""
         warped = self._low + (self._high - self._low) * progress.double()
         sigma = warped.exp() if math.isinf(self.rho) else warped**self.rho
+        # Clamped, because the power and its inverse can leave the interval by rounding.
         return (sigma / (1 + sigma)).clamp(self.t_min, self.t_max)
 
     def warp(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -70,6 +73,7 @@ class VarianceExploding:
         """Return the derivative of ``warp`` in t; 0 below t_min."""
         sigma = self._sigma(t)
         slope = 1 / sigma if math.isinf(self.rho) else sigma ** (1 / self.rho - 1) / self.rho
+        # ``warp`` is constant below t_min, by the clamp in ``_sigma``.
         inside = (t.double() >= self.t_min).double()
         return inside * slope * (1 + sigma).square() / (self._high - self._low)
 
@@ -93,6 +97,7 @@ class VarianceExploding:
         """Return times of equal progress, and 0 at the end."""
         check_steps(steps, self.num_timesteps)
         times = self.time_at(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+        # Stock schedulers append sigma = 0: the last step goes from sigma_min to data.
         times[-1] = 0
         return times
 

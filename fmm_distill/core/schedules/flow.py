@@ -34,6 +34,7 @@ class FlowMatching:
         if shift <= 0:
             raise UserError(f"the scheduler's shift is {shift}; expected a number above 0")
         self.shift, self.num_timesteps, self.uses_unshifted_time = shift, num_timesteps, uses_unshifted_time
+        # Timestep 1, the smallest of the scheduler, before the shift.
         self.t_min = float(self._shifted(torch.tensor(1 / num_timesteps, dtype=torch.float64)))
 
     def _shifted(self, s: Tensor) -> Tensor:
@@ -55,6 +56,7 @@ class FlowMatching:
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return ``num_timesteps`` times t, or times the time before the shift."""
+        # No smaller time was trained.
         t = t.double().clamp_min(self.t_min)
         return (self.warp(t) if self.uses_unshifted_time else t) * self.num_timesteps
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPLITS", "InceptionScore"]
 
+# As in published scores.
 SPLITS = 10
 
 

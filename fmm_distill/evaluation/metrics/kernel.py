@@ -42,12 +42,15 @@ class KernelDistance(FeatureMetric):
 
     def _error(self, features: Float[Tensor, "samples d"]) -> float:
         """Return the standard error by the two terms of a U-statistic's variance (Hoeffding's decomposition)."""
+        # The first ones: samples of independent noises have no order.
         some = features[:MAX_PAIRED]
+        # A U-statistic leaves out the pairs of a sample with itself.
         among = _cubic(some, some).fill_diagonal_(0)
         count = len(some)
         rows, mean = among.sum(1) / (count - 1), among.sum() / (count * (count - 1))
         pairs = (among - rows[:, None] - rows[None, :] + mean).fill_diagonal_(0).square().sum() / (count * (count - 1))
         single = rows - _cubic(some, self.reference).mean(1)
+        # The variance of the row means contains a part of the pairs'; the estimate can fall below 0.
         first = (single.var() - pairs / count).clamp_min(0)
 
         def variance(size: int) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NEIGHBORS", "PrecisionRecall", "compared_samples"]
 
+# The value of the paper.
 NEIGHBORS = 3
 # All pairs of distances are needed: time grows with the square.
 MAX_COMPARED = 10_000
@@ -43,8 +44,10 @@ class PrecisionRecall(FeatureMetric):
         self._real: tuple[Tensor, Tensor] | None = None
 
     def _measure(self, values: Float[Tensor, "samples d"]) -> dict[str, Value]:
+        # Equally many of both sets: radii shrink with the number of points, and with them the fractions.
         fake = values[: self.compared].double()
         if self._real is None:
+            # Spread over the reference, since a dataset may be sorted by class.
             index = torch.linspace(0, len(self.reference) - 1, self.compared, dtype=torch.float64).round().long()
             centers = self.reference[index]
             self._real = centers, _radii(centers)

@@ -28,7 +28,7 @@ class FlowMapPipeline(DiffusionPipeline):
     _optional_components = ["vqvae"]  # noqa: RUF012 diffusers adds lists to it
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 as in diffusers' own pipelines
     _interrupt = False
-    # Attributes: a file of this name that was changed may replace the globals.
+    # Attributes, since diffusers may replace the globals by those of an edited file.
     module_name, module_source = _MODULE, _SOURCE
 
     # No default of vqvae: diffusers would open it even where the caller passes None.
@@ -72,6 +72,7 @@ class FlowMapPipeline(DiffusionPipeline):
             x = self._noise(batch_size, generator, latents)
             labels = self._classes(class_labels, batch_size, generator)
             if self._kind() == "exploding":
+                # The noise is N(0, I), and these levels start at sigma_max.
                 x = x * levels[0][2]
             self._interrupt = False
             for i, (start, end) in enumerate(self.progress_bar(list(pairwise(levels)))):
@@ -142,6 +143,7 @@ class FlowMapPipeline(DiffusionPipeline):
             return {}
         if labels is None:
             generator = generator[0] if isinstance(generator, list) and generator else generator
+            # A generator draws on its own device only.
             device = "cpu" if generator is None else generator.device
             labels = torch.randint(count, (batch_size,), generator=generator, device=device)
         labels = torch.as_tensor(labels)
@@ -179,6 +181,7 @@ class FlowMapPipeline(DiffusionPipeline):
             shifted = [(config.shift * s / (1 + (config.shift - 1) * s), s) for s in fractions]
             return [(t * total, 1 - t, t, s) for t, s in shifted]
         if timesteps is None:
+            # The grid of the student's schedule, which rounds halves to even.
             remaining = torch.arange(steps, 0, -1, dtype=torch.float64) * total / steps
             timesteps = (remaining.round().long() - 1).tolist()
         products = [float(scheduler.alphas_cumprod[timestep]) for timestep in timesteps] + [1.0]
@@ -203,6 +206,7 @@ class FlowMapPipeline(DiffusionPipeline):
             sigma = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
         else:
             sigma = (low ** (1 / rho) + fraction * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+        # EDM networks are conditioned on log(sigma) / 4, score networks on sigma.
         time = math.log(sigma) / 4 if hasattr(config, "sigma_data") else sigma
         return time, 1.0, sigma, fraction
 
@@ -221,6 +225,7 @@ class FlowMapPipeline(DiffusionPipeline):
         """Return the noise and the data that the network's output predicts."""
         alpha, sigma, spread, scale = level
         if spread is not None:
+            # The EDM schedulers of diffusers have c_out of the opposite sign for v_prediction.
             sign = -1 if prediction == "v_prediction" else 1
             x_0 = (spread / scale) ** 2 * x + sign * sigma * spread / scale * output
             return (x - x_0) / sigma, x_0
@@ -234,8 +239,8 @@ class FlowMapPipeline(DiffusionPipeline):
         return eps, (x - sigma * eps) / alpha
 
 
-# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
-# first run are in use and may be pickled: their classes, locks and caches stay.
+# diffusers executes this file again, in the same namespace, for every repository that it opens. Objects of the first
+# execution are in use and may be pickled, so its classes, locks and caches are restored.
 _first_run = globals().get("_first_run") or dict(globals())
 if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)

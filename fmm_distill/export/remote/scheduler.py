@@ -116,6 +116,7 @@ class _FlowMapDiscreteScheduler(FlowMapScheduler):
             eps, x_0 = (sample - alpha * model_output) / sigma, model_output
         else:
             eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
+        # Without the stochastic part of DDIM, whatever eta is: a jump is deterministic.
         moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=x_0) if return_dict else (moved, x_0)
 
@@ -168,6 +169,7 @@ class FlowMapFlowMatchEulerDiscreteScheduler(FlowMapScheduler, FlowMatchEulerDis
             sigmas = own.get("sigmas") or [t / total for t in own["timesteps"]]
             timesteps = [sigma * total for sigma in sigmas] if unshifted else None
         elif sigmas is None and timesteps is None:
+            # The stock default goes down to the first timestep, so that its last step is almost empty.
             sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
         super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         if "timesteps" in own and not unshifted:
@@ -209,6 +211,7 @@ class FlowMapEDMEulerScheduler(FlowMapScheduler, EDMEulerScheduler):
         """Return the fraction of the way from sigma_min to sigma_max, in the warped level."""
         low, high, rho = self.flow_map["sigma_min"], self.flow_map["sigma_max"], self.flow_map["rho"]
         warp = math.log if rho is None else lambda s: s ** (1 / rho)
+        # The last level is 0, whose logarithm is -infinity; the last jump ends at position 0 all the same.
         return (warp(max(sigma, low)) - warp(low)) / (warp(high) - warp(low))
 
     step = _counted(EDMEulerScheduler.step)
@@ -224,6 +227,7 @@ _CLASSES = {
 
 
 def _nearest(timesteps, timestep) -> int:
+    # Pipelines pass a timestep of either device, or a number.
     return int((timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
 
 

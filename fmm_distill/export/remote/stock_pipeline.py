@@ -67,6 +67,7 @@ def _student(pipeline):
 
 def _bound(stock: type, pipeline, call: tuple, keywords: dict) -> inspect.BoundArguments:
     try:
+        # Partial: the stock call itself reports arguments that are missing.
         return inspect.signature(stock.__call__).bind_partial(pipeline, *call, **keywords)
     except TypeError as error:
         raise TypeError(f"{type(pipeline).__name__}.__call__() {error}") from None
@@ -92,7 +93,7 @@ def _turn_guidance_off(levels: dict, given: dict) -> None:
 class _FlowMap:
     """The part of an any-step pipeline that is the same for every stock class."""
 
-    # Attributes: a file of this name that was changed may replace the globals.
+    # Attributes, since diffusers may replace the globals by those of an edited file.
     module_name, module_source = MODULE, _SOURCE
 
     def jump_through(self, stock: type, call: tuple, keywords: dict):
@@ -107,6 +108,7 @@ class _FlowMap:
         # They go to the scheduler alone: some stock pipelines refuse them, or call the network at other times.
         own = {name: given.pop(name) for name in ("timesteps", "sigmas") if given.get(name) is not None}
         if own:
+            # One jump per start; a number in the call would contradict it.
             given["num_inference_steps"] = len(next(iter(own.values())))
 
         def keywords_at(time):
@@ -172,8 +174,8 @@ def __getattr__(name: str) -> type:
     return flow_map_pipeline(stock)
 
 
-# diffusers runs this file again, in the same namespace, whenever it opens a repository that holds it. Objects of the
-# first run are in use and may be pickled: their classes, locks and caches stay.
+# diffusers executes this file again, in the same namespace, for every repository that it opens. Objects of the first
+# execution are in use and may be pickled, so its classes, locks and caches are restored.
 _first_run = globals().get("_first_run") or dict(globals())
 if _first_run["_SOURCE"] == _SOURCE:
     globals().update(_first_run)

@@ -50,6 +50,7 @@ class Checkerboard:
         interval per axis.
         """
         precise, time = x.double(), expand(t.double(), x.double())
+        # Clamped although ``where`` takes the other branch there: the gradient of this one would be NaN.
         early = time.clamp_max(_NEAR_NOISE)
         center, spread = precise / (1 - early), early * self.scale / (1 - early)
         log_mass, mean = _intervals(center, spread)
@@ -57,6 +58,7 @@ class Checkerboard:
         weights = logits.flatten(1).softmax(1).unflatten(1, (4, 4))
         inside = torch.stack([(weights.sum(2) * mean[:, 0]).sum(1), (weights.sum(1) * mean[:, 1]).sum(1)], 1)
         far = (1 - time) / (time * self.scale).square() * (precise @ _COVARIANCE.to(x.device))
+        # A mean of data is on the board; rounding or the first order can put it outside.
         return torch.where(time > _NEAR_NOISE, far, inside).clamp(-1, 1).to(x.dtype)
 
     def velocity(

@@ -33,6 +33,7 @@ class Gaussian(FlowMap):
     def denoise(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return ``E[x_0 | alpha x_0 + sigma eps = x]`` on any Gaussian path."""
         a, s = expand(alpha, x), expand(sigma, x)
+        # The posterior mean of a Gaussian: the prior mean, and a fraction of the residual.
         gain = a * self.std**2 / (a.square() * self.std**2 + s.square())
         return self.mean + gain * (x - a * self.mean)
 

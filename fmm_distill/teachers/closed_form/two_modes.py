@@ -60,6 +60,7 @@ class TwoModes(FlowMap):
         across = x - along.unsqueeze(1) * self.direction
         u_across = self.across.mean_velocity_of_jump(across, t, h)
         diagonal = h == 0
+        # A divisor of 1 where h = 0: ``where`` alone would leave a NaN in the gradient.
         quotient = (along - moved) / torch.where(diagonal, 1.0, h)
         u_along = torch.where(diagonal, self.velocity(x, t) @ self.direction, quotient)
         return u_across + u_along.unsqueeze(1) * self.direction

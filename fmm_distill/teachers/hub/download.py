@@ -205,5 +205,6 @@ def _digest(blob: Path) -> str:
     """Return a file's digest of the kind that its name is: git's SHA-1 of small files, SHA-256 of large ones."""
     if len(blob.name) == 40:
         content = blob.read_bytes()
+        # The digest that git uses; it finds damage and is no protection.
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return sha256_of_file(blob)

@@ -27,6 +27,7 @@ def linked_folder(kind: str, folder: Path, about: object, fill: Callable[[Path],
         UserError: if the folder can't be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # Sizes and times of change instead of the contents, which may be tens of gigabytes.
     marks = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     target = cache_path(kind, cache_key([str(folder.resolve()), marks, about]))
     if target.is_dir():

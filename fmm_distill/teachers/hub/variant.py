@@ -54,6 +54,7 @@ def _link_part(part: Path, target: Path, variant: str) -> int:
             index["weight_map"] = {key: _plain_name(file, variant) for key, file in index["weight_map"].items()}
             (target / name).write_text(json.dumps(index), encoding="utf-8")
         else:
+            # Resolved, since links of the cache are relative to their own folder.
             (target / name).symlink_to(path.resolve())
     return len(chosen)
 

@@ -52,9 +52,11 @@ def split_arguments(
                 inputs[name] = torch.nn.utils.rnn.pad_sequence(value, batch_first=True)
                 inputs[f"{_LENGTHS}.{name}"] = torch.tensor([len(row) for row in value])
             else:
+                # Every sample gets the first value: with one size for all samples they are equal.
                 shared[name + _EACH] = value[0]
         else:
             shared[name] = value
+    # A tuple has the same form for all networks; outputs with names do not.
     return Conditioning(inputs, shared | {"return_dict": False})
 
 

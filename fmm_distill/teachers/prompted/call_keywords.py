@@ -57,6 +57,7 @@ class CallKeywords:
     def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
         """Return the keywords of a call with these prompts; ``guidance`` None: without guidance."""
         given = {**self.fixed, "prompt": list(prompts), "num_inference_steps": steps}
+        # A new generator with one seed: each recorded run starts from the same noise.
         given["generator"] = torch.Generator().manual_seed(0)
         if self.guidance:
             given[self.guidance] = self.off if guidance is None else guidance

@@ -90,6 +90,7 @@ class PipelineProbe:
         if keywords.guidance == "guidance_scale" and recording.takes_guidance:
             keywords = keywords.with_guidance_input(scale)
             recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
+        # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         return cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
 
@@ -133,6 +134,7 @@ class PipelineProbe:
         null = one if _is_same(other, cond) else other
         if not self._combines(guided, cond, null):
             return None, f"{kind} guides by more than a plain combination of two outputs"
+        # The rows are equal, one per sample; ``Embeddings.null`` repeats the first.
         return null.rows(torch.tensor([0])), ""
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ __all__ = ["losses"]
 _NEEDS = {"teacher": "a teacher", "self": "velocity: self with flow_matching as an extra loss", "data": "data"}
 
 
-@click.command()
+@click.command(short_help="List the losses, or show the settings of one.")
 @click.argument("name", required=False)
 def losses(name: str | None) -> None:
     """List the losses with their papers and their requirements; with NAME, the settings of one loss."""

@@ -29,7 +29,7 @@ OPTIONS = {
     ],
     "export": ["--guidance", "--steps", "folder", "run"],
     "inspect": ["--revision", "--set", "teacher"],
-    "losses": [],
+    "losses": ["name"],
     "publish": ["--branch", "--dry-run", "--force", "--private", "--steps", "repo", "source"],
     "recipes": [],
     "recipes list": [],
@@ -187,7 +187,10 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tiny, tmp_path, monkeypa
     status, out, err = call("--recipe", tiny, "--dry-run", "--set", "training.steps=7")
     assert (status, err) == (0, "")
     assert list(tmp_path.iterdir()) == []
-    recipe, _ = out.split("\nteacher: ", 1) if "\n\nteacher" not in out else out.split("\n\nteacher: ", 1)
+    # A line about the export that was tried comes first, and the description of the run follows the recipe.
+    tried, _, rest = out.partition("\n")
+    assert tried.startswith("export:  tried with an untrained student")
+    recipe, _ = rest.split("\n\nteacher: " if "\n\nteacher: " in rest else "\nteacher: ", 1)
     printed = yaml.safe_load(recipe)
     assert flat(printed) == FIELDS
     assert printed["training"]["steps"] == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
@@ -320,6 +321,11 @@ def test_a_run_is_not_continued_by_another_optimizer(tmp_path, teacher_folder, f
     assert len(losses(folder)) == len(before) + 2
     # Evaluation builds no optimizer of its own.
     assert evaluate(folder, settings={"steps": [1]}).rows
+    # So is a run that was stopped before its first checkpoint.
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=message):
+        distill(more, folder)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_by_its_state():

@@ -15,7 +15,7 @@ from fmm_distill.data.starting_points import StartingPoints, interpolant_velocit
 from fmm_distill.losses.time_sampling import TimeSampling, sample_diagonal_times, sample_times
 from fmm_distill.teachers.load import load_teacher
 
-NAMES = ("noise", "first", "second", "kind", "image", "u", "condition", "guidance", "flip", "policy")
+NAMES = ("noise", "first", "second", "kind", "image", "uniform", "condition", "guidance", "flip", "policy")
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 MANY = draw(3, 7, 20000, (1,))
 

@@ -162,7 +162,7 @@ class Teacher:
 
     @property
     def has_coordinates(self) -> bool:
-        """Whether a sample is a point with coordinates, and no image: its shape has no height and width."""
+        """True if a sample is a point with coordinates: its shape has no height and width."""
         return isinstance(self.codec, Pixels) and len(self.event_shape) < _AXES_OF_IMAGE
 
     @property

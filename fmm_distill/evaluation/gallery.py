@@ -9,7 +9,8 @@ import torch
 
 from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
-from fmm_distill.evaluation.pictures import point_images, still_images
+from fmm_distill.evaluation.pictures import still_images
+from fmm_distill.evaluation.points import point_images
 from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fmm_distill.evaluation.result import COLUMNS
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ __all__ = [
     "measured_columns",
     "plot_samples",
     "plot_steps",
-    "point_images",
     "still_images",
     "styles_of",
 ]
@@ -44,8 +41,6 @@ STYLES = {
     "teacher-heun": ("#E69F00", "D", "teacher, Heun"),
     "teacher": ("#000000", "*", "teacher's own sampler"),
 }
-# Pixels of the image of a point: odd, so that zero is in the middle.
-_POINT_IMAGE = 33
 _OTHERS = (("#56B4E9", "P"), ("#7F7F7F", "X"), ("#F0E442", "p"), ("#56B4E9", "h"))
 # Quantities with a plot in the report.
 PLOTTED = ("endpoint_error", "frechet", "kid", "precision", "recall", "inception_score", "clip_score")
@@ -67,25 +62,6 @@ def still_images(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor
         # Vectors: a band of their entries.
         samples = samples.unsqueeze(1)
     return samples if samples.ndim == 4 else samples.unsqueeze(1)
-
-
-def point_images(
-    samples: Float[Tensor, "batch *event"], like: Float[Tensor, "batch *event"]
-) -> Float[Tensor, "batch 1 height width"]:
-    """Return one image per sample with a bright square at its first two coordinates, zero in the middle.
-
-    Args:
-        like: the samples that the scale is chosen for; others outside of it are drawn at the edge.
-    """
-    scale = 1.1 * like.abs().max().clamp_min(1e-6)
-    first = samples.flatten(1)[:, :2]
-    # A point on a line is drawn at the height zero; the vertical axis points up.
-    x, y = first[:, 0], -first[:, 1] if first.shape[1] > 1 else torch.zeros(len(first))
-    middle, reach = _POINT_IMAGE // 2, _POINT_IMAGE // 2 - 1
-    column, row = ((value / scale).nan_to_num().clamp(-1, 1).mul(reach).round().long() + middle for value in (x, y))
-    pixels = torch.arange(_POINT_IMAGE)
-    near = [(pixels - center[:, None]).abs() <= 1 for center in (row, column)]
-    return (near[0][:, :, None] & near[1][:, None, :]).float().mul(2).sub(1).unsqueeze(1)
 
 
 def plot_samples(rows: dict[str, Float[Tensor, "batch channels height width"]], path: Path) -> None:

@@ -90,11 +90,12 @@ def test_a_run_of_one_process_goes_on_split(tmp_path, tiny, finished):
     assert_same_end(folder, finished[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
         ("name=eulerian", "stop_gradient=target"),
-        pytest.param(("stop_gradient=teacher_input", "derivative=exact"), marks=pytest.mark.slow),
+        ("stop_gradient=teacher_input", "derivative=exact"),
     ],
     ids=" ".join,
 )

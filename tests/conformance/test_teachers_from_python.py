@@ -20,7 +20,7 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.time_axis import LinearClock, expand
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.gallery import Gallery
-from fmm_distill.evaluation.pictures import point_images
+from fmm_distill.evaluation.points import point_images
 from fmm_distill.losses import Loss, squared_norm
 from fmm_distill.run.given import Given
 from fmm_distill.run.reopen import open_run
@@ -151,6 +151,7 @@ def test_points_are_drawn_where_they_are():
     assert middles == [[16, 16], [16, 31], [1, 16], [31, 31]]
     # A line has one coordinate.
     assert (point_images(torch.tensor([[1.1]]), torch.ones(1, 1)) > 0)[0, 0, 16, 31]
+    assert not (point_images(torch.tensor([[float("nan"), 0.0]]), torch.ones(1, 2)) > 0).any()
 
 
 def test_a_closed_form_and_a_stock_network(tmp_path):
@@ -298,7 +299,7 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.5)
 
 
-@pytest.mark.parametrize("factory", [sgd, momentum])
+@pytest.mark.parametrize("factory", [pytest.param(sgd, marks=pytest.mark.slow), momentum])
 def test_a_run_is_not_continued_by_another_optimizer(tmp_path, teacher_folder, factory):
     plain = TINY | {"teacher": str(teacher_folder)}
     first, more = (Recipe.model_validate(plain | {"training": TINY["training"] | {"steps": n}}) for n in (4, 6))

@@ -20,8 +20,10 @@ from fmm_distill.io.lock import LockedError, is_lock_file, locked
 from tests.logs import logged
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+# A process of a shell in the background starts with the interrupt ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fmm_distill.io.lock import locked
 with locked(Path(sys.argv[1]), "a test"):
     print("held", flush=True)

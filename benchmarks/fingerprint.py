@@ -111,6 +111,8 @@ def images_of(folder: Path) -> str:
     import torch
     from diffusers import DiffusionPipeline
 
+    # Sums over several threads have other roundings.
+    torch.set_num_threads(1)
     pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": int(folder.name.removeprefix("steps-")), "output_type": "np"}

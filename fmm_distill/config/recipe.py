@@ -168,10 +168,15 @@ class Recipe(Settings):
                 "training.target_update_every: expected a loss with target: frozen, got none; leave it out"
             )
         self._times_fit()
+        self._groups_fit()
         return self
 
     def _have_a_velocity(self) -> None:
         """Check that a loss which only makes a map consistent with itself comes with one that is a velocity's."""
+        if self.student.kind == "scaled":
+            # The teacher's velocity is in the weights.
+            self._trains_jumps()
+            return
         for stage in self.stages:
             if stage.loss.needs_velocity_term:
                 raise ValueError(
@@ -185,6 +190,29 @@ class Recipe(Settings):
                     f"loss {loss.name} alone learns no velocity with these settings; add to extra_losses: "
                     "{loss: {name: flow_matching}, fraction: 0.5, time_sampling: {prior: 0, data: 1}}"
                 )
+
+    def _trains_jumps(self) -> None:
+        """Refuse losses of the velocity alone for a student whose velocity is the teacher's."""
+        for loss in self.losses:
+            if loss.diagonal:
+                raise ValueError(
+                    f"loss {loss.name} trains jumps of length 0 alone, where a student of kind scaled is its teacher; "
+                    "leave it out, or try student.kind: embedded"
+                )
+
+    def _groups_fit(self) -> None:
+        """Check that the groups of samples with common times have one size in every part of a batch."""
+        groups, training = self.time_sampling.groups, self.training
+        if not groups:
+            return
+        if self.student.kind != "scaled":
+            raise ValueError(
+                f"time_sampling.groups: expected student.kind: scaled, got {self.student.kind}; leave groups out"
+            )
+        if training.batch_size % groups:
+            raise ValueError(
+                f"time_sampling.groups: expected a divisor of training.batch_size {training.batch_size}, got {groups}"
+            )
 
     def _times_fit(self) -> None:
         """Check that each loss is trained on times that it accepts."""

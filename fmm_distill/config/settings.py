@@ -65,14 +65,18 @@ class LoraSettings(Settings):
     """Low-rank adapters (LoRA, arXiv 2106.09685): the network's own weights are not trained."""
 
     rank: int = Field(default=0, ge=0, le=65536)
-    """Rank of the adapters; 0 trains every weight."""
+    """Rank of the adapters; 0 trains every weight, or changes of any rank with kind: scaled."""
     targets: tuple[str, ...] = Field(default=(), max_length=256)
-    """Name endings of the layers that get adapters; empty: the attention and feed-forward projections."""
+    """Name endings of the layers that get adapters; empty: the attention and feed-forward projections, or with kind:
+    scaled every linear layer and convolution."""
 
 
 class StudentSettings(Settings):
-    """The student's prediction type, its start and its adapters."""
+    """How the student depends on the jump's length, its prediction type, its start and its adapters."""
 
+    kind: Literal["embedded", "scaled"] = "embedded"
+    """Dependence on the length h of the jump: an embedding of h next to the one of the time, or weights W + h dW, which
+    equal the teacher's at h = 0."""
     prediction: Literal["teacher", "v_prediction"] = "teacher"
     """Prediction type of the network: the teacher's, or v_prediction, which is better conditioned near noise than
     epsilon."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Draws", "draw", "sample_generator", "step_generator"]
 
 _WORD = 2**32
+# The streams that choose the times, the loss and the kind of a jump.
+_OF_GROUPS = ("first", "second", "kind", "share", "policy")
 
 
 @dataclass
@@ -62,12 +64,21 @@ class Draws:
         return Draws(self.noise[to_device(index, self.noise.device)], **some)
 
 
-def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draws:
-    """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size."""
+def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...], *, groups: int = 0) -> Draws:
+    """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size.
+
+    Args:
+        groups: the number of groups of equally many consecutive samples that share all numbers which times and losses
+            are chosen by; 0: each sample has its own.
+    """
 
     def uniform(stream: str) -> Tensor:
         # float64, as times are: in float32 a uniform draw has 2^24 values, and equal times would occur.
-        return torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
+        values = torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
+        return shared(values) if stream in _OF_GROUPS else values
+
+    def shared(values: Tensor) -> Tensor:
+        return values[:groups].repeat_interleave(batch // groups) if groups else values
 
     # On the CPU also for a GPU: the generators of devices differ, and a draw must not depend on the device.
     noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
@@ -75,7 +86,7 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...]) -> Draw
     # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
     position = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     # The name of a stream is hashed: another name than "share" would be other random numbers.
-    return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=position)
+    return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=shared(position))
 
 
 def step_generator(seed: int, step: int, stream: str) -> torch.Generator:

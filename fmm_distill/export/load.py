@@ -22,10 +22,11 @@ from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.manifest import MANIFEST, StudentManifest, read_manifest
 from fmm_distill.export.place import recover
-from fmm_distill.export.weights import NETWORK
+from fmm_distill.export.weights import NETWORK, SCALED
 from fmm_distill.io.reading import read_mapping
 from fmm_distill.student.fold import OWN_SETTINGS
 from fmm_distill.student.sampling import sample
+from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.components import without_progress_bars
 from fmm_distill.teachers.guidance import Guidance
@@ -183,8 +184,8 @@ def load_student(
     manifest = read_manifest(folder)
     if manifest.not_any_step:
         opened = _teacher_of_weights(manifest, str(source), teacher)
-        student = Student.from_teacher(opened, network=network)
         component = NETWORK
+        student = Student.from_teacher(opened, network=network, scaled=_scaled_weights(folder / component))
     else:
         if teacher is not None or network is not None:
             raise UserError(f"teacher: expected none, {source} is complete; leave teacher and network out")
@@ -234,9 +235,16 @@ def _student_of_pipeline(
         guidance = Guidance(manifest.guidance["scale"], range=None if scales is None else tuple(scales))
     try:
         teacher = _open(_teacher_view(folder, manifest), source, prompts, manifest.call, guidance)
-        return teacher, Student.from_teacher(teacher)
+        component = "unet" if teacher.pipeline is None else teacher.pipeline.component
+        return teacher, Student.from_teacher(teacher, scaled=_scaled_weights(folder / component))
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
         raise _incomplete(source, error) from error
+
+
+def _scaled_weights(network: Path) -> ScaledWeights | None:
+    """Return the changes of the weights that an exported network has; None: it embeds the length of the jump."""
+    layers = read_mapping(network / "config.json", todo=_TODO).get(SCALED)
+    return ScaledWeights(layers=layers) if layers else None
 
 
 def _open(view: Path, source: str, prompts: Sequence[str], call: dict[str, Any], guidance: Guidance | None) -> Teacher:

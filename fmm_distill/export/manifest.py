@@ -16,6 +16,7 @@ from fmm_distill.export.contents import record
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
+from fmm_distill.student.scaled import is_scaled, scaled_ranks
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -43,6 +44,7 @@ _TYPES: dict[str, type | UnionType] = {
     "scheduler": dict,
     "call": dict,
     "guidance": dict | None,
+    "kind": str,
     "lora": bool,
     "started_from": str | None,
     "dataset": str | None,
@@ -80,6 +82,7 @@ class StudentManifest:
         scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
         call: keywords of the pipeline's call other than prompt and guidance.
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
+        kind: ``scaled`` if the weights change with the length of the jump, ``embedded`` if it is embedded.
         lora: whether ``lora/`` has the adapters.
         started_from: the class of the network that ``load_student`` needs next to the teacher; None: the teacher's.
         dataset: the Hub id of the images that it was trained with; None: there is none.
@@ -103,6 +106,7 @@ class StudentManifest:
     scheduler: dict[str, Any]
     call: dict[str, Any]
     guidance: dict[str, Any] | None
+    kind: str
     lora: bool
     started_from: str | None
     dataset: str | None
@@ -146,7 +150,8 @@ def make_manifest(
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
         guidance=_guidance(teacher),
-        lora=has_lora(student.network),
+        kind="scaled" if is_scaled(student.network) else "embedded",
+        lora=has_lora(student.network) or any(rank for rank in scaled_ranks(student.network).values()),
         started_from=student.started_from,
         dataset=_dataset(recipe),
         training=_training(recipe, trained),
@@ -172,7 +177,7 @@ def read_manifest(folder: Path) -> StudentManifest:
         raise UserError(f"{folder}: expected an exported student, got a folder without {MANIFEST}; export one into it")
     todo = f"export the student again with fmm_distill {__version__}"
     # Students of earlier development versions lack it, and are loaded all the same.
-    found = {"started_from": None} | read_mapping(file, todo=todo)
+    found = {"started_from": None, "kind": "embedded"} | read_mapping(file, todo=todo)
     if missing := sorted(_TYPES.keys() - found.keys()):
         raise UserError(f"{file} was written by fmm_distill {found.get('fmm_distill')}, without {missing[0]}; {todo}")
     check_keys(str(file), found, _TYPES, todo=todo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import save_file
 
 from fmm_distill.core.torch_state import own_state
@@ -19,11 +20,13 @@ from fmm_distill.student.lora import lora_state
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import Tensor
+
     from fmm_distill.export.exporter import Exporter
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["export_pipeline", "write_lora", "write_pipelines"]
+__all__ = ["export_pipeline", "write_lora", "write_pipelines", "write_scaled_lora"]
 
 
 @own_state()
@@ -74,3 +77,34 @@ def write_lora(student: Student, component: str, folder: Path) -> None:
         save_file(adapters, folder / "lora" / "pytorch_lora_weights.safetensors")
         save_file(jumps, folder / "lora" / "jump_embedding.safetensors")
     record(folder, "lora/pytorch_lora_weights.safetensors", "lora/jump_embedding.safetensors")
+
+
+def write_scaled_lora(adapters: dict[str, dict[str, Tensor]], folder: Path, steps: Iterable[int]) -> None:
+    """Write ``lora/`` of a scaled student: files that ``load_lora_weights`` reads.
+
+    ``pytorch_lora_weights.safetensors`` is loaded at the strength of one over the number of steps. Where there is a
+    change at h = 0 too, ``guidance.safetensors`` is loaded with it, at the strength 1, and ``steps-<n>.safetensors``
+    has both for one number of steps, at the strength 1.
+
+    Args:
+        adapters: by name, as ``student.scaled.adapter_states`` returns them.
+        steps: the numbers of steps of the files with both.
+    """
+    files = {"pytorch_lora_weights": adapters["student"]}
+    if "guidance" in adapters:
+        files["guidance"] = adapters["guidance"]
+        files |= {f"steps-{n}": _together(adapters["guidance"], adapters["student"], 1 / n) for n in steps}
+    with writing(folder / "lora"):
+        (folder / "lora").mkdir(exist_ok=True)
+        for name, tensors in files.items():
+            save_file(tensors, folder / "lora" / f"{name}.safetensors")
+    record(folder, *(f"lora/{name}.safetensors" for name in files))
+
+
+def _together(one: dict[str, Tensor], other: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """Return the sum of two adapters, the second one multiplied by a strength, as one of the sum of their ranks."""
+    made = {}
+    for name, value in one.items():
+        first = name.endswith("lora_A.weight")
+        made[name] = torch.cat((value, other[name] if first else strength * other[name]), 0 if first else 1)
+    return made

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors.torch import save_file
 
 from fmm_distill.errors import UserError
+from fmm_distill.student.scaled import scaled_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["NETWORK", "WEIGHTS", "WeightsExporter"]
+__all__ = ["NETWORK", "SCALED", "WEIGHTS", "WeightsExporter"]
 
 NETWORK = "network"
+# The key of a configuration that names the scaled layers, as those of diffusers networks do.
+SCALED = "scaled_layers"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -54,7 +57,7 @@ class WeightsExporter:
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         save_file(state, target / WEIGHTS)
         kind = type(network)
-        config = {"_class_name": kind.__name__, "module": kind.__module__}
+        config = {"_class_name": kind.__name__, "module": kind.__module__, SCALED: scaled_ranks(network)}
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def fixed(self, student: Student, steps: int, folder: Path) -> None:

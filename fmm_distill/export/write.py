@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fmm_distill.export.choose import exporter_of
-from fmm_distill.export.pipelines import write_lora, write_pipelines
+from fmm_distill.export.pipelines import write_lora, write_pipelines, write_scaled_lora
 from fmm_distill.export.verify import Exported
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
+from fmm_distill.student.scaled_adapters import StockCalls, adapter_states, merge_diagonal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +35,15 @@ def write_student(
     teacher.to("cpu")
     student.to("cpu")
     adapted = has_lora(student.network)
-    plain = merged(student) if adapted else student
-    # The teacher of a student with adapters is the student's own network, which the merge has replaced.
-    exporter = exporter_of(replace(teacher, network=stock_part(plain.network)) if adapted else teacher)
+    plain = merged(student) if adapted else merge_diagonal(student)
+    # The teacher is the student's own network, which the merge has replaced.
+    shared = adapted or isinstance(teacher.network, StockCalls)
+    exporter = exporter_of(replace(teacher, network=stock_part(plain.network)) if shared else teacher)
     write_pipelines(plain, exporter, target, steps, linked=linked)
     if adapted:
         write_lora(student, exporter.component, target)
+    elif adapters := adapter_states(student, exporter.component):
+        write_scaled_lora(adapters, target, () if exporter.not_fixed else steps)
     return Exported(plain, exporter, target, steps)
 
 

@@ -34,6 +34,9 @@ class TimeSampling(Settings):
     """Jumps start and end on a grid of this many equal steps: t is rounded up, r down; 0: any times."""
     band_steps: int = Field(default=0, ge=0, le=40_000_000)
     """Steps over which the longest jump grows from a tenth of its length to all of it; 0: full length at once."""
+    groups: int = Field(default=0, ge=0, le=1_000_000)
+    """Number of pairs (t, r) in a batch, each shared by equally many samples; 0: each sample has its own. A scaled
+    student forms its weights once per pair, in place of a second product per layer."""
     spacing: Literal["timestep", "time"] = "timestep"
     """Scale on which t and r are fractions: the teacher's timesteps, or the time axis itself."""
     distribution: Literal["uniform", "logit_normal"] = "uniform"

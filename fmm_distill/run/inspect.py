@@ -9,6 +9,7 @@ from torch import nn
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.student.lora import default_targets
+from fmm_distill.student.scaled import is_scaled, scaled_ranks
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
@@ -104,6 +105,8 @@ def _network_call(teacher: Teacher) -> str:
 
 
 def _hosts(student: Student) -> str:
+    if is_scaled(student.network):
+        return f"scales a change of the weights of {len(scaled_ranks(student.network))} layers"
     hosts = cast("Any", student.network).config["jump_hosts"]
     others = f", and after {len(hosts) - 1} layers of the same name" if len(hosts) > 1 else ""
     return f"added after {hosts[0]}{others}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.config.settings import DataSettings
+from fmm_distill.core.flow_map import LearnedFlowMap
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.data.prepare import describe_data, disk_bytes, open_images
 from fmm_distill.data.prompts import load_prompts
@@ -23,7 +25,9 @@ from fmm_distill.export.write import export_bytes
 from fmm_distill.run.given import Given
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
-from fmm_distill.student.student import Student
+from fmm_distill.student.scaled import ScaledWeights, is_scaled
+from fmm_distill.student.scaled_adapters import share_network
+from fmm_distill.student.student import Student, is_new
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -31,7 +35,7 @@ from fmm_distill.training.compile import checkpoint_blocks
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.optimizer import optimizer_factory
 from fmm_distill.training.process import check_training
-from fmm_distill.training.variables import launched
+from fmm_distill.training.variables import is_set, launched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +54,8 @@ __all__ = [
     "plan",
     "with_evaluation",
 ]
+
+logger = logging.getLogger(__name__)
 
 # The fewest images that a Fréchet distance is computed from.
 _FEWEST = 4
@@ -75,8 +81,6 @@ class Plan:
         """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
         teacher, training = self.teacher, self.recipe.training
         counts = self._parameters()
-        rank = self.recipe.student.lora.rank
-        lora = f", {counts['adapters']:,} in adapters of rank {rank}" if rank else ""
         shape = " x ".join(map(str, teacher.event_shape))
         steps = self.recipe.student.regression_steps + training.steps
         conditions = (
@@ -85,17 +89,29 @@ class Plan:
         lines = [
             f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {counts['teacher']:,} "
             f"parameters{conditions})",
-            f"student: {self.student.prediction}, {counts['jump']:,} new parameters for the second time{lora}",
+            f"student: {self.student.prediction}, {self._second_time()}",
             f"data:    {describe_data(self.recipe.data, self.images)}",
             f"steps:   {steps} of {training.batch_size} samples, loss {self.recipe.loss_names}",
             f"export:  {describe_export(exporter_of(teacher), self.recipe.export.steps)}",
         ]
         return "\n".join(lines)
 
+    def _second_time(self) -> str:
+        """Describe how the student depends on the second time, with its numbers of parameters."""
+        counts, rank = self._parameters(), self.recipe.student.lora.rank
+        if not is_scaled(self.student.network):
+            lora = f", {counts['adapters']:,} in adapters of rank {rank}" if rank else ""
+            return f"{counts['jump']:,} new parameters for the second time{lora}"
+        changes = f"changes of rank {rank}" if rank else "changes"
+        return f"weights that change with the length of the jump, {counts['jump']:,} parameters of {changes}"
+
     def _parameters(self) -> dict[str, int]:
         """Return how many parameters are the teacher's, the second time's and the adapters'."""
         student = self.student
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        if is_scaled(student.network):
+            new = sum(p.numel() for name, p in student.network.named_parameters() if is_new(name))
+            return {"teacher": sum(p.numel() for p in student.parameters()) - new, "jump": new, "adapters": 0}
         # A flow map of the user's own has the second time everywhere.
         embedding = getattr(student.network, "jump_embedding", student.network)
         jump = sum(p.numel() for p in cast("Any", embedding).parameters())
@@ -160,16 +176,51 @@ def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
 
 def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Student, Teacher]:
     """Make the untrained student of a recipe, with its adapters, and return it with the teacher that shares them."""
-    student = Student.from_teacher(teacher, recipe.student.prediction, network=given.student, seed=recipe.training.seed)
+    scaled = _scaled_weights(recipe, teacher, given)
+    prediction, seed = recipe.student.prediction, recipe.training.seed
+    student = Student.from_teacher(teacher, prediction, network=given.student, scaled=scaled, seed=seed)
     network, training = student.network, recipe.training
     if training.gradient_checkpointing and not hasattr(network, "enable_gradient_checkpointing"):
         raise UserError(
             f"training.gradient_checkpointing: expected a diffusers network, got {type(network).__name__}; leave it out"
         )
-    if recipe.student.lora.rank:
-        lora = recipe.student.lora
-        teacher = add_lora(student, teacher, lora.rank, lora.targets, seed=recipe.training.seed)
+    lora = recipe.student.lora
+    if scaled is None and lora.rank:
+        teacher = add_lora(student, teacher, lora.rank, lora.targets, seed=seed)
+    # A regression trains the weights themselves. Under FSDP the first process evaluates the teacher alone, which it
+    # can't do with weights that are split over all.
+    elif scaled is not None and (scaled.rank or not scaled.diagonal) and not is_set("ACCELERATE_USE_FSDP"):
+        teacher = share_network(student, teacher)
     return student, teacher
+
+
+def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWeights | None:
+    """Return the changes of the weights of a scaled student; None: the student is an embedded one."""
+    settings = recipe.student
+    if settings.kind != "scaled":
+        return None
+    if isinstance(given.student, LearnedFlowMap):
+        raise UserError(
+            "student.kind: expected embedded for a LearnedFlowMap, which takes h itself, got scaled; try "
+            "student.kind: embedded"
+        )
+    reasons = {
+        "guidance": teacher.guidance is not None,
+        "another prediction": settings.prediction not in ("teacher", teacher.prediction),
+        "a network of its own": given.student is not None,
+    }
+    needed = [name for name, holds in reasons.items() if holds]
+    if needed and not settings.regression_steps:
+        raise UserError(
+            f"student.regression_steps: expected steps in which a scaled student learns {' and '.join(needed)} at "
+            "h = 0, got 0; try --set student.regression_steps=500, or student.kind=embedded"
+        )
+    if settings.regression_steps and not needed:
+        logger.warning(
+            "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
+            "--set student.regression_steps=0"
+        )
+    return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
 
 
 def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:

@@ -135,7 +135,7 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [__version__, diffusers.__version__, torch.__version__],
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
-        [student.prediction, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
+        [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 
@@ -184,12 +184,16 @@ def _with_random_jumps(student: Student) -> Student:
     for name, value in made.named_parameters():
         if name in randomized:
             # Scaled by the layer's inputs, so that the random jump is of order 1 at every width.
-            value.copy_(torch.randn(value.shape, generator=generator) * value.shape[-1] ** -0.5)
+            # A tenth for changes of weights: there is one in every layer, and together they must not overflow.
+            scale = value.shape[1:].numel() ** -0.5 * (1.0 if "jump_embedding." in name else 0.1)
+            value.copy_(torch.randn(value.shape, generator=generator) * scale)
     return made
 
 
 def _is_zero_at_first(name: str) -> bool:
-    return ("jump_embedding." in name and ".linear_2." in name) or ".lora_B." in name
+    if "jump_embedding." in name:
+        return ".linear_2." in name
+    return ".lora_B." in name or name.endswith(("jump_weight", "jump_bias", "jump_B", "diagonal_B"))
 
 
 def _reason(error: Exception) -> str:

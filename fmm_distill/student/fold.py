@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.student.scaled_layers import scaled_layers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["OWN_SETTINGS", "fold", "stock_part"]
 
 # The entries that the configuration of a two-time network adds to the stock one's.
-OWN_SETTINGS = ("jump_hosts", "jump_widths", "guidance_range", "flow_map")
+OWN_SETTINGS = ("jump_hosts", "jump_widths", "scaled_layers", "diagonal", "guidance_range", "flow_map")
 # Below this fraction of the largest jump the jumps differ by rounding alone: they fold into a bias.
 _EQUAL = 1e-6
 # The largest error of a fold into weight and bias, as a fraction of the largest jump: far below a pixel's rounding.
@@ -32,8 +33,9 @@ def stock_part(network: nn.Module) -> nn.Module:
     # A two-time class has the mixin and the stock class as its bases.
     kind = cast("Any", type(network).__bases__[-1])
     stock = cast("nn.Module", kind.from_config(config))
-    state = {key: value for key, value in network.state_dict().items() if not key.startswith("jump_embedding.")}
-    stock.load_state_dict(state)
+    # Only the stock keys: the others are the embeddings of the jump and the changes of the weights.
+    state = network.state_dict()
+    stock.load_state_dict({key: state[key] for key in stock.state_dict()})
     # ``from_config`` returns a network in training mode, with dropout active.
     return stock.eval()
 
@@ -55,6 +57,9 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     device = next(student.network.parameters()).device
     starts, positions = times[:-1].to(device), student.clock.warp(times.to(device))
     lengths = (positions[:-1] - positions[1:]).float()
+    _add_changes(student.network, stock, float(lengths.mean()))
+    if not network.config["jump_hosts"]:
+        return stock
     scale = None if network.config["guidance_range"] is None else cast("Any", teacher.guidance).scale
     fraction = network.guidance_fraction(None if scale is None else torch.full_like(lengths, scale))
     for name, embedding in zip(network.config["jump_hosts"], network.jump_embedding, strict=True):
@@ -69,6 +74,16 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
         if float(rest.abs().max()) > _EQUAL * float(jumps.abs().max()):
             _add_to_layer(host, _host_inputs(student, teacher, name, starts), rest)
     return stock
+
+
+def _add_changes(network: nn.Module, stock: nn.Module, length: float) -> None:
+    """Add the changes of the weights at one length of the jump to a stock network."""
+    for name, layer in scaled_layers(network).items():
+        weight, bias = cast("Any", layer).change()
+        target = cast("Any", stock.get_submodule(name))
+        target.weight.add_(length * weight.to(target.weight))
+        if bias is not None:
+            target.bias.add_(length * bias.to(target.bias))
 
 
 def _host_inputs(student: Student, teacher: Teacher, name: str, times: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fmm_distill.student.scaled_layers import Call, Jump, scale_layers
 from fmm_distill.student.two_time import JumpEmbedding
 
 if TYPE_CHECKING:
@@ -32,10 +33,18 @@ class TwoTimeNetwork(nn.Module):
     Args:
         hosts: the layers whose output h is added to, by name, and the number of their features.
         guidance_range: the scales of guidance that the network takes as ``w=w``; None: it takes none.
+        scaled: the layers whose weights change with h, by name, and the ranks of their changes.
+        diagonal: whether these layers have a change at h = 0 too.
     """
 
     def __init__(
-        self, network: nn.Module, hosts: Mapping[str, int], guidance_range: tuple[float, float] | None = None
+        self,
+        network: nn.Module,
+        hosts: Mapping[str, int],
+        guidance_range: tuple[float, float] | None = None,
+        scaled: Mapping[str, int] | None = None,
+        *,
+        diagonal: bool = False,
     ) -> None:
         super().__init__()
         # A copy: training must not change the teacher, whose parameters are frozen.
@@ -43,13 +52,22 @@ class TwoTimeNetwork(nn.Module):
         guided = guidance_range is not None
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guided) for width in hosts.values()])
         self.guidance_range = guidance_range
-        # The length of the jump and the guidance fraction that the current call is conditioned on.
-        self.jump: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.call_state = Call()
+        scale_layers(self.network, dict(scaled or {}), self.call_state, diagonal=diagonal)
         for index, name in enumerate(hosts):
             self.network.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
 
+    @property
+    def jump(self) -> Jump:
+        """What the current call is conditioned on."""
+        return self.call_state.jump
+
+    @jump.setter
+    def jump(self, jump: Jump) -> None:
+        self.call_state.jump = jump
+
     def _add_jump(self, index: int, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        h, fraction = self.jump
+        h, fraction = self.jump.h, self.jump.fraction
         if h is None:
             return output
         jump = self.jump_embedding[index](h, fraction).to(output.dtype)
@@ -58,7 +76,7 @@ class TwoTimeNetwork(nn.Module):
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
 
     @contextmanager
-    def jumping(self, jump: tuple[Tensor | None, Tensor | None]) -> Iterator[None]:
+    def jumping(self, jump: Jump) -> Iterator[None]:
         """Condition the calls in the block on this jump."""
         # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
         before, self.jump = self.jump, jump
@@ -79,7 +97,7 @@ class TwoTimeNetwork(nn.Module):
         if w is not None and self.guidance_range is not None:
             low, high = self.guidance_range
             fraction = (w - low) / (high - low)
-        with self.jumping((None, None) if h is None else (h, fraction)):
+        with self.jumping(self.call_state.of(h, fraction)):
             return self.network(*args, **kwargs)
 
 

@@ -14,13 +14,13 @@ from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import MapNetwork, TwoTimeNetwork
+from fmm_distill.student.scaled import ScaledWeights, freeze_base, ranks_of_layers
+from fmm_distill.student.scaled_layers import scaled_layers
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
 from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from jaxtyping import Float
     from torch import Tensor
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.time_axis import Prediction
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["Student", "StudentPrediction"]
+__all__ = ["Student", "StudentPrediction", "is_new"]
 
 StudentPrediction = Literal["teacher", "v_prediction"]
 
@@ -64,15 +64,19 @@ class Student(LearnedFlowMap):
         prediction: StudentPrediction = "teacher",
         *,
         network: nn.Module | None = None,
+        scaled: ScaledWeights | None = None,
         seed: int = 0,
     ) -> Self:
         """Return a student with the teacher's weights, or with those of ``network``.
 
-        With the teacher's weights and prediction it equals the teacher for every (t, r) until it is trained. With
-        ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be regressed
-        on the teacher's velocity first (``student.regression_steps`` of a recipe).
+        The length h of a jump is an input of the network by an embedding, or it scales a change of the weights.
+
+        With the teacher's weights and prediction the student equals the teacher for every (t, r) until it is trained.
+        With ``prediction="v_prediction"`` and another teacher the weights are only a start: the diagonal has to be
+        regressed on the teacher's velocity first (``student.regression_steps`` of a recipe).
 
         Args:
+            scaled: the changes of the weights that h scales; None: h is embedded, and every weight is trained.
             network: the network to start from, which a teacher without a network needs: a network that is called as
                 the stock ones of diffusers are, ``network(x, timestep).sample``, and that predicts the velocity, or a
                 ``LearnedFlowMap`` of your own, which measures jumps on the teacher's time axis.
@@ -101,10 +105,7 @@ class Student(LearnedFlowMap):
                 f"student.prediction: expected teacher for a teacher of {teacher.prediction}, got {chosen}; "
                 "leave it out"
             )
-        student = cls(
-            _two_time_copy(teacher, find_jump_hosts(teacher), seed).eval(),
-            replace(teacher.parametrization, prediction=chosen),
-        )
+        student = cls(_two_time_copy(teacher, scaled, seed).eval(), replace(teacher.parametrization, prediction=chosen))
         student.started_from = started_from
         _check_first_call(student, teacher)
         return student
@@ -147,22 +148,39 @@ class Student(LearnedFlowMap):
         return self.parametrization.velocity(self.network, x, t, cond, h)
 
 
-def _two_time_copy(teacher: Teacher, hosts: Mapping[str, int], seed: int) -> nn.Module:
+def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) -> nn.Module:
     """Return a copy of the teacher's network with h as one more input."""
     guidance_range = None if teacher.guidance is None else teacher.guidance.range
+    # A range of guidance is an embedding for both kinds of students.
+    hosts = find_jump_hosts(teacher) if scaled is None or guidance_range is not None else {}
+    ranks = None if scaled is None else ranks_of_layers(teacher, scaled)
+    factors = scaled is not None and scaled.diagonal and scaled.rank > 0
     # The first layer of the new embedding is random: from a seed of its own, so that a run is reproducible.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not isinstance(teacher.network, ModelMixin):
-            return TwoTimeNetwork(teacher.network, hosts, guidance_range)
-        config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
-        kind = cast("Any", two_time(cast("Any", type(teacher.network))))
-        network = cast("nn.Module", kind.from_config(config | {"guidance_range": guidance_range}))
-    # Not strict, since the jump embeddings are new; any other difference is an error below.
-    missing, unexpected = network.load_state_dict(teacher.network.state_dict(), strict=False)
-    if unexpected or any(not key.startswith("jump_embedding.") for key in missing):
-        raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
+            network: nn.Module = TwoTimeNetwork(teacher.network, hosts, guidance_range, ranks, diagonal=factors)
+        else:
+            config = teacher.config | {"jump_hosts": list(hosts), "jump_widths": list(hosts.values())}
+            config |= {"scaled_layers": ranks, "diagonal": factors, "guidance_range": guidance_range}
+            network = cast("Any", two_time(cast("Any", type(teacher.network)))).from_config(config)
+            _load_teacher(network, teacher.network)
+    if scaled is not None:
+        freeze_base(network, diagonal=scaled.diagonal)
     return network
+
+
+def _load_teacher(network: nn.Module, teacher: nn.Module) -> None:
+    """Load the teacher's weights; all others are zero at first, or random."""
+    # Not strict, since these are new; any other difference is an error below.
+    missing, unexpected = network.load_state_dict(teacher.state_dict(), strict=False)
+    if unexpected or not all(is_new(key) for key in missing):
+        raise RuntimeError(f"two-time network does not match the teacher: missing {missing}, unexpected {unexpected}")
+
+
+def is_new(name: str) -> bool:
+    """Return whether the teacher's network has no parameter of this name: it depends on the jump."""
+    return name.startswith("jump_embedding.") or name.rpartition(".")[2].startswith(("jump_", "diagonal_"))
 
 
 @torch.no_grad()
@@ -176,14 +194,15 @@ def _check_first_call(student: Student, teacher: Teacher) -> None:
     cond = None if cond is None else cond.to(device)
     # A jump of length 0, which every student computes, trained or not.
     t = torch.full((1,), teacher.schedule.t_max, dtype=torch.float64, device=device)
-    calls: list[int] = []
-    embedding = cast("Any", student.network).jump_embedding[0]
-    hook = embedding.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[bool] = []
+    network = cast("Any", student.network)
+    part = next(iter((*network.jump_embedding, *scaled_layers(network).values())))
+    hook = part.register_forward_hook(lambda *_: calls.append(network.jump.h is not None))
     try:
         student.mean_velocity(torch.zeros(1, *teacher.event_shape, device=device), t, t, cond)
     finally:
         hook.remove()
-    if not calls:
+    if not any(calls):
         raise UserError(
             f"{teacher.source}: expected the call of its Parametrization to pass h on, got one that leaves it out; try "
             "network(x, time, h=h) where h is not None"

@@ -21,10 +21,23 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import logging
 from torch import nn
 
+from fmm_distill.student.scaled_layers import Call, Jump, scale_layers
+
 logger = logging.get_logger(__name__)
 
+_IMPORT = "from fmm_distill.student.scaled_layers import Call, Jump, scale_layers\n"
+
+
+def _read_source() -> str:
+    """Return this file with the code of the scaled layers in place of its import: exports have one file per network."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    if _IMPORT not in source:
+        return source
+    return source.replace(_IMPORT, f"\n{Path(__file__).with_name('scaled_layers.py').read_text(encoding='utf-8')}\n")
+
+
 # Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SOURCE = _read_source()
 # Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
 MODULE = f"two_time_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
@@ -95,19 +108,31 @@ class _TwoTime:
     def __init__(
         self,
         *args: object,
-        jump_hosts: list[str],
-        jump_widths: list[int],
+        jump_hosts: list[str] = (),
+        jump_widths: list[int] = (),
+        scaled_layers: dict[str, int] | None = None,
+        diagonal: bool = False,
         guidance_range: list[float] | None = None,
         flow_map: dict | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
-        own = {"jump_widths": jump_widths, "guidance_range": guidance_range, "flow_map": flow_map}
-        self.register_to_config(jump_hosts=jump_hosts, **own)
+        own = {"jump_widths": list(jump_widths), "guidance_range": guidance_range, "flow_map": flow_map}
+        own |= {"scaled_layers": scaled_layers, "diagonal": diagonal}
+        self.register_to_config(jump_hosts=list(jump_hosts), **own)
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
-        # The length of the jump and the fraction of the guidance that the current call is conditioned on.
-        self.jump = (None, None)
+        self.call_state = Call()
+        scale_layers(self, scaled_layers or {}, self.call_state, diagonal=diagonal)
         self._register_jump_hooks()
+
+    @property
+    def jump(self) -> Jump:
+        """What the current call is conditioned on."""
+        return self.call_state.jump
+
+    @jump.setter
+    def jump(self, jump: Jump) -> None:
+        self.call_state.jump = jump
 
     def _register_jump_hooks(self) -> None:
         for index, name in enumerate(self.config.jump_hosts):
@@ -118,7 +143,7 @@ class _TwoTime:
                 host.register_forward_hook(functools.partial(self._add_jump, index))
 
     def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        h, fraction = self.jump
+        h, fraction = self.jump.h, self.jump.fraction
         if h is None:
             return output
         jump = self.jump_embedding[index](h, fraction).to(output.dtype)
@@ -127,7 +152,7 @@ class _TwoTime:
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
 
     @contextlib.contextmanager
-    def jumping(self, jump: tuple):
+    def jumping(self, jump: Jump):
         """Condition the calls in the block on this jump."""
         # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
         before, self.jump = self.jump, jump
@@ -191,7 +216,7 @@ class _TwoTime:
             h: length of the jump as a fraction of the time axis, shape ``[batch]``; None: the stock model.
             w: scale of guidance, shape ``[batch]``, which a network with a ``guidance_range`` takes with h.
         """
-        with self.jumping((None, None) if h is None else (h, self.guidance_fraction(w))):
+        with self.jumping(self.call_state.of(h, None if h is None else self.guidance_fraction(w))):
             return super().forward(*args, **kwargs)
 
     def student_scheduler(self, scheduler):
@@ -275,18 +300,22 @@ def _warn_once(message: str) -> None:
 def two_time(stock: type) -> type:
     """Return the class ``TwoTime<stock>``: the stock network also conditioned on the jump, ``model(..., h=h)``.
 
-    Without h it is the stock model. Its configuration has four more entries: ``jump_hosts``, the names of the layers to
-    whose outputs the embedding of h is added, ``jump_widths``, the numbers of their features, ``guidance_range``, the
-    range of the scale of guidance that is passed as ``w=w``, and ``flow_map``, the scheduler of the student and the
-    measure of h. The state dict is that of the stock class plus ``jump_embedding.*``.
+    Without h it is the stock model. Its configuration has more entries: ``jump_hosts``, the names of the layers to
+    whose outputs an embedding of h is added, ``jump_widths``, the numbers of their features, ``scaled_layers``, the
+    layers whose weights change with h and the ranks of these changes, ``diagonal``, whether there is a change at h = 0
+    too, ``guidance_range``, the range of the scale of guidance that is passed as ``w=w``, and ``flow_map``, the
+    scheduler of the student and the measure of h. The state dict is that of the stock class plus ``jump_embedding.*``
+    and, in scaled layers, ``jump_*`` and ``diagonal_*``.
     """
     name = f"TwoTime{stock.__name__}"
     made = type(name, (_TwoTime, stock), {"__module__": __name__, "__doc__": two_time.__doc__})
     # diffusers reads a configuration's keys from the signature.
     stock_parameters = [p for p in inspect.signature(stock.__init__).parameters.values() if p.kind != p.VAR_KEYWORD]
     own = [
-        inspect.Parameter("jump_hosts", inspect.Parameter.KEYWORD_ONLY),
-        inspect.Parameter("jump_widths", inspect.Parameter.KEYWORD_ONLY),
+        inspect.Parameter("jump_hosts", inspect.Parameter.KEYWORD_ONLY, default=()),
+        inspect.Parameter("jump_widths", inspect.Parameter.KEYWORD_ONLY, default=()),
+        inspect.Parameter("scaled_layers", inspect.Parameter.KEYWORD_ONLY, default=None),
+        inspect.Parameter("diagonal", inspect.Parameter.KEYWORD_ONLY, default=False),
         inspect.Parameter("guidance_range", inspect.Parameter.KEYWORD_ONLY, default=None),
         inspect.Parameter("flow_map", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -23,9 +24,10 @@ from fmm_distill.errors import UserError
 from fmm_distill.losses.base import DerivativeLoss, Jump, squared_norm
 from fmm_distill.losses.time_sampling import sample_diagonal_times, sample_times
 from fmm_distill.losses.weighting import LearnedWeight, measure, weigh
+from fmm_distill.training.compile import network_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -107,6 +109,30 @@ class Objective(nn.Module):
         The minimized loss is the distance of the residual, weighted.
         """
         draws = draws if data is None else data.with_conditions(draws)
+        with self._calls(regression=step < self.recipe.student.regression_steps):
+            return self._losses(draws, data, step)
+
+    @contextmanager
+    def _calls(self, *, regression: bool) -> Iterator[None]:
+        """Tell scaled networks which samples share a length, and which of their weights are trained."""
+        recipe = self.recipe
+        groups = recipe.time_sampling.groups
+        states = [
+            state
+            for one in (self.student, *self.fixed.target_maps.values())
+            if (state := getattr(network_of(cast("LearnedFlowMap", one)), "call_state", None)) is not None
+        ]
+        for state in states:
+            state.group, state.regression = recipe.training.batch_size // groups if groups else 1, regression
+        try:
+            yield
+        finally:
+            # Other callers, the evaluation for example, have batches of their own.
+            for state in states:
+                state.group, state.regression = 1, False
+
+    def _losses(self, draws: Draws, data: Batch | None, step: int) -> tuple[Tensor, Tensor]:
+        """Return each sample's mean squared residual and its minimized loss."""
         if step < self.recipe.student.regression_steps:
             return self._regression(draws, data)
         terms, step = self._terms(draws, step)

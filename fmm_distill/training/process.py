@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     AutocastKwargs,
+    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     GradientAccumulationPlugin,
@@ -125,6 +126,11 @@ def check_training(recipe: Recipe) -> None:
             f"training.batch_size: expected a multiple of {parts} for {processes} processes x "
             f"{training.gradient_accumulation_steps} gradient accumulation steps, got {training.batch_size}"
         )
+    groups = recipe.time_sampling.groups
+    if groups % parts and groups:
+        raise UserError(
+            f"time_sampling.groups: expected a multiple of {parts}, the number of parts of a batch, got {groups}"
+        )
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -150,7 +156,14 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), str(tracker_folder(folder))),
         # Before torch 2.11 a weight cast to half precision without gradients, for a jump to the start, stays in the
         # cache for the call that is to have them, and gets none (pytorch issue 112583).
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            AutocastKwargs(cache_enabled=False),
+            # The regression of a scaled student trains other parameters than the losses after it.
+            DistributedDataParallelKwargs(
+                find_unused_parameters=recipe.student.kind == "scaled" and recipe.student.regression_steps > 0
+            ),
+        ],
     )
     if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type not in SPLITS:
         raise UserError(

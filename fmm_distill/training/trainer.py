@@ -207,7 +207,8 @@ class Trainer:
             # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
             group["lr"] = rate
         # Each process draws the complete batch and takes its part, so that their number changes no draw.
-        draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape)
+        groups = self.recipe.time_sampling.groups
+        draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape, groups=groups)
         try:
             losses, weighted, gradient_norm = self._gradient(draws, step)
         except RuntimeError as error:

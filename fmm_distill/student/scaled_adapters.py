@@ -1,0 +1,82 @@
+"""What a scaled student shares with its teacher, and its changes of weights as merged weights and as adapters."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from fmm_distill.student.scaled_layers import product_of, scaled_layers
+from fmm_distill.teachers.codec import PipelineCodec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fmm_distill.student.student import Student
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["StockCalls", "adapter_states", "merge_diagonal", "share_network"]
+
+
+class StockCalls(nn.Module):
+    """A student's network that is called without a jump, as its teacher. It owns no weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # A tuple hides the network from torch: the student already counts, moves and saves these weights.
+        self._network = (network,)
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
+        """The configuration of the network."""
+        return cast("Any", self._network[0]).config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
+        """Call the network at h = 0, which is the teacher."""
+        return self._network[0](*args, **kwargs)
+
+
+def share_network(student: Student, teacher: Teacher) -> Teacher:
+    """Return the teacher on the student's network, which is the teacher's without a jump."""
+    codec = copy.copy(teacher.codec)
+    if isinstance(codec, PipelineCodec):
+        codec.network = student.network
+        # An open pipeline holds the teacher's first network, which would stay in memory.
+        codec.release()
+    return replace(teacher, network=StockCalls(student.network).eval(), codec=codec)
+
+
+@torch.no_grad()
+def merge_diagonal(student: Student) -> Student:
+    """Return the student with G added to its weights; the student itself if it has no G."""
+    network = student.network
+    if not any(hasattr(layer, "diagonal_A") for layer in scaled_layers(network).values()):
+        return student
+    # A copy: an export also saves the adapters, which the student itself still has.
+    plain = copy.deepcopy(student)
+    for module in scaled_layers(plain.network).values():
+        layer = cast("Any", module)
+        layer.weight.add_(product_of(layer.diagonal_A, layer.diagonal_B).to(layer.weight))
+        del layer.diagonal_A, layer.diagonal_B
+    if hasattr(plain.network, "register_to_config"):
+        cast("Any", plain.network).register_to_config(diagonal=False)
+    return plain
+
+
+def adapter_states(student: Student, component: str) -> dict[str, dict[str, Tensor]]:
+    """Return the adapters of a student of low rank under the names that diffusers loads, by the adapter's name.
+
+    ``student`` is multiplied by the length of the jump, ``guidance`` is not.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in student.network.state_dict().items():
+        layer, _, last = name.rpartition(".")
+        kind, _, factor = last.partition("_")
+        if factor in ("A", "B"):
+            adapter = {"jump": "student", "diagonal": "guidance"}[kind]
+            key = f"{component}.{layer}.lora_{factor}.weight"
+            found.setdefault(adapter, {})[key] = value.detach().cpu().contiguous()
+    return found

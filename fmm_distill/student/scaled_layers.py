@@ -36,8 +36,7 @@ class Jump(NamedTuple):
         """Fail if the samples of a group have different lengths, without waiting for a GPU."""
         size = 1 if self.h is None else self.group or len(self.h)
         if size > 1 and len(self.h) % size == 0:
-            groups = self.h.reshape(-1, size)
-            torch._assert_async(((groups - groups[:, :1]).abs() <= _EQUAL).all())
+            _check_equal(self.h.reshape(-1, size))
 
     def lengths_of_groups(self, rows: int) -> torch.Tensor | None:
         """Return one length per group of equally many rows of a layer's input; None: samples have their own."""
@@ -54,7 +53,7 @@ class Jump(NamedTuple):
         rows, rest = divmod(len(x), len(h))
         if rest:
             # Samples have different numbers of rows, for example of tokens: only one length for all is unambiguous.
-            torch._assert_async(((h - h[:1]).abs() <= _EQUAL).all())
+            _check_equal(h[None])
             h, rows = h[:1], 1
         # Tokens, frames or windows of one sample are consecutive rows.
         return h.repeat_interleave(rows).reshape(-1, *[1] * (x.ndim - 1))
@@ -80,6 +79,11 @@ class Call:
         jump = Jump(h, fraction, self.group, self.regression)
         jump.check()
         return jump
+
+
+def _check_equal(groups: torch.Tensor) -> None:
+    equal = ((groups - groups[:, :1]).abs() <= _EQUAL).all()
+    torch._assert_async(equal, "expected one length of the jump for all samples of a group, got several")
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:

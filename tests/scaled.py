@@ -65,4 +65,4 @@ def train(settings: dict, folder: Path) -> Trainer:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """The relative difference in the 2-norm."""
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())

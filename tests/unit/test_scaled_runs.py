@@ -23,6 +23,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import averaged, frozen_copy, trained_state
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.trainer import Trainer
+from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.scaled import train
 from tests.unit.test_trainer import flat, losses
@@ -85,9 +86,10 @@ def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, 
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
 
 
-def on_two_processes(folder, teacher_folder, names, *how):
+def on_two_processes(folder, teacher_folder, names, *how, more=None):
     folder.mkdir()
-    (folder / "recipes.json").write_text(json.dumps({name: settings_of(teacher_folder, name) for name in names}))
+    recipes = {name: settings_of(teacher_folder, name) for name in names}
+    (folder / "recipes.json").write_text(json.dumps(recipes | (more or {})))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -97,11 +99,22 @@ def on_two_processes(folder, teacher_folder, names, *how):
     assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
 
 
+def with_unused_parameters(folder):
+    """Settings of a student of a network whose last block has outputs for the text."""
+    tiny = FAMILIES["qwen-image"]
+    tiny.build().save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    plain = settings_of(folder / "teacher", "full", steps=2)
+    return plain | {"pipeline": dict(tiny.call), "prompts": {"file": str(folder / "prompts.txt")}}
+
+
 @pytest.mark.parametrize("how", [(), ("shard",)], ids=["whole", "shards"])
 def test_two_processes_give_the_numbers_of_one(tmp_path, folder, how):
     """With whole weights in each process, and split over the two, as FSDP does it for changes of full rank."""
     names = FULL if how else CASES
-    on_two_processes(tmp_path / "two", folder, names, *how)
+    more = {} if how else {"outputs that nothing reads": with_unused_parameters(tmp_path)}
+    on_two_processes(tmp_path / "two", folder, names, *how, more=more)
+    assert all(len(losses(tmp_path / "two" / name)) == 2 for name in more)
     for name in names:
         settings = settings_of(folder, name)
         train(settings, tmp_path / name)

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.data.samples import Images
 from fmm_distill.losses import registered_losses
-from fmm_distill.run.plan import plan
+from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.student.student import is_new
 from fmm_distill.training import checkpoint
-from fmm_distill.training.ema import averaged, frozen_copy, trained_state
+from fmm_distill.training.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.trainer import Trainer
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.scaled import train
+from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_trainer import flat, losses
 
 SPLIT = Path(__file__).parent / "split_scaled.py"
@@ -186,3 +187,34 @@ def test_teacher_and_student_are_one_copy_of_the_weights(folder, name):
     assert all(p.grad is None for p in job.student.parameters())
     state = job.student.network.call_state
     assert (state.group, state.regression, state.jump.h) == (1, False, None)
+
+
+@pytest.mark.parametrize("guidance", [{"scale": 2.0}, {"scale": 2.0, "range": [1.0, 3.0]}], ids=["scale", "range"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_guidance_is_learned_in_the_regression_and_stays(tmp_path, rank, guidance):
+    """The diagonal moves towards the guided velocity; the losses after the regression leave it as it is."""
+    PIPELINES["dit"].build().save_pretrained(tmp_path / "teacher")
+    student = {"kind": "scaled", "lora": {"rank": rank}, "regression_steps": 6}
+    training = {"steps": 3, "batch_size": 8, "checkpoint_every": 3, "checkpoints_total_limit": 9}
+    settings = {"teacher": str(tmp_path / "teacher"), "guidance": guidance, "student": student, "training": training}
+    settings |= {"loss": {"name": "lagrangian", "stop_gradient": "target"}, "optimizer": {"lr": 1e-3}}
+    original = open_teacher(Recipe.model_validate(settings))
+    trainer = train(settings, tmp_path / "run")
+    x = torch.randn(3, *original.event_shape, generator=torch.Generator().manual_seed(0))
+    t = original.schedule.time_at(torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64))
+    cond = original.conditioned_on(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    scales = [cond.guided(w) for w in (1.0, 2.0, 3.0)] if "range" in guidance else [cond]
+    with torch.no_grad():
+        guided = [original.velocity(x, t, c) for c in scales]
+        # The teacher of the run, which may have the student's weights, has not moved.
+        assert all(torch.equal(trainer.teacher.velocity(x, t, c), v) for c, v in zip(scales, guided, strict=True))
+        found = {}
+        for step in (3, 6, 9):
+            stored = checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+            load_trained(trainer.student, trainer.student, stored.tensors["student"])
+            found[step] = [trainer.student.mean_velocity(x, t, t, c) for c in scales]
+            moved = [trainer.student.mean_velocity(x, t, t / 2, c) for c in scales]
+            is_jump = step > 6
+            assert all(torch.equal(u, v) != is_jump for u, v in zip(moved, found[step], strict=True))
+    assert not torch.equal(found[3][-1], found[6][-1])
+    assert all(torch.equal(one, other) for one, other in zip(found[6], found[9], strict=True))

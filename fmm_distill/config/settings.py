@@ -72,7 +72,7 @@ class LoraSettings(Settings):
 
 
 class StudentSettings(Settings):
-    """How the student depends on the jump's length, its prediction type, its start and its adapters."""
+    """The student: its kind, its prediction type, its start and its adapters."""
 
     kind: Literal["embedded", "scaled"] = "embedded"
     """Dependence on the length h of the jump: an embedding of h next to the one of the time, or weights W + h dW, which

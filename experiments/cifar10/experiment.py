@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from experiments.cifar10.budget import Budget
     from experiments.cifar10.measure import Judge
 
-STEPS = (1, 2, 4, 8, 16)
+STEPS = (1, 2, 4, 8, 16, 32)
 SOLVERS = ("ddim", "dpmsolver++")
-SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
+SOLVER_STEPS = (1, 2, 4, 8, 16, 32, 50)
 # The number of steps that is measured first, for an estimate of the others.
 FIRST = 4
 
@@ -354,7 +354,7 @@ def machine() -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     """Return the settings in which the recipes of students differ."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
+    names = ("data", "loss", "extra_losses", "stages", "student", "time_sampling", "weight", "training")
     if "data" in recipe:
         # The path on this machine does not matter.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name

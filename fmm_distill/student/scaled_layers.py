@@ -133,7 +133,8 @@ class _Scaled:
         change = self.change()
         lengths = jump.lengths_of_groups(len(x))
         if lengths is None:
-            return self._product(x, weight, bias) + jump.lengths_of_rows(x) * self._product(x, *change)
+            moved = self._product(x, *change)
+            return self._product(x, weight, bias) + jump.lengths_of_rows(moved) * moved
         # One product per group with the sum of both weights, in place of two products per sample.
         parts = zip(x.chunk(len(lengths)), lengths, strict=True) if len(lengths) > 1 else [(x, lengths[0])]
         outputs = [self._product(part, *_sums((weight, bias), change, h.to(weight.dtype))) for part, h in parts]

@@ -197,30 +197,42 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
 def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWeights | None:
     """Return the changes of the weights of a scaled student; None: the student is an embedded one."""
     settings = recipe.student
-    if settings.kind != "scaled":
+    if recipe.student_kind == "embedded":
         return None
-    if isinstance(given.student, LearnedFlowMap):
-        raise UserError(
-            "student.kind: expected embedded for a LearnedFlowMap, which takes h itself, got scaled; try "
-            "student.kind: embedded"
-        )
     reasons = {
         "guidance": teacher.guidance is not None,
         "another prediction": settings.prediction not in ("teacher", teacher.prediction),
-        "a network of its own": given.student is not None,
+        "the velocity of a new network": given.student is not None,
     }
     needed = [name for name, holds in reasons.items() if holds]
-    if needed and not settings.regression_steps:
-        raise UserError(
-            f"student.regression_steps: expected steps in which a scaled student learns {' and '.join(needed)} at "
-            "h = 0, got 0; try --set student.regression_steps=500, or student.kind=embedded"
-        )
-    if settings.regression_steps and not needed:
-        logger.warning(
-            "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
-            "--set student.regression_steps=0"
-        )
-    return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
+    problem, advice = None, "student.kind=embedded"
+    if isinstance(given.student, LearnedFlowMap):
+        problem = "a LearnedFlowMap takes h itself"
+    elif needed and not settings.regression_steps:
+        problem = f"{' and '.join(needed)} has to be learned at h = 0, and student.regression_steps is 0"
+        advice = "student.regression_steps=500, or student.kind=embedded"
+    if problem is None:
+        if settings.regression_steps and not needed:
+            logger.warning(
+                "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
+                "--set student.regression_steps=0"
+            )
+        return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
+    if settings.kind == "scaled":
+        raise UserError(f"student.kind: expected embedded, got scaled: {problem}; try --set {advice}")
+    _check_embedded(recipe)
+    logger.info(f"student.kind: embedded ({problem})")
+    return None
+
+
+def _check_embedded(recipe: Recipe) -> None:
+    """Check what the recipe could leave out for a scaled student."""
+    try:
+        recipe.check_velocity()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if recipe.time_sampling.groups:
+        raise UserError("time_sampling.groups: expected a scaled student, got an embedded one; leave groups out")
 
 
 def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:

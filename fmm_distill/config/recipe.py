@@ -73,6 +73,9 @@ class Recipe(Settings):
     """Branch, tag or commit of the teacher on the Hub."""
     variant: str | None = None
     """Variant of the teacher's weight files, such as fp16; null: the plain files. All are opened in float32."""
+    timesteps: int | None = Field(default=None, ge=2, le=1_000_000)
+    """Number of the teacher's timesteps that are used, counted from data; null: all. Fewer leave out the noisiest, at
+    which an epsilon prediction is the least accurate."""
     pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width."""
     prompts: PromptSettings = PromptSettings()

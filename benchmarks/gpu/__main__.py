@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fastgen", type=Path, help="steps, cifar10: checkout of https://github.com/NVlabs/FastGen")
     made.add_argument("--stored", type=Path, help="cifar10: folder with the teacher of an earlier call (stored-*.bin)")
     made.add_argument("--wheels", type=Path, help="folder of wheels; missing packages are installed from it")
+    made.add_argument("--only", nargs="+", default=[], help="cifar10: only these students")
     made.add_argument("--commit", help="recorded where the files are a copy without git's history")
     return made
 
@@ -85,7 +86,8 @@ def run(given: argparse.Namespace) -> None:
         sys.exit("expected a GPU that torch can use; try --device cpu --tiny for a trial")
     about = {"stage": stage.name, "goal": stage.goal, "tiny": given.tiny, "minutes": given.minutes}
     about |= machine.about_machine(given.device) | machine.about_code(stage.sources, given.commit)
-    options = Options(device=given.device, tiny=given.tiny, minutes=given.minutes, **paths)
+    chosen = {"tiny": given.tiny, "minutes": given.minutes, "only": tuple(given.only)}
+    options = Options(device=given.device, **chosen, **paths)
     record = Record(options.output / f"gpu-{stage.name}.json", about)
     job = Job(options, record, deadline, stage)
     print(f"{job.plan()}\n{about['device']}, torch {about['torch']}, commit {about['commit']}", flush=True)

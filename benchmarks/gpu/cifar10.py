@@ -42,7 +42,9 @@ class Experiment(experiment.Experiment):
         # A step of FastGen in torch's own forward mode takes about as long as two of this package.
         peers = [] if options.fastgen is None else list(PEERS)
         budget = replace(budget, peers=2 * len(peers), seeded=0)
-        names = list(METHODS)[: 2 if options.tiny else None]
+        names = list(options.only) or list(METHODS)[: 2 if options.tiny else None]
+        if unknown := set(names) - METHODS.keys():
+            sys.exit(f"--only: expected names of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
         super().__init__(options.data, work, work / "gpu-cifar10.json", budget, minutes, names)
         self.job, self.peers = job, peers
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from benchmarks.step_peers import ECT, PeerStep
 from experiments.cifar10.budget import BUDGETS
-from experiments.cifar10.experiment import STEPS
 from experiments.cifar10.measure import open_judge, save_atomically
 from fmm_distill.io.files import append_line, write_text
 from fmm_distill.student.student import Student
@@ -106,10 +105,10 @@ def run(name: str, work: Path, fastgen: Path, budget: Budget, steps: int) -> Non
     student = peer.average.module
     judge = open_judge(teacher, work, budget, device, work)
     if name == "fastgen mean_flow":
-        rows, pictures = judge.student(student, STEPS)
+        rows, pictures = judge.student(student, budget.calls)
     else:
         student = student.to(device).eval()
-        found = {str(n): judge.row(consistency(student, n)) for n in STEPS}
+        found = {str(n): judge.row(consistency(student, n)) for n in budget.calls}
         rows, pictures = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
     pixels = {n: ((x + 1) * 127.5).round().clamp(0, 255).byte().contiguous() for n, x in pictures.items()}
     save_atomically(pixels, work / "rows" / f"{title}-0.safetensors")

@@ -83,6 +83,7 @@ class Options:
     data: Path | None = None
     fastgen: Path | None = None
     stored: Path | None = None
+    only: tuple[str, ...] = ()
 
 
 @dataclass

@@ -23,6 +23,7 @@ class Budget:
         peers: processes of other packages that train on the device at the same time.
         seeded: the number of the best students that are trained with a second seed.
         solver_steps: RK4 steps of the teacher's ODE, for the endpoint error.
+        calls: the numbers of calls that each student is measured at; 32 more calls take as long as all of the others.
         reserve: seconds at the end, for the last measurements and the pictures.
         watched: seconds in which the speed of all losses is measured at the same time.
         startup: seconds in which processes start and end and the device is idle.
@@ -48,6 +49,7 @@ class Budget:
     endpoint_samples: int = 512
     solver_steps: int = 32
     measure_batch: int = 1000
+    calls: tuple[int, ...] = (1, 2, 4, 8, 16)
     watched: float = 8.0
     reserve: float = 25.0
     startup: float = 45.0
@@ -68,6 +70,7 @@ BUDGETS = {
         steps=500,
         batch=64,
         parallel=2,
+        calls=(1, 2, 4, 8, 16, 32),
         solver_steps=32,
         reserve=60.0,
     ),

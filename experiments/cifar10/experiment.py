@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from experiments.cifar10.budget import Budget
     from experiments.cifar10.measure import Judge
 
-STEPS = (1, 2, 4, 8, 16)
 SOLVERS = ("ddim", "dpmsolver++")
-SOLVER_STEPS = (1, 2, 4, 8, 16, 50)
+SOLVER_STEPS = (1, 2, 4, 8, 16, 32, 50)
 # The number of steps that is measured first, for an estimate of the others.
 FIRST = 4
 
@@ -209,7 +208,7 @@ class Experiment:
         row = read(self.work / "rows" / f"{SOLVERS[0]}-{FIRST}.json")[str(FIRST)]
         # Network calls per image of a student's measurement: the sum of its numbers of steps.
         students = len(speeds) + budget.seeded
-        measuring = students * sum(STEPS) * budget.samples / (FIRST * row["images_per_second"])
+        measuring = students * sum(budget.calls) * budget.samples / (FIRST * row["images_per_second"])
         seconds = self.left() - budget.startup - measuring
         # Students with a second seed train last and few at a time: they use half of the device.
         seeded = 2 * budget.seeded * max(speeds.values())
@@ -250,7 +249,7 @@ class Experiment:
 
     def _measure(self, title: str, name: str) -> None:
         folder = self.work / "students" / title
-        rows, pictures = self.judge.student(load_student(folder / "student").flow_map, STEPS)
+        rows, pictures = self.judge.student(load_student(folder / "student").flow_map, self.budget.calls)
         log = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
         found = {"method": name, "steps": len(log), "images_seen": len(log) * self.budget.batch, "rows": rows}
         found["cpu_seconds"] = self.processes.cpu_seconds(title)
@@ -258,8 +257,8 @@ class Experiment:
         self._save(title, found, pictures)
         # After each student, so that an interruption loses little.
         self.write_json()
-        shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in STEPS)
-        print(f"{title}: Fréchet distance {shown} at {STEPS} steps, {self.left():.0f} s left", flush=True)
+        shown = ", ".join(f"{rows[str(n)]['frechet']:.3g}" for n in self.budget.calls)
+        print(f"{title}: Fréchet distance {shown} at {self.budget.calls} steps, {self.left():.0f} s left", flush=True)
 
     def _best(self) -> list[str]:
         """Return the methods with the lowest mean logarithm of the Fréchet distance."""
@@ -354,7 +353,7 @@ def machine() -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     """Return the settings in which the recipes of students differ."""
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = ("data", "loss", "extra_losses", "stages", "time_sampling", "weight", "training")
+    names = ("data", "loss", "extra_losses", "stages", "student", "time_sampling", "weight", "training")
     if "data" in recipe:
         # The path on this machine does not matter.
         recipe["data"]["source"] = Path(recipe["data"]["source"]).name

@@ -23,12 +23,23 @@ REGRESSION = {"name": "operator_regression", "solver_steps": 4}
 # The derivative along the flow contains the network's roughness in time, up to ten times the change of the flow.
 EULERIAN = {"name": "eulerian", "step": 0.1}
 
+# Weights that change with the length of the jump: the velocity is the teacher's, so no loss has to train it.
+SCALED = {"kind": "scaled"}
+
 # In the order of importance: the last ones are left out when the time is over.
 METHODS: dict[str, dict[str, Any]] = {
     "lagrangian": {"loss": LAGRANGIAN},
+    "lagrangian-scaled": {"loss": LAGRANGIAN, "student": SCALED},
     # With its own jumps as the target it diverges from its teacher within a hundred steps.
     "progressive": {"loss": {"name": "progressive", "target": "average"}, "extra_losses": [VELOCITY]},
     "eulerian": {"loss": EULERIAN},
+    "eulerian-scaled": {"loss": EULERIAN, "student": SCALED},
+    "progressive-scaled": {"loss": {"name": "progressive", "target": "average"}, "student": SCALED},
+    "consistency-scaled": {
+        "loss": {"name": "consistency", "step": 0.05, "solver": "heun"},
+        "student": SCALED,
+        "time_sampling": TO_DATA,
+    },
     # With the derivative, as published.
     "mean_flow": {"loss": {"name": "eulerian"}, "time_sampling": {"prior": 0.25, "diagonal": 0.5}},
     "consistency": {

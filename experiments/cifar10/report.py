@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["markdown", "plot_minutes", "plot_steps", "write_samples"]
 
-STEPS = ("1", "2", "4", "8", "16")
+STEPS = ("1", "2", "4", "8", "16", "32")
 SOLVERS = {"ddim": "teacher, DDIM", "dpmsolver++": "teacher, DPM-Solver++"}
 # Colors of Okabe and Ito, which color-blind readers distinguish; line styles distinguish the others.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -125,7 +125,7 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(NullLocator())
-        axis.set_xticks([1, 2, 4, 8, 16, 50])
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 50])
         axis.xaxis.set_major_formatter(FormatStrFormatter("%d"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3, which="both")

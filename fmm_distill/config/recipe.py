@@ -6,7 +6,7 @@ import difflib
 import importlib.resources
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -74,6 +74,9 @@ class Recipe(Settings):
     """Branch, tag or commit of the teacher on the Hub."""
     variant: str | None = None
     """Variant of the teacher's weight files, such as fp16; null: the plain files. All are opened in float32."""
+    timesteps: int | None = Field(default=None, ge=2, le=1_000_000)
+    """Number of the teacher's timesteps that are used, counted from data; null: all. Fewer leave out the noisiest, at
+    which an epsilon prediction is the least accurate."""
     pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width."""
     prompts: PromptSettings = PromptSettings()
@@ -153,7 +156,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
-        self._have_a_velocity()
+        if self.student_kind == "embedded":
+            self.check_velocity()
+        else:
+            # The teacher's velocity is in the weights.
+            self._train_jumps()
         for loss in self.losses:
             if loss.needs_data and not self.data.has_images:
                 fix = f"{loss.without_data}, or give --data"
@@ -172,12 +179,20 @@ class Recipe(Settings):
         self._groups_fit()
         return self
 
-    def _have_a_velocity(self) -> None:
-        """Check that a loss which only makes a map consistent with itself comes with one that is a velocity's."""
-        if self.student.kind == "scaled":
-            # The teacher's velocity is in the weights.
-            self._trains_jumps()
-            return
+    @property
+    def student_kind(self) -> Literal["scaled", "embedded"]:
+        """The kind of the student as far as the losses decide about it; a teacher can require the other one."""
+        if self.student.kind != "auto":
+            return self.student.kind
+        # These losses train u(x, t, t), which is fixed in a scaled student.
+        return "embedded" if any(loss.diagonal or loss.needs_data for loss in self.losses) else "scaled"
+
+    def check_velocity(self) -> None:
+        """Check that a loss which only makes a map consistent with itself comes with one that is a velocity's.
+
+        Raises:
+            ValueError: if an embedded student would learn no velocity.
+        """
         for stage in self.stages:
             if stage.loss.needs_velocity_term:
                 raise ValueError(
@@ -192,7 +207,7 @@ class Recipe(Settings):
                     "{loss: {name: flow_matching}, fraction: 0.5, time_sampling: {prior: 0, data: 1}}"
                 )
 
-    def _trains_jumps(self) -> None:
+    def _train_jumps(self) -> None:
         """Refuse losses of the velocity alone for a student whose velocity is the teacher's."""
         for loss in self.losses:
             if loss.diagonal:
@@ -212,10 +227,8 @@ class Recipe(Settings):
             )
         if not groups:
             return
-        if self.student.kind != "scaled":
-            raise ValueError(
-                f"time_sampling.groups: expected student.kind: scaled, got {self.student.kind}; leave groups out"
-            )
+        if self.student_kind != "scaled":
+            raise ValueError("time_sampling.groups: expected a scaled student, got an embedded one; leave groups out")
         if training.batch_size % groups:
             raise ValueError(
                 f"time_sampling.groups: expected a divisor of training.batch_size {training.batch_size}, got {groups}"

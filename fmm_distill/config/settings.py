@@ -72,11 +72,11 @@ class LoraSettings(Settings):
 
 
 class StudentSettings(Settings):
-    """How the student depends on the jump's length, its prediction type, its start and its adapters."""
+    """The student: its kind, its prediction type, its start and its adapters."""
 
-    kind: Literal["embedded", "scaled"] = "embedded"
-    """Dependence on the length h of the jump: an embedding of h next to the one of the time, or weights W + h dW, which
-    equal the teacher's at h = 0."""
+    kind: Literal["auto", "scaled", "embedded"] = "auto"
+    """Dependence on the length h of the jump: scaled (weights W + h dW, the teacher's at h = 0) or embedded (h is an
+    input next to the time, every weight is trained); auto: scaled where teacher and losses allow it."""
     prediction: Literal["teacher", "v_prediction"] = "teacher"
     """Prediction type of the network: the teacher's, or v_prediction, which is better conditioned near noise than
     epsilon."""

@@ -138,8 +138,8 @@ class StockPipelineExporter:
         # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
         # stretch.
         if steps > 1 and last < 0.5 / steps and not schedule.uses_unshifted_time:
-            # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
-            scheduler = make_scheduler(self.teacher, student.prediction, float(schedule.grid(steps)[-2]))
+            # The stock grid ends in an almost empty step.
+            scheduler = make_scheduler(self.teacher, student.prediction, steps)
             times = self._times(scheduler, steps)
         return scheduler, times
 

@@ -21,6 +21,8 @@ from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.agreement import Agreement, compare, compare_weights
 from fmm_distill.export.contents import record
 from fmm_distill.io.files import write_text
+from fmm_distill.student.scaled import is_scaled
+from fmm_distill.student.strength import strength_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.export.exporter import Exporter, PipelineExporter
+    from fmm_distill.student.strength import Strength
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -103,7 +106,14 @@ def summary(agreements: dict[str, Agreement]) -> str:
     if _WEIGHTS in agreements:
         return "the weights are equal to the student's"
     worst = max(agreements.values(), key=lambda one: one.fraction)
-    return f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
+    unequal = [
+        f"; the jumps of {key.removeprefix('folded-')} steps are not equal, so that the samples of their pipeline, at "
+        f"the strength {one.strength.value:.3g}, differ from the student's by {one.samples:.1%}"
+        for key, one in agreements.items()
+        if one.strength is not None
+    ]
+    found = f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
+    return found + "".join(unequal)
 
 
 def _shown(wrong: dict[str, Agreement]) -> str:
@@ -148,13 +158,19 @@ class _Job:
         fixed = kind == "folded"
         return self.exporter.fixed_grid(self.export.student, int(n)) if fixed else self.exporter.grid(int(n))
 
+    def strength(self, key: str) -> Strength | None:
+        """Return the strength of the changes of a scaled student's weights in a folded pipeline."""
+        student = self.export.student
+        scaled = key.startswith("folded-") and is_scaled(student.network)
+        return strength_of(student, self.times(key)) if scaled else None
+
 
 def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
     start = job.exporter.start(job.call, job.count, SEED)
     found = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in made):
         own = {name.partition(".")[2]: value for name, value in made.items() if name.startswith(f"{key}.")}
-        found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start)
+        found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start, job.strength(key))
     return found
 
 

@@ -29,6 +29,7 @@ from fmm_distill.student.scaled import ScaledWeights, is_scaled
 from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.student import Student, is_new
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.compile import checkpoint_blocks
@@ -142,7 +143,8 @@ def plan(
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = given.open_teacher(recipe) or open_teacher(recipe, prompts)
+    own = given.open_teacher(recipe)
+    teacher = open_teacher(recipe, prompts) if own is None else on_first_timesteps(own, recipe.timesteps)
     _check_teacher(recipe, teacher)
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
@@ -197,30 +199,42 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
 def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWeights | None:
     """Return the changes of the weights of a scaled student; None: the student is an embedded one."""
     settings = recipe.student
-    if settings.kind != "scaled":
+    if recipe.student_kind == "embedded":
         return None
-    if isinstance(given.student, LearnedFlowMap):
-        raise UserError(
-            "student.kind: expected embedded for a LearnedFlowMap, which takes h itself, got scaled; try "
-            "student.kind: embedded"
-        )
     reasons = {
         "guidance": teacher.guidance is not None,
         "another prediction": settings.prediction not in ("teacher", teacher.prediction),
-        "a network of its own": given.student is not None,
+        "the velocity of a new network": given.student is not None,
     }
     needed = [name for name, holds in reasons.items() if holds]
-    if needed and not settings.regression_steps:
-        raise UserError(
-            f"student.regression_steps: expected steps in which a scaled student learns {' and '.join(needed)} at "
-            "h = 0, got 0; try --set student.regression_steps=500, or student.kind=embedded"
-        )
-    if settings.regression_steps and not needed:
-        logger.warning(
-            "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
-            "--set student.regression_steps=0"
-        )
-    return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
+    problem, advice = None, "student.kind=embedded"
+    if isinstance(given.student, LearnedFlowMap):
+        problem = "a LearnedFlowMap takes h itself"
+    elif needed and not settings.regression_steps:
+        problem = f"{' and '.join(needed)} has to be learned at h = 0, and student.regression_steps is 0"
+        advice = "student.regression_steps=500, or student.kind=embedded"
+    if problem is None:
+        if settings.regression_steps and not needed:
+            logger.warning(
+                "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
+                "--set student.regression_steps=0"
+            )
+        return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
+    if settings.kind == "scaled":
+        raise UserError(f"student.kind: expected embedded, got scaled: {problem}; try --set {advice}")
+    _check_embedded(recipe)
+    logger.info(f"student.kind: embedded ({problem})")
+    return None
+
+
+def _check_embedded(recipe: Recipe) -> None:
+    """Check what the recipe could leave out for a scaled student."""
+    try:
+        recipe.check_velocity()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if recipe.time_sampling.groups:
+        raise UserError("time_sampling.groups: expected a scaled student, got an embedded one; leave groups out")
 
 
 def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> Images | None:
@@ -248,9 +262,12 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
     shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
-        return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
-    teacher = load_teacher(recipe.teacher, **of_teacher, **shared)
+        return on_first_timesteps(
+            load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared), recipe.timesteps
+        )
+    teacher = on_first_timesteps(load_teacher(recipe.teacher, **of_teacher, **shared), recipe.timesteps)
     weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **shared)
+    weaker = on_first_timesteps(weaker, recipe.timesteps)
     here, there = ((t.event_shape, t.schedule.t_min, t.schedule.t_max) for t in (teacher, weaker))
     if here != there:
         raise UserError(

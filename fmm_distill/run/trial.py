@@ -22,10 +22,11 @@ from fmm_distill import __version__
 from fmm_distill.data.row_store import mebibytes
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.verify import summary, verify
-from fmm_distill.export.write import network_bytes, write_student
+from fmm_distill.export.write import check_strengths, network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
+from fmm_distill.student.scaled import is_scaled
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
 
@@ -83,6 +84,8 @@ def try_export(
         with torch.random.fork_rng(devices=[]), _temporary_folder(parent, name) as target:
             exported = write_student(_with_random_jumps(student), teacher, target, steps, linked=True)
             agreements = verify(exported)
+            # All numbers, not only those that were tried; the runs above have determined their grids.
+            check_strengths(exported.student, exported.exporter, recipe.export.steps)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported; the trial before training failed ({_reason(error)})"
@@ -135,7 +138,8 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [__version__, diffusers.__version__, torch.__version__],
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
-        [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
+        [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
+        [_tried_steps(recipe), list(recipe.export.steps) if is_scaled(student.network) else None],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 

@@ -169,7 +169,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             AutocastKwargs(cache_enabled=False),
             # The regression of a scaled student trains other parameters than the losses after it.
             DistributedDataParallelKwargs(
-                find_unused_parameters=recipe.student.kind == "scaled" and recipe.student.regression_steps > 0
+                find_unused_parameters=recipe.student_kind == "scaled" and recipe.student.regression_steps > 0
             ),
         ],
     )

@@ -59,7 +59,7 @@ class TwoTimeNetwork(nn.Module):
 
     @property
     def jump(self) -> Jump:
-        """What the current call is conditioned on."""
+        """The condition of the current call."""
         return self.call_state.jump
 
     @jump.setter

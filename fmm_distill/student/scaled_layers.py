@@ -18,7 +18,7 @@ _EQUAL = 1e-5
 
 
 class Jump(NamedTuple):
-    """What one call of a network is conditioned on.
+    """The condition of one call of a network.
 
     Attributes:
         h: the lengths of the jumps, shape ``[batch]``; None: the network is the stock one.

@@ -133,7 +133,7 @@ class _TwoTime:
 
     @property
     def jump(self) -> Jump:
-        """What the current call is conditioned on."""
+        """The condition of the current call."""
         return self.call_state.jump
 
     @jump.setter

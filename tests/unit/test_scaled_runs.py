@@ -40,6 +40,7 @@ CASES = {
     "low, regression": (2, REGRESSION, 0),
 }
 FULL = [name for name, (rank, _, _) in CASES.items() if rank == 0]
+SOON = ("full, regression", "low")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,9 @@ def tensors(folder, name="student"):
     return load_file(checkpoint.newest(folder / "checkpoints") / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*SOON, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in SOON)]
+)
 def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, folder, name):
     settings = settings_of(folder, name, steps=8)
     trainer = train(settings, tmp_path / "whole")
@@ -109,10 +112,17 @@ def with_unused_parameters(folder):
     return plain | {"pipeline": dict(tiny.call), "prompts": {"file": str(folder / "prompts.txt")}}
 
 
-@pytest.mark.parametrize("how", [(), ("shard",)], ids=["whole", "shards"])
-def test_two_processes_give_the_numbers_of_one(tmp_path, folder, how):
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [
+        (SOON, ()),
+        pytest.param(tuple(CASES), (), marks=pytest.mark.slow),
+        pytest.param(FULL, ("shard",), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "shards"],
+)
+def test_two_processes_give_the_numbers_of_one(tmp_path, folder, names, how):
     """With whole weights in each process, and split over the two, as FSDP does it for changes of full rank."""
-    names = FULL if how else CASES
     more = {} if how else {"outputs that nothing reads": with_unused_parameters(tmp_path)}
     on_two_processes(tmp_path / "two", folder, names, *how, more=more)
     assert all(len(losses(tmp_path / "two" / name)) == 2 for name in more)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import write_lora, write_pipelines, write_scaled_lora
+from fmm_distill.export.strengths import strengths_of
 from fmm_distill.export.verify import Exported
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
-from fmm_distill.student.scaled import is_scaled
 from fmm_distill.student.scaled_adapters import StockCalls, adapter_states, merge_diagonal
-from fmm_distill.student.strength import strength_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from fmm_distill.export.exporter import Exporter, PipelineExporter
-    from fmm_distill.student.strength import Strength
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["check_strengths", "export_bytes", "network_bytes", "strengths_of", "write_student"]
+__all__ = ["export_bytes", "network_bytes", "write_student"]
 
 
 def write_student(
@@ -50,23 +47,6 @@ def write_student(
         strengths = {n: one.value for n, one in strengths_of(plain, exporter, steps).items()}
         write_scaled_lora(adapters, target, strengths)
     return Exported(plain, exporter, target, steps)
-
-
-def strengths_of(student: Student, exporter: Exporter, steps: Sequence[int]) -> dict[int, Strength]:
-    """Return the strength of a scaled student's changes in each pipeline of a fixed number of steps."""
-    if exporter.not_fixed or not is_scaled(student.network):
-        return {}
-    return {n: strength_of(student, cast("PipelineExporter", exporter).fixed_grid(student, n)) for n in steps}
-
-
-def check_strengths(student: Student, exporter: Exporter, steps: Sequence[int]) -> None:
-    """Refuse numbers of steps whose jumps are too different for a scaled student with one set of weights.
-
-    Raises:
-        UserError: with the first such number.
-    """
-    for n, strength in strengths_of(student, exporter, steps).items():
-        strength.check(n)
 
 
 def network_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from fmm_distill import __version__
 from fmm_distill.data.row_store import mebibytes
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.strengths import check_strengths
 from fmm_distill.export.verify import summary, verify
-from fmm_distill.export.write import check_strengths, network_bytes, write_student
+from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL

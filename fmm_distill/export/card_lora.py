@@ -84,4 +84,13 @@ _ROUNDING = 1e-4
 
 
 def _extracted(folder: Path) -> list[str]:
-    return []
+    """Return a paragraph on what adapters lose that were extracted from a student of full rank."""
+    found = _report(folder).get("lora")
+    if found is None:
+        return []
+    weights = ", ".join(f"{value:.1%} of `{name}`" for name, value in found["weights"].items())
+    samples = ", ".join(f"{value:.2%} at {n} steps" for n, value in found["samples"].items())
+    return [
+        f"The adapters have rank {found['rank']} and were extracted from changes of full rank. They lose {weights} "
+        f"(Frobenius norm) and all changes of biases. Their samples differ from the student's by {samples}."
+    ]

@@ -149,7 +149,8 @@ def make_manifest(
         trained: the number of training steps; None: all of the recipe.
     """
     exporter, pipeline = exporter or exporter_of(teacher), teacher.pipeline
-    lora = has_lora(student.network) or any(rank for rank in scaled_ranks(student.network).values())
+    extracted = recipe.export.lora_rank > 0
+    lora = extracted or has_lora(student.network) or any(scaled_ranks(student.network).values())
     return StudentManifest(
         fmm_distill=__version__,
         teacher=teacher.source,
@@ -168,7 +169,7 @@ def make_manifest(
         guidance=_guidance(teacher),
         kind="scaled" if is_scaled(student.network) else "embedded",
         lora=lora,
-        **_of_strengths(student, teacher, exporter, steps, lora=lora),
+        **_of_strengths(student, exporter, recipe, steps, lora=lora),
         started_from=student.started_from,
         dataset=_dataset(recipe),
         training=_training(recipe, trained),
@@ -216,7 +217,7 @@ def read_manifest(folder: Path) -> StudentManifest:
 
 
 def _of_strengths(
-    student: Student, teacher: Teacher, exporter: Exporter, steps: tuple[int, ...], *, lora: bool
+    student: Student, exporter: Exporter, recipe: Recipe, steps: tuple[int, ...], *, lora: bool
 ) -> dict[str, Any]:
     """Return the facts on strengths and adapters of a scaled student."""
     scaled = is_scaled(student.network)
@@ -225,7 +226,9 @@ def _of_strengths(
     if not (lora and scaled):
         return {"strengths": plain, "lora_code": None, "no_lora_code": None}
     guided = any(name.endswith("diagonal_A") for name, _ in student.network.named_parameters())
-    code = lora_code(student, exporter, strengths, _example(teacher, any_step=False), guided=guided)
+    # The weights themselves are the change at h = 0 of a student of full rank.
+    guided |= recipe.export.lora_rank > 0 and recipe.student.regression_steps > 0
+    code = lora_code(student, exporter, strengths, _example(exporter.teacher, any_step=False), guided=guided)
     return {"strengths": plain, "lora_code": code, "no_lora_code": why_no_lora_code(exporter, strengths)}
 
 

@@ -116,7 +116,7 @@ def export_student(
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, wait=wait) as new:
-        exported = write_student(job.student, job.teacher, new, steps)
+        exported = write_student(job.student, job.teacher, new, steps, lora_rank=job.recipe.export.lora_rank)
         facts = (trained.folder, trained.steps, exported.exporter)
         manifest = make_manifest(job.student, job.teacher, job.recipe, steps, *facts)
         try:

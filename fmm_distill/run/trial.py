@@ -83,7 +83,8 @@ def try_export(
     began = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[]), _temporary_folder(parent, name) as target:
-            exported = write_student(_with_random_jumps(student), teacher, target, steps, linked=True)
+            trained, rank = _with_random_jumps(student), recipe.export.lora_rank
+            exported = write_student(trained, teacher, target, steps, lora_rank=rank, linked=True)
             agreements = verify(exported)
             # All numbers, not only those that were tried; the runs above have determined their grids.
             check_strengths(exported.student, exported.exporter, recipe.export.steps)
@@ -140,7 +141,7 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
-        [_tried_steps(recipe), list(recipe.export.steps) if is_scaled(student.network) else None],
+        [_tried_steps(recipe), recipe.export.model_dump(mode="json") if is_scaled(student.network) else None],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 

@@ -1,4 +1,4 @@
-"""What adapters lose that were extracted from a student of full rank."""
+"""The loss of adapters that were extracted from a student of full rank."""
 
 from __future__ import annotations
 

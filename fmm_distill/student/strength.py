@@ -39,7 +39,7 @@ class Strength:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all jumps of the grid have this length."""
+        """True if all jumps of the grid have this length."""
         return self.error <= _EQUAL
 
     def check(self, steps: int) -> None:

@@ -99,14 +99,16 @@ class Trainer:
         self.accelerator = accelerator
         self.total = recipe.student.regression_steps + training.steps
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
+        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
+        # Under FSDP the first process evaluates and exports a copy that is not split. It shares no weight with the
+        # student, also no frozen one, since a shared weight would be on one device for both.
+        copied = self.sharded and accelerator.is_main_process
+        self.plain = copy.deepcopy(student).requires_grad_(False).eval().to("cpu") if copied else student
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         self.student = student
-        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
-        # Under FSDP the first process evaluates and exports a copy that is not split.
-        self.plain = frozen_copy(student).to("cpu") if self.sharded and accelerator.is_main_process else student
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
         accelerate_networks(training, student, teacher, probe_inputs(teacher, accelerator.device))
         objective = self._objective()

@@ -12,11 +12,14 @@ from fmm_distill.export.verify import Exported
 from fmm_distill.student.extract import extract_adapters
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
+from fmm_distill.student.own_network import TwoTimeNetwork
 from fmm_distill.student.scaled_adapters import StockCalls, adapter_states, merge_diagonal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from torch import nn
 
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
@@ -48,7 +51,7 @@ def write_student(
     # The teacher is the student's own network, which the merge has replaced.
     shared = adapted or isinstance(teacher.network, StockCalls)
     extracted = None
-    exporter = exporter_of(replace(teacher, network=stock_part(plain.network)) if shared else teacher)
+    exporter = exporter_of(replace(teacher, network=_network_of(plain)) if shared else teacher)
     write_pipelines(plain, exporter, target, steps, linked=linked)
     if adapted:
         write_lora(student, exporter.component, target)
@@ -60,6 +63,13 @@ def write_student(
         strengths = {n: one.value for n, one in strengths_of(plain, exporter, steps).items()}
         write_scaled_lora(adapters, target, strengths)
     return Exported(plain, exporter, target, steps, extracted)
+
+
+def _network_of(student: Student) -> nn.Module:
+    """Return the student's network without the length of the jump."""
+    network = student.network
+    # A network that is no diffusers model is inside of the student's, and called without it there.
+    return network.network if isinstance(network, TwoTimeNetwork) else stock_part(network)
 
 
 def network_bytes(student: Student, teacher: Teacher, steps: Sequence[int]) -> int:

@@ -33,7 +33,7 @@ def scaled(teacher, rank=0):
     return randomized(Student.from_teacher(teacher, scaled=ScaledWeights(rank)))
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 1.73, 3.0, 7.0, 12.0])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 1.73, 3.0, 7.0, 16.0])
 def test_the_stock_grid_of_a_shift_has_equal_jumps(tmp_path, shift):
     saved(tmp_path, "FlowMatchEulerDiscreteScheduler", shift=shift)
     teacher = load_teacher(str(tmp_path))

@@ -182,7 +182,7 @@ def _numbers(evaluation: dict[str, Any] | None, plotted: bool, scaled: bool) -> 
     return "\n\n".join(parts)
 
 
-def _table(rows: list[dict[str, Any]], *, scaled: bool) -> str:
+def _table(rows: list[dict[str, Any]], *, scaled: bool = False) -> str:
     """Return a Markdown table: the columns that every evaluation has, then the other ones that were measured.
 
     Args:

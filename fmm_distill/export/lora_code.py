@@ -32,7 +32,7 @@ def why_no_lora_code(exporter: Exporter, strengths: Mapping[int, Strength]) -> s
     if not isinstance(exporter, StockPipelineExporter):
         return "stock pipelines of UNet2DModel take no adapters"
     kind = _pipeline_class(exporter)
-    if not hasattr(kind, "load_lora_weights"):
+    if not hasattr(kind, "load_lora_weights") and not _network_takes_adapters(exporter):
         return f"{kind.__name__} of diffusers {diffusers.__version__} has no load_lora_weights"
     if not strengths:
         return "there is no pipeline of a fixed number of steps whose scheduler it could have"
@@ -68,16 +68,29 @@ def lora_code(
         f"from diffusers import {', '.join(sorted((kind.__name__, scheduler)))}",
         f"steps = {steps}",
         f"pipeline = {kind.__name__}.from_pretrained({{teacher}})",
-        *(_load(name, file) for name, file in files.items()),
-        f"pipeline.set_adapters({chosen})",
+        *(_load(exporter, name, file) for name, file in files.items()),
+        f"{_owner(exporter)}.set_adapters({chosen})",
         f"pipeline.scheduler = {scheduler}.from_pretrained({{student}}{{revision}}, subfolder={folder})",
         call.replace("num_inference_steps={steps}", given),
     ]
     return "\n".join(lines)
 
 
-def _load(name: str, file: str) -> str:
-    return f'pipeline.load_lora_weights({{student}}{{revision}}, weight_name="{file}", adapter_name="{name}")'
+def _load(exporter: StockPipelineExporter, name: str, file: str) -> str:
+    given = f'{{student}}{{revision}}, weight_name="{file}", adapter_name="{name}"'
+    if hasattr(_pipeline_class(exporter), "load_lora_weights"):
+        return f"pipeline.load_lora_weights({given})"
+    return f'{_owner(exporter)}.load_lora_adapter({given}, prefix="{exporter.component}")'
+
+
+def _owner(exporter: StockPipelineExporter) -> str:
+    """Return the object that has the adapters: the pipeline, or its network where the pipeline loads none."""
+    return "pipeline" if hasattr(_pipeline_class(exporter), "load_lora_weights") else f"pipeline.{exporter.component}"
+
+
+def _network_takes_adapters(exporter: StockPipelineExporter) -> bool:
+    kind = getattr(diffusers, str(exporter.pipeline.index[exporter.component][1]), None)
+    return hasattr(kind, "load_lora_adapter")
 
 
 def _pipeline_class(exporter: StockPipelineExporter) -> Any:  # noqa: ANN401 a diffusers class

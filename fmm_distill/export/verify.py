@@ -106,7 +106,8 @@ def _loss_of_adapters(export: Exported, extracted: Extracted) -> dict[str, Any]:
         count = _batch(exporter.teacher)
         noise, cond = call.start(call.verification_call(count), count, SEED)
     else:
-        noise, cond = torch.randn(2, *exporter.teacher.event_shape, generator=torch.Generator().manual_seed(SEED)), None
+        noise = torch.randn(2, *exporter.teacher.event_shape, generator=torch.Generator().manual_seed(SEED))
+        cond = exporter.teacher.first_conditions(len(noise))
     found = samples_lost(student, extracted, steps, noise, cond)
     logger.info(describe_loss(found))
     return found

@@ -70,7 +70,8 @@ def extract_adapters(student: Student, teacher: nn.Module | None, rank: int, com
             "export.lora_rank: expected a scaled student of full rank (student.kind: scaled, student.lora.rank: 0), "
             f"got {'one with adapters' if layers else 'an embedded one'}; leave it out"
         )
-    low, plain = copy.deepcopy(student), copy.deepcopy(student)
+    plain = _copy_of(student, ("jump_bias", "bias"))
+    low = _copy_of(student, ("jump_weight", "jump_bias", "bias", *(("weight",) if teacher is not None else ())))
     lost = _Losses(rank, component)
     for name, layer in layers.items():
         base = None if teacher is None else teacher.get_submodule(name)
@@ -93,6 +94,14 @@ def _layers_of(student: Student) -> dict[str, nn.Module]:
     # A network that is no diffusers model is inside of the student's.
     network = student.network
     return scaled_layers(network.network if isinstance(network, TwoTimeNetwork) else network)
+
+
+def _copy_of(student: Student, changed: tuple[str, ...]) -> Student:
+    """Return a copy that shares all parameters but those of these names with the student."""
+    named = student.named_parameters()
+    shared = [value for name, value in named if name.rpartition(".")[2] not in changed]
+    # deepcopy takes the objects in its memo as already copied.
+    return copy.deepcopy(student, {id(value): value for value in (*shared, *student.buffers())})
 
 
 def _without_bias(layer: nn.Module, base: nn.Module | None) -> None:

@@ -39,6 +39,16 @@ def student(teacher):
     return randomized(Student.from_teacher(teacher, scaled=ScaledWeights()))
 
 
+def test_the_student_stays_as_it_is_and_large_weights_are_shared(student):
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    found = extract_adapters(student, None, 2, "unet")
+    own, low = dict(student.named_parameters()), dict(found.student.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in before.items())
+    layers = [f"network.{name}" for name in scaled_layers(student.network)]
+    assert all(low[f"{name}.weight"] is own[f"{name}.weight"] for name in layers)
+    assert all(low[f"{name}.jump_weight"] is not own[f"{name}.jump_weight"] for name in layers)
+
+
 def test_the_full_rank_is_the_change_without_biases(student):
     found = extract_adapters(student, None, FULL, "unet")
     assert set(found.adapters) == {"student"}

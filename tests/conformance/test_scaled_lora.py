@@ -23,17 +23,18 @@ from tests.tiny.randomized import randomized
 
 RANK = 3
 STEPS = (1, 2, 4)
-# A UNet, transformers with a grid of their own and with one of the scheduler, one that takes no sigmas, and one whose
-# jumps are not equal.
-FAMILIES = ("sd1", "sdxl", "flux", "sd3", "wan", "cogview4")
+# UNets, transformers with a grid of their own and with one of the scheduler, one whose pipeline loads no adapters, one
+# that takes no sigmas, and one whose jumps are not equal.
+FAMILIES = ("sd1", "sdxl", "flux", "sd3", "bria", "wan", "cogview4")
 # Those whose code has equal jumps of any number of steps.
-ANY = ("sd1", "sdxl", "flux", "sd3")
+ANY = ("sd1", "sdxl", "flux", "sd3", "bria")
 
 
 def exported(name, folder, *, diagonal=False):
     teacher = opened(name, folder / "teacher")
-    student = randomized(Student.from_teacher(teacher, scaled=ScaledWeights(RANK, diagonal=diagonal)))
-    # With a change at h = 0 the teacher is another function than the student.
+    # Another prediction is what a change at h = 0 is for; the scheduler has to have it too.
+    prediction = "v_prediction" if diagonal else "teacher"
+    student = randomized(Student.from_teacher(teacher, prediction, scaled=ScaledWeights(RANK, diagonal=diagonal)))
     shared = share_network(student, teacher)
     target = folder / "student"
     target.mkdir()
@@ -60,7 +61,7 @@ def block_with(text, part):
 
 
 def code_of(export):
-    code = block_with(card(export.folder), "load_lora_weights")
+    code = block_with(card(export.folder), "set_adapters")
     # The paths are not on the card.
     code = code.replace("local:teacher", str(export.folder.parent / "teacher"))
     return code.replace("<this folder>", str(export.folder))

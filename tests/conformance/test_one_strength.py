@@ -8,11 +8,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.strengths import check_strengths
 from fmm_distill.export.verify import Exported, summary, verify
+from fmm_distill.run.trial import try_export
 from fmm_distill.student.fold import fold
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.strength import LARGEST_ERROR, strength_of
@@ -33,7 +36,7 @@ def scaled(teacher, rank=0):
     return randomized(Student.from_teacher(teacher, scaled=ScaledWeights(rank)))
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 1.73, 3.0, 7.0, 12.0])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 1.73, 3.0, 7.0, 16.0])
 def test_the_stock_grid_of_a_shift_has_equal_jumps(tmp_path, shift):
     saved(tmp_path, "FlowMatchEulerDiscreteScheduler", shift=shift)
     teacher = load_teacher(str(tmp_path))
@@ -102,6 +105,16 @@ def test_the_strength_minimizes_the_squares(tmp_path):
     errors = (h * (h - values[:, None])).square().sum(1)
     assert strength.value == pytest.approx(float(values[errors.argmin()]), abs=1e-4)
     assert (strength.shortest, strength.longest) == (pytest.approx(0.05), pytest.approx(0.5))
+
+
+def test_a_number_of_steps_that_loses_too_much_is_refused_before_training(tmp_path):
+    teacher = opened("mochi", tmp_path / "teacher")
+    student = Student.from_teacher(teacher, scaled=ScaledWeights())
+    with pytest.raises(UserError, match=r"export\.steps: expected .*, got 4, whose jumps are 0\.013 to 0\.73 of"):
+        check_strengths(student, exporter_of(teacher), (2, 4))
+    recipe = parse({"teacher": str(tmp_path / "teacher"), "export": {"steps": [2, 8]}}, "here")
+    with pytest.raises(UserError, match=r"the trial before training failed \(export\.steps: expected .*, got 8, "):
+        try_export(recipe, student, teacher, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("name", "rank"), [("cogview4", 0), ("flux2", 2)])

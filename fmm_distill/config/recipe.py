@@ -26,6 +26,7 @@ from fmm_distill.config.settings import (
     StudentSettings,
     TrainingSettings,
 )
+from fmm_distill.core.draws import positions_of
 from fmm_distill.errors import UserError
 from fmm_distill.losses.base import Loss
 from fmm_distill.losses.lagrangian import Lagrangian
@@ -73,6 +74,9 @@ class Recipe(Settings):
     """Branch, tag or commit of the teacher on the Hub."""
     variant: str | None = None
     """Variant of the teacher's weight files, such as fp16; null: the plain files. All are opened in float32."""
+    timesteps: int | None = Field(default=None, ge=2, le=1_000_000)
+    """Number of the teacher's timesteps that are used, counted from data; null: all. Fewer leave out the noisiest, at
+    which an epsilon prediction is the least accurate."""
     pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width."""
     prompts: PromptSettings = PromptSettings()
@@ -215,6 +219,12 @@ class Recipe(Settings):
     def _groups_fit(self) -> None:
         """Check that the groups of samples with common times have one size in every part of a batch."""
         groups, training = self.time_sampling.groups, self.training
+        own = [extra.time_sampling for extra in self.extra_losses] + [stage.time_sampling for stage in self.stages]
+        if others := {sampling.groups for sampling in own if sampling} - {0, groups}:
+            raise ValueError(
+                f"time_sampling.groups: expected the recipe's own, {groups}, in extra_losses and stages, got "
+                f"{max(others)}; groups are of the complete batch, try --set time_sampling.groups={max(others)}"
+            )
         if not groups:
             return
         if self.student_kind != "scaled":
@@ -223,6 +233,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"time_sampling.groups: expected a divisor of training.batch_size {training.batch_size}, got {groups}"
             )
+        # The losses of the groups are the same at every step.
+        positions, end = positions_of(groups), 1.0
+        for extra in reversed(self.extra_losses):
+            start = end - extra.fraction
+            if not bool(((positions >= start) & (positions < end)).any()):
+                raise ValueError(
+                    f"time_sampling.groups: expected enough for a group of each loss, got {groups}, of which "
+                    f"{extra.loss.name} has none; try more groups, or a larger fraction of it"
+                )
+            end = start
 
     def _times_fit(self) -> None:
         """Check that each loss is trained on times that it accepts."""

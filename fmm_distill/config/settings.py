@@ -384,6 +384,8 @@ class ExportSettings(Settings):
 
     steps: Steps = (1, 2, 4, 8)
     """Numbers of steps of the folded stock pipelines, one pipeline each; divisors of the teacher's timesteps."""
+    lora_rank: int = Field(default=0, ge=0, le=65536)
+    """Rank of the LoRA files that are extracted from a scaled student of full rank; 0: none."""
 
 
 class LoggingSettings(Settings):

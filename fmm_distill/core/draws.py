@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["Draws", "draw", "sample_generator", "step_generator"]
+__all__ = ["Draws", "draw", "positions_of", "sample_generator", "step_generator"]
 
 _WORD = 2**32
 # The streams that choose the times, the loss and the kind of a jump.
@@ -83,10 +83,15 @@ def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...], *, grou
     # On the CPU also for a GPU: the generators of devices differ, and a draw must not depend on the device.
     noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
     names = ("first", "second", "kind", "image", "condition", "guidance", "flip", "policy")
-    # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
-    position = torch.arange(batch, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
+    position = positions_of(batch)
     # The name of a stream is hashed: another name than "share" would be other random numbers.
     return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=shared(position))
+
+
+def positions_of(count: int) -> Float[Tensor, " count"]:
+    """Return the positions in [0, 1) that choose the losses of the samples, or groups, of every step."""
+    # Multiples of the golden ratio: any stretch of them fills the unit interval evenly.
+    return torch.arange(count, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
 
 
 def step_generator(seed: int, step: int, stream: str) -> torch.Generator:

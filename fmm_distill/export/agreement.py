@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fmm_distill.core.time_axis import expand
+from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.parametrization import Parametrization
+    from fmm_distill.student.strength import Strength
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -42,11 +44,16 @@ class Agreement:
         difference: the largest difference between the samples after the jump, in the teacher's coordinates, unclipped.
         tolerance: the largest difference that rounding explains.
         image: the largest difference between the pipeline's images and the decoded samples; None: it decodes nothing.
+        strength: of the changes of the student's weights, where the jumps of the pipeline are not equal.
+        samples: the relative difference of the pipeline's samples to those of the student, whose weights follow the
+            length of each jump; None: the jumps are equal.
     """
 
     difference: float
     tolerance: float
     image: float | None = None
+    strength: Strength | None = None
+    samples: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -63,10 +70,16 @@ class Agreement:
         fraction = self.difference / self.tolerance if self.tolerance else float("inf")
         return float("inf") if math.isnan(fraction) else fraction
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """Return the entry in ``verification.json``."""
-        image = {} if self.image is None else {"image_difference": self.image, "image_tolerance": IMAGE_TOLERANCE}
-        return {"difference": self.difference, "tolerance": self.tolerance} | image
+        image: dict[str, float | None] = {}
+        if self.image is not None:
+            image = {"image_difference": self.image, "image_tolerance": IMAGE_TOLERANCE}
+        unequal: dict[str, float | None] = {}
+        if self.strength is not None:
+            unequal = {**self.strength.to_json(), "samples_difference": self.samples}
+        found: dict[str, float | None] = {"difference": self.difference, "tolerance": self.tolerance}
+        return found | image | unequal
 
 
 @torch.no_grad()
@@ -76,6 +89,7 @@ def compare(
     recorded: dict[str, Tensor],
     times: Tensor,
     start: tuple[Tensor, Conditioning | None],
+    strength: Strength | None = None,
 ) -> Agreement:
     """Compare each jump of a pipeline with the student's from the same state, so that differences don't add up.
 
@@ -83,6 +97,7 @@ def compare(
         recorded: the tensors of the pipeline: ``states``, ``end`` and, where it decodes, ``images``; see ``reload``.
         times: the times between which the pipeline jumps, data at the end.
         start: the N(0, I) noise of the pipeline's seed, and the condition of its network.
+        strength: the length that the student's network is called with in every jump of the pipeline; None: their own.
     """
     states, (noise, cond) = recorded["states"], start
     if len(states) != len(times) - 1:
@@ -93,10 +108,15 @@ def compare(
     found = [_start(student, points[0], noise, times[0])]
     for k, (t, r) in enumerate(pairwise(times)):
         after = points[k + 1] if k + 1 < len(points) else recorded["end"]
-        found.append(_jump(student, points[k], after.reshape(points[k].shape), (t, r), cond))
+        jump = _Jump(points[k], t, r, None if strength is None else strength.value)
+        found.append(_compare_jump(student, jump, after.reshape(points[k].shape), cond))
     worst = max(found, key=lambda one: one.fraction)
     image = _image_difference(teacher, points[-1], recorded) if "images" in recorded else None
-    return replace(worst, image=image)
+    if strength is None or strength.is_exact:
+        return replace(worst, image=image)
+    own = sample(student, noise, times, cond)
+    lost = float((recorded["end"].reshape(own.shape) - own).norm() / own.norm())
+    return replace(worst, image=image, strength=strength, samples=lost)
 
 
 def compare_weights(student: Student, folder: Path) -> Agreement:
@@ -131,14 +151,24 @@ def _start(student: Student, x: Tensor, noise: Tensor, t: Tensor) -> Agreement:
     return Agreement(_largest(x - own), _rounding(_largest(own)))
 
 
-def _jump(
-    student: Student, x: Tensor, after: Tensor, times: tuple[Tensor, Tensor], cond: Conditioning | None
-) -> Agreement:
-    t, r = (time.double().expand(len(x)) for time in times)
+@dataclass(frozen=True)
+class _Jump:
+    """A jump of a pipeline from a state x at time t to time r; ``length``: what the network is called with."""
+
+    x: Tensor
+    t: Tensor
+    r: Tensor
+    length: float | None
+
+
+def _compare_jump(student: Student, jump: _Jump, after: Tensor, cond: Conditioning | None) -> Agreement:
+    x = jump.x
+    t, r = (time.double().expand(len(x)) for time in (jump.t, jump.r))
     before, then = (expand(student.schedule.scale(time), x) for time in (t, r))
-    own = student(x / before, t, r, cond) * then
+    h = student.clock.warp(t) - student.clock.warp(r) if jump.length is None else torch.full_like(t, jump.length)
+    own = (x / before - expand(t - r, x) * student.mean_velocity_of_jump(x / before, t, h, cond)) * then
     # The term B f of the network is own - A x: its size is at most the sum of theirs.
-    state = abs(_factor_of_state(student.parametrization, *times)) * _largest(x)
+    state = abs(_factor_of_state(student.parametrization, jump.t, jump.r)) * _largest(x)
     euler = _OF_STATE / ROUNDINGS * _largest(x)
     return Agreement(_largest(own - after), _rounding(2 * state, _largest(own), euler))
 

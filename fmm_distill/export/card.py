@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmm_distill.evaluation.result import COLUMNS
+from fmm_distill.export.card_lora import HERE, Location, adapters, unequal_jumps
 from fmm_distill.export.contents import record
 from fmm_distill.export.manifest import read_manifest, write_manifest
 from fmm_distill.export.public import known_paths, public_evaluation, public_manifest
@@ -32,7 +32,6 @@ CITATION = """@article{boffi2025flowmap,
   year    = {2025},
   note    = {arXiv:2406.07507}
 }"""
-_HERE = "<this folder>"
 
 
 def write_card(folder: Path, manifest: StudentManifest, evaluation: Evaluation | None, run: Path) -> None:
@@ -72,15 +71,17 @@ def card(folder: Path, repo: str | None = None, branch: str | None = None, steps
     if evaluation is not None:
         _check_rows(folder, evaluation)
     name = manifest.teacher if repo is None else repo.split("/")[-1]
-    location = _Location(repo, branch)
+    location = Location(repo, branch)
     parts = [
         f"---\n{_metadata(manifest, evaluation, name).to_yaml().strip()}\n---",
         f"# A few-step student of {manifest.teacher}",
         _introduction(manifest),
+        *([_SCALED] if manifest.kind == "scaled" else []),
         *(["![samples: the same noise in each column](samples.png)"] if (folder / "samples.png").is_file() else []),
         f"## How to use\n\n{_usage(manifest, manifest.steps if steps is None else steps, location)}",
-        *([_LORA] if manifest.lora else []),
-        f"## Evaluation\n\n{_numbers(evaluation, (folder / 'steps.png').is_file())}",
+        *unequal_jumps(folder),
+        *adapters(folder, manifest, location),
+        f"## Evaluation\n\n{_numbers(evaluation, (folder / 'steps.png').is_file(), manifest.kind == 'scaled')}",
         f"## Training\n\n{_training(manifest)}",
         f"## Limitations\n\n{manifest.limits}",
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nThe losses are from {'; '.join(manifest.training['papers'])}.",
@@ -88,21 +89,9 @@ def card(folder: Path, repo: str | None = None, branch: str | None = None, steps
     return "\n\n".join(parts) + "\n"
 
 
-_LORA = """`lora/` holds the trained adapters, as `load_lora_weights` reads them, and the embedding of the jump's
-length, for which stock diffusers has no input. The pipelines here have both merged into their weights."""
-
-
-@dataclass(frozen=True)
-class _Location:
-    """A repository of the Hub with a branch, or the folder of the card."""
-
-    repo: str | None
-    branch: str | None
-
-    @property
-    def revision(self) -> str:
-        """The argument of the branch, for a call."""
-        return "" if self.repo is None or self.branch is None else f', revision="{self.branch}"'
+_SCALED = """Its weights are `W + h dW`: W are the teacher's, dW was trained, and h, from 0 to 1, is the length of a
+jump. A grid of N equal jumps has h = 1/N, so that the strength of dW is one over the number of steps. At the strength
+0 the network is its teacher, with the guidance that is in its weights, if any."""
 
 
 def _introduction(manifest: StudentManifest) -> str:
@@ -114,13 +103,13 @@ def _introduction(manifest: StudentManifest) -> str:
     )
 
 
-def _usage(manifest: StudentManifest, steps: tuple[int, ...], location: _Location) -> str:
+def _usage(manifest: StudentManifest, steps: tuple[int, ...], location: Location) -> str:
     if manifest.not_any_step:
         return _weights(manifest, location)
     return f"{_fixed(manifest, steps, location)}\n\n{_any_step(manifest, location)}"
 
 
-def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: _Location) -> str:
+def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: Location) -> str:
     """Return the section on pipelines of a fixed number of steps, or the reason why there is none."""
     if not steps:
         reason = f": {manifest.not_fixed}" if manifest.not_fixed else ""
@@ -128,7 +117,7 @@ def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: _Locatio
     last = steps[-1]
     lines = [f"- `steps-{n}/`: call it with `num_inference_steps={n}` and no other number" for n in steps]
     if location.repo is None:
-        opened = f'pipeline = DiffusionPipeline.from_pretrained("{_HERE}/steps-{last}")'
+        opened = f'pipeline = DiffusionPipeline.from_pretrained("{HERE}/steps-{last}")'
     else:
         opened = (
             "from huggingface_hub import snapshot_download\n"
@@ -141,17 +130,17 @@ def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: _Locatio
     return "\n\n".join([title, f"```python\n{code}\n```", "\n".join(lines)])
 
 
-def _any_step(manifest: StudentManifest, location: _Location) -> str:
+def _any_step(manifest: StudentManifest, location: Location) -> str:
     return f"""For any number of steps, with code from this repository (two files):
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("{location.repo or _HERE}"{location.revision}, trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained("{location.repo or HERE}"{location.revision}, trust_remote_code=True)
 {manifest.any_step_call.replace("{steps}", "3")}
 ```"""
 
 
-def _weights(manifest: StudentManifest, location: _Location) -> str:
+def _weights(manifest: StudentManifest, location: Location) -> str:
     objects, network = "`teacher`, a `Teacher` or any object with a velocity", ""
     if manifest.started_from is not None:
         network = ", network=network"
@@ -162,7 +151,7 @@ def _weights(manifest: StudentManifest, location: _Location) -> str:
 ```python
 import torch
 from fmm_distill import load_student
-student = load_student("{location.repo or _HERE}"{location.revision}, teacher=teacher{network})
+student = load_student("{location.repo or HERE}"{location.revision}, teacher=teacher{network})
 samples = student.generate(torch.randn(4, *student.event_shape), steps=3)
 ```"""
 
@@ -181,17 +170,24 @@ def _check_rows(folder: Path, evaluation: dict[str, Any]) -> None:
     check_keys(f"{where}protocol", evaluation["protocol"], keys, todo=todo)
 
 
-def _numbers(evaluation: dict[str, Any] | None, plotted: bool) -> str:
+def _numbers(evaluation: dict[str, Any] | None, plotted: bool, scaled: bool) -> str:
     if evaluation is None:
         return "It was not evaluated."
     parts = ["Of endpoint error and Fréchet distance, lower is better."]
-    parts += [_table(evaluation["rows"]), *(["![quality against network calls](steps.png)"] if plotted else [])]
+    parts += [
+        _table(evaluation["rows"], scaled=scaled),
+        *(["![quality against network calls](steps.png)"] if plotted else []),
+    ]
     parts.append("\n".join(f"- {key}: {value}" for key, value in evaluation["protocol"].items()))
     return "\n\n".join(parts)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: the columns that every evaluation has, then the other ones that were measured."""
+def _table(rows: list[dict[str, Any]], *, scaled: bool = False) -> str:
+    """Return a Markdown table: the columns that every evaluation has, then the other ones that were measured.
+
+    Args:
+        scaled: add the strength of the student's change of the weights.
+    """
     main = {
         "endpoint_error": "endpoint error",
         "frechet": "Fréchet distance",
@@ -203,10 +199,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
         for column in COLUMNS
         if column.key not in main and any(row.get(column.key) is not None for row in rows)
     }
-    lines = [f"| sampler | steps | network calls | {' | '.join(titles.values())} |", "|---" * (3 + len(titles)) + "|"]
+    strength = " strength |" if scaled else ""
+    lines = [f"| sampler | steps |{strength} network calls | {' | '.join(titles.values())} |"]
+    lines.append("|---" * (3 + scaled + len(titles)) + "|")
     for row in rows:
         cells = ("not measured" if row.get(key) is None else format(row[key], forms[key]) for key in titles)
-        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {' | '.join(cells)} |")
+        if scaled:
+            # The evaluated sampler makes equal jumps.
+            strength = f" {1 / row['steps']:.4g} |" if row["sampler"] == "student" else " |"
+        lines.append(f"| {row['sampler']} | {row['steps']} |{strength} {row['calls']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -29,8 +29,10 @@ def exporter_of(teacher: Teacher) -> Exporter:
 
 def _why_no_pipeline(teacher: Teacher) -> str | None:
     """The reason why a network without a stock pipeline is no ``UNet2DModel`` as ``FlowMapPipeline`` calls it."""
-    if not isinstance(teacher.network, diffusers.UNet2DModel):
-        return f"the teacher names no stock pipeline, and {type(teacher.network).__name__} is no UNet2DModel"
+    # The network of a teacher that is its student's is inside of another module.
+    network = getattr(teacher.network, "shared", teacher.network)
+    if not isinstance(network, diffusers.UNet2DModel):
+        return f"the teacher names no stock pipeline, and {type(network).__name__} is no UNet2DModel"
     if teacher.parametrization.call is not call_stock:
         return "the teacher calls its UNet2DModel in its own way"
     if "_class_name" not in teacher.scheduler_config:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fmm_distill import __version__
 from fmm_distill.core.flow_map import diagonal
+from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.core.solvers import solve
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
@@ -29,6 +30,7 @@ from fmm_distill.student.sampling import sample
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.components import without_progress_bars
+from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
@@ -217,12 +219,15 @@ def _teacher_of_weights(manifest: StudentManifest, source: str, teacher: Teacher
     if teacher is not None:
         return as_teacher(teacher)
     try:
-        return load_teacher(manifest.teacher, revision=manifest.revision)
+        opened = load_teacher(manifest.teacher, revision=manifest.revision)
     except UserError as error:
         raise UserError(
             f"{source} holds weights alone, and its teacher {manifest.teacher} is not a pipeline that can be loaded "
             f"({error}); pass load_student(..., teacher=...)"
         ) from error
+    # Students of some of the teacher's timesteps have a shorter list of levels.
+    fewer = manifest.scheduler.get("trained_betas") is not None and isinstance(opened.schedule, VariancePreserving)
+    return on_first_timesteps(opened, manifest.scheduler["num_train_timesteps"] if fewer else None)
 
 
 def _student_of_pipeline(

@@ -13,6 +13,8 @@ from fmm_distill import __version__
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
+from fmm_distill.export.lora_code import lora_code, why_no_lora_code
+from fmm_distill.export.strengths import strengths_of
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from types import UnionType
 
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.export.exporter import Exporter
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
@@ -46,6 +49,9 @@ _TYPES: dict[str, type | UnionType] = {
     "guidance": dict | None,
     "kind": str,
     "lora": bool,
+    "strengths": dict,
+    "lora_code": str | None,
+    "no_lora_code": str | None,
     "started_from": str | None,
     "dataset": str | None,
     "training": dict,
@@ -84,6 +90,10 @@ class StudentManifest:
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
         kind: ``scaled`` if the weights change with the length of the jump, ``embedded`` if it is embedded.
         lora: whether ``lora/`` has the adapters.
+        strengths: of a scaled student the strength of its change in each pipeline of a fixed number of steps.
+        lora_code: code that adds the adapters to the teacher's pipeline, with ``{teacher}``, ``{student}`` and
+            ``{revision}``; None: there are no adapters of a scaled student, or no stock pipeline takes them.
+        no_lora_code: the reason why no stock pipeline takes the adapters.
         started_from: the class of the network that ``load_student`` needs next to the teacher; None: the teacher's.
         dataset: the Hub id of the images that it was trained with; None: there is none.
         training: loss, papers, steps, batch size, seed and data of its training.
@@ -108,6 +118,9 @@ class StudentManifest:
     guidance: dict[str, Any] | None
     kind: str
     lora: bool
+    strengths: dict[str, float]
+    lora_code: str | None
+    no_lora_code: str | None
     started_from: str | None
     dataset: str | None
     training: dict[str, Any]
@@ -126,14 +139,18 @@ def make_manifest(
     steps: tuple[int, ...],
     run: Path | None = None,
     trained: int | None = None,
+    exporter: Exporter | None = None,
 ) -> StudentManifest:
     """Return the facts of a student that is exported with pipelines for these fixed numbers of steps.
 
     Args:
+        exporter: the one that wrote the pipelines, which knows their grids; None: a new one.
         run: the run's folder, for hardware and hours.
         trained: the number of training steps; None: all of the recipe.
     """
-    exporter, pipeline = exporter_of(teacher), teacher.pipeline
+    exporter, pipeline = exporter or exporter_of(teacher), teacher.pipeline
+    extracted = recipe.export.lora_rank > 0
+    lora = extracted or has_lora(student.network) or any(scaled_ranks(student.network).values())
     return StudentManifest(
         fmm_distill=__version__,
         teacher=teacher.source,
@@ -151,7 +168,8 @@ def make_manifest(
         call={} if pipeline is None else dict(pipeline.call),
         guidance=_guidance(teacher),
         kind="scaled" if is_scaled(student.network) else "embedded",
-        lora=has_lora(student.network) or any(rank for rank in scaled_ranks(student.network).values()),
+        lora=lora,
+        **_of_strengths(student, exporter, recipe, steps, lora=lora),
         started_from=student.started_from,
         dataset=_dataset(recipe),
         training=_training(recipe, trained),
@@ -177,7 +195,14 @@ def read_manifest(folder: Path) -> StudentManifest:
         raise UserError(f"{folder}: expected an exported student, got a folder without {MANIFEST}; export one into it")
     todo = f"export the student again with fmm_distill {__version__}"
     # Students of earlier development versions lack it, and are loaded all the same.
-    found = {"started_from": None, "kind": "embedded"} | read_mapping(file, todo=todo)
+    found: dict[str, Any] = {
+        "started_from": None,
+        "kind": "embedded",
+        "strengths": {},
+        "lora_code": None,
+        "no_lora_code": None,
+    }
+    found |= read_mapping(file, todo=todo)
     if missing := sorted(_TYPES.keys() - found.keys()):
         raise UserError(f"{file} was written by fmm_distill {found.get('fmm_distill')}, without {missing[0]}; {todo}")
     check_keys(str(file), found, _TYPES, todo=todo)
@@ -189,6 +214,22 @@ def read_manifest(folder: Path) -> StudentManifest:
     for number, n in enumerate(found["steps"]):
         check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
     return StudentManifest(**({name: found[name] for name in _TYPES} | {"steps": tuple(found["steps"])}))
+
+
+def _of_strengths(
+    student: Student, exporter: Exporter, recipe: Recipe, steps: tuple[int, ...], *, lora: bool
+) -> dict[str, Any]:
+    """Return the facts on strengths and adapters of a scaled student."""
+    scaled = is_scaled(student.network)
+    strengths = strengths_of(student, exporter, steps)
+    plain = {str(n): one.value for n, one in strengths.items()}
+    if not (lora and scaled):
+        return {"strengths": plain, "lora_code": None, "no_lora_code": None}
+    guided = any(name.endswith("diagonal_A") for name, _ in student.network.named_parameters())
+    # The weights themselves are the change at h = 0 of a student of full rank.
+    guided |= recipe.export.lora_rank > 0 and recipe.student.regression_steps > 0
+    code = lora_code(student, exporter, strengths, _example(exporter.teacher, any_step=False), guided=guided)
+    return {"strengths": plain, "lora_code": code, "no_lora_code": why_no_lora_code(exporter, strengths)}
 
 
 def _example(teacher: Teacher, *, any_step: bool) -> str:

@@ -18,7 +18,7 @@ from fmm_distill.io.files import writing
 from fmm_distill.student.lora import lora_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -79,7 +79,7 @@ def write_lora(student: Student, component: str, folder: Path) -> None:
     record(folder, "lora/pytorch_lora_weights.safetensors", "lora/jump_embedding.safetensors")
 
 
-def write_scaled_lora(adapters: dict[str, dict[str, Tensor]], folder: Path, steps: Iterable[int]) -> None:
+def write_scaled_lora(adapters: dict[str, dict[str, Tensor]], folder: Path, strengths: Mapping[int, float]) -> None:
     """Write ``lora/`` of a scaled student: files that ``load_lora_weights`` reads.
 
     ``pytorch_lora_weights.safetensors`` is loaded at the strength of one over the number of steps. Where there is a
@@ -88,12 +88,12 @@ def write_scaled_lora(adapters: dict[str, dict[str, Tensor]], folder: Path, step
 
     Args:
         adapters: by name, as ``student.scaled.adapter_states`` returns them.
-        steps: the numbers of steps of the files with both.
+        strengths: the strength of the student's adapter in the files with both, by the number of steps.
     """
     files = {"pytorch_lora_weights": adapters["student"]}
     if "guidance" in adapters:
         files["guidance"] = adapters["guidance"]
-        files |= {f"steps-{n}": _together(adapters["guidance"], adapters["student"], 1 / n) for n in steps}
+        files |= {f"steps-{n}": _together(adapters["guidance"], adapters["student"], s) for n, s in strengths.items()}
     with writing(folder / "lora"):
         (folder / "lora").mkdir(exist_ok=True)
         for name, tensors in files.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,21 +88,22 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _OF_PREDICTION = "prediction_type"
 
 
-def make_scheduler(teacher: Teacher, prediction: Prediction, terminal: float | None = None) -> Any:  # noqa: ANN401
+def make_scheduler(teacher: Teacher, prediction: Prediction, equal_steps: int | None = None) -> Any:  # noqa: ANN401
     """Make a stock scheduler of first order with the teacher's levels; nothing is clipped, no step is stochastic.
 
     Args:
         prediction: what the student's network predicts.
-        terminal: the level of the last jump's start, to which the grid of a flow model is stretched.
+        equal_steps: the number of steps, two or more, of which the stock grid of a flow model makes equal jumps. This
+            grid goes down to the first timestep, so that its last step would be almost empty.
 
     Raises:
         UserError: if the installed diffusers has a setting of the scheduler that is not known here, and the teacher
             sets it.
     """
-    return _MAKERS[teacher.schedule.kind](teacher, prediction, terminal)
+    return _MAKERS[teacher.schedule.kind](teacher, prediction, equal_steps)
 
 
-def _discrete(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+def _discrete(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers
     config = teacher.scheduler_config
     name = "CogVideoXDDIMScheduler" if config["_class_name"].startswith("CogVideoX") else "DDIMScheduler"
     made = _made(name, config, {_OF_PREDICTION: prediction})
@@ -111,26 +113,47 @@ def _discrete(teacher: Teacher, prediction: Prediction, terminal: float | None) 
     return made
 
 
-def _angular(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+def _angular(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers
     return _made("IPNDMScheduler", teacher.scheduler_config, {})
 
 
-def _exploding(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+def _exploding(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers
     if prediction == "score":
         return _made("ScoreSdeVeScheduler", teacher.scheduler_config, {})
     return _made("EDMEulerScheduler", teacher.scheduler_config, {_OF_PREDICTION: prediction})
 
 
-def _flow(teacher: Teacher, prediction: Prediction, terminal: float | None) -> Any:  # noqa: ANN401 diffusers
+def _flow(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers
     config, name = teacher.scheduler_config, "FlowMatchEulerDiscreteScheduler"
+    schedule = cast("FlowMatching", teacher.schedule)
     if config["_class_name"] != name:
-        schedule = cast("FlowMatching", teacher.schedule)
         config = {"num_train_timesteps": schedule.num_timesteps, "shift": schedule.shift}
-    return _made(name, config, {"shift_terminal": terminal})
+    if equal_steps is None:
+        return _made(name, config, {})
+    changes = {"shift_terminal": float(schedule.grid(equal_steps)[-2])}
+    shift = None if config.get("use_dynamic_shifting") else _shift_of_equal_jumps(schedule, equal_steps)
+    return _made(name, config, changes | ({} if shift is None else {"shift": shift}))
+
+
+def _shift_of_equal_jumps(schedule: FlowMatching, steps: int) -> float | None:
+    """Return the shift with which the stretched grid of the stock scheduler has equal jumps; None: there is none.
+
+    The scheduler shifts equal steps from 1 to its first level and stretches the result, and equal jumps are another
+    shift of equal steps. Both are quotients of linear functions of the step's number i, with the value 1 at i = 0, and
+    the stretching makes them equal at the last i. They are equal for every i where their poles are:
+    ``c k^2 - (1 - c)(T - 1) k + T - 1 = 0`` for the shift k, T timesteps and ``c = (1 - 1 / shift)(N - 1) / N``.
+    """
+    most = schedule.num_timesteps - 1
+    c = (1 - 1 / schedule.shift) * (steps - 1) / steps
+    half = (1 - c) * most / 2
+    if (root := half**2 - c * most) < 0:
+        return None
+    # The smaller root in the form that does not cancel, which also holds at c = 0.
+    return most / (half + math.sqrt(root))
 
 
 # One per ``kind`` of a schedule.
-_MAKERS: Mapping[str, Callable[[Teacher, Prediction, float | None], Any]] = MappingProxyType(
+_MAKERS: Mapping[str, Callable[[Teacher, Prediction, int | None], Any]] = MappingProxyType(
     {"discrete": _discrete, "angular": _angular, "exploding": _exploding, "flow": _flow}
 )
 

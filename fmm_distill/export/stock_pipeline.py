@@ -15,6 +15,7 @@ from fmm_distill.export.remote import stock_pipeline as remote
 from fmm_distill.export.remote.scheduler import FlowMapScheduler
 from fmm_distill.export.schedulers import make_scheduler, settings_of, why_levels_do_not_fold
 from fmm_distill.student.fold import fold
+from fmm_distill.student.strength import strength_of
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.prompted.arguments import split_arguments
@@ -138,10 +139,18 @@ class StockPipelineExporter:
         # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
         # stretch.
         if steps > 1 and last < 0.5 / steps and not schedule.uses_unshifted_time:
-            # The stock grid ends in an almost empty step: stretched, its last level is that of equal steps.
-            scheduler = make_scheduler(self.teacher, student.prediction, float(schedule.grid(steps)[-2]))
+            # The stock grid ends in an almost empty step.
+            scheduler = make_scheduler(self.teacher, student.prediction, steps)
             times = self._times(scheduler, steps)
         return scheduler, times
+
+    def has_equal_jumps(self, student: Student) -> bool:
+        """Return whether the pipeline makes equal jumps of any number of steps with the scheduler of ``any_step``."""
+        if self.teacher.schedule.kind != "flow":
+            return True
+        scheduler = make_scheduler(self.teacher, student.prediction)
+        # Two numbers: a pipeline may shift by a number that depends on them. Odd ones, which no table is made for.
+        return all(strength_of(student, self._times(scheduler, n)).is_exact for n in (3, 5))
 
     def _times(self, scheduler: Any, steps: int) -> Tensor:  # noqa: ANN401 a diffusers class
         sigmas = self._grids.sigmas(scheduler, steps)

@@ -93,14 +93,9 @@ class UNet2DExporter:
         return times
 
     def _fixed_scheduler(self, student: Student, steps: int) -> Any:  # noqa: ANN401 a diffusers class
-        """The stock scheduler whose steps are the jumps of a grid of ``steps``.
-
-        The stock grid of a flow model ends in an almost empty step. It is stretched so that its last level is that of
-        equal steps.
-        """
+        """The stock scheduler whose steps are the jumps of a grid of ``steps``."""
         stretched = self.teacher.schedule.kind == "flow" and steps > 1
-        terminal = float(self.teacher.schedule.grid(steps)[-2]) if stretched else None
-        return make_scheduler(self.teacher, student.prediction, terminal)
+        return make_scheduler(self.teacher, student.prediction, steps if stretched else None)
 
     def verification_call(self, count: int) -> dict[str, Any]:
         """Return the keywords for ``count`` images, of the first classes where there are classes."""

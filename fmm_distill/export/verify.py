@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from safetensors.torch import load_file
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.agreement import Agreement, compare, compare_weights
 from fmm_distill.export.contents import record
+from fmm_distill.export.extraction import describe_loss, samples_lost
 from fmm_distill.io.files import write_text
+from fmm_distill.student.scaled import is_scaled
+from fmm_distill.student.strength import strength_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,10 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.export.exporter import Exporter, PipelineExporter
+    from fmm_distill.student.extract import Extracted
+    from fmm_distill.student.strength import Strength
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
 __all__ = ["Exported", "agreements_of", "summary", "verify", "verify_all"]
+
+logger = logging.getLogger(__name__)
 
 # Of the noise that pipelines and student start from; any number would do.
 SEED = 5
@@ -44,12 +52,13 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class Exported:
-    """A student, its exporter, and the folder that it was exported to."""
+    """A student, its exporter, the folder that it was exported to, and the adapters that were extracted from it."""
 
     student: Student
     exporter: Exporter
     folder: Path
     steps: tuple[int, ...]
+    extracted: Extracted | None = None
 
     @property
     def teacher(self) -> Teacher:
@@ -78,11 +87,29 @@ def verify_all(exports: Sequence[Exported]) -> list[dict[str, Agreement]]:
     found = agreements_of(exports)
     for export, agreements in zip(exports, found, strict=True):
         wrong = {key: value for key, value in agreements.items() if not value.passed}
-        report = {"passed": not wrong, "pipelines": {key: value.to_json() for key, value in agreements.items()}}
+        report: dict[str, Any] = {"passed": not wrong}
+        report["pipelines"] = {key: value.to_json() for key, value in agreements.items()}
+        if export.extracted is not None:
+            report["lora"] = _loss_of_adapters(export, export.extracted)
         write_text(export.folder / "verification.json", json.dumps(report, indent=2) + "\n")
         record(export.folder, "verification.json")
         if wrong:
             raise FmmDistillError(f"{export.folder}: the reloaded export differs from the student ({_shown(wrong)})")
+    return found
+
+
+def _loss_of_adapters(export: Exported, extracted: Extracted) -> dict[str, Any]:
+    """Measure and log what extracted adapters lose, in the weights and in samples."""
+    student, exporter, steps = export.student, export.exporter, export.steps or (1, 4)
+    call = cast("PipelineExporter", exporter)
+    if exporter.not_any_step is None:
+        count = _batch(exporter.teacher)
+        noise, cond = call.start(call.verification_call(count), count, SEED)
+    else:
+        noise = torch.randn(2, *exporter.teacher.event_shape, generator=torch.Generator().manual_seed(SEED))
+        cond = exporter.teacher.first_conditions(len(noise))
+    found = samples_lost(student, extracted, steps, noise, cond)
+    logger.info(describe_loss(found))
     return found
 
 
@@ -103,7 +130,14 @@ def summary(agreements: dict[str, Agreement]) -> str:
     if _WEIGHTS in agreements:
         return "the weights are equal to the student's"
     worst = max(agreements.values(), key=lambda one: one.fraction)
-    return f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
+    unequal = [
+        f"; the jumps of {key.removeprefix('folded-')} steps are not equal, so that the samples of their pipeline, at "
+        f"the strength {one.strength.value:.3g}, differ from the student's by {one.samples:.1%}"
+        for key, one in agreements.items()
+        if one.strength is not None
+    ]
+    found = f"largest difference of a jump {worst.difference:.1e}, rounding explains {worst.tolerance:.1e}"
+    return found + "".join(unequal)
 
 
 def _shown(wrong: dict[str, Agreement]) -> str:
@@ -148,13 +182,19 @@ class _Job:
         fixed = kind == "folded"
         return self.exporter.fixed_grid(self.export.student, int(n)) if fixed else self.exporter.grid(int(n))
 
+    def strength(self, key: str) -> Strength | None:
+        """Return the strength of the changes of a scaled student's weights in a folded pipeline."""
+        student = self.export.student
+        scaled = key.startswith("folded-") and is_scaled(student.network)
+        return strength_of(student, self.times(key)) if scaled else None
+
 
 def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
     start = job.exporter.start(job.call, job.count, SEED)
     found = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in made):
         own = {name.partition(".")[2]: value for name, value in made.items() if name.startswith(f"{key}.")}
-        found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start)
+        found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start, job.strength(key))
     return found
 
 

@@ -112,13 +112,13 @@ def export_student(
     """
     if exporter_of(job.teacher).not_any_step is None:
         check_steps(steps, job.student.schedule)
-    manifest = make_manifest(job.student, job.teacher, job.recipe, steps, trained.folder, trained.steps)
     # Pipelines are opened on the CPU, where both stay: nothing is done with them afterwards.
     failed: FmmDistillError | None = None
     agreements: dict[str, Agreement] = {}
     with replacing(target, wait=wait) as new:
-        exported = write_student(job.student, job.teacher, new, steps)
-        write_card(new, manifest, trained.evaluation, trained.folder)
+        exported = write_student(job.student, job.teacher, new, steps, lora_rank=job.recipe.export.lora_rank)
+        facts = (trained.folder, trained.steps, exported.exporter)
+        manifest = make_manifest(job.student, job.teacher, job.recipe, steps, *facts)
         try:
             agreements = verify(exported)
         except UserError:
@@ -127,6 +127,8 @@ def export_student(
             failed = FmmDistillError(str(error).replace(str(new), str(target)))
             if (target / CONTENTS).is_file():
                 raise FmmDistillError(f"{failed}; the former export stays there") from error
+        # After the verification, whose results are on the card.
+        write_card(new, manifest, trained.evaluation, trained.folder)
     # A first export is put there all the same, to be looked at; it is not published.
     if failed is not None:
         raise failed

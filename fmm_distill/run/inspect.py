@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
+from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.student.lora import default_targets
-from fmm_distill.student.scaled import is_scaled, scaled_ranks
+from fmm_distill.student.scaled import ScaledWeights
+from fmm_distill.student.scaled_adapters import share_network
+from fmm_distill.student.scaled_layers import scaled_layers
 from fmm_distill.student.student import Student
+from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
-from fmm_distill.training.memory import forecast_memory, memory_unit
+from fmm_distill.training.memory import Memory, forecast_memory, memory_unit
 
 if TYPE_CHECKING:
     from fmm_distill.config.recipe import Recipe
@@ -27,15 +31,16 @@ RANK = 16
 
 
 def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
-    """Return one line per property of a teacher. A student of it is built to find its jump embedding and its memory.
+    """Return one line per property of a teacher. A student of each kind is built to find its layers and its memory.
 
     Args:
         recipe: the loss and the training settings for the memory estimate.
 
     Raises:
-        UserError: if no student can be built from the teacher.
+        UserError: if no student of either kind can be built from the teacher.
     """
-    student = Student.from_teacher(teacher)
+    # One after the other: a student has a copy of the weights.
+    kinds = _scaled(teacher, recipe) | _embedded(teacher, recipe)
     parameters = sum(p.numel() for p in teacher.network.parameters())
     lines = {
         "source": teacher.source + (f" at {teacher.revision}" if teacher.revision else ""),
@@ -46,8 +51,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "shape": " x ".join(map(str, teacher.event_shape)) + _shape_means(teacher),
         "conditioning": _conditions(teacher),
         "network call": _network_call(teacher),
-        "jump embedding": _hosts(student),
-        **_memory(teacher, student, recipe),
+        **kinds,
         "exports": _exports(teacher),
         "export test": "not run; use --dry-run with a recipe",
         "license": teacher.license.get("license", "not stated; ask the authors before you publish a student"),
@@ -104,32 +108,63 @@ def _network_call(teacher: Teacher) -> str:
     return f"network({call.sample}=sample, {call.time}={time}){sign}"
 
 
-def _hosts(student: Student) -> str:
-    if is_scaled(student.network):
-        return f"scales a change of the weights of {len(scaled_ranks(student.network))} layers"
-    hosts = cast("Any", student.network).config["jump_hosts"]
+def _scaled(teacher: Teacher, recipe: Recipe) -> dict[str, str]:
+    """Describe the student whose weights change with the length of the jump."""
+    student = Student.from_teacher(teacher, scaled=ScaledWeights())
+    layers = list(scaled_layers(student.network).values())
+    linear = sum(isinstance(layer, nn.Linear) for layer in layers)
+    counts = {"linear layers": linear, "convolutions": len(layers) - linear}
+    found = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+    changes = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    sizes = [RANK * (layer.weight[0].numel() + len(layer.weight)) for layer in cast("list[Any]", layers)]
+    shared = share_network(student, teacher)
+    full = _forecast(student, shared, recipe)
+    return {
+        "scaled": f"weights of {found} change with the jump's length, {changes:,} parameters at full rank",
+        "scaled memory": _of_full_rank(full, recipe),
+        "scaled LoRA": _of_low_rank(teacher, full, sum(sizes), recipe),
+    }
+
+
+def _embedded(teacher: Teacher, recipe: Recipe) -> dict[str, str]:
+    """Describe the student that embeds the length of the jump, or the reason why there is none."""
+    try:
+        hosts = list(find_jump_hosts(teacher))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{teacher.source}: ")
+        return {"jump embedding": f"none, students are of kind scaled alone ({reason})"}
+    student = Student.from_teacher(teacher)
     others = f", and after {len(hosts) - 1} layers of the same name" if len(hosts) > 1 else ""
-    return f"added after {hosts[0]}{others}"
-
-
-def _memory(teacher: Teacher, student: Student, recipe: Recipe) -> dict[str, str]:
-    """Estimate the memory of a training step of one sample, with every weight trained and with LoRA.
-
-    With LoRA the weights are there once; gradients, two moments and the averages are those of the adapters. The
-    activations are counted as if every weight were trained.
-    """
-    alone = recipe.training.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
-    full = forecast_memory(student, teacher, recipe.model_copy(update={"training": alone}))
-    jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
+    full = _forecast(student, teacher, recipe)
     layers = [cast("nn.Linear", teacher.network.get_submodule(name)) for name in default_targets(teacher.network)]
     adapters = sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
-    weights = sum(p.numel() for p in teacher.network.parameters())
-    low = 4 * (weights + (4 + len(recipe.training.ema)) * (adapters + jump)) + full.activations
-    lora = f"{_text(low)} at rank {RANK}" if layers else "no default layers; name them in student.lora.targets"
+    jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
+    lora = _of_low_rank(teacher, full, adapters + jump, recipe)
     return {
-        "memory": f"{full}; for one sample, loss {recipe.loss_names}; {_text(full.per_sample)} per further sample",
-        "LoRA memory": lora,
+        "jump embedding": f"added after {hosts[0]}{others}",
+        "memory": _of_full_rank(full, recipe),
+        "LoRA memory": lora if layers else "no default layers; name them in student.lora.targets",
     }
+
+
+def _forecast(student: Student, teacher: Teacher, recipe: Recipe) -> Memory:
+    """Estimate the memory of a training step of one sample."""
+    alone = recipe.training.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 1})
+    return forecast_memory(student, teacher, recipe.model_copy(update={"training": alone}))
+
+
+def _of_full_rank(memory: Memory, recipe: Recipe) -> str:
+    return f"{memory}; for one sample, loss {recipe.loss_names}; {_text(memory.per_sample)} per further sample"
+
+
+def _of_low_rank(teacher: Teacher, full: Memory, trained: int, recipe: Recipe) -> str:
+    """Estimate the memory with adapters from that of full rank.
+
+    The weights are there once; gradients, two moments and the averages are those of the adapters. The activations are
+    counted as if every weight were trained.
+    """
+    weights = sum(p.numel() for p in teacher.network.parameters())
+    return f"{_text(4 * (weights + (4 + len(recipe.training.ema)) * trained) + full.activations)} at rank {RANK}"
 
 
 def _text(count: int) -> str:

@@ -29,6 +29,7 @@ from fmm_distill.student.scaled import ScaledWeights, is_scaled
 from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.student import Student, is_new
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.compile import checkpoint_blocks
@@ -142,7 +143,8 @@ def plan(
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
-    teacher = given.open_teacher(recipe) or open_teacher(recipe, prompts)
+    own = given.open_teacher(recipe)
+    teacher = open_teacher(recipe, prompts) if own is None else on_first_timesteps(own, recipe.timesteps)
     _check_teacher(recipe, teacher)
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
@@ -260,9 +262,12 @@ def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teac
     shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
-        return load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
-    teacher = load_teacher(recipe.teacher, **of_teacher, **shared)
+        return on_first_timesteps(
+            load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared), recipe.timesteps
+        )
+    teacher = on_first_timesteps(load_teacher(recipe.teacher, **of_teacher, **shared), recipe.timesteps)
     weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **shared)
+    weaker = on_first_timesteps(weaker, recipe.timesteps)
     here, there = ((t.event_shape, t.schedule.t_min, t.schedule.t_max) for t in (teacher, weaker))
     if here != there:
         raise UserError(

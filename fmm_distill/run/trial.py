@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,13 @@ from safetensors import SafetensorError
 from fmm_distill import __version__
 from fmm_distill.data.row_store import mebibytes
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.strengths import check_strengths
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
+from fmm_distill.student.scaled import is_scaled
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
 
@@ -81,8 +84,12 @@ def try_export(
     began = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[]), _temporary_folder(parent, name) as target:
-            exported = write_student(_with_random_jumps(student), teacher, target, steps, linked=True)
-            agreements = verify(exported)
+            trained, rank = _with_random_jumps(student), recipe.export.lora_rank
+            exported = write_student(trained, teacher, target, steps, lora_rank=rank, linked=True)
+            # The loss of adapters that are extracted from random changes is no news.
+            agreements = verify(replace(exported, extracted=None))
+            # All numbers, not only those that were tried; the runs above have determined their grids.
+            check_strengths(exported.student, exported.exporter, recipe.export.steps)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
             f"{teacher.source}: its student can't be exported; the trial before training failed ({_reason(error)})"
@@ -135,7 +142,9 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [__version__, diffusers.__version__, torch.__version__],
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
-        [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json"), _tried_steps(recipe)],
+        [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
+        [_tried_steps(recipe), recipe.export.lora_rank],
+        list(recipe.export.steps) if is_scaled(student.network) else None,
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 

@@ -8,6 +8,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.student.scaled_layers import scaled_layers
+from fmm_distill.student.strength import strength_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,15 +50,23 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     at the time where it starts (least squares; there are fewer times than inputs of the layer). A range of guidance
     folds to the teacher's scale.
 
+    The changes of a scaled student's weights are added at one strength (``strength_of``), as if all jumps were equal.
+
     Raises:
-        UserError: on a grid with more different jumps than the layer can represent.
+        UserError: on a grid with more different jumps than the layer can represent, or with jumps that are too
+            different for one strength.
     """
     network = cast("Any", student.network)
     stock = stock_part(student.network)
     device = next(student.network.parameters()).device
     starts, positions = times[:-1].to(device), student.clock.warp(times.to(device))
     lengths = (positions[:-1] - positions[1:]).float()
-    _add_changes(student.network, stock, float(lengths.mean()))
+    if scaled_layers(student.network):
+        strength = strength_of(student, times)
+        strength.check(len(times) - 1)
+        _add_changes(student.network, stock, strength.value)
+        # A range of guidance also embeds the lengths.
+        lengths = torch.full_like(lengths, strength.value)
     if not network.config["jump_hosts"]:
         return stock
     scale = None if network.config["guidance_range"] is None else cast("Any", teacher.guidance).scale

@@ -41,6 +41,11 @@ class AdaptersOff(nn.Module):
         self._network = (network,)
 
     @property
+    def shared(self) -> nn.Module:
+        """The network that is called."""
+        return self._network[0]
+
+    @property
     def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
         """The configuration of the network."""
         return cast("Any", self._network[0]).config

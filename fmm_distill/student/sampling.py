@@ -36,6 +36,7 @@ def sample(
     times = (student.schedule.grid(steps) if isinstance(steps, int) else steps).to(noise.device)
     # N(0, I) in the teacher's variables; here at t_max its scale is another one.
     x = student.parametrization.prior(noise)
-    for t, r in pairwise(times):
-        x = student(x, t.expand(len(x)), r.expand(len(x)), cond)
+    with student.equal_jumps():
+        for t, r in pairwise(times):
+            x = student(x, t.expand(len(x)), r.expand(len(x)), cond)
     return x

@@ -9,6 +9,7 @@ are ``W + G + h dW``: the regression trains G, and the losses after it train dW 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,13 +18,16 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import TwoTimeNetwork
 from fmm_distill.student.scaled_layers import can_be_scaled, scaled_layers
+from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
 
+    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.conditions import Conditions
 
 __all__ = [
     "ScaledWeights",
@@ -33,10 +37,15 @@ __all__ = [
     "scaled_ranks",
 ]
 
+logger = logging.getLogger(__name__)
+
+# Of the rows of a batch and those of its samples, as a fraction of the largest number: that of half precision.
+_ROUNDING = 1e-2
+
 
 @dataclass(frozen=True)
 class ScaledWeights:
-    """Which changes of the weights a student has.
+    """The changes of the weights of a student.
 
     Attributes:
         rank: of the changes; 0: any rank, biases included.
@@ -67,37 +76,92 @@ def scaled_ranks(network: nn.Module) -> dict[str, int]:
 def ranks_of_layers(teacher: Teacher, scaled: ScaledWeights) -> dict[str, int]:
     """Return the layers of the teacher's network that can be scaled, by name, with the rank of their change.
 
-    Layers that the network does not call have no gradient and are left out.
+    Layers that the network does not call have no gradient and are left out. So are layers whose rows are not grouped by
+    sample, since the length of a row's jump would be unknown.
 
     Raises:
         UserError: if there is none.
     """
     if scaled.layers is not None:
         return dict(scaled.layers)
-    network, called = teacher.network, set[str]()
+    network = teacher.network
     layers = {
         name: module
         for name, module in network.named_modules()
         if can_be_scaled(module, scaled.rank) and (not scaled.targets or name.endswith(scaled.targets))
     }
-    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()]
-    device = next(network.parameters()).device
-    cond = None if teacher.conditions is None else teacher.conditions.pick(torch.zeros(1)).to(device)
-    # Any time at which the network is trained.
-    t = torch.full((1,), teacher.schedule.t_max / 2, dtype=torch.float64, device=device)
+    alone, pair = (_inputs_of_layers(teacher, layers, samples) for samples in (1, 2))
+    # In the network's own order, which does not depend on the order of the calls.
+    called = [name for name in layers if name in alone]
+    ordered = [name for name in called if _is_grouped(alone[name], pair.get(name, []))]
+    if not ordered:
+        names = ", ".join(scaled.targets) or "any name"
+        kind = "calls with rows that are grouped by sample" if called else "calls"
+        raise UserError(
+            f"{teacher.source}: expected linear layers or convolutions of {type(network).__name__} for {names}, got "
+            f"none that the network {kind}; try other student.lora.targets, or student.kind: embedded"
+        )
+    if left := [name for name in called if name not in ordered]:
+        logger.warning(
+            f"{', '.join(left[:4])}{', ...' if len(left) > 4 else ''}: {len(left)} of {len(called)} layers do not "
+            "change with the length of the jump, since their rows are not grouped by sample"
+        )
+    return dict.fromkeys(ordered, scaled.rank)
+
+
+def _inputs_of_layers(teacher: Teacher, layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Tensor]]:
+    """Return a number for each row of a layer's input, one tensor per call, of the first one or two of two samples."""
+    numbers: dict[str, list[Tensor]] = {}
+
+    def record(name: str, x: Tensor) -> None:
+        rows = x.flatten(1).float() if x.ndim > 1 else x[:, None].float()
+        # Any weights that are not equal. A number per row, since the inputs of all layers together may be large.
+        weights = torch.arange(1, rows.shape[1] + 1, device=x.device).cos()
+        numbers.setdefault(name, []).append(rows @ weights)
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, keywords, name=name: record(name, next(iter((*args, *keywords.values())))), with_kwargs=True
+        )
+        for name, module in layers.items()
+    ]
+    device = next(teacher.network.parameters()).device
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    # Any two times inside of the range.
+    t = torch.tensor([0.55, 0.7], dtype=torch.float64, device=device) * teacher.schedule.t_max
+    cond = _two_conditions(teacher.conditions)
+    cond = None if cond is None else cond.part(0, samples).to(device)
     try:
-        teacher.parametrization.velocity(network, torch.zeros(1, *teacher.event_shape, device=device), t, cond)
+        teacher.parametrization.velocity(teacher.network, x[:samples], t[:samples], cond)
     finally:
         for hook in hooks:
             hook.remove()
-    if not called:
-        names = ", ".join(scaled.targets) or "any name"
-        raise UserError(
-            f"{teacher.source}: expected linear layers or convolutions of {type(network).__name__} for {names}, got "
-            "none that the network calls; try other student.lora.targets, or student.kind: embedded"
-        )
-    # In the network's own order, which does not depend on the order of the calls.
-    return {name: scaled.rank for name in layers if name in called}
+    return numbers
+
+
+def _two_conditions(conditions: Conditions | None) -> Conditioning | None:
+    """Return two conditions, of the largest and of the smallest size where sizes differ."""
+    if not isinstance(conditions, Embeddings):
+        return None if conditions is None else conditions.pick(torch.tensor([0.0, 0.99]))
+    ends = torch.tensor([0, len(conditions.names) - 1])
+    for rows in conditions.prompts.inputs.values():
+        # Lengths of prompts, or masks. Some networks join prompts of different lengths to one list of tokens. The
+        # longest is the first, since the others are padded to it.
+        if rows.ndim == 1 or (rows.ndim == 2 and bool(((rows == 0) | (rows == 1)).all())):
+            sizes = rows.reshape(len(rows), -1).sum(1)
+            ends = torch.stack([sizes.argmax(), sizes.argmin()])
+    return conditions.prompts.rows(ends)
+
+
+def _is_grouped(alone: list[Tensor], pair: list[Tensor]) -> bool:
+    """Return whether the rows of two samples are those of the first, then equally many of the second."""
+    if [2 * len(one) for one in alone] != [len(both) for both in pair]:
+        return False
+    # Kernels for batches of other sizes sum in another order.
+    return all(
+        torch.allclose(both[: len(one)], one, rtol=_ROUNDING, atol=_ROUNDING * float(one.abs().max()))
+        for one, both in zip(alone, pair, strict=True)
+    )
 
 
 def freeze_base(network: nn.Module, *, diagonal: bool) -> None:
@@ -108,7 +172,8 @@ def freeze_base(network: nn.Module, *, diagonal: bool) -> None:
     """
     network.requires_grad_(False)
     for layer in scaled_layers(network).values():
-        for name, parameter in layer.named_parameters(recurse=False):
+        # A parametrized weight is a parameter of a module below the layer.
+        for name, parameter in layer.named_parameters():
             own = name.startswith(("jump_", "diagonal_"))
             parameter.requires_grad_(own or (diagonal and not cast("Any", layer).jump_rank))
     cast("Any", network).jump_embedding.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What a scaled student shares with its teacher, and its changes of weights as merged weights and as adapters."""
+"""The network that a scaled student shares with its teacher, and its changes as merged weights and as adapters."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class StockCalls(nn.Module):
         super().__init__()
         # A tuple hides the network from torch: the student already counts, moves and saves these weights.
         self._network = (network,)
+
+    @property
+    def shared(self) -> nn.Module:
+        """The network that is called."""
+        return self._network[0]
 
     @property
     def config(self) -> Any:  # noqa: ANN401 a diffusers configuration

@@ -18,7 +18,7 @@ _EQUAL = 1e-5
 
 
 class Jump(NamedTuple):
-    """What one call of a network is conditioned on.
+    """The condition of one call of a network.
 
     Attributes:
         h: the lengths of the jumps, shape ``[batch]``; None: the network is the stock one.
@@ -36,8 +36,7 @@ class Jump(NamedTuple):
         """Fail if the samples of a group have different lengths, without waiting for a GPU."""
         size = 1 if self.h is None else self.group or len(self.h)
         if size > 1 and len(self.h) % size == 0:
-            groups = self.h.reshape(-1, size)
-            torch._assert_async(((groups - groups[:, :1]).abs() <= _EQUAL).all())
+            _check_equal(self.h.reshape(-1, size))
 
     def lengths_of_groups(self, rows: int) -> torch.Tensor | None:
         """Return one length per group of equally many rows of a layer's input; None: samples have their own."""
@@ -49,10 +48,15 @@ class Jump(NamedTuple):
         return lengths if rows % len(lengths) == 0 and not _has_tangent(h) else None
 
     def lengths_of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the lengths of the rows of a layer's input, shaped to be multiplied with it."""
+        """Return the lengths of the rows of a layer's input or output, shaped to be multiplied with it."""
         h = self.h.to(x.dtype)
+        rows, rest = divmod(len(x), len(h))
+        if rest:
+            # Samples have different numbers of rows, for example of tokens: only one length for all is unambiguous.
+            _check_equal(h[None])
+            h, rows = h[:1], 1
         # Tokens, frames or windows of one sample are consecutive rows.
-        return h.repeat_interleave(max(1, len(x) // len(h))).reshape(-1, *[1] * (x.ndim - 1))
+        return h.repeat_interleave(rows).reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Call:
@@ -75,6 +79,11 @@ class Call:
         jump = Jump(h, fraction, self.group, self.regression)
         jump.check()
         return jump
+
+
+def _check_equal(groups: torch.Tensor) -> None:
+    equal = ((groups - groups[:, :1]).abs() <= _EQUAL).all()
+    torch._assert_async(equal, "expected one length of the jump for all samples of a group, got several")
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
@@ -118,10 +127,10 @@ class _Scaled:
             return self.jump_weight, getattr(self, "jump_bias", None)
         return product_of(self.jump_A, self.jump_B), None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.call.jump.h is None:
-            return super().forward(x)
-        return self._low_rank(x) if self.jump_rank else self._full_rank(x)
+            return super().forward(input)
+        return self._low_rank(input) if self.jump_rank else self._full_rank(input)
 
     def _full_rank(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias, jump = self.weight, self.bias, self.call.jump
@@ -134,10 +143,11 @@ class _Scaled:
         lengths = jump.lengths_of_groups(len(x))
         if lengths is None:
             moved = self._product(x, *change)
+            # In the dtype of the product, which autocast chooses.
             return self._product(x, weight, bias) + jump.lengths_of_rows(moved) * moved
         # One product per group with the sum of both weights, in place of two products per sample.
         parts = zip(x.chunk(len(lengths)), lengths, strict=True) if len(lengths) > 1 else [(x, lengths[0])]
-        outputs = [self._product(part, *_sums((weight, bias), change, h.to(weight.dtype))) for part, h in parts]
+        outputs = [self._product(part, *_sums((weight, bias), change, h)) for part, h in parts]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _low_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +174,13 @@ def _mixed(hidden: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def _sums(base: tuple, change: tuple, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     (weight, bias), (d_weight, d_bias) = base, change
-    return weight + h * d_weight, bias if d_bias is None else bias + h * d_bias
+    return _sum(weight, d_weight, h), bias if d_bias is None else _sum(bias, d_bias, h)
+
+
+def _sum(value: torch.Tensor, change: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    # In half precision the length itself would be rounded, and the product once more.
+    precise = torch.promote_types(value.dtype, torch.float32)
+    return (value.to(precise) + h * change.to(precise)).to(value.dtype)
 
 
 def product_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

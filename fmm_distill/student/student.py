@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -21,6 +22,8 @@ from fmm_distill.student.two_time import two_time
 from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -136,6 +139,19 @@ class Student(LearnedFlowMap):
     def prediction(self) -> Prediction:
         """The quantity that the network predicts."""
         return self.parametrization.prediction
+
+    @contextmanager
+    def equal_jumps(self) -> Iterator[None]:
+        """Evaluate jumps of one length for all samples of a call; a scaled network then forms its weights once."""
+        state = getattr(self.network, "call_state", None)
+        if state is None:
+            yield
+            return
+        before, state.group = state.group, 0
+        try:
+            yield
+        finally:
+            state.group = before
 
     def mean_velocity_of_jump(
         self,

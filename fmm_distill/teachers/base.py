@@ -168,7 +168,9 @@ class Teacher:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of the diffusers network, without the private entries; empty for another network."""
-        config = dict(self.network.config) if isinstance(self.network, diffusers.ModelMixin) else {}
+        # The network of a teacher that is its student's is inside of another module.
+        network = getattr(self.network, "shared", self.network)
+        config = dict(network.config) if isinstance(network, diffusers.ModelMixin) else {}
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def prior(self, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:

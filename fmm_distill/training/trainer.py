@@ -36,6 +36,7 @@ from fmm_distill.training.nonfinite import NonFiniteSteps, finite_or_none, worst
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
+from fmm_distill.training.process import allow_unused_parameters
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.trackers import TrackerLog
 from fmm_distill.training.train_state import OptimizerState, TrainState
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from fmm_distill.losses.base import Loss
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.callbacks import Callback
+    from fmm_distill.training.compile import Points
     from fmm_distill.training.optimizer import OptimizerFactory
     from fmm_distill.training.signals import StopRequest
 
@@ -99,16 +101,21 @@ class Trainer:
         self.accelerator = accelerator
         self.total = recipe.student.regression_steps + training.steps
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
+        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
+        # Under FSDP the first process evaluates and exports a copy that is not split. It shares no weight with the
+        # student, also no frozen one, since a shared weight would be on one device for both.
+        copied = self.sharded and accelerator.is_main_process
+        self.plain = copy.deepcopy(student).requires_grad_(False).eval().to("cpu") if copied else student
         teacher.to(accelerator.device)
         student.to(accelerator.device)
         self.student = student
-        self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
-        # Under FSDP the first process evaluates and exports a copy that is not split.
-        self.plain = frozen_copy(student).to("cpu") if self.sharded and accelerator.is_main_process else student
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        accelerate_networks(training, student, teacher, probe_inputs(teacher, accelerator.device))
+        at = probe_inputs(teacher, accelerator.device)
+        if accelerator.num_processes > 1 and not self.sharded and _has_unused_parameters(student, at):
+            allow_unused_parameters(accelerator)
+        accelerate_networks(training, student, teacher, at)
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -383,6 +390,13 @@ def wrap(
         for other in copies:
             shard(network_of(cast("LearnedFlowMap", other)), accelerator)
     return accelerator.prepare(objective, optimizer)
+
+
+def _has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
+    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 def _memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:

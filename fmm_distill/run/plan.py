@@ -33,10 +33,11 @@ from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.compile import checkpoint_blocks
+from fmm_distill.training.fsdp import splits_weights
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.optimizer import optimizer_factory
 from fmm_distill.training.process import check_training
-from fmm_distill.training.variables import is_set, launched
+from fmm_distill.training.variables import launched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +192,7 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
         teacher = add_lora(student, teacher, lora.rank, lora.targets, seed=seed)
     # A regression trains the weights themselves. Under FSDP the first process evaluates the teacher alone, which it
     # can't do with weights that are split over all.
-    elif scaled is not None and (scaled.rank or not scaled.diagonal) and not is_set("ACCELERATE_USE_FSDP"):
+    elif scaled is not None and (scaled.rank or not scaled.diagonal) and not splits_weights():
         teacher = share_network(student, teacher)
     return student, teacher
 

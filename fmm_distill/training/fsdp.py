@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fmm_distill.errors import UserError
 from fmm_distill.training.optimizer import optimizer_factory, stores_factors
+from fmm_distill.training.variables import is_set
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,7 @@ __all__ = [
     "local",
     "placed_like",
     "shard",
+    "splits_weights",
     "wrap_blocks",
     "wrapped_blocks",
 ]
@@ -38,6 +41,12 @@ __all__ = [
 def is_sharded(accelerator: Accelerator) -> bool:
     """Return True if accelerate splits weights over processes."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def splits_weights() -> bool:
+    """Return True if this launch splits weights over processes, whether its accelerator exists already or not."""
+    state = AcceleratorState._shared_state.get("distributed_type")
+    return is_set("ACCELERATE_USE_FSDP") or state == DistributedType.FSDP
 
 
 def check_sharding(accelerator: Accelerator, recipe: Recipe) -> None:

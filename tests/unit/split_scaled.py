@@ -8,10 +8,8 @@ A run a recipe in FOLDER/<number>.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -34,9 +32,7 @@ if __name__ == "__main__":
             split_weights(accelerator, ["ResnetBlock2D"])
         else:
             accelerator = make_accelerator(recipe, folder)
-        # As `accelerate launch` sets it, with which accelerate expects GPUs.
-        with patch.dict(os.environ, {"ACCELERATE_USE_FSDP": str(shards)}):
-            job = plan(recipe)
+        job = plan(recipe)
         own = {id(p) for p in job.student.parameters()}
         trainer = Trainer(job.student, job.teacher, recipe, None, folder, accelerator)
         trainer.run()

@@ -162,15 +162,17 @@ def _line(rows: dict[str, Any], quantity: str) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return a table of each quantity, and one of parameters and seconds."""
+    """Return a table of each quantity, and one of parameters and seconds; of several results, one after the other."""
+    if "students" not in results:
+        return "\n".join(f"{name}\n\n{markdown(part)}" for name, part in results.items())
     lines: list[str] = []
     for quantity, title in QUANTITIES.items():
-        if any(quantity in row for rows in results["teacher"].values() for row in rows.values()):
+        samplers = [*_samplers(results, quantity)]
+        if samplers:
             head = " | ".join(map(str, CALLS))
-            lines += [f"{title}:", "", f"| sampler | {head} |", "|---|" + "---:|" * len(CALLS)]
-            lines += [*_rows(results, quantity), ""]
+            lines += [f"{title}:", "", f"| sampler | {head} |", "|---|" + "---:|" * len(CALLS), *samplers, ""]
     lines += ["| student | trained parameters | CPU seconds | seeds |", "|---|---:|---:|---:|"]
-    for name, case in results["students"].items():
+    for name, case in _in_order(results["students"]).items():
         runs = list(case["seeds"].values())
         seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
         mean = f"{statistics.mean(seconds):.0f}" if seconds else ""
@@ -178,18 +180,27 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _rows(results: dict[str, Any], quantity: str) -> Iterator[str]:
+def _in_order(students: dict[str, Any]) -> dict[str, Any]:
+    names = [*(name for name in CASES if name in students), *(name for name in students if name not in CASES)]
+    return {name: students[name] for name in names}
+
+
+def _samplers(results: dict[str, Any], quantity: str) -> Iterator[str]:
     """Yield a row per sampler: the mean over the seeds and, of several, its standard error."""
     samplers = {SOLVERS[name]: [rows] for name, rows in results["teacher"].items()}
-    samplers |= {n: [run["rows"] for run in case["seeds"].values()] for n, case in results["students"].items()}
+    students = _in_order(results["students"])
+    samplers |= {name: [run["rows"] for run in case["seeds"].values()] for name, case in students.items()}
     for name, runs in samplers.items():
         cells = []
         for n in map(str, CALLS):
-            values = [rows[n][quantity] for rows in runs]
+            values = [rows[n][quantity] for rows in runs if quantity in rows[n]]
+            if not values:
+                break
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
             digits = ".3f" if values[0] < 10 else ".3g"
             cells.append(f"{statistics.mean(values):{digits}}" + ("" if error is None else f" ± {error:.3f}"))
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        if cells:
+            yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from torch import nn
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.data.samples import Images
 from fmm_distill.run.given import Given
-from fmm_distill.run.plan import open_student
+from fmm_distill.run.plan import open_student, open_teacher
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
-from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training.trainer import Trainer
 
 # Zero at first; the other factor of a low rank is random.
@@ -58,7 +57,7 @@ def one_by_one(student: Student, x, t, r, cond=None) -> torch.Tensor:
 def train(settings: dict, folder: Path, images: Images | None = None) -> Trainer:
     """Train by a recipe's settings, with the student and the teacher that a run would have."""
     recipe = Recipe.model_validate(settings)
-    student, teacher = open_student(recipe, load_teacher(recipe.teacher), Given())
+    student, teacher = open_student(recipe, open_teacher(recipe), Given())
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.training.gradient_accumulation_steps)
     trainer = Trainer(student, teacher, recipe, images, folder, accelerator)

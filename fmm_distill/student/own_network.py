@@ -52,14 +52,14 @@ class TwoTimeNetwork(nn.Module):
         guided = guidance_range is not None
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guided) for width in hosts.values()])
         self.guidance_range = guidance_range
-        self.call_state = Call()
+        self.call_state, self.is_scaled = Call(), bool(scaled)
         scale_layers(self.network, dict(scaled or {}), self.call_state, diagonal=diagonal)
         for index, name in enumerate(hosts):
             self.network.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
 
     @property
     def jump(self) -> Jump:
-        """What the current call is conditioned on."""
+        """The condition of the current call."""
         return self.call_state.jump
 
     @jump.setter
@@ -70,7 +70,9 @@ class TwoTimeNetwork(nn.Module):
         h, fraction = self.jump.h, self.jump.fraction
         if h is None:
             return output
-        jump = self.jump_embedding[index](h, fraction).to(output.dtype)
+        # The regression trains what a scaled student is at h = 0, and nothing after it does.
+        constant = self.is_scaled and not self.jump.regression
+        jump = self.jump_embedding[index](h, fraction, constant).to(output.dtype)
         # A network that embeds a time for every token or frame has several rows per sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)

@@ -45,7 +45,7 @@ _ROUNDING = 1e-2
 
 @dataclass(frozen=True)
 class ScaledWeights:
-    """Which changes of the weights a student has.
+    """The changes of the weights of a student.
 
     Attributes:
         rank: of the changes; 0: any rank, biases included.

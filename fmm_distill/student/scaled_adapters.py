@@ -1,4 +1,4 @@
-"""The network that a scaled student shares with its teacher; its changes of weights, merged and as adapters."""
+"""The network that a scaled student shares with its teacher, and its changes as merged weights and as adapters."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _EQUAL = 1e-5
 
 
 class Jump(NamedTuple):
-    """What one call of a network is conditioned on.
+    """The condition of one call of a network.
 
     Attributes:
         h: the lengths of the jumps, shape ``[batch]``; None: the network is the stock one.
@@ -174,8 +174,13 @@ def _mixed(hidden: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def _sums(base: tuple, change: tuple, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     (weight, bias), (d_weight, d_bias) = base, change
-    # A length without dimensions does not change the dtype of a weight, and is not rounded to it.
-    return weight + h * d_weight, bias if d_bias is None else bias + h * d_bias
+    return _sum(weight, d_weight, h), bias if d_bias is None else _sum(bias, d_bias, h)
+
+
+def _sum(value: torch.Tensor, change: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    # In half precision the length itself would be rounded, and the product once more.
+    precise = torch.promote_types(value.dtype, torch.float32)
+    return (value.to(precise) + h * change.to(precise)).to(value.dtype)
 
 
 def product_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -86,11 +86,17 @@ class JumpEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.linear_2.weight)
 
-    def forward(self, h: torch.Tensor, fraction: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the embedding, shape ``[batch, width]``, of h, shape ``[batch]``, the jump's length in [0, 1]."""
+    def forward(self, h: torch.Tensor, fraction: torch.Tensor | None = None, constant: bool = False) -> torch.Tensor:
+        """Return the embedding, shape ``[batch, width]``, of h, shape ``[batch]``, the jump's length in [0, 1].
+
+        ``constant`` is whether the term of the guidance is not trained.
+        """
         # The difference before the layer without bias: one product instead of two, and exactly 0 at h = 0.
         jump = self.linear_2(self._hidden(h) - self._hidden(torch.zeros_like(h)))
-        return jump if self.guidance is None else jump + self.guidance(fraction)
+        if self.guidance is None:
+            return jump
+        guidance = self.guidance(fraction)
+        return jump + (guidance.detach() if constant else guidance)
 
     def _hidden(self, h: torch.Tensor) -> torch.Tensor:
         # Angular frequencies from 10 down to 0.1 on h in [0, 1]: smooth enough to be differentiated.
@@ -127,7 +133,7 @@ class _TwoTime:
 
     @property
     def jump(self) -> Jump:
-        """What the current call is conditioned on."""
+        """The condition of the current call."""
         return self.call_state.jump
 
     @jump.setter
@@ -146,7 +152,9 @@ class _TwoTime:
         h, fraction = self.jump.h, self.jump.fraction
         if h is None:
             return output
-        jump = self.jump_embedding[index](h, fraction).to(output.dtype)
+        # The regression trains what a scaled student is at h = 0, and nothing after it does.
+        constant = bool(self.config.scaled_layers) and not self.jump.regression
+        jump = self.jump_embedding[index](h, fraction, constant).to(output.dtype)
         # A network that embeds a time for every token or frame has several rows per sample.
         rows = output.numel() // output.shape[-1]
         return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PATIENCE",
+    "allow_unused_parameters",
     "alone",
     "check_training",
     "first_process_logs",
@@ -131,6 +133,12 @@ def check_training(recipe: Recipe) -> None:
         raise UserError(
             f"time_sampling.groups: expected a multiple of {parts}, the number of parts of a batch, got {groups}"
         )
+
+
+def allow_unused_parameters(accelerator: Accelerator) -> None:
+    """Make processes exchange gradients of parameters that not every loss has a gradient for."""
+    handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    accelerator.ddp_handler = replace(handler, find_unused_parameters=True)
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:

@@ -36,6 +36,7 @@ from fmm_distill.training.nonfinite import NonFiniteSteps, finite_or_none, worst
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
+from fmm_distill.training.process import allow_unused_parameters
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.trackers import TrackerLog
 from fmm_distill.training.train_state import OptimizerState, TrainState
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from fmm_distill.losses.base import Loss
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.callbacks import Callback
+    from fmm_distill.training.compile import Points
     from fmm_distill.training.optimizer import OptimizerFactory
     from fmm_distill.training.signals import StopRequest
 
@@ -110,7 +112,10 @@ class Trainer:
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        accelerate_networks(training, student, teacher, probe_inputs(teacher, accelerator.device))
+        at = probe_inputs(teacher, accelerator.device)
+        if accelerator.num_processes > 1 and not self.sharded and _has_unused_parameters(student, at):
+            allow_unused_parameters(accelerator)
+        accelerate_networks(training, student, teacher, at)
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -385,6 +390,13 @@ def wrap(
         for other in copies:
             shard(network_of(cast("LearnedFlowMap", other)), accelerator)
     return accelerator.prepare(objective, optimizer)
+
+
+def _has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
+    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 def _memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:

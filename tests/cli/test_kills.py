@@ -19,12 +19,31 @@ DRIVER = Path(__file__).parent / "killed_training.py"
 STEPS = 40
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_change_nothing(tmp_path, teacher_folder, kills):
+SCALED = {"student": {"kind": "scaled", "regression_steps": 10}, "time_sampling": {"groups": 2}}
+
+
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [
+        (5, {}),
+        pytest.param(20, {}, marks=pytest.mark.slow),
+        # The regression trains other weights than the losses after it.
+        pytest.param(8, SCALED, marks=pytest.mark.slow),
+        pytest.param(
+            8,
+            SCALED | {"student": SCALED["student"] | {"lora": {"rank": 2}}, "time_sampling": {}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["5", "20", "scaled", "scaled-lora"],
+)
+def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     training = TINY["training"] | {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "ema": [0.9, 0.99]}
     loss = {"name": "progressive", "target": "frozen"}
     settings = {"teacher": str(teacher_folder)} | TINY | {"loss": loss, "weight": {"kind": "learned"}}
     settings["training"] = training | {"target_update_every": 7}
+    settings |= more
+    total = STEPS + settings.get("student", {}).get("regression_steps", 0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     with training_only():
@@ -41,7 +60,7 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     names = ("student", "ema-0.9", "ema-0.99", "optimizer", "frozen", "weight")
     for name in names:
-        file = Path("checkpoints") / f"step-{STEPS:08d}" / f"{name}.safetensors"
+        file = Path("checkpoints") / f"step-{total:08d}" / f"{name}.safetensors"
         ours, theirs = load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file)
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in ours), name

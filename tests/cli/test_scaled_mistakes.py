@@ -41,8 +41,8 @@ MISTAKES = {
     "guidance": (
         ("guidance.scale=2", "teacher=dit"),
         [
-            "student.regression_steps: expected steps in which a scaled student learns guidance at h = 0, got 0",
-            "try --set student.regression_steps=500",
+            "student.kind: expected embedded, got scaled: guidance has to be learned at h = 0",
+            "student.regression_steps is 0; try --set student.regression_steps=500",
         ],
     ),
     "layers that are not there": (
@@ -95,11 +95,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(place, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_are_of_scaled_students(place, tmp_path):
-    status, _, err = call(
-        "--recipe", place / "tiny.yaml", "--set", "time_sampling.groups=4", "--output", tmp_path / "out"
-    )
-    check(status, err, ["time_sampling.groups: expected student.kind: scaled, got embedded; leave groups out"])
+@pytest.mark.parametrize("changes", [("student.kind=embedded",), ("guidance.scale=2", "teacher=dit")])
+def test_groups_are_of_scaled_students(place, tmp_path, monkeypatch, changes):
+    """Of a kind that the recipe names, or that the teacher requires."""
+    monkeypatch.chdir(place)
+    settings = [part for change in ("time_sampling.groups=4", *changes) for part in ("--set", change)]
+    status, _, err = call("--recipe", "tiny.yaml", *settings, "--output", tmp_path / "out")
+    check(status, err, ["time_sampling.groups: expected a scaled student, got an embedded one; leave groups out"])
 
 
 def test_groups_of_several_processes(monkeypatch):
@@ -122,10 +124,12 @@ class OwnMap(LearnedFlowMap):
 
 def test_students_from_python(tmp_path, teacher_folder):
     recipe = parse({"teacher": str(teacher_folder)} | TINY | {"student": {"kind": "scaled"}}, "here")
-    with pytest.raises(UserError, match=r"student\.kind: expected embedded for a LearnedFlowMap, .* got scaled; try"):
+    with pytest.raises(
+        UserError, match=r"student\.kind: expected embedded, got scaled: a LearnedFlowMap takes h itself; try"
+    ):
         distill(recipe, tmp_path / "run", student=OwnMap())
     with pytest.raises(
-        UserError, match=r"student learns a network of its own at h = 0, got 0; try --set student\.regr"
+        UserError, match=r"velocity of a new network has to be learned at h = 0, and student\.regression_steps"
     ):
         distill(recipe, tmp_path / "run", student=tiny_unet())
     assert list(tmp_path.iterdir()) == []

@@ -82,3 +82,13 @@ def test_tables_have_the_mean_of_the_seeds_and_its_standard_error(few_calls):
     assert "| teacher, DDIM | 12.3 | 1.000 |" in text
     assert "| scaled | 1,234 | 7 | 2 |" in text
     assert "| scaled | 0.100 | 0.100 |" in markdown(results(0.1))
+
+
+def test_tables_have_the_quantities_that_were_measured(few_calls):
+    plain = results(0.1)
+    for rows in (*plain["teacher"].values(), plain["students"]["scaled"]["seeds"]["0"]["rows"]):
+        for row in rows.values():
+            del row["frechet"]
+    text = markdown({"first": plain, "second": results(0.2)})
+    assert text.index("first") < text.index("| scaled | 0.100 | 0.100 |") < text.index("second")
+    assert text.index("second") < text.index("Fréchet") < text.index("| scaled | 0.400 | 0.400 |")

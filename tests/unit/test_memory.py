@@ -62,8 +62,18 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
             {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 12, "gradient_checkpointing": True}},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {
+                "loss": LAGRANGIAN,
+                "student": {"kind": "scaled"},
+                "time_sampling": {"groups": 2},
+                "training": STEPS | {"batch_size": 12},
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"loss": LAGRANGIAN, "student": {"kind": "scaled", "lora": {"rank": 8}}}, marks=pytest.mark.slow),
     ],
-    ids=["central", "full-gradient", "lora", "checkpointed"],
+    ids=["central", "full-gradient", "lora", "checkpointed", "scaled", "scaled-lora"],
 )
 def test_the_peak_of_a_step(large, teacher_folder, tmp_path, settings):
     settings = settings | {"training": settings.get("training", STEPS) | {"ema": (0.9, 0.99)}}

@@ -255,17 +255,17 @@ def test_the_output_has_the_dtype_of_the_stock_layer():
                 assert network(x, torch.tensor(lengths)).dtype == stock(x).dtype, (name, rank, group)
 
 
+@torch.no_grad()
 def test_a_length_is_not_rounded_to_the_dtype_of_the_weights():
-    network = scaled("linear", 0)[0]
-    with torch.no_grad():
-        network.layer.weight.zero_()
-        network.layer.jump_weight.fill_(1.0)
-        network.layer.bias.zero_()
-        network.layer.jump_bias.zero_()
-        # A third is 0.33398 in bfloat16, and 600 of them are one unit in its last place off.
-        network.bfloat16()
-        product = network(torch.full((1, 6), 100.0, dtype=torch.bfloat16), torch.tensor([1 / 3]))
-    assert product.float().unique().tolist() == [200.0]
+    network = Network(nn.Linear(1, 64, bias=False))
+    scale_layers(network, {"layer": 0}, network.call_state)
+    network.layer.weight.zero_()
+    network.layer.jump_weight.copy_(torch.linspace(1, 2, 64)[:, None])
+    network.bfloat16()
+    # A third is 0.33398 in bfloat16: every product with it is rounded twice.
+    found = network(torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([1 / 3]))
+    expected = (network.layer.jump_weight[:, 0].double() / 3).bfloat16()
+    assert torch.equal(found[0], expected)
 
 
 def test_names_and_initial_values():

@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.data.samples import Images
 from fmm_distill.losses import registered_losses
-from fmm_distill.run.plan import plan
+from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.student.student import is_new
 from fmm_distill.training import checkpoint
-from fmm_distill.training.ema import averaged, frozen_copy, trained_state
+from fmm_distill.training.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.trainer import Trainer
+from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.scaled import train
+from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_trainer import flat, losses
 
 SPLIT = Path(__file__).parent / "split_scaled.py"
@@ -38,6 +40,7 @@ CASES = {
     "low, regression": (2, REGRESSION, 0),
 }
 FULL = [name for name, (rank, _, _) in CASES.items() if rank == 0]
+SOON = ("full, regression", "low")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,9 @@ def tensors(folder, name="student"):
     return load_file(checkpoint.newest(folder / "checkpoints") / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*SOON, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in SOON)]
+)
 def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, folder, name):
     settings = settings_of(folder, name, steps=8)
     trainer = train(settings, tmp_path / "whole")
@@ -85,9 +90,10 @@ def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, 
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
 
 
-def on_two_processes(folder, teacher_folder, names, *how):
+def on_two_processes(folder, teacher_folder, names, *how, more=None):
     folder.mkdir()
-    (folder / "recipes.json").write_text(json.dumps({name: settings_of(teacher_folder, name) for name in names}))
+    recipes = {name: settings_of(teacher_folder, name) for name in names}
+    (folder / "recipes.json").write_text(json.dumps(recipes | (more or {})))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -97,11 +103,29 @@ def on_two_processes(folder, teacher_folder, names, *how):
     assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
 
 
-@pytest.mark.parametrize("how", [(), ("shard",)], ids=["whole", "shards"])
-def test_two_processes_give_the_numbers_of_one(tmp_path, folder, how):
+def with_unused_parameters(folder):
+    """Settings of a student of a network whose last block has outputs for the text."""
+    tiny = FAMILIES["qwen-image"]
+    tiny.build().save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    plain = settings_of(folder / "teacher", "full", steps=2)
+    return plain | {"pipeline": dict(tiny.call), "prompts": {"file": str(folder / "prompts.txt")}}
+
+
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [
+        (SOON, ()),
+        pytest.param(tuple(CASES), (), marks=pytest.mark.slow),
+        pytest.param(FULL, ("shard",), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "shards"],
+)
+def test_two_processes_give_the_numbers_of_one(tmp_path, folder, names, how):
     """With whole weights in each process, and split over the two, as FSDP does it for changes of full rank."""
-    names = FULL if how else CASES
-    on_two_processes(tmp_path / "two", folder, names, *how)
+    more = {} if how else {"outputs that nothing reads": with_unused_parameters(tmp_path)}
+    on_two_processes(tmp_path / "two", folder, names, *how, more=more)
+    assert all(len(losses(tmp_path / "two" / name)) == 2 for name in more)
     for name in names:
         settings = settings_of(folder, name)
         train(settings, tmp_path / name)
@@ -173,3 +197,34 @@ def test_teacher_and_student_are_one_copy_of_the_weights(folder, name):
     assert all(p.grad is None for p in job.student.parameters())
     state = job.student.network.call_state
     assert (state.group, state.regression, state.jump.h) == (1, False, None)
+
+
+@pytest.mark.parametrize("guidance", [{"scale": 2.0}, {"scale": 2.0, "range": [1.0, 3.0]}], ids=["scale", "range"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_guidance_is_learned_in_the_regression_and_stays(tmp_path, rank, guidance):
+    """The diagonal moves towards the guided velocity; the losses after the regression leave it as it is."""
+    PIPELINES["dit"].build().save_pretrained(tmp_path / "teacher")
+    student = {"kind": "scaled", "lora": {"rank": rank}, "regression_steps": 6}
+    training = {"steps": 3, "batch_size": 8, "checkpoint_every": 3, "checkpoints_total_limit": 9}
+    settings = {"teacher": str(tmp_path / "teacher"), "guidance": guidance, "student": student, "training": training}
+    settings |= {"loss": {"name": "lagrangian", "stop_gradient": "target"}, "optimizer": {"lr": 1e-3}}
+    original = open_teacher(Recipe.model_validate(settings))
+    trainer = train(settings, tmp_path / "run")
+    x = torch.randn(3, *original.event_shape, generator=torch.Generator().manual_seed(0))
+    t = original.schedule.time_at(torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64))
+    cond = original.conditioned_on(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    scales = [cond.guided(w) for w in (1.0, 2.0, 3.0)] if "range" in guidance else [cond]
+    with torch.no_grad():
+        guided = [original.velocity(x, t, c) for c in scales]
+        # The teacher of the run, which may have the student's weights, has not moved.
+        assert all(torch.equal(trainer.teacher.velocity(x, t, c), v) for c, v in zip(scales, guided, strict=True))
+        found = {}
+        for step in (3, 6, 9):
+            stored = checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+            load_trained(trainer.student, trainer.student, stored.tensors["student"])
+            found[step] = [trainer.student.mean_velocity(x, t, t, c) for c in scales]
+            moved = [trainer.student.mean_velocity(x, t, t / 2, c) for c in scales]
+            is_jump = step > 6
+            assert all(torch.equal(u, v) != is_jump for u, v in zip(moved, found[step], strict=True))
+    assert not torch.equal(found[3][-1], found[6][-1])
+    assert all(torch.equal(one, other) for one, other in zip(found[6], found[9], strict=True))

@@ -122,8 +122,8 @@ def test_recipes_are_frozen():
         (["loss={name: consistency, velocity: data}"], "set its velocity: teacher, or give --data"),
         (["loss.name=eulerian", "loss.clam_tangent=1"], "loss.clam_tangent is not a setting of eulerian, did you mean"),
         (["loss.name=mean_flow"], "--set 'loss={name: mean_flow}' starts from the defaults of that loss"),
-        (["loss={name: progressive}"], "alone learns no velocity"),
-        (["loss.velocity=self"], "alone learns no velocity"),
+        (["student.kind=embedded", "loss={name: progressive}"], "alone learns no velocity"),
+        (["student.kind=embedded", "loss.velocity=self"], "alone learns no velocity"),
         (["loss={name: consistency}"], "--set 'time_sampling={prior: 0, data: 1}' (got prior: 0.5, data: 0)"),
         (["loss={name: operator_regression}"], "--set 'time_sampling={prior: 1}' (got prior: 0.5)"),
         (

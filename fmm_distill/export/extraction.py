@@ -47,5 +47,5 @@ def describe_loss(found: dict[str, Any]) -> str:
     biases = max(found["samples_without_biases"].values(), default=0.0)
     return (
         f"LoRA of rank {found['rank']}: it loses {weights} (Frobenius norm); samples differ from the student's by "
-        f"{samples} steps (up to {biases:.2%} by the biases, which it has not)"
+        f"{samples} steps (up to {biases:.2%} by the biases, which adapters do not have)"
     )

@@ -219,7 +219,7 @@ def write_images(folder, count=40, column="img"):
 
 @pytest.mark.parametrize(
     ("recipe", "steps"),
-    [("cifar10", "105000 of 256"), ("cifar10-fast", "7000 of 128"), ("imagenet32", "400000 of 512")],
+    [("cifar10", "100000 of 256"), ("cifar10-fast", "6000 of 128"), ("imagenet32", "400000 of 512")],
 )
 def test_recipes_are_ready_to_run(tmp_path, recipe, steps):
     epsilon = recipe != "imagenet32"

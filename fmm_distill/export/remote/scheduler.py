@@ -49,7 +49,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
     """
 
     @classmethod
-    def from_stock(cls, scheduler, flow_map: dict, starts: dict | None = None):
+    def from_stock(cls, scheduler: SchedulerMixin, flow_map: dict, starts: dict | None = None):
         """Make the scheduler of one call of a pipeline.
 
         Args:

@@ -35,10 +35,14 @@ def on_first_timesteps(teacher: Teacher, count: int | None) -> Teacher:
         return teacher
     schedule, config = teacher.schedule, teacher.scheduler_config
     if not isinstance(schedule, VariancePreserving) or not config or "snr_shift_scale" in config:
-        raise UserError(f"timesteps: expected null for {teacher.source}, whose schedule is not discrete, got {count}")
+        raise UserError(
+            f"timesteps: expected null for {teacher.source}, which has no discrete schedule of stock betas, got {count}; "
+            "try --set timesteps=null"
+        )
     if not 2 <= count <= schedule.num_timesteps:
         raise UserError(
-            f"timesteps: expected 2 to {schedule.num_timesteps}, the timesteps of {teacher.source}, got {count}"
+            f"timesteps: expected 2 to {schedule.num_timesteps}, the timesteps of {teacher.source}, got {count}; try "
+            "--set timesteps=null for all of them"
         )
     betas = diffusers.DDIMScheduler.from_config(config).betas[:count]
     # The betas are the final ones: nothing rescales them again.

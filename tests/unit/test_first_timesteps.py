@@ -67,7 +67,7 @@ def test_more_than_the_teacher_has(teacher, count):
 def test_a_flow_has_no_timesteps_to_leave_out(tmp_path):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     teacher = load_teacher(str(save_teacher(tmp_path / "teacher", tiny_unet(), scheduler)))
-    with pytest.raises(UserError, match="not discrete"):
+    with pytest.raises(UserError, match="no discrete schedule"):
         on_first_timesteps(teacher, 500)
 
 

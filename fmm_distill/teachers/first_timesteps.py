@@ -36,7 +36,7 @@ def on_first_timesteps(teacher: Teacher, count: int | None) -> Teacher:
     schedule, config = teacher.schedule, teacher.scheduler_config
     if not isinstance(schedule, VariancePreserving) or not config or "snr_shift_scale" in config:
         raise UserError(
-            f"timesteps: expected null for {teacher.source}, which has no discrete schedule of stock betas, got {count}; "
+            f"timesteps: expected null for {teacher.source}, which has no discrete schedule of betas, got {count}; "
             "try --set timesteps=null"
         )
     if not 2 <= count <= schedule.num_timesteps:

@@ -185,7 +185,8 @@ class Recipe(Settings):
         if self.student.kind != "auto":
             return self.student.kind
         # These losses train u(x, t, t), which is fixed in a scaled student.
-        return "embedded" if any(loss.diagonal or loss.needs_data for loss in self.losses) else "scaled"
+        diagonal = any(loss.diagonal or loss.needs_data for loss in self.losses) or self.time_sampling.diagonal > 0
+        return "embedded" if diagonal else "scaled"
 
     def check_velocity(self) -> None:
         """Check that a loss which only makes a map consistent with itself comes with one that is a velocity's.
@@ -215,6 +216,11 @@ class Recipe(Settings):
                     f"loss {loss.name} trains jumps of length 0 alone, where a student of kind scaled is its teacher; "
                     "leave it out, or try student.kind: embedded"
                 )
+        if self.time_sampling.diagonal:
+            raise ValueError(
+                f"time_sampling.diagonal: expected 0 for a scaled student, which is its teacher at h = 0, got "
+                f"{self.time_sampling.diagonal:g}; leave it out, or try student.kind: embedded"
+            )
 
     def _groups_fit(self) -> None:
         """Check that the groups of samples with common times have one size in every part of a batch."""

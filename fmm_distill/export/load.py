@@ -28,7 +28,7 @@ from fmm_distill.io.reading import read_mapping
 from fmm_distill.student.fold import OWN_SETTINGS
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.scaled import ScaledWeights
-from fmm_distill.student.student import Student
+from fmm_distill.student.student import Student, StudentPrediction
 from fmm_distill.teachers.components import without_progress_bars
 from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
@@ -185,9 +185,11 @@ def load_student(
         raise UserError(f"revision: expected none for the folder {source}, got {revision}; leave it out")
     manifest = read_manifest(folder)
     if manifest.not_any_step:
-        opened = _teacher_of_weights(manifest, str(source), teacher)
+        opened = _on_timesteps_of(manifest, _teacher_of_weights(manifest, str(source), teacher))
         component = NETWORK
-        student = Student.from_teacher(opened, network=network, scaled=_scaled_weights(folder / component))
+        changed = manifest.scheduler.get("prediction_type") == "v_prediction" and opened.prediction != "v_prediction"
+        prediction: StudentPrediction = "v_prediction" if changed else "teacher"
+        student = Student.from_teacher(opened, prediction, network=network, scaled=_scaled_weights(folder / component))
     else:
         if teacher is not None or network is not None:
             raise UserError(f"teacher: expected none, {source} is complete; leave teacher and network out")
@@ -219,15 +221,19 @@ def _teacher_of_weights(manifest: StudentManifest, source: str, teacher: Teacher
     if teacher is not None:
         return as_teacher(teacher)
     try:
-        opened = load_teacher(manifest.teacher, revision=manifest.revision)
+        return load_teacher(manifest.teacher, revision=manifest.revision)
     except UserError as error:
         raise UserError(
             f"{source} holds weights alone, and its teacher {manifest.teacher} is not a pipeline that can be loaded "
             f"({error}); pass load_student(..., teacher=...)"
         ) from error
-    # Students of some of the teacher's timesteps have a shorter list of levels.
-    fewer = manifest.scheduler.get("trained_betas") is not None and isinstance(opened.schedule, VariancePreserving)
-    return on_first_timesteps(opened, manifest.scheduler["num_train_timesteps"] if fewer else None)
+
+
+def _on_timesteps_of(manifest: StudentManifest, teacher: Teacher) -> Teacher:
+    """Return the teacher on the timesteps that the student was trained on: some students leave out the noisiest."""
+    betas = manifest.scheduler.get("trained_betas")
+    discrete = isinstance(teacher.schedule, VariancePreserving)
+    return on_first_timesteps(teacher, len(betas) if betas is not None and discrete else None)
 
 
 def _student_of_pipeline(

@@ -216,10 +216,12 @@ def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWei
         advice = "student.regression_steps=500, or student.kind=embedded"
     if problem is None:
         if settings.regression_steps and not needed:
-            logger.warning(
-                "student.regression_steps: of no effect, since a scaled student equals this teacher at h = 0; try "
-                "--set student.regression_steps=0"
+            raise UserError(
+                f"student.regression_steps: expected 0 for a scaled student, which equals this teacher at h = 0, got "
+                f"{settings.regression_steps}; try --set student.regression_steps=0"
             )
+        if settings.lora.rank and recipe.time_sampling.groups:
+            logger.warning("time_sampling.groups: no step is faster with adapters, whose layers form no weights")
         return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
     if settings.kind == "scaled":
         raise UserError(f"student.kind: expected embedded, got scaled: {problem}; try --set {advice}")

@@ -28,7 +28,7 @@ from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
-from fmm_distill.student.scaled import is_scaled
+from fmm_distill.student.scaled import is_scaled, scaled_ranks
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
 
@@ -145,6 +145,7 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
         [_tried_steps(recipe), recipe.export.lora_rank],
         list(recipe.export.steps) if is_scaled(student.network) else None,
+        [scaled_ranks(student.network), recipe.student.regression_steps > 0],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
 

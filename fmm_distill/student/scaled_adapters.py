@@ -80,7 +80,7 @@ def adapter_states(student: Student, component: str) -> dict[str, dict[str, Tens
     for name, value in student.network.state_dict().items():
         layer, _, last = name.rpartition(".")
         kind, _, factor = last.partition("_")
-        if factor in ("A", "B"):
+        if last in ("jump_A", "jump_B", "diagonal_A", "diagonal_B"):
             adapter = {"jump": "student", "diagonal": "guidance"}[kind]
             key = f"{component}.{layer}.lora_{factor}.weight"
             found.setdefault(adapter, {})[key] = value.detach().cpu().contiguous()

@@ -44,6 +44,8 @@ def on_first_timesteps(teacher: Teacher, count: int | None) -> Teacher:
             f"timesteps: expected 2 to {schedule.num_timesteps}, the timesteps of {teacher.source}, got {count}; try "
             "--set timesteps=null for all of them"
         )
+    if count == schedule.num_timesteps:
+        return teacher
     betas = diffusers.DDIMScheduler.from_config(config).betas[:count]
     # The betas are the final ones: nothing rescales them again.
     changes: dict[str, Any] = {"trained_betas": betas.tolist(), "num_train_timesteps": count}

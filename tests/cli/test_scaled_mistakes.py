@@ -16,7 +16,6 @@ from fmm_distill.run.plan import plan
 from fmm_distill.training.process import check_training
 from tests.cli.runs import TINY, call, write_recipe
 from tests.conftest import save_teacher, tiny_unet
-from tests.logs import logged
 from tests.tiny.diffusion import PIPELINES
 
 SCALED = ("student.kind=scaled",)
@@ -135,9 +134,15 @@ def test_students_from_python(tmp_path, teacher_folder):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_regression_of_no_effect_is_logged(teacher_folder):
-    lines: list[str] = []
+def test_a_regression_without_need_is_refused(teacher_folder):
     student = {"kind": "scaled", "regression_steps": 3}
-    with logged(lines):
+    with pytest.raises(UserError, match=r"student\.regression_steps: expected 0 .*, got 3; try --set"):
         plan(parse({"teacher": str(teacher_folder)} | TINY | {"student": student}, "here"))
-    assert [line for line in lines if line.startswith("student.regression_steps: of no effect")]
+
+
+def test_times_on_the_diagonal_are_refused(teacher_folder):
+    settings = {"student": {"kind": "scaled"}, "time_sampling": {"diagonal": 0.5}}
+    with pytest.raises(UserError, match=r"time_sampling\.diagonal: expected 0"):
+        parse({"teacher": str(teacher_folder)} | TINY | settings, "here")
+    auto = parse({"teacher": str(teacher_folder)} | TINY | {"time_sampling": {"diagonal": 0.5}}, "here")
+    assert auto.student_kind == "embedded"

@@ -10,6 +10,7 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
+from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import download, find_index
@@ -77,7 +78,7 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     # A teacher that was loaded from a variant has a folder with its weights under the plain names.
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
-    pipeline = open_pipeline(folder, **{component: teacher.network}).to(device)
+    pipeline = open_pipeline(folder, **{component: stock_network(teacher)}).to(device)
     run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher))
     return _sampler("teacher", run, _unchecked(found))
 

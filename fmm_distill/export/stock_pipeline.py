@@ -15,6 +15,7 @@ from fmm_distill.export.remote import stock_pipeline as remote
 from fmm_distill.export.remote.scheduler import FlowMapScheduler
 from fmm_distill.export.schedulers import make_scheduler, settings_of, why_levels_do_not_fold
 from fmm_distill.student.fold import fold
+from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.student.strength import strength_of
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
@@ -168,7 +169,7 @@ class StockPipelineExporter:
 
     def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
         """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
-        codec, network = self.teacher.codec, self.teacher.network
+        codec, network = self.teacher.codec, stock_network(self.teacher)
         if isinstance(codec, PipelineCodec):
             opened = codec.opened().to("cpu")
         else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["StockCalls", "adapter_states", "merge_diagonal", "share_network"]
+__all__ = ["StockCalls", "adapter_states", "merge_diagonal", "share_network", "stock_network"]
 
 
 class StockCalls(nn.Module):
@@ -42,6 +42,12 @@ class StockCalls(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network at h = 0, which is the teacher."""
         return self._network[0](*args, **kwargs)
+
+
+def stock_network(teacher: Teacher) -> nn.Module:
+    """Return the teacher's network as a pipeline takes it: a student's own, which without a jump is the teacher's."""
+    network = teacher.network
+    return network.shared if isinstance(network, StockCalls) else network
 
 
 def share_network(student: Student, teacher: Teacher) -> Teacher:

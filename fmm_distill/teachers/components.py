@@ -93,12 +93,17 @@ def _check_keys(source: str, component: str, keys: Mapping[str, Iterable[str]]) 
             "expected all weights of the network; try to download or save it again"
         )
     # An exported student has weights in addition to those of the stock class.
-    more = [key for key in more if not key.startswith("jump_embedding.")]
+    more = [key for key in more if not _depends_on_jump(key)]
     if more and component in ("unet", "transformer"):
         raise UserError(
             f"{source}: the file of its {component} has {len(more)} weights that its class does not have "
             f"({list_names(more)}); expected the configuration that belongs to them; try to download or save it again"
         )
+
+
+def _depends_on_jump(key: str) -> bool:
+    """Return whether a weight is a student's own, in a name that ``student.student.is_new`` accepts too."""
+    return key.startswith("jump_embedding.") or key.rpartition(".")[2].startswith(("jump_", "diagonal_"))
 
 
 @contextmanager

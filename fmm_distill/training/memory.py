@@ -216,7 +216,9 @@ def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
 def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     """Yield some draws and a step of each phase of training: the regression, the stages and the main losses."""
     regression = recipe.student.regression_steps
-    one = draw(0, 0, 1, teacher.event_shape)
+    # A scaled network forms its weights for a single sample, and takes two products for several.
+    least = 2 if recipe.student_kind == "scaled" else 1
+    one = draw(0, 0, least, teacher.event_shape)
     if regression:
         yield one, 0
     # The last step of a stage: its warm-ups are over.
@@ -227,7 +229,7 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     fractions = [1 - sum(extra), *extra]
     scale = min(1 / min(fractions), _LARGEST_TRACE)
     # At least one sample of each loss, so that every loss is traced.
-    counts = [max(1, round(fraction * scale)) for fraction in fractions]
+    counts = [least * max(1, round(fraction * scale)) for fraction in fractions]
     ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
     # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))

@@ -65,7 +65,7 @@ def test_bad_steps_are_left_out_counted_and_named(one):
         assert record["skipped"][-1]["loss"] > 0
     assert out.count("the step is skipped") == 1
     assert f"{len(bad)} of {STEPS} steps had a non-finite loss or gradient and were skipped" in out
-    good = weights(folder)["network.conv_in.weight"]
+    good = weights(folder)["network.conv_in.jump_weight"]
     assert good.isfinite().all()
     # Neither the optimizer nor the averages have seen them.
     assert int(weights(folder, "ema-0.999")["n_averaged"]) == STEPS - len(bad)

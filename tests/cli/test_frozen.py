@@ -41,6 +41,7 @@ FIELDS = [
     "teacher",
     "revision",
     "variant",
+    "timesteps",
     "prompts.file",
     "prompts.dataset",
     "prompts.column",
@@ -62,6 +63,7 @@ FIELDS = [
     "data.trajectories.count",
     "data.trajectories.points",
     "data.trajectories.solver_steps",
+    "student.kind",
     "student.prediction",
     "student.regression_steps",
     "student.lora.rank",
@@ -83,6 +85,7 @@ FIELDS = [
     "time_sampling.dyadic",
     "time_sampling.grid",
     "time_sampling.band_steps",
+    "time_sampling.groups",
     "time_sampling.spacing",
     "time_sampling.distribution",
     "time_sampling.logit_mean",
@@ -120,6 +123,7 @@ FIELDS = [
     "evaluation.clip",
     "evaluation.batch_size",
     "export.steps",
+    "export.lora_rank",
     "logging.trackers",
 ]
 

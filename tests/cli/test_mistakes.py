@@ -139,7 +139,7 @@ OPENING = {
     ),
     "adapters nowhere": (
         tiny("--set", "student.lora={rank: 2, targets: [nowhere]}"),
-        ["student.lora: expected linear layers of TwoTimeUNet2DModel for "],
+        ["expected linear layers or convolutions of UNet2DModel for nowhere", "student.lora.targets"],
     ),
     "zero terminal SNR": (
         tiny("--teacher", "zero-snr"),

@@ -41,8 +41,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("large"), tiny_unet(**LARGE))
 
 
+# Every weight is trained; tests/unit/test_scaled_runs.py counts what a scaled student has.
+EMBEDDED = {"kind": "embedded"}
+
+
 def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
-    recipe = Recipe.model_validate(settings | {"teacher": str(folder)})
+    recipe = Recipe.model_validate({"student": EMBEDDED} | settings | {"teacher": str(folder)})
     job = plan(recipe)
     if recipe.training.gradient_checkpointing:
         checkpoint_blocks(job.student)
@@ -93,7 +97,8 @@ def test_the_peak_of_a_step(large, teacher_folder, tmp_path, settings):
 
 
 def test_the_student_stays_as_it_is(teacher_folder):
-    recipe = Recipe.model_validate({"teacher": str(teacher_folder), "training": {"precision": "bf16"}})
+    settings = {"teacher": str(teacher_folder), "student": EMBEDDED, "training": {"precision": "bf16"}}
+    recipe = Recipe.model_validate(settings)
     job = plan(recipe)
     before = {name: value.clone() for name, value in job.student.state_dict().items()}
     forecast_memory(job.student, job.teacher, recipe)
@@ -161,3 +166,16 @@ def test_copies_share_what_is_not_trained(teacher_folder):
         assert not copied.training
     trained = [p for p in student.parameters() if p.requires_grad]
     assert 0 < len(trained) < len(list(student.parameters()))
+
+
+def test_the_estimate_of_a_scaled_student_grows_with_its_samples(teacher_folder):
+    """One sample has formed weights, several have two products: their memory is not on one line."""
+    few, many = (
+        foretold(
+            teacher_folder, {"student": {"kind": "scaled"}, "loss": LAGRANGIAN, "training": STEPS | {"batch_size": n}}
+        )
+        for n in (2, 64)
+    )
+    embedded = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 64}})
+    assert many.activations - few.activations == pytest.approx(62 * many.per_sample, rel=0.1)
+    assert many.activations > embedded.activations

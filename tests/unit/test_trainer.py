@@ -359,7 +359,7 @@ def test_losses_one_after_the_other(tmp_path, teacher_folder):
 def test_stages_that_can_not_be(teacher_folder):
     def refused(before):
         with pytest.raises(UserError) as caught:
-            parse({"loss": {"name": "lagrangian"}, "stages": before}, "here")
+            parse({"student": {"kind": "embedded"}, "loss": {"name": "lagrangian"}, "stages": before}, "here")
         return str(caught.value)
 
     assert "stages: expected fractions with a sum below 1, got 1.2" in refused(

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.core.flow_map import LearnedFlowMap
-from fmm_distill.core.parametrization import Parametrization
+from fmm_distill.core.parametrization import Parametrization, call_stock
 from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.card import card
@@ -25,6 +25,8 @@ from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.first_timesteps import on_first_timesteps
+from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.velocity_field import as_teacher
 from tests.conformance.test_prompted_export import moved
 from tests.conftest import tiny_unet
@@ -91,6 +93,29 @@ def test_a_transformer_in_pixels(tmp_path):
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     own = sample(student, noise, 3, teacher.first_conditions(3))
     assert torch.equal(loaded.generate(noise, 3), own)
+
+
+def own_call(network, x, time, cond, h):
+    """Calls of one's own: no pipeline knows them."""
+    return call_stock(network, x, time, cond, h)
+
+
+def epsilon_in_its_own_way():
+    spec = read_scheduler(DDPMScheduler(prediction_type="epsilon", clip_sample=False), "mine")
+    parametrization = Parametrization(spec.schedule, spec.prediction, call=own_call)
+    network = tiny_unet().eval().requires_grad_(False)
+    return Teacher(network, parametrization, (1, 8, 8), "mine", "my own", spec.config)
+
+
+def test_a_student_of_fewer_timesteps_with_another_prediction(tmp_path):
+    teacher = on_first_timesteps(epsilon_in_its_own_way(), 800)
+    student = moved(Student.from_teacher(teacher, "v_prediction"))
+    exported(student, teacher, tmp_path / "student")
+    loaded = load_student(tmp_path / "student", teacher=epsilon_in_its_own_way())
+    assert loaded.flow_map.schedule.num_timesteps == 800
+    assert loaded.flow_map.prediction == "v_prediction"
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(loaded.generate(noise, 2), sample(student, noise, 2), atol=1e-6)
 
 
 def test_a_map_of_ones_own(tmp_path):

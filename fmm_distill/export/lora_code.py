@@ -59,7 +59,7 @@ def lora_code(
         if exact and "sigmas" in inspect.signature(kind.__call__).parameters:
             given += ", sigmas=[1 - i / steps for i in range(steps)]"
         else:
-            folder = 'f"steps-{steps}/scheduler"'
+            folder = f'"steps-{steps}/scheduler"'
     if not exact:
         strength = f"{{{', '.join(f'{n}: {one.value:.6g}' for n, one in strengths.items())}}}[steps]"
     chosen = f'["guidance", "student"], [1.0, {strength}]' if guided else f'"student", {strength}'

@@ -13,7 +13,8 @@ from fmm_distill.student.extract import extract_adapters
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.lora import has_lora, merged
 from fmm_distill.student.own_network import TwoTimeNetwork
-from fmm_distill.student.scaled_adapters import StockCalls, adapter_states, merge_diagonal
+from fmm_distill.student.scaled_adapters import adapter_states, merge_diagonal
+from fmm_distill.student.shared_network import SharedNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ def write_student(
     adapted = has_lora(student.network)
     plain = merged(student) if adapted else merge_diagonal(student)
     # The teacher is the student's own network, which the merge has replaced.
-    shared = adapted or isinstance(teacher.network, StockCalls)
+    shared = adapted or isinstance(teacher.network, SharedNetwork)
     extracted = None
     exporter = exporter_of(replace(teacher, network=_network_of(plain)) if shared else teacher)
     write_pipelines(plain, exporter, target, steps, linked=linked)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fmm_distill.errors import UserError
+from fmm_distill.student.shared_network import SharedNetwork
 from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
@@ -32,28 +33,13 @@ _ADAPTED = ("attn", "attention", "to_q", "to_k", "to_v", "to_out", "qkv", "ff", 
 _EXCLUDED = ("norm", "ada", "embed", "mod")
 
 
-class AdaptersOff(nn.Module):
-    """A network whose adapters are disabled during its calls. It owns no weights."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        # A tuple hides the network from torch: the student already counts, moves and saves these weights.
-        self._network = (network,)
-
-    @property
-    def shared(self) -> nn.Module:
-        """The network that is called."""
-        return self._network[0]
-
-    @property
-    def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
-        """The configuration of the network."""
-        return cast("Any", self._network[0]).config
+class AdaptersOff(SharedNetwork):
+    """A student's network whose adapters are disabled during its calls."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network without its adapters, which is the teacher."""
-        with _adapters_disabled(self._network[0]):
-            return self._network[0](*args, **kwargs)
+        with _adapters_disabled(self.shared):
+            return self.shared(*args, **kwargs)
 
 
 def _layers(network: nn.Module) -> list[tuple[str, Any]]:

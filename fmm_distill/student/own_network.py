@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fmm_distill.student.scaled_layers import Call, Jump, scale_layers
-from fmm_distill.student.two_time import JumpEmbedding
+from fmm_distill.student.scaled_layers import Call, scale_layers
+from fmm_distill.student.two_time import JumpEmbedding, Jumping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MapNetwork", "TwoTimeNetwork"]
 
 
-class TwoTimeNetwork(nn.Module):
+class TwoTimeNetwork(Jumping, nn.Module):
     """A copy of any network with the length h of the jump as one more input, ``network(..., h=h)``.
 
     It is the counterpart of ``two_time``, which makes a diffusers class. Without h it is the network. The state dict
@@ -52,40 +51,10 @@ class TwoTimeNetwork(nn.Module):
         guided = guidance_range is not None
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guided) for width in hosts.values()])
         self.guidance_range = guidance_range
-        self.call_state, self.is_scaled = Call(), bool(scaled)
+        self.call_state, self.changes_weights = Call(), bool(scaled)
         scale_layers(self.network, dict(scaled or {}), self.call_state, diagonal=diagonal)
         for index, name in enumerate(hosts):
             self.network.get_submodule(name).register_forward_hook(functools.partial(self._add_jump, index))
-
-    @property
-    def jump(self) -> Jump:
-        """The condition of the current call."""
-        return self.call_state.jump
-
-    @jump.setter
-    def jump(self, jump: Jump) -> None:
-        self.call_state.jump = jump
-
-    def _add_jump(self, index: int, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        h, fraction = self.jump.h, self.jump.fraction
-        if h is None:
-            return output
-        # The regression trains what a scaled student is at h = 0, and nothing after it does.
-        constant = self.is_scaled and not self.jump.regression
-        jump = self.jump_embedding[index](h, fraction, constant).to(output.dtype)
-        # A network that embeds a time for every token or frame has several rows per sample.
-        rows = output.numel() // output.shape[-1]
-        return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
-
-    @contextmanager
-    def jumping(self, jump: Jump) -> Iterator[None]:
-        """Condition the calls in the block on this jump."""
-        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
-        before, self.jump = self.jump, jump
-        try:
-            yield
-        finally:
-            self.jump = before
 
     def forward(
         self,

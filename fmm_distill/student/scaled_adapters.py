@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fmm_distill.student.scaled_layers import product_of, scaled_layers
+from fmm_distill.student.shared_network import SharedNetwork
 from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
@@ -18,36 +19,14 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["StockCalls", "adapter_states", "merge_diagonal", "share_network", "stock_network"]
-
-
-class StockCalls(nn.Module):
-    """A student's network that is called without a jump, as its teacher. It owns no weights."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        # A tuple hides the network from torch: the student already counts, moves and saves these weights.
-        self._network = (network,)
-
-    @property
-    def shared(self) -> nn.Module:
-        """The network that is called."""
-        return self._network[0]
-
-    @property
-    def config(self) -> Any:  # noqa: ANN401 a diffusers configuration
-        """The configuration of the network."""
-        return cast("Any", self._network[0]).config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
-        """Call the network at h = 0, which is the teacher."""
-        return self._network[0](*args, **kwargs)
+__all__ = ["adapter_states", "merge_diagonal", "share_network", "stock_network"]
 
 
 def stock_network(teacher: Teacher) -> nn.Module:
     """Return the teacher's network as a pipeline takes it: a student's own, which without a jump is the teacher's."""
     network = teacher.network
-    return network.shared if isinstance(network, StockCalls) else network
+    # A network with peft's adapters is the teacher's only while these are disabled.
+    return network.shared if type(network) is SharedNetwork else network
 
 
 def share_network(student: Student, teacher: Teacher) -> Teacher:
@@ -57,7 +36,7 @@ def share_network(student: Student, teacher: Teacher) -> Teacher:
         codec.network = student.network
         # An open pipeline holds the teacher's first network, which would stay in memory.
         codec.release()
-    return replace(teacher, network=StockCalls(student.network).eval(), codec=codec)
+    return replace(teacher, network=SharedNetwork(student.network).eval(), codec=codec)
 
 
 @torch.no_grad()

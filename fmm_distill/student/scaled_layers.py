@@ -98,12 +98,12 @@ class _Scaled:
     ``dW = jump_B jump_A``. ``diagonal_A`` and ``diagonal_B`` are a change that does not depend on h.
     """
 
-    def add_change(self, rank: int, call: Call, *, diagonal: bool, bias: bool) -> None:
+    def add_change(self, rank: int, call: Call, *, diagonal: bool) -> None:
         """Add the parameters of the change, which is zero at first. The network is not changed by them then."""
         self.call, self.jump_rank = call, rank
         if not rank:
             self.jump_weight = nn.Parameter(torch.zeros_like(self.weight))
-            if bias and self.bias is not None:
+            if self.bias is not None:
                 self.jump_bias = nn.Parameter(torch.zeros_like(self.bias))
             return
         self.jump_A, self.jump_B = self._factors(rank)
@@ -216,7 +216,7 @@ def scale_layers(network: nn.Module, ranks: dict[str, int], call: Call, *, diago
     for name, rank in ranks.items():
         layer = network.get_submodule(name)
         layer.__class__ = _scaled(type(layer))
-        layer.add_change(rank, call, diagonal=diagonal, bias=True)
+        layer.add_change(rank, call, diagonal=diagonal)
 
 
 def scaled_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -105,7 +106,44 @@ class JumpEmbedding(nn.Module):
         return nn.functional.silu(self.linear_1(waves.to(get_parameter_dtype(self.linear_1))))
 
 
-class _TwoTime:
+class Jumping:
+    """The state of a network that is conditioned on jumps: a mixin of those of diffusers and of all others.
+
+    A class sets ``call_state``, ``jump_embedding`` and ``changes_weights``: whether it has scaled layers.
+    """
+
+    @property
+    def jump(self) -> Jump:
+        """The condition of the current call."""
+        return self.call_state.jump
+
+    @jump.setter
+    def jump(self, jump: Jump) -> None:
+        self.call_state.jump = jump
+
+    @contextlib.contextmanager
+    def jumping(self, jump: Jump) -> Iterator[None]:
+        """Condition the calls in the block on this jump."""
+        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
+        before, self.jump = self.jump, jump
+        try:
+            yield
+        finally:
+            self.jump = before
+
+    def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        h, fraction = self.jump.h, self.jump.fraction
+        if h is None:
+            return output
+        # The regression trains what a scaled student is at h = 0, and nothing after it does.
+        constant = self.changes_weights and not self.jump.regression
+        jump = self.jump_embedding[index](h, fraction, constant).to(output.dtype)
+        # A network that embeds a time for every token or frame has several rows per sample.
+        rows = output.numel() // output.shape[-1]
+        return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
+
+
+class _TwoTime(Jumping):
     """The mixin that ``two_time`` adds to a stock class."""
 
     # The file that defines the class. Attributes, since diffusers may replace the globals by those of an edited file.
@@ -127,18 +165,9 @@ class _TwoTime:
         own |= {"scaled_layers": scaled_layers, "diagonal": diagonal}
         self.register_to_config(jump_hosts=list(jump_hosts), **own)
         self.jump_embedding = nn.ModuleList([JumpEmbedding(width, guidance_range is not None) for width in jump_widths])
-        self.call_state = Call()
+        self.call_state, self.changes_weights = Call(), bool(scaled_layers)
         scale_layers(self, scaled_layers or {}, self.call_state, diagonal=diagonal)
         self._register_jump_hooks()
-
-    @property
-    def jump(self) -> Jump:
-        """The condition of the current call."""
-        return self.call_state.jump
-
-    @jump.setter
-    def jump(self, jump: Jump) -> None:
-        self.call_state.jump = jump
 
     def _register_jump_hooks(self) -> None:
         for index, name in enumerate(self.config.jump_hosts):
@@ -147,27 +176,6 @@ class _TwoTime:
             # Registered once per layer, although every conditioned block calls this.
             if not any(getattr(hook, "func", None) == self._add_jump for hook in hooks):
                 host.register_forward_hook(functools.partial(self._add_jump, index))
-
-    def _add_jump(self, index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        h, fraction = self.jump.h, self.jump.fraction
-        if h is None:
-            return output
-        # The regression trains what a scaled student is at h = 0, and nothing after it does.
-        constant = bool(self.config.scaled_layers) and not self.jump.regression
-        jump = self.jump_embedding[index](h, fraction, constant).to(output.dtype)
-        # A network that embeds a time for every token or frame has several rows per sample.
-        rows = output.numel() // output.shape[-1]
-        return output + jump.repeat_interleave(rows // len(jump), 0).reshape(output.shape)
-
-    @contextlib.contextmanager
-    def jumping(self, jump: Jump):
-        """Condition the calls in the block on this jump."""
-        # The outer jump is restored, since gradient checkpointing enters again in the backward pass.
-        before, self.jump = self.jump, jump
-        try:
-            yield
-        finally:
-            self.jump = before
 
     @contextlib.contextmanager
     def conditioned(self, keywords_at):

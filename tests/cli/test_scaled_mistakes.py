@@ -19,14 +19,14 @@ from tests.conftest import save_teacher, tiny_unet
 from tests.tiny.diffusion import PIPELINES
 
 SCALED = ("student.kind=scaled",)
-BESIDE = "extra_losses=[{{loss: {{name: {}}}, fraction: {}, time_sampling: {}}}]"
+EXTRA = "extra_losses=[{{loss: {{name: {}}}, fraction: {}, time_sampling: {}}}]"
 MISTAKES = {
     "flow matching alone": (
         ("loss={name: flow_matching}",),
         ["loss flow_matching trains jumps of length 0 alone", "student of kind scaled is its teacher", "leave it out"],
     ),
     "flow matching in addition": (
-        (BESIDE.format("flow_matching", 0.5, "{prior: 0, data: 1}"),),
+        (EXTRA.format("flow_matching", 0.5, "{prior: 0, data: 1}"),),
         ["loss flow_matching trains jumps of length 0 alone"],
     ),
     "flow matching first": (
@@ -57,11 +57,11 @@ MISTAKES = {
         ["time_sampling.groups: expected a multiple of 8, the number of parts of a batch, got 4"],
     ),
     "groups of one loss": (
-        (BESIDE.format("eulerian", 0.5, "{groups: 4}"),),
+        (EXTRA.format("eulerian", 0.5, "{groups: 4}"),),
         ["expected the recipe's own, 0, in extra_losses and stages, got 4", "try --set time_sampling.groups=4"],
     ),
     "too few groups": (
-        (BESIDE.format("eulerian", 0.25, "null"), "time_sampling.groups=2"),
+        (EXTRA.format("eulerian", 0.25, "null"), "time_sampling.groups=2"),
         ["expected enough for a group of each loss, got 2, of which eulerian has none; try more groups"],
     ),
 }
@@ -76,21 +76,21 @@ def place(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Pat
     return root
 
 
-def check(status: int, err: str, wanted: list[str]) -> None:
+def check(status: int, err: str, expected: list[str]) -> None:
     assert status == 2, err
     lines = err.strip().splitlines()
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
-    assert all(part in lines[0] for part in wanted), lines[0]
+    assert all(part in lines[0] for part in expected), lines[0]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(place, tmp_path, monkeypatch, name):
-    changes, wanted = MISTAKES[name]
+    changes, expected = MISTAKES[name]
     monkeypatch.chdir(place)
     settings = [part for change in (*SCALED, *changes) for part in ("--set", change)]
     status, _, err = call("--recipe", "tiny.yaml", *settings, "--output", tmp_path / "out")
-    check(status, err, wanted)
+    check(status, err, expected)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -69,7 +69,7 @@ def tensors(folder, name="student"):
 )
 def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, folder, name):
     settings = settings_of(folder, name, steps=8)
-    trainer = train(settings, tmp_path / "whole")
+    trainer = train(settings, tmp_path / "complete")
     step_of = Trainer.train_step
     # In the regression, right after a checkpoint, and in the losses after it.
     for stop in (2, 3, 7):
@@ -82,10 +82,10 @@ def test_a_run_that_is_stopped_in_each_phase_ends_as_one_that_was_not(tmp_path, 
         with patch.object(Trainer, "train_step", step), pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "stopped")
     train(settings, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == trainer.total
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "complete")
+    assert len(losses(tmp_path / "complete")) == trainer.total
     for file in ("student", "ema-0.999", "optimizer"):
-        ours, theirs = tensors(tmp_path / "stopped", file), tensors(tmp_path / "whole", file)
+        ours, theirs = tensors(tmp_path / "stopped", file), tensors(tmp_path / "complete", file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
 
@@ -122,7 +122,7 @@ def with_unused_parameters(folder):
     ids=["some", "all", "shards"],
 )
 def test_two_processes_give_the_numbers_of_one(tmp_path, folder, names, how):
-    """With whole weights in each process, and split over the two, as FSDP does it for changes of full rank."""
+    """With all weights in each process, and split over the two, as FSDP does it for changes of full rank."""
     more = {} if how else {"outputs that nothing reads": with_unused_parameters(tmp_path)}
     on_two_processes(tmp_path / "two", folder, names, *how, more=more)
     assert all(len(losses(tmp_path / "two" / name)) == 2 for name in more)

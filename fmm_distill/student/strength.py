@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["LARGEST_ERROR", "Strength", "strength_of"]
 
 # Of what the student adds to its teacher, trained students miss a quarter to a half (docs/results/digits.md: endpoint
-# errors of 0.127 and 0.094 at 1 and 4 calls, the teacher's are 0.531 and 0.210). A tenth does not show next to this.
+# errors of 0.133 and 0.093 at 1 and 4 calls, the teacher's are 0.531 and 0.210). A tenth does not show next to this.
 LARGEST_ERROR = 0.1
 # Below this error the jumps of a grid differ by the rounding of the scheduler's float32 levels.
 _EQUAL = 1e-5

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fmm_distill.config.matching import MatchingSettings
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -99,6 +100,8 @@ class Recipe(Settings):
     """Weight of each sample."""
     time_sampling: TimeSampling = TimeSampling()
     """Distribution of the times at which jumps start and end."""
+    matching: MatchingSettings | None = None
+    """Distribution matching as a second stage, after training.steps; null: none."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer and its learning rate."""
     training: TrainingSettings = TrainingSettings()
@@ -133,6 +136,17 @@ class Recipe(Settings):
     def losses(self) -> tuple[Loss, ...]:
         """The main loss, the extra losses, and those of the stages before it."""
         return (self.loss, *(extra.loss for extra in self.extra_losses), *(stage.loss for stage in self.stages))
+
+    @property
+    def map_steps(self) -> int:
+        """The number of optimizer steps before the second stage: the regression's and the losses'."""
+        return self.student.regression_steps + self.training.steps
+
+    @property
+    def total_steps(self) -> int:
+        """The number of all training steps: of the map, of the critic alone, and of the matching."""
+        matching = self.matching
+        return self.map_steps + (0 if matching is None else matching.critic.warmup_steps + matching.steps)
 
     @property
     def loss_names(self) -> str:

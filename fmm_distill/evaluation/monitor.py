@@ -55,7 +55,7 @@ class Monitor:
     ) -> None:
         self.student, self.teacher, self.reference = student, teacher, reference
         self.recipe, self.accelerator = recipe, accelerator
-        self.total = recipe.student.regression_steps + recipe.training.steps
+        self.total = recipe.total_steps
         self.log, self.pictures = folder / "evaluations.jsonl", folder / "pictures"
         self.lines: list[dict[str, Any]] | None = None
         self.evaluation: tuple[Evaluator, Gallery] | None = None

@@ -302,7 +302,7 @@ def _dataset(recipe: Recipe) -> str | None:
 
 
 def _training(recipe: Recipe, trained: int | None) -> dict[str, Any]:
-    total = recipe.student.regression_steps + recipe.training.steps
+    total = recipe.total_steps
     losses = [*(stage.loss for stage in recipe.stages), recipe.loss, *(term.loss for term in recipe.extra_losses)]
     return {
         "loss": recipe.loss_names,

@@ -76,7 +76,7 @@ def finish(
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
-    trained = Trained(folder, job.recipe.student.regression_steps + job.recipe.training.steps, evaluation)
+    trained = Trained(folder, job.recipe.total_steps, evaluation)
     logger.info("exporting")
     agreements = export_student(job, student, job.recipe.export.steps, trained, wait=True)
     evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())

@@ -102,7 +102,7 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, A
         )
     inputs.check_inputs(folder, before, now)
     done = steps_done(folder)
-    total = recipe.student.regression_steps + recipe.training.steps
+    total = recipe.total_steps
     if done > total:
         raise UserError(
             f"training.steps {recipe.training.steps}: expected at least the {done} steps that the run in {folder} has "

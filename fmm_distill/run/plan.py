@@ -84,7 +84,7 @@ class Plan:
         teacher, training = self.teacher, self.recipe.training
         counts = self._parameters()
         shape = " x ".join(map(str, teacher.event_shape))
-        steps = self.recipe.student.regression_steps + training.steps
+        steps = self.recipe.total_steps
         conditions = (
             "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
         )

@@ -99,7 +99,7 @@ class Trainer:
         training = recipe.training
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
         self.accelerator = accelerator
-        self.total = recipe.student.regression_steps + training.steps
+        self.total = recipe.total_steps
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
         self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Under FSDP the first process evaluates and exports a copy that is not split. It shares no weight with the

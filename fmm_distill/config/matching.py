@@ -6,6 +6,7 @@ from pydantic import Field
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
 from fmm_distill.losses.distribution_matching import DistributionMatching
+from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
@@ -28,7 +29,7 @@ class MatchingSettings(Settings):
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the student in this stage."""
-    loss: DistributionMatching = DistributionMatching()
+    loss: AnyMatchingLoss = DistributionMatching()
     """The matching loss and its settings."""
     fraction: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""

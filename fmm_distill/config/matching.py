@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
@@ -10,7 +12,10 @@ from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
-__all__ = ["CriticSettings", "MatchingSettings"]
+if TYPE_CHECKING:
+    from fmm_distill.config.settings import StudentSettings
+
+__all__ = ["CriticSettings", "MatchingSettings", "check_map_steps"]
 
 
 class CriticSettings(Settings):
@@ -43,3 +48,17 @@ class MatchingSettings(Settings):
     """Largest decay of the moving averages in this stage, which starts from the first average."""
     critic: CriticSettings = CriticSettings()
     """The critic."""
+
+
+def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:
+    """Refuse a run without a step of the map's losses whose student is no map, or which has no other stage.
+
+    Args:
+        steps: ``training.steps`` of a recipe.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    missing = {"matching, the only other stage": matching, "student.init, since the teacher is no map": student.init}
+    if steps == 0 and (names := [name for name, value in missing.items() if value is None]):
+        raise ValueError(f"training.steps: expected at least 1 without {' and '.join(names)}, got 0")

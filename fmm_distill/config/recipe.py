@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fmm_distill.config.matching import MatchingSettings
+from fmm_distill.config.matching import MatchingSettings, check_map_steps
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -172,6 +172,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
+        check_map_steps(self.training.steps, self.student, self.matching)
         if self.student_kind == "embedded":
             self.check_velocity()
         else:

@@ -84,6 +84,17 @@ class StudentSettings(Settings):
     """Steps of regression on the teacher's velocity before the loss; required if the prediction type changes."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters."""
+    init: str | None = None
+    """Earlier student whose weights the student starts with: a run folder, an exported folder or a Hub id; null: it
+    starts as the teacher."""
+    init_revision: str | None = None
+    """Branch, tag or commit of the earlier student on the Hub."""
+
+    @model_validator(mode="after")
+    def _revision_acts(self) -> Self:
+        if self.init_revision is not None and self.init is None:
+            raise ValueError("student.init_revision: expected student.init with it, got none; leave it out")
+        return self
 
 
 class PromptSettings(Settings):
@@ -280,8 +291,8 @@ class OptimizerSettings(Settings):
 class TrainingSettings(Settings):
     """The training loop."""
 
-    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
-    """Optimizer steps on the loss, after the student's regression steps."""
+    steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
+    """Optimizer steps on the loss, after the student's regression steps; 0 with student.init and matching alone."""
     batch_size: int = Field(default=64, ge=1, le=MOST_SAMPLES)
     """Samples per optimizer step, over all processes."""
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=MOST_SAMPLES)

@@ -49,8 +49,10 @@ class RunFiles:
 
     @property
     def total(self) -> int:
-        """The number of optimizer steps of the run, regression steps included."""
-        return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"])
+        """The number of steps of the run, of the regression and of the second stage included."""
+        matching = self.recipe.get("matching")
+        second = 0 if matching is None else matching["critic"]["warmup_steps"] + matching["steps"]
+        return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"]) + int(second)
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -83,6 +85,10 @@ def _recipe(written: Path) -> dict[str, Any]:
         ("loss", {"name": str}),
     ):
         check_keys(f"{written}: {group}", found[group], keys, todo=todo)
+    if found.get("matching") is not None:
+        check_keys(f"{written}: matching", found, {"matching": dict}, todo=todo)
+        check_keys(f"{written}: matching", found["matching"], {"steps": int, "critic": dict}, todo=todo)
+        check_keys(f"{written}: matching.critic", found["matching"]["critic"], {"warmup_steps": int}, todo=todo)
     for group in ("extra_losses", "stages"):
         for index, term in enumerate(found[group]):
             where = f"{written}: {group}: item {index}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fmm_distill.config.matching import MatchingSettings, check_map_steps
+from fmm_distill.config.matching import MatchingSettings, check_map_steps, check_stop
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -194,6 +194,8 @@ class Recipe(Settings):
             )
         self._times_fit()
         self._groups_fit()
+        if self.matching is not None:
+            check_stop(self.matching, self.evaluation)
         return self
 
     @property

@@ -26,6 +26,7 @@ from fmm_distill.evaluation.metrics import (
     PrecisionRecall,
     Value,
 )
+from fmm_distill.evaluation.metrics.precision_recall import MAX_COMPARED, QUICK_COMPARED
 from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import compute_reference
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
@@ -80,7 +81,8 @@ class EvaluationSpec:
 
     Attributes:
         images: of the reference; None: no metrics of images.
-        quick: endpoint error and Fréchet distance alone, without standard errors: for evaluations during training.
+        quick: endpoint error, Fréchet distance, precision and recall alone, without standard errors: for evaluations
+            during training.
         solves_ode: solve the teacher's ODE for the endpoint error.
         decodes: seconds include decoding even if no metric needs images, as those of a pipeline do.
         cache: a folder for generated samples, from which an interrupted call resumes; several processes need it.
@@ -101,6 +103,11 @@ class EvaluationSpec:
     def is_main(self) -> bool:
         """True in the process that computes the rows."""
         return self.accelerator is None or self.accelerator.is_main_process
+
+    @property
+    def most_compared(self) -> int:
+        """The largest number of samples that precision and recall compare."""
+        return QUICK_COMPARED if self.quick else MAX_COMPARED
 
 
 class Evaluator:
@@ -124,7 +131,13 @@ class Evaluator:
         self.inception_score = InceptionScore() if has_classes and not spec.quick else None
         self.clip_score = ClipScore()
         self.protocol: dict[str, Any] = protocol_of(
-            spec.teacher, spec.settings, self.reference, solver_error, spec.device, decodes=self.generator.decodes
+            spec.teacher,
+            spec.settings,
+            self.reference,
+            solver_error,
+            spec.device,
+            decodes=self.generator.decodes,
+            most_compared=spec.most_compared,
         )
         if spec.settings.stochasticity and spec.is_main:
             logger.info(
@@ -304,9 +317,10 @@ def _generator(spec: EvaluationSpec, reference: Reference | None) -> SampleGener
 
 def _feature_metrics(spec: EvaluationSpec, reference: Reference) -> tuple[FeatureMetric, ...]:
     features, samples = reference.features, spec.settings.samples
+    fractions = PrecisionRecall(features, samples, most=spec.most_compared)
     if spec.quick:
-        return (FrechetDistance(features, samples, with_error=False),)
-    return FrechetDistance(features, samples), KernelDistance(features, samples), PrecisionRecall(features, samples)
+        return FrechetDistance(features, samples, with_error=False), fractions
+    return FrechetDistance(features, samples), KernelDistance(features, samples), fractions
 
 
 def _endpoints(spec: EvaluationSpec) -> tuple[Float[Tensor, "batch *event"], float]:

@@ -25,6 +25,9 @@ class CriticSettings(Settings):
     """Updates of the critic alone, before the first step of the student."""
     updates: int = Field(default=2, ge=1, le=1000)
     """Updates of the critic before each step of the student."""
+    ema: Rate = 0.9
+    """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
+    critic's latest weights follow single batches: on digits the student diverged with them."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.0, 0.999))
     """The critic's optimizer and its constant learning rate."""
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
 from fmm_distill.losses.distribution_matching import DistributionMatching
+from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
-    from fmm_distill.config.settings import StudentSettings
+    from fmm_distill.config.settings import EvaluationSettings, StudentSettings
 
-__all__ = ["CriticSettings", "MatchingSettings", "check_map_steps"]
+__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_stop"]
 
 
 class CriticSettings(Settings):
@@ -28,12 +29,27 @@ class CriticSettings(Settings):
     """The critic's optimizer and its constant learning rate."""
 
 
+class StopSettings(Settings):
+    """Early stopping of the second stage by its evaluations. The average of the best evaluation is exported."""
+
+    metric: Literal["frechet", "recall", "endpoint_error"] = "frechet"
+    """Quantity that has to improve: the Fréchet distance, the recall or the endpoint error."""
+    calls: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    """Number of student steps at which quantities are read, one of evaluation.steps; null: their mean over all."""
+    patience: int | None = Field(default=2, ge=1, le=MOST_STEPS)
+    """Evaluations in a row without an improvement after which the stage ends; null: only a bound ends it."""
+    max_endpoint_error: float | None = Field(default=None, gt=0, le=1e6)
+    """Bound of the endpoint error, the price of the stage: above it the stage ends; null: none."""
+    min_recall: float | None = Field(default=None, gt=0, le=1)
+    """Bound of the recall, the coverage of the reference: below it the stage ends; null: none."""
+
+
 class MatchingSettings(Settings):
     """A second stage after training.steps: distribution matching on samples of the student."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the student in this stage."""
-    loss: DistributionMatching = DistributionMatching()
+    loss: AnyMatchingLoss = DistributionMatching()
     """The matching loss and its settings."""
     fraction: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
@@ -47,6 +63,10 @@ class MatchingSettings(Settings):
     """Largest decay of the moving averages in this stage, which starts from the first average."""
     critic: CriticSettings = CriticSettings()
     """The critic."""
+    evaluate_every: int = Field(default=0, ge=0, le=MOST_STEPS)
+    """Steps of the student between evaluations in this stage, the first of which is the map's; 0: evaluation.every."""
+    stop: StopSettings | None = None
+    """End the stage by its evaluations, and export the best average; null: all steps, and the last average."""
 
 
 def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:
@@ -64,3 +84,32 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
             f"training.steps: expected at least 1 without {' and '.join(missing)}, got 0; with both, the run is "
             "distribution matching of an earlier student alone"
         )
+
+
+def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:
+    """Check that the evaluations of the second stage measure everything that ``matching.stop`` reads.
+
+    Raises:
+        ValueError: if there are no evaluations, or they lack a quantity or a number of steps.
+    """
+    stop = matching.stop
+    if stop is None:
+        return
+    if not (matching.evaluate_every or evaluation.every):
+        raise ValueError(
+            "matching.stop: expected evaluations of the second stage, got none; try --set matching.evaluate_every="
+            f"{max(1, matching.steps // 5)}"
+        )
+    if evaluation.features == "none":
+        for name, needed in (
+            (f"metric: {stop.metric}", stop.metric != "endpoint_error"),
+            (f"min_recall: {stop.min_recall}", stop.min_recall is not None),
+        ):
+            if needed:
+                raise ValueError(
+                    f"matching.stop: {name}: expected evaluation.features with it, got none; give features, or try "
+                    "metric: endpoint_error without min_recall"
+                )
+    if stop.calls is not None and stop.calls not in evaluation.steps:
+        numbers = ", ".join(map(str, evaluation.steps))
+        raise ValueError(f"matching.stop.calls: expected one of evaluation.steps {numbers}, got {stop.calls}")

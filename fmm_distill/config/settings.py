@@ -346,6 +346,9 @@ class EvaluationSettings(Settings):
     """Optimizer steps between evaluations of the first moving average; 0: only at the end."""
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
+    stochasticity: float = Field(default=0.0, ge=0)
+    """Strength of the fresh noise in the student's steps; 0: none. Rows with noise have no endpoint error, so that it
+    needs features."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
     """Numbers of DDIM steps of the teacher, as baselines; of Euler steps if it is a flow or a velocity field."""
     dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
@@ -384,6 +387,11 @@ class EvaluationSettings(Settings):
             raise ValueError(f"evaluation.reference: expected a source of images, or null, got {self.reference.source}")
         if self.reference is not None and self.features == "none":
             raise ValueError("evaluation.reference: expected evaluation.features with it, got none; try inception")
+        if self.stochasticity and self.features == "none":
+            raise ValueError(
+                f"evaluation.stochasticity: expected evaluation.features with it, as samples with fresh noise have no "
+                f"endpoint error, got {self.stochasticity:g} with features: none"
+            )
         # Precision and recall need a third neighbor of each sample.
         if self.samples < 4 and self.features != "none":
             raise ValueError(f"evaluation.samples: expected at least 4 with features, got {self.samples}")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Draws", "draw", "positions_of", "sample_generator", "step_generator"]
 
 _WORD = 2**32
+# The fields on the device of the networks.
+_OF_NETWORKS = ("noise", "renoise")
 # The streams that choose the times, the loss and the kind of a jump.
 _OF_GROUPS = ("first", "second", "kind", "share", "policy")
 
@@ -39,6 +41,7 @@ class Draws:
         flip: uniform on [0, 1], shape ``[batch]``: whether the image is mirrored.
         policy: uniform on [0, 1], shape ``[batch]``: whether a sample starts from the student's jump despite data.
         position: in [0, 1), shape ``[batch]``: chooses the loss of a sample, spread evenly in every part of a batch.
+        renoise: N(0, I), as ``noise``, for samples that were generated from it; None: no loss takes it.
     """
 
     noise: Float[Tensor, "batch *event"]
@@ -52,40 +55,64 @@ class Draws:
     flip: Float[Tensor, " batch"]
     policy: Float[Tensor, " batch"]
     position: Float[Tensor, " batch"]
+    renoise: Float[Tensor, "batch *event"] | None = None
 
     def part(self, start: int, stop: int, device: torch.device | str) -> Draws:
         """Return samples ``start`` to ``stop`` of the batch, with their noise on ``device``."""
-        some = {name: values[start:stop] for name, values in vars(self).items()}
-        return Draws(**some | {"noise": to_device(some["noise"], device)})
+        some = {name: values[start:stop] for name, values in vars(self).items() if values is not None}
+        on_device = {name: to_device(some[name], device) for name in _OF_NETWORKS if name in some}
+        return Draws(**some | on_device)
 
     def rows(self, index: Int[Tensor, " some"]) -> Draws:
         """Return the samples at these rows; the index is on the CPU."""
-        some = {name: values[index] for name, values in vars(self).items() if name != "noise"}
-        return Draws(self.noise[to_device(index, self.noise.device)], **some)
+        rows = to_device(index, self.noise.device)
+        return Draws(
+            **{
+                name: values[rows if name in _OF_NETWORKS else index]
+                for name, values in vars(self).items()
+                if values is not None
+            }
+        )
 
 
-def draw(seed: int, step: int, batch: int, event_shape: tuple[int, ...], *, groups: int = 0) -> Draws:
+def draw(
+    seed: int,
+    step: int,
+    batch: int,
+    event_shape: tuple[int, ...],
+    *,
+    groups: int = 0,
+    purpose: str = "",
+    renoised: bool = False,
+) -> Draws:
     """Return the draws of a complete step, a function of the seed, the step and the index in a batch of this size.
 
     Args:
         groups: the number of groups of equally many consecutive samples that share all numbers which times and losses
             are chosen by; 0: each sample has its own.
+        purpose: a name of the use of the numbers in this step, if there are several; each has its own streams.
+        renoised: also draw ``renoise``.
     """
+
+    def generator(stream: str) -> torch.Generator:
+        return step_generator(seed, step, purpose + stream)
 
     def uniform(stream: str) -> Tensor:
         # float64, as times are: in float32 a uniform draw has 2^24 values, and equal times would occur.
-        values = torch.rand(batch, generator=step_generator(seed, step, stream), dtype=torch.float64)
+        values = torch.rand(batch, generator=generator(stream), dtype=torch.float64)
         return shared(values) if stream in _OF_GROUPS else values
 
     def shared(values: Tensor) -> Tensor:
         return values[:groups].repeat_interleave(batch // groups) if groups else values
 
     # On the CPU also for a GPU: the generators of devices differ, and a draw must not depend on the device.
-    noise = torch.randn(batch, *event_shape, generator=step_generator(seed, step, "noise"))
+    noise = torch.randn(batch, *event_shape, generator=generator("noise"))
+    renoise = torch.randn(batch, *event_shape, generator=generator("renoise")) if renoised else None
     names = ("first", "second", "kind", "image", "condition", "guidance", "flip", "policy")
     position = positions_of(batch)
     # The name of a stream is hashed: another name than "share" would be other random numbers.
-    return Draws(noise, uniform=uniform("share"), **{name: uniform(name) for name in names}, position=shared(position))
+    drawn = {name: uniform(name) for name in names}
+    return Draws(noise, uniform=uniform("share"), **drawn, position=shared(position), renoise=renoise)
 
 
 def positions_of(count: int) -> Float[Tensor, " count"]:

@@ -26,6 +26,7 @@ from fmm_distill.evaluation.metrics import (
     PrecisionRecall,
     Value,
 )
+from fmm_distill.evaluation.metrics.precision_recall import MAX_COMPARED, QUICK_COMPARED
 from fmm_distill.evaluation.protocol import protocol_of
 from fmm_distill.evaluation.reference import compute_reference
 from fmm_distill.evaluation.result import Evaluation, Row, is_of_teacher
@@ -70,7 +71,7 @@ def evaluate(
         reference: images to compare with; None: no metrics of images.
     """
     evaluator = Evaluator(EvaluationSpec(teacher, settings, reference, device))
-    rows = evaluator.rows([*of_students(students, settings.steps), *of_teacher(teacher, settings)])
+    rows = evaluator.rows([*evaluator.samplers_of(students), *of_teacher(teacher, settings)])
     return Evaluation(evaluator.protocol, rows, evaluator.consistency)
 
 
@@ -80,7 +81,8 @@ class EvaluationSpec:
 
     Attributes:
         images: of the reference; None: no metrics of images.
-        quick: endpoint error and Fréchet distance alone, without standard errors: for evaluations during training.
+        quick: endpoint error, Fréchet distance, precision and recall alone, without standard errors: for evaluations
+            during training.
         solves_ode: solve the teacher's ODE for the endpoint error.
         decodes: seconds include decoding even if no metric needs images, as those of a pipeline do.
         cache: a folder for generated samples, from which an interrupted call resumes; several processes need it.
@@ -101,6 +103,11 @@ class EvaluationSpec:
     def is_main(self) -> bool:
         """True in the process that computes the rows."""
         return self.accelerator is None or self.accelerator.is_main_process
+
+    @property
+    def most_compared(self) -> int:
+        """The largest number of samples that precision and recall compare."""
+        return QUICK_COMPARED if self.quick else MAX_COMPARED
 
 
 class Evaluator:
@@ -124,8 +131,19 @@ class Evaluator:
         self.inception_score = InceptionScore() if has_classes and not spec.quick else None
         self.clip_score = ClipScore()
         self.protocol: dict[str, Any] = protocol_of(
-            spec.teacher, spec.settings, self.reference, solver_error, spec.device, decodes=self.generator.decodes
+            spec.teacher,
+            spec.settings,
+            self.reference,
+            solver_error,
+            spec.device,
+            decodes=self.generator.decodes,
+            most_compared=spec.most_compared,
         )
+        if spec.settings.stochasticity and spec.is_main:
+            logger.info(
+                f"stochasticity {spec.settings.stochasticity:g}: the student's rows have no endpoint error and no "
+                "distance between numbers of steps, since their noise does not determine where they end"
+            )
         self.consistency: dict[str, dict[str, float]] = {}
         self.samples: dict[tuple[str, int], Tensor] = {}
         self._digests: dict[nn.Module, str] = {}
@@ -155,13 +173,22 @@ class Evaluator:
             _set_ratios(rows, reference)
         return rows
 
+    def samplers_of(self, students: Mapping[str, Student]) -> list[Sampler]:
+        """Return one sampler per student and number of steps, with the noise of the settings.
+
+        Args:
+            students: by the name of their rows.
+        """
+        settings = self.spec.settings
+        return of_students(students, settings.steps, stochasticity=settings.stochasticity)
+
     def rows_of_students(self, students: Mapping[str, Student]) -> list[Row]:
         """Return one row per student and number of steps.
 
         Args:
             students: by the name of their rows.
         """
-        return self.rows(of_students(students, self.spec.settings.steps))
+        return self.rows(self.samplers_of(students))
 
     def rows_of_teacher(self) -> list[Row]:
         """Return one row per solver of the teacher and number of steps."""
@@ -197,6 +224,7 @@ class Evaluator:
         parts = [sampler.name, sampler.steps, self._digests[network], generation.count, generation.stored]
         # The batch size too: it is part of the seconds, and of the rounding.
         parts += [generation.batch_size, generation.seed, self.generator.decodes, self.spec.settings.clip]
+        parts += [sampler.stochasticity]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
         parts += [None if conditions is None else conditions.names, teacher.source]
         parts += [{} if teacher.pipeline is None else teacher.pipeline.call]
@@ -242,8 +270,12 @@ class Evaluator:
         return values
 
     def _compare_steps(self, samplers: Iterable[Sampler]) -> None:
-        """Compute the distances between samples of different numbers of steps, except for the teacher's solvers."""
-        for name in dict.fromkeys(sampler.name for sampler in samplers if not is_of_teacher(sampler.name)):
+        """Compute the distances between samples of different numbers of steps, except for the teacher's solvers.
+
+        Samples with fresh noise have none: they are other samples at each number of steps.
+        """
+        compared = [one for one in samplers if not is_of_teacher(one.name) and not one.stochasticity]
+        for name in dict.fromkeys(sampler.name for sampler in compared):
             steps = [n for sampler, n in self.samples if sampler == name]
             pairs = {f"{a},{b}": self._distance((name, a), (name, b)) for a, b in combinations(steps, 2)}
             if pairs:
@@ -285,9 +317,10 @@ def _generator(spec: EvaluationSpec, reference: Reference | None) -> SampleGener
 
 def _feature_metrics(spec: EvaluationSpec, reference: Reference) -> tuple[FeatureMetric, ...]:
     features, samples = reference.features, spec.settings.samples
+    fractions = PrecisionRecall(features, samples, most=spec.most_compared)
     if spec.quick:
-        return (FrechetDistance(features, samples, with_error=False),)
-    return FrechetDistance(features, samples), KernelDistance(features, samples), PrecisionRecall(features, samples)
+        return FrechetDistance(features, samples, with_error=False), fractions
+    return FrechetDistance(features, samples), KernelDistance(features, samples), fractions
 
 
 def _endpoints(spec: EvaluationSpec) -> tuple[Float[Tensor, "batch *event"], float]:

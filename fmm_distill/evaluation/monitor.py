@@ -13,6 +13,7 @@ from fmm_distill.evaluation.gallery import COLUMNS, SEED, Gallery
 from fmm_distill.evaluation.pictures import plot_samples
 from fmm_distill.io.files import append_line, write_text, writing
 from fmm_distill.io.reading import read_lines
+from fmm_distill.training.early_stopping import evaluation_settings, is_evaluated
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
 __all__ = ["Monitor"]
 
 # Protocol entries that a comparison of two runs needs; evaluation.json has them all.
-_ESSENTIALS = ("ode_solver_error", "frechet_samples", "frechet_reference", "noise_seed", "guidance")
+_ESSENTIALS = (
+    *("ode_solver_error", "frechet_samples", "frechet_reference", "precision_recall", "noise_seed", "guidance"),
+    "stochasticity",
+)
 _KEYS = {"step": int, "rows": list, "settings": dict}
 
 
 class Monitor:
-    """Evaluates a moving average every ``evaluation.every`` steps, into the folder of the run.
+    """Evaluates a moving average every so many steps, into the folder of the run.
+
+    The steps are those of ``evaluation.every`` and, in a second stage, of ``matching.evaluate_every``.
 
     Every process has a monitor; the first writes ``evaluations.jsonl`` and ``pictures/``.
 
@@ -55,7 +61,6 @@ class Monitor:
     ) -> None:
         self.student, self.teacher, self.reference = student, teacher, reference
         self.recipe, self.accelerator = recipe, accelerator
-        self.total = recipe.total_steps
         self.log, self.pictures = folder / "evaluations.jsonl", folder / "pictures"
         self.lines: list[dict[str, Any]] | None = None
         self.evaluation: tuple[Evaluator, Gallery] | None = None
@@ -73,10 +78,10 @@ class Monitor:
             UserError: if a file can't be written.
         """
         rows = None
-        every, main = self.recipe.evaluation.every, self.accelerator.is_main_process
+        main = self.accelerator.is_main_process
         if main:
             self.lines = self._cut(step)
-        if every and 0 < step < self.total and step % every == 0:
+        if is_evaluated(self.recipe, step):
             student = self.student()
             if main and all(line["step"] != step for line in self.lines or ()):
                 rows = self._evaluate(step, student)
@@ -105,7 +110,7 @@ class Monitor:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             evaluator, gallery = self.evaluation = self.evaluation or self._open(device)
             rows = evaluator.rows_of_students({"student": student})
-            settings = self.recipe.evaluation.model_dump(mode="json", exclude={"every"})
+            settings = evaluation_settings(self.recipe)
             measured = [line for line in self.lines or () if line["settings"] == settings]
             # The teacher's rows depend on the settings alone and are measured once for them.
             if not any(row["sampler"] != "student" for line in measured for row in line["rows"]):
@@ -113,9 +118,10 @@ class Monitor:
             picture = self.pictures / f"samples-{step}.png"
             with writing(picture):
                 self.pictures.mkdir(exist_ok=True)
-                plot_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
+                chosen = self.recipe.evaluation
+                plot_samples(gallery.rows(student, chosen.steps, chosen.stochasticity), picture)
         line: dict[str, Any] = {"step": step, "ema": self.recipe.training.ema[0], "rows": [asdict(row) for row in rows]}
-        line |= {"settings": settings, "protocol": {key: evaluator.protocol[key] for key in _ESSENTIALS}}
+        line |= {"settings": settings, "protocol": {key: evaluator.protocol.get(key) for key in _ESSENTIALS}}
         append_line(self.log, json.dumps(line))
         self.lines = [*(self.lines or ()), line]
         log_rows(self.accelerator, line["rows"], step)

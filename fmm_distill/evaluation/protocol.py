@@ -11,7 +11,7 @@ from fmm_distill.evaluation.generate import WARM_UP
 from fmm_distill.evaluation.metrics.frechet import resamples
 from fmm_distill.evaluation.metrics.inception_score import SPLITS
 from fmm_distill.evaluation.metrics.kernel import SUBSETS, subset_size
-from fmm_distill.evaluation.metrics.precision_recall import NEIGHBORS, compared_samples
+from fmm_distill.evaluation.metrics.precision_recall import MAX_COMPARED, NEIGHBORS, compared_samples
 from fmm_distill.evaluation.solvers import describe_solvers
 from fmm_distill.io.hashes import sha256_of_json
 from fmm_distill.teachers.codec import Pixels, Waves
@@ -52,6 +52,7 @@ def protocol_of(
     device: torch.device,
     *,
     decodes: bool,
+    most_compared: int = MAX_COMPARED,
 ) -> dict[str, Any]:
     """Return the protocol that is printed and stored with the values and shown in the model card.
 
@@ -59,11 +60,12 @@ def protocol_of(
         reference: None: no metrics of images.
         solver_error: of the ODE's endpoints; None: the ODE is not solved.
         decodes: seconds include decoding.
+        most_compared: the largest number of samples that precision and recall compare.
     """
     end = "decoded image" if decodes else "sample"
     return {
         **_ode(teacher, settings, solver_error),
-        **(_without_images(settings) if reference is None else _images(settings, reference)),
+        **(_without_images(settings) if reference is None else _images(settings, reference, most_compared)),
         "clip_score": "not measured (evaluation.clip: null)"
         if settings.clip is None
         else f"{settings.clip}, 100 times the cosine, {settings.samples} samples; rounded to uint8",
@@ -73,6 +75,8 @@ def protocol_of(
         "noise": "one generator per sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
         "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
+        # None without noise, as in results of versions that have no such entry.
+        "stochasticity": settings.stochasticity or None,
         "solvers": describe_solvers(teacher, settings),
         "arithmetic": "networks in float32, distances in float64",
         "seconds_per_image": f"from noise to the {end}, median over batches of {settings.batch_size} after a warm-up, "
@@ -110,10 +114,10 @@ def _without_images(settings: EvaluationSettings) -> dict[str, Any]:
     return {"frechet": reason, "frechet_samples": None, "frechet_reference": None}
 
 
-def _images(settings: EvaluationSettings, reference: Reference) -> dict[str, Any]:
+def _images(settings: EvaluationSettings, reference: Reference, most_compared: int) -> dict[str, Any]:
     network, images = reference.network, reference.images
     subset = subset_size(settings.samples, len(reference))
-    compared = compared_samples(settings.samples, len(reference))
+    compared = compared_samples(settings.samples, len(reference), most_compared)
     return {
         "frechet": f"{network.description}; images {network.preprocessing}",
         "frechet_samples": settings.samples,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["AdaptersOff", "add_lora", "default_targets", "has_lora", "lora_state", "merged"]
+__all__ = ["AdaptersOff", "add_lora", "default_targets", "has_lora", "lora_layers", "lora_state", "merged"]
 
 # Names of attention and feed-forward blocks and of their layers in diffusers and in other transformers.
 _ADAPTED = ("attn", "attention", "to_q", "to_k", "to_v", "to_out", "qkv", "ff", "ffn", "feed_forward")
@@ -42,10 +42,11 @@ class AdaptersOff(SharedNetwork):
             return self.shared(*args, **kwargs)
 
 
-def _layers(network: nn.Module) -> list[tuple[str, Any]]:
+def lora_layers(network: nn.Module) -> dict[str, Any]:
+    """Return the layers of a network that have adapters, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
 def has_lora(network: nn.Module) -> bool:
@@ -55,13 +56,13 @@ def has_lora(network: nn.Module) -> bool:
 
 @contextmanager
 def _adapters_disabled(network: nn.Module) -> Iterator[None]:
-    layers = _layers(network)
-    for _, layer in layers:
+    layers = lora_layers(network).values()
+    for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for _, layer in layers:
+        for layer in layers:
             layer.enable_adapters(True)
 
 
@@ -127,7 +128,7 @@ def merged(student: Student) -> Student:
     """Return a copy of the student with its adapters merged into the weights: an ordinary two-time network."""
     # A copy: an export also saves the adapters, which the student itself still has.
     plain = copy.deepcopy(student)
-    for name, layer in _layers(plain.network):
+    for name, layer in lora_layers(plain.network).items():
         layer.merge()
         parent, _, last = name.rpartition(".")
         setattr(plain.network.get_submodule(parent), last, layer.get_base_layer())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
 
-__all__ = ["adapter_states", "merge_diagonal", "share_network", "stock_network"]
+__all__ = ["adapter_states", "merge_diagonal", "share_network", "stock_network", "without_changes"]
 
 
 def stock_network(teacher: Teacher) -> nn.Module:
@@ -37,6 +37,24 @@ def share_network(student: Student, teacher: Teacher) -> Teacher:
         # An open pipeline holds the teacher's first network, which would stay in memory.
         codec.release()
     return replace(teacher, network=SharedNetwork(student.network).eval(), codec=codec)
+
+
+def without_changes(network: nn.Module) -> nn.Module:
+    """Return a copy of a scaled network without the changes of its weights: its teacher's network."""
+    layers = scaled_layers(network)
+    changes = {
+        id(parameter): parameter
+        for layer in layers.values()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name.startswith("jump_")
+    }
+    # The changes are as large as the weights: they are shared, and not copied to be deleted.
+    plain = copy.deepcopy(network, dict(changes))
+    for layer in scaled_layers(plain).values():
+        for name in [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("jump_")]:
+            delattr(layer, name)
+        layer.__class__ = type(layer).__bases__[-1]
+    return plain
 
 
 @torch.no_grad()

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import AutocastKwargs, DistributedType, fsdp2_prepare_model
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fmm_distill.errors import UserError
+from fmm_distill.training.compile import network_of
 from fmm_distill.training.optimizer import optimizer_factory, stores_factors
 from fmm_distill.training.variables import is_set
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from accelerate import Accelerator
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.core.flow_map import LearnedFlowMap
+    from fmm_distill.training.objective import Objective
     from fmm_distill.training.optimizer import OptimizerFactory
 
 __all__ = [
+    "autocast",
     "check_moments",
     "check_sharding",
     "full_state",
@@ -33,6 +40,7 @@ __all__ = [
     "placed_like",
     "shard",
     "splits_weights",
+    "wrap",
     "wrap_blocks",
     "wrapped_blocks",
 ]
@@ -77,7 +85,10 @@ def check_sharding(accelerator: Accelerator, recipe: Recipe) -> None:
             f"student.lora.rank: expected 0 under FSDP, got {lora_rank}: the first process alone evaluates the "
             "teacher, which is the student's split network without its adapters; try 0, or plain multi-GPU"
         )
-    check_moments(optimizer_factory(recipe.optimizer))
+    matching = recipe.matching
+    seconds = [] if matching is None else [matching.optimizer, matching.critic.optimizer]
+    for settings in (recipe.optimizer, *seconds):
+        check_moments(optimizer_factory(settings))
     plugin = accelerator.state.fsdp_plugin
     if plugin.activation_checkpointing:
         raise UserError(
@@ -142,6 +153,31 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
     split = fsdp2_prepare_model(accelerator, network)
     # FSDP frees a root's gathered weights in the backward pass, and a copy has none.
     split.set_reshard_after_forward(True)
+
+
+def wrap(
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+    copies: Iterable[nn.Module],
+) -> tuple[Any, ...]:
+    """Return objective and optimizers as accelerate distributes them.
+
+    Under FSDP the networks of the student's copies are split in place, as the student's own is.
+    """
+    if is_sharded(accelerator):
+        for other in copies:
+            shard(network_of(cast("LearnedFlowMap", other)), accelerator)
+    prepared: tuple[Any, ...] = accelerator.prepare(objective, *optimizers)
+    return prepared
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Return the autocast context of a split module; accelerate applies it to other modules itself."""
+    if not is_sharded(accelerator):
+        return nullcontext()
+    # A cached cast outlives the gathered weights that it was made of, and gradients go missing.
+    return accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
 
 def local(tensor: Tensor) -> Tensor:

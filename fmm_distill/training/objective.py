@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,12 +25,14 @@ from fmm_distill.losses.base import DerivativeLoss, Jump, squared_norm
 from fmm_distill.losses.time_sampling import sample_diagonal_times, sample_times
 from fmm_distill.losses.weighting import LearnedWeight, measure, weigh
 from fmm_distill.training.compile import network_of
+from fmm_distill.training.matching import Matching
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.config.settings import TrainingSettings
     from fmm_distill.core.draws import Draws
@@ -40,8 +42,24 @@ if TYPE_CHECKING:
     from fmm_distill.losses.base import Loss
     from fmm_distill.losses.time_sampling import TimeSampling
     from fmm_distill.teachers.base import Distillable
+    from fmm_distill.training.critic import Critic, DiagonalCritic
 
-__all__ = ["Objective", "resolve_engine"]
+__all__ = ["Objective", "StepLosses", "resolve_engine"]
+
+
+class StepLosses(NamedTuple):
+    """The losses of the samples of a step, shape ``[batch]`` each.
+
+    Attributes:
+        losses: mean squared residuals, or the matching loss.
+        weighted: what is minimized: the distance of the residual, weighted.
+        health: sums over the matched samples of ``|v_F - v_c|^2`` and of ``|v_T - v_c|^2``, and their number, shape
+            ``[3]``; None: no sample is matched in this stage.
+    """
+
+    losses: Tensor
+    weighted: Tensor
+    health: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class Objective(nn.Module):
             ``Loss.target_network``.
         lockstep: call the networks equally often in every process, whatever its samples need. Networks that are split
             over the processes are gathered at each call.
+        critic: the velocity of the student's samples, for the second stage; None: there is none.
     """
 
     def __init__(
@@ -94,23 +113,46 @@ class Objective(nn.Module):
         target_maps: Mapping[str, FlowMap] | None = None,
         *,
         lockstep: bool = False,
+        critic: Critic | DiagonalCritic | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.fixed = _FixedNetworks(teacher, target_maps or {})
+        self.matching = None if critic is None else Matching(student, teacher, critic, recipe, lockstep)
         self.recipe, self.lockstep = recipe, lockstep
         self.on_policy = recipe.data.on_policy or 0.0
         self.losses = tuple(losses)
         self.weight = LearnedWeight() if recipe.weight.kind == "learned" else None
 
-    def forward(self, draws: Draws, data: Batch | None, step: int) -> tuple[Tensor, Tensor]:
-        """Return each sample's mean squared residual and its minimized loss, shape ``[batch]`` both.
-
-        The minimized loss is the distance of the residual, weighted.
-        """
+    def forward(self, draws: Draws, data: Batch | None, step: int) -> StepLosses:
+        """Return the losses of the samples."""
         draws = draws if data is None else data.with_conditions(draws)
         with self._calls(regression=step < self.recipe.student.regression_steps):
-            return self._losses(draws, data, step)
+            if step >= self.recipe.map_steps:
+                return self._second_stage(draws, data, step)
+            return StepLosses(*self._losses(draws, data, step))
+
+    def _second_stage(self, draws: Draws, data: Batch | None, step: int) -> StepLosses:
+        """Match some of the samples, and train the map on the others."""
+        settings = cast("MatchingSettings", self.recipe.matching)
+        both = draws.noise.new_zeros(2, len(draws.noise))
+        health = draws.noise.new_zeros(3)
+        matched, others = _split(draws.position, settings.fraction)
+        if len(matched) or self.lockstep:
+            found = cast("Matching", self.matching)(draws.rows(_one_at_least(matched)), step)
+            both = _placed(both, matched, found.losses, settings.weight * found.losses)
+            count = len(matched)
+            sums = [found.critic[:count].sum(), found.teacher[:count].sum()]
+            health = torch.stack([*sums, torch.full_like(sums[0], count)])
+        if settings.fraction < 1 and (len(others) or self.lockstep):
+            rows = _one_at_least(others)
+            rest = draws.rows(rows)
+            # The positions of the others fill the unit interval again, so that the losses have their fractions.
+            rest.position = ((rest.position - settings.fraction) / (1 - settings.fraction)).clamp_min(0)
+            losses, weighted = self._losses(rest, None if data is None else data.rows(rows), step)
+            both = _placed(both, others, losses, weighted)
+        losses, weighted = both.unbind()
+        return StepLosses(losses.clone(), weighted.clone(), health)
 
     @contextmanager
     def _calls(self, *, regression: bool) -> Iterator[None]:
@@ -144,13 +186,7 @@ class Objective(nn.Module):
         for term in terms:
             some = None if data is None else data.rows(term.rows)
             losses, weighted = self._term(term, draws.rows(term.rows), some, step)
-            if term.factor:
-                both = both.index_copy(
-                    1, to_device(term.rows, both.device), torch.stack([losses, term.factor * weighted]).to(both.dtype)
-                )
-            else:
-                # Its backward pass gathers the networks too.
-                both = both + 0 * weighted.sum()
+            both = _placed(both, term.rows if term.factor else term.rows[:0], losses, term.factor * weighted)
         losses, weighted = both.unbind()
         return losses.clone(), weighted.clone()
 
@@ -159,6 +195,10 @@ class Objective(nn.Module):
         schedule = self.fixed.teacher.schedule
         if step < self.recipe.student.regression_steps:
             t = sample_diagonal_times(self.recipe.time_sampling, schedule, draws)
+            return t, t
+        if self.recipe.matching is not None and step >= self.recipe.map_steps:
+            # The times of the noise; the map's samples in this stage are drawn like these.
+            t = self.recipe.matching.loss.times_at(schedule, draws.uniform)
             return t, t
         terms, step = self._terms(draws, step)
         both = draws.first.new_zeros(2, len(draws.first))
@@ -251,6 +291,25 @@ class Objective(nn.Module):
             v = teacher.velocity(x_t, t, cond)
         losses = squared_norm(self.student.mean_velocity(x_t, t, t, cond) - v)
         return losses, self._weighted(losses, t, t)
+
+
+def _split(position: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Return the indices of the samples below a position, and those of the others, on the CPU."""
+    below = position < fraction
+    return below.nonzero()[:, 0], (~below).nonzero()[:, 0]
+
+
+def _one_at_least(rows: Tensor) -> Tensor:
+    """Return the rows, or the first one of the batch: in lockstep a process without a sample calls with another."""
+    return rows if len(rows) else rows.new_zeros(1)
+
+
+def _placed(both: Tensor, rows: Tensor, losses: Tensor, weighted: Tensor) -> Tensor:
+    """Return the losses of a batch with those at some rows set; without rows, with a gradient of zero."""
+    if not len(rows):
+        # Its backward pass gathers the networks too.
+        return both + 0 * weighted.sum()
+    return both.index_copy(1, to_device(rows, both.device), torch.stack([losses, weighted]).to(both.dtype))
 
 
 def resolve_engine(

@@ -1,4 +1,4 @@
-"""The phase of a training step: regression, a stage, or the main loss."""
+"""The phase of a training step: regression, a stage, the main loss, the critic alone, or the matching."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def phase_of(recipe: Recipe, step: int) -> dict[str, Any]:
     regression = recipe.student.regression_steps
     if step < regression:
         return {"phase": "regression"}
+    if recipe.matching is not None and step >= recipe.map_steps:
+        matching = recipe.matching
+        warmup = step < recipe.map_steps + matching.critic.warmup_steps
+        return {"phase": "critic" if warmup else matching.loss.name}
     index, step = recipe.stage_at(step - regression)
     stage = None if index is None else recipe.stages[index]
     loss = recipe.loss if stage is None else stage.loss

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.core.flow_map import LearnedFlowMap
+    from fmm_distill.training.compile import Points
 
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "alone",
     "check_training",
     "first_process_logs",
+    "has_unused_parameters",
     "join_processes",
     "make_accelerator",
     "on_first",
@@ -135,10 +138,25 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
+def has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
+    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
+
+
 def allow_unused_parameters(accelerator: Accelerator) -> None:
     """Make processes exchange gradients of parameters that not every loss has a gradient for."""
     handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = replace(handler, find_unused_parameters=True)
+
+
+def _losses_differ(recipe: Recipe) -> bool:
+    """Return whether there are steps in which a trained parameter has no gradient."""
+    # The regression of a scaled student trains other parameters than the losses after it, and samples that are matched
+    # have no learned weight.
+    regression = recipe.student_kind == "scaled" and recipe.student.regression_steps > 0
+    return regression or (recipe.matching is not None and recipe.weight.kind == "learned")
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -167,10 +185,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
             AutocastKwargs(cache_enabled=False),
-            # The regression of a scaled student trains other parameters than the losses after it.
-            DistributedDataParallelKwargs(
-                find_unused_parameters=recipe.student_kind == "scaled" and recipe.student.regression_steps > 0
-            ),
+            DistributedDataParallelKwargs(find_unused_parameters=_losses_differ(recipe)),
         ],
     )
     if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type not in SPLITS:

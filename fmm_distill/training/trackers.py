@@ -130,7 +130,7 @@ def log_rows(accelerator: Accelerator, rows: Iterable[Mapping[str, Any]], step: 
     numbers = {
         f"evaluation/{quantity}/{row['sampler']}, {row['steps']}": row[quantity]
         for row in rows
-        for quantity in ("endpoint_error", "frechet")
+        for quantity in ("endpoint_error", "frechet", "precision", "recall")
         if row[quantity] is not None
     }
     accelerator.log(numbers, step=step)

@@ -143,6 +143,8 @@ class TrainState:
         weight: the learned weight of the loss; None: it is not learned.
         optimizer: the optimizer's state.
         scaler: the gradient scaler of fp16; None: in other precisions.
+        critic: the critic of a second stage; None: there is none.
+        critic_optimizer: the state of its optimizer.
     """
 
     student: nn.Module
@@ -151,6 +153,8 @@ class TrainState:
     weight: nn.Module | None
     optimizer: OptimizerState
     scaler: torch.amp.GradScaler | None
+    critic: nn.Module | None = None
+    critic_optimizer: OptimizerState | None = None
 
     def tensors(self, *, main: bool) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint: file stem to named tensors. Every process has to call it.
@@ -166,12 +170,15 @@ class TrainState:
             tensors["frozen"] = trained_state(self.student, self.frozen)
         if self.weight is not None:
             tensors["weight"] = dict(self.weight.state_dict())
+        if self.critic is not None and self.critic_optimizer is not None:
+            tensors |= {"critic": trained_state(self.critic), "critic_optimizer": self.critic_optimizer.tensors()}
         return {stem: full_state(named, main=main) for stem, named in tensors.items()}
 
     def plain(self) -> dict[str, Any]:
         """Return what is not a tensor, as JSON holds it."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"scaler": scaler, "optimizer": self.optimizer.plain()}
+        critic = {} if self.critic_optimizer is None else {"critic_optimizer": self.critic_optimizer.plain()}
+        return {"scaler": scaler, "optimizer": self.optimizer.plain()} | critic
 
     def load(self, stored: checkpoint.Checkpoint) -> None:
         """Restore the student, its averages, the target network, the optimizer and the scaler from a checkpoint."""
@@ -184,6 +191,9 @@ class TrainState:
             load_trained(self.frozen, self.student, stored.tensors["frozen"])
         if self.weight is not None:
             self.weight.load_state_dict(placed_like(stored.tensors["weight"], self.weight.state_dict()))
+        if self.critic is not None and self.critic_optimizer is not None:
+            load_trained(self.critic, self.critic, stored.tensors["critic"])
+            self.critic_optimizer.load(stored.tensors["critic_optimizer"], stored.state["critic_optimizer"])
         self.optimizer.load(stored.tensors["optimizer"], stored.state["optimizer"])
         if stored.state["scaler"] is not None and self.scaler is not None:
             self.scaler.load_state_dict(stored.state["scaler"])

@@ -7,11 +7,11 @@ import logging
 import math
 import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import gather_object
 
 from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.core.draws import draw
@@ -21,13 +21,15 @@ from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
+from fmm_distill.training.critic import build_critic
 from fmm_distill.training.ema import build_averages, frozen_copy
 from fmm_distill.training.fsdp import (
+    autocast,
     check_moments,
     full_state,
     full_tensor,
     is_sharded,
-    shard,
+    wrap,
     wrap_blocks,
     wrapped_blocks,
 )
@@ -36,17 +38,18 @@ from fmm_distill.training.nonfinite import NonFiniteSteps, finite_or_none, worst
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
-from fmm_distill.training.process import allow_unused_parameters
+from fmm_distill.training.process import allow_unused_parameters, has_unused_parameters
+from fmm_distill.training.second_stage import SecondStage
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.trackers import TrackerLog
 from fmm_distill.training.train_state import OptimizerState, TrainState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
@@ -55,14 +58,13 @@ if TYPE_CHECKING:
     from fmm_distill.losses.base import Loss
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.callbacks import Callback
-    from fmm_distill.training.compile import Points
     from fmm_distill.training.optimizer import OptimizerFactory
     from fmm_distill.training.signals import StopRequest
 
     # Evaluates after a number of steps, or does nothing and returns None.
     Evaluate = Callable[[int], Sequence[Mapping[str, Any]] | None]
 
-__all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError", "wrap"]
+__all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,25 +115,38 @@ class Trainer:
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
         at = probe_inputs(teacher, accelerator.device)
-        if accelerator.num_processes > 1 and not self.sharded and _has_unused_parameters(student, at):
+        if accelerator.num_processes > 1 and not self.sharded and has_unused_parameters(student, at):
             allow_unused_parameters(accelerator)
+        rank, seed = recipe.student.lora.rank, training.seed
+        self.critic = None if recipe.matching is None else build_critic(student, teacher, rank, seed=seed)
+        if self.critic is not None:
+            self.critic.to(accelerator.device)
         accelerate_networks(training, student, teacher, at)
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
             check_moments(optimizer)
         factory = optimizer or optimizer_factory(recipe.optimizer)
-        built = factory([parameter for parameter in objective.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        built = factory(trained)
         defaults = [dict(group) for group in built.param_groups]
         self.peaks = [float(group["lr"]) for group in built.param_groups]
         if self.sharded:
             logger.info(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
         copies = [self.averaged_student(rate) for rate in self.averages]
         copies += [] if self.frozen is None else [self.frozen]
-        self.objective, self.optimizer = wrap(accelerator, objective, built, copies)
-        state = OptimizerState(built, list(self.objective.parameters()), defaults)
-        scaler = accelerator.scaler
-        self.state = TrainState(student, self.averages, self.frozen, self.weight, state, scaler)
+        self.second: SecondStage | None = None
+        optimizers = [built]
+        if self.critic is not None:
+            self.second = SecondStage(trained, self.critic, student, teacher, recipe, accelerator)
+            optimizers.append(self.second.of_student)
+        self.objective, *self.optimizers = wrap(accelerator, objective, optimizers, copies)
+        parameters = list(self.objective.parameters())
+        first = OptimizerState(built, parameters, defaults)
+        self.states = [TrainState(student, self.averages, self.frozen, self.weight, first, accelerator.scaler)]
+        if self.second is not None:
+            self.states.append(self.second.joined(self.states[0], parameters))
+        self._set_stage(0)
 
     def averaged_student(self, rate: float) -> LearnedFlowMap:
         """Return the student with the moving average of this rate as its weights."""
@@ -176,6 +191,7 @@ class Trainer:
                 self._loop(step, hooks, evaluate)
 
     def _loop(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> None:
+        map_steps = self.recipe.map_steps
         with stop_requests() as request:
             while step < self.total:
                 metrics, stop = self.train_step(step, request)
@@ -183,7 +199,7 @@ class Trainer:
                 hooks.on_step(step, metrics)
                 if self.non_finite.limit_reached:
                     step = self._started(self._return_to_checkpoint(step), hooks)
-                elif step % self.recipe.training.checkpoint_every == 0 or step == self.total or stop:
+                elif step % self.recipe.training.checkpoint_every == 0 or step in (map_steps, self.total) or stop:
                     self.save_checkpoint(step, hooks)
                 if stop and step < self.total:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
@@ -201,6 +217,16 @@ class Trainer:
         if rows is not None:
             hooks.on_evaluate(step, rows)
 
+    @property
+    def optimizer(self) -> Any:  # noqa: ANN401 accelerate's wrapper
+        """The student's optimizer in the current stage."""
+        return self.optimizers[self.stage]
+
+    @property
+    def state(self) -> TrainState:
+        """The part of the training that a checkpoint of the current stage stores."""
+        return self.states[self.stage]
+
     def train_step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
         """Take an optimizer step, or skip it if the loss or the gradient is not finite.
 
@@ -208,31 +234,101 @@ class Trainer:
             The line of ``steps.jsonl``, and True if any process received a request to stop.
         """
         training, started = self.recipe.training, time.perf_counter()
+        self._set_stage(step)
+        if self.second is not None and step == self.recipe.map_steps:
+            self._start_second_stage()
         self._update_target(step - self.recipe.student.regression_steps)
-        rates = [learning_rate(peak, training, step, self.total) * self.non_finite.lr_scale for peak in self.peaks]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
-            group["lr"] = rate
+        metrics: dict[str, Any] = {"step": step} | phase_of(self.recipe, step)
+        if self.second is not None and self.second.is_warmup(step) and self.stage:
+            measured, stop = self._critic_step(self.second, step, request)
+        else:
+            measured, stop = self._student_step(step, request)
+        metrics |= measured
+        metrics["images_per_second"] = training.batch_size / (time.perf_counter() - started)
+        metrics["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        return metrics, stop
+
+    def _critic_step(self, second: SecondStage, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
+        """Take an update of the critic alone."""
+        try:
+            numbers = second.update(step, self.non_finite.lr_scale)
+        except RuntimeError as error:
+            raise _memory_error(error, step) from error
+        stop = torch.tensor(float(request.signal > 0), device=self.accelerator.device)
+        stopped = float(cast("Tensor", self.accelerator.reduce(stop, "mean"))) > 0
+        loss, norm = numbers["critic_loss"], numbers["gradient_norm"]
+        metrics: dict[str, Any] = {"loss": finite_or_none(loss), "weighted": finite_or_none(loss)}
+        metrics |= {"gradient_norm": finite_or_none(norm), "learning_rate": second.settings.critic.optimizer.lr}
+        metrics["teacher_loss"] = finite_or_none(numbers["teacher_loss"])
+        if self.non_finite.count(math.isfinite(loss)):
+            logger.warning(f"step {step}: the critic's loss is {loss:g}: its update is skipped")
+        return metrics, stopped
+
+    def _student_step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
+        """Take a step of the student, in the second stage after updates of the critic."""
+        training, second = self.recipe.training, self.second if self.stage else None
+        rate = self._set_rates(step)
         # Each process draws the complete batch and takes its part, so that their number changes no draw.
         groups = self.recipe.time_sampling.groups
-        draws = draw(training.seed, step, training.batch_size, self.teacher.event_shape, groups=groups)
+        draws = draw(
+            training.seed,
+            step,
+            training.batch_size,
+            self.teacher.event_shape,
+            groups=groups,
+            renoised=second is not None,
+        )
         try:
-            losses, weighted, gradient_norm = self._gradient(draws, step)
+            if second is not None:
+                second.update(step, self.non_finite.lr_scale)
+            losses, weighted, gradient_norm, health = self._gradient(draws, step)
         except RuntimeError as error:
             raise _memory_error(error, step) from error
         # The request to stop is among the means, so that all processes stop after the same step.
-        means = torch.stack([losses.mean(), weighted, losses.new_full((), float(request.signal > 0))])
+        means = torch.stack([losses.mean(), weighted, losses.new_full((), float(request.signal > 0)), *health])
         # The only synchronization of host and device in a step: everything is read at once.
-        numbers = torch.cat([self.accelerator.reduce(means, "mean"), gradient_norm[None]])
-        loss, weighted_loss, stop, norm = numbers.tolist()
-        metrics = {"step": step} | phase_of(self.recipe, step)
-        metrics |= {"loss": finite_or_none(loss), "weighted": finite_or_none(weighted_loss)}
-        metrics |= {"gradient_norm": finite_or_none(norm), "learning_rate": rates[0]}
+        numbers = torch.cat([cast("Tensor", self.accelerator.reduce(means, "mean")), gradient_norm[None]])
+        loss, weighted_loss, stop, *errors, norm = numbers.tolist()
+        metrics: dict[str, Any] = {"loss": finite_or_none(loss), "weighted": finite_or_none(weighted_loss)}
+        metrics |= {"gradient_norm": finite_or_none(norm), "learning_rate": rate}
+        if second is not None:
+            # Of sums over the samples that are matched, whose number differs between processes.
+            critic, teacher = (error / max(errors[2], 1e-9) for error in errors[:2])
+            metrics |= {"critic_loss": finite_or_none(critic), "teacher_loss": finite_or_none(teacher)}
+            second.health.count(critic, teacher, step)
         if (skipped := self._update(step, loss, norm, draws, losses)) is not None:
             metrics["skipped"] = skipped
-        metrics["images_per_second"] = training.batch_size / (time.perf_counter() - started)
-        metrics["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
         return metrics, stop > 0
+
+    def _set_rates(self, step: int) -> float:
+        """Set the learning rates of the student's optimizer at a step, and return the first."""
+        if self.stage and self.second is not None:
+            peak = self.second.settings.optimizer.lr
+            rates = [peak] * len(self.optimizer.param_groups)
+        else:
+            total = self.recipe.map_steps
+            rates = [learning_rate(peak, self.recipe.training, step, total) for peak in self.peaks]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
+            group["lr"] = rate * self.non_finite.lr_scale
+        return rates[0] * self.non_finite.lr_scale
+
+    def _set_stage(self, step: int) -> None:
+        """Select the optimizer, the stored state and the decay of the averages of a step."""
+        matching = self.recipe.matching
+        self.stage = int(matching is not None and step >= self.recipe.map_steps)
+        for rate, average in self.averages.items():
+            cast("Any", average).rate = min(rate, matching.ema) if matching is not None and self.stage else rate
+
+    def _start_second_stage(self) -> None:
+        """Start from the first average, with a critic that equals the teacher."""
+        second = cast("SecondStage", self.second)
+        self.student.load_state_dict(self.averaged_student(self.recipe.training.ema[0]).state_dict())
+        for average in self.averages.values():
+            average.n_averaged.zero_()
+        # Free for the second optimizer.
+        self.states[0].optimizer.optimizer.state.clear()
+        second.start(self.student, self.teacher)
 
     def _update(
         self, step: int, loss: float, norm: float, draws: Draws, losses: Tensor
@@ -258,19 +354,23 @@ class Trainer:
             )
         return worst
 
-    def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this process's losses, shape ``[part]``, their weighted mean, and the norm of the full gradient."""
+    def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return this process's losses, shape ``[part]``, their weighted mean, and the norm of the full gradient.
+
+        The last are the sums of ``StepLosses.health``, shape ``[3]``; empty in the first stage.
+        """
         training, accelerator = self.recipe.training, self.accelerator
         parts = training.gradient_accumulation_steps
         size = training.batch_size // (accelerator.num_processes * parts)
         first = accelerator.process_index * parts
         found, (sums, norm) = [], torch.zeros(2, device=accelerator.device)
+        health = sums.new_zeros(3 * self.stage)
         for part in range(first, first + parts):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
             with accelerator.accumulate(self.objective):
-                with self._autocast():
-                    losses, each = self.objective(mine, images, step)
+                with autocast(accelerator):
+                    losses, each, errors = self.objective(mine, images, step)
                 weighted = each.float().mean()
                 # The backward pass of a difference is a difference as well, and needs all digits of float32.
                 with without_tensor_float() if self.differences else nullcontext():
@@ -282,7 +382,8 @@ class Trainer:
             found.append(losses.detach())
             # accelerate divides the loss of the backward pass by the number of parts itself.
             sums += weighted.detach() / parts
-        return torch.cat(found), sums, norm
+            health = health if errors is None else health + errors
+        return torch.cat(found), sums, norm, health
 
     def _objective(self) -> Objective:
         """Return the objective, with the derivative engine of each loss resolved."""
@@ -294,20 +395,14 @@ class Trainer:
         slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        return Objective(student, self.teacher, recipe, losses, copies, lockstep=self.sharded).eval()
+        lockstep, critic = self.sharded, self.critic
+        return Objective(student, self.teacher, recipe, losses, copies, lockstep=lockstep, critic=critic).eval()
 
     def _resolve_engine(self, loss: Loss) -> Loss:
         resolved, reason = resolve_engine(self.student, self.teacher, loss, self.recipe.training)
         if reason is not None:
             logger.warning(reason)
         return resolved
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        """Return the autocast context of a split student; accelerate applies it to other modules itself."""
-        if not self.sharded:
-            return nullcontext()
-        # A cached cast outlives the gathered weights that it was made of, and gradients go missing.
-        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     def _is_overflow(self, norm: float) -> bool:
         """Return True if a gradient scaler can still lower its scale."""
@@ -355,6 +450,8 @@ class Trainer:
 
     def restore(self, stored: checkpoint.Checkpoint) -> None:
         """Restore weights, averages, optimizer state and counts from a checkpoint."""
+        # Of the stage of its last step.
+        self._set_stage(stored.step - 1)
         self.state.load(stored)
         self.non_finite = NonFiniteSteps(self.recipe.training.max_non_finite_steps, **stored.state["non_finite_steps"])
 
@@ -377,26 +474,6 @@ class Trainer:
         where = f"step {step}" if found is None else found[0].name
         logger.warning(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")
         return step
-
-
-def wrap(
-    accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, copies: Iterable[nn.Module]
-) -> tuple[Any, Any]:
-    """Return objective and optimizer as accelerate distributes them.
-
-    Under FSDP the networks of the student's copies are split in place, as the student's own is.
-    """
-    if is_sharded(accelerator):
-        for other in copies:
-            shard(network_of(cast("LearnedFlowMap", other)), accelerator)
-    return accelerator.prepare(objective, optimizer)
-
-
-def _has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
-    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
-    return any(gradient is None for gradient in gradients)
 
 
 def _memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:

@@ -95,6 +95,26 @@ def test_every_metric_of_the_digits(teacher):
     assert protocol["reference_sha256"] == hashlib.sha256(reference.fingerprint.encode()).hexdigest()
 
 
+def test_an_evaluation_during_training_has_quality_and_coverage(monkeypatch, teacher):
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
+    settings = SETTINGS.model_copy(update={"features": "digits", "samples": 60, "steps": (2,)})
+    students, device = {"student": Student.from_teacher(teacher)}, torch.device("cpu")
+    (complete,) = Evaluator(EvaluationSpec(teacher, settings, reference, device)).rows_of_students(students)
+    (quick,) = Evaluator(EvaluationSpec(teacher, settings, reference, device, quick=True)).rows_of_students(students)
+    keys = ("endpoint_error", "frechet", "precision", "recall")
+    assert [getattr(quick, key) for key in keys] == [getattr(complete, key) for key in keys]
+    assert (quick.kid, quick.inception_score, quick.errors) == (None, None, {})
+    # Of many samples a part is compared, which the protocol reports.
+    monkeypatch.setattr("fmm_distill.evaluation.evaluator.QUICK_COMPARED", 20)
+    evaluator = Evaluator(EvaluationSpec(teacher, settings, reference, device, quick=True))
+    assert evaluator.protocol["precision_recall"] == "neighbor 3, 20 samples and as many images"
+    (part,) = evaluator.rows_of_students(students)
+    assert part.frechet == quick.frechet
+    assert (part.precision, part.recall) != (quick.precision, quick.recall)
+    # Fractions of 20.
+    assert (20 * part.recall) % 1 == pytest.approx(0, abs=1e-9)
+
+
 def test_features_that_do_not_fit(teacher):
     colored = replace(teacher, event_shape=(3, 32, 32))
     with pytest.raises(UserError, match="digits expects 1 x 8 x 8 images, the teacher generates 3 x 32 x 32"):

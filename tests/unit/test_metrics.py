@@ -124,6 +124,13 @@ def test_precision_and_recall_know_what_is_missing():
     assert recall.value > 0.8
 
 
+def test_a_smaller_number_is_compared_as_if_there_were_no_more_samples():
+    few = PrecisionRecall(REFERENCE, len(SAMPLES), most=20)(SAMPLES)
+    index = torch.linspace(0, len(REFERENCE) - 1, 20, dtype=torch.float64).round().long()
+    assert few == PrecisionRecall(REFERENCE[index], 20)(SAMPLES[:20])
+    assert few != PrecisionRecall(REFERENCE, len(SAMPLES))(SAMPLES)
+
+
 def test_chunks_change_nothing(monkeypatch):
     complete = PrecisionRecall(REFERENCE, len(SAMPLES))(SAMPLES)
     monkeypatch.setattr(precision_recall, "_BLOCK", 17)

@@ -59,8 +59,24 @@ def test_generator_modes_and_weights_are_untouched(tmp_path, teacher_folder):
     # The last of 9 steps is the end's, the first is before any.
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert all(row["frechet"] > 0 for line in lines for row in line["rows"])
+    assert all(0 <= row[key] <= 1 for line in lines for row in line["rows"] for key in ("precision", "recall"))
+    assert {line["protocol"]["precision_recall"] for line in lines} == {"neighbor 3, 64 samples and as many images"}
     pictures = {(tmp_path / "pictures" / f"samples-{step}.png").read_bytes() for step in (2, 4, 6, 8)}
     assert len(pictures) == 1, "the same weights and noises make the same picture"
     monitor.reached(4)
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
+
+
+def test_a_second_stage_is_evaluated_from_the_values_of_the_map(tmp_path, teacher):
+    matching = {"steps": 4, "critic": {"warmup_steps": 3}, "evaluate_every": 2, "stop": {"metric": "endpoint_error"}}
+    settings = {"training": {"steps": 2}, "evaluation": EVALUATION | {"every": 0}, "matching": matching}
+    recipe = Recipe.model_validate(settings)
+    student = Student.from_teacher(teacher)
+    reference = load_images(DataSettings(source="builtin:digits"), (1, 8, 8))
+    monitor = Monitor(lambda: student, teacher, recipe, reference, tmp_path, Accelerator(cpu=True))
+    for step in range(recipe.total_steps + 1):
+        monitor.reached(step)
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 7, 9]
+    assert len({line["rows"][0]["endpoint_error"] for line in lines}) == 1

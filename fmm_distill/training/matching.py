@@ -1,0 +1,177 @@
+"""The second stage of a run: the critic's training, and the matching of the student's samples."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from fmm_distill.core.device import to_device
+from fmm_distill.core.draws import draw, step_generator
+from fmm_distill.data.starting_points import draw_conditioning
+from fmm_distill.losses.base import squared_norm
+from fmm_distill.losses.distribution_matching import NoisedSamples
+from fmm_distill.training.critic import frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fmm_distill.config.matching import MatchingSettings
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.core.draws import Draws
+    from fmm_distill.core.flow_map import LearnedFlowMap
+    from fmm_distill.core.velocity import VelocityField
+    from fmm_distill.teachers.base import Distillable
+    from fmm_distill.training.critic import Critic, DiagonalCritic
+
+__all__ = ["CriticHealth", "CriticObjective", "Matched", "Matching", "critic_draws", "noised_samples"]
+
+logger = logging.getLogger(__name__)
+
+# The number of consecutive steps with a critic behind the teacher that is reported: single batches are noise.
+_PATIENCE = 50
+# Weight of a step in the running means that are compared.
+_NEW = 0.05
+
+
+class Matched(NamedTuple):
+    """Losses of generated samples, shape ``[batch]`` each.
+
+    Attributes:
+        losses: of the matching.
+        critic: ``|v_F - v_c|^2``, the critic's own loss.
+        teacher: ``|v_T - v_c|^2``, which a critic that is ready is below on average.
+    """
+
+    losses: Tensor
+    critic: Tensor
+    teacher: Tensor
+
+
+def critic_draws(recipe: Recipe, step: int, update: int, event_shape: tuple[int, ...]) -> Draws:
+    """Return the draws of an update of the critic, a function of the seed, the step and the update's number."""
+    training = recipe.training
+    return draw(training.seed, step, training.batch_size, event_shape, purpose=f"critic {update} ", renoised=True)
+
+
+def noised_samples(
+    student: LearnedFlowMap, teacher: Distillable, recipe: Recipe, draws: Draws, generator: torch.Generator
+) -> NoisedSamples:
+    """Return samples of the student, at the end of a rollout that the generator chooses, with fresh noise.
+
+    All samples of a step have the same rollout, so that a scaled student forms its weights once per jump.
+    """
+    settings = cast("MatchingSettings", recipe.matching)
+    cond, axis = draw_conditioning(teacher, draws), teacher.schedule
+    steps, k = settings.rollout.draw(generator)
+    grid = cast("Any", axis).grid(steps) if hasattr(axis, "grid") else axis.time_at(torch.linspace(1, 0, steps + 1))
+    equal_jumps: Any = getattr(student, "equal_jumps", nullcontext)
+    with equal_jumps():
+        x_0 = settings.rollout(student, teacher.prior(draws.noise), grid.to(draws.noise.device), k, cond)
+    t = to_device(settings.loss.times_at(axis, draws.uniform), draws.noise.device)
+    return NoisedSamples(x_0, cast("Tensor", draws.renoise), t, cond)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching loss of some samples of a batch.
+
+    Attributes:
+        critic: is not trained by this loss.
+        split: the critic's weights are split over processes. Their gradients can't be switched off for one call then,
+            and the critic's next update drops them.
+    """
+
+    student: LearnedFlowMap
+    teacher: Distillable
+    critic: Critic | DiagonalCritic
+    recipe: Recipe
+    split: bool = False
+
+    def __call__(self, draws: Draws, step: int) -> Matched:
+        """Return the loss of each sample, and the errors of both velocities at the noised samples."""
+        generator = step_generator(self.recipe.training.seed, step, "rollout")
+        samples = noised_samples(self.student, self.teacher, self.recipe, draws, generator)
+        seen: dict[str, Tensor] = {}
+
+        def recorded(name: str, field: VelocityField) -> VelocityField:
+            def velocity(x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+                v = field(x, t, cond)
+                seen[name] = v.detach()
+                return v
+
+            return velocity
+
+        loss = cast("MatchingSettings", self.recipe.matching).loss
+        with nullcontext() if self.split else frozen(self.critic):
+            losses = loss(samples, recorded("teacher", self.teacher.velocity), recorded("critic", self.critic.velocity))
+        with torch.no_grad():
+            conditional = samples.velocity
+            errors = [squared_norm(seen[name] - conditional) for name in ("critic", "teacher")]
+        return Matched(losses, *errors)
+
+
+class CriticObjective(nn.Module):
+    """The critic's loss of a batch of draws, as one module, which accelerate wraps."""
+
+    def __init__(
+        self, critic: Critic | DiagonalCritic, student: LearnedFlowMap, teacher: Distillable, recipe: Recipe
+    ) -> None:
+        super().__init__()
+        self.critic = critic
+        # A tuple hides the student, whose parameters are another optimizer's.
+        self._fixed = (student, teacher)
+        self.recipe = recipe
+
+    def forward(self, draws: Draws, step: int, update: int, *, compare: bool) -> tuple[Tensor, Tensor]:
+        """Return ``|v_F - v_c|^2`` and ``|v_T - v_c|^2`` of each sample, shape ``[batch]`` both.
+
+        Args:
+            compare: evaluate the teacher; else its errors are 0.
+        """
+        student, teacher = self._fixed
+        generator = step_generator(self.recipe.training.seed, step, f"critic {update} rollout")
+        with torch.no_grad():
+            samples = noised_samples(student, teacher, self.recipe, draws, generator)
+            x_t, conditional = samples.x_t, samples.velocity
+            errors = draws.noise.new_zeros(len(draws.noise))
+            if compare:
+                errors = squared_norm(teacher.velocity(x_t, samples.t, samples.cond) - conditional)
+        losses = squared_norm(self.critic.velocity(x_t, samples.t, samples.cond) - conditional)
+        return losses, errors
+
+
+class CriticHealth:
+    """Running means of both errors on generated samples; logs once if the critic stays behind the teacher."""
+
+    def __init__(self) -> None:
+        self.critic: float | None = None
+        self.teacher = 0.0
+        self.behind = 0
+        self.reported = False
+
+    def count(self, critic: float, teacher: float, step: int) -> None:
+        """Count a step.
+
+        Args:
+            critic: ``E|v_F - v_c|^2``.
+            teacher: ``E|v_T - v_c|^2``.
+        """
+        if self.critic is None:
+            self.critic, self.teacher = critic, teacher
+        self.critic += _NEW * (critic - self.critic)
+        self.teacher += _NEW * (teacher - self.teacher)
+        self.behind = self.behind + 1 if self.critic > self.teacher else 0
+        if self.behind >= _PATIENCE and not self.reported:
+            self.reported = True
+            logger.warning(
+                f"step {step}: the critic has been behind the teacher on generated samples for {self.behind} steps "
+                f"(mean squared errors {self.critic:.4g} and {self.teacher:.4g}), so the student's steps are not to be "
+                "trusted; try a lower matching.critic.optimizer.lr, more matching.critic.updates, or more "
+                "matching.critic.warmup_steps"
+            )

@@ -235,11 +235,7 @@ def earlier_students(hub: Hub, folder: str, first: str, second: str) -> dict[str
     from fmm_distill.run.plan import plan
 
     # A pipeline has more than its network.
-    more = {
-        "steps-4/unet/model.safetensors": b"1",
-        "text_encoder/model.safetensors": b"2",
-        "lora/steps-4.safetensors": b"3",
-    }
+    more = dict.fromkeys(("steps-4/unet/a.safetensors", "text_encoder/a.safetensors", "lora/steps-4.safetensors"), b"1")
     lora = {name: content for name, content in files_of(first).items() if name.startswith("lora/")}
     repo = hub.create("tester/student", files_of(first) | more)
     hub.create("tester/teacher", files_of(folder))

@@ -81,9 +81,12 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
     Raises:
         ValueError: with what is missing.
     """
-    missing = {"matching, the only other stage": matching, "student.init, since the teacher is no map": student.init}
-    if steps == 0 and (names := [name for name, value in missing.items() if value is None]):
-        raise ValueError(f"training.steps: expected at least 1 without {' and '.join(names)}, got 0")
+    missing = [name for name, value in (("matching", matching), ("student.init", student.init)) if value is None]
+    if steps == 0 and missing:
+        raise ValueError(
+            f"training.steps: expected at least 1 without {' and '.join(missing)}, got 0; with both, the run is "
+            "distribution matching of an earlier student alone"
+        )
 
 
 def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:

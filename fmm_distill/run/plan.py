@@ -195,8 +195,9 @@ def open_student(
     """Make the student of a recipe, with its adapters, and return it with the teacher that shares them.
 
     Args:
-        earlier: the student whose weights it starts with; None: it starts as its teacher.
+        earlier: the student whose weights it starts with; None: it is read, where the recipe has one.
     """
+    earlier = earlier or read_earlier(recipe)
     original, scaled = teacher, _scaled_weights(recipe, teacher, given, earlier)
     prediction, seed = recipe.student.prediction, recipe.training.seed
     student = Student.from_teacher(teacher, prediction, network=given.student, scaled=scaled, seed=seed)

@@ -41,7 +41,11 @@ class FreshNoise:
         # No random numbers where there is no noise, as at data.
         if not spread:
             return x
-        return x + spread * randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        generator = self.generator
+        if isinstance(generator, list):
+            # Some pipelines of videos pass one row per frame, those of a sample after one another.
+            generator = [one for one in generator for _ in range(len(x) // len(generator))]
+        return x + spread * randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def discrete_position(alphas_cumprod: torch.Tensor, level: tuple, total: int) -> float:

@@ -243,7 +243,9 @@ class FlowMapPipeline(DiffusionPipeline):
         """Return the position of a level in the variable that jumps are measured in."""
         config = scheduler.config
         if self._kind() == "discrete":
-            return discrete_position(scheduler.alphas_cumprod, (alpha, sigma), config.num_train_timesteps)
+            total = config.num_train_timesteps
+            # The points of the grid have the timestep's fraction, so that data are below 0 by one timestep.
+            return discrete_position(scheduler.alphas_cumprod, (alpha, sigma), total) - 1 / total
         if self._kind() == "flow":
             t = sigma / (alpha + sigma)
             return t / (config.shift - (config.shift - 1) * t)

@@ -282,11 +282,6 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
         images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
-    if images is None and settings.stochasticity:
-        raise UserError(
-            "evaluation.stochasticity: expected images to compare with, as samples with fresh noise have no endpoint "
-            "error, got none; set evaluation.reference, or leave it out"
-        )
     if images is not None and settings.features != "none" and len(images) < _FEWEST:
         raise UserError(f"{images.source}: expected at least {_FEWEST} images to compare with, got {len(images)}")
     return images

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import click
 
-from fmm_distill.cli.numbers import GUIDANCE, STEPS
+from fmm_distill.cli.numbers import GUIDANCE, STEPS, STOCHASTICITY
 from fmm_distill.cli.sections import Sectioned
 
 __all__ = ["evaluate"]
@@ -17,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 
 class _Evaluate(Sectioned):
     sections: ClassVar = {
-        "Student": ("steps", "guidance", "prompts"),
+        "Student": ("steps", "stochasticity", "guidance", "prompts"),
         "Baselines": ("against", "teacher_steps", "also", "also_steps"),
         "Metrics": ("samples", "features", "reference", "clip"),
         "Output": ("output", "report"),
@@ -28,6 +28,12 @@ class _Evaluate(Sectioned):
 @click.command(cls=_Evaluate, short_help="Measure a student and its teacher, or compare two results.")
 @click.argument("source", required=False)
 @click.option("--steps", type=STEPS, metavar="N,...", help="Numbers of steps of the student [the recipe's].")
+@click.option(
+    "--stochasticity",
+    type=STOCHASTICITY,
+    metavar="S",
+    help="Strength of the fresh noise in the student's steps [the recipe's].",
+)
 @click.option(
     "--against",
     type=click.Choice(["teacher", "none"]),
@@ -69,6 +75,7 @@ class _Evaluate(Sectioned):
 def evaluate(
     source: str | None,
     steps: tuple[int, ...] | None,
+    stochasticity: float | None,
     against: str | None,
     teacher_steps: int | None,
     also: tuple[str, ...],
@@ -88,7 +95,14 @@ def evaluate(
 
     SOURCE is a run, an exported folder or a Hub id. The recipe's values are the defaults in brackets.
     """
-    changes = {"steps": steps, "samples": samples, "features": features, "reference": reference, "clip": clip}
+    changes = {
+        "steps": steps,
+        "stochasticity": stochasticity,
+        "samples": samples,
+        "features": features,
+        "reference": reference,
+        "clip": clip,
+    }
     changes = {key: value for key, value in changes.items() if value is not None}
     if compare is not None:
         others = (source, against, teacher_steps, also, also_steps, prompts, output, report, guidance)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 import click
 
 if TYPE_CHECKING:
-    from fmm_distill.losses import Loss
+    from fmm_distill.losses import Loss, MatchingLoss
 
 __all__ = ["losses"]
 
 _NEEDS = {"teacher": "a teacher", "self": "velocity: self with flow_matching as an extra loss", "data": "data"}
+_MATCHING = "Losses of distribution matching, the second stage of a run, for the setting matching.loss:"
+_NEEDS_OF_MATCHING = "a teacher and a critic, which the run trains; no data"
 
 
 @click.command(short_help="List the losses, or show the settings of one.")
@@ -22,12 +24,16 @@ _NEEDS = {"teacher": "a teacher", "self": "velocity: self with flow_matching as 
 def losses(name: str | None) -> None:
     """List the losses with their papers and their requirements; with NAME, the settings of one loss."""
     from fmm_distill.errors import UserError
-    from fmm_distill.losses import registered_losses
+    from fmm_distill.losses import matching_losses, registered_losses
 
-    known = registered_losses()
+    of_map, of_matching = registered_losses(), matching_losses()
+    known: dict[str, type[Loss] | type[MatchingLoss]] = {**of_map, **of_matching}
     if name is None:
-        for each, loss in known.items():
+        for each, loss in of_map.items():
             click.echo(_entry(each, loss))
+        click.echo(f"\n{_MATCHING}\n")
+        for each, matching_loss in of_matching.items():
+            click.echo(_entry(each, matching_loss))
         return
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -36,9 +42,12 @@ def losses(name: str | None) -> None:
     click.echo(f"{_entry(name, known[name])}\n\n{_settings(known[name])}")
 
 
-def _entry(name: str, loss: type[Loss]) -> str:
+def _entry(name: str, loss: type[Loss] | type[MatchingLoss]) -> str:
+    from fmm_distill.losses import Loss
+
+    needs = _needs(loss) if issubclass(loss, Loss) else _NEEDS_OF_MATCHING
     summary = textwrap.indent(textwrap.fill(loss.summary, 96), "    ")
-    return f"{name}\n{summary}\n    paper: {loss.paper}\n    needs: {_needs(loss)}"
+    return f"{name}\n{summary}\n    paper: {loss.paper}\n    needs: {needs}"
 
 
 def _needs(loss: type[Loss]) -> str:
@@ -57,7 +66,7 @@ def _exception(loss: type[Loss]) -> str:
     return f" unless target: {' or '.join(free)}" if free else ""
 
 
-def _settings(loss: type[Loss]) -> str:
+def _settings(loss: type[Loss] | type[MatchingLoss]) -> str:
     """Return each setting with its default, followed by its description."""
     lines = []
     for key, field in loss.model_fields.items():

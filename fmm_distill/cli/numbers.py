@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
-__all__ = ["GUIDANCE", "STEPS"]
+__all__ = ["GUIDANCE", "STEPS", "STOCHASTICITY"]
+
+
+class _Strength(click.ParamType[float]):
+    name = "strength"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``"0.5"`` as a finite number of at least 0."""
+        try:
+            found = float(value)
+        except ValueError:
+            found = math.nan
+        if not 0 <= found < math.inf:
+            self.fail(f"{value!r}: expected a finite number of at least 0, such as 0.5", param, ctx)
+        return found
 
 
 class _Steps(click.ParamType[tuple[int, ...]]):
@@ -33,3 +49,4 @@ STEPS = _Steps()
 GUIDANCE = click.option(
     "--guidance", type=float, metavar="SCALE", help="A scale in the run's guidance.range [the recipe's]."
 )
+STOCHASTICITY = _Strength()

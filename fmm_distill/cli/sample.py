@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fmm_distill.cli.numbers import GUIDANCE, STEPS
+from fmm_distill.cli.numbers import GUIDANCE, STEPS, STOCHASTICITY
 
 __all__ = ["sample"]
 
@@ -35,8 +35,24 @@ __all__ = ["sample"]
     show_default=True,
     help="The picture.",
 )
+@click.option(
+    "--stochasticity",
+    type=STOCHASTICITY,
+    default=0.0,
+    show_default=True,
+    metavar="S",
+    help="Strength of the fresh noise in each step.",
+)
 @GUIDANCE
-def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Path, guidance: float | None) -> None:
+def sample(
+    run: Path,
+    steps: tuple[int, ...],
+    count: int,
+    seed: int,
+    output: Path,
+    stochasticity: float,
+    guidance: float | None,
+) -> None:
     """Generate a grid of images with the student of a run.
 
     The first row is the teacher's ODE. Each column starts from the same noise.
@@ -46,5 +62,5 @@ def sample(run: Path, steps: tuple[int, ...], count: int, seed: int, output: Pat
     check_output(output, PICTURES)
     from fmm_distill.run.reopen import draw_run
 
-    draw_run(run, steps, count, seed, output, guidance)
+    draw_run(run, steps, count, seed, output, guidance, stochasticity)
     click.echo(f"{output}: {count} images per row, {', '.join(map(str, steps))} steps")

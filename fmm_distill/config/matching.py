@@ -8,13 +8,14 @@ from pydantic import Field
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
 from fmm_distill.losses.distribution_matching import DistributionMatching
+from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
-    from fmm_distill.config.settings import EvaluationSettings
+    from fmm_distill.config.settings import EvaluationSettings, StudentSettings
 
-__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_stop"]
+__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_stop"]
 
 
 class CriticSettings(Settings):
@@ -48,7 +49,7 @@ class MatchingSettings(Settings):
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the student in this stage."""
-    loss: DistributionMatching = DistributionMatching()
+    loss: AnyMatchingLoss = DistributionMatching()
     """The matching loss and its settings."""
     fraction: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
@@ -66,6 +67,20 @@ class MatchingSettings(Settings):
     """Steps of the student between evaluations in this stage, the first of which is the map's; 0: evaluation.every."""
     stop: StopSettings | None = None
     """End the stage by its evaluations, and export the best average; null: all steps, and the last average."""
+
+
+def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:
+    """Refuse a run without a step of the map's losses whose student is no map, or which has no other stage.
+
+    Args:
+        steps: ``training.steps`` of a recipe.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    missing = {"matching, the only other stage": matching, "student.init, since the teacher is no map": student.init}
+    if steps == 0 and (names := [name for name, value in missing.items() if value is None]):
+        raise ValueError(f"training.steps: expected at least 1 without {' and '.join(names)}, got 0")
 
 
 def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:

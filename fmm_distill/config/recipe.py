@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fmm_distill.config.matching import MatchingSettings, check_stop
+from fmm_distill.config.matching import MatchingSettings, check_map_steps, check_stop
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -30,7 +30,9 @@ from fmm_distill.config.settings import (
 from fmm_distill.core.draws import positions_of
 from fmm_distill.errors import UserError
 from fmm_distill.losses.base import Loss
+from fmm_distill.losses.distribution_matching import MatchingLoss
 from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.losses.matching_registry import find_matching_loss, matching_losses
 from fmm_distill.losses.registry import GROUP, AnyLoss, find_loss, registered_losses
 from fmm_distill.losses.settings import Settings
 from fmm_distill.losses.time_sampling import TimeSampling
@@ -170,6 +172,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _losses_can_be_computed(self) -> Self:
+        check_map_steps(self.training.steps, self.student, self.matching)
         if self.student_kind == "embedded":
             self.check_velocity()
         else:
@@ -444,12 +447,12 @@ def _mistake(item: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401 pydant
 
 def _unknown_key(path: str, keys: tuple[str | int, ...], settings: dict[str, Any]) -> str:
     """Return the mistake of a key that no group of settings has, with the key that was probably meant."""
-    if "loss" in keys[:-1]:
+    if "loss" in keys[-2:-1]:
         group: Any = settings
         for key in keys[:-1]:
             group = group[key]
         where = path.rpartition(".")[0]
-        kind = find_loss(group["name"])
+        kind = (find_matching_loss if keys[0] == "matching" else find_loss)(group["name"])
         known = [] if kind is None else [f"{where}.{name}" for name in kind.model_fields]
         renamed = f"{where}.{_RENAMED_OF_LOSSES.get(str(keys[-1]))}"
         meant = f"; expected its new name, {renamed}" if renamed in known else _guess(path, known)
@@ -490,8 +493,8 @@ def _paths(model: type[Settings], prefix: str = "") -> list[str]:
     for name, spec in model.model_fields.items():
         paths.append(prefix + name)
         kinds: Iterable[Any] = getattr(spec.annotation, "__args__", (spec.annotation,))
-        if spec.annotation is Loss:
-            kinds = registered_losses().values()
+        if spec.annotation in (Loss, MatchingLoss):
+            kinds = (registered_losses() if spec.annotation is Loss else matching_losses()).values()
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, Settings):
                 paths += _paths(kind, f"{prefix}{name}.")

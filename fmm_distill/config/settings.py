@@ -84,6 +84,17 @@ class StudentSettings(Settings):
     """Steps of regression on the teacher's velocity before the loss; required if the prediction type changes."""
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters."""
+    init: str | None = None
+    """Earlier student whose weights the student starts with: a run folder, an exported folder or a Hub id; null: it
+    starts as the teacher."""
+    init_revision: str | None = None
+    """Branch, tag or commit of the earlier student on the Hub."""
+
+    @model_validator(mode="after")
+    def _revision_acts(self) -> Self:
+        if self.init_revision is not None and self.init is None:
+            raise ValueError("student.init_revision: expected student.init with it, got none; leave it out")
+        return self
 
 
 class PromptSettings(Settings):
@@ -280,8 +291,8 @@ class OptimizerSettings(Settings):
 class TrainingSettings(Settings):
     """The training loop."""
 
-    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
-    """Optimizer steps on the loss, after the student's regression steps."""
+    steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
+    """Optimizer steps on the loss, after the student's regression steps; 0 with student.init and matching alone."""
     batch_size: int = Field(default=64, ge=1, le=MOST_SAMPLES)
     """Samples per optimizer step, over all processes."""
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=MOST_SAMPLES)
@@ -335,6 +346,9 @@ class EvaluationSettings(Settings):
     """Optimizer steps between evaluations of the first moving average; 0: only at the end."""
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
+    stochasticity: float = Field(default=0.0, ge=0)
+    """Strength of the fresh noise in the student's steps; 0: none. Rows with noise have no endpoint error, so that it
+    needs features."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)
     """Numbers of DDIM steps of the teacher, as baselines; of Euler steps if it is a flow or a velocity field."""
     dpmsolver_steps: Steps = (1, 2, 4, 6, 8, 16)
@@ -373,6 +387,11 @@ class EvaluationSettings(Settings):
             raise ValueError(f"evaluation.reference: expected a source of images, or null, got {self.reference.source}")
         if self.reference is not None and self.features == "none":
             raise ValueError("evaluation.reference: expected evaluation.features with it, got none; try inception")
+        if self.stochasticity and self.features == "none":
+            raise ValueError(
+                f"evaluation.stochasticity: expected evaluation.features with it, as samples with fresh noise have no "
+                f"endpoint error, got {self.stochasticity:g} with features: none"
+            )
         # Precision and recall need a third neighbor of each sample.
         if self.samples < 4 and self.features != "none":
             raise ValueError(f"evaluation.samples: expected at least 4 with features, got {self.samples}")

@@ -21,6 +21,8 @@ __all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
 
 # Any number, but one for all runs, so that their values come from the same noises.
 NOISE_SEED = 20_240_607
+# Streams of the generators of a sample: 0 is the noise that it starts from.
+_OF_CONDITION, _OF_STEPS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class SampleDraws:
                 torch.randn(1, *self.noise.shape[1:], generator=generator)
         return made
 
+    def step_generators(self) -> list[torch.Generator]:
+        """Return one generator per sample, for the fresh noise of a student's steps."""
+        return [sample_generator(self.seed, number, stream=_OF_STEPS) for number in self.numbers]
+
 
 def draw_samples_of(teacher: Teacher, numbers: range, seed: int, device: torch.device | str = "cpu") -> SampleDraws:
     """Return the noises and conditions of the samples with these numbers; they don't depend on the batch.
@@ -75,7 +81,9 @@ def _positions_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
 
     They have generators of their own, since a pipeline draws the noise first.
     """
-    return torch.cat([torch.rand(1, generator=sample_generator(seed, number, stream=1)) for number in numbers])
+    return torch.cat(
+        [torch.rand(1, generator=sample_generator(seed, number, stream=_OF_CONDITION)) for number in numbers]
+    )
 
 
 def prompts_of(known: Conditions, numbers: range, seed: int) -> list[str]:

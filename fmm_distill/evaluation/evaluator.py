@@ -71,7 +71,7 @@ def evaluate(
         reference: images to compare with; None: no metrics of images.
     """
     evaluator = Evaluator(EvaluationSpec(teacher, settings, reference, device))
-    rows = evaluator.rows([*of_students(students, settings.steps), *of_teacher(teacher, settings)])
+    rows = evaluator.rows([*evaluator.samplers_of(students), *of_teacher(teacher, settings)])
     return Evaluation(evaluator.protocol, rows, evaluator.consistency)
 
 
@@ -139,6 +139,11 @@ class Evaluator:
             decodes=self.generator.decodes,
             most_compared=spec.most_compared,
         )
+        if spec.settings.stochasticity and spec.is_main:
+            logger.info(
+                f"stochasticity {spec.settings.stochasticity:g}: the student's rows have no endpoint error and no "
+                "distance between numbers of steps, since their noise does not determine where they end"
+            )
         self.consistency: dict[str, dict[str, float]] = {}
         self.samples: dict[tuple[str, int], Tensor] = {}
         self._digests: dict[nn.Module, str] = {}
@@ -168,13 +173,22 @@ class Evaluator:
             _set_ratios(rows, reference)
         return rows
 
+    def samplers_of(self, students: Mapping[str, Student]) -> list[Sampler]:
+        """Return one sampler per student and number of steps, with the noise of the settings.
+
+        Args:
+            students: by the name of their rows.
+        """
+        settings = self.spec.settings
+        return of_students(students, settings.steps, stochasticity=settings.stochasticity)
+
     def rows_of_students(self, students: Mapping[str, Student]) -> list[Row]:
         """Return one row per student and number of steps.
 
         Args:
             students: by the name of their rows.
         """
-        return self.rows(of_students(students, self.spec.settings.steps))
+        return self.rows(self.samplers_of(students))
 
     def rows_of_teacher(self) -> list[Row]:
         """Return one row per solver of the teacher and number of steps."""
@@ -210,6 +224,7 @@ class Evaluator:
         parts = [sampler.name, sampler.steps, self._digests[network], generation.count, generation.stored]
         # The batch size too: it is part of the seconds, and of the rounding.
         parts += [generation.batch_size, generation.seed, self.generator.decodes, self.spec.settings.clip]
+        parts += [sampler.stochasticity]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
         parts += [None if conditions is None else conditions.names, teacher.source]
         parts += [{} if teacher.pipeline is None else teacher.pipeline.call]
@@ -255,8 +270,12 @@ class Evaluator:
         return values
 
     def _compare_steps(self, samplers: Iterable[Sampler]) -> None:
-        """Compute the distances between samples of different numbers of steps, except for the teacher's solvers."""
-        for name in dict.fromkeys(sampler.name for sampler in samplers if not is_of_teacher(sampler.name)):
+        """Compute the distances between samples of different numbers of steps, except for the teacher's solvers.
+
+        Samples with fresh noise have none: they are other samples at each number of steps.
+        """
+        compared = [one for one in samplers if not is_of_teacher(one.name) and not one.stochasticity]
+        for name in dict.fromkeys(sampler.name for sampler in compared):
             steps = [n for sampler, n in self.samples if sampler == name]
             pairs = {f"{a},{b}": self._distance((name, a), (name, b)) for a, b in combinations(steps, 2)}
             if pairs:

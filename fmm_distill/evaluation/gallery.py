@@ -45,7 +45,7 @@ class Gallery:
     def __init__(self, teacher: Teacher, solver_steps: int, count: int, seed: int, device: torch.device) -> None:
         draws = draw_samples_of(teacher, range(count), seed, device)
         self.teacher, self.solver_steps = teacher, solver_steps
-        self.noise, self.cond = draws.noise, draws.cond
+        self.draws, self.noise, self.cond = draws, draws.noise, draws.cond
         self.endpoints = self._solve(self.noise)
 
     @torch.no_grad()
@@ -53,24 +53,38 @@ class Gallery:
         prior = self.teacher.prior(noise)
         return endpoint(self.teacher.velocity, self.teacher.schedule, prior, self.solver_steps, self.cond)
 
-    def rows(self, student: Student, steps: tuple[int, ...]) -> dict[str, Float[Tensor, "count channels height width"]]:
-        """Return the teacher's row and one per number of student steps: decoded images in [-1, 1], on the CPU."""
-        return self._decoded(student, steps, self.noise, self.endpoints)
+    def rows(
+        self, student: Student, steps: tuple[int, ...], stochasticity: float = 0.0
+    ) -> dict[str, Float[Tensor, "count channels height width"]]:
+        """Return the teacher's row and one per number of student steps: decoded images in [-1, 1], on the CPU.
+
+        Args:
+            stochasticity: strength of the fresh noise in the student's steps.
+        """
+
+        def made(count: int) -> Tensor:
+            fresh = self.draws.step_generators()
+            return sample(student, self.noise, count, self.cond, stochasticity=stochasticity, generator=fresh)
+
+        return self._decoded(self.endpoints, {n: made(n) for n in steps})
 
     def interpolation(
         self, student: Student, steps: tuple[int, ...]
     ) -> dict[str, Float[Tensor, "count channels height width"]]:
-        """Return the same rows for noises between the first two, all with the condition of the first."""
+        """Return the same rows for noises between the first two, all with the condition of the first.
+
+        There is no fresh noise: these pictures show the map.
+        """
         if self.cond is not None:
             self.cond = self.cond.rows(torch.zeros(len(self.noise), dtype=torch.long))
         # One condition for all: the pictures then show the map's dependence on the noise alone.
         noise = interpolate_noise(self.noise[0], self.noise[1], len(self.noise))
-        return self._decoded(student, steps, noise, self._solve(noise))
+        return self._decoded(self._solve(noise), {n: sample(student, noise, n, self.cond) for n in steps})
 
     @torch.no_grad()
-    def _decoded(self, student: Student, steps: tuple[int, ...], noise: Tensor, endpoints: Tensor) -> dict[str, Tensor]:
+    def _decoded(self, endpoints: Tensor, samples: dict[int, Tensor]) -> dict[str, Tensor]:
         rows = {self.name: endpoints}
-        rows |= {f"student, {n} step{'s' if n > 1 else ''}": sample(student, noise, n, self.cond) for n in steps}
+        rows |= {f"student, {n} step{'s' if n > 1 else ''}": x for n, x in samples.items()}
         if self.teacher.has_coordinates and math.prod(self.teacher.event_shape) <= _MOST_COORDINATES:
             return {name: point_images(x.cpu(), endpoints.cpu()) for name, x in rows.items()}
         return {name: still_images(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}

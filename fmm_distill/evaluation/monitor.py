@@ -32,6 +32,7 @@ __all__ = ["Monitor"]
 # Protocol entries that a comparison of two runs needs; evaluation.json has them all.
 _ESSENTIALS = (
     *("ode_solver_error", "frechet_samples", "frechet_reference", "precision_recall", "noise_seed", "guidance"),
+    "stochasticity",
 )
 _KEYS = {"step": int, "rows": list, "settings": dict}
 
@@ -117,7 +118,8 @@ class Monitor:
             picture = self.pictures / f"samples-{step}.png"
             with writing(picture):
                 self.pictures.mkdir(exist_ok=True)
-                plot_samples(gallery.rows(student, self.recipe.evaluation.steps), picture)
+                chosen = self.recipe.evaluation
+                plot_samples(gallery.rows(student, chosen.steps, chosen.stochasticity), picture)
         line: dict[str, Any] = {"step": step, "ema": self.recipe.training.ema[0], "rows": [asdict(row) for row in rows]}
         line |= {"settings": settings, "protocol": {key: evaluator.protocol.get(key) for key in _ESSENTIALS}}
         append_line(self.log, json.dumps(line))

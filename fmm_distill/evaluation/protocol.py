@@ -75,6 +75,8 @@ def protocol_of(
         "noise": "one generator per sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
         "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
+        # None without noise, as in results of versions that have no such entry.
+        "stochasticity": settings.stochasticity or None,
         "solvers": describe_solvers(teacher, settings),
         "arithmetic": "networks in float32, distances in float64",
         "seconds_per_image": f"from noise to the {end}, median over batches of {settings.batch_size} after a warm-up, "

@@ -35,6 +35,7 @@ class Sampler:
         run: returns the samples of the draws.
         makes_images: ``run`` returns decoded images in [-1, 1], not samples to decode.
         follows_ode: it approximates the teacher's ODE, so that it has an endpoint error.
+        stochasticity: strength of the fresh noise in a student's steps.
         about: pipeline, scheduler and settings, for the protocol.
     """
 
@@ -44,6 +45,7 @@ class Sampler:
     run: Callable[[SampleDraws], Float[Tensor, "batch *event"]]
     makes_images: bool = False
     follows_ode: bool = True
+    stochasticity: float = 0.0
     about: str = ""
 
     @property
@@ -52,18 +54,39 @@ class Sampler:
         return self.about or f"{self.name}, {self.steps} steps"
 
 
-def of_students(students: Mapping[str, Student], steps: tuple[int, ...], *, follows_ode: bool = True) -> list[Sampler]:
+def of_students(
+    students: Mapping[str, Student], steps: tuple[int, ...], *, follows_ode: bool = True, stochasticity: float = 0.0
+) -> list[Sampler]:
     """Return one sampler per student and number of steps.
 
     Args:
         students: by the name of their rows.
+        stochasticity: strength of the fresh noise; samples with any do not follow the ODE.
     """
 
     def jumps(student: Student, count: int) -> Callable[[SampleDraws], Tensor]:
-        return lambda draws: sample(student, draws.noise, count, draws.cond)
+        if not stochasticity:
+            return lambda draws: sample(student, draws.noise, count, draws.cond)
+        return lambda draws: sample(
+            student,
+            draws.noise,
+            count,
+            draws.cond,
+            stochasticity=stochasticity,
+            generator=draws.step_generators(),
+        )
 
+    # The end of a sample with fresh noise is not determined by the noise that it starts from.
+    follows_ode = follows_ode and not stochasticity
     return [
-        Sampler(name, count, student.network, jumps(student, count), follows_ode=follows_ode)
+        Sampler(
+            name,
+            count,
+            student.network,
+            jumps(student, count),
+            follows_ode=follows_ode,
+            stochasticity=stochasticity,
+        )
         for name, student in students.items()
         for count in steps
     ]

@@ -214,7 +214,9 @@ def _table(rows: list[dict[str, Any]], *, scaled: bool = False) -> str:
 def _training(manifest: StudentManifest) -> str:
     training = manifest.training
     hours = "" if manifest.hours is None else f", {_duration(manifest.hours * 3600)}"
-    lines = [
+    revision = f" (revision {manifest.init_revision})" if manifest.init_revision else ""
+    lines = [] if manifest.init is None else [f"- started from the student {manifest.init}{revision}"]
+    lines += [
         f"- {training['steps']} steps of {training['batch_size']} samples{hours}",
         f"- loss: {training['loss']}",
         f"- data: {training['data']}",

@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.velocity_field import KnownVelocity
 
-__all__ = ["LoadedStudent", "fetch_student", "load_student"]
+__all__ = ["ADAPTERS", "LoadedStudent", "component_of", "fetch_initial", "fetch_student", "load_student"]
+
+# The stems of the files of adapters that another student can start from.
+ADAPTERS = ("pytorch_lora_weights", "jump_embedding", "guidance")
 
 # The first of a caller's times may be t_max in float32.
 _CLOSE = 1e-6
@@ -275,9 +278,53 @@ def fetch_student(source: str, revision: str | None = None) -> Path:
     Raises:
         UserError: if it can't be had, or holds no exported student.
     """
+    # The folded pipelines and adapters repeat the weights, and nothing here reads them.
+    return _download(source, revision, left_out=["steps-*", "lora/*"])
+
+
+def fetch_initial(source: str, revision: str | None = None) -> Path:
+    """Download of an exported student on the Hub what another student starts from: its network and its adapters.
+
+    Returns:
+        The folder, whose name is the commit.
+
+    Raises:
+        UserError: if it can't be had, or holds no exported student.
+    """
+    folder = _download(source, revision, [MANIFEST, "recipe.yaml", "model_index.json"])
+    # Text encoders and autoencoders are large, and those of the teacher are used.
+    names = [f"{component_of(folder)}/*", *(f"lora/{stem}.safetensors" for stem in ADAPTERS)]
+    return _download(source, folder.name, [MANIFEST, *names])
+
+
+def component_of(folder: Path) -> str:
+    """Return the name of the folder of the network in an exported folder.
+
+    Raises:
+        UserError: if its pipeline has none.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return NETWORK
+    for name, value in read_mapping(index, todo=_TODO).items():
+        # The module of the network is code of the export.
+        if isinstance(value, list) and str(value[0]).startswith("two_time_"):
+            return name
+    raise UserError(f"{index}: expected the network of a student in it, got none; {_TODO}")
+
+
+def _download(
+    source: str, revision: str | None, files: list[str] | None = None, *, left_out: list[str] | None = None
+) -> Path:
+    """Download files of a repository that holds an exported student.
+
+    Args:
+        files: patterns of their names; None: all.
+        left_out: patterns of the names of files that are not downloaded.
+    """
     try:
-        # The folded pipelines and adapters repeat the weights, and nothing here reads them.
-        folder = Path(snapshot_download(source, revision=revision, ignore_patterns=["steps-*", "lora/*"]))
+        path = snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns=left_out)
+        folder = Path(path)
     except HFValidationError as error:
         raise UserError(f"{source}: expected owner/name on the Hub or an existing folder, got neither") from error
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:

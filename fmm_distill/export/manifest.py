@@ -53,6 +53,8 @@ _TYPES: dict[str, type | UnionType] = {
     "lora_code": str | None,
     "no_lora_code": str | None,
     "started_from": str | None,
+    "init": str | None,
+    "init_revision": str | None,
     "dataset": str | None,
     "training": dict,
     "environment": dict | None,
@@ -95,6 +97,8 @@ class StudentManifest:
             ``{revision}``; None: there are no adapters of a scaled student, or no stock pipeline takes them.
         no_lora_code: the reason why no stock pipeline takes the adapters.
         started_from: the class of the network that ``load_student`` needs next to the teacher; None: the teacher's.
+        init: the id or folder of the earlier student whose weights it started with; None: it started as its teacher.
+        init_revision: the commit of that student on the Hub; None: it is not from the Hub.
         dataset: the Hub id of the images that it was trained with; None: there is none.
         training: loss, papers, steps, batch size, seed and data of its training.
         environment: versions and device; None: not recorded.
@@ -122,6 +126,8 @@ class StudentManifest:
     lora_code: str | None
     no_lora_code: str | None
     started_from: str | None
+    init: str | None
+    init_revision: str | None
     dataset: str | None
     training: dict[str, Any]
     environment: dict[str, Any] | None
@@ -171,6 +177,8 @@ def make_manifest(
         lora=lora,
         **_of_strengths(student, exporter, recipe, steps, lora=lora),
         started_from=student.started_from,
+        init=recipe.student.init,
+        init_revision=recipe.student.init_revision,
         dataset=_dataset(recipe),
         training=_training(recipe, trained),
         environment=_environment(run),
@@ -197,6 +205,8 @@ def read_manifest(folder: Path) -> StudentManifest:
     # Students of earlier development versions lack it, and are loaded all the same.
     found: dict[str, Any] = {
         "started_from": None,
+        "init": None,
+        "init_revision": None,
         "kind": "embedded",
         "strengths": {},
         "lora_code": None,
@@ -227,7 +237,8 @@ def _of_strengths(
         return {"strengths": plain, "lora_code": None, "no_lora_code": None}
     guided = any(name.endswith("diagonal_A") for name, _ in student.network.named_parameters())
     # The weights themselves are the change at h = 0 of a student of full rank.
-    guided |= recipe.export.lora_rank > 0 and recipe.student.regression_steps > 0
+    changed = exporter.teacher.guidance is not None or student.prediction != exporter.teacher.prediction
+    guided |= recipe.export.lora_rank > 0 and changed
     code = lora_code(student, exporter, strengths, _example(exporter.teacher, any_step=False), guided=guided)
     return {"strengths": plain, "lora_code": code, "no_lora_code": why_no_lora_code(exporter, strengths)}
 

@@ -40,6 +40,7 @@ def public_manifest(manifest: StudentManifest, known: Mapping[str, str]) -> Stud
     facts: dict[str, Any] = without_paths(asdict(manifest), known)
     facts["scheduler"] = config_without_paths(facts["scheduler"])
     facts["teacher"] = public_teacher(manifest.teacher, manifest.revision)
+    facts["init"] = manifest.init and public_teacher(manifest.init, manifest.init_revision)
     return StudentManifest(**(facts | {"steps": manifest.steps}))
 
 
@@ -78,7 +79,11 @@ def _path_settings(recipe: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Return the settings that may be paths: the mapping that holds each, and its key there."""
     evaluation = _group(recipe, "evaluation")
     settings = [(recipe, "teacher"), (_group(recipe, "guidance"), "weaker"), (_group(recipe, "data"), "source")]
-    settings += [(_group(recipe, "prompts"), "file"), (_group(recipe, "prompts"), "dataset")]
+    settings += [
+        (_group(recipe, "student"), "init"),
+        (_group(recipe, "prompts"), "file"),
+        (_group(recipe, "prompts"), "dataset"),
+    ]
     settings += [(evaluation, "features"), (evaluation, "clip"), (_group(evaluation, "reference"), "source")]
     return [(group, key) for group, key in settings if isinstance(group.get(key), str)]
 
@@ -96,6 +101,8 @@ def _sources(manifest: StudentManifest, recipe: dict[str, Any]) -> list[tuple[st
         manifest.teacher: public_teacher(manifest.teacher, manifest.revision) != manifest.teacher,
         data: data not in ("none", "teacher", manifest.dataset) and not data.startswith("builtin:"),
     }
+    if manifest.init is not None:
+        decided[manifest.init] = public_teacher(manifest.init, manifest.init_revision) != manifest.init
     found = list(decided.items())
     for group, key in _path_settings(recipe):
         value = group[key]

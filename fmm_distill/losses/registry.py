@@ -15,12 +15,24 @@ from pydantic_core import PydanticCustomError, core_schema
 from fmm_distill.losses.base import Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
-__all__ = ["BUILT_IN", "GROUP", "AnyLoss", "find_loss", "incomplete", "registered_losses", "reload_losses"]
+    from fmm_distill.losses.settings import Settings
+
+__all__ = [
+    "BUILT_IN",
+    "GROUP",
+    "MATCHING",
+    "AnyLoss",
+    "ByName",
+    "find_loss",
+    "incomplete",
+    "registered_losses",
+    "reload_losses",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +50,13 @@ BUILT_IN = {
     "progressive_distillation": "fmm_distill.losses.progressive_distillation:ProgressiveDistillation",
     "operator_regression": "fmm_distill.losses.operator_regression:OperatorRegression",
     "terminal_velocity": "fmm_distill.losses.terminal_velocity:TerminalVelocity",
+}
+# The losses of distribution matching, for the setting matching.loss alone; ``matching_registry`` has the classes.
+MATCHING = {
+    "distribution_matching": "fmm_distill.losses.distribution_matching:DistributionMatching",
+    "flow_generator_matching": "fmm_distill.losses.flow_generator_matching:FlowGeneratorMatching",
+    "score_implicit_matching": "fmm_distill.losses.score_implicit_matching:ScoreImplicitMatching",
+    "score_identity_distillation": "fmm_distill.losses.score_identity_distillation:ScoreIdentityDistillation",
 }
 
 
@@ -157,9 +176,15 @@ def _validate(value: object) -> Loss:
         if value.name not in known.losses:
             known.passed[value.name] = type(value)
         return value
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    if isinstance(name, str) and name in MATCHING:
+        raise PydanticCustomError(
+            "loss_of_matching",
+            "expected a loss of the map, got {name}, a loss of distribution matching; try {fix}",
+            {"name": name, "fix": f"--set 'matching={{steps: 100, loss: {{name: {name}}}}}'"},
+        )
+    if not isinstance(value, dict) or not isinstance(name, str):
         raise PydanticCustomError("loss_without_name", "expected a group with a name, such as {name: lagrangian}")
-    name = value["name"]
     if name in known.broken:
         raise PydanticCustomError("loss_broken", "{reason}", {"reason": known.broken[name]})
     # At validation and not in the schema: losses can be registered after this module was imported.
@@ -168,17 +193,26 @@ def _validate(value: object) -> Loss:
     return kind.model_validate(value)
 
 
-class _ByName:
-    """The schema of a field that holds any registered loss, built when a value is validated."""
+@dataclass(frozen=True)
+class ByName:
+    """The schema of a field that holds any registered loss, built when a value is validated.
+
+    Attributes:
+        validate: returns the loss that a value describes.
+        known: returns the losses by name, for the JSON schema.
+    """
+
+    validate: Callable[[object], Settings]
+    known: Callable[[], Mapping[str, type[Settings]]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:  # noqa: ANN401 any annotation
-        return core_schema.no_info_plain_validator_function(_validate)
+        return core_schema.no_info_plain_validator_function(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"oneOf": [handler(kind.__pydantic_core_schema__) for kind in registered_losses().values()]}
+        return {"oneOf": [handler(kind.__pydantic_core_schema__) for kind in self.known().values()]}
 
 
-AnyLoss = Annotated[Loss, _ByName()]
+AnyLoss = Annotated[Loss, ByName(_validate, registered_losses)]
 """The type of a setting that is a loss: a registered one by its name, or any instance of ``Loss``."""

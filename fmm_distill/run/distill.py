@@ -178,7 +178,7 @@ class Distillation:
         make_folder(folder, self.recipe, fresh=self.fresh)
         if self.changes:
             take_changes(folder, self.recipe)
-        store_commits(folder, job.teacher)
+        store_commits(folder, job.teacher, None if job.earlier is None else job.earlier.commit)
         # Before training: a later call compares its inputs with those that the first step saw.
         store_inputs(folder, self.recipe, job.images)
         keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)

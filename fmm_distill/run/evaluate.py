@@ -175,7 +175,8 @@ def _measure(
     settings = target.settings.model_copy(update=steps_within(teacher, target.settings.steps))
     if not request.against_teacher:
         settings = settings.model_copy(update=dict.fromkeys(steps_within(teacher, (1,)), ()))
-    samplers = of_students({"student": student}, settings.steps, follows_ode=target.knows_ode)
+    follows, stochasticity = target.knows_ode, settings.stochasticity
+    samplers = of_students({"student": student}, settings.steps, follows_ode=follows, stochasticity=stochasticity)
     samplers += of_teacher(teacher, settings)
     reference = _reference(teacher, request, device)
     samplers += [] if reference is None else [reference]
@@ -256,6 +257,6 @@ def _write_report(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         plot_steps(evaluation, folder / "steps.png", PLOTTED)
-        plot_samples(gallery.rows(student, settings.steps), folder / "samples.png")
+        plot_samples(gallery.rows(student, settings.steps, settings.stochasticity), folder / "samples.png")
         plot_samples(gallery.interpolation(student, settings.steps), folder / "interpolation.png")
     write_report(evaluation, folder)

@@ -137,7 +137,8 @@ def export_student(
 
 def _draw(job: Plan, evaluation: Evaluation, folder: Path, device: torch.device) -> None:
     settings = job.recipe.evaluation
-    rows = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device).rows(job.student, settings.steps)
+    gallery = Gallery(job.teacher, settings.endpoint_solver_steps, COLUMNS, SEED, device)
+    rows = gallery.rows(job.student, settings.steps, settings.stochasticity)
     with writing(folder / "samples.png"):
         plot_samples(rows, folder / "samples.png")
         plot_steps(evaluation, folder / "steps.png")

@@ -15,7 +15,7 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, from_json
 from fmm_distill.io.files import write_text, writing
-from fmm_distill.io.reading import BrokenFileError, read_list, read_mapping
+from fmm_distill.io.reading import BrokenFileError, check_keys, read_list, read_mapping
 from fmm_distill.run import inputs
 from fmm_distill.run.marker import check_clearable, check_vacant, clear, is_run, mark, require_run
 from fmm_distill.training import checkpoint
@@ -55,7 +55,7 @@ _FREE = (
 )
 _FREE_GROUPS = ("evaluation.", "export.", "logging.")
 # Paths that may change if the files have the same content.
-_INPUTS = ("teacher", "guidance.weaker", "data.source")
+_INPUTS = ("teacher", "guidance.weaker", "data.source", "student.init")
 # Sources of prompts; check_prompts compares the prompts themselves.
 _PROMPT_SOURCES = ("prompts.file", "prompts.dataset")
 _LOST = "restore it from a copy, or start another run in another --output"
@@ -141,11 +141,15 @@ def make_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
             write_text(folder / name, text)
 
 
-def store_commits(folder: Path, teacher: Teacher) -> None:
-    """Write the Hub commits of the run's teachers, once; null for a folder and for a built-in teacher."""
+def store_commits(folder: Path, teacher: Teacher, init: str | None = None) -> None:
+    """Write the Hub commits of the run's teachers, once; null for a folder and for a built-in teacher.
+
+    Args:
+        init: the commit of the student that the run starts from.
+    """
     weaker = None if teacher.weaker is None else teacher.weaker.revision
     if not (folder / _COMMITS).is_file():
-        commits = {"revision": teacher.revision, "guidance.weaker_revision": weaker}
+        commits = {"revision": teacher.revision, "guidance.weaker_revision": weaker, "student.init_revision": init}
         write_text(folder / _COMMITS, json.dumps(commits, indent=2) + "\n")
 
 
@@ -178,11 +182,17 @@ def pinned(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe at the Hub commits that the run in ``folder`` began with; a branch may have moved since."""
     if not (folder / _COMMITS).is_file():
         return recipe
-    keys = {"revision": str | None, "guidance.weaker_revision": str | None}
-    commits = read_mapping(folder / _COMMITS, keys, todo="remove it, and the run uses the recipe's own revisions")
+    keys = dict.fromkeys(("revision", "guidance.weaker_revision", "student.init_revision"), str | None)
+    todo = "remove it, and the run uses the recipe's own revisions"
+    # Runs of earlier versions have no earlier student.
+    commits = {"student.init_revision": None} | read_mapping(folder / _COMMITS, todo=todo)
+    check_keys(str(folder / _COMMITS), commits, keys, todo=todo)
     weaker = commits["guidance.weaker_revision"] or recipe.guidance.weaker_revision
+    init = commits["student.init_revision"] or recipe.student.init_revision
     guidance = recipe.guidance.model_copy(update={"weaker_revision": weaker})
-    return recipe.model_copy(update={"revision": commits["revision"] or recipe.revision, "guidance": guidance})
+    student = recipe.student.model_copy(update={"init_revision": init})
+    changes = {"revision": commits["revision"] or recipe.revision, "guidance": guidance, "student": student}
+    return recipe.model_copy(update=changes)
 
 
 def environment() -> dict[str, Any]:

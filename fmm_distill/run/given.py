@@ -58,9 +58,14 @@ class Given:
         """Return the recipe with the teacher's name, by which its run is recognized.
 
         Raises:
-            UserError: if the recipe names a teacher of Python that is not given, or has settings for opening a teacher
-                that is given.
+            UserError: if the recipe names a teacher of Python that is not given, has settings for opening a teacher
+                that is given, or has an earlier student to start from next to a network.
         """
+        if self.student is not None and recipe.student.init is not None:
+            raise UserError(
+                f"student.init: expected none with a network for the student from Python, got {recipe.student.init}; "
+                "leave one of them out"
+            )
         if self.teacher is None:
             if recipe.teacher.startswith(PYTHON):
                 raise UserError(

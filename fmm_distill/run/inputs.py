@@ -12,6 +12,7 @@ from fmm_distill.config.settings import FEATURES
 from fmm_distill.errors import UserError
 from fmm_distill.io.hashes import sha256_of_file, sha256_of_text
 from fmm_distill.io.reading import check_keys, read_mapping
+from fmm_distill.run.earlier_files import files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -45,11 +46,13 @@ def with_paths(recipe: Recipe) -> Recipe:
     reference = None if evaluation.reference is None else _data(evaluation.reference)
     measured = {"features": features, "reference": reference, "clip": _if_there(evaluation.clip)}
     sources = {"file": _if_there(prompts.file), "dataset": _if_there(prompts.dataset)}
+    student = recipe.student
     return recipe.model_copy(
         update={
             "teacher": _teacher(recipe.teacher),
             "guidance": guidance.model_copy(update={"weaker": guidance.weaker and _teacher(guidance.weaker)}),
             "data": _data(data),
+            "student": student.model_copy(update={"init": _if_there(student.init, folder=True)}),
             "evaluation": evaluation.model_copy(update=measured),
             "prompts": prompts.model_copy(update=sources),
         }
@@ -91,6 +94,11 @@ def contents(recipe: Recipe, known: Mapping[str, Any] | None = None) -> dict[str
     for name, source in (("teacher", recipe.teacher), ("guidance.weaker", recipe.guidance.weaker)):
         if source is not None and Path(source).is_absolute() and Path(source).is_dir():
             found[name] = _pipeline(Path(source), known.get(name, {}))
+    init = recipe.student.init
+    if init is not None and Path(init).is_absolute() and Path(init).is_dir():
+        files = files_of(Path(init), init)
+        before = known.get("student.init", {})
+        found["student.init"] = {name: _file(path, before, files.folder) for name, path in files.read.items()}
     if recipe.data.has_images and Path(recipe.data.source).is_absolute() and Path(recipe.data.source).exists():
         found["data.source"] = _files(Path(recipe.data.source))
     return found
@@ -156,7 +164,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_mapping(path, todo=_TODO)
     check_keys(str(path), found, dict.fromkeys(found, dict), todo=_TODO)
-    for name in found.keys() & {"teacher", "guidance.weaker"}:
+    for name in found.keys() & {"teacher", "guidance.weaker", "student.init"}:
         check_keys(f"{path}: {name}", found[name], dict.fromkeys(found[name], dict), todo=_TODO)
         for file, about in found[name].items():
             check_keys(f"{path}: {name}: {file}", about, {"sha256": str, "stamp": list}, todo=_TODO)

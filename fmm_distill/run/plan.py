@@ -22,6 +22,7 @@ from fmm_distill.evaluation.checks import check_evaluation, image_shape
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.exporter import check_steps, describe_export
 from fmm_distill.export.write import export_bytes
+from fmm_distill.run.earlier import EarlierStudent, read_earlier
 from fmm_distill.run.given import Given
 from fmm_distill.run.trial import trial_bytes, try_export
 from fmm_distill.student.lora import add_lora
@@ -68,8 +69,10 @@ class Plan:
     """A recipe with its teacher, data and student, checked against each other.
 
     Attributes:
+        recipe: with the commit of an earlier student on the Hub.
         reference: images that samples are compared with; None: there are none.
         optimizer: the name of the optimizer's class.
+        earlier: the student that this one starts from; None: it starts as its teacher.
     """
 
     recipe: Recipe
@@ -78,6 +81,7 @@ class Plan:
     images: Images | None
     reference: Images | None
     optimizer: str
+    earlier: EarlierStudent | None = None
 
     def __str__(self) -> str:
         """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
@@ -92,6 +96,7 @@ class Plan:
             f"teacher: {teacher.source} ({teacher.adapter}; {teacher.prediction}; {shape}; {counts['teacher']:,} "
             f"parameters{conditions})",
             f"student: {self.student.prediction}, {self._second_time()}",
+            *([] if self.earlier is None else [f"start:   the student {self.earlier}"]),
             f"data:    {describe_data(self.recipe.data, self.images)}",
             f"steps:   {steps} of {training.batch_size} samples, loss {self.recipe.loss_names}",
             f"export:  {describe_export(exporter_of(teacher), self.recipe.export.steps)}",
@@ -140,26 +145,33 @@ def plan(
     given = given or Given()
     # In the order of cost: settings, then tables, then networks.
     check_training(recipe)
+    earlier = read_earlier(recipe)
+    if earlier is not None and earlier.commit is not None:
+        changed = recipe.student.model_copy(update={"init_revision": earlier.commit})
+        recipe = recipe.model_copy(update={"student": changed})
     data = recipe.data
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
         prompts = captions_of(table, data.condition)
     own = given.open_teacher(recipe)
     teacher = open_teacher(recipe, prompts) if own is None else on_first_timesteps(own, recipe.timesteps)
-    _check_teacher(recipe, teacher)
+    _check_teacher(recipe, teacher, earlier)
     images = open_images(data, teacher, table)
     reference = open_reference(recipe, teacher, images)
-    student, teacher = open_student(recipe, teacher, given)
+    student, teacher = open_student(recipe, teacher, given, earlier)
     factory = given.optimizer or optimizer_factory(recipe.optimizer)
     # An optimizer that does not take these parameters refuses them here, before the long preparations.
     optimizer = factory([parameter for parameter in student.parameters() if parameter.requires_grad])
-    return Plan(recipe, teacher, student, images, reference, type(optimizer).__name__)
+    return Plan(recipe, teacher, student, images, reference, type(optimizer).__name__, earlier)
 
 
-def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
+def _check_teacher(recipe: Recipe, teacher: Teacher, earlier: EarlierStudent | None) -> None:
     """Refuse what the recipe expects of this teacher and it can't do, before data are opened."""
     prediction = recipe.student.prediction
-    if prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
+    if earlier is not None:
+        earlier.check(recipe, teacher)
+    # An earlier student of this prediction has learned the change.
+    elif prediction not in ("teacher", teacher.prediction) and recipe.student.regression_steps == 0:
         raise UserError(
             f"student.prediction: {prediction} differs from the teacher's {teacher.prediction}, and "
             "student.regression_steps is 0: give it steps to learn the change, e.g. --set student.regression_steps=500"
@@ -177,9 +189,15 @@ def _check_teacher(recipe: Recipe, teacher: Teacher) -> None:
         check_steps(recipe.export.steps, teacher.schedule)
 
 
-def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Student, Teacher]:
-    """Make the untrained student of a recipe, with its adapters, and return it with the teacher that shares them."""
-    scaled = _scaled_weights(recipe, teacher, given)
+def open_student(
+    recipe: Recipe, teacher: Teacher, given: Given, earlier: EarlierStudent | None = None
+) -> tuple[Student, Teacher]:
+    """Make the student of a recipe, with its adapters, and return it with the teacher that shares them.
+
+    Args:
+        earlier: the student whose weights it starts with; None: it starts as its teacher.
+    """
+    original, scaled = teacher, _scaled_weights(recipe, teacher, given, earlier)
     prediction, seed = recipe.student.prediction, recipe.training.seed
     student = Student.from_teacher(teacher, prediction, network=given.student, scaled=scaled, seed=seed)
     network, training = student.network, recipe.training
@@ -194,10 +212,14 @@ def open_student(recipe: Recipe, teacher: Teacher, given: Given) -> tuple[Studen
     # can't do with weights that are split over all.
     elif scaled is not None and (scaled.rank or not scaled.diagonal) and not splits_weights():
         teacher = share_network(student, teacher)
+    if earlier is not None:
+        earlier.load_into(student, recipe, original)
     return student, teacher
 
 
-def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWeights | None:
+def _scaled_weights(
+    recipe: Recipe, teacher: Teacher, given: Given, earlier: EarlierStudent | None
+) -> ScaledWeights | None:
     """Return the changes of the weights of a scaled student; None: the student is an embedded one."""
     settings = recipe.student
     if recipe.student_kind == "embedded":
@@ -211,8 +233,8 @@ def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWei
     problem, advice = None, "student.kind=embedded"
     if isinstance(given.student, LearnedFlowMap):
         problem = "a LearnedFlowMap takes h itself"
-    elif needed and not settings.regression_steps:
-        problem = f"{' and '.join(needed)} has to be learned at h = 0, and student.regression_steps is 0"
+    elif needed and not settings.regression_steps and (unknown := _why_unknown(recipe, teacher, earlier)) is not None:
+        problem = f"{' and '.join(needed)} has to be learned at h = 0, and student.regression_steps is 0{unknown}"
         advice = "student.regression_steps=500, or student.kind=embedded"
     if problem is None:
         if settings.regression_steps and not needed:
@@ -222,12 +244,20 @@ def _scaled_weights(recipe: Recipe, teacher: Teacher, given: Given) -> ScaledWei
             )
         if settings.lora.rank and recipe.time_sampling.groups:
             logger.warning("time_sampling.groups: no step is faster with adapters, whose layers form no weights")
-        return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=settings.regression_steps > 0)
-    if settings.kind == "scaled":
+        return ScaledWeights(settings.lora.rank, settings.lora.targets, diagonal=bool(needed))
+    if settings.kind == "scaled" or (earlier is not None and earlier.form.kind == "scaled"):
         raise UserError(f"student.kind: expected embedded, got scaled: {problem}; try --set {advice}")
     _check_embedded(recipe)
     logger.info(f"student.kind: embedded ({problem})")
     return None
+
+
+def _why_unknown(recipe: Recipe, teacher: Teacher, earlier: EarlierStudent | None) -> str | None:
+    """Return why a student is not right at h = 0 without a regression, as a part of a sentence; None: it is."""
+    if earlier is None:
+        return ""
+    reason = earlier.why_not_at_zero(recipe, teacher)
+    return None if reason is None else f" (of student.init {earlier.source}: {reason})"
 
 
 def _check_embedded(recipe: Recipe) -> None:
@@ -251,6 +281,11 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
         images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
+    if images is None and settings.stochasticity:
+        raise UserError(
+            "evaluation.stochasticity: expected images to compare with, as samples with fresh noise have no endpoint "
+            "error, got none; set evaluation.reference, or leave it out"
+        )
     if images is not None and settings.features != "none" and len(images) < _FEWEST:
         raise UserError(f"{images.source}: expected at least {_FEWEST} images to compare with, got {len(images)}")
     return images

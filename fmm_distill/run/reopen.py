@@ -25,6 +25,7 @@ from fmm_distill.run.folder import (
 )
 from fmm_distill.run.given import Given, check_given
 from fmm_distill.run.plan import Plan, at_guidance, plan, with_evaluation
+from fmm_distill.student.sampling import check_stochasticity
 from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained
 
@@ -86,12 +87,25 @@ def open_run(
 
 @own_state()
 def draw_run(
-    folder: Path | str, steps: tuple[int, ...], count: int, seed: int, picture: Path, guidance: float | None = None
+    folder: Path | str,
+    steps: tuple[int, ...],
+    count: int,
+    seed: int,
+    picture: Path,
+    guidance: float | None = None,
+    stochasticity: float = 0.0,
 ) -> None:
-    """Plot samples of a run's averaged student and of its teacher's ODE, with the same noise in each column."""
+    """Plot samples of a run's averaged student and of its teacher's ODE, with the same noise in each column.
+
+    Args:
+        stochasticity: strength of the fresh noise in the student's steps.
+    """
+    # Before the teacher is opened, which can take minutes.
+    check_stochasticity(stochasticity)
     job = open_run(folder, guidance)
     solver_steps = job.recipe.evaluation.endpoint_solver_steps
-    rows = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu")).rows(job.student, steps)
+    gallery = Gallery(job.teacher, solver_steps, count, seed, torch.device("cpu"))
+    rows = gallery.rows(job.student, steps, stochasticity)
     with writing(picture):
         plot_samples(rows, picture)
 

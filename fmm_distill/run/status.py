@@ -116,6 +116,10 @@ def _recipe(written: Path) -> dict[str, Any]:
         ("loss", {"name": str}),
     ):
         check_keys(f"{written}: {group}", found[group], keys, todo=todo)
+    if found.get("matching") is not None:
+        check_keys(f"{written}: matching", found, {"matching": dict}, todo=todo)
+        check_keys(f"{written}: matching", found["matching"], {"steps": int, "critic": dict}, todo=todo)
+        check_keys(f"{written}: matching.critic", found["matching"]["critic"], {"warmup_steps": int}, todo=todo)
     for group in ("extra_losses", "stages"):
         for index, term in enumerate(found[group]):
             where = f"{written}: {group}: item {index}"

@@ -234,7 +234,8 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
     main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
-    yield main, regression + recipe.training.steps - 1
+    # Without steps of their own, the main losses are on a fraction of each batch of the second stage.
+    yield main, regression + max(recipe.training.steps - 1, 0)
 
 
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:

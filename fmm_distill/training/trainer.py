@@ -224,7 +224,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """What a checkpoint of the current stage stores."""
+        """The part of the training that a checkpoint of the current stage stores."""
         return self.states[self.stage]
 
     def train_step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:

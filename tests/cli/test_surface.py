@@ -14,7 +14,7 @@ from hatchling.builders.wheel import WheelBuilder
 import fmm_distill
 from fmm_distill.cli import command
 from fmm_distill.config.recipe import Recipe, _paths, load_recipe, parse, recipe_names
-from fmm_distill.losses import registered_losses
+from fmm_distill.losses import matching_losses, registered_losses
 from tests.cli.runs import call
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +120,14 @@ def test_every_recipe_that_ships_is_whole():
 def test_the_losses_are_listed_with_what_each_needs():
     status, out, _ = call("losses")
     assert status == 0
+    out, heading, of_matching = out.partition("\nLosses of distribution matching, ")
+    assert heading
+    assert "matching.loss" in of_matching.splitlines()[0]
+    listed = re.split(r"^(?=\S)", of_matching, flags=re.MULTILINE)[2:]
+    assert [entry.splitlines()[0] for entry in listed] == list(matching_losses())
+    for entry in listed:
+        assert "arXiv " in entry
+        assert entry.rstrip().endswith("needs: a teacher and a critic, which the run trains; no data")
     entries = dict(zip(registered_losses(), re.split(r"^(?=\S)", out, flags=re.MULTILINE)[1:], strict=True))
     for name, entry in entries.items():
         assert entry.splitlines()[0] == name
@@ -136,12 +144,13 @@ def test_the_losses_are_listed_with_what_each_needs():
         assert entries[name].rstrip().endswith(needs)
 
 
-@pytest.mark.parametrize("name", list(registered_losses()))
+@pytest.mark.parametrize("name", list({**registered_losses(), **matching_losses()}))
 def test_a_loss_shows_its_settings(name):
     status, out, _ = call("losses", name)
     assert status == 0
     assert out.startswith(f"{name}\n")
-    fields = {key: field for key, field in registered_losses()[name].model_fields.items() if key != "name"}
+    kind = {**registered_losses(), **matching_losses()}[name]
+    fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
     shown = dict(re.findall(r"^(\w+): (.+)$", out, flags=re.MULTILINE))
     assert shown.keys() == fields.keys()
     for key, field in fields.items():

@@ -106,7 +106,7 @@ def test_in_training_student_and_teacher_are_told_the_same_scales(folders):
     teacher = opened(folders["dit"], "dit")
     student = moved(Student.from_teacher(teacher))
     draws = draw(0, 0, 16, teacher.event_shape)
-    losses, _ = Objective(student, teacher, recipe, recipe.losses)(draws, None, 0)
+    losses, *_ = Objective(student, teacher, recipe, recipe.losses)(draws, None, 0)
     t, r = sample_times(recipe.time_sampling, teacher.schedule, draws, 0)
     cond = teacher.conditions.pick(draws.condition).guided(1 + 6 * draws.guidance)
     assert 1 < cond.guidance.min() < 2

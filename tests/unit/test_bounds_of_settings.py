@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fmm_distill.config.plain_yaml import read
 from fmm_distill.config.recipe import Recipe, load_recipe, parse
 from fmm_distill.errors import UserError
-from fmm_distill.losses import Loss, registered_losses
+from fmm_distill.losses import Loss, MatchingLoss, matching_losses, registered_losses
 from fmm_distill.losses.settings import Settings, value_types
 
 # Fields with a number that need no bounds of their own, and why.
@@ -54,6 +54,9 @@ def groups(model: type[Settings], found: dict[str, type[Settings]]) -> dict[str,
         if model is Loss:
             for kind in registered_losses().values():
                 groups(kind, found)
+        if model is MatchingLoss:
+            for other in matching_losses().values():
+                groups(other, found)
     return found
 
 

@@ -133,7 +133,7 @@ def test_a_loss_asks_the_device_for_nothing(teacher, case, more, monkeypatch):
     objective = Objective(student, away, recipe, recipe.losses, {"average": student, "frozen": student})
     draws = draw(0, 0, 8, teacher.event_shape).part(0, 8, "meta")
     images = ImageBatch(torch.empty(8, *teacher.event_shape, device="meta")) if case.data else None
-    losses, weighted = objective(draws, images, 0)
+    losses, weighted, _ = objective(draws, images, 0)
     weighted.mean().backward()
     assert losses.device.type == next(student.parameters()).grad.device.type == "meta"
 

@@ -137,7 +137,7 @@ def test_a_term_has_its_own_pairs_and_its_factor(teacher_folder):
         student.network.conv_out.bias += 0.3
     watched = Watched(student.network, student.parametrization)
     draws = draw(0, 0, 64, teacher.event_shape)
-    losses, weighted = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
+    losses, weighted, _ = Objective(watched, teacher, recipe, recipe.losses)(draws, None, 0)
     (from_noise, _), diagonal = asked[0], asked[-1]
     assert (from_noise == teacher.schedule.t_max).all()
     assert torch.equal(*diagonal)
@@ -154,7 +154,7 @@ def test_the_metric_comes_before_the_weight(teacher_folder):
     metric = {"kind": "pseudo_huber", "constant": 0.1}
     recipe = Recipe.model_validate(plain | main | {"distance": metric, "weight": {"power": 1.0}})
     teacher = load_teacher(recipe.teacher)
-    losses, weighted = Objective(Student.from_teacher(teacher), teacher, recipe, recipe.losses)(
+    losses, weighted, _ = Objective(Student.from_teacher(teacher), teacher, recipe, recipe.losses)(
         draw(0, 0, 8, teacher.event_shape), None, 0
     )
     huber = (losses + 0.01).sqrt() - 0.1
@@ -169,7 +169,7 @@ def test_the_learned_weight_is_asked_at_the_jump_that_is_trained(teacher_folder,
     objective = Objective(Student.from_teacher(teacher), teacher, plain, plain.losses)
     torch.nn.init.normal_(objective.weight.linear.weight, generator=torch.Generator().manual_seed(0))
     draws = draw(0, 0, 8, teacher.event_shape)
-    losses, weighted = objective(draws, None, 0)
+    losses, weighted, _ = objective(draws, None, 0)
     t, r = sample_times(plain.time_sampling, teacher.schedule, draws, 0)
     start, end = (teacher.schedule.warp(time) for time in (t, t if on_the_diagonal else r))
     torch.testing.assert_close(weighted, objective.weight(losses, start, end))
@@ -347,7 +347,7 @@ def test_losses_one_after_the_other(tmp_path, teacher_folder):
     assert [record.get("tangent_scale") for record in records[7:]] == [0.0, 0.5, None]
     objective = Objective(trainer.student, trainer.teacher, recipe, trainer.objective.losses)
     draws = draw(3, 0, 8, trainer.teacher.event_shape)
-    losses, _ = objective(draws, None, 1)
+    losses, *_ = objective(draws, None, 1)
     t, r = objective.times(draws, 1)
     assert torch.equal(t, r)
     v = trainer.teacher.velocity

@@ -116,18 +116,14 @@ def _recipe(written: Path) -> dict[str, Any]:
         ("loss", {"name": str}),
     ):
         check_keys(f"{written}: {group}", found[group], keys, todo=todo)
-    if found.get("matching") is not None:
-        check_keys(f"{written}: matching", found, {"matching": dict}, todo=todo)
-        check_keys(f"{written}: matching", found["matching"], {"steps": int, "critic": dict}, todo=todo)
-        check_keys(f"{written}: matching.critic", found["matching"]["critic"], {"warmup_steps": int}, todo=todo)
     for group in ("extra_losses", "stages"):
         for index, term in enumerate(found[group]):
             where = f"{written}: {group}: item {index}"
             check_keys(where, {"item": term}, {"item": dict}, todo=todo)
             check_keys(where, term, {"loss": dict}, todo=todo)
             check_keys(f"{where}: loss", term["loss"], {"name": str}, todo=todo)
-    if (matching := found.get("matching")) is not None:
-        _check_matching(f"{written}: matching", {"matching": matching}, todo)
+    if found.get("matching") is not None:
+        _check_matching(f"{written}: matching", found, todo)
     return found
 
 
@@ -135,14 +131,14 @@ def _check_matching(where: str, found: Mapping[str, Any], todo: str) -> None:
     check_keys(where, found, {"matching": dict}, todo=todo)
     matching = found["matching"]
     check_keys(where, matching, {"steps": int, "loss": dict, "critic": dict}, todo=todo)
-    check_keys(f"{where}: loss", matching["loss"], {"name": str}, todo=todo)
-    check_keys(f"{where}: critic", matching["critic"], {"warmup_steps": int}, todo=todo)
+    check_keys(f"{where}.loss", matching["loss"], {"name": str}, todo=todo)
+    check_keys(f"{where}.critic", matching["critic"], {"warmup_steps": int}, todo=todo)
     if (rule := matching.get("stop")) is not None:
         number = float | None
         keys: dict[str, type | UnionType] = {"metric": str, "calls": int | None, "patience": int | None}
         keys |= {"max_endpoint_error": number, "min_recall": number}
         check_keys(where, {"stop": rule}, {"stop": dict}, todo=todo)
-        check_keys(f"{where}: stop", rule, keys, todo=todo)
+        check_keys(f"{where}.stop", rule, keys, todo=todo)
 
 
 def _final(written: Path) -> dict[str, Any] | None:

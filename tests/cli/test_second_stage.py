@@ -87,7 +87,10 @@ def test_status_of_the_matching(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("critic", {}, "matching: critic: warmup_steps is missing"), ("stop", {"metric": "recall"}, "stop: calls is ")],
+    [
+        ("critic", {}, "matching.critic: warmup_steps is missing"),
+        ("stop", {"metric": "recall"}, "matching.stop: calls is missing"),
+    ],
 )
 def test_a_damaged_recipe_is_one_line(tmp_path, key, value, message):
     folder = write_run(tmp_path / "run", 15)

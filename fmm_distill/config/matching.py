@@ -46,6 +46,11 @@ class StopSettings(Settings):
     min_recall: float | None = Field(default=None, gt=0, le=1)
     """Bound of the recall, the coverage of the reference: below it the stage ends; null: none."""
 
+    @property
+    def has_bounds(self) -> bool:
+        """True if a bound can end the stage."""
+        return (self.max_endpoint_error, self.min_recall) != (None, None)
+
 
 class MatchingSettings(Settings):
     """A second stage after training.steps: distribution matching on samples of the student."""
@@ -89,14 +94,13 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
         )
 
 
-def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:
+def check_stop(matching: MatchingSettings | None, evaluation: EvaluationSettings) -> None:
     """Check that the evaluations of the second stage measure everything that ``matching.stop`` reads.
 
     Raises:
         ValueError: if there are no evaluations, or they lack a quantity or a number of steps.
     """
-    stop = matching.stop
-    if stop is None:
+    if matching is None or (stop := matching.stop) is None:
         return
     if not (matching.evaluate_every or evaluation.every):
         raise ValueError(
@@ -113,6 +117,11 @@ def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> No
                     f"matching.stop: {name}: expected evaluation.features with it, got none; give features, or try "
                     "metric: endpoint_error without min_recall"
                 )
+    if evaluation.stochasticity and (stop.metric == "endpoint_error" or stop.max_endpoint_error is not None):
+        raise ValueError(
+            "matching.stop: expected evaluation.stochasticity 0 with the endpoint error, got "
+            f"{evaluation.stochasticity:g}, with which there is none; try metric: frechet without max_endpoint_error"
+        )
     if stop.calls is not None and stop.calls not in evaluation.steps:
         numbers = ", ".join(map(str, evaluation.steps))
         raise ValueError(f"matching.stop.calls: expected one of evaluation.steps {numbers}, got {stop.calls}")

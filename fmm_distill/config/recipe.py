@@ -194,8 +194,7 @@ class Recipe(Settings):
             )
         self._times_fit()
         self._groups_fit()
-        if self.matching is not None:
-            check_stop(self.matching, self.evaluation)
+        check_stop(self.matching, self.evaluation)
         return self
 
     @property

@@ -41,6 +41,7 @@ from fmm_distill.training.phases import phase_of
 from fmm_distill.training.process import allow_unused_parameters, has_unused_parameters
 from fmm_distill.training.second_stage import SecondStage
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
+from fmm_distill.training.stage_end import StageEnd
 from fmm_distill.training.trackers import TrackerLog
 from fmm_distill.training.train_state import OptimizerState, TrainState
 
@@ -101,7 +102,7 @@ class Trainer:
         training = recipe.training
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
         self.accelerator = accelerator
-        self.total = recipe.total_steps
+        self.total, self.end = recipe.total_steps, StageEnd(recipe, folder, accelerator)
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
         self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Under FSDP the first process evaluates and exports a copy that is not split. It shares no weight with the
@@ -188,24 +189,26 @@ class Trainer:
         hooks = CallbackList((*own, *callbacks) if self.accelerator.is_main_process else ())
         with hooks.ending():
             step = self._started(self.resume(), hooks)
-            self._evaluated(step, hooks, evaluate)
-            if step < self.total:
+            if step == 0 and self.end.may_export(0):
+                self._set_stage(-1)
+                self.save_checkpoint(0, hooks)
+            if not self._evaluated(step, hooks, evaluate):
                 self._loop(step, hooks, evaluate)
 
     def _loop(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> None:
-        map_steps = self.recipe.map_steps
+        ended = False
         with stop_requests() as request:
-            while step < self.total:
+            while not ended:
                 metrics, stop = self.train_step(step, request)
                 step += 1
                 hooks.on_step(step, metrics)
                 if self.non_finite.limit_reached:
                     step = self._started(self._return_to_checkpoint(step), hooks)
-                elif step % self.recipe.training.checkpoint_every == 0 or step in (map_steps, self.total) or stop:
+                elif stop or self.end.stores(step):
                     self.save_checkpoint(step, hooks)
                 if stop and step < self.total:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
-                self._evaluated(step, hooks, evaluate)
+                ended = self._evaluated(step, hooks, evaluate)
         if skipped := self.non_finite.skipped:
             logger.warning(f"{skipped} of {self.total} steps had a non-finite loss or gradient and were skipped")
 
@@ -214,10 +217,19 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return step
 
-    def _evaluated(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> None:
+    def _evaluated(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> bool:
+        """Evaluate if a step is due, and return whether training ends with it."""
         rows = None if evaluate is None else evaluate(step)
         if rows is not None:
             hooks.on_evaluate(step, rows)
+        return self.end.reached(step)
+
+    def load_exported(self) -> int:
+        """Load the state that is exported, the last without early stopping, and return its number of steps."""
+        if (step := self.end.exported()) is None:
+            return self.total
+        self.restore(checkpoint.load_step(self.folder / "checkpoints", step)[1])
+        return step
 
     @property
     def optimizer(self) -> Any:  # noqa: ANN401 accelerate's wrapper
@@ -434,7 +446,8 @@ class Trainer:
         if main:
             plain = self.state.plain() | {"non_finite_steps": self.non_finite.state_dict()}
             limit = self.recipe.training.checkpoints_total_limit
-            path = checkpoint.save(self.folder / "checkpoints", checkpoint.Checkpoint(step, tensors, plain), limit)
+            stored = checkpoint.Checkpoint(step, tensors, plain)
+            path = checkpoint.save(self.folder / "checkpoints", stored, limit, self.end.retained())
             if hooks is not None:
                 hooks.on_checkpoint(step, path)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,76 @@
+"""The end of the second stage in a run of one or several processes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast_object_list
+
+from fmm_distill.training.early_stopping import describe_end, judge_run, judged
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from fmm_distill.config.recipe import Recipe
+
+__all__ = ["StageEnd"]
+
+logger = logging.getLogger(__name__)
+
+
+class StageEnd:
+    """Decides when training ends, by ``matching.stop``, and which checkpoint is exported.
+
+    Every process has one. The first reads ``evaluations.jsonl``, and all have its answer.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+
+    def may_export(self, step: int) -> bool:
+        """Return whether the evaluations may choose the state after this number of steps."""
+        return judged(self.recipe, step)
+
+    def stores(self, step: int) -> bool:
+        """Return whether the state after this number of steps has a checkpoint."""
+        recipe = self.recipe
+        # Those of both stages' ends belong to another optimizer each.
+        ends = step in (recipe.map_steps, recipe.total_steps)
+        return ends or step % recipe.training.checkpoint_every == 0 or self.may_export(step)
+
+    def retained(self) -> set[int]:
+        """Return the steps of checkpoints that stay when newer ones are written: the best so far."""
+        verdict = judge_run(self.recipe, self.folder)
+        return set() if verdict is None else {verdict.step}
+
+    def reached(self, step: int) -> bool:
+        """Return whether training ends after this number of steps. Every process has to call it."""
+        if step >= self.recipe.total_steps:
+            return True
+        if not self.may_export(step):
+            return False
+        reason = None
+        if self.accelerator.is_main_process and (verdict := judge_run(self.recipe, self.folder)) is not None:
+            reason = verdict.reason
+            if reason is not None:
+                logger.info(f"the second stage {describe_end(self.recipe, verdict)}")
+        return bool(self._of_first(int(reason is not None)))
+
+    def exported(self) -> int | None:
+        """Return the step of the checkpoint that is exported; None: the last. Every process has to call it."""
+        verdict = judge_run(self.recipe, self.folder) if self.accelerator.is_main_process else None
+        step = -1 if verdict is None else verdict.step
+        found = self._of_first(step)
+        return None if found < 0 else found
+
+    def _of_first(self, value: int) -> int:
+        """Return the value of the first process."""
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]

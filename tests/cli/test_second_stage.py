@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import parse
+from fmm_distill.export.manifest import read_manifest
 from fmm_distill.run.marker import mark
 from fmm_distill.run.reopen import open_run
 from fmm_distill.training.early_stopping import evaluation_settings
@@ -234,3 +235,18 @@ def test_a_stage_from_the_first_step_on(tmp_path, recipe, ended):
     assert "exported is the map before it" in out
     assert checkpoints(tmp_path / "run") == ["step-00000000", "step-00000009"]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["protocol"]["exported_step"] == 0
+
+
+def test_the_card_describes_both_stages(ended):
+    folder, _ = ended
+    manifest = json.loads((folder / "student" / "student.json").read_text())
+    assert manifest["second_stage"]["steps"] == 2
+    assert manifest["training"]["loss"] == "lagrangian, then distribution_matching"
+    assert "It follows its teacher's ODE less closely than a map" in manifest["limits"]
+    card = " ".join((folder / "student" / "README.md").read_text().split())
+    assert "A second stage of the training (distribution_matching) moved the distribution" in card
+    assert "The second stage ended after 6 of its 10 steps" in card
+    assert "DMD arXiv 2311.18828" in card.partition("## Citation")[2]
+    assert len(manifest["second_stage"]["before"]) == 2
+    assert "| steps | endpoint error | |---|---| | 1 |" in card
+    assert read_manifest(folder / "student").second_stage == manifest["second_stage"]

@@ -25,6 +25,9 @@ class CriticSettings(Settings):
     """Updates of the critic alone, before the first step of the student."""
     updates: int = Field(default=2, ge=1, le=1000)
     """Updates of the critic before each step of the student."""
+    ema: Rate = 0.9
+    """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
+    critic's latest weights follow single batches: on digits the student diverged with them."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.0, 0.999))
     """The critic's optimizer and its constant learning rate."""
 
@@ -83,9 +86,12 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
     Raises:
         ValueError: with what is missing.
     """
-    missing = {"matching, the only other stage": matching, "student.init, since the teacher is no map": student.init}
-    if steps == 0 and (names := [name for name, value in missing.items() if value is None]):
-        raise ValueError(f"training.steps: expected at least 1 without {' and '.join(names)}, got 0")
+    missing = [name for name, value in (("matching", matching), ("student.init", student.init)) if value is None]
+    if steps == 0 and missing:
+        raise ValueError(
+            f"training.steps: expected at least 1 without {' and '.join(missing)}, got 0; with both, the run is "
+            "distribution matching of an earlier student alone"
+        )
 
 
 def check_stop(matching: MatchingSettings | None, evaluation: EvaluationSettings) -> None:

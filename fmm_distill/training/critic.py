@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.teachers.base import Distillable, Teacher
 
-__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic", "frozen"]
+__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic"]
 
 # A convolution whose kernel has one element, by the number of dimensions of its input.
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -93,6 +93,14 @@ class AdaptedNetwork(nn.Module):
             self.first.append(nn.Parameter(first))
             self.second.append(nn.Parameter(torch.zeros(outer, rank, *(1 for _ in inner[1:]))))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy with adapters of its own on the same network."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        # A module's dictionaries are shared by its shallow copy.
+        other._modules = {name: copy.deepcopy(module, memo) for name, module in self._modules.items()}
+        return other
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network with the adapters."""
         (network,) = self._network
@@ -154,16 +162,3 @@ def build_critic(student: LearnedFlowMap, teacher: Distillable, rank: int, *, se
         return Critic(AdaptedNetwork(network, layers, rank, seed=seed), parametrization)
     own = without_changes(network.shared) if isinstance(network, SharedNetwork) else copy.deepcopy(network)
     return Critic(own.requires_grad_().eval(), parametrization)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Compute no gradients of a module's parameters, while those of its inputs pass through."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -101,7 +101,7 @@ class Objective(nn.Module):
             ``Loss.target_network``.
         lockstep: call the networks equally often in every process, whatever its samples need. Networks that are split
             over the processes are gathered at each call.
-        critic: the velocity of the student's samples, for the second stage; None: there is none.
+        critic: the moving average of the critic, for the second stage; None: there is none.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.fixed = _FixedNetworks(teacher, target_maps or {})
-        self.matching = None if critic is None else Matching(student, teacher, critic, recipe, lockstep)
+        self.matching = None if critic is None else Matching(student, teacher, critic, recipe)
         self.recipe, self.lockstep = recipe, lockstep
         self.on_policy = recipe.data.on_policy or 0.0
         self.losses = tuple(losses)

@@ -13,13 +13,14 @@ from fmm_distill.training.ema import load_trained, trained_state
 from fmm_distill.training.fsdp import autocast, full_tensor
 from fmm_distill.training.matching import CriticHealth, CriticObjective, critic_draws
 from fmm_distill.training.optimizer import build_optimizer
-from fmm_distill.training.train_state import OptimizerState
+from fmm_distill.training.train_state import CriticState, OptimizerState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from accelerate import Accelerator
     from torch import Tensor, nn
+    from torch.optim.swa_utils import AveragedModel
 
     from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
@@ -36,19 +37,20 @@ class SecondStage:
 
     Args:
         trained: the parameters of the student's objective.
-        critic: on the device.
+        critics: the critic and its moving average, on the device.
     """
 
     def __init__(
         self,
         trained: list[nn.Parameter],
-        critic: Critic | DiagonalCritic,
+        critics: tuple[Critic | DiagonalCritic, AveragedModel],
         student: LearnedFlowMap,
         teacher: Distillable,
         recipe: Recipe,
         accelerator: Accelerator,
     ) -> None:
         self.recipe, self.accelerator, self.event_shape = recipe, accelerator, teacher.event_shape
+        critic, self.average = critics
         self.settings = cast("MatchingSettings", recipe.matching)
         self.critic = critic
         objective = CriticObjective(critic, student, teacher, recipe).eval()
@@ -57,7 +59,8 @@ class SecondStage:
         self.objective: Any
         self.optimizer: Any
         self.objective, self.optimizer = accelerator.prepare(objective, built)
-        self.state = OptimizerState(built, list(self.objective.parameters()), defaults)
+        optimizer = OptimizerState(built, list(self.objective.parameters()), defaults)
+        self.state = CriticState(critic, self.average, optimizer)
         # The student's own, built before accelerate replaces the parameters of a split student.
         self.of_student = build_optimizer(trained, self.settings.optimizer)
         self._defaults = [dict(group) for group in self.of_student.param_groups]
@@ -71,7 +74,7 @@ class SecondStage:
             parameters: those of the student's objective, as accelerate distributes them.
         """
         optimizer = OptimizerState(self.of_student, parameters, self._defaults)
-        return replace(state, optimizer=optimizer, critic=self.critic, critic_optimizer=self.state)
+        return replace(state, optimizer=optimizer, critic=self.state)
 
     def start(self, student: LearnedFlowMap, teacher: Distillable) -> None:
         """Give the critic its first weights: the teacher's, or those of the student's diagonal."""
@@ -80,8 +83,10 @@ class SecondStage:
             first = {f"flow_map.{name}": value for name, value in student.state_dict().items()}
         else:
             first = trained_state(build_critic(student, teacher, rank, seed=seed))
-        load_trained(self.critic, self.critic, first)
-        self.state.optimizer.state.clear()
+        for network in (self.critic, self.average.module):
+            load_trained(network, self.critic, first)
+        self.average.n_averaged.zero_()
+        self.state.optimizer.optimizer.state.clear()
 
     def is_warmup(self, step: int) -> bool:
         """Return whether the critic is trained alone in a step."""
@@ -109,8 +114,6 @@ class SecondStage:
         size = training.batch_size // (accelerator.num_processes * parts)
         draws = critic_draws(self.recipe, step, update, self.event_shape)
         errors, norm = torch.zeros(2, device=accelerator.device), torch.zeros((), device=accelerator.device)
-        # The student's loss may have left gradients of a split critic behind.
-        self.optimizer.zero_grad()
         for part in range(accelerator.process_index * parts, (accelerator.process_index + 1) * parts):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             with accelerator.accumulate(self.objective):
@@ -125,5 +128,6 @@ class SecondStage:
         # A gradient scaler skips steps with infinite gradients itself.
         if math.isfinite(numbers[0]) and (math.isfinite(numbers[2]) or accelerator.scaler is not None):
             self.optimizer.step()
+            self.average.update_parameters(self.critic)
         self.optimizer.zero_grad()
         return cast("tuple[float, float, float]", tuple(numbers))

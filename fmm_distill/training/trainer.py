@@ -22,7 +22,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
 from fmm_distill.training.critic import build_critic
-from fmm_distill.training.ema import build_averages, frozen_copy
+from fmm_distill.training.ema import averaged, build_averages, frozen_copy
 from fmm_distill.training.fsdp import (
     autocast,
     check_moments,
@@ -119,9 +119,10 @@ class Trainer:
         if accelerator.num_processes > 1 and not self.sharded and has_unused_parameters(student, at):
             allow_unused_parameters(accelerator)
         rank, seed = recipe.student.lora.rank, training.seed
-        self.critic = None if recipe.matching is None else build_critic(student, teacher, rank, seed=seed)
-        if self.critic is not None:
-            self.critic.to(accelerator.device)
+        self.critics: tuple[Any, Any] | None = None
+        if recipe.matching is not None:
+            critic = build_critic(student, teacher, rank, seed=seed).to(accelerator.device)
+            self.critics = critic, averaged(critic, recipe.matching.critic.ema)
         accelerate_networks(training, student, teacher, at)
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
@@ -136,10 +137,11 @@ class Trainer:
             logger.info(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
         copies = [self.averaged_student(rate) for rate in self.averages]
         copies += [] if self.frozen is None else [self.frozen]
+        copies += [] if self.critics is None else [cast("Any", self.critics[1].module)]
         self.second: SecondStage | None = None
         optimizers = [built]
-        if self.critic is not None:
-            self.second = SecondStage(trained, self.critic, student, teacher, recipe, accelerator)
+        if self.critics is not None:
+            self.second = SecondStage(trained, self.critics, student, teacher, recipe, accelerator)
             optimizers.append(self.second.of_student)
         self.objective, *self.optimizers = wrap(accelerator, objective, optimizers, copies)
         parameters = list(self.objective.parameters())
@@ -407,7 +409,7 @@ class Trainer:
         slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        lockstep, critic = self.sharded, self.critic
+        lockstep, critic = self.sharded, None if self.critics is None else self.critics[1].module
         return Objective(student, self.teacher, recipe, losses, copies, lockstep=lockstep, critic=critic).eval()
 
     def _resolve_engine(self, loss: Loss) -> Loss:

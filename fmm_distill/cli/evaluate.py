@@ -95,14 +95,8 @@ def evaluate(
 
     SOURCE is a run, an exported folder or a Hub id. The recipe's values are the defaults in brackets.
     """
-    changes = {
-        "steps": steps,
-        "stochasticity": stochasticity,
-        "samples": samples,
-        "features": features,
-        "reference": reference,
-        "clip": clip,
-    }
+    changes = {"steps": steps, "stochasticity": stochasticity, "samples": samples, "features": features}
+    changes |= {"reference": reference, "clip": clip}
     changes = {key: value for key, value in changes.items() if value is not None}
     if compare is not None:
         others = (source, against, teacher_steps, also, also_steps, prompts, output, report, guidance)

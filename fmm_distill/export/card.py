@@ -146,7 +146,9 @@ def _any_step(manifest: StudentManifest, location: Location) -> str:
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{location.repo or HERE}"{location.revision}, trust_remote_code=True)
 {manifest.any_step_call.replace("{steps}", "3")}
-```"""
+```
+
+The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none)."""
 
 
 def _weights(manifest: StudentManifest, location: Location) -> str:

@@ -86,7 +86,10 @@ def test_status_of_the_matching(tmp_path):
     assert found["critic"] == "ready (error 0.5 on samples, of the teacher 0.6; mean of 5 steps)"
     assert found["best"] == "endpoint error at 1 call 0.2 after step 2 of the student; 1 evaluation since"
     assert imread(found["curves"]).shape[0] > 1500
-    found = status_of(write_run(tmp_path / "ended", 23, stop, (0.3, 0.31, 0.32)))
+    assert "time left" in found
+    found = status_of(write_run(tmp_path / "ended", 21, stop, (0.3, 0.31, 0.32)))
+    assert found["step"] == "21 of 27 (77.8 %)"
+    assert "time left" not in found
     assert found["best"] == (
         "endpoint error at 1 call 0.3 after its map; ended after step 4: the endpoint error at 1 call had not improved "
         "for 2 evaluations"

@@ -19,6 +19,7 @@ __all__ = [
     "Verdict",
     "describe_end",
     "evaluation_settings",
+    "evaluations_of_stage",
     "is_evaluated",
     "judge",
     "judge_run",
@@ -89,11 +90,19 @@ def judge_run(recipe: Recipe, folder: Path) -> Verdict | None:
     """
     if recipe.matching is None or recipe.matching.stop is None:
         return None
+    return judge(evaluations_of_stage(recipe, folder), recipe.matching.stop.model_dump())
+
+
+def evaluations_of_stage(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``evaluations.jsonl`` of the second stage, the map's first.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     log, settings = folder / "evaluations.jsonl", evaluation_settings(recipe)
     lines = read_lines(log, _KEYS, todo=f"remove the lines from there on of {log.name}, and run it again")
     # Values of other settings, from before a change of the recipe, are not comparable.
-    lines = [line for line in lines if line["step"] >= recipe.map_steps and line["settings"] == settings]
-    return judge(lines, recipe.matching.stop.model_dump())
+    return [line for line in lines if line["step"] >= recipe.map_steps and line["settings"] == settings]
 
 
 def judge(lines: Sequence[Mapping[str, Any]], rule: Mapping[str, Any]) -> Verdict | None:

@@ -62,8 +62,8 @@ class MatchingSettings(Settings):
     fraction: float = Field(default=0.75, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
     weight: float = Field(default=6.0, gt=0, le=1e6)
-    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the student
-    hardly moves."""
+    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the
+    student hardly moves."""
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))

@@ -27,12 +27,12 @@ class Budget:
         cost_steps: steps whose operations are counted.
     """
 
-    map_steps: int = 660
+    map_steps: int = 440
     map_fraction: float = 0.7
     batch: int = 64
     learning_rate: float = 5e-4
     ema: float = 0.98
-    samples: int = 5000
+    samples: int = 2500
     endpoint_samples: int = 512
     solver_steps: int = 32
     measure_batch: int = 250

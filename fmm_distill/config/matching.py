@@ -59,13 +59,14 @@ class MatchingSettings(Settings):
     """Optimizer steps of the student in this stage."""
     loss: AnyMatchingLoss = DistributionMatching()
     """The matching loss and its settings."""
-    fraction: float = Field(default=0.5, gt=0, le=1)
+    fraction: float = Field(default=0.75, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Factor of the matching loss."""
+    weight: float = Field(default=6.0, gt=0, le=1e6)
+    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the
+    student hardly moves."""
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-4, betas=(0.0, 0.999))
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
     """The student's optimizer in this stage and its constant learning rate."""
     ema: Rate = 0.95
     """Largest decay of the moving averages in this stage, which starts from the first average."""

@@ -278,8 +278,8 @@ def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
     copies = "It follows its teacher's ODE: it can't generate what the teacher can't."
     if matched:
         copies = (
-            "It was trained towards its teacher's distribution: it can't generate what the teacher can't. It follows "
-            "its teacher's ODE less closely than a map without the second stage."
+            "It was trained towards its teacher's distribution: it can't generate what the teacher can't. From one "
+            "noise it may end at another sample than its teacher's ODE."
         )
     if teacher.conditions is None:
         return f"Unconditional. {copies}"

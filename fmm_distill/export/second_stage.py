@@ -99,8 +99,8 @@ def describe_stage(facts: Mapping[str, Any], evaluation: Mapping[str, Any] | Non
     parts = [f"### The second stage\n\n{_done(facts) if facts['steps'] else _without_steps(facts)}"]
     if facts["end"] is not None:
         parts.append(
-            f"The second stage {facts['end']}. The evaluations that decided are of the same noises as the reported "
-            "values, which are slightly too good therefore."
+            f"The second stage {facts['end']}. The evaluations that decided have the same noises as the reported "
+            "values, which are therefore slightly too good."
         )
     if facts["before"] and facts["steps"]:
         table = _table(facts, evaluation)
@@ -121,8 +121,8 @@ def _done(facts: Mapping[str, Any]) -> str:
         f"samples towards the teacher's for {facts['steps']} steps, after {facts['warmup_steps']} steps of its critic "
         f"alone. The critic is a network that learns the velocity of the student's samples. A fraction of "
         f"{facts['fraction']:g} of each batch was matched{rest}. These samples were made in {numbers} jumps.\n\n"
-        "The stage trades the coupling for the distribution: a sample is less close to the endpoint of the teacher's "
-        "ODE from the same noise (the endpoint error) than a map's."
+        "The stage trades the coupling for the distribution: a sample may be farther from the endpoint of the "
+        "teacher's ODE from the same noise (the endpoint error) than a map's."
     )
 
 

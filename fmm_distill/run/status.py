@@ -181,7 +181,9 @@ def _progress(run: RunFiles, now: float) -> dict[str, str]:
     last, done = run.records[-1], run.records[-1]["step"] + 1
     percent = 100 * done / run.total
     ago = _duration(now - (run.logged or now))
-    ended = run.final is not None or done == run.total
+    verdict = run.verdict
+    stopped = verdict is not None and verdict.reason is not None and verdict.last == done
+    ended = run.final is not None or done == run.total or stopped
     when = "" if ended else f", logged {ago} ago"
     lines = {"step": f"{done:,} of {run.total:,} ({percent:.1f} %{when})", "phase": _phase(run, done)}
     # Each phase has a loss and a rate of its own.

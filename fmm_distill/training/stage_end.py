@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
+from fmm_distill.training import checkpoint
 from fmm_distill.training.early_stopping import describe_end, judge_run, judged
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.training.checkpoint import Checkpoint
 
 __all__ = ["StageEnd"]
 
@@ -32,6 +34,7 @@ class StageEnd:
 
     def __init__(self, recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.checkpoints = folder / "checkpoints"
 
     def may_export(self, step: int) -> bool:
         """Return whether the evaluations may choose the state after this number of steps."""
@@ -44,10 +47,11 @@ class StageEnd:
         ends = step in (recipe.map_steps, recipe.total_steps)
         return ends or step % recipe.training.checkpoint_every == 0 or self.may_export(step)
 
-    def retained(self) -> set[int]:
-        """Return the steps of checkpoints that stay when newer ones are written: the best so far."""
+    def save(self, stored: Checkpoint) -> Path:
+        """Write a checkpoint in the first process; older ones stay within the limit, and the best so far."""
         verdict = judge_run(self.recipe, self.folder)
-        return set() if verdict is None else {verdict.step}
+        best = () if verdict is None else (verdict.step,)
+        return checkpoint.save(self.checkpoints, stored, self.recipe.training.checkpoints_total_limit, best)
 
     def reached(self, step: int) -> bool:
         """Return whether training ends after this number of steps. Every process has to call it."""
@@ -58,16 +62,19 @@ class StageEnd:
         reason = None
         if self.accelerator.is_main_process and (verdict := judge_run(self.recipe, self.folder)) is not None:
             reason = verdict.reason
-            if reason is not None:
-                logger.info(f"the second stage {describe_end(self.recipe, verdict)}")
         return bool(self._of_first(int(reason is not None)))
 
-    def exported(self) -> int | None:
-        """Return the step of the checkpoint that is exported; None: the last. Every process has to call it."""
+    def exported(self) -> Checkpoint | None:
+        """Load the checkpoint that is exported; None: the last state. Every process has to call it.
+
+        Raises:
+            UserError: if it is missing or damaged.
+        """
         verdict = judge_run(self.recipe, self.folder) if self.accelerator.is_main_process else None
-        step = -1 if verdict is None else verdict.step
-        found = self._of_first(step)
-        return None if found < 0 else found
+        if verdict is not None:
+            logger.info(f"the second stage {describe_end(self.recipe, verdict)}")
+        step = self._of_first(-1 if verdict is None else verdict.step)
+        return None if step < 0 else checkpoint.load_step(self.checkpoints, step)[1]
 
     def _of_first(self, value: int) -> int:
         """Return the value of the first process."""

@@ -226,10 +226,9 @@ class Trainer:
 
     def load_exported(self) -> int:
         """Load the state that is exported, the last without early stopping, and return its number of steps."""
-        if (step := self.end.exported()) is None:
-            return self.total
-        self.restore(checkpoint.load_step(self.folder / "checkpoints", step)[1])
-        return step
+        if (stored := self.end.exported()) is not None:
+            self.restore(stored)
+        return self.total if stored is None else stored.step
 
     @property
     def optimizer(self) -> Any:  # noqa: ANN401 accelerate's wrapper
@@ -445,9 +444,7 @@ class Trainer:
         tensors = self.state.tensors(main=main)
         if main:
             plain = self.state.plain() | {"non_finite_steps": self.non_finite.state_dict()}
-            limit = self.recipe.training.checkpoints_total_limit
-            stored = checkpoint.Checkpoint(step, tensors, plain)
-            path = checkpoint.save(self.folder / "checkpoints", stored, limit, self.end.retained())
+            path = self.end.save(checkpoint.Checkpoint(step, tensors, plain))
             if hooks is not None:
                 hooks.on_checkpoint(step, path)
         self.accelerator.wait_for_everyone()

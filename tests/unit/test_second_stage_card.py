@@ -50,7 +50,7 @@ def test_facts_are_of_the_loss_that_was_used(name):
     assert f"distribution matching ({name}, {facts['paper']})" in text
     assert "for 10 steps, after 7 steps of its critic alone" in text
     assert "A fraction of 0.5 of each batch was matched; the losses of the map had the rest" in text
-    assert "less close to the endpoint of the teacher's ODE" in text
+    assert "may be farther from the endpoint of the teacher's ODE" in text
     assert "Values of the map" not in text
 
 
@@ -95,6 +95,9 @@ def test_early_stopping_is_disclosed(tmp_path):
     assert "slightly too good" in describe_stage(facts, None)
     # The newest checkpoint of a run that is not finished.
     assert facts_of(recipe, tmp_path, 35)["end"] is None
+    # The newest checkpoint is the best, and the stage continues.
+    write_evaluations(tmp_path, recipe, (0.5, 0.3))
+    assert facts_of(recipe, tmp_path, 31)["end"] is None
     # The map was the best.
     write_evaluations(tmp_path, recipe, (0.5, 0.6))
     facts = facts_of(recipe, tmp_path, 20)

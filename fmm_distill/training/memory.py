@@ -167,6 +167,9 @@ def forecast_memory(
         processes: number of processes; with more than one, gradients are exchanged in buckets of the same size.
         optimizer: builds the optimizer; None: the recipe's.
     """
+    if recipe.training.steps == 0:
+        # A step of the map's losses, which a fraction of each batch of the second stage has.
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 1})})
     factory = optimizer or optimizer_factory(recipe.optimizer)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     buffers = _bytes(student.buffers())
@@ -234,8 +237,7 @@ def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
     # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
     main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
-    # Without steps of their own, the main losses are on a fraction of each batch of the second stage.
-    yield main, regression + max(recipe.training.steps - 1, 0)
+    yield main, regression + recipe.training.steps - 1
 
 
 def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partialmethod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fmm_distill.run.given import Given
 from fmm_distill.run.plan import plan
 from fmm_distill.training.ema import build_averages
 from fmm_distill.training.memory import forecast_memory
+from fmm_distill.training.trainer import Trainer
 from tests.conftest import save_teacher, tiny_unet
 from tests.earlier import SAVE, recipe_of, save_export, save_run, trained, untrained
 from tests.logs import logged
@@ -181,6 +184,14 @@ def test_a_change_at_zero_is_not_put_onto_another_teacher(tmp_path, folder, fine
         earlier = saved("export", tmp_path / name, folder, CASES[name])[2]
         line = refused(next_recipe(fine_tuned, CASES[name], earlier))
         assert f"its teacher is {folder}); try --set student.regression_steps=500" in line
+
+
+def test_a_teacher_of_the_same_name_with_other_weights_is_another_one(tmp_path, folder, fine_tuned):
+    place = shutil.copytree(folder, tmp_path / "teacher")
+    earlier = saved("export", tmp_path / "earlier", place, CASES["full, v"])[2]
+    assert plan(next_recipe(place, CASES["full, v"], earlier)).student.network is not None
+    shutil.copytree(fine_tuned, place, dirs_exist_ok=True)
+    assert f"its teacher is {place}); try" in refused(next_recipe(place, CASES["full, v"], earlier))
 
 
 REFUSED = {
@@ -369,9 +380,35 @@ def test_settings_without_a_sense_are_refused(settings, line):
         parse(settings, "here")
 
 
+def test_a_run_of_the_second_stage_alone_trains_and_resumes(tmp_path, folder):
+    earlier = saved("run", tmp_path / "earlier", folder, CASES["full"])[2]
+    plain = {"steps": 0, "batch_size": 4, "checkpoint_every": 1}
+    recipe = next_recipe(folder, CASES["full"] | {"training": plain, "matching": MATCHING}, earlier)
+    settings, start = recipe.model_dump(mode="json"), plan(recipe).student.state_dict()
+    seen, step_of = [], Trainer.train_step
+
+    def step(self, number, request, stop=None):
+        if number == stop:
+            raise KeyboardInterrupt
+        state = self.student.state_dict()
+        seen.append(all(torch.equal(state[key], start[key]) for key in start))
+        return step_of(self, number, request)
+
+    with patch.object(Trainer, "train_step", step):
+        complete = train(settings, tmp_path / "complete")
+    # The critic alone for two steps, then three steps of the student.
+    assert seen == [True, True, True, False, False]
+    for stop in (1, 4):
+        with patch.object(Trainer, "train_step", partialmethod(step, stop=stop)), pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "stopped")
+    ours, theirs = train(settings, tmp_path / "stopped").student.state_dict(), complete.student.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_a_run_of_the_second_stage_alone_has_a_forecast(tmp_path, folder):
     earlier = saved("run", tmp_path / "earlier", folder, CASES["full"])[2]
-    settings = {"training": {"steps": 0, "batch_size": 8}, "matching": MATCHING}
+    extra = {"loss": {"name": "eulerian"}, "fraction": 0.25}
+    settings = {"training": {"steps": 0, "batch_size": 8}, "matching": MATCHING, "extra_losses": [extra]}
     job = plan(next_recipe(folder, CASES["full"] | settings, earlier))
     assert (job.recipe.map_steps, job.recipe.total_steps) == (0, 5)
     usual = job.recipe.model_copy(update={"training": job.recipe.training.model_copy(update={"steps": 9})})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
-from fmm_distill.losses.distribution_matching import DistributionMatching
+from fmm_distill.losses.distribution_matching import DistributionMatching, MatchingLoss
 from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
@@ -62,8 +62,8 @@ class MatchingSettings(Settings):
     fraction: float = Field(default=0.75, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
     weight: float = Field(default=6.0, gt=0, le=1e6)
-    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the student
-    hardly moves."""
+    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the
+    student hardly moves."""
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
@@ -76,6 +76,14 @@ class MatchingSettings(Settings):
     """Steps of the student between evaluations in this stage, the first of which is the map's; 0: evaluation.every."""
     stop: StopSettings | None = None
     """End the stage by its evaluations, and export the best average; null: all steps, and the last average."""
+
+    @field_validator("loss")
+    @classmethod
+    def _trained_without_images(cls, loss: MatchingLoss) -> MatchingLoss:
+        # The student's loss alone would take a and b while the critic is trained without images.
+        if loss.needs_data:
+            raise ValueError("real: expected null in a run, whose critic gets no images; leave real out")
+        return loss
 
 
 def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:

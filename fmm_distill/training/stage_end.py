@@ -62,8 +62,6 @@ class StageEnd:
         reason = None
         if self.accelerator.is_main_process and (verdict := judge_run(self.recipe, self.folder)) is not None:
             reason = verdict.reason
-            if reason is not None:
-                logger.info(f"the second stage {describe_end(self.recipe, verdict)}")
         return bool(self._of_first(int(reason is not None)))
 
     def exported(self) -> Checkpoint | None:
@@ -73,6 +71,8 @@ class StageEnd:
             UserError: if it is missing or damaged.
         """
         verdict = judge_run(self.recipe, self.folder) if self.accelerator.is_main_process else None
+        if verdict is not None:
+            logger.info(f"the second stage {describe_end(self.recipe, verdict)}")
         step = self._of_first(-1 if verdict is None else verdict.step)
         return None if step < 0 else checkpoint.load_step(self.checkpoints, step)[1]
 

@@ -95,6 +95,9 @@ def test_early_stopping_is_disclosed(tmp_path):
     assert "slightly too good" in describe_stage(facts, None)
     # The newest checkpoint of a run that is not finished.
     assert facts_of(recipe, tmp_path, 35)["end"] is None
+    # The newest checkpoint is the best, and the stage continues.
+    write_evaluations(tmp_path, recipe, (0.5, 0.3))
+    assert facts_of(recipe, tmp_path, 31)["end"] is None
     # The map was the best.
     write_evaluations(tmp_path, recipe, (0.5, 0.6))
     facts = facts_of(recipe, tmp_path, 20)

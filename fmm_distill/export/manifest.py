@@ -315,9 +315,12 @@ def _dataset(recipe: Recipe) -> str | None:
 def _training(recipe: Recipe, trained: int | None) -> dict[str, Any]:
     total = recipe.total_steps
     losses = [*(stage.loss for stage in recipe.stages), recipe.loss, *(term.loss for term in recipe.extra_losses)]
+    papers, second = [loss.paper for loss in losses], ""
+    if recipe.matching is not None:
+        papers, second = [*papers, recipe.matching.loss.paper], f", then {recipe.matching.loss.name}"
     return {
-        "loss": recipe.loss_names,
-        "papers": list(dict.fromkeys(loss.paper for loss in losses)),
+        "loss": recipe.loss_names + second,
+        "papers": list(dict.fromkeys(papers)),
         "steps": total if trained is None else trained,
         "batch_size": recipe.training.batch_size,
         "seed": recipe.training.seed,

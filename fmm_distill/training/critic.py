@@ -47,6 +47,11 @@ class Critic(nn.Module):
         super().__init__()
         self.network, self.parametrization = network, parametrization
 
+    @property
+    def own_network(self) -> nn.Module | None:
+        """The network with all its weights; None: the critic has adapters on the teacher's."""
+        return None if isinstance(self.network, AdaptedNetwork) else self.network
+
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
     ) -> Float[Tensor, "batch *event"]:
@@ -62,6 +67,11 @@ class DiagonalCritic(nn.Module):
     def __init__(self, student: LearnedFlowMap) -> None:
         super().__init__()
         self.flow_map = copy.deepcopy(student).requires_grad_()
+
+    @property
+    def own_network(self) -> nn.Module:
+        """The network with all its weights."""
+        return network_of(self.flow_map)
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
@@ -166,7 +176,10 @@ def reset_critic(critic: Critic | DiagonalCritic, student: LearnedFlowMap, teach
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Compute no gradients of a module's parameters, while those of its inputs pass through."""
+    """Compute no gradients of a module's parameters, while those of its inputs pass through.
+
+    The backward pass is in the block too: blocks that are computed again would have gradients then.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

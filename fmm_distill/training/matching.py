@@ -17,7 +17,6 @@ from fmm_distill.data.starting_points import draw_conditioning
 from fmm_distill.losses.base import squared_norm
 from fmm_distill.losses.critic_loss import critic_loss
 from fmm_distill.losses.distribution_matching import NoisedSamples
-from fmm_distill.training.critic import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,16 +95,13 @@ class Matching:
     """The matching loss of some samples of a batch.
 
     Attributes:
-        critic: is not trained by this loss.
-        split: the critic's weights are split over processes. Their gradients can't be switched off for one call then,
-            and the critic's next update drops them.
+        critic: is not trained by this loss; see ``Objective.fixed_critic``.
     """
 
     student: LearnedFlowMap
     teacher: Distillable
     critic: Critic | DiagonalCritic
     recipe: Recipe
-    split: bool = False
 
     def __call__(self, draws: Draws, step: int) -> Matched:
         """Return the loss of each sample, and the errors of both velocities at the noised samples."""
@@ -122,8 +118,7 @@ class Matching:
             return velocity
 
         loss = cast("MatchingSettings", self.recipe.matching).loss
-        with nullcontext() if self.split else frozen(self.critic):
-            losses = loss(samples, recorded("teacher", self.teacher.velocity), recorded("critic", self.critic.velocity))
+        losses = loss(samples, recorded("teacher", self.teacher.velocity), recorded("critic", self.critic.velocity))
         with torch.no_grad():
             conditional = samples.velocity
             errors = [squared_norm(seen[name] - conditional) for name in ("critic", "teacher")]

@@ -121,16 +121,21 @@ class Trainer:
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        at = probe_inputs(teacher, accelerator.device)
-        if accelerator.num_processes > 1 and not self.sharded and has_unused_parameters(student, at):
-            allow_unused_parameters(accelerator)
         rank, seed = recipe.student.lora.rank, training.seed
         self.critic = None if recipe.matching is None else build_critic(student, teacher, rank, seed=seed)
         if self.critic is not None:
             self.critic.to(accelerator.device)
-        accelerate_networks(training, student, teacher, at)
+        x, t, r, cond = at = probe_inputs(teacher, accelerator.device)
+        if accelerator.num_processes > 1 and not self.sharded:
+            unused = has_unused_parameters(student, student.mean_velocity(x, t, r, cond))
+            # All weights of the critic are trained, also those that no layer of a scaled student uses.
+            if unused or (
+                self.critic is not None and has_unused_parameters(self.critic, self.critic.velocity(x, t, cond))
+            ):
+                allow_unused_parameters(accelerator)
+        accelerate_networks(training, student, teacher, at, self.critic)
         objective = self._objective()
-        self.times, self.weight = objective.times, objective.weight
+        self.times, self.weight, self.fixed_critic = objective.times, objective.weight, objective.fixed_critic
         if self.sharded and optimizer is not None:
             check_moments(optimizer)
         factory = optimizer or optimizer_factory(recipe.optimizer)
@@ -381,7 +386,7 @@ class Trainer:
         for part in range(first, first + parts):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
-            with accelerator.accumulate(self.objective):
+            with accelerator.accumulate(self.objective), self.fixed_critic():
                 with autocast(accelerator):
                     losses, each, errors = self.objective(mine, images, step)
                 weighted = each.float().mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field, field_validator
 
@@ -13,9 +13,22 @@ from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
-    from fmm_distill.config.settings import EvaluationSettings, StudentSettings
+    from fmm_distill.config.settings import (
+        DataSettings,
+        EvaluationSettings,
+        GuidanceSettings,
+        StudentSettings,
+    )
 
-__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_stop"]
+    class _Settings(Protocol):
+        """The parts of a recipe that a second stage depends on."""
+
+        data: DataSettings
+        evaluation: EvaluationSettings
+        guidance: GuidanceSettings
+
+
+__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_matching", "check_stop"]
 
 
 class CriticSettings(Settings):
@@ -103,13 +116,33 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
         )
 
 
-def check_stop(matching: MatchingSettings | None, evaluation: EvaluationSettings) -> None:
+def check_matching(matching: MatchingSettings, recipe: _Settings) -> None:
+    """Refuse settings of a recipe that its second stage does not run with.
+
+    Raises:
+        ValueError: with the setting.
+    """
+    if recipe.guidance.range is not None:
+        low, high = recipe.guidance.range
+        raise ValueError(
+            f"guidance.range: expected one guidance.scale with matching, whose critic does not know the scale of a "
+            f"sample, got {low:g} to {high:g}; leave the range out"
+        )
+    if matching.loss.needs_data and not recipe.data.has_images:
+        raise ValueError(
+            f"matching.loss.real: expected images, which the critic learns from too, got data.source: "
+            f"{recipe.data.source}; leave real out, or give --data"
+        )
+    check_stop(matching, recipe.evaluation)
+
+
+def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:
     """Check that the evaluations of the second stage measure everything that ``matching.stop`` reads.
 
     Raises:
         ValueError: if there are no evaluations, or they lack a quantity or a number of steps.
     """
-    if matching is None or (stop := matching.stop) is None:
+    if (stop := matching.stop) is None:
         return
     if not (matching.evaluate_every or evaluation.every):
         raise ValueError(

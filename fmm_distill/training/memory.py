@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmm_distill.core.draws import draw
 from fmm_distill.data.samples import ImageBatch
+from fmm_distill.errors import FmmDistillError
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import optimizer_factory, state_bytes
 
@@ -28,11 +29,35 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["Memory", "forecast_memory", "memory_unit", "peak_memory", "peak_memory_of"]
+__all__ = [
+    "Memory",
+    "OutOfMemoryError",
+    "forecast_memory",
+    "memory_error",
+    "memory_unit",
+    "peak_memory",
+    "peak_memory_of",
+]
 
 _MIB, _GIB = 2**20, 2**30
 # Largest batch of a trace. Several losses divide a batch by their fractions, and a small fraction needs many samples.
 _LARGEST_TRACE = 8
+
+
+class OutOfMemoryError(FmmDistillError):
+    """A training step does not fit into the memory of the device."""
+
+
+def memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:
+    """Return an error of a training step, as ``OutOfMemoryError`` if it is one of memory."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in text:
+        return error
+    return OutOfMemoryError(
+        f"step {step} does not fit into memory ({text.splitlines()[0]}). Try training.gradient_accumulation_steps "
+        "(twice as many halve the batch in memory), student.lora.rank (16 instead of every weight), or the loss's "
+        "derivative: central (no tangents in memory); the run resumes from its newest checkpoint"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -45,9 +45,9 @@ from fmm_distill.training.variables import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import Tensor, nn
+
     from fmm_distill.config.recipe import Recipe
-    from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.training.compile import Points
 
 
 __all__ = [
@@ -138,10 +138,14 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
-def has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
-    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
+def has_unused_parameters(module: nn.Module, velocity: Tensor) -> bool:
+    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text.
+
+    Args:
+        velocity: an output of the module.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(velocity.sum(), trained, allow_unused=True)
     return any(gradient is None for gradient in gradients)
 
 

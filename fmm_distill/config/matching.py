@@ -38,10 +38,10 @@ class CriticSettings(Settings):
     """Updates of the critic alone, before the first step of the student."""
     updates: int = Field(default=2, ge=1, le=1000)
     """Updates of the critic before each step of the student."""
-    ema: Rate = 0.9
+    ema: Rate = 0.95
     """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
     critic's latest weights follow single batches: on digits the student diverged with them."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.0, 0.999))
+    optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, betas=(0.0, 0.999))
     """The critic's optimizer and its constant learning rate."""
 
 
@@ -80,7 +80,10 @@ class MatchingSettings(Settings):
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
-    """The student's optimizer in this stage and its constant learning rate."""
+    """The student's optimizer in this stage and its peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate of the student in this stage: constant, or half a cosine that would reach 0 one step after the
+    last. Student and critic follow each other: at a constant rate the quality at one call swings."""
     ema: Rate = 0.95
     """Largest decay of the moving averages in this stage, which starts from the first average."""
     critic: CriticSettings = CriticSettings()

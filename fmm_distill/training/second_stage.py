@@ -128,6 +128,14 @@ class SecondStage:
         """Return whether the critic is trained alone in a step."""
         return step < self.recipe.map_steps + self.settings.critic.warmup_steps
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the student at a step: constant, or half a cosine."""
+        settings = self.settings
+        if settings.lr_schedule == "constant":
+            return settings.optimizer.lr
+        done = step - self.recipe.map_steps - settings.critic.warmup_steps
+        return settings.optimizer.lr * (0.5 + 0.5 * math.cos(math.pi * done / settings.steps))
+
     def update(self, step: int, lr_scale: float) -> CriticUpdate:
         """Take the critic's updates of a step; the teacher is evaluated in a step without the student."""
         warmup = self.is_warmup(step)

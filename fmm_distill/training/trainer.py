@@ -332,11 +332,9 @@ class Trainer:
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of the student's optimizer at a step, and return the first."""
         if self.stage and self.second is not None:
-            peak = self.second.settings.optimizer.lr
-            rates = [peak] * len(self.optimizer.param_groups)
+            rates = [self.second.learning_rate(step)] * len(self.optimizer.param_groups)
         else:
-            total = self.recipe.map_steps
-            rates = [learning_rate(peak, self.recipe.training, step, total) for peak in self.peaks]
+            rates = [learning_rate(peak, self.recipe.training, step, self.recipe.map_steps) for peak in self.peaks]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
             group["lr"] = rate * self.non_finite.lr_scale

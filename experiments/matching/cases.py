@@ -78,6 +78,8 @@ class Case:
 # Common to all second stages, chosen on seed 0 with 2000 samples.
 MATCHING = (
     "matching.steps=100000",
+    # The number of steps is not known before.
+    "matching.lr_schedule=constant",
     "matching.optimizer.lr=0.0002",
     "matching.critic.optimizer.lr=0.0001",
     "matching.critic.optimizer.betas=[0.9,0.999]",

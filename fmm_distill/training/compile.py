@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
 
-__all__ = ["TrainedVelocity", "accelerate_networks", "checkpoint_blocks", "network_of"]
+__all__ = ["TrainedVelocity", "accelerate_networks", "checkpoint_blocks", "checkpoint_critic", "network_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,13 @@ def checkpoint_blocks(student: LearnedFlowMap, critic: TrainedVelocity | None = 
     _checkpoint(network_of(student))
     # The hooks of recomputed blocks do not pass dual tensors.
     student.needs_functional_jvp = True
-    own = None if critic is None else critic.own_network
+    if critic is not None:
+        checkpoint_critic(critic)
+
+
+def checkpoint_critic(critic: TrainedVelocity) -> None:
+    """Recompute the blocks of a critic's own network in the backward pass; one with adapters stores activations."""
+    own = critic.own_network
     if own is not None and hasattr(own, "enable_gradient_checkpointing"):
         _checkpoint(own)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -372,7 +373,21 @@ def _of_objective(objective: Objective, draws: Draws, step: int) -> _Phase:
         return weighted.mean()
 
     trained = [p for p in objective.parameters() if p.requires_grad]
-    return _Phase(loss, trained, draws, _is_half(objective.recipe), objective.fixed_critic)
+    critic = None if objective.matching is None else cast("nn.Module", objective.matching.critic)
+    return _Phase(loss, trained, draws, _is_half(objective.recipe), partial(_frozen, critic))
+
+
+@contextmanager
+def _frozen(critic: nn.Module | None) -> Iterator[None]:
+    """Compute no gradients of the critic's weights: a step of the student takes those of the average."""
+    trained = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _is_half(recipe: Recipe) -> bool:

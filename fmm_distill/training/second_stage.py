@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
+    from fmm_distill.core.draws import Draws
     from fmm_distill.data.samples import Samples
+    from fmm_distill.losses.distribution_matching import NoisedSamples
     from fmm_distill.training.critic import Critic, DiagonalCritic
     from fmm_distill.training.objective import Objective
     from fmm_distill.training.train_state import TrainState
@@ -79,7 +81,12 @@ class SecondStage:
         self.recipe, self.accelerator = recipe, accelerator
         self.settings = cast("MatchingSettings", recipe.matching)
         self.images = images if self.settings.loss.needs_data else None
-        own = CriticObjective(self.critic, objective.sample, self.teacher, recipe).eval()
+
+        def sample(draws: Draws, generator: torch.Generator) -> NoisedSamples:
+            # Looked up at each call: FSDP replaces the method.
+            return objective.sample(draws, generator)
+
+        own = CriticObjective(self.critic, sample, self.teacher, recipe).eval()
         built = build_optimizer(
             [p for p in self.critic.parameters() if p.requires_grad], self.settings.critic.optimizer
         )

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import Recipe, parse
+from fmm_distill.core.draws import step_generator
+from fmm_distill.data.samples import Images
 from fmm_distill.errors import UserError
+from fmm_distill.losses.distribution_matching import NoisedSamples
 from fmm_distill.run.given import Given
 from fmm_distill.run.plan import open_student, open_teacher, plan
 from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import Callback, CallbackList
 from fmm_distill.training.critic import Critic
-from fmm_distill.training.matching import CriticHealth
+from fmm_distill.training.matching import CriticHealth, critic_draws
 from fmm_distill.training.trainer import Trainer
 from tests.logs import logged
 from tests.scaled import train
@@ -333,31 +338,43 @@ def test_half_precision(tmp_path, teacher_folder, half):
     assert all(value.dtype == torch.float32 for value in tensors(tmp_path, "critic").values())
 
 
-class Scaler(torch.amp.GradScaler):
-    """A gradient scaler of the CPU, at a scale at which some gradients are infinite at first."""
-
-    def __init__(self):
-        super().__init__("cpu", init_scale=2.0**126, growth_interval=1000)
-
-
 def test_a_gradient_scaler_serves_all_optimizers(tmp_path, teacher_folder):
-    """As fp16 has it: overflows lower the scale and change nothing, and later gradients are those without a scale."""
-    trainer = trainer_of(settings_of(teacher_folder), tmp_path)
+    """As fp16 has it: overflows lower the scale and are no failures, and all gradients are unscaled once."""
+    settings = settings_of(teacher_folder)
+    plain = train(settings, tmp_path / "plain")
+    trainer = trainer_of(settings, tmp_path / "scaled")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1000)
+    trainer.optimizers = [AcceleratedOptimizer(one.optimizer, scaler=scaler) for one in trainer.optimizers]
+    trainer.second.optimizer = AcceleratedOptimizer(trainer.second.optimizer.optimizer, scaler=scaler)
     accelerator = trainer.accelerator
-    scaler = Scaler()
-    for optimizer in (*trainer.optimizers, trainer.second.optimizer):
-        optimizer.scaler = scaler
     with (
         patch.object(accelerator, "scaler", scaler),
         patch.object(accelerator, "native_amp", True),
         patch.object(type(accelerator), "mixed_precision", "fp16"),
     ):
         trainer.run()
-    lines = records(tmp_path)
-    lowered = [line for line in lines if line.get("skipped") == "the gradient scaler lowers its scale"]
-    assert lowered
-    assert scaler.get_scale() < 2.0**126
+        # Powers of two scale without rounding.
+        for name in ("student", "critic"):
+            ours, theirs = tensors(tmp_path / "scaled", name), tensors(tmp_path / "plain", name)
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert scaler.get_scale() == 2.0**16
+        # At a scale at which the critic's gradients are infinite, and then its loss is: neither changes it.
+        weights = flat(plain.critic.state_dict())
+        for scale, factor, lowered in ((2.0**126, 1e4, True), (2.0**16, float("nan"), False)):
+            scaler.update(scale)
+            with patch.object(trainer.second, "objective", partial(_times, trainer.second.distributed, factor)):
+                update = trainer.second._update(TOTAL - 1, 0, compare=False)
+            assert update.finite == lowered
+            assert (scaler.get_scale() < scale) == lowered
+            assert torch.equal(flat(trainer.critic.state_dict()), weights)
+        trainer.second._update(TOTAL - 1, 0, compare=False)
+        assert not torch.equal(flat(trainer.critic.state_dict()), weights)
     assert trainer.non_finite.skipped == 0
+
+
+def _times(objective, factor, *at, **named):
+    losses, teachers = objective(*at, **named)
+    return factor * losses, teachers
 
 
 def test_a_critic_of_an_absurd_rate_is_reported_once(tmp_path, teacher_folder):
@@ -381,3 +398,34 @@ def test_the_health_of_a_critic_is_a_running_mean():
             health.count(1.2, 1.1, step)
     assert len(said) == 1
     assert said[0].startswith("step 2")
+
+
+def numbers(count=10):
+    return Images(torch.arange(count * 64).reshape(count, 1, 8, 8).remainder(251).byte(), "numbers")
+
+
+def test_the_critic_learns_from_images_too(tmp_path, teacher_folder):
+    loss = {"name": "flow_generator_matching", "real": {"a": 0.7, "b": 0.8}}
+    settings = settings_of(teacher_folder, loss=loss) | {"data": "a folder"}
+    trainer = trainer_of(settings, tmp_path / "run", images=numbers())
+    objective, images = trainer.second.objective, trainer.images
+    draws = critic_draws(trainer.recipe, MAP, 0, trainer.teacher.event_shape)
+    with torch.no_grad():
+        losses, teachers = objective(draws, images.pick(draws), MAP, 0, compare=True)
+        generator = step_generator(trainer.recipe.training.seed, MAP, "critic 0 rollout")
+        generated = trainer.objective.sample(draws, generator)
+        picked = images.take((draws.image * 10).long())[0]
+        data = NoisedSamples(picked, draws.renoise, generated.t, None)
+        v, v_data = (trainer.teacher.velocity(x.x_t, x.t) for x in (generated, data))
+    first = (v - 0.8 / 0.7 * generated.velocity).square().mean((1, 2, 3))
+    second = (v_data - 0.2 / 0.3 * data.velocity).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, 0.7 * first + 0.3 * second)
+    # The critic is the teacher at first.
+    torch.testing.assert_close(teachers, losses)
+    trainer.run()
+    assert all(line["loss"] is not None for line in records(tmp_path / "run"))
+    settings["matching"]["loss"] = {"name": "flow_generator_matching"}
+    train(settings, tmp_path / "without", numbers())
+    one, other = (tensors(tmp_path / run, "critic") for run in ("run", "without"))
+    assert not torch.equal(flat(one), flat(other))
+    assert records(tmp_path / "run")[:MAP][-1]["loss"] == records(tmp_path / "without")[:MAP][-1]["loss"]

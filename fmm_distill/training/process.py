@@ -43,7 +43,7 @@ from fmm_distill.training.variables import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -56,7 +56,6 @@ __all__ = [
     "alone",
     "check_training",
     "first_process_logs",
-    "has_unused_parameters",
     "join_processes",
     "make_accelerator",
     "on_first",
@@ -138,7 +137,7 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
-def has_unused_parameters(module: nn.Module, velocity: Tensor) -> bool:
+def _has_unused_parameters(module: nn.Module, velocity: Tensor) -> bool:
     """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text.
 
     Args:
@@ -149,8 +148,14 @@ def has_unused_parameters(module: nn.Module, velocity: Tensor) -> bool:
     return any(gradient is None for gradient in gradients)
 
 
-def allow_unused_parameters(accelerator: Accelerator) -> None:
-    """Make processes exchange gradients of parameters that not every loss has a gradient for."""
+def allow_unused_parameters(accelerator: Accelerator, outputs: Mapping[nn.Module, Tensor]) -> None:
+    """Make processes exchange gradients of parameters that not every loss has a gradient for, if there are any.
+
+    Args:
+        outputs: a velocity of each module that is trained.
+    """
+    if not any(_has_unused_parameters(module, velocity) for module, velocity in outputs.items()):
+        return
     handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = replace(handler, find_unused_parameters=True)
 

@@ -44,7 +44,7 @@ from fmm_distill.training.nonfinite import (
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
-from fmm_distill.training.process import allow_unused_parameters, has_unused_parameters
+from fmm_distill.training.process import allow_unused_parameters
 from fmm_distill.training.second_stage import SecondStage
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.stage_end import StageEnd
@@ -122,21 +122,8 @@ class Trainer:
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        rank, seed = recipe.student.lora.rank, training.seed
-        self.critics: tuple[Any, Any] | None = None
-        if recipe.matching is not None:
-            critic = build_critic(student, teacher, rank, seed=seed).to(accelerator.device)
-            self.critics = critic, averaged(critic, recipe.matching.critic.ema)
-        x, t, r, cond = at = probe_inputs(teacher, accelerator.device)
-        if accelerator.num_processes > 1 and not self.sharded:
-            unused = has_unused_parameters(student, student.mean_velocity(x, t, r, cond))
-            # All weights of the critic are trained, also those that no layer of a scaled student uses.
-            if unused or (
-                self.critics is not None
-                and has_unused_parameters(self.critics[0], self.critics[0].velocity(x, t, cond))
-            ):
-                allow_unused_parameters(accelerator)
-        accelerate_networks(training, student, teacher, at, None if self.critics is None else self.critics[0])
+        self.critics = None if recipe.matching is None else self._build_critics(recipe.matching.critic.ema)
+        self._accelerate_networks()
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -165,6 +152,23 @@ class Trainer:
         if self.second is not None:
             self.states.append(self.second.joined(self.states[0], parameters))
         self._set_stage(0)
+
+    def _build_critics(self, decay: float) -> tuple[Any, Any]:
+        """Return the critic and its moving average."""
+        training, rank = self.recipe.training, self.recipe.student.lora.rank
+        critic = build_critic(self.student, self.teacher, rank, seed=training.seed).to(self.accelerator.device)
+        return critic, averaged(critic, decay)
+
+    def _accelerate_networks(self) -> None:
+        """Switch on the options of the networks, and find parameters without gradients."""
+        student, critic = self.student, None if self.critics is None else self.critics[0]
+        x, t, r, cond = at = probe_inputs(self.teacher, self.accelerator.device)
+        if self.accelerator.num_processes > 1 and not self.sharded:
+            outputs = {student: student.mean_velocity(x, t, r, cond)}
+            # All weights of the critic are trained, also those that no layer of a scaled student uses.
+            outputs |= {} if critic is None else {critic: critic.velocity(x, t, cond)}
+            allow_unused_parameters(self.accelerator, outputs)
+        accelerate_networks(self.recipe.training, student, self.teacher, at, critic)
 
     def averaged_student(self, rate: float) -> LearnedFlowMap:
         """Return the student with the moving average of this rate as its weights."""

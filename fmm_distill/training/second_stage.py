@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fmm_distill.training.critic import reset_critic
+from fmm_distill.training.critic import build_critic, reset_critic
+from fmm_distill.training.ema import averaged
 from fmm_distill.training.fsdp import autocast, clip_gradients, is_sharded, wrap
 from fmm_distill.training.matching import CriticHealth, CriticObjective, critic_draws
 from fmm_distill.training.nonfinite import finite_or_none, forget_gradients, is_overflow
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
     from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
+    from fmm_distill.core.flow_map import LearnedFlowMap
     from fmm_distill.data.samples import Samples
     from fmm_distill.losses.distribution_matching import NoisedSamples
+    from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.critic import Critic, DiagonalCritic
     from fmm_distill.training.objective import Objective
     from fmm_distill.training.train_state import TrainState
 
-__all__ = ["CriticUpdate", "SecondStage"]
+__all__ = ["CriticUpdate", "SecondStage", "build_critics"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class CriticUpdate:
         loss = finite_or_none(self.loss)
         metrics = {"loss": loss, "weighted": loss, "gradient_norm": finite_or_none(self.norm)}
         return metrics | {"learning_rate": self.rate, "teacher_loss": finite_or_none(self.teacher)}
+
+
+def build_critics(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> tuple[Any, AveragedModel]:
+    """Return the critic and its moving average, on the student's device."""
+    device = next(student.parameters()).device
+    critic = build_critic(student, teacher, recipe.student.lora.rank, seed=recipe.training.seed).to(device)
+    return critic, averaged(critic, cast("MatchingSettings", recipe.matching).critic.ema)
 
 
 class SecondStage:

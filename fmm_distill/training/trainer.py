@@ -21,8 +21,7 @@ from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
-from fmm_distill.training.critic import build_critic
-from fmm_distill.training.ema import averaged, build_averages, frozen_copy
+from fmm_distill.training.ema import build_averages, frozen_copy
 from fmm_distill.training.fsdp import (
     autocast,
     check_moments,
@@ -45,7 +44,7 @@ from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
 from fmm_distill.training.process import allow_unused_parameters
-from fmm_distill.training.second_stage import SecondStage
+from fmm_distill.training.second_stage import SecondStage, build_critics
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.stage_end import StageEnd
 from fmm_distill.training.trackers import TrackerLog
@@ -122,7 +121,7 @@ class Trainer:
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        self.critics = None if recipe.matching is None else self._build_critics(recipe.matching.critic.ema)
+        self.critics = None if recipe.matching is None else build_critics(student, teacher, recipe)
         self._accelerate_networks()
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
@@ -153,18 +152,12 @@ class Trainer:
             self.states.append(self.second.joined(self.states[0], parameters))
         self._set_stage(0)
 
-    def _build_critics(self, decay: float) -> tuple[Any, Any]:
-        """Return the critic and its moving average."""
-        training, rank = self.recipe.training, self.recipe.student.lora.rank
-        critic = build_critic(self.student, self.teacher, rank, seed=training.seed).to(self.accelerator.device)
-        return critic, averaged(critic, decay)
-
     def _accelerate_networks(self) -> None:
         """Switch on the options of the networks, and find parameters without gradients."""
         student, critic = self.student, None if self.critics is None else self.critics[0]
         x, t, r, cond = at = probe_inputs(self.teacher, self.accelerator.device)
         if self.accelerator.num_processes > 1 and not self.sharded:
-            outputs = {student: student.mean_velocity(x, t, r, cond)}
+            outputs: dict[nn.Module, Tensor] = {student: student.mean_velocity(x, t, r, cond)}
             # All weights of the critic are trained, also those that no layer of a scaled student uses.
             outputs |= {} if critic is None else {critic: critic.velocity(x, t, cond)}
             allow_unused_parameters(self.accelerator, outputs)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
@@ -422,7 +422,7 @@ class Trainer:
         slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        lockstep, critic = self.sharded, None if self.critics is None else self.critics[1].module
+        lockstep, critic = self.sharded, None if self.critics is None else cast("Any", self.critics[1].module)
         return Objective(student, self.teacher, recipe, losses, copies, lockstep=lockstep, critic=critic).eval()
 
     def _resolve_engine(self, loss: Loss) -> Loss:

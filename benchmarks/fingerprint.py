@@ -44,7 +44,7 @@ def runs() -> dict[str, dict[str, Any]]:
     """Return the settings of each run, by its name; ``processes`` is the number of processes."""
     from fmm_distill.losses import registered_losses
 
-    digits: dict[str, Any] = {"recipe": "digits"}
+    digits: dict[str, Any] = {"recipe": "digits", "matching": None}
     made = {"digits": digits | {"training.steps": 50, "export.steps": [1, 4]}}
     for name, kind in registered_losses().items():
         loss = kind.model_validate({})

@@ -81,7 +81,8 @@ class Comparison:
     def __init__(self, recipe: str, teacher: str, changes: Sequence[str], work: Path, output: Path) -> None:
         self.recipe, self.teacher, self.work, self.output = recipe, teacher, work, output
         rows = ", ".join(map(str, CALLS))
-        self.changes = [*changes, "training.checkpoint_every=100000", "export.steps=[]"]
+        # The maps alone: the second stage has a comparison of its own, experiments/matching.
+        self.changes = [*changes, "matching=null", "training.checkpoint_every=100000", "export.steps=[]"]
         self.changes += [f"evaluation.{name}=[{rows}]" for name in ("steps", "ddim_steps", "dpmsolver_steps")]
         about = {"recipe": recipe, "changes": list(changes)}
         self.results: dict[str, Any] = {"about": about, "protocol": {}, "teacher": {}, "students": {}}

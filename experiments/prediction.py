@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--ddim-steps", type=int, default=50)
     arguments = parser.parse_args()
-    changes = ["student.prediction=v_prediction", "training.steps=1", "training.checkpoint_every=100000"]
+    changes = ["student.prediction=v_prediction", "matching=null"]
+    changes += ["training.steps=1", "training.checkpoint_every=100000"]
     recipe = load_recipe("digits", [*changes, *arguments.changes], teacher=str(arguments.teacher))
     job = plan(recipe)
     noise = torch.randn(arguments.samples, *job.teacher.event_shape, generator=torch.Generator().manual_seed(7))

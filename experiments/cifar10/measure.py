@@ -127,9 +127,11 @@ class Judge:
         # The error above waits for the device.
         rate = len(x) / (time.perf_counter() - started)
         seen = torch.cat([self._features(unit_images(part)) for part in x.split(self.batch)])
-        distance = self.frechet(seen)["frechet"].value
-        found = {"frechet": distance, "endpoint": error, "images_per_second": rate}
-        return found, x[:PICTURED].cpu()
+        return self.scores(seen) | {"endpoint": error, "images_per_second": rate}, x[:PICTURED].cpu()
+
+    def scores(self, features: Tensor) -> dict[str, float]:
+        """Return the quantities of the features of all samples."""
+        return {"frechet": self.frechet(features)["frechet"].value}
 
     def student(
         self, student: Student, steps: tuple[int, ...]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
 from fmm_distill.cli.numbers import GUIDANCE, STEPS, STOCHASTICITY
 from fmm_distill.cli.sections import Sectioned
+
+if TYPE_CHECKING:
+    from fmm_distill.evaluation.result import Evaluation
 
 __all__ = ["evaluate"]
 
@@ -95,14 +98,8 @@ def evaluate(
 
     SOURCE is a run, an exported folder or a Hub id. The recipe's values are the defaults in brackets.
     """
-    changes = {
-        "steps": steps,
-        "stochasticity": stochasticity,
-        "samples": samples,
-        "features": features,
-        "reference": reference,
-        "clip": clip,
-    }
+    changes = {"steps": steps, "stochasticity": stochasticity, "samples": samples, "features": features}
+    changes |= {"reference": reference, "clip": clip}
     changes = {key: value for key, value in changes.items() if value is not None}
     if compare is not None:
         others = (source, against, teacher_steps, also, also_steps, prompts, output, report, guidance)
@@ -119,11 +116,7 @@ def evaluate(
         (bool(also_steps) and not also, "--also-steps needs --also"),
         (bool(teacher_steps) and against == "none", "--teacher-steps needs --against teacher"),
     )
-    import json
-
     from fmm_distill.cli.outputs import check_output, check_report
-    from fmm_distill.evaluation.result import table
-    from fmm_distill.io.files import write_text
     from fmm_distill.run.evaluate import EvaluationRequest, measure_target, open_target
 
     if output is not None:
@@ -133,8 +126,16 @@ def evaluate(
     request = EvaluationRequest(against != "none", also, also_steps or (), teacher_steps, guidance, prompts, changes)
     measured = measure_target(open_target(source, request), request, report)
     # Processes other than the first have no results.
-    if measured is None:
-        return
+    if measured is not None:
+        _write(measured, output, report)
+
+
+def _write(measured: Evaluation, output: Path | None, report: Path | None) -> None:
+    import json
+
+    from fmm_distill.evaluation.result import table
+    from fmm_distill.io.files import write_text
+
     click.echo(table(measured))
     if output is not None:
         write_text(output, json.dumps(measured.to_json(), indent=2) + "\n")

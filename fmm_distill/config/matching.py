@@ -38,7 +38,10 @@ class CriticSettings(Settings):
     """Updates of the critic alone, before the first step of the student."""
     updates: int = Field(default=2, ge=1, le=1000)
     """Updates of the critic before each step of the student."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.0, 0.999))
+    ema: Rate = 0.95
+    """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
+    critic's latest weights follow single batches: on digits the student diverged with them."""
+    optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, betas=(0.0, 0.999))
     """The critic's optimizer and its constant learning rate."""
 
 
@@ -56,6 +59,11 @@ class StopSettings(Settings):
     min_recall: float | None = Field(default=None, gt=0, le=1)
     """Bound of the recall, the coverage of the reference: below it the stage ends; null: none."""
 
+    @property
+    def has_bounds(self) -> bool:
+        """True if a bound can end the stage."""
+        return (self.max_endpoint_error, self.min_recall) != (None, None)
+
 
 class MatchingSettings(Settings):
     """A second stage after training.steps: distribution matching on samples of the student."""
@@ -64,14 +72,18 @@ class MatchingSettings(Settings):
     """Optimizer steps of the student in this stage."""
     loss: AnyMatchingLoss = DistributionMatching()
     """The matching loss and its settings."""
-    fraction: float = Field(default=0.5, gt=0, le=1)
+    fraction: float = Field(default=0.75, gt=0, le=1)
     """Fraction of the batch that is matched; the map's losses have the rest, which preserves the coupling."""
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Factor of the matching loss."""
+    weight: float = Field(default=6.0, gt=0, le=1e6)
+    """Factor of the matching loss, whose gradients are smaller than those of a map's relative errors: with 1 the
+    student hardly moves."""
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-4, betas=(0.0, 0.999))
-    """The student's optimizer in this stage and its constant learning rate."""
+    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
+    """The student's optimizer in this stage and its peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate of the student in this stage: constant, or half a cosine that would reach 0 one step after the
+    last. Student and critic follow each other: at a constant rate the quality at one call swings."""
     ema: Rate = 0.95
     """Largest decay of the moving averages in this stage, which starts from the first average."""
     critic: CriticSettings = CriticSettings()
@@ -91,9 +103,12 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
     Raises:
         ValueError: with what is missing.
     """
-    missing = {"matching, the only other stage": matching, "student.init, since the teacher is no map": student.init}
-    if steps == 0 and (names := [name for name, value in missing.items() if value is None]):
-        raise ValueError(f"training.steps: expected at least 1 without {' and '.join(names)}, got 0")
+    missing = [name for name, value in (("matching", matching), ("student.init", student.init)) if value is None]
+    if steps == 0 and missing:
+        raise ValueError(
+            f"training.steps: expected at least 1 without {' and '.join(missing)}, got 0; with both, the run is "
+            "distribution matching of an earlier student alone"
+        )
 
 
 def check_matching(matching: MatchingSettings, recipe: _Settings) -> None:
@@ -122,8 +137,7 @@ def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> No
     Raises:
         ValueError: if there are no evaluations, or they lack a quantity or a number of steps.
     """
-    stop = matching.stop
-    if stop is None:
+    if (stop := matching.stop) is None:
         return
     if not (matching.evaluate_every or evaluation.every):
         raise ValueError(
@@ -140,6 +154,11 @@ def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> No
                     f"matching.stop: {name}: expected evaluation.features with it, got none; give features, or try "
                     "metric: endpoint_error without min_recall"
                 )
+    if evaluation.stochasticity and (stop.metric == "endpoint_error" or stop.max_endpoint_error is not None):
+        raise ValueError(
+            "matching.stop: expected evaluation.stochasticity 0 with the endpoint error, got "
+            f"{evaluation.stochasticity:g}, with which there is none; try metric: frechet without max_endpoint_error"
+        )
     if stop.calls is not None and stop.calls not in evaluation.steps:
         numbers = ", ".join(map(str, evaluation.steps))
         raise ValueError(f"matching.stop.calls: expected one of evaluation.steps {numbers}, got {stop.calls}")

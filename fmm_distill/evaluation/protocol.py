@@ -31,6 +31,8 @@ __all__ = ["differences", "entries", "protocol_of"]
 _NOT_COMPARED = (
     "ema",
     "ema_chosen",
+    "exported_step",
+    "second_stage",
     "reloaded_difference",
     "seconds_per_image",
     "memory",

@@ -13,6 +13,7 @@ from fmm_distill.export.card_lora import HERE, Location, adapters, unequal_jumps
 from fmm_distill.export.contents import record
 from fmm_distill.export.manifest import read_manifest, write_manifest
 from fmm_distill.export.public import known_paths, public_evaluation, public_manifest
+from fmm_distill.export.second_stage import describe_stage
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys
 
@@ -83,6 +84,7 @@ def card(folder: Path, repo: str | None = None, branch: str | None = None, steps
         *adapters(folder, manifest, location),
         f"## Evaluation\n\n{_numbers(evaluation, (folder / 'steps.png').is_file(), manifest.kind == 'scaled')}",
         f"## Training\n\n{_training(manifest)}",
+        *([] if manifest.second_stage is None else [describe_stage(manifest.second_stage, evaluation)]),
         f"## Limitations\n\n{manifest.limits}",
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n\nThe losses are from {'; '.join(manifest.training['papers'])}.",
     ]
@@ -99,8 +101,15 @@ def _introduction(manifest: StudentManifest) -> str:
     return (
         f"A few-step generator, distilled from {manifest.teacher}{revision} with fmm_distill {manifest.fmm_distill}. "
         "It is a flow map (arXiv 2406.07507): one network that jumps between any two times of its teacher's ODE. The "
-        "number of steps is chosen at each call."
+        f"number of steps is chosen at each call.{_matched(manifest)}"
     )
+
+
+def _matched(manifest: StudentManifest) -> str:
+    stage = manifest.second_stage
+    if stage is None or not stage["steps"]:
+        return ""
+    return f" A second stage of the training ({stage['loss']}) moved the distribution of its samples to the teacher's."
 
 
 def _usage(manifest: StudentManifest, steps: tuple[int, ...], location: Location) -> str:
@@ -137,7 +146,9 @@ def _any_step(manifest: StudentManifest, location: Location) -> str:
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{location.repo or HERE}"{location.revision}, trust_remote_code=True)
 {manifest.any_step_call.replace("{steps}", "3")}
-```"""
+```
+
+The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none)."""
 
 
 def _weights(manifest: StudentManifest, location: Location) -> str:

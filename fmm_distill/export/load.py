@@ -105,6 +105,9 @@ class LoadedStudent:
         noise: Float[Tensor, "batch *event"],
         steps: int | Float[Tensor, " points"] = 4,
         conditions: Sequence[int] | None = None,
+        *,
+        stochasticity: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Float[Tensor, "batch *event"]:
         """Generate samples, or latents of them.
 
@@ -112,13 +115,17 @@ class LoadedStudent:
             noise: N(0, I), shape ``[batch, *event]``.
             steps: the number of jumps, or the decreasing times between which to jump, from ``t_max`` to 0.
             conditions: the numbers of the classes or prompts, one per sample; None: all in turn.
+            stochasticity: the strength of the fresh noise in each step, at least 0; 0: none.
+            generator: of the fresh noise, one or one per sample; None: torch's own.
 
         Raises:
-            UserError: on conditions that the student has not, or times that don't decrease from noise to data.
+            UserError: on conditions that the student has not, times that don't decrease from noise to data, or a
+                stochasticity that is negative or not finite.
         """
         if not isinstance(steps, int):
             self._check_times(steps)
-        return sample(self.flow_map, noise, steps, self.conditioned_on(len(noise), conditions))
+        cond = self.conditioned_on(len(noise), conditions)
+        return sample(self.flow_map, noise, steps, cond, stochasticity=stochasticity, generator=generator)
 
     def _check_times(self, times: Float[Tensor, " points"]) -> None:
         t_max = self.flow_map.t_max

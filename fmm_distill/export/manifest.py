@@ -14,6 +14,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
 from fmm_distill.export.lora_code import lora_code, why_no_lora_code
+from fmm_distill.export.second_stage import check_facts, facts_of
 from fmm_distill.export.strengths import strengths_of
 from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys, read_lines, read_mapping
@@ -57,6 +58,7 @@ _TYPES: dict[str, type | UnionType] = {
     "init_revision": str | None,
     "dataset": str | None,
     "training": dict,
+    "second_stage": dict | None,
     "environment": dict | None,
     "hours": float | None,
 }
@@ -101,6 +103,7 @@ class StudentManifest:
         init_revision: the commit of that student on the Hub; None: it is not from the Hub.
         dataset: the Hub id of the images that it was trained with; None: there is none.
         training: loss, papers, steps, batch size, seed and data of its training.
+        second_stage: the facts of ``second_stage.facts_of``; None: it is a map without a second stage.
         environment: versions and device; None: not recorded.
         hours: duration of the training; None: not recorded.
     """
@@ -130,6 +133,7 @@ class StudentManifest:
     init_revision: str | None
     dataset: str | None
     training: dict[str, Any]
+    second_stage: dict[str, Any] | None
     environment: dict[str, Any] | None
     hours: float | None
 
@@ -154,6 +158,9 @@ def make_manifest(
         run: the run's folder, for hardware and hours.
         trained: the number of training steps; None: all of the recipe.
     """
+    trained = recipe.total_steps if trained is None else trained
+    second = facts_of(recipe, run, trained)
+    matched = second is not None and second["steps"] > 0
     exporter, pipeline = exporter or exporter_of(teacher), teacher.pipeline
     extracted = recipe.export.lora_rank > 0
     lora = extracted or has_lora(student.network) or any(scaled_ranks(student.network).values())
@@ -168,7 +175,7 @@ def make_manifest(
         not_fixed=exporter.not_fixed,
         any_step_call=_example(teacher, any_step=True),
         fixed_call=_example(teacher, any_step=False),
-        limits=_limits(recipe, teacher),
+        limits=_limits(recipe, teacher, matched=matched),
         pipeline=None if pipeline is None else pipeline.class_name,
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
@@ -180,7 +187,8 @@ def make_manifest(
         init=recipe.student.init,
         init_revision=recipe.student.init_revision,
         dataset=_dataset(recipe),
-        training=_training(recipe, trained),
+        training=_training(recipe, trained, matched=matched),
+        second_stage=second,
         environment=_environment(run),
         hours=_hours(run, recipe),
     )
@@ -205,6 +213,7 @@ def read_manifest(folder: Path) -> StudentManifest:
     # Students of earlier development versions lack it, and are loaded all the same.
     found: dict[str, Any] = {
         "started_from": None,
+        "second_stage": None,
         "init": None,
         "init_revision": None,
         "kind": "embedded",
@@ -217,6 +226,8 @@ def read_manifest(folder: Path) -> StudentManifest:
         raise UserError(f"{file} was written by fmm_distill {found.get('fmm_distill')}, without {missing[0]}; {todo}")
     check_keys(str(file), found, _TYPES, todo=todo)
     check_keys(f"{file}: training", found["training"], _TRAINING, todo=todo)
+    if found["second_stage"] is not None:
+        check_facts(f"{file}: second_stage", found["second_stage"], todo)
     if found["not_any_step"] is None:
         check_keys(f"{file}: scheduler", found["scheduler"], {"_class_name": str}, todo=todo)
     if found["guidance"] is not None:
@@ -258,9 +269,18 @@ def _example(teacher: Teacher, *, any_step: bool) -> str:
     return f'samples = pipeline("a prompt", num_inference_steps={{steps}}{keywords})[0]'
 
 
-def _limits(recipe: Recipe, teacher: Teacher) -> str:
-    """Return the sentences of the card on conditions, guidance and the reach of the student."""
+def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
+    """Return the sentences of the card on conditions, guidance and the reach of the student.
+
+    Args:
+        matched: its distribution was matched to the teacher's in a second stage.
+    """
     copies = "It follows its teacher's ODE: it can't generate what the teacher can't."
+    if matched:
+        copies = (
+            "It was trained towards its teacher's distribution: it can't generate what the teacher can't. From one "
+            "noise it may end at another sample than its teacher's ODE."
+        )
     if teacher.conditions is None:
         return f"Unconditional. {copies}"
     scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
@@ -312,16 +332,15 @@ def _dataset(recipe: Recipe) -> str | None:
     return source if named and not Path(source).exists() else None
 
 
-def _training(recipe: Recipe, trained: int | None) -> dict[str, Any]:
-    total = recipe.total_steps
+def _training(recipe: Recipe, trained: int, *, matched: bool) -> dict[str, Any]:
     losses = [*(stage.loss for stage in recipe.stages), recipe.loss, *(term.loss for term in recipe.extra_losses)]
-    papers, second = [loss.paper for loss in losses], ""
-    if recipe.matching is not None:
-        papers, second = [*papers, recipe.matching.loss.paper], f", then {recipe.matching.loss.name}"
+    names, papers = recipe.loss_names, [loss.paper for loss in losses]
+    if matched and recipe.matching is not None:
+        names, papers = f"{names}, then {recipe.matching.loss.name}", [*papers, recipe.matching.loss.paper]
     return {
-        "loss": recipe.loss_names + second,
+        "loss": names,
         "papers": list(dict.fromkeys(papers)),
-        "steps": total if trained is None else trained,
+        "steps": trained,
         "batch_size": recipe.training.batch_size,
         "seed": recipe.training.seed,
         "data": recipe.data.source,

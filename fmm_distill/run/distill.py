@@ -198,8 +198,9 @@ class Distillation:
         monitor = Monitor(average, job.teacher, recipe, job.reference, folder, accelerator)
         with tracked(accelerator, recipe, folder, steps_done(folder)):
             trainer.run(self.given.callbacks, monitor.reached)
+            exported = trainer.load_exported()
             averages = {rate: trainer.full_average(rate) for rate in trainer.averages}
             if accelerator.is_main_process:
                 job.student = cast("Student", trainer.plain.to(accelerator.device))
-                finish(job, averages, folder, accelerator)
+                finish(job, averages, folder, accelerator, exported)
             accelerator.wait_for_everyone()

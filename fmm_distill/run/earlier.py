@@ -243,7 +243,10 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     folder, commit = Path(source).expanduser(), None
     recover(folder)
     if not folder.is_dir() and not source.startswith(("/", ".", "~")):
-        folder = fetch_initial(source, revision)
+        try:
+            folder = fetch_initial(source, revision)
+        except UserError as error:
+            raise UserError(f"student.init {error}") from error
         commit = folder.name
     elif revision is not None:
         raise UserError(f"student.init_revision: expected none for the folder {source}, got {revision}; leave it out")

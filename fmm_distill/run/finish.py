@@ -25,7 +25,9 @@ from fmm_distill.export.place import check_replaceable, replacing
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import write_student
 from fmm_distill.io.files import write_text, writing
+from fmm_distill.run.folder import steps_done
 from fmm_distill.run.plan import Plan
+from fmm_distill.training.early_stopping import describe_end, judge_run
 from fmm_distill.training.trackers import log_picture, log_rows
 
 if TYPE_CHECKING:
@@ -61,8 +63,13 @@ def finish(
     averages: Mapping[float, LearnedFlowMap],
     folder: Path,
     accelerator: Accelerator,
+    exported: int,
 ) -> None:
-    """Evaluate the averages and export the best, whose weights the student has afterwards."""
+    """Evaluate the averages and export the best, whose weights the student has afterwards.
+
+    Args:
+        exported: the number of training steps of the averages.
+    """
     student = folder / "student"
     # Before an evaluation that may take hours.
     check_replaceable(student)
@@ -76,14 +83,19 @@ def finish(
     job.student.load_state_dict(averages[rate].state_dict())
     job.student.eval()
     _draw(job, evaluation, folder, device)
-    trained = Trained(folder, job.recipe.total_steps, evaluation)
+    verdict = judge_run(job.recipe, folder)
+    if verdict is not None:
+        evaluation.protocol |= {"exported_step": exported, "second_stage": describe_end(job.recipe, verdict)}
+    trained = Trained(folder, exported, evaluation)
     logger.info("exporting")
     agreements = export_student(job, student, job.recipe.export.steps, trained, wait=True)
     evaluation.protocol["reloaded_difference"] = max(one.difference for one in agreements.values())
     # After the export: this file marks the run as finished.
     write_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
-    log_rows(accelerator, evaluation.to_json()["rows"], trained.steps)
-    log_picture(accelerator, folder / "samples.png", trained.steps)
+    # Trackers accept no step before the last one.
+    done = steps_done(folder)
+    log_rows(accelerator, evaluation.to_json()["rows"], done)
+    log_picture(accelerator, folder / "samples.png", done)
     logger.info(table(evaluation))
     logger.info(f"reloaded with stock diffusers: {summary(agreements)}")
     logger.info(how_to_load(folder, job.recipe))

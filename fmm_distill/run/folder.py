@@ -37,6 +37,7 @@ __all__ = [
     "read_evaluation",
     "read_recipe",
     "steps_done",
+    "steps_exported",
     "store_commits",
     "store_inputs",
     "stored_prompts",
@@ -54,7 +55,7 @@ _FREE = (
     "training.max_non_finite_steps",
     "matching.steps",
 )
-_FREE_GROUPS = ("evaluation.", "export.", "logging.")
+_FREE_GROUPS = ("evaluation.", "export.", "logging.", "matching.stop", "matching.evaluate_every")
 # Paths that may change if the files have the same content.
 _INPUTS = ("teacher", "guidance.weaker", "data.source", "student.init")
 # Sources of prompts; check_prompts compares the prompts themselves.
@@ -125,6 +126,13 @@ def steps_done(folder: Path) -> int:
     """Return the step of a run's newest checkpoint; 0 if there is none."""
     newest = checkpoint.newest(folder / "checkpoints")
     return (None if newest is None else checkpoint.step_of(newest)) or 0
+
+
+def steps_exported(folder: Path) -> int:
+    """Return the step of the checkpoint that a run exports: the newest, or the one that early stopping chose."""
+    measured = read_evaluation(folder)
+    chosen = None if measured is None else measured.protocol.get("exported_step")
+    return steps_done(folder) if chosen is None else int(chosen)
 
 
 def take_changes(folder: Path, recipe: Recipe) -> None:

@@ -210,8 +210,9 @@ def open_student(
     """Make the student of a recipe, with its adapters, and return it with the teacher that shares them.
 
     Args:
-        earlier: the student whose weights it starts with; None: it starts as its teacher.
+        earlier: the student whose weights it starts with; None: it is read, where the recipe has one.
     """
+    earlier = earlier or read_earlier(recipe)
     original, scaled = teacher, _scaled_weights(recipe, teacher, given, earlier)
     prediction, seed = recipe.student.prediction, recipe.training.seed
     student = Student.from_teacher(teacher, prediction, network=given.student, scaled=scaled, seed=seed)
@@ -296,11 +297,6 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
         images = load_images(settings.reference, image_shape(teacher))
     elif images is None and settings.features == "digits":
         images = load_images(DataSettings(source="builtin:digits"), teacher.event_shape)
-    if images is None and settings.stochasticity:
-        raise UserError(
-            "evaluation.stochasticity: expected images to compare with, as samples with fresh noise have no endpoint "
-            "error, got none; set evaluation.reference, or leave it out"
-        )
     if images is not None and settings.features != "none" and len(images) < _FEWEST:
         raise UserError(f"{images.source}: expected at least {_FEWEST} images to compare with, got {len(images)}")
     return images

@@ -19,7 +19,7 @@ from fmm_distill.run.folder import (
     check_images,
     pinned,
     read_evaluation,
-    steps_done,
+    steps_exported,
     stored_prompts,
     stored_recipe,
 )
@@ -32,6 +32,7 @@ from fmm_distill.training.ema import load_trained
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fmm_distill.evaluation.result import Evaluation
     from fmm_distill.export.agreement import Agreement
 
 
@@ -47,7 +48,8 @@ def open_run(
 ) -> Plan:
     """Open the teacher of a run, and its averaged student at the newest checkpoint.
 
-    The average is the one that the run's evaluation chose or, without an evaluation, the first of ``training.ema``.
+    The average is the one that the run's evaluation chose or, without an evaluation, the first of ``training.ema``. A
+    finished run with early stopping is opened at the step that it exported.
 
     Args:
         guidance: scale of guidance that replaces the recipe's, for a run with ``guidance.range``.
@@ -62,15 +64,12 @@ def open_run(
     recipe = at_guidance(with_evaluation(stored_recipe(folder), evaluation, str(folder)), guidance)
     recipe = given.name_in(recipe)
     # Before the teacher is opened, which can take minutes.
-    found = checkpoint.newest_complete(folder / "checkpoints")
-    if found is None:
-        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to continue it")
-    path, stored = found
+    measured = read_evaluation(folder)
+    path, stored = _exported(folder, measured)
     check_files(folder, recipe)
     job = plan(pinned(recipe, folder), stored_prompts(folder), given)
     check_images(folder, job.images)
     check_given(folder, recipe, job.teacher)
-    measured = read_evaluation(folder)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]
     average = stored.tensors.get(checkpoint.average_name(rate), {})
     try:
@@ -83,6 +82,17 @@ def open_run(
             "version of fmm_distill; distill again into another --output"
         ) from error
     return job
+
+
+def _exported(folder: Path, measured: Evaluation | None) -> tuple[Path, checkpoint.Checkpoint]:
+    """Return the checkpoint that a run exports: the one that early stopping chose, or the newest."""
+    step = None if measured is None else measured.protocol.get("exported_step")
+    if step is not None:
+        return checkpoint.load_step(folder / "checkpoints", step)
+    found = checkpoint.newest_complete(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint yet; run the same distillation command to continue it")
+    return found
 
 
 @own_state()
@@ -114,7 +124,7 @@ def draw_run(
 def export_run(
     folder: Path | str, target: Path | str, steps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> dict[str, Agreement]:
-    """Export a run's averaged student at its newest checkpoint as pipelines.
+    """Export a run's averaged student as pipelines, at the newest checkpoint or the one that early stopping chose.
 
     Args:
         steps: numbers of steps that get a pipeline each; None: the recipe's.
@@ -133,4 +143,4 @@ def export_run(
     folded = job.recipe.export.steps if steps is None else steps
     # The run's evaluation describes the recipe's scale of guidance alone.
     evaluation = None if guidance is not None else read_evaluation(folder)
-    return export_student(job, target, folded, Trained(folder, steps_done(folder), evaluation))
+    return export_student(job, target, folded, Trained(folder, steps_exported(folder), evaluation))

@@ -11,15 +11,21 @@ from fmm_distill.io.files import writing
 from fmm_distill.io.reading import BrokenFileError, check_keys, read_lines, read_mapping
 from fmm_distill.run.marker import require_run
 from fmm_distill.training import checkpoint
+from fmm_distill.training.early_stopping import judge, quantity_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+    from types import UnionType
+
+    from fmm_distill.training.early_stopping import Verdict
 
 __all__ = ["RunFiles", "describe", "plot", "read_run"]
 
 # Steps of the running mean of the loss and of the rate.
 WINDOW = 100
+# Steps of the mean of the critic's errors, which change fast at the start of its warm-up.
+_HEALTH = 20
 _CUT = "remove this line and those after it, and the run continues from its newest checkpoint"
 _STEP = {"step": int, "phase": str, "loss": float | None, "images_per_second": float}
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -48,11 +54,36 @@ class RunFiles:
     logged: float | None = None
 
     @property
+    def map_steps(self) -> int:
+        """The number of steps before a second stage, regression steps included."""
+        return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"])
+
+    @property
+    def matching(self) -> Mapping[str, Any] | None:
+        """The settings of the second stage; None: there is none."""
+        # Recipes of earlier versions have no such key.
+        return self.recipe.get("matching")
+
+    @property
+    def first(self) -> int:
+        """The first step of the student in the second stage."""
+        return self.map_steps + (0 if self.matching is None else int(self.matching["critic"]["warmup_steps"]))
+
+    @property
     def total(self) -> int:
-        """The number of steps of the run, of the regression and of the second stage included."""
-        matching = self.recipe.get("matching")
-        second = 0 if matching is None else matching["critic"]["warmup_steps"] + matching["steps"]
-        return int(self.recipe["student"]["regression_steps"]) + int(self.recipe["training"]["steps"]) + int(second)
+        """The number of steps of the run, those of the critic alone included."""
+        return self.first + (0 if self.matching is None else int(self.matching["steps"]))
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The judgment of the evaluations of the second stage; None without early stopping."""
+        rule = None if self.matching is None else self.matching.get("stop")
+        if rule is None:
+            return None
+        settings = {key: value for key, value in self.recipe["evaluation"].items() if key != "every"}
+        return judge(
+            [one for one in self.evaluations if one["step"] >= self.map_steps and one.get("settings") == settings], rule
+        )
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -85,17 +116,29 @@ def _recipe(written: Path) -> dict[str, Any]:
         ("loss", {"name": str}),
     ):
         check_keys(f"{written}: {group}", found[group], keys, todo=todo)
-    if found.get("matching") is not None:
-        check_keys(f"{written}: matching", found, {"matching": dict}, todo=todo)
-        check_keys(f"{written}: matching", found["matching"], {"steps": int, "critic": dict}, todo=todo)
-        check_keys(f"{written}: matching.critic", found["matching"]["critic"], {"warmup_steps": int}, todo=todo)
     for group in ("extra_losses", "stages"):
         for index, term in enumerate(found[group]):
             where = f"{written}: {group}: item {index}"
             check_keys(where, {"item": term}, {"item": dict}, todo=todo)
             check_keys(where, term, {"loss": dict}, todo=todo)
             check_keys(f"{where}: loss", term["loss"], {"name": str}, todo=todo)
+    if found.get("matching") is not None:
+        _check_matching(f"{written}: matching", found, todo)
     return found
+
+
+def _check_matching(where: str, found: Mapping[str, Any], todo: str) -> None:
+    check_keys(where, found, {"matching": dict}, todo=todo)
+    matching = found["matching"]
+    check_keys(where, matching, {"steps": int, "loss": dict, "critic": dict}, todo=todo)
+    check_keys(f"{where}.loss", matching["loss"], {"name": str}, todo=todo)
+    check_keys(f"{where}.critic", matching["critic"], {"warmup_steps": int}, todo=todo)
+    if (rule := matching.get("stop")) is not None:
+        number = float | None
+        keys: dict[str, type | UnionType] = {"metric": str, "calls": int | None, "patience": int | None}
+        keys |= {"max_endpoint_error": number, "min_recall": number}
+        check_keys(where, {"stop": rule}, {"stop": dict}, todo=todo)
+        check_keys(f"{where}.stop", rule, keys, todo=todo)
 
 
 def _final(written: Path) -> dict[str, Any] | None:
@@ -119,11 +162,14 @@ def describe(run: RunFiles, now: float | None = None) -> str:
     now = time.time() if now is None else now
     recipe = run.recipe
     last = " and ".join([recipe["loss"]["name"], *(term["loss"]["name"] for term in recipe["extra_losses"])])
-    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["stages"]), last])
+    matched = [] if run.matching is None else [run.matching["loss"]["name"]]
+    losses = ", then ".join([*(stage["loss"]["name"] for stage in recipe["stages"]), last, *matched])
     lines = {"teacher": str(recipe["teacher"]), "losses": losses} | _progress(run, now)
     lines["checkpoint"] = _newest(run, now)
     lines["skipped"] = _skipped_steps(run)
     lines["evaluated"] = _evaluated(run)
+    if (verdict := run.verdict) is not None and run.matching is not None:
+        lines["best"] = _best(run, verdict, run.matching["stop"])
     lines["size"] = _size(run.folder)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
@@ -135,12 +181,20 @@ def _progress(run: RunFiles, now: float) -> dict[str, str]:
     last, done = run.records[-1], run.records[-1]["step"] + 1
     percent = 100 * done / run.total
     ago = _duration(now - (run.logged or now))
-    when = f", logged {ago} ago" if done < run.total else ""
-    lines = {"step": f"{done:,} of {run.total:,} ({percent:.1f} %{when})", "phase": str(last["phase"])}
-    lines["loss"] = _loss(run.records)
-    seconds = _seconds_per_step(run)
+    verdict = run.verdict
+    stopped = verdict is not None and verdict.reason is not None and verdict.last == done
+    ended = run.final is not None or done == run.total or stopped
+    when = "" if ended else f", logged {ago} ago"
+    lines = {"step": f"{done:,} of {run.total:,} ({percent:.1f} %{when})", "phase": _phase(run, done)}
+    # Each phase has a loss and a rate of its own.
+    count = next((i for i, one in enumerate(reversed(run.records)) if one["phase"] != last["phase"]), len(run.records))
+    phase = run.records[-count:]
+    lines["loss"] = _loss(phase)
+    if "teacher_loss" in last:
+        lines["critic"] = _critic(phase)
+    seconds = _seconds_per_step(run.recipe["training"]["batch_size"], phase)
     lines["rate"] = f"{run.recipe['training']['batch_size'] / seconds:,.1f} images per second, {seconds:.3g} s per step"
-    if done < run.total:
+    if not ended:
         lines["time left"] = f"{_duration((run.total - done) * seconds)} at that rate"
     return lines
 
@@ -152,11 +206,48 @@ def _loss(records: Sequence[Mapping[str, Any]]) -> str:
     text = f"{now:.4g} (mean of the last {min(WINDOW, len(records))} steps"
     if before is None:
         return text + ")"
-    phases = {record["phase"] for record in records[-2 * WINDOW :]}
-    mixed = "; not comparable: two phases" if len(phases) > 1 else ""
     change = f", {100 * (now / before - 1):+.1f} %" if before > 0 else ""
     count = len(records[-2 * WINDOW : -WINDOW])
-    return f"{text}; of the previous {count}: {before:.4g}{change}{mixed})"
+    return f"{text}; of the previous {count}: {before:.4g}{change})"
+
+
+def _phase(run: RunFiles, done: int) -> str:
+    name = str(run.records[-1]["phase"])
+    if run.matching is None or done <= run.map_steps:
+        return name
+    if done <= run.first:
+        return f"{name}, {done - run.map_steps:,} of {run.first - run.map_steps:,} (its warm-up; the student waits)"
+    return f"{name}, {done - run.first:,} of {run.matching['steps']:,}"
+
+
+def _critic(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the errors of critic and teacher on generated samples: a critic that is ready has the lower one."""
+    shown = records[-_HEALTH:]
+    # In the critic's own phase its loss is this error.
+    errors = [
+        [one[key] for one in shown if one[key] is not None]
+        for key in ("critic_loss" if "critic_loss" in shown[-1] else "loss", "teacher_loss")
+    ]
+    if not all(errors):
+        return f"not finite in the last {len(shown)} steps"
+    critic, teacher = (sum(values) / len(values) for values in errors)
+    judgment = "ready" if critic <= teacher else "behind the teacher: its gradient is not to be trusted yet"
+    return f"{judgment} (error {critic:.4g} on samples, of the teacher {teacher:.4g}; mean of {len(shown)} steps)"
+
+
+def _best(run: RunFiles, verdict: Verdict, rule: Mapping[str, Any]) -> str:
+    where = "its map" if verdict.step <= run.map_steps else f"step {verdict.step - run.first:,} of the student"
+    text = f"{quantity_of(rule)} {verdict.value:.4g} after {where}"
+    if verdict.reason is not None:
+        return f"{text}; ended after step {max(0, verdict.last - run.first):,}: {verdict.reason}"
+    count = (
+        "no evaluation"
+        if not verdict.since
+        else "1 evaluation"
+        if verdict.since == 1
+        else f"{verdict.since} evaluations"
+    )
+    return f"{text}; {count} since"
 
 
 def _mean_loss(records: Sequence[Mapping[str, Any]]) -> float | None:
@@ -164,8 +255,8 @@ def _mean_loss(records: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _seconds_per_step(run: RunFiles) -> float:
-    batch, records = run.recipe["training"]["batch_size"], run.records[-WINDOW:]
+def _seconds_per_step(batch: int, phase: Sequence[Mapping[str, Any]]) -> float:
+    records = phase[-WINDOW:]
     return float(sum(batch / record["images_per_second"] for record in records) / len(records))
 
 
@@ -224,10 +315,27 @@ def plot(run: RunFiles, picture: Path) -> None:
     Raises:
         UserError: if the file can't be written.
     """
-    from fmm_distill.run.curves import plot_curves
+    from fmm_distill.run.curves import StageSteps, plot_curves
 
-    evaluations = list(run.evaluations)
-    if run.final is not None:
-        evaluations.append({"step": run.total, "rows": run.final["rows"]})
+    stage, verdict = None, run.verdict
+    if run.matching is not None:
+        ended = run.final is not None or (verdict is not None and verdict.reason is not None)
+        best = None if verdict is None else verdict.step
+        stage = StageSteps(run.map_steps, run.first, run.matching["steps"], run.matching["loss"]["name"], best, ended)
     with writing(picture):
-        plot_curves(run.records, evaluations, run.total, picture)
+        plot_curves(run.records, _plotted(run), run.total, picture, stage)
+
+
+def _plotted(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the evaluations during training and, if they do not end with it, the state of the final one."""
+    found = list(run.evaluations)
+    # With early stopping the exported state was evaluated during training.
+    if run.final is None or run.verdict is not None:
+        return found
+    rows = run.final["rows"]
+    counts = {one["protocol"].get("precision_recall") for one in found if isinstance(one.get("protocol"), dict)}
+    protocol = run.final.get("protocol")
+    if counts and isinstance(protocol, dict) and protocol.get("precision_recall") not in counts:
+        # Fractions of more samples, and of smaller balls around them, are not comparable.
+        rows = [row | {"precision": None, "recall": None} for row in rows]
+    return [*found, {"step": run.total, "rows": rows}]

@@ -19,6 +19,8 @@ from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "average_name",
     "complete",
     "load",
+    "load_step",
     "newest",
     "newest_complete",
     "newest_state",
@@ -81,8 +84,8 @@ def average_name(rate: float) -> str:
     return f"ema-{rate:g}"
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest ``keep``.
+def save(folder: Path, checkpoint: Checkpoint, keep: int, retained: Collection[int] = ()) -> Path:
+    """Write a checkpoint, then remove all but the newest ``keep`` and those of the ``retained`` steps.
 
     The folder gets its name when all of its files are on disk; a partial one is removed. An older checkpoint of the
     same step is readable until then.
@@ -105,7 +108,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         # Last: there is always at least one complete checkpoint.
         for old in complete(folder)[:-keep]:
-            _remove(old)
+            if step_of(old) not in retained:
+                _remove(old)
     return target
 
 
@@ -258,6 +262,18 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(step, tensors, read_mapping(path / _STATE, todo="it is damaged"))
     except (OSError, SafetensorError, BrokenFileError) as error:
         raise DamagedCheckpointError(f"checkpoint {path} can't be read ({error})") from error
+
+
+def load_step(folder: Path, step: int) -> tuple[Path, Checkpoint]:
+    """Load the checkpoint of a number of steps, and return it with its folder.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    for path in complete(folder):
+        if step_of(path) == step:
+            return path, load(path)
+    raise UserError(f"{folder}: expected the checkpoint of step {step}, which the evaluations chose, got none there")
 
 
 def _damaged(path: Path, name: str, what: str) -> DamagedCheckpointError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from fmm_distill.training.compile import network_of
 from fmm_distill.training.ema import load_trained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.teachers.base import Distillable, Teacher
 
-__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic", "frozen", "reset_critic"]
+__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic", "reset_critic"]
 
 # A convolution whose kernel has one element, by the number of dimensions of its input.
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -46,6 +46,11 @@ class Critic(nn.Module):
     def __init__(self, network: nn.Module, parametrization: Parametrization) -> None:
         super().__init__()
         self.network, self.parametrization = network, parametrization
+
+    @property
+    def called(self) -> nn.Module:
+        """The module whose network the velocity is computed with."""
+        return self
 
     @property
     def own_network(self) -> nn.Module | None:
@@ -67,6 +72,11 @@ class DiagonalCritic(nn.Module):
     def __init__(self, student: LearnedFlowMap) -> None:
         super().__init__()
         self.flow_map = copy.deepcopy(student).requires_grad_()
+
+    @property
+    def called(self) -> nn.Module:
+        """The module whose network the velocity is computed with."""
+        return self.flow_map
 
     @property
     def own_network(self) -> nn.Module:
@@ -110,6 +120,14 @@ class AdaptedNetwork(nn.Module):
         for first, second in zip(self.first, self.second, strict=True):
             first.copy_(torch.randn(first.shape, generator=generator) / first[0].numel() ** 0.5)
             second.zero_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy with adapters of its own on the same network."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        # A module's dictionaries are shared by its shallow copy.
+        other._modules = {name: copy.deepcopy(module, memo) for name, module in self._modules.items()}
+        return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network with the adapters."""
@@ -172,19 +190,3 @@ def reset_critic(critic: Critic | DiagonalCritic, student: LearnedFlowMap, teach
         # The network that the teacher shares with a scaled student has the changes of the weights too.
         own = {name: weights[name] for name in critic.network.state_dict()}
         load_trained(critic.network, critic.network, own)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Compute no gradients of a module's parameters, while those of its inputs pass through.
-
-    The backward pass is in the block too: blocks that are computed again would have gradients then.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

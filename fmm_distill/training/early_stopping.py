@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
     from fmm_distill.config.recipe import Recipe
 
-__all__ = ["Verdict", "evaluation_settings", "is_evaluated", "judge", "judge_run", "judged", "quantity_of", "value_of"]
+__all__ = [
+    "Verdict",
+    "describe_end",
+    "evaluation_settings",
+    "evaluations_of_stage",
+    "is_evaluated",
+    "judge",
+    "judge_run",
+    "judged",
+    "quantity_of",
+    "value_of",
+]
 
 _NAMES = {"frechet": "Fréchet distance", "recall": "recall", "endpoint_error": "endpoint error"}
 _KEYS = {"step": int, "rows": list, "settings": dict}
@@ -79,11 +90,19 @@ def judge_run(recipe: Recipe, folder: Path) -> Verdict | None:
     """
     if recipe.matching is None or recipe.matching.stop is None:
         return None
+    return judge(evaluations_of_stage(recipe, folder), recipe.matching.stop.model_dump())
+
+
+def evaluations_of_stage(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``evaluations.jsonl`` of the second stage, the map's first.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     log, settings = folder / "evaluations.jsonl", evaluation_settings(recipe)
     lines = read_lines(log, _KEYS, todo=f"remove the lines from there on of {log.name}, and run it again")
     # Values of other settings, from before a change of the recipe, are not comparable.
-    lines = [line for line in lines if line["step"] >= recipe.map_steps and line["settings"] == settings]
-    return judge(lines, recipe.matching.stop.model_dump())
+    return [line for line in lines if line["step"] >= recipe.map_steps and line["settings"] == settings]
 
 
 def judge(lines: Sequence[Mapping[str, Any]], rule: Mapping[str, Any]) -> Verdict | None:
@@ -108,6 +127,21 @@ def judge(lines: Sequence[Mapping[str, Any]], rule: Mapping[str, Any]) -> Verdic
             count = "1 evaluation" if since == 1 else f"{since} evaluations"
             reason = f"the {quantity_of(rule)} had not improved for {count}"
     return Verdict(best, -best_value if rule["metric"] == "recall" else best_value, since, last, reason)
+
+
+def describe_end(recipe: Recipe, verdict: Verdict) -> str:
+    """Return a sentence without its subject, the second stage: how long it was, why it ended, and what is exported."""
+    matching = recipe.matching
+    if matching is None or matching.stop is None:
+        return "has no early stopping"
+    first = recipe.map_steps + matching.critic.warmup_steps
+    last, best = (max(0, step - first) for step in (verdict.last, verdict.step))
+    rule = matching.stop.model_dump()
+    ended = "had all its" if verdict.reason is None else f"ended after {last} of its"
+    why = "" if verdict.reason is None else f": {verdict.reason} (early stopping)"
+    which = "the map before it" if verdict.step <= recipe.map_steps else f"the average after {best} steps"
+    within = " within the bounds" if matching.stop.has_bounds else ""
+    return f"{ended} {matching.steps} steps{why}; exported is {which}, with the best {quantity_of(rule)}{within}"
 
 
 def quantity_of(rule: Mapping[str, Any], metric: str | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -25,7 +25,6 @@ from fmm_distill.losses.base import DerivativeLoss, Jump, squared_norm
 from fmm_distill.losses.time_sampling import sample_diagonal_times, sample_times
 from fmm_distill.losses.weighting import LearnedWeight, measure, weigh
 from fmm_distill.training.compile import network_of
-from fmm_distill.training.critic import frozen
 from fmm_distill.training.matching import Matching, noised_samples
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class Objective(nn.Module):
             ``Loss.target_network``.
         lockstep: call the networks equally often in every process, whatever its samples need. Networks that are split
             over the processes are gathered at each call.
-        critic: the velocity of the student's samples, for the second stage; None: there is none.
+        critic: the moving average of the critic, for the second stage; None: there is none.
     """
 
     def __init__(
@@ -137,15 +136,6 @@ class Objective(nn.Module):
     def sample(self, draws: Draws, generator: torch.Generator) -> NoisedSamples:
         """Return samples of the student with fresh noise; under FSDP the call gathers its weights, as ``forward``."""
         return noised_samples(self.student, self.fixed.teacher, self.recipe, draws, generator)
-
-    @contextmanager
-    def fixed_critic(self) -> Iterator[None]:
-        """Compute no gradients of the critic's weights, in the loss and in its backward pass.
-
-        Those of weights that are split over processes can't be switched off; the critic's next update drops them.
-        """
-        with nullcontext() if self.matching is None or self.lockstep else frozen(self.matching.critic):
-            yield
 
     def _second_stage(self, draws: Draws, data: Batch | None, step: int) -> StepLosses:
         """Match some of the samples, and train the map on the others."""

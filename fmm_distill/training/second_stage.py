@@ -13,17 +13,19 @@ from fmm_distill.training.fsdp import autocast, clip_gradients, is_sharded, wrap
 from fmm_distill.training.matching import CriticHealth, CriticObjective, critic_draws
 from fmm_distill.training.nonfinite import finite_or_none, forget_gradients, is_overflow
 from fmm_distill.training.optimizer import build_optimizer
-from fmm_distill.training.train_state import OptimizerState
+from fmm_distill.training.train_state import CriticState, OptimizerState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
+    from torch.optim.swa_utils import AveragedModel
 
     from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
     from fmm_distill.data.samples import Samples
     from fmm_distill.losses.distribution_matching import NoisedSamples
+    from fmm_distill.training.critic import Critic, DiagonalCritic
     from fmm_distill.training.objective import Objective
     from fmm_distill.training.train_state import TrainState
 
@@ -59,8 +61,9 @@ class SecondStage:
     """The critic with its optimizer, and the optimizer of the student's matching.
 
     Args:
-        objective: the student's, not yet distributed, with the critic on the device.
+        objective: the student's, not yet distributed, with the critic's average on the device.
         trained: its parameters that are trained.
+        critics: the critic and its moving average, on the device.
         images: data that the critic may learn from.
     """
 
@@ -68,12 +71,13 @@ class SecondStage:
         self,
         objective: Objective,
         trained: list[nn.Parameter],
+        critics: tuple[Critic | DiagonalCritic, AveragedModel],
         recipe: Recipe,
         images: Samples | None,
         accelerator: Accelerator,
     ) -> None:
-        matching = cast("Any", objective.matching)
-        self.critic, self.teacher, self.student = matching.critic, objective.fixed.teacher, objective.student
+        self.critic, self.average = critics
+        self.teacher, self.student = objective.fixed.teacher, objective.student
         self.recipe, self.accelerator = recipe, accelerator
         self.settings = cast("MatchingSettings", recipe.matching)
         self.images = images if self.settings.loss.needs_data else None
@@ -91,16 +95,16 @@ class SecondStage:
         self.distributed: Any
         self.optimizer: Any
         if is_sharded(accelerator):
-            # The student's loss calls the critic too, which has to gather its own weights.
             self.distributed, self.optimizer = wrap(accelerator, self.critic, [built], method="velocity")
         else:
             self.objective, self.optimizer = wrap(accelerator, own, [built])
             self.distributed = self.objective
-        self.state = OptimizerState(built, list(self.critic.parameters()), defaults)
+        optimizer = OptimizerState(built, list(self.critic.parameters()), defaults)
+        self.state = CriticState(self.critic, self.average, optimizer)
         # The student's own, built before accelerate replaces the parameters of a split student.
         self.of_student = build_optimizer(trained, self.settings.optimizer)
         self._defaults = [dict(group) for group in self.of_student.param_groups]
-        self.health = CriticHealth()
+        self.health = CriticHealth(comparable=self.settings.loss.real is None)
 
     def joined(self, state: TrainState, parameters: list[nn.Parameter]) -> TrainState:
         """Return the state of training in this stage.
@@ -110,7 +114,7 @@ class SecondStage:
             parameters: those of the student's objective, as accelerate distributes them.
         """
         optimizer = OptimizerState(self.of_student, parameters, self._defaults)
-        return replace(state, optimizer=optimizer, critic=self.critic, critic_optimizer=self.state)
+        return replace(state, optimizer=optimizer, critic=self.state)
 
     def start(self) -> None:
         """Start anew, also after a return to a checkpoint of the first stage.
@@ -118,15 +122,26 @@ class SecondStage:
         The critic has the teacher's weights, or those of the student's diagonal, and the optimizers have no state.
         """
         reset_critic(self.critic, self.student, self.teacher, seed=self.recipe.training.seed)
-        for optimizer, defaults in ((self.state.optimizer, self.state.defaults), (self.of_student, self._defaults)):
+        # The next update of the average is a copy.
+        self.average.n_averaged.zero_()
+        own = self.state.optimizer
+        for optimizer, defaults in ((own.optimizer, own.defaults), (self.of_student, self._defaults)):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, defaults, strict=True):
                 group |= {key: value for key, value in values.items() if key != "params"}
-        self.health = CriticHealth()
+        self.health = CriticHealth(comparable=self.settings.loss.real is None)
 
     def is_warmup(self, step: int) -> bool:
         """Return whether the critic is trained alone in a step."""
         return step < self.recipe.map_steps + self.settings.critic.warmup_steps
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the student at a step: constant, or half a cosine."""
+        settings = self.settings
+        if settings.lr_schedule == "constant":
+            return settings.optimizer.lr
+        done = step - self.recipe.map_steps - settings.critic.warmup_steps
+        return settings.optimizer.lr * (0.5 + 0.5 * math.cos(math.pi * done / settings.steps))
 
     def update(self, step: int, lr_scale: float) -> CriticUpdate:
         """Take the critic's updates of a step; the teacher is evaluated in a step without the student."""
@@ -147,8 +162,6 @@ class SecondStage:
         size = training.batch_size // (accelerator.num_processes * parts)
         draws = critic_draws(self.recipe, step, update, self.teacher.event_shape)
         errors, norm = torch.zeros(2, device=accelerator.device), torch.zeros((), device=accelerator.device)
-        # The student's loss may have left gradients of a split critic behind.
-        self.optimizer.zero_grad()
         for part in range(accelerator.process_index * parts, (accelerator.process_index + 1) * parts):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             data = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
@@ -167,6 +180,7 @@ class SecondStage:
         if finite:
             # A gradient scaler finds its scale by infinite gradients, and skips those steps itself.
             self.optimizer.step()
+            self.average.update_parameters(self.critic)
         else:
             forget_gradients(accelerator.scaler)
         self.optimizer.zero_grad()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["OptimizerState", "TrainState", "check_same_optimizer"]
+__all__ = ["CriticState", "OptimizerState", "TrainState", "check_same_optimizer"]
 
 # Types that JSON holds exactly: a float is written with all its digits.
 PLAIN = (bool, int, float, str, list, tuple, type(None))
@@ -133,6 +133,37 @@ def _like(value: Any, there: Any) -> Any:  # noqa: ANN401 a value of a parameter
     return tuple(value) if isinstance(there, tuple) else value
 
 
+def _average_state(average: AveragedModel, network: nn.Module) -> dict[str, Tensor]:
+    return trained_state(network, average.module) | {"n_averaged": average.n_averaged}
+
+
+def _load_average(average: AveragedModel, network: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    state = dict(stored)
+    average.n_averaged.copy_(state.pop("n_averaged"))
+    load_trained(average.module, network, state)
+
+
+@dataclass(frozen=True)
+class CriticState:
+    """The critic of a second stage, its moving average and the state of its optimizer."""
+
+    network: nn.Module
+    average: AveragedModel
+    optimizer: OptimizerState
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of a checkpoint: file stem to named tensors."""
+        average = _average_state(self.average, self.network)
+        optimizer = self.optimizer.tensors()
+        return {"critic": trained_state(self.network), "critic_average": average, "critic_optimizer": optimizer}
+
+    def load(self, stored: checkpoint.Checkpoint) -> None:
+        """Restore all from a checkpoint."""
+        load_trained(self.network, self.network, stored.tensors["critic"])
+        _load_average(self.average, self.network, stored.tensors["critic_average"])
+        self.optimizer.load(stored.tensors["critic_optimizer"], stored.state["critic_optimizer"])
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes.
@@ -143,8 +174,7 @@ class TrainState:
         weight: the learned weight of the loss; None: it is not learned.
         optimizer: the optimizer's state.
         scaler: the gradient scaler of fp16; None: in other precisions.
-        critic: the critic of a second stage; None: there is none.
-        critic_optimizer: the state of its optimizer.
+        critic: the critic of a second stage, its average and its optimizer; None: there is none.
     """
 
     student: nn.Module
@@ -153,8 +183,7 @@ class TrainState:
     weight: nn.Module | None
     optimizer: OptimizerState
     scaler: torch.amp.GradScaler | None
-    critic: nn.Module | None = None
-    critic_optimizer: OptimizerState | None = None
+    critic: CriticState | None = None
 
     def tensors(self, *, main: bool) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint: file stem to named tensors. Every process has to call it.
@@ -164,36 +193,32 @@ class TrainState:
         """
         tensors = {"student": trained_state(self.student), "optimizer": self.optimizer.tensors()}
         for rate, average in self.averages.items():
-            updates = {"n_averaged": average.n_averaged}
-            tensors[checkpoint.average_name(rate)] = trained_state(self.student, average.module) | updates
+            tensors[checkpoint.average_name(rate)] = _average_state(average, self.student)
         if self.frozen is not None:
             tensors["frozen"] = trained_state(self.student, self.frozen)
         if self.weight is not None:
             tensors["weight"] = dict(self.weight.state_dict())
-        if self.critic is not None and self.critic_optimizer is not None:
-            tensors |= {"critic": trained_state(self.critic), "critic_optimizer": self.critic_optimizer.tensors()}
+        if self.critic is not None:
+            tensors |= self.critic.tensors()
         return {stem: full_state(named, main=main) for stem, named in tensors.items()}
 
     def plain(self) -> dict[str, Any]:
         """Return what is not a tensor, as JSON holds it."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        critic = {} if self.critic_optimizer is None else {"critic_optimizer": self.critic_optimizer.plain()}
+        critic = {} if self.critic is None else {"critic_optimizer": self.critic.optimizer.plain()}
         return {"scaler": scaler, "optimizer": self.optimizer.plain()} | critic
 
     def load(self, stored: checkpoint.Checkpoint) -> None:
         """Restore the student, its averages, the target network, the optimizer and the scaler from a checkpoint."""
         load_trained(self.student, self.student, stored.tensors["student"])
         for rate, average in self.averages.items():
-            state = dict(stored.tensors[checkpoint.average_name(rate)])
-            average.n_averaged.copy_(state.pop("n_averaged"))
-            load_trained(average.module, self.student, state)
+            _load_average(average, self.student, stored.tensors[checkpoint.average_name(rate)])
         if self.frozen is not None:
             load_trained(self.frozen, self.student, stored.tensors["frozen"])
         if self.weight is not None:
             self.weight.load_state_dict(placed_like(stored.tensors["weight"], self.weight.state_dict()))
-        if self.critic is not None and self.critic_optimizer is not None:
-            load_trained(self.critic, self.critic, stored.tensors["critic"])
-            self.critic_optimizer.load(stored.tensors["critic_optimizer"], stored.state["critic_optimizer"])
+        if self.critic is not None:
+            self.critic.load(stored)
         self.optimizer.load(stored.tensors["optimizer"], stored.state["optimizer"])
         if stored.state["scaler"] is not None and self.scaler is not None:
             self.scaler.load_state_dict(stored.state["scaler"])

@@ -22,7 +22,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
 from fmm_distill.training.critic import build_critic
-from fmm_distill.training.ema import build_averages, frozen_copy
+from fmm_distill.training.ema import averaged, build_averages, frozen_copy
 from fmm_distill.training.fsdp import (
     autocast,
     check_moments,
@@ -47,6 +47,7 @@ from fmm_distill.training.phases import phase_of
 from fmm_distill.training.process import allow_unused_parameters, has_unused_parameters
 from fmm_distill.training.second_stage import SecondStage
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
+from fmm_distill.training.stage_end import StageEnd
 from fmm_distill.training.trackers import TrackerLog
 from fmm_distill.training.train_state import OptimizerState, TrainState
 
@@ -108,7 +109,7 @@ class Trainer:
         training = recipe.training
         self.recipe, self.teacher, self.images, self.folder = recipe, teacher, images, folder
         self.accelerator = accelerator
-        self.total = recipe.total_steps
+        self.total, self.end = recipe.total_steps, StageEnd(recipe, folder, accelerator)
         self.non_finite = NonFiniteSteps(training.max_non_finite_steps)
         self.sharded = student.needs_functional_jvp = is_sharded(accelerator)
         # Under FSDP the first process evaluates and exports a copy that is not split. It shares no weight with the
@@ -122,20 +123,22 @@ class Trainer:
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
         rank, seed = recipe.student.lora.rank, training.seed
-        self.critic = None if recipe.matching is None else build_critic(student, teacher, rank, seed=seed)
-        if self.critic is not None:
-            self.critic.to(accelerator.device)
+        self.critics: tuple[Any, Any] | None = None
+        if recipe.matching is not None:
+            critic = build_critic(student, teacher, rank, seed=seed).to(accelerator.device)
+            self.critics = critic, averaged(critic, recipe.matching.critic.ema)
         x, t, r, cond = at = probe_inputs(teacher, accelerator.device)
         if accelerator.num_processes > 1 and not self.sharded:
             unused = has_unused_parameters(student, student.mean_velocity(x, t, r, cond))
             # All weights of the critic are trained, also those that no layer of a scaled student uses.
             if unused or (
-                self.critic is not None and has_unused_parameters(self.critic, self.critic.velocity(x, t, cond))
+                self.critics is not None
+                and has_unused_parameters(self.critics[0], self.critics[0].velocity(x, t, cond))
             ):
                 allow_unused_parameters(accelerator)
-        accelerate_networks(training, student, teacher, at, self.critic)
+        accelerate_networks(training, student, teacher, at, None if self.critics is None else self.critics[0])
         objective = self._objective()
-        self.times, self.weight, self.fixed_critic = objective.times, objective.weight, objective.fixed_critic
+        self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
             check_moments(optimizer)
         factory = optimizer or optimizer_factory(recipe.optimizer)
@@ -147,10 +150,11 @@ class Trainer:
             logger.info(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
         copies = [self.averaged_student(rate) for rate in self.averages]
         copies += [] if self.frozen is None else [self.frozen]
+        copies += [] if self.critics is None else [cast("Any", self.critics[1].module).called]
         self.second: SecondStage | None = None
         optimizers = [built]
-        if self.critic is not None:
-            self.second = SecondStage(objective, trained, recipe, images, accelerator)
+        if self.critics is not None:
+            self.second = SecondStage(objective, trained, self.critics, recipe, images, accelerator)
             optimizers.append(self.second.of_student)
         self.objective, *self.optimizers = wrap(
             accelerator, objective, optimizers, copies, method=None if self.second is None else "sample"
@@ -200,24 +204,26 @@ class Trainer:
         hooks = CallbackList((*own, *callbacks) if self.accelerator.is_main_process else ())
         with hooks.ending():
             step = self._started(self.resume(), hooks)
-            self._evaluated(step, hooks, evaluate)
-            if step < self.total:
+            if step == 0 and self.end.may_export(0):
+                self._set_stage(-1)
+                self.save_checkpoint(0, hooks)
+            if not self._evaluated(step, hooks, evaluate):
                 self._loop(step, hooks, evaluate)
 
     def _loop(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> None:
-        map_steps = self.recipe.map_steps
+        ended = False
         with stop_requests() as request:
-            while step < self.total:
+            while not ended:
                 metrics, stop = self.train_step(step, request)
                 step += 1
                 hooks.on_step(step, metrics)
                 if self.non_finite.limit_reached:
                     step = self._started(self._return_to_checkpoint(step), hooks)
-                elif step % self.recipe.training.checkpoint_every == 0 or step in (map_steps, self.total) or stop:
+                elif stop or self.end.stores(step):
                     self.save_checkpoint(step, hooks)
                 if stop and step < self.total:
                     raise TrainingStoppedError(step, request.signal or signal.SIGTERM)
-                self._evaluated(step, hooks, evaluate)
+                ended = self._evaluated(step, hooks, evaluate)
         if skipped := self.non_finite.skipped:
             logger.warning(f"{skipped} of {self.total} steps had a non-finite loss or gradient and were skipped")
 
@@ -226,10 +232,18 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return step
 
-    def _evaluated(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> None:
+    def _evaluated(self, step: int, hooks: CallbackList, evaluate: Evaluate | None) -> bool:
+        """Evaluate if a step is due, and return whether training ends with it."""
         rows = None if evaluate is None else evaluate(step)
         if rows is not None:
             hooks.on_evaluate(step, rows)
+        return self.end.reached(step)
+
+    def load_exported(self) -> int:
+        """Load the state that is exported, the last without early stopping, and return its number of steps."""
+        if (stored := self.end.exported()) is not None:
+            self.restore(stored)
+        return self.total if stored is None else stored.step
 
     @property
     def optimizer(self) -> Any:  # noqa: ANN401 accelerate's wrapper
@@ -318,11 +332,9 @@ class Trainer:
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of the student's optimizer at a step, and return the first."""
         if self.stage and self.second is not None:
-            peak = self.second.settings.optimizer.lr
-            rates = [peak] * len(self.optimizer.param_groups)
+            rates = [self.second.learning_rate(step)] * len(self.optimizer.param_groups)
         else:
-            total = self.recipe.map_steps
-            rates = [learning_rate(peak, self.recipe.training, step, total) for peak in self.peaks]
+            rates = [learning_rate(peak, self.recipe.training, step, self.recipe.map_steps) for peak in self.peaks]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
             group["lr"] = rate * self.non_finite.lr_scale
@@ -386,7 +398,7 @@ class Trainer:
         for part in range(first, first + parts):
             mine = draws.part(part * size, (part + 1) * size, accelerator.device)
             images = None if self.images is None else self.images.pick(mine).to(mine.noise.device)
-            with accelerator.accumulate(self.objective), self.fixed_critic():
+            with accelerator.accumulate(self.objective):
                 with autocast(accelerator):
                     losses, each, errors = self.objective(mine, images, step)
                 weighted = each.float().mean()
@@ -413,7 +425,7 @@ class Trainer:
         slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        lockstep, critic = self.sharded, self.critic
+        lockstep, critic = self.sharded, None if self.critics is None else self.critics[1].module
         return Objective(student, self.teacher, recipe, losses, copies, lockstep=lockstep, critic=critic).eval()
 
     def _resolve_engine(self, loss: Loss) -> Loss:
@@ -443,8 +455,7 @@ class Trainer:
         tensors = self.state.tensors(main=main)
         if main:
             plain = self.state.plain() | {"non_finite_steps": self.non_finite.state_dict()}
-            limit = self.recipe.training.checkpoints_total_limit
-            path = checkpoint.save(self.folder / "checkpoints", checkpoint.Checkpoint(step, tensors, plain), limit)
+            path = self.end.save(checkpoint.Checkpoint(step, tensors, plain))
             if hooks is not None:
                 hooks.on_checkpoint(step, path)
         self.accelerator.wait_for_everyone()

@@ -68,6 +68,8 @@ FIELDS = [
     "student.regression_steps",
     "student.lora.rank",
     "student.lora.targets",
+    "student.init",
+    "student.init_revision",
     "loss.name",
     "loss.velocity",
     "loss.derivative",

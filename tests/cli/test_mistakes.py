@@ -318,6 +318,8 @@ def test_a_recipe_in_another_encoding_is_a_mistake(tmp_path):
         ),
         (("evaluate", "other", "--steps", "1,x"), "'1,x': expected integers separated by commas"),
         (("evaluate", "other", "--steps", "0"), "'0': expected numbers of at least 1"),
+        (("evaluate", "other", "--stochasticity", "nan"), "'nan': expected a finite number of at least 0, such as 0.5"),
+        (("sample", "other", "--stochasticity", "-1"), "'-1': expected a finite number of at least 0, such as 0.5"),
         (("inspect", "text"), "text: its text_encoder is missing"),
         (("--recipe", "checkerboard", "--data", "none"), "run python -m experiments.checkerboard"),
         (("recipes", "show", "digit"), "recipe 'digit': expected one of"),

@@ -220,3 +220,43 @@ def goes_on_at_its_commit(hub: Hub, folder: str, other: str, run: str) -> dict[s
         "digest": hashlib.sha256(card.encode()).hexdigest(),
         "gone": said(open_run, run),
     }
+
+
+def earlier_students(hub: Hub, folder: str, first: str, second: str) -> dict[str, Any]:
+    """A run starts from a student of the Hub: its newest commit, then that commit again although there is a newer one.
+
+    Args:
+        folder: of the teacher.
+        first, second: exported folders of two of its students.
+    """
+    from fmm_distill.config.recipe import Recipe
+    from fmm_distill.run.earlier import read_earlier
+    from fmm_distill.run.folder import pinned, store_commits
+    from fmm_distill.run.plan import plan
+
+    # A pipeline has more than its network.
+    more = dict.fromkeys(("steps-4/unet/a.safetensors", "text_encoder/a.safetensors", "lora/steps-4.safetensors"), b"1")
+    lora = {name: content for name, content in files_of(first).items() if name.startswith("lora/")}
+    repo = hub.create("tester/student", files_of(first) | more)
+    hub.create("tester/teacher", files_of(folder))
+    student = {"kind": "scaled", "lora": {"rank": 2}, "init": "tester/student"}
+    recipe = Recipe.model_validate({"teacher": folder, "student": student})
+    job, run = plan(recipe), Path(first).parent / "run"
+    seen: dict[str, Any] = {"head": repo.at("main").sha, "commit": job.recipe.student.init_revision, "plan": str(job)}
+    seen["fetched"] = sorted(
+        {r.path.partition("/resolve/")[2].partition("/")[2] for r in hub.requests if "/resolve/" in r.path}
+    )
+    seen["lora"] = sorted(lora)
+    run.mkdir()
+    store_commits(run, job.teacher, job.recipe.student.init_revision)
+    repo.commit(
+        {name: File(content, name.endswith(".safetensors")) for name, content in files_of(second).items()}, "new"
+    )
+    weights = [plan(one).student.state_dict() for one in (pinned(recipe, run), recipe)]
+    seen["same"] = [
+        all(value.equal(job.student.state_dict()[name]) for name, value in state.items()) for state in weights
+    ]
+    for name in ("tester/nothing", "tester/teacher"):
+        other = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": name})})
+        seen[name] = said(read_earlier, other)
+    return seen

@@ -27,6 +27,8 @@ SHORT += (
     "evaluation.dpmsolver_steps=[4]",
     "export.steps=[1,4]",
     "evaluation.endpoint_solver_steps=8",
+    # The second stage too.
+    "matching={steps: 2, critic: {warmup_steps: 2}}",
 )
 # What a user does who has read the card.
 USER = """

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from tests.conftest import save_teacher, tiny_unet
+from tests.earlier import recipe_of, save_export, trained
 from tests.hub import teachers
 from tests.hub.alone import alone
 
@@ -41,7 +42,9 @@ def seen(folder, other, tmp_path_factory):
     pipeline.save_pretrained(scratch / "sharded", variant="fp16", max_shard_size="40KB")
     assert len(list((scratch / "sharded" / "unet").glob("*.safetensors"))) > 1
     assert "fp16" in next((scratch / "sharded" / "unet").glob("*.index.*json")).read_text()
-    home = scratch / "home"
+    home, recipe = scratch / "home", recipe_of(folder, {"student": {"kind": "scaled", "lora": {"rank": 2}}})
+    for seed, name in enumerate(("first", "second"), 1):
+        save_export(scratch / name, recipe, *trained(recipe, seed))
     return alone(
         home,
         (teachers.open_by_id, (folder, other)),
@@ -51,6 +54,7 @@ def seen(folder, other, tmp_path_factory):
         (teachers.bad_days, (folder,)),
         (teachers.shared_store, (folder, home)),
         (teachers.offline, (folder,)),
+        (teachers.earlier_students, (folder, scratch / "first", scratch / "second")),
     )
 
 
@@ -149,3 +153,16 @@ def test_a_run_goes_on_with_the_commit_it_began_with(folder, other, tmp_path):
     assert seen["card"]
     assert "no such branch, tag or commit" in seen["gone"]
     assert json.loads((tmp_path / "run" / "teacher.json").read_text())["guidance.weaker_revision"] is None
+
+
+def test_a_run_starts_from_a_student_of_the_hub_and_stays_with_its_commit(seen):
+    seen = seen["earlier_students"]
+    assert seen["commit"] == seen["head"]
+    assert f"start:   the student tester/student at {seen['head']}\n" in seen["plan"]
+    assert seen["same"] == [True, False]
+    # Neither other pipelines nor other components.
+    folders = {name.partition("/")[0] for name in seen["fetched"]}
+    assert folders == {"student.json", "recipe.yaml", "model_index.json", "unet", "lora"}
+    assert [name for name in seen["fetched"] if name.startswith("lora/")] == seen["lora"]
+    assert "student.init tester/nothing: no such folder here, and on the Hub: no such repo" in seen["tester/nothing"]
+    assert seen["tester/teacher"].startswith("student.init tester/teacher: expected a student that fmm-distill publish")

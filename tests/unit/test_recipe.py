@@ -91,7 +91,7 @@ def test_mistakes_are_told_by_their_path(settings, wanted):
 
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(UserError) as caught:
-        parse({"trainin": {}, "training": {"steps": 0, "ema": 1}, "export": {"steps": ["x"]}}, "here")
+        parse({"trainin": {}, "training": {"steps": -1, "ema": 1}, "export": {"steps": ["x"]}}, "here")
     parts = str(caught.value).removeprefix("here: ").split("; ")
     assert [part.split(":")[0].split(" ")[0] for part in parts] == [
         "training.steps",

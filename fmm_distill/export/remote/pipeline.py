@@ -11,8 +11,21 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from fmm_distill.export.remote.fresh_noise import FreshNoise, discrete_position
+
+_IMPORT = "from fmm_distill.export.remote.fresh_noise import FreshNoise, discrete_position\n"
+
+
+def _read_source() -> str:
+    """Return this file with the code of the fresh noise in place of its import: exports have one file per pipeline."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    if _IMPORT not in source:
+        return source
+    return source.replace(_IMPORT, f"\n{Path(__file__).with_name('fresh_noise.py').read_text(encoding='utf-8')}\n")
+
+
 # Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SOURCE = _read_source()
 # Equally named files of two repositories share one namespace in a process. The digest keeps two contents apart.
 _MODULE = f"flow_map_pipeline_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}"
 
@@ -48,6 +61,7 @@ class FlowMapPipeline(DiffusionPipeline):
         timesteps: list[int] | None = None,
         latents: torch.Tensor | None = None,
         callback_on_step_end=None,
+        stochasticity: float = 0.0,
     ):
         """Generate images.
 
@@ -61,7 +75,9 @@ class FlowMapPipeline(DiffusionPipeline):
             latents: the noise to start from, N(0, I).
             callback_on_step_end: called with the pipeline, the step, the timestep and ``{"latents": ...}``, which it
                 returns; it may set ``_interrupt``.
+            stochasticity: the strength of the fresh noise in each step, at least 0.
         """
+        fresh = FreshNoise(stochasticity, generator)
         self._check_output(output_type)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -78,7 +94,9 @@ class FlowMapPipeline(DiffusionPipeline):
             for i, (start, end) in enumerate(self.progress_bar(list(pairwise(levels)))):
                 if self._interrupt:
                     continue
-                x = self._jump(scheduler.config, x, (start, end), labels)
+                preserved = fresh.preserved(start[1:3], end[1:3])
+                x = self._jump(scheduler.config, x, (start, self._target(scheduler, end, preserved)), labels)
+                x = fresh.add(x, end[2], preserved)
                 if callback_on_step_end is not None:
                     x = callback_on_step_end(self, i, start[0], {"latents": x}).pop("latents", x)
         images = x if output_type == "latent" else self._finish(x, output_type)
@@ -199,16 +217,42 @@ class FlowMapPipeline(DiffusionPipeline):
                 f"timesteps must be integers that decrease, from at most {high} to at least {low}, got {timesteps}"
             )
 
-    def _exploding(self, config, fraction):
+    def _warp(self, config):
+        """Return the function of an exploding level that has equal steps, and its inverse."""
         rho = getattr(config, "rho", None) if getattr(config, "sigma_schedule", None) == "karras" else None
-        low, high = config.sigma_min, config.sigma_max
         if rho is None:
-            sigma = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
-        else:
-            sigma = (low ** (1 / rho) + fraction * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+            return math.log, math.exp
+        return (lambda sigma: sigma ** (1 / rho)), (lambda value: value**rho)
+
+    def _exploding(self, config, fraction):
+        warp, back = self._warp(config)
+        low, high = warp(config.sigma_min), warp(config.sigma_max)
+        sigma = back(low + fraction * (high - low))
         # EDM networks are conditioned on log(sigma) / 4, score networks on sigma.
         time = math.log(sigma) / 4 if hasattr(config, "sigma_data") else sigma
         return time, 1.0, sigma, fraction
+
+    def _target(self, scheduler, end, preserved):
+        """Return the point with a fraction of the noise at the end of a step."""
+        if preserved == 1:
+            return end
+        _, alpha, sigma, _ = end
+        return None, alpha, preserved * sigma, self._position(scheduler, alpha, preserved * sigma)
+
+    def _position(self, scheduler, alpha, sigma):
+        """Return the position of a level in the variable that jumps are measured in."""
+        config = scheduler.config
+        if self._kind() == "discrete":
+            total = config.num_train_timesteps
+            # The points of the grid have the timestep's fraction, so that data are below 0 by one timestep.
+            return discrete_position(scheduler.alphas_cumprod, (alpha, sigma), total) - 1 / total
+        if self._kind() == "flow":
+            t = sigma / (alpha + sigma)
+            return t / (config.shift - (config.shift - 1) * t)
+        warp, _ = self._warp(config)
+        # Below the lowest level no length was learned.
+        low, high, level = (warp(one) for one in (config.sigma_min, config.sigma_max, max(sigma, config.sigma_min)))
+        return (level - low) / (high - low)
 
     def _jump(self, config, x, ends, labels):
         """Jump by the DDIM step (arXiv 2010.02502, eq. 12, sigma = 0) between two levels."""

@@ -22,6 +22,8 @@ from diffusers import (
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from fmm_distill.export.remote.fresh_noise import FreshNoise, discrete_position
+
 
 def _counted(step):
     """Count the calls of a step. The signature stays: pipelines read it to decide which arguments they pass."""
@@ -46,25 +48,36 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         flow_map: the settings of the student: the noise levels, and the line from timesteps to the network's times.
         starts: the starts of the jumps that the caller chose, as ``timesteps`` or ``sigmas``; empty: the stock grid.
         steps_done: the number of jumps since the scheduler was made.
+        fresh_noise: the noise that is added in each step.
     """
 
     @classmethod
-    def from_stock(cls, scheduler: SchedulerMixin, flow_map: dict, starts: dict | None = None):
+    def from_stock(
+        cls,
+        scheduler: SchedulerMixin,
+        flow_map: dict,
+        starts: dict | None = None,
+        stochasticity: float = 0.0,
+        generator=None,
+    ):
         """Make the scheduler of one call of a pipeline.
 
         Args:
             scheduler: the stock scheduler that the student was exported with.
             flow_map: the ``flow_map`` entry of the network's configuration.
             starts: ``timesteps`` or ``sigmas`` at which the jumps start.
+            stochasticity: the strength of the fresh noise in each step.
+            generator: of the fresh noise.
 
         Raises:
-            ValueError: on starts from which the student has no jump.
+            ValueError: on starts from which the student has no jump, or a stochasticity that is negative or not finite.
         """
         made = _CLASSES[type(scheduler).__name__].from_config(scheduler.config)
         if "variance_type" not in made.config:
             # DeepFloyd's pipeline reads it, and splits the learned variance off unless its scheduler takes it.
             made.register_to_config(variance_type="fixed_small")
         made.flow_map, made.steps_done = flow_map, 0
+        made.fresh_noise = FreshNoise(stochasticity, generator)
         made.starts = check_starts(starts or {}, flow_map, made.config.num_train_timesteps)
         return made
 
@@ -76,7 +89,17 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         rounding = 2 * torch.finfo(time.dtype).eps * abs(value) if time.is_floating_point() else 0.0
         near = [i for i, distance in enumerate(distances) if distance <= min(distances) + rounding]
         index = min(near, key=lambda i: abs(i - self.steps_done))
-        return positions[index] - positions[index + 1]
+        if not self.fresh_noise.stochasticity:
+            return positions[index] - positions[index + 1]
+        alpha, sigma = self.levels()[index + 1]
+        return positions[index] - self.position_at(alpha, self.preserved(index) * sigma)
+
+    def preserved(self, index: int) -> float:
+        """Return the fraction of the noise at the end of a step that the jump itself makes; see ``FreshNoise``."""
+        if not self.fresh_noise.stochasticity:
+            return 1.0
+        start, end = self.levels()[index : index + 2]
+        return self.fresh_noise.preserved(start, end)
 
     def network_times(self) -> list[float]:
         """Return the times that the network is called at, one per jump."""
@@ -88,6 +111,14 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         """Return the positions of the grid in the variable that jumps are measured in, 1 at noise, 0 at data."""
         sigmas, flip = [float(sigma) for sigma in self.sigmas[: len(self.timesteps) + 1]], self.flow_map["flip"]
         return [self.position_of(1 - sigma if flip else sigma) for sigma in sigmas]
+
+    def levels(self) -> list[tuple[float, float]]:
+        """Return alpha and sigma at the points of the grid, data last."""
+        raise NotImplementedError
+
+    def position_at(self, alpha: float, sigma: float) -> float:
+        """Return the position of a noise level in the variable that jumps are measured in."""
+        raise NotImplementedError
 
 
 class _FlowMapDiscreteScheduler(FlowMapScheduler):
@@ -103,6 +134,15 @@ class _FlowMapDiscreteScheduler(FlowMapScheduler):
         """Return the timesteps as fractions of their number; data is at timestep -1."""
         return [(float(timestep) + 1) / self.flow_map["total"] for timestep in self.timesteps] + [0.0]
 
+    def levels(self):
+        """Return the levels of the timesteps, then those of data."""
+        products = [float(self.alphas_cumprod[int(timestep)]) for timestep in self.timesteps] + [1.0]
+        return [(product**0.5, (1 - product) ** 0.5) for product in products]
+
+    def position_at(self, alpha, sigma):
+        """Return the fraction of the timesteps, which are interpolated."""
+        return discrete_position(self.alphas_cumprod, (alpha, sigma), self.flow_map["total"])
+
     @_counted
     def step(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True, **kwargs):
         """Jump to the next timestep of the grid, data after the last: DDIM, arXiv 2010.02502, eq. 12, sigma = 0."""
@@ -117,7 +157,9 @@ class _FlowMapDiscreteScheduler(FlowMapScheduler):
         else:
             eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
         # Without the stochastic part of DDIM, whatever eta is: a jump is deterministic.
-        moved = end**0.5 * x_0 + (1 - end) ** 0.5 * eps
+        preserved = self.preserved(int(index))
+        moved = end**0.5 * x_0 + preserved * (1 - end) ** 0.5 * eps
+        moved = self.fresh_noise.add(moved, (1 - end) ** 0.5, preserved)
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=x_0) if return_dict else (moved, x_0)
 
 
@@ -136,13 +178,25 @@ class FlowMapIPNDMScheduler(FlowMapScheduler, IPNDMScheduler):
         """Return equal steps: those of this grid are equal in the variable that jumps are measured in."""
         return [1 - i / len(self.timesteps) for i in range(len(self.timesteps) + 1)]
 
+    def levels(self):
+        """Return the stock levels."""
+        return [(float(alpha), float(sigma)) for alpha, sigma in zip(self.alphas, self.betas, strict=True)]
+
+    def position_at(self, alpha, sigma):
+        """Return the s of ``sigma = sin(pi s / 2)^2``, for levels of any scale."""
+        sigma = sigma / math.hypot(alpha, sigma)
+        # Not the arc sine, whose derivative is infinite at noise.
+        return math.atan2(math.sqrt(sigma), math.sqrt(1 - sigma)) * 2 / math.pi
+
     @_counted
     def step(self, model_output, timestep, sample, return_dict=True):
         """Jump by the DDIM step between two levels; the steps of the stock class divide by alpha, 0 at first."""
         i = _nearest(self.timesteps, timestep)
         (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alphas[k]), float(self.betas[k])) for k in (i, i + 1))
         eps, x_0 = sigma * sample + alpha * model_output, alpha * sample - sigma * model_output
-        moved = alpha_end * x_0 + sigma_end * eps
+        preserved = self.preserved(i)
+        moved = alpha_end * x_0 + preserved * sigma_end * eps
+        moved = self.fresh_noise.add(moved, sigma_end, preserved)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -183,7 +237,31 @@ class FlowMapFlowMatchEulerDiscreteScheduler(FlowMapScheduler, FlowMatchEulerDis
         shift = self.flow_map["shift"]
         return sigma / (shift - (shift - 1) * sigma)
 
-    step = _counted(FlowMatchEulerDiscreteScheduler.step)
+    def levels(self):
+        """Return the levels of the grid, of which alpha and sigma add up to 1."""
+        flip, points = self.config.invert_sigmas, [float(sigma) for sigma in self.sigmas]
+        return [(sigma, 1 - sigma) if flip else (1 - sigma, sigma) for sigma in points]
+
+    def position_at(self, alpha, sigma):
+        """Return the level before the shift, for levels of any scale."""
+        return self.position_of(sigma / (alpha + sigma))
+
+    @_counted
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        """Make the stock step, of another length and with fresh noise where the call has a stochasticity."""
+        stock = FlowMatchEulerDiscreteScheduler.step
+        if not self.fresh_noise.stochasticity:
+            return stock(self, model_output, timestep, sample, *args, **kwargs)
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        index = self.step_index
+        (_, start), (alpha, sigma) = self.levels()[index : index + 2]
+        preserved = self.preserved(index)
+        factor = alpha + preserved * sigma
+        longer = (start - preserved * sigma / factor) / (start - sigma)
+        result = stock(self, longer * model_output, timestep, sample, *args, **kwargs)
+        return _replaced(result, self.fresh_noise.add(factor * result[0], sigma, preserved))
 
 
 class FlowMapEDMEulerScheduler(FlowMapScheduler, EDMEulerScheduler):
@@ -214,7 +292,26 @@ class FlowMapEDMEulerScheduler(FlowMapScheduler, EDMEulerScheduler):
         # The last level is 0, whose logarithm is -infinity; the last jump ends at position 0 all the same.
         return (warp(max(sigma, low)) - warp(low)) / (warp(high) - warp(low))
 
-    step = _counted(EDMEulerScheduler.step)
+    def levels(self):
+        """Return the levels of the grid, whose alpha is 1."""
+        return [(1.0, float(sigma)) for sigma in self.sigmas]
+
+    def position_at(self, alpha, sigma):
+        """Return the position of sigma over alpha."""
+        return self.position_of(sigma / alpha)
+
+    @_counted
+    @functools.wraps(EDMEulerScheduler.step)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        """Make the stock step, of another length and with fresh noise where the call has a stochasticity."""
+        result = EDMEulerScheduler.step(self, model_output, timestep, sample, *args, **kwargs)
+        if not self.fresh_noise.stochasticity:
+            return result
+        index = self.step_index - 1
+        start, sigma = (level[1] for level in self.levels()[index : index + 2])
+        preserved, x_0 = self.preserved(index), result[1]
+        moved = (x_0 + preserved * sigma / start * (sample - x_0)).to(model_output.dtype)
+        return _replaced(result, self.fresh_noise.add(moved, sigma, preserved))
 
 
 _CLASSES = {
@@ -224,6 +321,14 @@ _CLASSES = {
     "FlowMatchEulerDiscreteScheduler": FlowMapFlowMatchEulerDiscreteScheduler,
     "EDMEulerScheduler": FlowMapEDMEulerScheduler,
 }
+
+
+def _replaced(result, sample):
+    """Return the result of a step, a tuple or an output, with another sample."""
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    result["prev_sample"] = sample
+    return result
 
 
 def _nearest(timesteps, timestep) -> int:

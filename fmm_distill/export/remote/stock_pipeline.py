@@ -14,20 +14,24 @@ from fmm_distill.export.remote.scheduler import FlowMapScheduler
 
 logger = logging.get_logger(__name__)
 
-_IMPORT = "from fmm_distill.export.remote.scheduler import FlowMapScheduler\n"
+# In this order: the second one is in the code of the first.
+_IMPORTS = {
+    "scheduler.py": "from fmm_distill.export.remote.scheduler import FlowMapScheduler\n",
+    "fresh_noise.py": "from fmm_distill.export.remote.fresh_noise import FreshNoise, discrete_position\n",
+}
 
 
 def _read_source() -> str:
-    """Return this file with the scheduler's code in place of its import.
+    """Return this file with the code of its two parts in place of their imports.
 
     diffusers fetches one file of code per pipeline from the Hub. A file of its own in ``scheduler/`` would not be
     opened where the caller passes another scheduler, which the pipeline replaces by the student's.
     """
     source = Path(__file__).read_text(encoding="utf-8")
-    if _IMPORT not in source:
-        return source
-    scheduler = Path(__file__).with_name("scheduler.py").read_text(encoding="utf-8")
-    return source.replace(_IMPORT, f"\n{scheduler}\n")
+    for name, line in _IMPORTS.items():
+        if line in source:
+            source = source.replace(line, f"\n{Path(__file__).with_name(name).read_text(encoding='utf-8')}\n")
+    return source
 
 
 # Read at import: diffusers copies the code of all repositories into one folder, and a later copy may replace this one.
@@ -98,6 +102,7 @@ class _FlowMap:
 
     def jump_through(self, stock: type, call: tuple, keywords: dict):
         """Call the stock pipeline, its network conditioned on the jumps of its scheduler."""
+        stochasticity = keywords.pop("stochasticity", 0.0)
         network = _student(self)
         levels = network.config.flow_map
         bound = _bound(stock, self, call, keywords)
@@ -117,7 +122,13 @@ class _FlowMap:
 
         with network.conditioned(keywords_at):
             before = self.scheduler
-            self.scheduler = FlowMapScheduler.from_stock(network.student_scheduler(before), levels, own)
+            self.scheduler = FlowMapScheduler.from_stock(
+                network.student_scheduler(before),
+                levels,
+                own,
+                stochasticity,
+                given.get("generator"),
+            )
             try:
                 return stock.__call__(*bound.args, **bound.kwargs)
             finally:
@@ -144,6 +155,14 @@ class _FlowMap:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
+def _with_stochasticity(signature: inspect.Signature) -> inspect.Signature:
+    own = inspect.Parameter("stochasticity", inspect.Parameter.KEYWORD_ONLY, default=0.0)
+    parameters = list(signature.parameters.values())
+    # Keywords of any name come last.
+    last = parameters.pop() if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else None
+    return signature.replace(parameters=[*parameters, own, *([] if last is None else [last])])
+
+
 @functools.cache
 def flow_map_pipeline(stock: type) -> type:
     """Return ``FlowMap<stock>``: the stock pipeline class with a two-time network, for any number of steps.
@@ -153,6 +172,8 @@ def flow_map_pipeline(stock: type) -> type:
     own is off by default, and adds to it with a warning. A student with a range of guidance is conditioned on the scale
     of the call instead. A scheduler of another class is replaced, with a warning, by the student's own.
 
+    The call has one keyword more, ``stochasticity``, at least 0: the strength of the fresh noise in each step.
+
     Raises:
         ValueError: on starts from which the student has no jump, or a scheduler of other noise levels.
     """
@@ -161,7 +182,7 @@ def flow_map_pipeline(stock: type) -> type:
         return self.jump_through(stock, args, kwargs)
 
     # Users and other pipelines read the signature.
-    __call__.__signature__ = inspect.signature(stock.__call__)
+    __call__.__signature__ = _with_stochasticity(inspect.signature(stock.__call__))
     own = {"__module__": __name__, "__doc__": flow_map_pipeline.__doc__, "__call__": __call__}
     return type(f"FlowMap{stock.__name__}", (_FlowMap, stock), own)
 

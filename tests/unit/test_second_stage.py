@@ -362,7 +362,7 @@ def test_a_gradient_scaler_serves_all_optimizers(tmp_path, teacher_folder):
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert scaler.get_scale() == 2.0**16
         # At a scale at which the critic's gradients are infinite, and then its loss is: neither changes it.
-        weights = flat(plain.critic.state_dict())
+        weights = flat(plain.critics[0].state_dict())
         for scale, factor, lowered in ((2.0**126, 1e4, True), (2.0**16, float("nan"), False)):
             scaler.update(scale)
             with patch.object(trainer.second, "objective", partial(_times, trainer.second.distributed, factor)):

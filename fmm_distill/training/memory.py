@@ -216,11 +216,7 @@ def forecast_memory(
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
     weights = _weights(student, teacher)
-    of_critics = (
-        []
-        if critic is None or average is None
-        else [tensor for one in (critic, average) for tensor in (*one.parameters(), *one.buffers())]
-    )
+    of_critics = [*_tensors(critic), *_tensors(average)]
     factory = optimizer or optimizer_factory(recipe.optimizer)
     of_map = _phases(objective, recipe, teacher)
     stages = [_Stage("", state_bytes(factory, parameters), 0, of_map)]
@@ -320,6 +316,10 @@ def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
         # With a GPU the autoencoder is on the CPU.
         networks.append(getattr(codec, "autoencoder", None))
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
+
+
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [*module.parameters(), *module.buffers()]
 
 
 def _phases(objective: Objective, recipe: Recipe, teacher: Distillable) -> list[_Phase]:

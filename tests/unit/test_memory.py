@@ -203,7 +203,7 @@ def test_the_memory_of_the_second_stage(teacher_folder):
     """The critic is there from the start; the optimizers' states are there in their stages."""
     settings = {"loss": LAGRANGIAN, "training": STEPS}
     alone = foretold(teacher_folder, settings)
-    both = foretold(teacher_folder, settings | {"matching": KL})
+    both = foretold(teacher_folder, settings | {"matching": KL | {"fraction": 0.5}})
     network = 4 * sum(p.numel() for p in load_teacher(str(teacher_folder)).network.parameters())
     assert both.peak_of == "the matching"
     # The student's second optimizer has the state of its first one, which is free by then.

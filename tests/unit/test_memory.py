@@ -212,7 +212,7 @@ def test_the_memory_of_the_second_stage(teacher_folder):
     assert both.weights == alone.weights
     # The weights, their average and Adam's two moments.
     assert both.critic == 4 * network
-    assert "critic 0.1, " in str(both)
+    assert f"critic {both.critic / 2**20:.1f}, " in str(both)
     assert f"at peak of {both.peak_of}: " in str(both)
     assert "critic" not in str(alone)
     stateless = KL | {"critic": KL["critic"] | {"optimizer": {"name": "SGD", "betas": [0.9, 0.99]}}}

@@ -150,7 +150,7 @@ def compare(
         "both": lambda _: alone.both(),
         "update": lambda _: alone.update(),
         **peers,
-        "step": lambda step: trainer.train_step(step, StopRequest()),
+        "step": lambda step: trainer.train_step(case.first_step + step, StopRequest()),
     }
     rounds = []
     for step in range(repeats + 1):

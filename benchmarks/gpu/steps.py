@@ -106,7 +106,8 @@ class Bench:
         self.open(setting)
         assert self.teacher is not None
         # FastGen's targets are detached: only those losses do the same work.
-        peers = self.peers if case.loss.get("stop_gradient") == "target" else {}
+        same = case.loss.get("stop_gradient") == "target" and case.matching is None
+        peers = self.peers if same else {}
         kernels = contextlib.nullcontext() if setting.fused else sdpa_kernel(SDPBackend.MATH)
         trainer = None
         try:

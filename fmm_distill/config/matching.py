@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
-from fmm_distill.losses.distribution_matching import DistributionMatching
+from fmm_distill.losses.distribution_matching import DistributionMatching, MatchingLoss
 from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
 
 if TYPE_CHECKING:
-    from fmm_distill.config.settings import EvaluationSettings, StudentSettings
+    from fmm_distill.config.settings import (
+        DataSettings,
+        EvaluationSettings,
+        GuidanceSettings,
+        StudentSettings,
+    )
 
-__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_stop"]
+    class _Settings(Protocol):
+        """The parts of a recipe that a second stage depends on."""
+
+        data: DataSettings
+        evaluation: EvaluationSettings
+        guidance: GuidanceSettings
+
+
+__all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_matching", "check_stop"]
 
 
 class CriticSettings(Settings):
@@ -25,10 +38,10 @@ class CriticSettings(Settings):
     """Updates of the critic alone, before the first step of the student."""
     updates: int = Field(default=2, ge=1, le=1000)
     """Updates of the critic before each step of the student."""
-    ema: Rate = 0.9
+    ema: Rate = 0.95
     """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
     critic's latest weights follow single batches: on digits the student diverged with them."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.0, 0.999))
+    optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, betas=(0.0, 0.999))
     """The critic's optimizer and its constant learning rate."""
 
 
@@ -67,7 +80,10 @@ class MatchingSettings(Settings):
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
-    """The student's optimizer in this stage and its constant learning rate."""
+    """The student's optimizer in this stage and its peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate of the student in this stage: constant, or half a cosine that would reach 0 one step after the
+    last. Student and critic follow each other: at a constant rate the quality at one call swings."""
     ema: Rate = 0.95
     """Largest decay of the moving averages in this stage, which starts from the first average."""
     critic: CriticSettings = CriticSettings()
@@ -76,6 +92,14 @@ class MatchingSettings(Settings):
     """Steps of the student between evaluations in this stage, the first of which is the map's; 0: evaluation.every."""
     stop: StopSettings | None = None
     """End the stage by its evaluations, and export the best average; null: all steps, and the last average."""
+
+    @field_validator("loss")
+    @classmethod
+    def _trained_without_images(cls, loss: MatchingLoss) -> MatchingLoss:
+        # The student's loss alone would take a and b while the critic is trained without images.
+        if loss.needs_data:
+            raise ValueError("real: expected null in a run, whose critic gets no images; leave real out")
+        return loss
 
 
 def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:
@@ -95,13 +119,33 @@ def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSett
         )
 
 
-def check_stop(matching: MatchingSettings | None, evaluation: EvaluationSettings) -> None:
+def check_matching(matching: MatchingSettings, recipe: _Settings) -> None:
+    """Refuse settings of a recipe that its second stage does not run with.
+
+    Raises:
+        ValueError: with the setting.
+    """
+    if recipe.guidance.range is not None:
+        low, high = recipe.guidance.range
+        raise ValueError(
+            f"guidance.range: expected one guidance.scale with matching, whose critic does not know the scale of a "
+            f"sample, got {low:g} to {high:g}; leave the range out"
+        )
+    if matching.loss.needs_data and not recipe.data.has_images:
+        raise ValueError(
+            f"matching.loss.real: expected images, which the critic learns from too, got data.source: "
+            f"{recipe.data.source}; leave real out, or give --data"
+        )
+    check_stop(matching, recipe.evaluation)
+
+
+def check_stop(matching: MatchingSettings, evaluation: EvaluationSettings) -> None:
     """Check that the evaluations of the second stage measure everything that ``matching.stop`` reads.
 
     Raises:
         ValueError: if there are no evaluations, or they lack a quantity or a number of steps.
     """
-    if matching is None or (stop := matching.stop) is None:
+    if (stop := matching.stop) is None:
         return
     if not (matching.evaluate_every or evaluation.every):
         raise ValueError(

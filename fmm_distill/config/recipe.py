@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fmm_distill.config.matching import MatchingSettings, check_map_steps, check_stop
+from fmm_distill.config.matching import MatchingSettings, check_map_steps, check_matching
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
-
 
 # Names of settings before the first release: the new ones are often too different to be guessed.
 _RENAMED = {
@@ -194,7 +193,8 @@ class Recipe(Settings):
             )
         self._times_fit()
         self._groups_fit()
-        check_stop(self.matching, self.evaluation)
+        if self.matching is not None:
+            check_matching(self.matching, self)
         return self
 
     @property

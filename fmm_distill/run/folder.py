@@ -53,6 +53,7 @@ _FREE = (
     "training.checkpoint_every",
     "training.checkpoints_total_limit",
     "training.max_non_finite_steps",
+    "matching.steps",
 )
 _FREE_GROUPS = ("evaluation.", "export.", "logging.", "matching.stop", "matching.evaluate_every")
 # Paths that may change if the files have the same content.
@@ -86,7 +87,8 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, A
     if not (folder / _RECIPE).exists() and steps_done(folder) == 0:
         # The run was killed before it wrote its recipe.
         return []
-    there, here = _flat(stored_recipe(folder).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    stored = stored_recipe(folder)
+    there, here = _flat(stored.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     before = inputs.read_inputs(folder) or {}
     seen.update(now := seen or inputs.contents(recipe, before))
@@ -104,10 +106,18 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool, seen: dict[str, A
     inputs.check_inputs(folder, before, now)
     done = steps_done(folder)
     total = recipe.total_steps
-    if done > total:
+    if stored.matching is not None and done > stored.map_steps != recipe.map_steps:
         raise UserError(
-            f"training.steps {recipe.training.steps}: expected at least the {done} steps that the run in {folder} has "
-            "done, regression steps included; raise it, or choose another --output"
+            f"training.steps: expected {stored.training.steps}, at which the run in {folder} began its second stage, "
+            f"got {recipe.training.steps}; try matching.steps, or choose another --output"
+        )
+    if done > total:
+        second = recipe.matching is not None and done > recipe.map_steps
+        name, steps = "matching.steps", 0 if recipe.matching is None else recipe.matching.steps
+        name, steps = (name, steps) if second else ("training.steps", recipe.training.steps)
+        raise UserError(
+            f"{name} {steps}: expected at least the {done} steps that the run in {folder} has done, "
+            f"{'all stages' if second else 'regression steps'} included; raise it, or choose another --output"
         )
     return [f"{key}: {there.get(key)} until step {done}, {here.get(key)} from there" for key in different]
 

@@ -146,7 +146,8 @@ def check_optimizer_of_run(folder: Path, optimizer: str) -> None:
     """
     check_same_optimizer(_read(folder).get("optimizer"), optimizer)
     newest = newest_state(folder / "checkpoints")
-    if newest is not None:
+    # In the second stage the state is that of matching.optimizer.
+    if newest is not None and "critic_optimizer" not in newest.state:
         check_same_optimizer(newest.state["optimizer"].get("name"), optimizer)
 
 

@@ -85,10 +85,8 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the first lines of a run: teacher, student, data, steps and formats of the export."""
-        teacher, training = self.teacher, self.recipe.training
-        counts = self._parameters()
+        teacher, counts = self.teacher, self._parameters()
         shape = " x ".join(map(str, teacher.event_shape))
-        steps = self.recipe.total_steps
         conditions = (
             "" if teacher.conditions is None else f"; {len(teacher.conditions.names):,} {_conditions_of(teacher)}"
         )
@@ -98,10 +96,23 @@ class Plan:
             f"student: {self.student.prediction}, {self._second_time()}",
             *([] if self.earlier is None else [f"start:   the student {self.earlier}"]),
             f"data:    {describe_data(self.recipe.data, self.images)}",
-            f"steps:   {steps} of {training.batch_size} samples, loss {self.recipe.loss_names}",
+            f"steps:   {self._steps()}",
             f"export:  {describe_export(exporter_of(teacher), self.recipe.export.steps)}",
         ]
         return "\n".join(lines)
+
+    def _steps(self) -> str:
+        """Describe the steps of all stages."""
+        recipe, matching = self.recipe, self.recipe.matching
+        samples = f"of {recipe.training.batch_size} samples"
+        second = ""
+        if matching is not None:
+            updates = f"{matching.critic.warmup_steps} updates of a critic and "
+            second = f"{updates}{matching.steps} steps of {matching.loss.name}"
+        if recipe.map_steps == 0:
+            return f"{second}, each {samples}"
+        then = f", then {second}" if second else ""
+        return f"{recipe.map_steps} {samples}, loss {recipe.loss_names}{then}"
 
     def _second_time(self) -> str:
         """Describe how the student depends on the second time, with its numbers of parameters."""
@@ -187,6 +198,10 @@ def _check_teacher(recipe: Recipe, teacher: Teacher, earlier: EarlierStudent | N
         )
     if exporter_of(teacher).not_any_step is None:
         check_steps(recipe.export.steps, teacher.schedule)
+    if recipe.matching is not None:
+        # The grid refuses a number of steps that this schedule does not have.
+        for steps in recipe.matching.rollout.steps:
+            teacher.schedule.grid(steps)
 
 
 def open_student(

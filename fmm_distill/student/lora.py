@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fmm_distill.errors import UserError
-from fmm_distill.student.shared_network import SharedNetwork
+from fmm_distill.student.shared_network import SharedNetwork, without_checkpointing
 from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class AdaptersOff(SharedNetwork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network without its adapters, which is the teacher."""
-        with _adapters_disabled(self.shared):
+        with _adapters_disabled(self.shared), without_checkpointing(self.shared):
             return self.shared(*args, **kwargs)
 
 

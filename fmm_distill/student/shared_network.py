@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-__all__ = ["SharedNetwork"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["SharedNetwork", "without_checkpointing"]
 
 
 class SharedNetwork(nn.Module):
@@ -33,3 +37,19 @@ class SharedNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network."""
         return self.shared(*args, **kwargs)
+
+
+@contextmanager
+def without_checkpointing(network: nn.Module) -> Iterator[None]:
+    """Store the activations of a network's blocks during its calls in a ``with`` block.
+
+    A block that is computed again in the backward pass would have other adapters than in the call.
+    """
+    blocks = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    for block in blocks:
+        cast("Any", block).gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            cast("Any", block).gradient_checkpointing = True

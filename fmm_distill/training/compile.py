@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +13,7 @@ from fmm_distill.core.derivatives.precision import without_tensor_float
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Points = tuple[Tensor, Tensor, Tensor, Conditioning | None]
 
-__all__ = ["accelerate_networks", "checkpoint_blocks", "network_of"]
+__all__ = ["TrainedVelocity", "accelerate_networks", "checkpoint_blocks", "checkpoint_critic", "network_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +32,54 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 
 
-def accelerate_networks(training: TrainingSettings, student: LearnedFlowMap, teacher: Distillable, at: Points) -> None:
+class TrainedVelocity(Protocol):
+    """A velocity field with weights that are trained: the critic.
+
+    Attributes:
+        own_network: with all its weights; None: it has adapters on the teacher's network.
+    """
+
+    @property
+    def own_network(self) -> nn.Module | None:
+        """See the class."""
+        ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Return the velocity at x and t."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the weights."""
+        ...
+
+
+def accelerate_networks(
+    training: TrainingSettings,
+    student: LearnedFlowMap,
+    teacher: Distillable,
+    at: Points,
+    critic: TrainedVelocity | None = None,
+) -> None:
     """Switch on ``training.gradient_checkpointing`` and ``training.compile``.
 
     Args:
         at: x, t, r and a condition at which values, derivatives and gradients are compared with the plain networks.
+        critic: of a second stage; None: there is none.
 
     Raises:
         UserError: if a network does not support the option, or if its results differ by more than 1e-3 (relative).
     """
     options: list[tuple[str, Callable[[], None]]] = []
     if training.gradient_checkpointing:
-        options.append(("training.gradient_checkpointing", lambda: checkpoint_blocks(student)))
+        options.append(("training.gradient_checkpointing", lambda: checkpoint_blocks(student, critic)))
     if training.compile != "none":
-        options.append((f"training.compile: {training.compile}", lambda: _compile(training.compile, student, teacher)))
+        backend = training.compile
+        options.append((f"training.compile: {backend}", lambda: _compile(backend, student, teacher, critic)))
     for name, switch_on in options:
-        before = _results(student, teacher, at)
+        before = _results(student, teacher, at, critic)
         try:
             switch_on()
-            after = _results(student, teacher, at)
+            after = _results(student, teacher, at, critic)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{name}: expected a network that runs with it, got an error from {type(network_of(student)).__name__} "
@@ -75,8 +104,10 @@ def network_of(student: LearnedFlowMap) -> nn.Module:
 
 
 @without_tensor_float()
-def _results(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[str, list[Tensor]]:
-    """Return the velocities, and the gradients of the student's velocity and of its derivative in r."""
+def _results(
+    student: LearnedFlowMap, teacher: Distillable, at: Points, critic: TrainedVelocity | None
+) -> dict[str, list[Tensor]]:
+    """Return the velocities, and the gradients of the student's, of its derivative in r and of the critic's."""
     x, t, r, cond = at
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     u = student.mean_velocity(x, t, r, cond)
@@ -92,6 +123,12 @@ def _results(student: LearnedFlowMap, teacher: Distillable, at: Points) -> dict[
         "student's gradient": list(value),
         "gradient of the derivative in r": list(slope),
     }
+    if critic is not None:
+        weights = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+        v = critic.velocity(x, t, cond)
+        # Also of adapters that do not change the velocity yet: compiled code that leaves them out has no gradient.
+        gradients = torch.autograd.grad(v.square().mean(), weights, allow_unused=True)
+        found |= {"critic's velocity": [v.detach()], "critic's gradient": list(gradients)}
     return {name: [part for part in parts if part is not None] for name, parts in found.items()}
 
 
@@ -106,14 +143,33 @@ def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((change / max(size, torch.finfo(torch.float64).tiny)) ** 0.5)
 
 
-def checkpoint_blocks(student: LearnedFlowMap) -> None:
-    """Recompute the network's blocks in the backward pass, with the jump of their forward pass.
+def checkpoint_blocks(student: LearnedFlowMap, critic: TrainedVelocity | None = None) -> None:
+    """Recompute the blocks of the student's network, and of a critic's own, in the backward pass."""
+    _checkpoint(network_of(student))
+    # The hooks of recomputed blocks do not pass dual tensors.
+    student.needs_functional_jvp = True
+    if critic is not None:
+        checkpoint_critic(critic)
 
-    By then the network has made other calls, so that each block stores its own jump.
+
+def checkpoint_critic(critic: TrainedVelocity) -> None:
+    """Recompute the blocks of a critic's own network in the backward pass; one with adapters stores activations."""
+    own = critic.own_network
+    if own is not None and hasattr(own, "enable_gradient_checkpointing"):
+        _checkpoint(own)
+
+
+def _checkpoint(module: nn.Module) -> None:
+    """Recompute the blocks of a network with the jump of their forward pass, where it is conditioned on jumps.
+
+    By the backward pass the network has made other calls, so that each block stores its own jump.
     """
-    # diffusers calls this function in place of torch's checkpoint for each block.
-    network = cast("Any", network_of(student))
+    network = cast("Any", module)
+    if not hasattr(network, "jumping"):
+        network.enable_gradient_checkpointing()
+        return
 
+    # diffusers calls this function in place of torch's checkpoint for each block.
     def checkpointed(block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 the network's own
         jump = network.jump
 
@@ -125,12 +181,12 @@ def checkpoint_blocks(student: LearnedFlowMap) -> None:
         return checkpoint(again, *args, use_reentrant=False)
 
     network.enable_gradient_checkpointing(checkpointed)
-    # The hooks of recomputed blocks do not pass dual tensors.
-    student.needs_functional_jvp = True
 
 
-def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable) -> None:
-    """Compile both networks in place, which changes neither the modules nor the names of their weights."""
+def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable, critic: TrainedVelocity | None) -> None:
+    """Compile all networks in place, which changes neither the modules nor the names of their weights."""
     network_of(student).compile(backend=backend)
+    if critic is not None and critic.own_network is not None:
+        critic.own_network.compile(backend=backend)
     if isinstance(network := getattr(teacher, "network", None), torch.nn.Module):
         network.compile(backend=backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -14,12 +14,13 @@ from torch import nn
 from fmm_distill.student.lora import lora_layers
 from fmm_distill.student.scaled_adapters import without_changes
 from fmm_distill.student.scaled_layers import scaled_layers
-from fmm_distill.student.shared_network import SharedNetwork
+from fmm_distill.student.shared_network import SharedNetwork, without_checkpointing
 from fmm_distill.teachers.velocity_field import VelocityNetwork
 from fmm_distill.training.compile import network_of
+from fmm_distill.training.ema import load_trained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.parametrization import Parametrization
     from fmm_distill.teachers.base import Distillable, Teacher
 
-__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic"]
+__all__ = ["AdaptedNetwork", "Critic", "DiagonalCritic", "build_critic", "reset_critic"]
 
 # A convolution whose kernel has one element, by the number of dimensions of its input.
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -46,6 +47,11 @@ class Critic(nn.Module):
         super().__init__()
         self.network, self.parametrization = network, parametrization
 
+    @property
+    def own_network(self) -> nn.Module | None:
+        """The network with all its weights; None: the critic has adapters on the teacher's."""
+        return None if isinstance(self.network, AdaptedNetwork) else self.network
+
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
     ) -> Float[Tensor, "batch *event"]:
@@ -61,6 +67,11 @@ class DiagonalCritic(nn.Module):
     def __init__(self, student: LearnedFlowMap) -> None:
         super().__init__()
         self.flow_map = copy.deepcopy(student).requires_grad_()
+
+    @property
+    def own_network(self) -> nn.Module:
+        """The network with all its weights."""
+        return network_of(self.flow_map)
 
     def velocity(
         self, x: Float[Tensor, "batch *event"], t: Float[Tensor, " batch"], cond: Conditioning | None = None
@@ -86,12 +97,19 @@ class AdaptedNetwork(nn.Module):
         # Tuples hide the modules from torch: the student already counts, moves and saves these weights.
         self._network, self._layers = (network,), tuple(layers.values())
         self.first, self.second = nn.ParameterList(), nn.ParameterList()
-        generator = torch.Generator().manual_seed(seed)
         for layer in self._layers:
             inner, outer = _widths(layer)
-            first = torch.randn(rank, *inner, generator=generator) / torch.Size(inner).numel() ** 0.5
-            self.first.append(nn.Parameter(first))
-            self.second.append(nn.Parameter(torch.zeros(outer, rank, *(1 for _ in inner[1:]))))
+            self.first.append(nn.Parameter(torch.empty(rank, *inner)))
+            self.second.append(nn.Parameter(torch.empty(outer, rank, *(1 for _ in inner[1:]))))
+        self.reset(seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Draw the first factors and set the second ones to zero: the network is the teacher's then."""
+        generator = torch.Generator().manual_seed(seed)
+        for first, second in zip(self.first, self.second, strict=True):
+            first.copy_(torch.randn(first.shape, generator=generator) / first[0].numel() ** 0.5)
+            second.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy with adapters of its own on the same network."""
@@ -104,7 +122,7 @@ class AdaptedNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 the network's own
         """Call the network with the adapters."""
         (network,) = self._network
-        with ExitStack() as attached, without_checkpointing(network):
+        with ExitStack() as attached, without_checkpointing(cast("nn.Module", getattr(network, "shared", network))):
             for layer, first, second in zip(self._layers, self.first, self.second, strict=True):
                 hook = partial(_add, first=first, second=second)
                 attached.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
@@ -131,20 +149,6 @@ def _add(
     return output + (F.linear(hidden, second) if second.ndim == 2 else _POINTWISE[second.ndim](hidden, second))
 
 
-@contextmanager
-def without_checkpointing(network: nn.Module) -> Iterator[None]:
-    """Store the activations of the network's blocks: computed again, a block would have no adapters."""
-    inner = getattr(network, "shared", network)
-    blocks = [module for module in inner.modules() if getattr(module, "gradient_checkpointing", False)]
-    for block in blocks:
-        cast("Any", block).gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for block in blocks:
-            cast("Any", block).gradient_checkpointing = True
-
-
 def build_critic(student: LearnedFlowMap, teacher: Distillable, rank: int, *, seed: int) -> Critic | DiagonalCritic:
     """Return a critic that equals the teacher's conditional velocity until it is trained.
 
@@ -162,3 +166,17 @@ def build_critic(student: LearnedFlowMap, teacher: Distillable, rank: int, *, se
         return Critic(AdaptedNetwork(network, layers, rank, seed=seed), parametrization)
     own = without_changes(network.shared) if isinstance(network, SharedNetwork) else copy.deepcopy(network)
     return Critic(own.requires_grad_().eval(), parametrization)
+
+
+def reset_critic(critic: Critic | DiagonalCritic, student: LearnedFlowMap, teacher: Distillable, *, seed: int) -> None:
+    """Give a critic the weights that it is built with, those of the teacher or of the student's diagonal, in place."""
+    if isinstance(critic, DiagonalCritic):
+        load_trained(critic.flow_map, critic.flow_map, dict(student.state_dict()))
+    elif isinstance(critic.network, AdaptedNetwork):
+        critic.network.reset(seed)
+    else:
+        network = cast("Teacher", teacher).network
+        weights = getattr(network, "shared", network).state_dict()
+        # The network that the teacher shares with a scaled student has the changes of the weights too.
+        own = {name: weights[name] for name in critic.network.state_dict()}
+        load_trained(critic.network, critic.network, own)

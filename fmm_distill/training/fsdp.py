@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedType, fsdp2_prepare_model
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.training.objective import Objective
     from fmm_distill.training.optimizer import OptimizerFactory
 
 __all__ = [
     "autocast",
     "check_moments",
     "check_sharding",
+    "clip_gradients",
     "full_state",
     "full_tensor",
     "gather_in_float32",
@@ -157,19 +159,43 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
 
 def wrap(
     accelerator: Accelerator,
-    objective: Objective,
+    module: nn.Module,
     optimizers: Sequence[Optimizer],
-    copies: Iterable[nn.Module],
+    copies: Iterable[nn.Module] = (),
+    *,
+    method: str | None = None,
 ) -> tuple[Any, ...]:
-    """Return objective and optimizers as accelerate distributes them.
+    """Return a module and its optimizers as accelerate distributes them.
 
     Under FSDP the networks of the student's copies are split in place, as the student's own is.
+
+    Args:
+        method: a method of the module that calls its networks too, outside of ``forward``.
     """
-    if is_sharded(accelerator):
-        for other in copies:
-            shard(network_of(cast("LearnedFlowMap", other)), accelerator)
-    prepared: tuple[Any, ...] = accelerator.prepare(objective, *optimizers)
+    if not is_sharded(accelerator):
+        return cast("tuple[Any, ...]", accelerator.prepare(module, *optimizers))
+    for other in copies:
+        shard(network_of(cast("LearnedFlowMap", other)), accelerator)
+    prepared: tuple[Any, ...] = accelerator.prepare(module, *optimizers)
+    if method is not None:
+        # In place, so that whoever holds the module can call the method.
+        register_fsdp_forward_method(prepared[0], method)
+        # A call without a backward pass would leave the root's weights gathered, and the next update would not reach
+        # them.
+        prepared[0].set_reshard_after_forward(True, recurse=False)
     return prepared
+
+
+def clip_gradients(
+    accelerator: Accelerator,
+    optimizer: Optimizer,
+    parameters: Iterable[nn.Parameter],
+    largest: float,
+) -> Tensor:
+    """Scale the gradients of one optimizer to a norm of at most ``largest``, and return their norm before."""
+    # accelerate's own call unscales the gradients of all optimizers, and two of them share the student's.
+    accelerator.unscale_gradients(optimizer)
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, largest))
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -14,9 +15,12 @@ from fmm_distill.core.device import to_device
 from fmm_distill.core.draws import draw, step_generator
 from fmm_distill.data.starting_points import draw_conditioning
 from fmm_distill.losses.base import squared_norm
+from fmm_distill.losses.critic_loss import critic_loss
 from fmm_distill.losses.distribution_matching import NoisedSamples
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fmm_distill.config.matching import MatchingSettings
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import LearnedFlowMap
+    from fmm_distill.core.time_axis import TimeAxis
     from fmm_distill.core.velocity import VelocityField
+    from fmm_distill.data.samples import Batch
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.critic import Critic, DiagonalCritic
 
@@ -68,12 +74,20 @@ def noised_samples(
     settings = cast("MatchingSettings", recipe.matching)
     cond, axis = draw_conditioning(teacher, draws), teacher.schedule
     steps, k = settings.rollout.draw(generator)
-    grid = cast("Any", axis).grid(steps) if hasattr(axis, "grid") else axis.time_at(torch.linspace(1, 0, steps + 1))
+    device = draws.noise.device
+    grid = to_device(_grid(axis, steps), device)
     equal_jumps: Any = getattr(student, "equal_jumps", nullcontext)
     with equal_jumps():
-        x_0 = settings.rollout(student, teacher.prior(draws.noise), grid.to(draws.noise.device), k, cond)
-    t = to_device(settings.loss.times_at(axis, draws.uniform), draws.noise.device)
+        x_0 = settings.rollout(student, teacher.prior(draws.noise), grid, k, cond)
+    t = to_device(settings.loss.times_at(axis, draws.uniform), device)
     return NoisedSamples(x_0, cast("Tensor", draws.renoise), t, cond)
+
+
+def _grid(axis: TimeAxis, steps: int) -> Tensor:
+    """Return the times of a sampler's steps, float64; those of an axis without a scheduler end at its t_min."""
+    if hasattr(axis, "grid"):
+        return cast("Tensor", cast("Any", axis).grid(steps))
+    return axis.time_at(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -112,33 +126,46 @@ class Matching:
 
 
 class CriticObjective(nn.Module):
-    """The critic's loss of a batch of draws, as one module, which accelerate wraps."""
+    """The critic's loss of a batch of draws, as one module, which accelerate wraps.
+
+    Args:
+        sample: makes samples of the student from draws and a generator, as ``noised_samples`` does.
+    """
 
     def __init__(
-        self, critic: Critic | DiagonalCritic, student: LearnedFlowMap, teacher: Distillable, recipe: Recipe
+        self,
+        critic: Critic | DiagonalCritic,
+        sample: Callable[[Draws, torch.Generator], NoisedSamples],
+        teacher: Distillable,
+        recipe: Recipe,
     ) -> None:
         super().__init__()
         self.critic = critic
-        # A tuple hides the student, whose parameters are another optimizer's.
-        self._fixed = (student, teacher)
+        # A tuple hides what may be a module, whose parameters are another optimizer's or nobody's.
+        self._fixed = (sample, teacher)
         self.recipe = recipe
 
-    def forward(self, draws: Draws, step: int, update: int, *, compare: bool) -> tuple[Tensor, Tensor]:
-        """Return ``|v_F - v_c|^2`` and ``|v_T - v_c|^2`` of each sample, shape ``[batch]`` both.
+    def forward(
+        self, draws: Draws, data: Batch | None, step: int, update: int, *, compare: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses of the critic, and of the teacher in its stead, of each sample, shape ``[batch]`` both.
 
         Args:
-            compare: evaluate the teacher; else its errors are 0.
+            data: images that the critic learns from too; None: generated samples alone.
+            compare: evaluate the teacher; else its losses are 0.
         """
-        student, teacher = self._fixed
+        sample, teacher = self._fixed
         generator = step_generator(self.recipe.training.seed, step, f"critic {update} rollout")
+        draws = draws if data is None else data.with_conditions(draws)
+        real = cast("MatchingSettings", self.recipe.matching).loss.real
         with torch.no_grad():
-            samples = noised_samples(student, teacher, self.recipe, draws, generator)
-            x_t, conditional = samples.x_t, samples.velocity
-            errors = draws.noise.new_zeros(len(draws.noise))
+            generated = sample(draws, generator)
+            # The same times, noise and conditions: the mean over the batch does not depend on that.
+            images = None if data is None or real is None else replace(generated, x_0=cast("Tensor", data.images))
+            others = draws.noise.new_zeros(len(draws.noise))
             if compare:
-                errors = squared_norm(teacher.velocity(x_t, samples.t, samples.cond) - conditional)
-        losses = squared_norm(self.critic.velocity(x_t, samples.t, samples.cond) - conditional)
-        return losses, errors
+                others = critic_loss(teacher.velocity, generated, images, real)
+        return critic_loss(self.critic.velocity, generated, images, real), others
 
 
 class CriticHealth:
@@ -157,6 +184,9 @@ class CriticHealth:
             critic: ``E|v_F - v_c|^2``.
             teacher: ``E|v_T - v_c|^2``.
         """
+        if not math.isfinite(critic + teacher):
+            # The step is left out.
+            return
         if self.critic is None:
             self.critic, self.teacher = critic, teacher
         self.critic += _NEW * (critic - self.critic)

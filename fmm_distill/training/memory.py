@@ -4,35 +4,69 @@ from __future__ import annotations
 
 import resource
 import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmm_distill.core.draws import draw
+from fmm_distill.core.draws import draw, step_generator
 from fmm_distill.data.samples import ImageBatch
+from fmm_distill.errors import FmmDistillError
+from fmm_distill.training.compile import checkpoint_critic
+from fmm_distill.training.critic import build_critic
+from fmm_distill.training.matching import CriticObjective
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import optimizer_factory, state_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
+    from fmm_distill.config.matching import MatchingSettings
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.flow_map import LearnedFlowMap
     from fmm_distill.teachers.base import Distillable
+    from fmm_distill.training.critic import Critic, DiagonalCritic
+    from fmm_distill.training.matching import Matching
     from fmm_distill.training.optimizer import OptimizerFactory
 
-__all__ = ["Memory", "forecast_memory", "memory_unit", "peak_memory", "peak_memory_of"]
+__all__ = [
+    "Memory",
+    "OutOfMemoryError",
+    "forecast_memory",
+    "memory_error",
+    "memory_unit",
+    "peak_memory",
+    "peak_memory_of",
+]
 
 _MIB, _GIB = 2**20, 2**30
 # Largest batch of a trace. Several losses divide a batch by their fractions, and a small fraction needs many samples.
 _LARGEST_TRACE = 8
+
+
+class OutOfMemoryError(FmmDistillError):
+    """A training step does not fit into the memory of the device."""
+
+
+def memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:
+    """Return an error of a training step, as ``OutOfMemoryError`` if it is one of memory."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in text:
+        return error
+    return OutOfMemoryError(
+        f"step {step} does not fit into memory ({text.splitlines()[0]}). Try training.gradient_accumulation_steps "
+        "(twice as many halve the batch in memory), student.lora.rank (16 instead of every weight), or the loss's "
+        "derivative: central (no tangents in memory); the run resumes from its newest checkpoint"
+    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -55,10 +89,12 @@ class Memory:
         weights: student, teacher and a weaker teacher, each tensor once; without a GPU also an autoencoder.
         gradients: gradients at the peak. A peak of activations comes before most gradients exist. With several
             processes the buckets of their exchange are included.
-        optimizer: the optimizer's state.
+        optimizer: the state of the student's optimizer, of which each stage has its own.
         averages: the moving averages and the frozen target network.
         activations: tensors of the backward pass, tangents of forward mode and temporary tensors.
         per_sample: increase of the peak with each sample in a network call.
+        critic: the critic's weights that are no other network's, and in the second stage its optimizer's state.
+        peak_of: the part of the run that the peak is in; empty: there is one stage.
     """
 
     weights: int
@@ -67,17 +103,21 @@ class Memory:
     averages: int
     activations: int
     per_sample: int
+    critic: int = 0
+    peak_of: str = ""
 
     @property
     def peak(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
+        return self.weights + self.critic + self.gradients + self.optimizer + self.averages + self.activations
 
     def __str__(self) -> str:
-        names = ("weights", "gradients", "optimizer", "averages", "activations")
+        names = ["weights", "gradients", "optimizer", "averages", "activations"]
+        names[1:1] = ["critic"] if self.critic else []
         unit, name_of_unit, form = memory_unit(self.peak)
         parts = ", ".join(f"{name} {getattr(self, name) / unit:{form}}" for name in names)
-        return f"{self.peak / unit:{form}} {name_of_unit} at peak: {parts}"
+        where = f" of {self.peak_of}" if self.peak_of else ""
+        return f"{self.peak / unit:{form}} {name_of_unit} at peak{where}: {parts}"
 
 
 def memory_unit(count: int) -> tuple[int, str, str]:
@@ -167,38 +207,102 @@ def forecast_memory(
         processes: number of processes; with more than one, gradients are exchanged in buckets of the same size.
         optimizer: builds the optimizer; None: the recipe's.
     """
-    if recipe.training.steps == 0:
-        # A step of the map's losses, which a fraction of each batch of the second stage has.
-        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 1})})
-    factory = optimizer or optimizer_factory(recipe.optimizer)
-    trained = _bytes(p for p in student.parameters() if p.requires_grad)
-    buffers = _bytes(student.buffers())
     losses = [resolve_engine(student, teacher, loss, recipe.training)[0] for loss in recipe.losses]
     copies = len(recipe.training.ema) + any(loss.target_network == "frozen" for loss in losses)
-    objective = Objective(student, teacher, recipe, losses, {"average": student, "frozen": student})
+    critic = _critic(student, teacher, recipe)
+    maps = {"average": student, "frozen": student}
+    objective = Objective(student, teacher, recipe, losses, maps, critic=critic)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    trained = _bytes(p for p in student.parameters() if p.requires_grad)
+    of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
+    weights = _weights(student, teacher)
+    additional = 0 if critic is None else _bytes([*weights, *critic.parameters(), *critic.buffers()]) - _bytes(weights)
+    factory = optimizer or optimizer_factory(recipe.optimizer)
+    of_map = _phases(objective, recipe, teacher)
+    stages = [_Stage("", state_bytes(factory, parameters), 0, of_map)]
+    if (matching := recipe.matching) is not None:
+        stages = [replace(stages[0], name="the map")] if of_map else []
+        second = state_bytes(optimizer_factory(matching.optimizer), parameters)
+        moments = state_bytes(optimizer_factory(matching.critic.optimizer), of_critic)
+        stages += [
+            _Stage("the critic", second, moments, [_critic_phase(objective, recipe, teacher)]),
+            _Stage("the matching", second, moments, [_matching_phase(objective, recipe, teacher)]),
+        ]
     samples = recipe.training.batch_size // (processes * recipe.training.gradient_accumulation_steps)
-    phases = [_phase(objective, draws, step, samples) for draws, step in _steps(recipe, teacher)]
-    # With gradient accumulation the gradients of one pass exist during the forward pass of the next.
-    earlier = trained * (recipe.training.gradient_accumulation_steps > 1)
-    moments = [
-        (replace(moment, live=moment.live + max(0.0, earlier - moment.gradients)), growth)
-        for phase in phases
-        for moment, growth in phase
-    ]
-    # The optimizer's step works in place, next to the gradients.
-    moments.append((_Moment(trained, trained), 0.0))
-    peak, growth = max(moments, key=lambda pair: pair[0].live)
-    gradients = max(peak.gradients, earlier)
+    several = recipe.training.gradient_accumulation_steps > 1
+    found = [(stage, *stage.peak(samples, several=several)) for stage in stages]
+    stage, peak, growth = max(found, key=lambda item: item[0].states + item[1].live)
     return Memory(
-        weights=_bytes(_weights(student, teacher)),
+        weights=_bytes(weights),
         # The buckets of the exchange are copies of all gradients.
-        gradients=round(gradients) + (trained if processes > 1 else 0),
-        optimizer=state_bytes(factory, [p for p in objective.parameters() if p.requires_grad]),
+        gradients=round(peak.gradients) + (trained + _bytes(of_critic) if processes > 1 else 0),
+        optimizer=stage.optimizer,
         # Copies share the frozen parameters with the student.
-        averages=copies * (trained + buffers),
-        activations=round(peak.live - gradients),
+        averages=copies * (trained + _bytes(student.buffers())),
+        activations=round(peak.live - peak.gradients),
         per_sample=round(growth),
+        # Its moving average is a second copy.
+        critic=2 * additional + stage.critic,
+        peak_of=stage.name,
     )
+
+
+@dataclass
+class _Phase:
+    """A loss of some draws, the parameters that it trains, and a context of the loss and its backward pass."""
+
+    loss: Callable[[Draws], Tensor]
+    parameters: list[nn.Parameter]
+    draws: Draws
+    half: bool
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass
+class _Stage:
+    """The phases between which the states of the optimizers stay.
+
+    Attributes:
+        optimizer: bytes of the state of the student's optimizer.
+        critic: those of the critic's.
+    """
+
+    name: str
+    optimizer: int
+    critic: int
+    phases: list[_Phase]
+
+    @property
+    def states(self) -> int:
+        """The bytes of both states."""
+        return self.optimizer + self.critic
+
+    def peak(self, samples: int, *, several: bool) -> tuple[_Moment, float]:
+        """Return the largest moment for some number of samples, and its growth per sample.
+
+        Args:
+            several: the gradients of one pass exist during the forward pass of the next (gradient accumulation).
+        """
+        moments: list[tuple[_Moment, float]] = []
+        for phase in self.phases:
+            trained = _bytes(phase.parameters)
+            earlier = trained if several else 0
+            for moment, growth in _moments(phase, samples):
+                more = max(0.0, earlier - moment.gradients)
+                moments.append((_Moment(moment.live + more, moment.gradients + more), growth))
+            # The optimizer's step works in place, next to the gradients.
+            moments.append((_Moment(trained, trained), 0.0))
+        return max(moments, key=lambda pair: pair[0].live)
+
+
+def _critic(student: LearnedFlowMap, teacher: Distillable, recipe: Recipe) -> Critic | DiagonalCritic | None:
+    """Return the critic of a recipe's second stage, as the trainer builds it."""
+    if recipe.matching is None:
+        return None
+    critic = build_critic(student, teacher, recipe.student.lora.rank, seed=recipe.training.seed)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_critic(critic)
+    return critic
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -216,36 +320,112 @@ def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
 
 
-def _steps(recipe: Recipe, teacher: Distillable) -> Iterator[tuple[Draws, int]]:
-    """Yield some draws and a step of each phase of training: the regression, the stages and the main losses."""
+def _phases(objective: Objective, recipe: Recipe, teacher: Distillable) -> list[_Phase]:
+    """Return the phases before the second stage: the regression, the stages and the main losses."""
     regression = recipe.student.regression_steps
-    # A scaled network forms its weights for a single sample, and takes two products for several.
-    least = 2 if recipe.student_kind == "scaled" else 1
-    one = draw(0, 0, least, teacher.event_shape)
-    if regression:
-        yield one, 0
+    one, least = _one_sample(recipe, teacher), _least(recipe)
+    steps = [(one, 0)] if regression else []
     # The last step of a stage: its warm-ups are over.
     last = {recipe.stage_at(step)[0]: step for step in range(recipe.training.steps)}
-    for index in last.keys() - {None}:
-        yield one, regression + last[index]
+    steps += [(one, regression + last[index]) for index in last.keys() - {None}]
+    if recipe.training.steps:
+        steps.append((_divided(one, _fractions(recipe), least), regression + recipe.training.steps - 1))
+    return [_of_objective(objective, draws, step) for draws, step in steps]
+
+
+def _matching_phase(objective: Objective, recipe: Recipe, teacher: Distillable) -> _Phase:
+    """Return a step of the matching, with the map's losses on the rest of the batch."""
+    settings = cast("MatchingSettings", recipe.matching)
+    rest = [(1 - settings.fraction) * fraction for fraction in _fractions(recipe)] if settings.fraction < 1 else []
+    draws = _divided(_one_sample(recipe, teacher), [settings.fraction, *rest], _least(recipe))
+    start = recipe.map_steps + settings.critic.warmup_steps
+
+    def jumps(step: int) -> int:
+        n, k = settings.rollout.draw(step_generator(recipe.training.seed, step, "rollout"))
+        return 1 + (k > 0) + (settings.rollout.gradient == "all" and 0 < k + 1 < n)
+
+    # The step of the longest rollout among the first ones.
+    return _of_objective(objective, draws, max(range(start, start + min(settings.steps, 1000)), key=jumps))
+
+
+def _critic_phase(objective: Objective, recipe: Recipe, teacher: Distillable) -> _Phase:
+    """Return an update of the critic."""
+    critic = cast("Matching", objective.matching).critic
+    own = CriticObjective(critic, objective.sample, teacher, recipe)
+    needs_data = cast("MatchingSettings", recipe.matching).loss.needs_data
+
+    def loss(draws: Draws) -> Tensor:
+        data = ImageBatch(torch.zeros_like(draws.noise)) if needs_data else None
+        losses: Tensor = own(draws, data, recipe.map_steps, 0, compare=True)[0]
+        return losses.mean()
+
+    trained = [p for p in critic.parameters() if p.requires_grad]
+    return _Phase(loss, trained, _one_sample(recipe, teacher), _is_half(recipe))
+
+
+def _of_objective(objective: Objective, draws: Draws, step: int) -> _Phase:
+    """Return the phase of a step of the student."""
+    has_images = objective.recipe.data.has_images
+
+    def loss(draws: Draws) -> Tensor:
+        data = ImageBatch(torch.zeros_like(draws.noise)) if has_images else None
+        weighted: Tensor = objective(draws, data, step)[1]
+        return weighted.mean()
+
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    critic = None if objective.matching is None else cast("nn.Module", objective.matching.critic)
+    return _Phase(loss, trained, draws, _is_half(objective.recipe), partial(_frozen, critic))
+
+
+@contextmanager
+def _frozen(critic: nn.Module | None) -> Iterator[None]:
+    """Compute no gradients of the critic's weights: a step of the student takes those of the average."""
+    trained = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _is_half(recipe: Recipe) -> bool:
+    return recipe.training.precision != "fp32"
+
+
+def _least(recipe: Recipe) -> int:
+    # A scaled network forms its weights for a single sample, and takes two products for several.
+    return 2 if recipe.student_kind == "scaled" else 1
+
+
+def _one_sample(recipe: Recipe, teacher: Distillable) -> Draws:
+    return draw(0, 0, _least(recipe), teacher.event_shape, renoised=recipe.matching is not None)
+
+
+def _fractions(recipe: Recipe) -> list[float]:
+    """Return the fractions of a batch that the main and the extra losses have."""
     extra = [term.fraction for term in recipe.extra_losses]
-    fractions = [1 - sum(extra), *extra]
+    return [1 - sum(extra), *extra]
+
+
+def _divided(one: Draws, fractions: list[float], least: int) -> Draws:
+    """Return draws of a batch that several losses divide by their fractions."""
     scale = min(1 / min(fractions), _LARGEST_TRACE)
     # At least one sample of each loss, so that every loss is traced.
     counts = [least * max(1, round(fraction * scale)) for fraction in fractions]
     ends = torch.tensor([0.0, *fractions], dtype=torch.float64).cumsum(0)
     # The middle of each loss's interval, away from the borders between losses.
     position = ((ends[1:] + ends[:-1]) / 2).repeat_interleave(torch.tensor(counts))
-    main = replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
-    yield main, regression + recipe.training.steps - 1
+    return replace(one.rows(torch.zeros(len(position), dtype=torch.long)), position=position)
 
 
-def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[tuple[_Moment, float]]:
-    """Return the moments of a step of some number of samples, each with its growth per sample."""
-    count = len(draws.position)
+def _moments(phase: _Phase, samples: int) -> list[tuple[_Moment, float]]:
+    """Return the moments of a phase with some number of samples, each with its growth per sample."""
+    count = len(phase.draws.position)
     # Two counts determine the line: each moment is linear in the number of samples.
-    first, stored_first = _trace(objective, draws, step)
-    second, stored_second = _trace(objective, draws.rows(torch.arange(count).repeat(2)), step)
+    first, stored_first = _trace(phase, phase.draws)
+    second, stored_second = _trace(phase, phase.draws.rows(torch.arange(count).repeat(2)))
     if len(first) != len(second):
         # The network loops over the samples, so that the peak of two samples may be at another operation.
         first, second = ([max(moments, key=lambda m: m.live)] for moments in (first, second))
@@ -255,28 +435,25 @@ def _phase(objective: Objective, draws: Draws, step: int, samples: int) -> list[
     return [(_Moment(a.live + growth * (samples - count), a.gradients), growth) for growth, a in grown]
 
 
-def _trace(objective: Objective, draws: Draws, step: int) -> tuple[list[_Moment], float]:
+def _trace(phase: _Phase, draws: Draws) -> tuple[list[_Moment], float]:
     """Return the moments of a loss and its backward pass, and the bytes stored between the two."""
-    recipe, live = objective.recipe, _Live()
-    data = ImageBatch(torch.zeros_like(draws.noise)) if recipe.data.has_images else None
-    half = recipe.training.precision != "fp32"
+    live = _Live()
 
     def made(parameter: Tensor) -> None:
         if parameter.grad is not None:
             live.gradients += parameter.grad.untyped_storage().nbytes()
 
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    hooks = [parameter.register_post_accumulate_grad_hook(made) for parameter in parameters]
+    hooks = [parameter.register_post_accumulate_grad_hook(made) for parameter in phase.parameters]
     try:
-        with torch.enable_grad(), live:
+        with torch.enable_grad(), phase.context(), live:
             # fp16 and bf16 have the same size, and CPUs run bf16.
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                weighted = objective(draws, data, step)[1].mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=phase.half):
+                loss = phase.loss(draws)
             stored = live.moments[-1].live
-            weighted.backward()
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter in parameters:
+        for parameter in phase.parameters:
             parameter.grad = None
     return live.moments, stored

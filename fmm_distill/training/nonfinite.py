@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["NonFiniteSteps", "finite_or_none", "worst_samples"]
+    from torch.amp import GradScaler
+
+__all__ = ["NonFiniteSteps", "finite_or_none", "forget_gradients", "is_overflow", "worst_samples"]
 
 
 @dataclass
@@ -62,3 +64,16 @@ def worst_samples(rows: Sequence[tuple[float, float, float]], count: int = 4) ->
 def finite_or_none(value: float) -> float | None:
     """Return a number as JSON can hold it: null in place of NaN and infinity."""
     return value if math.isfinite(value) else None
+
+
+def is_overflow(scaler: GradScaler | None, norm: float) -> bool:
+    """Return True if a gradient scaler can still lower its scale."""
+    # At a scale of 1 an infinite gradient is the network's own and no overflow of fp16.
+    return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+
+
+def forget_gradients(scaler: GradScaler | None) -> None:
+    """Make a gradient scaler ready for the next gradients after a step that is left out."""
+    if scaler is not None:
+        # It refuses to unscale the gradients of an optimizer twice without an update in between.
+        scaler.update(scaler.get_scale())

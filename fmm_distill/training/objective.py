@@ -25,7 +25,7 @@ from fmm_distill.losses.base import DerivativeLoss, Jump, squared_norm
 from fmm_distill.losses.time_sampling import sample_diagonal_times, sample_times
 from fmm_distill.losses.weighting import LearnedWeight, measure, weigh
 from fmm_distill.training.compile import network_of
-from fmm_distill.training.matching import Matching
+from fmm_distill.training.matching import Matching, noised_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.velocity import VelocityField
     from fmm_distill.data.samples import Batch
     from fmm_distill.losses.base import Loss
+    from fmm_distill.losses.distribution_matching import NoisedSamples
     from fmm_distill.losses.time_sampling import TimeSampling
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.critic import Critic, DiagonalCritic
@@ -132,6 +133,10 @@ class Objective(nn.Module):
                 return self._second_stage(draws, data, step)
             return StepLosses(*self._losses(draws, data, step))
 
+    def sample(self, draws: Draws, generator: torch.Generator) -> NoisedSamples:
+        """Return samples of the student with fresh noise; under FSDP the call gathers its weights, as ``forward``."""
+        return noised_samples(self.student, self.fixed.teacher, self.recipe, draws, generator)
+
     def _second_stage(self, draws: Draws, data: Batch | None, step: int) -> StepLosses:
         """Match some of the samples, and train the map on the others."""
         settings = cast("MatchingSettings", self.recipe.matching)
@@ -146,9 +151,7 @@ class Objective(nn.Module):
             health = torch.stack([*sums, torch.full_like(sums[0], count)])
         if settings.fraction < 1 and (len(others) or self.lockstep):
             rows = _one_at_least(others)
-            rest = draws.rows(rows)
-            # The positions of the others fill the unit interval again, so that the losses have their fractions.
-            rest.position = ((rest.position - settings.fraction) / (1 - settings.fraction)).clamp_min(0)
+            rest = _of_map(draws, rows, settings.fraction)
             losses, weighted = self._losses(rest, None if data is None else data.rows(rows), step)
             both = _placed(both, others, losses, weighted)
         losses, weighted = both.unbind()
@@ -196,10 +199,22 @@ class Objective(nn.Module):
         if step < self.recipe.student.regression_steps:
             t = sample_diagonal_times(self.recipe.time_sampling, schedule, draws)
             return t, t
-        if self.recipe.matching is not None and step >= self.recipe.map_steps:
-            # The times of the noise; the map's samples in this stage are drawn like these.
-            t = self.recipe.matching.loss.times_at(schedule, draws.uniform)
-            return t, t
+        matching = self.recipe.matching
+        if matching is not None and step >= self.recipe.map_steps:
+            # The times of the noise, for samples that are matched.
+            t = matching.loss.times_at(schedule, draws.uniform)
+            _, others = _split(draws.position, matching.fraction)
+            both = torch.stack([t, t])
+            if len(others):
+                both[:, others] = self._times_of_map(_of_map(draws, others, matching.fraction), step)
+            t, r = both
+            return t, r
+        t, r = self._times_of_map(draws, step)
+        return t, r
+
+    def _times_of_map(self, draws: Draws, step: int) -> Tensor:
+        """Return the times of the map's losses, shape ``[2, batch]``."""
+        schedule = self.fixed.teacher.schedule
         terms, step = self._terms(draws, step)
         both = draws.first.new_zeros(2, len(draws.first))
         for term in terms:
@@ -207,8 +222,7 @@ class Objective(nn.Module):
                 continue
             t, r = sample_times(term.sampling, schedule, draws.rows(term.rows), step)
             both[:, term.rows] = torch.stack([t, t if term.loss.diagonal else r])
-        t, r = both
-        return t, r
+        return both
 
     def _terms(self, draws: Draws, step: int) -> tuple[list[_Term], int]:
         """Return the losses of a step with their samples, and the step within its stage.
@@ -297,6 +311,14 @@ def _split(position: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Return the indices of the samples below a position, and those of the others, on the CPU."""
     below = position < fraction
     return below.nonzero()[:, 0], (~below).nonzero()[:, 0]
+
+
+def _of_map(draws: Draws, rows: Tensor, fraction: float) -> Draws:
+    """Return the draws of samples that are not matched."""
+    rest = draws.rows(rows)
+    # Their positions fill the unit interval again, so that the losses have their fractions.
+    rest.position = ((rest.position - fraction) / (1 - fraction)).clamp_min(0)
+    return rest
 
 
 def _one_at_least(rows: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ from fmm_distill.training.variables import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor, nn
 
     from fmm_distill.config.recipe import Recipe
-    from fmm_distill.core.flow_map import LearnedFlowMap
-    from fmm_distill.training.compile import Points
 
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "alone",
     "check_training",
     "first_process_logs",
-    "has_unused_parameters",
     "join_processes",
     "make_accelerator",
     "on_first",
@@ -138,15 +137,25 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
-def has_unused_parameters(student: LearnedFlowMap, at: Points) -> bool:
-    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(student.mean_velocity(*at).sum(), trained, allow_unused=True)
+def _has_unused_parameters(module: nn.Module, velocity: Tensor) -> bool:
+    """Return whether a trained parameter has no gradient: the last block of some networks has outputs for the text.
+
+    Args:
+        velocity: an output of the module.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(velocity.sum(), trained, allow_unused=True)
     return any(gradient is None for gradient in gradients)
 
 
-def allow_unused_parameters(accelerator: Accelerator) -> None:
-    """Make processes exchange gradients of parameters that not every loss has a gradient for."""
+def allow_unused_parameters(accelerator: Accelerator, outputs: Mapping[nn.Module, Tensor]) -> None:
+    """Make processes exchange gradients of parameters that not every loss has a gradient for, if there are any.
+
+    Args:
+        outputs: a velocity of each module that is trained.
+    """
+    if not any(_has_unused_parameters(module, velocity) for module, velocity in outputs.items()):
+        return
     handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = replace(handler, find_unused_parameters=True)
 

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -21,25 +21,30 @@ from fmm_distill.losses.base import DerivativeLoss
 from fmm_distill.training import checkpoint
 from fmm_distill.training.callbacks import CallbackList, ProgressBar, StepLog
 from fmm_distill.training.compile import accelerate_networks, network_of
-from fmm_distill.training.critic import build_critic
-from fmm_distill.training.ema import averaged, build_averages, frozen_copy
+from fmm_distill.training.ema import build_averages, frozen_copy
 from fmm_distill.training.fsdp import (
     autocast,
     check_moments,
+    clip_gradients,
     full_state,
-    full_tensor,
     is_sharded,
     wrap,
     wrap_blocks,
     wrapped_blocks,
 )
-from fmm_distill.training.memory import peak_memory
-from fmm_distill.training.nonfinite import NonFiniteSteps, finite_or_none, worst_samples
+from fmm_distill.training.memory import memory_error, peak_memory
+from fmm_distill.training.nonfinite import (
+    NonFiniteSteps,
+    finite_or_none,
+    forget_gradients,
+    is_overflow,
+    worst_samples,
+)
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import learning_rate, optimizer_factory
 from fmm_distill.training.phases import phase_of
-from fmm_distill.training.process import allow_unused_parameters, has_unused_parameters
-from fmm_distill.training.second_stage import SecondStage
+from fmm_distill.training.process import allow_unused_parameters
+from fmm_distill.training.second_stage import SecondStage, build_critics
 from fmm_distill.training.signals import TrainingStoppedError, stop_requests
 from fmm_distill.training.stage_end import StageEnd
 from fmm_distill.training.trackers import TrackerLog
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fmm_distill.config.recipe import Recipe
     from fmm_distill.core.draws import Draws
@@ -62,20 +67,21 @@ if TYPE_CHECKING:
     from fmm_distill.training.optimizer import OptimizerFactory
     from fmm_distill.training.signals import StopRequest
 
+    # The worst samples of a skipped step, or why there are none.
+    _Reason = TypeVar("_Reason", str, list[dict[str, float | None]])
+
     # Evaluates after a number of steps, or does nothing and returns None.
     Evaluate = Callable[[int], Sequence[Mapping[str, Any]] | None]
 
-__all__ = ["OutOfMemoryError", "Trainer", "TrainingDivergedError"]
+__all__ = ["Trainer", "TrainingDivergedError"]
 
 logger = logging.getLogger(__name__)
+
+_OF_CRITIC = "the critic's loss or gradient is not finite"
 
 
 class TrainingDivergedError(FmmDistillError):
     """Too many consecutive losses or gradients are not finite."""
-
-
-class OutOfMemoryError(FmmDistillError):
-    """A training step does not fit into the memory of the device."""
 
 
 class Trainer:
@@ -115,15 +121,8 @@ class Trainer:
         # Before the networks are compiled: an average is a plain copy.
         self.averages = build_averages(student, training.ema)
         self.frozen = frozen_copy(student) if any(loss.target_network == "frozen" for loss in recipe.losses) else None
-        at = probe_inputs(teacher, accelerator.device)
-        if accelerator.num_processes > 1 and not self.sharded and has_unused_parameters(student, at):
-            allow_unused_parameters(accelerator)
-        rank, seed = recipe.student.lora.rank, training.seed
-        self.critics: tuple[Any, Any] | None = None
-        if recipe.matching is not None:
-            critic = build_critic(student, teacher, rank, seed=seed).to(accelerator.device)
-            self.critics = critic, averaged(critic, recipe.matching.critic.ema)
-        accelerate_networks(training, student, teacher, at)
+        self.critics = None if recipe.matching is None else build_critics(student, teacher, recipe)
+        self._accelerate_networks()
         objective = self._objective()
         self.times, self.weight = objective.times, objective.weight
         if self.sharded and optimizer is not None:
@@ -141,15 +140,28 @@ class Trainer:
         self.second: SecondStage | None = None
         optimizers = [built]
         if self.critics is not None:
-            self.second = SecondStage(trained, self.critics, student, teacher, recipe, accelerator)
+            self.second = SecondStage(objective, trained, self.critics, recipe, images, accelerator)
             optimizers.append(self.second.of_student)
-        self.objective, *self.optimizers = wrap(accelerator, objective, optimizers, copies)
+        self.objective, *self.optimizers = wrap(
+            accelerator, objective, optimizers, copies, method=None if self.second is None else "sample"
+        )
         parameters = list(self.objective.parameters())
         first = OptimizerState(built, parameters, defaults)
         self.states = [TrainState(student, self.averages, self.frozen, self.weight, first, accelerator.scaler)]
         if self.second is not None:
             self.states.append(self.second.joined(self.states[0], parameters))
         self._set_stage(0)
+
+    def _accelerate_networks(self) -> None:
+        """Switch on the options of the networks, and find parameters without gradients."""
+        student, critic = self.student, None if self.critics is None else self.critics[0]
+        x, t, r, cond = at = probe_inputs(self.teacher, self.accelerator.device)
+        if self.accelerator.num_processes > 1 and not self.sharded:
+            outputs: dict[nn.Module, Tensor] = {student: student.mean_velocity(x, t, r, cond)}
+            # All weights of the critic are trained, also those that no layer of a scaled student uses.
+            outputs |= {} if critic is None else {critic: critic.velocity(x, t, cond)}
+            allow_unused_parameters(self.accelerator, outputs)
+        accelerate_networks(self.recipe.training, student, self.teacher, at, critic)
 
     def averaged_student(self, rate: float) -> LearnedFlowMap:
         """Return the student with the moving average of this rate as its weights."""
@@ -264,17 +276,16 @@ class Trainer:
     def _critic_step(self, second: SecondStage, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
         """Take an update of the critic alone."""
         try:
-            numbers = second.update(step, self.non_finite.lr_scale)
+            update = second.update(step, self.non_finite.lr_scale)
         except RuntimeError as error:
-            raise _memory_error(error, step) from error
+            raise memory_error(error, step) from error
         stop = torch.tensor(float(request.signal > 0), device=self.accelerator.device)
         stopped = float(cast("Tensor", self.accelerator.reduce(stop, "mean"))) > 0
-        loss, norm = numbers["critic_loss"], numbers["gradient_norm"]
-        metrics: dict[str, Any] = {"loss": finite_or_none(loss), "weighted": finite_or_none(loss)}
-        metrics |= {"gradient_norm": finite_or_none(norm), "learning_rate": second.settings.critic.optimizer.lr}
-        metrics["teacher_loss"] = finite_or_none(numbers["teacher_loss"])
-        if self.non_finite.count(math.isfinite(loss)):
-            logger.warning(f"step {step}: the critic's loss is {loss:g}: its update is skipped")
+        metrics = update.metrics()
+        if not update.finite:
+            metrics["skipped"] = _OF_CRITIC
+        if self.non_finite.count(update.finite):
+            logger.warning(f"step {step}: {_OF_CRITIC}: the step is skipped (further steps are counted)")
         return metrics, stopped
 
     def _student_step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -292,11 +303,10 @@ class Trainer:
             renoised=second is not None,
         )
         try:
-            if second is not None:
-                second.update(step, self.non_finite.lr_scale)
+            critic_is_finite = second is None or second.update(step, self.non_finite.lr_scale).finite
             losses, weighted, gradient_norm, health = self._gradient(draws, step)
         except RuntimeError as error:
-            raise _memory_error(error, step) from error
+            raise memory_error(error, step) from error
         # The request to stop is among the means, so that all processes stop after the same step.
         means = torch.stack([losses.mean(), weighted, losses.new_full((), float(request.signal > 0)), *health])
         # The only synchronization of host and device in a step: everything is read at once.
@@ -309,18 +319,19 @@ class Trainer:
             critic, teacher = (error / max(errors[2], 1e-9) for error in errors[:2])
             metrics |= {"critic_loss": finite_or_none(critic), "teacher_loss": finite_or_none(teacher)}
             second.health.count(critic, teacher, step)
-        if (skipped := self._update(step, loss, norm, draws, losses)) is not None:
+        if not critic_is_finite:
+            # The student does not follow a critic that has not seen its samples.
+            metrics["skipped"] = self._leave_out(step, loss, norm, _OF_CRITIC)
+        elif (skipped := self._update(step, loss, norm, draws, losses)) is not None:
             metrics["skipped"] = skipped
         return metrics, stop > 0
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of the student's optimizer at a step, and return the first."""
         if self.stage and self.second is not None:
-            peak = self.second.settings.optimizer.lr
-            rates = [peak] * len(self.optimizer.param_groups)
+            rates = [self.second.learning_rate(step)] * len(self.optimizer.param_groups)
         else:
-            total = self.recipe.map_steps
-            rates = [learning_rate(peak, self.recipe.training, step, total) for peak in self.peaks]
+            rates = [learning_rate(peak, self.recipe.training, step, self.recipe.map_steps) for peak in self.peaks]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             # Set at each step instead of by a scheduler object, whose state a checkpoint would have to hold.
             group["lr"] = rate * self.non_finite.lr_scale
@@ -335,37 +346,40 @@ class Trainer:
 
     def _start_second_stage(self) -> None:
         """Start from the first average, with a critic that equals the teacher."""
-        second = cast("SecondStage", self.second)
         self.student.load_state_dict(self.averaged_student(self.recipe.training.ema[0]).state_dict())
         for average in self.averages.values():
             average.n_averaged.zero_()
         # Free for the second optimizer.
         self.states[0].optimizer.optimizer.state.clear()
-        second.start(self.student, self.teacher)
+        cast("SecondStage", self.second).start()
 
     def _update(
         self, step: int, loss: float, norm: float, draws: Draws, losses: Tensor
     ) -> str | list[dict[str, float | None]] | None:
         """Update weights and averages. Return None, or for a skipped step the reason or the worst samples."""
-        overflow = self._is_overflow(norm)
-        finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
-        if finite:
-            # A gradient scaler finds its scale by infinite gradients, and skips those steps itself.
-            self.optimizer.step()
-        if finite and not overflow:
-            for average in self.averages.values():
-                average.update_parameters(self.student)
-        # Of a skipped step too, whose gradients would be added to the next one's.
+        overflow = is_overflow(self.accelerator.scaler, norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            return self._leave_out(step, loss, norm, self._worst(draws, losses, step))
+        # A gradient scaler finds its scale by infinite gradients, and skips those steps itself.
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        if finite and overflow:
+        if overflow:
             return "the gradient scaler lowers its scale"
-        worst = None if finite else self._worst(draws, losses, step)
-        if self.non_finite.count(finite):
-            logger.warning(
-                f"step {step}: loss {loss:g}, gradient norm {norm:g}: the step is skipped (steps.jsonl has the times "
-                "t, r of its samples; further steps are counted)"
-            )
-        return worst
+        for average in self.averages.values():
+            average.update_parameters(self.student)
+        self.non_finite.count(finite=True)
+        return None
+
+    def _leave_out(self, step: int, loss: float, norm: float, reason: _Reason) -> _Reason:
+        """Drop the gradients of a step, count it as non-finite, and return the reason."""
+        # They would be added to the next ones.
+        self.optimizer.zero_grad()
+        forget_gradients(self.accelerator.scaler)
+        if self.non_finite.count(finite=False):
+            numbers = reason if isinstance(reason, str) else f"loss {loss:g}, gradient norm {norm:g}"
+            where = "" if isinstance(reason, str) else "steps.jsonl has the times t, r of its samples; "
+            logger.warning(f"step {step}: {numbers}: the step is skipped ({where}further steps are counted)")
+        return reason
 
     def _gradient(self, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return this process's losses, shape ``[part]``, their weighted mean, and the norm of the full gradient.
@@ -389,8 +403,8 @@ class Trainer:
                 with without_tensor_float() if self.differences else nullcontext():
                     accelerator.backward(weighted)
                 if accelerator.sync_gradients:
-                    clipped = accelerator.clip_grad_norm_(self.objective.parameters(), training.max_grad_norm)
-                    norm = full_tensor(torch.as_tensor(clipped)).to(sums.device)
+                    parameters = self.objective.parameters()
+                    norm = clip_gradients(accelerator, self.optimizer, parameters, training.max_grad_norm).to(sums)
             # Detached, so that the graph of a part is free before the next one.
             found.append(losses.detach())
             # accelerate divides the loss of the backward pass by the number of parts itself.
@@ -408,7 +422,7 @@ class Trainer:
         slopes = [loss for loss in losses if isinstance(loss, DerivativeLoss) and loss.keeps_graph]
         self.differences = any(loss.derivative == "central" for loss in slopes)
         # Evaluation mode: dropout would differ between value and target (arXiv 2505.18825 switches it off too).
-        lockstep, critic = self.sharded, None if self.critics is None else self.critics[1].module
+        lockstep, critic = self.sharded, None if self.critics is None else cast("Any", self.critics[1].module)
         return Objective(student, self.teacher, recipe, losses, copies, lockstep=lockstep, critic=critic).eval()
 
     def _resolve_engine(self, loss: Loss) -> Loss:
@@ -416,12 +430,6 @@ class Trainer:
         if reason is not None:
             logger.warning(reason)
         return resolved
-
-    def _is_overflow(self, norm: float) -> bool:
-        """Return True if a gradient scaler can still lower its scale."""
-        scaler = self.accelerator.scaler
-        # At a scale of 1 an infinite gradient is the network's own and no overflow of fp16.
-        return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
 
     def _worst(self, draws: Draws, losses: Tensor, step: int) -> list[dict[str, float | None]]:
         """Return the worst samples of all processes."""
@@ -486,14 +494,3 @@ class Trainer:
         where = f"step {step}" if found is None else found[0].name
         logger.warning(f"{limit} non-finite steps in a row: continuing from {where} with half the learning rate")
         return step
-
-
-def _memory_error(error: RuntimeError, step: int) -> RuntimeError | OutOfMemoryError:
-    text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in text:
-        return error
-    return OutOfMemoryError(
-        f"step {step} does not fit into memory ({text.splitlines()[0]}). Try training.gradient_accumulation_steps "
-        "(twice as many halve the batch in memory), student.lora.rank (16 instead of every weight), or the loss's "
-        "derivative: central (no tangents in memory); the run resumes from its newest checkpoint"
-    )

@@ -22,6 +22,9 @@ STEPS = 40
 SCALED = {"student": {"kind": "scaled", "regression_steps": 10}, "time_sampling": {"groups": 2}}
 
 
+STAGE = {"steps": 10, "critic": {"warmup_steps": 5}}
+
+
 @pytest.mark.parametrize(
     ("kills", "more"),
     [
@@ -34,8 +37,9 @@ SCALED = {"student": {"kind": "scaled", "regression_steps": 10}, "time_sampling"
             SCALED | {"student": SCALED["student"] | {"lora": {"rank": 2}}, "time_sampling": {}},
             marks=pytest.mark.slow,
         ),
+        pytest.param(10, {"matching": STAGE}, marks=pytest.mark.slow),
     ],
-    ids=["5", "20", "scaled", "scaled-lora"],
+    ids=["5", "20", "scaled", "scaled-lora", "matching"],
 )
 def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     training = TINY["training"] | {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "ema": [0.9, 0.99]}
@@ -43,6 +47,9 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     settings = {"teacher": str(teacher_folder)} | TINY | {"loss": loss, "weight": {"kind": "learned"}}
     settings["training"] = training | {"target_update_every": 7}
     settings |= more
+    second = settings.get("matching")
+    if second is not None:
+        settings["training"] |= {"steps": STEPS - 15}
     total = STEPS + settings.get("student", {}).get("regression_steps", 0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
@@ -58,8 +65,8 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     assert len(set(found["steps"])) > kills / 3
     assert found["steps"] == sorted(found["steps"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    names = ("student", "ema-0.9", "ema-0.99", "optimizer", "frozen", "weight")
-    for name in names:
+    names = ["student", "ema-0.9", "ema-0.99", "optimizer", "frozen", "weight"]
+    for name in names + (["critic", "critic_optimizer"] if second else []):
         file = Path("checkpoints") / f"step-{total:08d}" / f"{name}.safetensors"
         ours, theirs = load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file)
         assert ours.keys() == theirs.keys()

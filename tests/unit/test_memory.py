@@ -34,6 +34,8 @@ LARGE = {
 }
 LAGRANGIAN = {"name": "lagrangian", "stop_gradient": "target"}
 STEPS = {"steps": 2, "batch_size": 2}
+KL = {"steps": 2, "critic": {"warmup_steps": 1}}
+SIM = KL | {"loss": {"name": "score_implicit_matching"}}
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,24 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
             marks=pytest.mark.slow,
         ),
         pytest.param({"loss": LAGRANGIAN, "student": {"kind": "scaled", "lora": {"rank": 8}}}, marks=pytest.mark.slow),
+        pytest.param({"loss": LAGRANGIAN, "matching": KL}, marks=pytest.mark.slow),
+        pytest.param({"loss": LAGRANGIAN, "matching": SIM, "student": {"kind": "scaled"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss": LAGRANGIAN, "matching": SIM, "student": {"kind": "embedded", "lora": {"rank": 8}}},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["central", "full-gradient", "lora", "checkpointed", "scaled", "scaled-lora"],
+    ids=[
+        "central",
+        "full-gradient",
+        "lora",
+        "checkpointed",
+        "scaled",
+        "scaled-lora",
+        "matching",
+        "matching-scaled",
+        "matching-lora",
+    ],
 )
 def test_the_peak_of_a_step(large, teacher_folder, tmp_path, settings):
     settings = settings | {"training": settings.get("training", STEPS) | {"ema": (0.9, 0.99)}}
@@ -179,3 +197,43 @@ def test_the_estimate_of_a_scaled_student_grows_with_its_samples(teacher_folder)
     embedded = foretold(teacher_folder, {"loss": LAGRANGIAN, "training": STEPS | {"batch_size": 64}})
     assert many.activations - few.activations == pytest.approx(62 * many.per_sample, rel=0.1)
     assert many.activations > embedded.activations
+
+
+def test_the_memory_of_the_second_stage(teacher_folder):
+    """The critic is there from the start; the optimizers' states are there in their stages."""
+    settings = {"loss": LAGRANGIAN, "training": STEPS}
+    alone = foretold(teacher_folder, settings)
+    both = foretold(teacher_folder, settings | {"matching": KL})
+    network = 4 * sum(p.numel() for p in load_teacher(str(teacher_folder)).network.parameters())
+    assert both.peak_of == "the matching"
+    # The student's second optimizer has the state of its first one, which is free by then.
+    assert both.optimizer == alone.optimizer
+    assert both.averages == alone.averages
+    assert both.weights == alone.weights
+    # The weights and Adam's two moments.
+    assert both.critic == 3 * network
+    assert "critic 0.1, " in str(both)
+    assert "at peak of the matching: " in str(both)
+    assert "critic" not in str(alone)
+    stateless = KL | {"critic": KL["critic"] | {"optimizer": {"name": "SGD", "betas": [0.9, 0.99]}}}
+    assert foretold(teacher_folder, settings | {"matching": stateless}).critic == network
+    # A map that takes more than the matching is the peak, without the states of the second stage.
+    heavy = {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}
+    light = KL | {"fraction": 1.0, "rollout": {"steps": [1]}}
+    large = {"loss": heavy, "training": STEPS | {"batch_size": 64}}
+    map_alone, first = foretold(teacher_folder, large), foretold(teacher_folder, large | {"matching": light})
+    assert first.peak_of == "the map"
+    assert first.peak == map_alone.peak + network
+    # A Fisher divergence passes back through both networks, and more jumps have a gradient with all of them.
+    stages = [KL, SIM, SIM | {"rollout": {"gradient": "all"}}]
+    grows = [
+        foretold(teacher_folder, settings | {"matching": stage | {"fraction": 1.0}}).per_sample for stage in stages
+    ]
+    assert grows[0] < grows[1] < grows[2]
+    parts = STEPS | {"batch_size": 4, "gradient_accumulation_steps": 2}
+    several = foretold(teacher_folder, settings | {"training": parts, "matching": KL})
+    assert several.gradients == 4 * sum(
+        p.numel() for p in Student.from_teacher(load_teacher(str(teacher_folder))).parameters()
+    )
+    shared = foretold(teacher_folder, settings | {"matching": KL, "training": STEPS | {"batch_size": 4}}, processes=2)
+    assert shared.peak == both.peak + alone.optimizer // 2 + network

@@ -15,12 +15,14 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks import steps
-from benchmarks.step_cases import CASES, make_teacher, make_trainer
+from benchmarks.step_cases import CASES, Case, make_teacher, make_trainer
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.core.derivatives import central, exact, forward_mode
-from fmm_distill.core.draws import draw
+from fmm_distill.core.draws import draw, step_generator
 from fmm_distill.data.samples import ImageBatch
 from fmm_distill.student.student import Student
+from fmm_distill.training.critic import build_critic
+from fmm_distill.training.matching import CriticObjective
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.objective import Objective
 from fmm_distill.training.signals import StopRequest
@@ -33,6 +35,9 @@ RECORDED = {
     ("consistency, step 0", "exact"): (1, 1, 3.0, 1.0, 672),
     ("consistency, step 0.05", "none"): (2, 1, 3.0, 1.0, 670),
     ("consistency_trajectory", "none"): (4, 4, 8.0, 2.0, 1073),
+    ("critic update", "none"): (1, 1, 3.0, 1.0, 580),
+    ("distribution_matching", "none"): (4, 1, 8.0, 3.0, 600),
+    ("distribution_matching, all jumps", "none"): (4, 1, 8.0, 3.0, 600),
     ("eulerian, none", "central"): (1, 1, 2.0, 1.0, 1154),
     ("eulerian, none", "exact"): (1, 1, 3.0, 2.0, 1333),
     ("eulerian, target", "central"): (2, 1, 3.0, 1.0, 586),
@@ -57,6 +62,8 @@ RECORDED = {
     ("operator_regression", "none"): (1, 8, 9.0, 1.0, 580),
     ("progressive", "none"): (3, 0, 3.0, 1.0, 586),
     ("progressive_distillation", "none"): (3, 0, 3.0, 1.0, 586),
+    ("score_implicit_matching", "none"): (4, 1, 8.0, 5.0, 600),
+    ("score_implicit_matching, all jumps", "none"): (4, 1, 8.0, 5.0, 600),
     ("terminal_velocity", "central"): (3, 0, 3.0, 2.0, 1673),
     ("terminal_velocity", "exact"): (3, 0, 3.9, 2.9, 1830),
 }
@@ -84,7 +91,7 @@ def teacher():
 def step_of(case, engine, teacher, folder):
     """Counts of the second step of a trainer, when its optimizer has its moments."""
     trainer = make_trainer(case, engine, teacher, 4, Accelerator(cpu=True), folder)
-    trainer.train_step(0, StopRequest())
+    trainer.train_step(case.first_step, StopRequest())
     copies = [average.module for average in trainer.averages.values()]
     copies += [] if trainer.frozen is None else [trainer.frozen]
     calls, counted = Counter(), Counted()
@@ -92,7 +99,7 @@ def step_of(case, engine, teacher, folder):
         for owner in networks:
             owner.network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     with counted:
-        trainer.train_step(1, StopRequest())
+        trainer.train_step(case.first_step + 1, StopRequest())
     teacher.network._forward_pre_hooks.clear()
     layers = sum(isinstance(module, torch.nn.Conv2d) for module in teacher.network.modules())
     convolutions = [counted.names[name] / layers for name in ("convolution", "convolution_backward")]
@@ -107,6 +114,54 @@ def test_the_costs_of_a_step(teacher, tmp_path, case, engine):
     assert found[:2] == recorded[:2]
     assert found[2:4] == pytest.approx(recorded[2:4], abs=0.15)
     assert found[4] == pytest.approx(recorded[4], rel=0.1)
+
+
+@pytest.mark.parametrize("gradient", ["last", "all"])
+@pytest.mark.parametrize("loss", ["distribution_matching", "score_implicit_matching"])
+def test_the_passes_of_the_matching(teacher, tmp_path, loss, gradient):
+    """Against the number by hand: the jumps of each rollout, and what teacher and critic are called for."""
+    matching = {"loss": {"name": loss}, "rollout": {"gradient": gradient}, "critic": {"warmup_steps": 0, "updates": 2}}
+    case = Case("by hand", {"name": "lagrangian", "stop_gradient": "target"}, None, data=False, matching=matching)
+    trainer = make_trainer(case, "none", teacher, 4, Accelerator(cpu=True), tmp_path)
+    trainer.train_step(1, StopRequest())
+    rollout, seen = trainer.recipe.matching.rollout, set()
+    layers = sum(isinstance(module, torch.nn.Conv2d) for module in teacher.network.modules())
+    for step in range(2, 10):
+
+        def jumps(stream, step=step):
+            steps, k = rollout.draw(step_generator(trainer.recipe.training.seed, step, stream))
+            return (k > 0) + 1 + (gradient == "all" and k < steps - 1)
+
+        of_student, of_critic = jumps("rollout"), [jumps(f"critic {update} rollout") for update in range(2)]
+        with Counted() as counted:
+            trainer.train_step(step, StopRequest())
+        inputs = 2 * (loss == "score_implicit_matching")
+        # The rollouts; the updates of the critic; teacher and critic at the noised samples.
+        forward = of_student + sum(of_critic) + 2 + 2
+        backward = (of_student if gradient == "all" else 1) + 2 + inputs
+        found = [counted.names[name] / layers for name in ("convolution", "convolution_backward")]
+        assert found == pytest.approx([forward, backward], abs=0.15), step
+        seen.add(of_student)
+    assert seen == ({1, 2, 3} if gradient == "all" else {1, 2})
+
+
+@pytest.mark.parametrize("loss", ["distribution_matching", "score_implicit_matching"])
+def test_the_matching_asks_the_device_for_nothing(teacher, loss):
+    settings = {"teacher": "none", "student": {"kind": "embedded"}, "training": {"steps": 1, "batch_size": 8}}
+    settings["matching"] = {"steps": 9, "critic": {"warmup_steps": 0}, "loss": {"name": loss}}
+    settings["loss"] = {"name": "progressive", "target": "frozen"}
+    recipe = Recipe.model_validate(settings)
+    student, away = Student.from_teacher(teacher).to("meta"), copy.deepcopy(teacher).to("meta")
+    critic = build_critic(student, away, 0, seed=0)
+    maps = {"average": student, "frozen": student}
+    objective = Objective(student, away, recipe, recipe.losses, maps, critic=critic)
+    draws = draw(0, 1, 8, teacher.event_shape, renoised=True).part(0, 8, "meta")
+    with objective.fixed_critic():
+        objective(draws, None, 1).weighted.mean().backward()
+    own = CriticObjective(critic, objective.sample, away, recipe)
+    losses, teachers = own(draws, None, 1, 0, compare=True)
+    losses.mean().backward()
+    assert teachers.device.type == next(critic.parameters()).grad.device.type == "meta"
 
 
 SEVERAL = {"extra_losses": [{"loss": {"name": "flow_matching", "velocity": "data"}, "fraction": 0.3}]}

@@ -1,0 +1,214 @@
+"""The critic: what it shares with student and teacher, and that its adapters act in its own calls alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fmm_distill.config.recipe import Recipe
+from fmm_distill.config.settings import TrainingSettings
+from fmm_distill.core.draws import draw
+from fmm_distill.data.starting_points import probe_inputs
+from fmm_distill.errors import UserError
+from fmm_distill.run.given import Given
+from fmm_distill.run.plan import open_student, open_teacher, plan
+from fmm_distill.teachers.velocity_field import as_teacher
+from fmm_distill.training.compile import accelerate_networks
+from fmm_distill.training.critic import DiagonalCritic, build_critic, frozen, reset_critic
+from fmm_distill.training.ema import averaged, frozen_copy
+from fmm_distill.training.memory import forecast_memory
+from fmm_distill.training.objective import Objective
+from tests.scaled import randomize
+from tests.unit.test_scaled_runs import held_by, storages
+from tests.unit.test_second_stage import FIRST, STUDENTS, settings_of
+
+ADAPTED = [name for name, student in STUDENTS.items() if "lora" in student]
+
+
+def opened(folder, name, **matching):
+    """A student that is no teacher any more, its teacher, and a critic that is neither."""
+    recipe = Recipe.model_validate(settings_of(folder, name, **matching))
+    student, teacher = open_student(recipe, open_teacher(recipe), Given())
+    randomize(student.network)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, value in student.named_parameters():
+            if "lora_B" in key or key.endswith("linear_2.weight"):
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    critic = build_critic(student, teacher, recipe.student.lora.rank, seed=0)
+    return recipe, student, teacher, critic
+
+
+def moved(critic):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in critic.parameters():
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    return critic
+
+
+def hooks(*modules):
+    return sum(len(module._forward_hooks) for one in modules for module in one.modules())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_critic_is_the_teacher_at_first_and_again_after_a_reset(teacher_folder, name):
+    _, student, teacher, critic = opened(teacher_folder, name)
+    x, t, r, _ = probe_inputs(teacher, torch.device("cpu"))
+    with torch.no_grad():
+        v, u = teacher.velocity(x, t), student.mean_velocity(x, t, r)
+        assert torch.equal(critic.velocity(x, t), v)
+        first = [value.clone() for value in critic.parameters()]
+        assert not torch.equal(moved(critic).velocity(x, t), v)
+        # Training it leaves the two others.
+        assert torch.equal(teacher.velocity(x, t), v)
+        assert torch.equal(student.mean_velocity(x, t, r), u)
+        reset_critic(critic, student, teacher, seed=0)
+        assert torch.equal(critic.velocity(x, t), v)
+    assert all(torch.equal(a, b) for a, b in zip(critic.parameters(), first, strict=True))
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_bytes_of_three_roles(teacher_folder, name):
+    recipe = Recipe.model_validate(settings_of(teacher_folder, name))
+    job = plan(recipe)
+    critic = build_critic(job.student, job.teacher, recipe.student.lora.rank, seed=0)
+    network = storages(open_teacher(recipe).network)
+    own = storages(critic)
+    together = storages(job.student, held_by(job.teacher), critic)
+    if name in ADAPTED:
+        # One copy of the large weights.
+        adapters = 4 * sum(p.numel() for p in critic.parameters())
+        assert own == adapters < network / 4
+        assert together == storages(job.student) + adapters
+        assert storages(job.student) < 1.5 * network
+    else:
+        assert own == network
+        copies = 2 if name == "embedded" else 1
+        assert together == storages(job.student) + copies * network
+    memory = forecast_memory(job.student, job.teacher, recipe)
+    moments = 0 if memory.peak_of == "the map" else 2 * 4 * sum(p.numel() for p in critic.parameters())
+    assert memory.weights + memory.critic == together + moments
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_act_in_the_calls_of_the_critic_alone(teacher_folder, name):
+    _, student, teacher, critic = opened(teacher_folder, name)
+    moved(critic)
+    before = hooks(student)
+    x, t, _, _ = probe_inputs(teacher, torch.device("cpu"))
+    seen = []
+    inner = held_by(teacher).conv_in
+    handle = inner.register_forward_hook(lambda *_: seen.append((hooks(student), hooks(averaged(student, 0.9).module))))
+    critic.velocity(x, t)
+    teacher.velocity(x, t)
+    ((during, copied), (after, _)) = seen
+    assert during == before + 1 + len(critic.network.first)
+    # A copy that is made within a call would have them; the trainer makes none there.
+    assert copied == during
+    assert after == before + 1
+    handle.remove()
+    assert hooks(student) == hooks(frozen_copy(student)) == hooks(copy.deepcopy(student)) == before
+
+    def failing(*_):
+        raise RuntimeError("it ends here")
+
+    handle = inner.register_forward_hook(failing)
+    with pytest.raises(RuntimeError, match="it ends here"):
+        critic.velocity(x, t)
+    handle.remove()
+    assert hooks(student) == before
+
+
+def gradients(folder, name, training=None):
+    """Of the student's matching loss and of the critic's own, and whether blocks are computed again."""
+    loss = {"name": "score_implicit_matching"}
+    recipe, student, teacher, critic = opened(folder, name, loss=loss, fraction=1.0)
+    moved(critic)
+    at = probe_inputs(teacher, torch.device("cpu"))
+    if training is not None:
+        accelerate_networks(training, student, teacher, at, critic)
+    objective = Objective(student, teacher, recipe, recipe.losses, critic=critic)
+    draws = draw(0, 0, 4, teacher.event_shape, renoised=True)
+    with objective.fixed_critic():
+        objective(draws, None, FIRST)[1].mean().backward()
+    assert all(p.grad is None and p.requires_grad for p in critic.parameters())
+    of_student = [p.grad for p in student.parameters() if p.requires_grad]
+    critic.velocity(at[0], at[1]).square().mean().backward()
+    of_critic = [p.grad for p in critic.parameters()]
+    assert len(of_student) > 10
+    assert len(of_critic) > 10
+    return [*of_student, *of_critic], student.network
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_options_of_the_training_change_no_gradient(teacher_folder, name, option):
+    training = TrainingSettings(**{option: "eager" if option == "compile" else True})
+    ours, network = gradients(teacher_folder, name, training)
+    theirs, _ = gradients(teacher_folder, name)
+    if option == "gradient_checkpointing":
+        assert network.is_gradient_checkpointing
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_compiled_code_that_leaves_the_adapters_out_is_refused(teacher_folder):
+    _, student, teacher, critic = opened(teacher_folder, "scaled-lora")
+
+    class Forgetful(torch.nn.Module):
+        """As compiled code is that was made before the adapters were attached."""
+
+        own_network = None
+
+        def __init__(self):
+            super().__init__()
+            self.critic = critic
+
+        def velocity(self, x, t, cond=None):
+            return (critic if student.network._compiled_call_impl is None else teacher).velocity(x, t, cond) + 0 * sum(
+                p.sum() for p in critic.parameters()
+            )
+
+    at = probe_inputs(teacher, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"training\.compile: eager: expected .* in the critic's gradient; leave the"):
+        accelerate_networks(TrainingSettings(compile="eager"), student, teacher, at, Forgetful())
+
+
+def test_a_critic_is_frozen_in_the_block_alone(teacher_folder):
+    _, _, teacher, critic = opened(teacher_folder, "embedded")
+    critic.network.conv_in.weight.requires_grad_(False)
+    x, t, _, _ = probe_inputs(teacher, torch.device("cpu"))
+    x.requires_grad_()
+    with frozen(critic):
+        critic.velocity(x, t).sum().backward()
+    assert x.grad.any()
+    assert all(p.grad is None for p in critic.parameters())
+    assert [p.requires_grad for p in critic.parameters()].count(False) == 1
+
+
+class Line:
+    """A teacher of points without a network."""
+
+    event_shape = (2,)
+
+    def velocity(self, x, t, cond=None):
+        return x
+
+
+def test_a_teacher_without_a_network_has_a_critic_that_starts_as_the_students_velocity(teacher_folder):
+    _, student, _, _ = opened(teacher_folder, "embedded")
+    critic = build_critic(student, as_teacher(Line()), 0, seed=0)
+    assert isinstance(critic, DiagonalCritic)
+    x, t, *_ = probe_inputs(open_teacher(Recipe.model_validate(settings_of(teacher_folder))), torch.device("cpu"))
+    with torch.no_grad():
+        u = student.mean_velocity(x, t, t)
+        assert torch.equal(critic.velocity(x, t), u)
+        moved(critic)
+        assert not torch.equal(critic.velocity(x, t), u)
+        assert torch.equal(student.mean_velocity(x, t, t), u)
+        reset_critic(critic, student, as_teacher(Line()), seed=0)
+        assert torch.equal(critic.velocity(x, t), u)

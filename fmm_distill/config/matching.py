@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
-from fmm_distill.losses.distribution_matching import DistributionMatching, MatchingLoss
+from fmm_distill.losses.distribution_matching import DistributionMatching
 from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
 from fmm_distill.losses.settings import Settings
@@ -92,14 +92,6 @@ class MatchingSettings(Settings):
     """Steps of the student between evaluations in this stage, the first of which is the map's; 0: evaluation.every."""
     stop: StopSettings | None = None
     """End the stage by its evaluations, and export the best average; null: all steps, and the last average."""
-
-    @field_validator("loss")
-    @classmethod
-    def _trained_without_images(cls, loss: MatchingLoss) -> MatchingLoss:
-        # The student's loss alone would take a and b while the critic is trained without images.
-        if loss.needs_data:
-            raise ValueError("real: expected null in a run, whose critic gets no images; leave real out")
-        return loss
 
 
 def check_map_steps(steps: int, student: StudentSettings, matching: MatchingSettings | None) -> None:

@@ -346,7 +346,7 @@ class EvaluationSettings(Settings):
     """Optimizer steps between evaluations of the first moving average; 0: only at the end."""
     steps: Steps = Field(default=(1, 2, 4, 8), min_length=1)
     """Numbers of student steps."""
-    stochasticity: float = Field(default=0.0, ge=0)
+    stochasticity: float = Field(default=0.0, ge=0, le=1e6)
     """Strength of the fresh noise in the student's steps; 0: none. Rows with noise have no endpoint error, so that it
     needs features."""
     ddim_steps: Steps = (1, 2, 4, 8, 16, 50, 100)

@@ -48,6 +48,11 @@ class Critic(nn.Module):
         self.network, self.parametrization = network, parametrization
 
     @property
+    def called(self) -> nn.Module:
+        """The module whose network the velocity is computed with."""
+        return self
+
+    @property
     def own_network(self) -> nn.Module | None:
         """The network with all its weights; None: the critic has adapters on the teacher's."""
         return None if isinstance(self.network, AdaptedNetwork) else self.network
@@ -67,6 +72,11 @@ class DiagonalCritic(nn.Module):
     def __init__(self, student: LearnedFlowMap) -> None:
         super().__init__()
         self.flow_map = copy.deepcopy(student).requires_grad_()
+
+    @property
+    def called(self) -> nn.Module:
+        """The module whose network the velocity is computed with."""
+        return self.flow_map
 
     @property
     def own_network(self) -> nn.Module:

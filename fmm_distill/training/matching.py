@@ -169,9 +169,15 @@ class CriticObjective(nn.Module):
 
 
 class CriticHealth:
-    """Running means of both errors on generated samples; logs once if the critic stays behind the teacher."""
+    """Running means of both errors on generated samples; logs once if the critic stays behind the teacher.
 
-    def __init__(self) -> None:
+    Args:
+        comparable: both errors are those of the generated samples' velocity, which a critic that learns from images too
+            does not have.
+    """
+
+    def __init__(self, *, comparable: bool = True) -> None:
+        self.comparable = comparable
         self.critic: float | None = None
         self.teacher = 0.0
         self.behind = 0
@@ -184,8 +190,8 @@ class CriticHealth:
             critic: ``E|v_F - v_c|^2``.
             teacher: ``E|v_T - v_c|^2``.
         """
-        if not math.isfinite(critic + teacher):
-            # The step is left out.
+        # A step that is not finite is left out.
+        if not self.comparable or not math.isfinite(critic + teacher):
             return
         if self.critic is None:
             self.critic, self.teacher = critic, teacher

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import resource
 import weakref
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,13 +17,13 @@ from fmm_distill.data.samples import ImageBatch
 from fmm_distill.errors import FmmDistillError
 from fmm_distill.training.compile import checkpoint_critic
 from fmm_distill.training.critic import build_critic
+from fmm_distill.training.ema import frozen_copy
 from fmm_distill.training.matching import CriticObjective
 from fmm_distill.training.objective import Objective, resolve_engine
 from fmm_distill.training.optimizer import optimizer_factory, state_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from fmm_distill.core.flow_map import LearnedFlowMap
     from fmm_distill.teachers.base import Distillable
     from fmm_distill.training.critic import Critic, DiagonalCritic
-    from fmm_distill.training.matching import Matching
     from fmm_distill.training.optimizer import OptimizerFactory
 
 __all__ = [
@@ -93,7 +90,8 @@ class Memory:
         averages: the moving averages and the frozen target network.
         activations: tensors of the backward pass, tangents of forward mode and temporary tensors.
         per_sample: increase of the peak with each sample in a network call.
-        critic: the critic's weights that are no other network's, and in the second stage its optimizer's state.
+        critic: the weights of the critic and of its moving average that are no other network's, and in the second stage
+            the state of the critic's optimizer.
         peak_of: the part of the run that the peak is in; empty: there is one stage.
     """
 
@@ -211,21 +209,23 @@ def forecast_memory(
     copies = len(recipe.training.ema) + any(loss.target_network == "frozen" for loss in losses)
     critic = _critic(student, teacher, recipe)
     maps = {"average": student, "frozen": student}
-    objective = Objective(student, teacher, recipe, losses, maps, critic=critic)
+    # The student's loss calls the critic's average, whose weights have no gradients.
+    average = None if critic is None else frozen_copy(critic)
+    objective = Objective(student, teacher, recipe, losses, maps, critic=average)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     of_critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
     weights = _weights(student, teacher)
-    additional = 0 if critic is None else _bytes([*weights, *critic.parameters(), *critic.buffers()]) - _bytes(weights)
+    of_critics = [*_tensors(critic), *_tensors(average)]
     factory = optimizer or optimizer_factory(recipe.optimizer)
     of_map = _phases(objective, recipe, teacher)
     stages = [_Stage("", state_bytes(factory, parameters), 0, of_map)]
-    if (matching := recipe.matching) is not None:
+    if (matching := recipe.matching) is not None and critic is not None:
         stages = [replace(stages[0], name="the map")] if of_map else []
         second = state_bytes(optimizer_factory(matching.optimizer), parameters)
         moments = state_bytes(optimizer_factory(matching.critic.optimizer), of_critic)
         stages += [
-            _Stage("the critic", second, moments, [_critic_phase(objective, recipe, teacher)]),
+            _Stage("the critic", second, moments, [_critic_phase(objective, critic, recipe, teacher)]),
             _Stage("the matching", second, moments, [_matching_phase(objective, recipe, teacher)]),
         ]
     samples = recipe.training.batch_size // (processes * recipe.training.gradient_accumulation_steps)
@@ -241,21 +241,19 @@ def forecast_memory(
         averages=copies * (trained + _bytes(student.buffers())),
         activations=round(peak.live - peak.gradients),
         per_sample=round(growth),
-        # Its moving average is a second copy.
-        critic=2 * additional + stage.critic,
+        critic=_bytes([*weights, *of_critics]) - _bytes(weights) + stage.critic,
         peak_of=stage.name,
     )
 
 
 @dataclass
 class _Phase:
-    """A loss of some draws, the parameters that it trains, and a context of the loss and its backward pass."""
+    """A loss of some draws, the parameters that it trains, and whether it runs in half precision."""
 
     loss: Callable[[Draws], Tensor]
     parameters: list[nn.Parameter]
     draws: Draws
     half: bool
-    context: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass
@@ -320,6 +318,10 @@ def _weights(student: LearnedFlowMap, teacher: Distillable) -> list[Tensor]:
     return [tensor for net in networks if net is not None for tensor in (*net.parameters(), *net.buffers())]
 
 
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [*module.parameters(), *module.buffers()]
+
+
 def _phases(objective: Objective, recipe: Recipe, teacher: Distillable) -> list[_Phase]:
     """Return the phases before the second stage: the regression, the stages and the main losses."""
     regression = recipe.student.regression_steps
@@ -348,9 +350,10 @@ def _matching_phase(objective: Objective, recipe: Recipe, teacher: Distillable) 
     return _of_objective(objective, draws, max(range(start, start + min(settings.steps, 1000)), key=jumps))
 
 
-def _critic_phase(objective: Objective, recipe: Recipe, teacher: Distillable) -> _Phase:
+def _critic_phase(
+    objective: Objective, critic: Critic | DiagonalCritic, recipe: Recipe, teacher: Distillable
+) -> _Phase:
     """Return an update of the critic."""
-    critic = cast("Matching", objective.matching).critic
     own = CriticObjective(critic, objective.sample, teacher, recipe)
     needs_data = cast("MatchingSettings", recipe.matching).loss.needs_data
 
@@ -373,21 +376,7 @@ def _of_objective(objective: Objective, draws: Draws, step: int) -> _Phase:
         return weighted.mean()
 
     trained = [p for p in objective.parameters() if p.requires_grad]
-    critic = None if objective.matching is None else cast("nn.Module", objective.matching.critic)
-    return _Phase(loss, trained, draws, _is_half(objective.recipe), partial(_frozen, critic))
-
-
-@contextmanager
-def _frozen(critic: nn.Module | None) -> Iterator[None]:
-    """Compute no gradients of the critic's weights: a step of the student takes those of the average."""
-    trained = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    return _Phase(loss, trained, draws, _is_half(objective.recipe))
 
 
 def _is_half(recipe: Recipe) -> bool:
@@ -445,7 +434,7 @@ def _trace(phase: _Phase, draws: Draws) -> tuple[list[_Moment], float]:
 
     hooks = [parameter.register_post_accumulate_grad_hook(made) for parameter in phase.parameters]
     try:
-        with torch.enable_grad(), phase.context(), live:
+        with torch.enable_grad(), live:
             # fp16 and bf16 have the same size, and CPUs run bf16.
             with torch.autocast("cpu", torch.bfloat16, enabled=phase.half):
                 loss = phase.loss(draws)

@@ -114,7 +114,7 @@ class SecondStage:
         # The student's own, built before accelerate replaces the parameters of a split student.
         self.of_student = build_optimizer(trained, self.settings.optimizer)
         self._defaults = [dict(group) for group in self.of_student.param_groups]
-        self.health = CriticHealth()
+        self.health = CriticHealth(comparable=self.settings.loss.real is None)
 
     def joined(self, state: TrainState, parameters: list[nn.Parameter]) -> TrainState:
         """Return the state of training in this stage.
@@ -139,7 +139,7 @@ class SecondStage:
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, defaults, strict=True):
                 group |= {key: value for key, value in values.items() if key != "params"}
-        self.health = CriticHealth()
+        self.health = CriticHealth(comparable=self.settings.loss.real is None)
 
     def is_warmup(self, step: int) -> bool:
         """Return whether the critic is trained alone in a step."""

@@ -136,7 +136,7 @@ class Trainer:
             logger.info(wrap_blocks(accelerator, wrapped_blocks(accelerator, network_of(student))))
         copies = [self.averaged_student(rate) for rate in self.averages]
         copies += [] if self.frozen is None else [self.frozen]
-        copies += [] if self.critics is None else [cast("Any", self.critics[1].module)]
+        copies += [] if self.critics is None else [cast("Any", self.critics[1].module).called]
         self.second: SecondStage | None = None
         optimizers = [built]
         if self.critics is not None:

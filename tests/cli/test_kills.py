@@ -66,7 +66,7 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     assert found["steps"] == sorted(found["steps"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     names = ["student", "ema-0.9", "ema-0.99", "optimizer", "frozen", "weight"]
-    for name in names + (["critic", "critic_optimizer"] if second else []):
+    for name in names + (["critic", "critic_average", "critic_optimizer"] if second else []):
         file = Path("checkpoints") / f"step-{total:08d}" / f"{name}.safetensors"
         ours, theirs = load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file)
         assert ours.keys() == theirs.keys()

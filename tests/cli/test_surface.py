@@ -101,7 +101,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert "teacher: builtin:digits (UNet2DModel" in out
     assert "7 of 64 samples" in out
     assert re.search(
-        r"memory:  \d+\.\d MiB at peak: weights \d+\.\d, gradients .*, activations .* \(64 samples at", out
+        r"memory:  \d+\.\d MiB at peak of the matching: weights \d+\.\d, critic \d+\.\d, gradients .*, "
+        r"activations .* \(64 samples at",
+        out,
     )
     assert not list(tmp_path.iterdir())
 

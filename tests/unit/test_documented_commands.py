@@ -60,7 +60,9 @@ def test_a_documented_command_parses(page, words):
     command, words = program, list(words)
     while isinstance(command, click.Group) and words[0] in command.commands:
         command = command.commands[words.pop(0)]
-    with command.make_context("fmm-distill", list(words)) as context:
+    # As in a call of the program: click stores the option of the first context in the command.
+    names = program.context_settings["help_option_names"]
+    with command.make_context("fmm-distill", list(words), help_option_names=names) as context:
         given = context.params
     if command is program:
         # The bare command takes options only: a rest is a verb that does not exist.

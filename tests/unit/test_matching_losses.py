@@ -183,7 +183,7 @@ def test_a_loss_of_the_map_is_no_matching_loss():
     with pytest.raises(ValidationError, match="got 'lagrangian', a loss of the map"):
         MatchingSettings(steps=5, loss=Lagrangian())
     trained = refused(matching={"steps": 5, "loss": {"name": "flow_generator_matching", "real": {}}})
-    assert "matching.loss: real: expected null in a run, whose critic gets no images; leave real out" in trained
+    assert "matching.loss.real: expected images, which the critic learns from too, got data.source: none" in trained
     nested = {"name": "flow_generator_matching", "real": {"c": 1}}
     assert "matching.loss.real.c is not a setting" in refused(matching={"steps": 5, "loss": nested})
 

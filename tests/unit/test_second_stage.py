@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import partial
 from unittest.mock import patch
@@ -41,7 +42,7 @@ STUDENTS = {
     "scaled-lora": {"kind": "scaled", "lora": {"rank": 2}},
     "embedded-lora": {"kind": "embedded", "lora": {"rank": 2}},
 }
-FILES = ("student", "ema-0.9", "ema-0.99", "optimizer", "critic", "critic_optimizer")
+FILES = ("student", "ema-0.9", "ema-0.99", "optimizer", "critic", "critic_average", "critic_optimizer")
 
 
 def settings_of(folder, name="scaled", training=None, **matching):
@@ -144,7 +145,9 @@ def test_a_return_across_the_border_starts_the_second_stage_anew(tmp_path, teach
     for name in FILES:
         ours, theirs = tensors(tmp_path / "run", name), tensors(tmp_path / "fresh", name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
-    assert [line["learning_rate"] for line in records(tmp_path / "run")[MAP:]] == [5e-4] * WARMUP + [1e-4] * 4
+    halved = [5e-5 * (0.5 + 0.5 * math.cos(math.pi * k / 4)) for k in range(4)]
+    rates = [line["learning_rate"] for line in records(tmp_path / "run")[MAP:]]
+    assert rates == pytest.approx([1.5e-4] * WARMUP + halved)
     assert trainer.non_finite.skipped == 2
 
 
@@ -167,8 +170,8 @@ def test_a_critic_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, te
     velocity, broken = Critic.velocity, False
 
     def sick(self, *at):
-        # The loss of the student, which does not train the critic, is finite.
-        trained = next(self.parameters()).requires_grad and torch.is_grad_enabled()
+        # The loss of the student, which calls the average, is finite.
+        trained = next(self.parameters()).requires_grad
         return velocity(self, *at) * (float("nan") if broken and trained else 1.0)
 
     class Break(Callback):
@@ -278,9 +281,9 @@ def test_a_critic_is_conditioned_and_not_guided(tmp_path):
     t = teacher.schedule.time_at(torch.tensor([0.3, 0.9], dtype=torch.float64))
     cond = teacher.first_conditions(2)
     with torch.no_grad():
-        v_critic, v_teacher = trainer.critic.velocity(x, t, cond), teacher.velocity(x, t, cond)
+        v_critic, v_teacher = trainer.critics[0].velocity(x, t, cond), teacher.velocity(x, t, cond)
         conditional = teacher.parametrization.velocity(teacher.network, x, t, cond)
-        other = trainer.critic.velocity(x, t, teacher.first_conditions(2).rows(torch.tensor([1, 0])))
+        other = trainer.critics[0].velocity(x, t, teacher.first_conditions(2).rows(torch.tensor([1, 0])))
     assert torch.equal(v_critic, conditional)
     assert not torch.equal(v_critic, v_teacher)
     assert not torch.equal(v_critic, other)
@@ -331,7 +334,7 @@ def test_half_precision(tmp_path, teacher_folder, half):
     student, teacher = open_student(recipe, open_teacher(recipe), Given())
     trainer = Trainer(student, teacher, recipe, None, tmp_path, half)
     dtypes = set()
-    trainer.critic.network.conv_in.register_forward_hook(lambda *at: dtypes.add(at[2].dtype))
+    trainer.critics[0].network.conv_in.register_forward_hook(lambda *at: dtypes.add(at[2].dtype))
     trainer.run()
     assert dtypes == {torch.bfloat16}
     assert all(line["loss"] is not None for line in records(tmp_path))
@@ -359,16 +362,16 @@ def test_a_gradient_scaler_serves_all_optimizers(tmp_path, teacher_folder):
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert scaler.get_scale() == 2.0**16
         # At a scale at which the critic's gradients are infinite, and then its loss is: neither changes it.
-        weights = flat(plain.critic.state_dict())
+        weights = flat(plain.critics[0].state_dict())
         for scale, factor, lowered in ((2.0**126, 1e4, True), (2.0**16, float("nan"), False)):
             scaler.update(scale)
             with patch.object(trainer.second, "objective", partial(_times, trainer.second.distributed, factor)):
                 update = trainer.second._update(TOTAL - 1, 0, compare=False)
             assert update.finite == lowered
             assert (scaler.get_scale() < scale) == lowered
-            assert torch.equal(flat(trainer.critic.state_dict()), weights)
+            assert torch.equal(flat(trainer.critics[0].state_dict()), weights)
         trainer.second._update(TOTAL - 1, 0, compare=False)
-        assert not torch.equal(flat(trainer.critic.state_dict()), weights)
+        assert not torch.equal(flat(trainer.critics[0].state_dict()), weights)
     assert trainer.non_finite.skipped == 0
 
 

@@ -22,6 +22,7 @@ from fmm_distill.core.draws import draw, step_generator
 from fmm_distill.data.samples import ImageBatch
 from fmm_distill.student.student import Student
 from fmm_distill.training.critic import build_critic
+from fmm_distill.training.ema import frozen_copy
 from fmm_distill.training.matching import CriticObjective
 from fmm_distill.training.memory import _Live
 from fmm_distill.training.objective import Objective
@@ -154,10 +155,9 @@ def test_the_matching_asks_the_device_for_nothing(teacher, loss):
     student, away = Student.from_teacher(teacher).to("meta"), copy.deepcopy(teacher).to("meta")
     critic = build_critic(student, away, 0, seed=0)
     maps = {"average": student, "frozen": student}
-    objective = Objective(student, away, recipe, recipe.losses, maps, critic=critic)
+    objective = Objective(student, away, recipe, recipe.losses, maps, critic=frozen_copy(critic))
     draws = draw(0, 1, 8, teacher.event_shape, renoised=True).part(0, 8, "meta")
-    with objective.fixed_critic():
-        objective(draws, None, 1).weighted.mean().backward()
+    objective(draws, None, 1).weighted.mean().backward()
     own = CriticObjective(critic, objective.sample, away, recipe)
     losses, teachers = own(draws, None, 1, 0, compare=True)
     losses.mean().backward()

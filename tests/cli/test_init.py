@@ -9,6 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from fmm_distill.config.matching import MatchingSettings
 from fmm_distill.export.card import card
 from fmm_distill.export.load import load_student
 from fmm_distill.export.manifest import read_manifest
@@ -93,12 +94,9 @@ def test_status_counts_the_steps_of_the_second_stage(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["training"]["steps"] = 0
-    recipe["matching"] = {"steps": 10, "critic": {"warmup_steps": 2}}
+    matching = MatchingSettings.model_validate({"steps": 10, "critic": {"warmup_steps": 2}})
+    recipe["matching"] = matching.model_dump(mode="json")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     status, out, err = call("status", folder)
     assert status == 0, err
     assert "12 of 12 (100.0 %" in out
-    recipe["matching"]["steps"] = "many"
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    status, _, err = call("status", folder)
-    assert (status, "matching: steps: expected an integer" in err) == (2, True)

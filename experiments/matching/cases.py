@@ -102,6 +102,9 @@ CASES: dict[str, Case] = {
     "FastGen DMD2": Case("dmd2"),
     "FastGen DMD2, 4 steps": Case("dmd2", peer=DMD2Settings(student_sample_steps=4)),
     "FastGen DMD2, from the map": Case("dmd2", from_map=True),
+    # FastGen's rate is for 100,000 iterations with 2048 images each.
+    "FastGen DMD2, rate 5e-4": Case("dmd2", peer=DMD2Settings(lr=5e-4)),
+    "FastGen DMD2, rate 5e-4, from the map": Case("dmd2", peer=DMD2Settings(lr=5e-4), from_map=True),
 }
 
 
@@ -128,5 +131,6 @@ def matching_changes(
 ) -> list[str]:
     """Return the changes of the same recipe for a second stage on the map in a run folder."""
     changes = [*map_changes(budget, 0, seed), "training.warmup_steps=0", f"student.init={map_folder}"]
-    changes.append(f"matching.critic.warmup_steps={budget.critic_warmup}")
+    # The end of the stage is not known before. A checkpoint per step would take a part of its seconds.
+    changes += ["training.checkpoint_every=100000", f"matching.critic.warmup_steps={budget.critic_warmup}"]
     return [*changes, *common, *case.matching]

@@ -44,6 +44,8 @@ def test_every_second_stage_is_a_recipe_on_the_same_map():
     recipes = [load_recipe(RECIPE, matching_changes(TOY, case, "folder", 3)) for case in stages.values()]
     for recipe in recipes:
         assert (recipe.student.init, recipe.training.steps, recipe.training.seed) == ("folder", 0, 3)
+        # Checkpoints would take a part of the seconds.
+        assert recipe.training.checkpoint_every >= recipe.matching.steps
     losses = {recipe.matching.loss.model_dump_json() for recipe in recipes}
     assert len(losses) == len(recipes)
     alone = load_recipe(RECIPE, map_changes(TOY, 4, 3))

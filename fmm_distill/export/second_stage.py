@@ -120,7 +120,7 @@ def _done(facts: Mapping[str, Any]) -> str:
         f"{first}, distribution matching ({facts['loss']}, {facts['paper']}) moved the distribution of the student's "
         f"samples towards the teacher's for {facts['steps']} steps, after {facts['warmup_steps']} steps of its critic "
         f"alone. The critic is a network that learns the velocity of the student's samples. A fraction of "
-        f"{facts['fraction']:g} of each batch was matched{rest}. These samples were made in {numbers} jumps.\n\n"
+        f"{facts['fraction']:g} of each batch was matched{rest}. These samples were those of {numbers} steps.\n\n"
         "The stage trades the coupling for the distribution: a sample may be farther from the endpoint of the "
         "teacher's ODE from the same noise (the endpoint error) than a map's."
     )

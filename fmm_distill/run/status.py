@@ -12,6 +12,7 @@ from fmm_distill.io.reading import BrokenFileError, check_keys, read_lines, read
 from fmm_distill.run.marker import require_run
 from fmm_distill.training import checkpoint
 from fmm_distill.training.early_stopping import judge, quantity_of
+from fmm_distill.training.nonfinite import OF_CRITIC
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -191,7 +192,8 @@ def _progress(run: RunFiles, now: float) -> dict[str, str]:
     phase = run.records[-count:]
     lines["loss"] = _loss(phase)
     if "teacher_loss" in last:
-        lines["critic"] = _critic(phase)
+        of_images = run.matching is not None and run.matching["loss"].get("real") is not None
+        lines["critic"] = _critic(phase, comparable=not of_images)
     seconds = _seconds_per_step(run.recipe["training"]["batch_size"], phase)
     lines["rate"] = f"{run.recipe['training']['batch_size'] / seconds:,.1f} images per second, {seconds:.3g} s per step"
     if not ended:
@@ -220,8 +222,12 @@ def _phase(run: RunFiles, done: int) -> str:
     return f"{name}, {done - run.first:,} of {run.matching['steps']:,}"
 
 
-def _critic(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the errors of critic and teacher on generated samples: a critic that is ready has the lower one."""
+def _critic(records: Sequence[Mapping[str, Any]], *, comparable: bool) -> str:
+    """Return the errors of critic and teacher on generated samples: a critic that is ready has the lower one.
+
+    Args:
+        comparable: both are velocities of the generated samples. A critic that learns from images too is of a mixture.
+    """
     shown = records[-_HEALTH:]
     # In the critic's own phase its loss is this error.
     errors = [
@@ -232,6 +238,8 @@ def _critic(records: Sequence[Mapping[str, Any]]) -> str:
         return f"not finite in the last {len(shown)} steps"
     critic, teacher = (sum(values) / len(values) for values in errors)
     judgment = "ready" if critic <= teacher else "behind the teacher: its gradient is not to be trusted yet"
+    if not comparable:
+        judgment = "learns from images too, so that its error decides nothing"
     return f"{judgment} (error {critic:.4g} on samples, of the teacher {teacher:.4g}; mean of {len(shown)} steps)"
 
 
@@ -273,7 +281,8 @@ def _skipped_steps(run: RunFiles) -> str:
     if run.newest is not None:
         step, non_finite = run.newest.step, run.newest.state["non_finite_steps"]
     # Steps that the gradient scaler skipped have a text there, and are no failures.
-    later = sum(isinstance(record.get("skipped"), list) for record in run.records if record["step"] >= step)
+    found = [record.get("skipped") for record in run.records if record["step"] >= step]
+    later = sum(isinstance(skipped, list) or skipped == OF_CRITIC for skipped in found)
     halved = "; the learning rate was halved" if non_finite["lr_scale"] < 1 else ""
     return f"{non_finite['skipped'] + later:,} non-finite steps{halved}"
 

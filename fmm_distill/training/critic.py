@@ -94,7 +94,7 @@ class AdaptedNetwork(nn.Module):
     """The teacher's network with adapters of low rank, which are its only parameters.
 
     Teacher, student and critic so have one copy of the large weights. The adapters act during a call of this module
-    alone.
+    alone, which is never compiled.
 
     Args:
         network: the teacher's network, which is also the student's.
@@ -136,6 +136,8 @@ class AdaptedNetwork(nn.Module):
             for layer, first, second in zip(self._layers, self.first, self.second, strict=True):
                 hook = partial(_add, first=first, second=second)
                 attached.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            # Compiled code of an earlier call is not checked for hooks, so it would leave the adapters out.
+            attached.enter_context(torch.compiler.set_stance("force_eager"))
             return network(*args, **kwargs)
 
 

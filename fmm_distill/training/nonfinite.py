@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
     from torch.amp import GradScaler
 
-__all__ = ["NonFiniteSteps", "finite_or_none", "forget_gradients", "is_overflow", "worst_samples"]
+__all__ = ["OF_CRITIC", "NonFiniteSteps", "finite_or_none", "forget_gradients", "is_overflow", "worst_samples"]
+
+OF_CRITIC = "the critic's loss or gradient is not finite"
+"""The entry ``skipped`` of a step whose critic is not finite."""
 
 
 @dataclass

@@ -34,6 +34,7 @@ from fmm_distill.training.fsdp import (
 )
 from fmm_distill.training.memory import memory_error, peak_memory
 from fmm_distill.training.nonfinite import (
+    OF_CRITIC,
     NonFiniteSteps,
     finite_or_none,
     forget_gradients,
@@ -76,8 +77,6 @@ if TYPE_CHECKING:
 __all__ = ["Trainer", "TrainingDivergedError"]
 
 logger = logging.getLogger(__name__)
-
-_OF_CRITIC = "the critic's loss or gradient is not finite"
 
 
 class TrainingDivergedError(FmmDistillError):
@@ -283,9 +282,9 @@ class Trainer:
         stopped = float(cast("Tensor", self.accelerator.reduce(stop, "mean"))) > 0
         metrics = update.metrics()
         if not update.finite:
-            metrics["skipped"] = _OF_CRITIC
+            metrics["skipped"] = OF_CRITIC
         if self.non_finite.count(update.finite):
-            logger.warning(f"step {step}: {_OF_CRITIC}: the step is skipped (further steps are counted)")
+            logger.warning(f"step {step}: {OF_CRITIC}: the step is skipped (further steps are counted)")
         return metrics, stopped
 
     def _student_step(self, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -321,7 +320,7 @@ class Trainer:
             second.health.count(critic, teacher, step)
         if not critic_is_finite:
             # The student does not follow a critic that has not seen its samples.
-            metrics["skipped"] = self._leave_out(step, loss, norm, _OF_CRITIC)
+            metrics["skipped"] = self._leave_out(step, loss, norm, OF_CRITIC)
         elif (skipped := self._update(step, loss, norm, draws, losses)) is not None:
             metrics["skipped"] = skipped
         return metrics, stop > 0

@@ -25,6 +25,8 @@ from tests.unit.test_scaled_runs import held_by, storages
 from tests.unit.test_second_stage import FIRST, STUDENTS, settings_of
 
 ADAPTED = [name for name, student in STUDENTS.items() if "lora" in student]
+# Dynamo reads the attribute where it compiles a part of a network, and hides the warning unless it is an error.
+COMPILED = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def opened(folder, name, **matching):
@@ -149,6 +151,7 @@ def gradients(folder, name, training=None):
     return [*of_student, *of_critic], student.network
 
 
+@COMPILED
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_options_of_the_training_change_no_gradient(teacher_folder, name, option):
@@ -161,6 +164,24 @@ def test_options_of_the_training_change_no_gradient(teacher_folder, name, option
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 
 
+@COMPILED
+@pytest.mark.parametrize("name", ADAPTED)
+def test_compiled_code_of_the_teacher_does_not_replace_a_critic_with_adapters(teacher_folder, name):
+    _, student, teacher, critic = opened(teacher_folder, name)
+    at = x, t, _, _ = probe_inputs(teacher, torch.device("cpu"))
+    average = averaged(critic, 0.9).module
+    moved(critic)
+    accelerate_networks(TrainingSettings(compile="eager"), student, teacher, at, critic)
+    seen = [[field.velocity(x, t).detach() for field in (critic, average, teacher)] for _ in range(3)]
+    for ours, averages, teachers in seen:
+        torch.testing.assert_close(ours, seen[0][0])
+        torch.testing.assert_close(averages, teachers)
+        assert (ours - teachers).abs().max() > 0.01
+    critic.velocity(x, t).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in critic.parameters())
+
+
+@COMPILED
 def test_compiled_code_that_leaves_the_adapters_out_is_refused(teacher_folder):
     _, student, teacher, critic = opened(teacher_folder, "scaled-lora")
 

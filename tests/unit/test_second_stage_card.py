@@ -43,13 +43,14 @@ def write_evaluations(folder, recipe, frechet: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("name", sorted(matching_losses()))
 def test_facts_are_of_the_loss_that_was_used(name):
-    facts = facts_of(recipe_of(loss={"name": name}), None, 37)
+    facts = facts_of(recipe_of(loss={"name": name}, fraction=0.5), None, 37)
     assert (facts["loss"], facts["paper"]) == (name, matching_losses()[name].paper)
     assert (facts["steps"], facts["warmup_steps"], facts["map_steps"]) == (10, 7, 20)
     text = describe_stage(facts, None)
     assert f"distribution matching ({name}, {facts['paper']})" in text
     assert "for 10 steps, after 7 steps of its critic alone" in text
     assert "A fraction of 0.5 of each batch was matched; the losses of the map had the rest" in text
+    assert "These samples were those of 1, 2, 4, 8 steps." in text
     assert "may be farther from the endpoint of the teacher's ODE" in text
     assert "Values of the map" not in text
 

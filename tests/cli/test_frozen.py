@@ -25,7 +25,7 @@ OPTIONS = {
     "evaluate": [
         *("--across-protocols", "--against", "--also", "--also-steps", "--clip", "--compare", "--features"),
         *("--guidance", "--output", "--prompts", "--reference", "--report", "--samples", "--steps"),
-        *("--teacher-steps", "source"),
+        *("--stochasticity", "--teacher-steps", "source"),
     ],
     "export": ["--guidance", "--steps", "folder", "run"],
     "inspect": ["--revision", "--set", "teacher"],
@@ -34,7 +34,7 @@ OPTIONS = {
     "recipes": [],
     "recipes list": [],
     "recipes show": ["name"],
-    "sample": ["--count", "--guidance", "--output", "--seed", "--steps", "run"],
+    "sample": ["--count", "--guidance", "--output", "--seed", "--steps", "--stochasticity", "run"],
     "status": ["--output", "run"],
 }
 FIELDS = [
@@ -92,6 +92,7 @@ FIELDS = [
     "time_sampling.distribution",
     "time_sampling.logit_mean",
     "time_sampling.logit_std",
+    "matching",
     "optimizer.name",
     "optimizer.lr",
     "optimizer.betas",
@@ -113,6 +114,7 @@ FIELDS = [
     "training.checkpoints_total_limit",
     "evaluation.every",
     "evaluation.steps",
+    "evaluation.stochasticity",
     "evaluation.ddim_steps",
     "evaluation.dpmsolver_steps",
     "evaluation.unipc_steps",

@@ -21,6 +21,7 @@ from fmm_distill.training.ema import averaged, frozen_copy
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.objective import Objective
 from tests.scaled import randomize
+from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_scaled_runs import held_by, storages
 from tests.unit.test_second_stage import FIRST, STUDENTS, settings_of
 
@@ -144,7 +145,7 @@ def gradients(folder, name, training=None):
     objective(draws, None, FIRST)[1].mean().backward()
     assert all(p.grad is None for p in (*critic.parameters(), *average.parameters()))
     of_student = [p.grad for p in student.parameters() if p.requires_grad]
-    critic.velocity(at[0], at[1]).square().mean().backward()
+    critic.velocity(at[0], at[1], at[3]).square().mean().backward()
     of_critic = [p.grad for p in critic.parameters()]
     assert len(of_student) > 10
     assert len(of_critic) > 10
@@ -160,6 +161,17 @@ def test_options_of_the_training_change_no_gradient(teacher_folder, name, option
     theirs, _ = gradients(teacher_folder, name)
     if option == "gradient_checkpointing":
         assert network.is_gradient_checkpointing
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_blocks_with_adapters_that_are_computed_again(tmp_path, name):
+    """A transformer's blocks have the adapters inside: those of its call, off for the teacher."""
+    PIPELINES["dit"].build().save_pretrained(tmp_path)
+    ours, network = gradients(tmp_path, name, TrainingSettings(gradient_checkpointing=True))
+    theirs, _ = gradients(tmp_path, name)
+    assert network.is_gradient_checkpointing
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 

@@ -77,15 +77,18 @@ class Case:
 
 # Common to all second stages, chosen on seed 0 with 2000 samples.
 MATCHING = (
-    "matching.steps=100000",
+    # The map's changes have set the group to null.
+    "matching={steps: 100000}",
     # The number of steps is not known before.
     "matching.lr_schedule=constant",
     "matching.fraction=0.75",
     # The gradients of the map's relative losses are several times larger, and AdamW divides by the sum.
     "matching.weight=20",
     "matching.optimizer.lr=0.0002",
+    "matching.optimizer.betas=[0.9, 0.99]",
     # At 1e-4 the critic lags and the student drifts away; without its average single batches would lead the student.
     "matching.critic.optimizer.lr=0.0005",
+    "matching.critic.optimizer.betas=[0.9, 0.999]",
     "matching.critic.ema=0.9",
     "matching.critic.updates=2",
 )
@@ -113,6 +116,7 @@ def map_changes(budget: Budget, steps: int, seed: int) -> list[str]:
     return [
         # The teacher predicts v: all of its timesteps are accurate.
         "timesteps=null",
+        "matching=null",
         "training.precision=fp32",
         "loss.derivative=auto",
         f"training.steps={steps}",
@@ -132,5 +136,5 @@ def matching_changes(
     """Return the changes of the same recipe for a second stage on the map in a run folder."""
     changes = [*map_changes(budget, 0, seed), "training.warmup_steps=0", f"student.init={map_folder}"]
     # The end of the stage is not known before. A checkpoint per step would take a part of its seconds.
-    changes += ["training.checkpoint_every=100000", f"matching.critic.warmup_steps={budget.critic_warmup}"]
-    return [*changes, *common, *case.matching]
+    changes += ["training.checkpoint_every=100000", *common]
+    return [*changes, f"matching.critic.warmup_steps={budget.critic_warmup}", *case.matching]

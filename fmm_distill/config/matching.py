@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
 
-from fmm_distill.config.settings import MOST_STEPS, OptimizerSettings, Rate
+from fmm_distill.config.settings import MOST_RATE, MOST_STEPS, OptimizerSettings, Rate
 from fmm_distill.losses.distribution_matching import DistributionMatching
 from fmm_distill.losses.matching_registry import AnyMatchingLoss
 from fmm_distill.losses.rollout import Rollout
@@ -31,6 +31,24 @@ if TYPE_CHECKING:
 __all__ = ["CriticSettings", "MatchingSettings", "StopSettings", "check_map_steps", "check_matching", "check_stop"]
 
 
+class MatchingOptimizer(OptimizerSettings):
+    """The student's optimizer in the second stage, with a constant or a falling learning rate."""
+
+    lr: float = Field(default=1e-4, gt=0, le=MOST_RATE)
+    """Peak learning rate, which matching.lr_schedule scales."""
+    # Both networks follow each other: a gradient of earlier steps points to where the other one was.
+    betas: tuple[Rate, Rate] = (0.0, 0.999)
+    """Decay rates of the running averages of the gradient and its square, for optimizers with the argument betas;
+    with others the default is ignored and any other value is refused."""
+
+
+class CriticOptimizer(MatchingOptimizer):
+    """The critic's optimizer, with a constant learning rate."""
+
+    lr: float = Field(default=3e-4, gt=0, le=MOST_RATE)
+    """Learning rate."""
+
+
 class CriticSettings(Settings):
     """The critic, a network that starts as the teacher and learns the velocity of the student's samples."""
 
@@ -41,7 +59,7 @@ class CriticSettings(Settings):
     ema: Rate = 0.95
     """Decay of the critic's moving average, whose velocity the student's step takes; smaller in the first updates. The
     critic's latest weights follow single batches: on digits the student diverged with them."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=3e-4, betas=(0.0, 0.999))
+    optimizer: CriticOptimizer = CriticOptimizer()
     """The critic's optimizer and its constant learning rate."""
 
 
@@ -79,7 +97,7 @@ class MatchingSettings(Settings):
     student hardly moves."""
     rollout: Rollout = Rollout()
     """How the student makes the samples that are matched."""
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, betas=(0.0, 0.999))
+    optimizer: MatchingOptimizer = MatchingOptimizer()
     """The student's optimizer in this stage and its peak learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate of the student in this stage: constant, or half a cosine that would reach 0 one step after the

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fmm_distill.config.settings import BETAS
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -141,7 +140,10 @@ def _arguments(kind: type[torch.optim.Optimizer], settings: OptimizerSettings) -
     known = inspect.signature(kind).parameters
     fields = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     # A setting at its default may have no effect; any other one must have one.
-    idle = {"betas": settings.betas != BETAS, "weight_decay": settings.weight_decay != 0}
+    idle = {
+        "betas": settings.betas != type(settings).model_fields["betas"].default,
+        "weight_decay": settings.weight_decay != 0,
+    }
     for field in idle:
         if field not in known and idle[field]:
             raise UserError(f"optimizer.{field}: {name} has no {field}; leave it out, or try AdamW")

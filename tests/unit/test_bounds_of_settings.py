@@ -20,7 +20,10 @@ from fmm_distill.losses.settings import Settings, value_types
 # Fields with a number that need no bounds of their own, and why.
 UNBOUNDED = {
     "Recipe.pipeline": "keywords of any pipeline, which judges them itself",
-    "OptimizerSettings.options": "keywords of any optimizer, which judges them itself",
+    **{
+        f"{group}.options": "keywords of any optimizer, which judges them itself"
+        for group in ("OptimizerSettings", "MatchingOptimizer", "CriticOptimizer")
+    },
 }
 HARD = (
     True,

@@ -215,7 +215,7 @@ def test_the_memory_of_the_second_stage(teacher_folder):
     assert f"critic {both.critic / 2**20:.1f}, " in str(both)
     assert f"at peak of {both.peak_of}: " in str(both)
     assert "critic" not in str(alone)
-    stateless = KL | {"critic": KL["critic"] | {"optimizer": {"name": "SGD", "betas": [0.9, 0.99]}}}
+    stateless = KL | {"critic": KL["critic"] | {"optimizer": {"name": "SGD"}}}
     assert foretold(teacher_folder, settings | {"matching": stateless}).critic == 2 * network
     # A map that takes more than the matching is the peak, without the states of the second stage.
     heavy = {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}

@@ -29,10 +29,10 @@ def follow(environment: dict[str, str]) -> None:
     """Set the environment, and what libraries have read of it as they were imported."""
     os.environ.clear()
     os.environ.update(environment)
-    cache = environment.get("HF_MODULES_CACHE")
     for module in list(sys.modules.values()):
-        if cache is not None and "HF_MODULES_CACHE" in vars(module or object):
-            module.HF_MODULES_CACHE = cache
+        for name in {"HF_HOME", "HF_MODULES_CACHE"} & environment.keys():
+            if name in vars(module or object):
+                setattr(module, name, environment[name])
 
 
 def status_of(script: str) -> int:

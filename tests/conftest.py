@@ -68,5 +68,5 @@ def stock_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fmm_distill.export.verify.subprocess", STOCK)
         yield
-    STOCK.close()
     PACKAGE.close()
+    STOCK.close()

@@ -1,8 +1,9 @@
 """Run scripts in forks of a process that has imported their libraries already; ``tests.processes`` starts it.
 
-python -P fork_server.py [--stock] MODULE...
+python -P fork_server.py [--stock] [--verify=JOBS,ANSWERS] MODULE...
 
-With ``--stock`` every import of the package fails, here and in all forks. Each line on stdin is a job {"script",
+With ``--stock`` every import of the package fails, here and in all forks; with ``--verify`` forks verify exports by
+another such server, of which these are the streams. Each line on stdin is a job {"script",
 "arguments", "environments", "folder", "out", "err"}: a script or the name of a module, run in as many forks at a time
 as there are environments. Each line on stdout is its exit status. Between jobs nothing runs but this loop, so that a
 fork is as good as a new process but for the imports.
@@ -91,12 +92,16 @@ if __name__ == "__main__":
     # Jobs and answers have streams of their own: the first ones are a fork's to redirect.
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     redirect(1, os.devnull)
-    modules = sys.argv[1:]
-    if "--stock" in modules:
-        modules.remove("--stock")
+    options, modules = ([a for a in sys.argv[1:] if a.startswith("--") == is_option] for is_option in (True, False))
+    if "--stock" in options:
         sys.modules["fmm_distill"] = None
     for name in modules:
         importlib.import_module(name)
+    for option in options:
+        name, _, streams = option.partition("=")
+        if name == "--verify":
+            processes, verify = map(importlib.import_module, ("tests.processes", "fmm_distill.export.verify"))
+            verify.subprocess = processes.ForkServer.attached(*map(int, streams.split(",")))
     for line in jobs:
         job = json.loads(line)
         print(ended({forked(job, environment) for environment in job["environments"]}), file=answers, flush=True)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -27,20 +28,38 @@ OPENS_EXPORTS = (
 
 
 class ForkServer:
-    """A process that imports modules once, when it is first needed, and runs each job in a fork of itself."""
+    """A process that imports modules once, when it is first needed, and runs each job in a fork of itself.
 
-    def __init__(self, *arguments: str) -> None:
-        self.arguments = arguments
+    Its forks verify exports by the server ``stock``.
+    """
+
+    def __init__(self, *arguments: str, stock: ForkServer | None = None) -> None:
+        self.arguments, self.stock = arguments, stock
         self.process: subprocess.Popen | None = None
+        self.jobs: TextIO | None = None
+        self.answers: TextIO | None = None
 
-    def started(self) -> subprocess.Popen:
-        if self.process is None:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-            environment |= {"PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-P", str(SERVER), *self.arguments]
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
-        return self.process
+    @classmethod
+    def attached(cls, jobs: int, answers: int) -> ForkServer:
+        """A server that another process has started, by its streams."""
+        server = cls()
+        server.jobs, server.answers = os.fdopen(jobs, "w"), os.fdopen(answers)
+        return server
+
+    def start(self) -> None:
+        """Start the process, unless it has been."""
+        if self.jobs is not None:
+            return
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PYTHONPATH": str(ROOT)}
+        command, streams = [sys.executable, "-P", str(SERVER), *self.arguments], ()
+        if self.stock is not None:
+            self.stock.start()
+            streams = (self.stock.jobs.fileno(), self.stock.answers.fileno())
+            command.append(f"--verify={','.join(map(str, streams))}")
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, pass_fds=streams)
+        self.jobs, self.answers = self.process.stdin, self.process.stdout
 
     def run(
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None, **_: object
@@ -55,24 +74,25 @@ class ForkServer:
     ) -> subprocess.CompletedProcess:
         """Run a script or a module in a process for each environment, all at a time."""
         script, *arguments = map(str, command)
-        process = self.started()
+        self.start()
         with tempfile.TemporaryDirectory() as scratch:
             out, err = Path(scratch, "out"), Path(scratch, "err")
             job = {"script": script, "arguments": arguments, "environments": environments}
             job |= {"folder": str(cwd or Path.cwd()), "out": str(out), "err": str(err)}
-            print(json.dumps(job), file=process.stdin, flush=True)
-            status = int(process.stdout.readline())
+            print(json.dumps(job), file=self.jobs, flush=True)
+            status = int(self.answers.readline())
             return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
     def close(self) -> None:
+        """End the process; one that holds streams of another comes first."""
         if self.process is not None:
-            self.process.stdin.close()
-            self.process.stdout.close()
+            self.jobs.close()
+            self.answers.close()
             self.process.wait()
 
 
 STOCK = ForkServer("--stock", *OPENS_EXPORTS)
-PACKAGE = ForkServer("fmm_distill.cli", "fmm_distill.run.distill", "fmm_distill.export.verify", OPENS_EXPORTS[2])
+PACKAGE = ForkServer("fmm_distill.cli", "fmm_distill.run.distill", *OPENS_EXPORTS[2:4], stock=STOCK)
 
 
 def on_two_processes(*command: object, **changes: str) -> subprocess.CompletedProcess:

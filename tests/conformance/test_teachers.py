@@ -16,7 +16,17 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.scheduler import DISCRETE as SCHEDULERS
 from tests.conftest import save_teacher
+from tests.slow import with_slow
 
+# The evaluation of these runs by default: those that clip, keep older outputs, work in sigmas, and have other betas.
+SOLVED = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+)
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -106,7 +116,7 @@ def test_zero_terminal_snr(tmp_path, name, prediction):
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", with_slow(SCHEDULERS, SOLVED))
 def test_solvers_of_the_evaluation_take_every_configuration(tmp_path, name):
     """They converge to the teacher's own ODE; with other betas, or clipped where it does not clip, they would not."""
     teacher = load_teacher(saved(tmp_path, name, prediction_type="v_prediction"))

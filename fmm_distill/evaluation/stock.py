@@ -11,6 +11,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
+from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import download, find_index
@@ -49,8 +50,7 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        images = torch.from_numpy(run_pipeline(self.pipeline, options)[0])
-        return images.movedim(-1, 1).float() * 2 - 1
+        return decoded_of(run_pipeline(self.pipeline, options)[0])
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__

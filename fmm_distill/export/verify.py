@@ -170,9 +170,6 @@ class _Job:
             "any_call": self.exporter.any_step_call(self.call),
             "seed": SEED,
             "steps": self.export.steps,
-            "component": self.exporter.component,
-            "sample": self.exporter.sample_argument,
-            "count": self.count,
             "output": output,
         }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
@@ -130,7 +130,12 @@ class PipelineProbe:
         kind, count = type(self.pipeline).__name__, len(_PROMPTS)
         if self.keywords.guidance is None:
             return None, f"{kind} has no classifier-free guidance"
-        guided = self._record_guided()
+        try:
+            guided = self._record_guided()
+        except UserError as error:
+            # Unguided students need no empty prompt, of which some tokenizers make no token.
+            cause = error if error.__cause__ is None else error.__cause__
+            return None, f"{kind} does not run with guidance by the empty prompt ({named(cause)})"
         first = guided.calls[0].arguments
         two_calls = len(guided.calls) > len(guided.steps)
         if not two_calls and len(tensor_of(first[self.call.sample])) != 2 * count:

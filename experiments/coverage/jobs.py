@@ -9,9 +9,12 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +51,10 @@ def run_forked(work: Callable[[], dict[str, Any]], seconds: float, log: Path) ->
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     start = time.monotonic()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # The child uses no lock that another thread may hold: it computes on one thread of its own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         _run_child(work, log, result)
     status = _wait(pid, start + seconds)
@@ -69,6 +75,8 @@ def grown_mib(before: int | None = None) -> int:
 
 
 def _run_child(work: Callable[[], dict[str, Any]], log: Path, result: Path) -> None:
+    # The threads of a parallel loop in the parent do not exist here: a loop that waits for them would hang.
+    torch.set_num_threads(1)
     # A group of its own, so that programs that the job starts end with it.
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -17,6 +17,15 @@ __all__ = ["Run", "Step", "first_order", "record_run"]
 _FLOW, _EDM = "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"
 
 
+class _Flow(diffusers.FlowMatchEulerDiscreteScheduler):
+    """The stock scheduler with the methods that pipelines of other solvers call."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
+        return sample
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of a scheduler.
@@ -56,9 +65,7 @@ def first_order(scheduler: Any) -> Any | None:
     if type(scheduler).__name__ == _FLOW:
         return type(scheduler).from_config(config | {"stochastic_sampling": False})
     if config.get("use_flow_sigmas"):
-        return diffusers.FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift", 1.0)
-        )
+        return _Flow(num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift", 1.0))
     if "sigma_data" in config:
         return diffusers.EDMEulerScheduler.from_config(config)
     if not hasattr(scheduler, "alphas_cumprod"):

@@ -1,0 +1,80 @@
+"""The pipeline tests of a checkout of diffusers: their classes, and the tiny pipelines that these build."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Case", "commit_of", "find_cases"]
+
+_PIPELINES = "tests/pipelines"
+# The attribute of a test class that names what it tests.
+_TESTED = "pipeline_class"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test class of a pipeline.
+
+    Attributes:
+        file: relative to the checkout.
+        name: of the class.
+    """
+
+    file: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        """The name of its row, as pytest shows it."""
+        return f"{self.file}::{self.name}"
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder."""
+        return re.sub(r"\W+", "_", self.key.removeprefix(f"{_PIPELINES}/"))[:110]
+
+    @property
+    def module(self) -> str:
+        """The name of its module, from the checkout."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
+
+def find_cases(checkout: Path) -> list[Case]:
+    """Return the test classes that name a pipeline class, in the order of their files.
+
+    The files are parsed and not imported, since many import packages that are optional.
+    """
+    files = sorted((checkout / _PIPELINES).rglob("test_*.py"))
+    return [Case(str(file.relative_to(checkout)), name) for file in files for name in _tested_classes(file)]
+
+
+def _tested_classes(file: Path) -> Iterator[str]:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any(_TESTED in _targets(statement) for statement in node.body):
+            yield node.name
+
+
+def _targets(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement assigns."""
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    else:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout; ``unknown`` for a folder without Git."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    top, _, commit = run.stdout.strip().partition("\n")
+    # A folder inside of another repository has that repository's commit.
+    return commit if commit and Path(top) == checkout.resolve() else "unknown"

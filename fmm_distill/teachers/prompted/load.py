@@ -6,6 +6,7 @@ checks that it can call the network in the same way.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -19,6 +20,8 @@ from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import check_keywords
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
+from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
+from fmm_distill.teachers.scheduler import check_no_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +51,9 @@ def load_prompted(
     """
     component = "transformer" if "transformer" in index.components else "unet"
     _check_one_network(index, component)
-    _check_no_map(index, component)
+    _check_no_consistency_model(index, component)
+    if "scheduler" in index.components:
+        check_no_map(index.components["scheduler"][1], index.source)
     size = index.config(component).get("sample_size")
     # Without a sample_size the pipeline's own keywords set the size; a video may have more than two sides.
     if size is not None and not (isinstance(size, list) and len(size) > 2):
@@ -125,9 +130,11 @@ def _check_one_network(index: PipelineIndex, component: str) -> None:
         )
 
 
-def _check_no_map(index: PipelineIndex, component: str) -> None:
+def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:
     """Refuse a latent consistency model: its network embeds the guidance scale, whatever its scheduler is."""
     width = index.config(component).get("time_cond_proj_dim")
+    # Upscalers of images embed the noise level of their input in the same way.
+    width = None if describe_optional_inputs(index.pipeline) is not None else width
     if width is not None or index.pipeline.startswith("LatentConsistencyModel"):
         kind = f"time_cond_proj_dim {width}" if width is not None else index.pipeline
         raise UserError(
@@ -136,8 +143,21 @@ def _check_no_map(index: PipelineIndex, component: str) -> None:
         )
 
 
+def _demanded(index: PipelineIndex) -> list[str]:
+    """Return the components whose folders stock diffusers opens.
+
+    A component with a default value is one that the pipeline can make itself, and has no folder, unless its class lists
+    it as optional.
+    """
+    kind = pipeline_class(index.pipeline)
+    parameters = {} if kind is None else inspect.signature(kind).parameters
+    optional = getattr(kind, "_optional_components", ())
+    made = {name for name, one in parameters.items() if one.default is not one.empty and name not in optional}
+    return [name for name in index.components if name not in made]
+
+
 def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
-    missing = [name for name in index.components if not (index.folder / name).is_dir()]
+    missing = [name for name in _demanded(index) if not (index.folder / name).is_dir()]
     if missing:
         raise UserError(
             f"{index.source}: its {missing[0]} is missing (no folder of that name); expected a complete pipeline as "

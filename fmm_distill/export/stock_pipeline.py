@@ -19,7 +19,6 @@ from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.student.strength import strength_of
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.prompted.arguments import split_arguments
 from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.teachers.recording import record, tensor_of
 
@@ -197,6 +196,11 @@ class StockPipelineExporter:
         own = self.pipeline.call | self.pipeline.unguided()
         return own | {"prompt": some, "output_type": "latent" if latents else "np"}
 
+    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
+        """Return the samples in the recorded arguments of the network, without what the pipeline joins to them."""
+        joined = None if self.network_call is None else self.network_call.joined
+        return states if joined is None else joined.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the call without a scale for a student of a range of scales: its default is the teacher's."""
         ranged = self.teacher.guidance is not None and self.teacher.guidance.range is not None
@@ -215,12 +219,11 @@ class StockPipelineExporter:
         pipeline, component = self._open(scheduler), self.component
         given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
         seen = record(pipeline, component, given, first_only=True)
-        x = tensor_of(next(iter(seen.calls[0].arguments.values())))
-        cond = self.teacher.first_conditions(count)
-        if (ask := self.network_call) is not None:
-            one = copy.deepcopy(given) | {"prompt": call["prompt"][:1]}
-            single = record(pipeline, component, one, first_only=True).calls[0].arguments
-            cond = split_arguments(seen.calls[0].arguments, (ask.sample, ask.time), count, single)
+        arguments, cond = seen.calls[0].arguments, self.teacher.first_conditions(count)
+        if self.network_call is None:
+            x = tensor_of(next(iter(arguments.values())))
+        else:
+            x, cond = self.network_call.sample_of(arguments), self.network_call.conditions_of(arguments, count)
             cond = cond if self.teacher.guidance is None else self.teacher.guidance.at(cond)
         return x[:count] / self._gain_of_start(), cond
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,17 +85,36 @@ def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 any argument or output of a
 
 @contextmanager
 def patched_method(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:  # noqa: ANN401 a diffusers object
-    """Replace the method ``owner.name`` of this one object by ``make(original)`` inside of the context."""
+    """Replace the method ``owner.name`` of this one object by ``make(original)`` inside of the context.
+
+    A deep copy of the object that is made inside of the context has the original method: some pipelines copy their
+    scheduler, and a method that belongs to the original would step the original.
+    """
     original = getattr(owner, name)
     replacement = make(original)
-    # Pipelines inspect the parameters of their scheduler's methods.
-    replacement.__signature__ = inspect.signature(original)
-    owner.__dict__[name] = replacement
+
+    def method(instance: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the method
+        called = replacement if instance is owner else getattr(type(instance), name).__get__(instance)
+        return called(*args, **kwargs)
+
+    # Pipelines inspect the parameters of their scheduler's methods. The one of ``instance`` is bound.
+    method.__signature__ = inspect.signature(original.__func__)  # type: ignore[attr-defined]
+    # A bound method: a deep copy of the object binds it to the copy.
+    owner.__dict__[name] = MethodType(method, owner)
     try:
         yield
     finally:
         # The method of the class, which the entry of the object has hidden, is visible again.
         del owner.__dict__[name]
+
+
+def copied(value: Any) -> Any:  # noqa: ANN401 any argument of a network
+    """Return the value with copies of its tensors, since pipelines change some of them in place."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else value
 
 
 @torch.no_grad()
@@ -160,16 +180,17 @@ def _recorder_of_calls(
     def record_call(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the network
             arguments = dict(signature.bind(*args, **kwargs).arguments)
+            # Copies: pipelines and schedulers change samples in place.
+            given = copied(arguments)
             if first_only:
-                recording.calls.append(NetworkCall(arguments, torch.empty(0)))
+                recording.calls.append(NetworkCall(given, torch.empty(0)))
                 raise _StopPipelineError
             try:
                 output = original(*args, **kwargs)
             except STOCK_ERRORS as error:
                 sample = tensor_of(next(iter(arguments.values())))
                 raise refuse_call(owner, network, tuple(sample.shape[1:]), error) from error
-            # A copy: schedulers and pipelines change outputs in place.
-            recording.calls.append(NetworkCall(arguments, tensor_of(output).clone()))
+            recording.calls.append(NetworkCall(given, tensor_of(output).clone()))
             return output
 
         return forward

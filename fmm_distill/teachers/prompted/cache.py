@@ -25,6 +25,8 @@ __all__ = ["CHUNK", "cache_file", "embed_all"]
 
 # Prompts per call of the text encoders: the memory of their activations must not grow with the number of prompts.
 CHUNK = 64
+# Changes where rows of the same prompts are stored otherwise: files of another number are not read.
+_FORMAT = 2
 
 
 def cache_file(index: PipelineIndex, prompts: Sequence[str], call: dict[str, str]) -> Path:
@@ -39,7 +41,7 @@ def cache_file(index: PipelineIndex, prompts: Sequence[str], call: dict[str, str
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     # Size and time of change instead of the content, which may be tens of gigabytes.
     marks = [(str(path.relative_to(index.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = [str(index.folder.resolve()), index.revision, index.pipeline, marks, list(prompts), call]
+    content = [_FORMAT, str(index.folder.resolve()), index.revision, index.pipeline, marks, list(prompts), call]
     return cache_path(f"{cache_key(content)}.safetensors")
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.prompted.arguments import join_arguments
+from fmm_distill.teachers.prompted.arguments import ArgumentLayout
+from fmm_distill.teachers.prompted.joined import find_joined
 from fmm_distill.teachers.recording import tensor_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.prompted.joined import JoinedPart
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
 
@@ -38,6 +42,8 @@ class RecordedCall:
         slope, offset: the network's time is ``slope * schedule's time + offset``.
         sign: a factor of the output.
         listed: the network takes a list of samples and returns one.
+        layout: which parts of the other arguments are rows of the samples.
+        joined: what the pipeline joins to the sample before the call; None: nothing.
     """
 
     sample: str
@@ -46,14 +52,27 @@ class RecordedCall:
     offset: float
     sign: float
     listed: bool = False
+    layout: ArgumentLayout = field(default_factory=lambda: ArgumentLayout(("", "")))
+    joined: JoinedPart | None = None
 
     def __call__(
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
     ) -> Tensor:
         """Return the prediction at x, shape ``[batch, *event]``, without a learned variance."""
-        arguments = join_arguments(cond, h, len(x))
-        arguments |= {self.sample: list(x.unbind()) if self.listed else x, self.time: self._network_time(time)}
+        arguments = self.layout.join(cond, h, len(x))
+        given = x if self.joined is None else self.joined.join(x, arguments)
+        arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: self._network_time(time)}
         return self.sign * crop_to(tensor_of(network(**arguments)), x)
+
+    def sample_of(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the samples in the arguments of a call, shape ``[batch, *event]``."""
+        given = tensor_of(arguments[self.sample])
+        return given if self.joined is None else self.joined.head(given)
+
+    def conditions_of(self, arguments: Mapping[str, Any], count: int) -> Conditioning:
+        """Return the conditions in the arguments of a call with ``count`` samples."""
+        cond = self.layout.split(arguments, count)
+        return cond if self.joined is None else self.joined.add_to(cond, tensor_of(arguments[self.sample]))
 
     def _network_time(self, time: Tensor) -> Tensor:
         # In the order of the pipeline's operations: a product with 0.001 is rounded otherwise than a quotient by 1000.
@@ -103,10 +122,12 @@ def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> Recorded
     times = torch.tensor([_first_time(call.arguments[time]) for call in recording.calls])
     own = scheduler_times(recording, spec)
     slope, offset = _fit_line(own, times.double(), spec.schedule.num_timesteps, source)
-    sign = _sign_of_output(recording, tensor_of(first[sample]), source)
+    joined = find_joined(recording, sample, source)
+    x = tensor_of(first[sample])
+    sign = _sign_of_output(recording, x if joined is None else joined.head(x), source)
     # The velocity of an inverted scheduler runs from noise to data.
     sign = -sign if spec.inverted else sign
-    return RecordedCall(sample, time, slope, offset, sign, isinstance(first[sample], list))
+    return RecordedCall(sample, time, slope, offset, sign, isinstance(first[sample], list), joined=joined)
 
 
 def scheduler_times(recording: Recording, spec: ScheduleSpec) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,11 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
-from fmm_distill.teachers.prompted.arguments import split_arguments
+from fmm_distill.teachers.prompted.arguments import Probes, is_close, read_layout
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
 from fmm_distill.teachers.prompted.call import crop_to, is_near, read_call, scheduler_times
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
+from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
 from fmm_distill.teachers.recording import record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.index import PipelineIndex
+    from fmm_distill.teachers.prompted.arguments import ArgumentLayout
     from fmm_distill.teachers.prompted.call import RecordedCall
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
@@ -38,6 +40,10 @@ STEPS = 4
 _CHECK_STEPS = 5
 # Prompts of different lengths: padding shows.
 _PROMPTS = ("a red cat on a mat", "dogs")
+# Of another number, not longer than the first: the padding is the same.
+_THIRD_PROMPT = "a house"
+# Error of the first step relative to its length. Schedulers round timesteps; a wrong sign has an error of 2.
+_STEP_TOLERANCE = 0.01
 # The scale at which the pipeline's own guidance is compared: far from 1, where guidance does nothing.
 _SCALE = 3.0
 # Differences in timesteps between a scheduler and its noise levels: some schedulers round to integers.
@@ -57,6 +63,7 @@ class PipelineProbe:
         recording: a run with two prompts, without guidance.
         spec: noise levels and prediction, read from the scheduler.
         call: how the pipeline calls its network.
+        turned: the scheduler steps against the velocity that it gets.
     """
 
     source: str
@@ -66,6 +73,7 @@ class PipelineProbe:
     recording: Recording
     spec: ScheduleSpec
     call: RecordedCall
+    turned: bool = False
 
     @classmethod
     def of(
@@ -92,7 +100,10 @@ class PipelineProbe:
             recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
-        return cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
+        probe = cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
+        probe = replace(probe, call=replace(probe.call, layout=probe._layout()))
+        sign = probe._sign_of_first_step()
+        return replace(probe, call=replace(probe.call, sign=sign), turned=sign != probe.call.sign)
 
     @property
     def network(self) -> nn.Module:
@@ -103,7 +114,7 @@ class PipelineProbe:
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one sample of the network."""
-        return tuple(tensor_of(self.recording.calls[0].arguments[self.call.sample]).shape[1:])
+        return tuple(self.call.sample_of(self.recording.calls[0].arguments).shape[1:])
 
     def conditions(self, prompts: tuple[str, ...], index: PipelineIndex) -> Embeddings:
         """Return the embeddings of prompts, and those of the empty prompt where the pipeline uses it for guidance."""
@@ -121,16 +132,21 @@ class PipelineProbe:
             return None, f"{kind} has no classifier-free guidance"
         guided = self._record_guided()
         first = guided.calls[0].arguments
-        if len(guided.calls) > len(guided.steps):
-            parts = [call.arguments for call in guided.calls[:2]]
-        elif len(tensor_of(first[self.call.sample])) == 2 * count:
-            parts = [{name: _half(value, count, second) for name, value in first.items()} for second in (False, True)]
-        else:
+        two_calls = len(guided.calls) > len(guided.steps)
+        if not two_calls and len(tensor_of(first[self.call.sample])) != 2 * count:
             return None, f"{kind} has no classifier-free guidance"
-        cond, single = self._embed(_PROMPTS), self._first_arguments(_PROMPTS[:1])
-        one, other = (split_arguments(part, (self.call.sample, self.call.time), count, single) for part in parts)
+        others = f"{kind} passes other inputs to its network with guidance"
+        try:
+            if two_calls:
+                one, other = (self.call.conditions_of(call.arguments, count) for call in guided.calls[:2])
+            else:
+                both = self.call.conditions_of(first, 2 * count)
+                one, other = both.part(0, count), both.part(count, 2 * count)
+        except UserError:
+            return None, others
+        cond = self._embed(_PROMPTS)
         if not _is_same(one, cond) and not _is_same(other, cond):
-            return None, f"{kind} passes other inputs to its network with guidance"
+            return None, others
         null = one if _is_same(other, cond) else other
         if not self._combines(guided, cond, null):
             return None, f"{kind} guides by more than a plain combination of two outputs"
@@ -149,7 +165,7 @@ class PipelineProbe:
         times = self._times_of_levels(recording)
         for call, own, by_level in zip(recording.calls, own_times, own_times if times is None else times, strict=True):
             self._check_time(own, by_level)
-            x = tensor_of(call.arguments[self.call.sample])
+            x = self.call.sample_of(call.arguments)
             # Schedulers round timesteps to integers: the outputs are comparable at the time that the network got.
             time = (own if float(own).is_integer() else by_level).float().expand(len(x))
             output, expected = self._output(x, time, cond), crop_to(call.output, x)
@@ -159,7 +175,7 @@ class PipelineProbe:
                     f"{float((output - expected).abs().max()):.1e}; write an adapter for it (docs/add-a-teacher.md)"
                 )
         if isinstance(self.spec.schedule, FlowMatching):
-            x, sample = tensor_of(recording.calls[0].arguments[self.call.sample]), recording.steps[0].sample
+            x, sample = self.call.sample_of(recording.calls[0].arguments), recording.steps[0].sample
             if not is_near(x.flatten().sort().values, sample.flatten().sort().values):
                 raise UserError(
                     f"{self.source}: expected a flow model without input scaling, got a pipeline that scales the "
@@ -194,12 +210,42 @@ class PipelineProbe:
 
     def _embed(self, prompts: Sequence[str]) -> Conditioning:
         """Return the network's inputs of two or more prompts; the network itself does not run."""
-        several, single = self._first_arguments(prompts), self._first_arguments(prompts[:1])
-        return split_arguments(several, (self.call.sample, self.call.time), len(prompts), single)
+        return self.call.conditions_of(self._first_arguments(prompts), len(prompts))
 
     def _first_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
         keywords = self.keywords.call(prompts, STEPS)
         return record(self.pipeline, self.component, keywords, first_only=True).calls[0].arguments
+
+    def _layout(self) -> ArgumentLayout:
+        """Compare the arguments of other prompts, in another order and of another number."""
+        a, b = _PROMPTS
+        probes = Probes(*(self._first_arguments(prompts) for prompts in ((a, b), (b, a), (a, b, _THIRD_PROMPT))))
+        return read_layout(probes, (self.call.sample, self.call.time), self.source)
+
+    def _sign_of_first_step(self) -> float:
+        """Return the factor of the network's output with which our Euler step is the pipeline's.
+
+        What a scheduler is given does not show it: some schedulers step the other way for some of their arguments.
+
+        Raises:
+            UserError: if the steps differ for both signs.
+        """
+        recording, cond = self.recording, self._embed(_PROMPTS)
+        own = self.pipeline.scheduler
+        if (euler := euler_scheduler(own, self.spec.schedule)) is not None:
+            self.pipeline.scheduler = euler
+            try:
+                recording = record(self.pipeline, self.component, self.keywords.call(_PROMPTS, STEPS))
+            finally:
+                self.pipeline.scheduler = own
+        for sign in (self.call.sign, -self.call.sign):
+            call = replace(self.call, sign=sign)
+            if (error := step_error(recording, self.spec, call, self.network, cond)) < _STEP_TOLERANCE:
+                return sign
+        raise UserError(
+            f"{self.source}: expected a first step like that of its pipeline, got one that differs by "
+            f"{abs(error - 2):.1e} of its length; write an adapter for it (docs/add-a-teacher.md)"
+        )
 
     def _record_guided(self) -> Recording:
         """Return a run with the pipeline's own guidance."""
@@ -215,11 +261,11 @@ class PipelineProbe:
         calls_per_step, weights = len(guided.calls) // len(guided.steps), []
         for i in (0, len(guided.steps) - 1):
             arguments = guided.calls[i * calls_per_step].arguments
-            x = tensor_of(arguments[self.call.sample])[: len(_PROMPTS)]
+            x = self.call.sample_of(arguments)[: len(_PROMPTS)]
             network_time = torch.as_tensor(arguments[self.call.time]).flatten()[:1].float().expand(len(x))
             time = (network_time - self.call.offset) / self.call.slope
             output, uncond = (self.call(self.network, x, time, each, None).flatten() for each in (cond, null))
-            stepped = guided.steps[i].output * (-1 if self.spec.inverted else 1)
+            stepped = guided.steps[i].output * (-1 if self.spec.inverted != self.turned else 1)
             # A learned variance is not guided.
             stepped = stepped[:, : x.shape[1]] if stepped.ndim == x.ndim else stepped
             if stepped.numel() != output.numel():
@@ -254,19 +300,8 @@ def _shift(recording: Recording, config: Any) -> float | None:  # noqa: ANN401 a
     return float(mu if config.get("time_shift_type") == "linear" else mu.exp())
 
 
-def _half(value: Any, count: int, second: bool) -> Any:  # noqa: ANN401 any argument of a network
-    """Return one half of an argument with two rows per sample; any other argument unchanged."""
-    if isinstance(value, dict):
-        return {key: _half(item, count, second) for key, item in value.items()}
-    rows = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
-    if rows and len(value) == 2 * count:
-        return value[count:] if second else value[:count]
-    return value
-
-
 def _is_same(one: Conditioning, other: Conditioning) -> bool:
-    # Up to rounding: with guidance, text encoders may run on batches of another size.
+    # With guidance, text encoders may run on batches of another size.
     return one.inputs.keys() == other.inputs.keys() and all(
-        rows.shape == other.inputs[name].shape and torch.allclose(rows, other.inputs[name], rtol=1e-4, atol=1e-5)
-        for name, rows in one.inputs.items()
+        is_close(rows, other.inputs[name]) for name, rows in one.inputs.items()
     )

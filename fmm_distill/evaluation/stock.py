@@ -13,6 +13,7 @@ from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import describe_checkers
@@ -79,7 +80,9 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
     pipeline = open_pipeline(folder, **{component: stock_network(teacher)}).to(device)
-    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher))
+    call = _guided_call(teacher)
+    set_plain_guiders(pipeline, 1.0 if teacher.guidance is None else teacher.guidance.scale)
+    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), call)
     return _sampler("teacher", run, _unchecked(found))
 
 

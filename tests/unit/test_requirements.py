@@ -6,14 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import diffusers
 import pytest
-from diffusers import DiffusionPipeline, FluxKontextPipeline, StableDiffusionInstructPix2PixPipeline
+from diffusers import FluxKontextPipeline, StableDiffusionInstructPix2PixPipeline
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import run_pipeline
-from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
+from fmm_distill.teachers.requirements import describe_optional_inputs
 from tests.tiny import diffusion, flow
 
 CONTROL = {"controlnet": ["diffusers", "ControlNetModel"]}
@@ -75,14 +74,6 @@ def test_no_setting_of_a_pipeline_is_taken_for_data():
     assert describe_optional_inputs("BriaFibo2Pipeline") == "an image (image) and a mask (mask)"
     assert describe_optional_inputs("QwenImagePipeline") is None
     assert describe_optional_inputs("StableDiffusionXLPipeline") is None
-    kinds = [
-        name for name in dir(diffusers) if name.endswith("Pipeline") and (kind := pipeline_class(name)) is not None
-    ]
-    found = [kind for kind in kinds if issubclass(getattr(diffusers, kind), DiffusionPipeline)]
-    assert len(found) > 150
-    for kind in found:
-        text = describe_optional_inputs(kind) or ""
-        assert not [word for word in ("ip_adapter", "attention_mask", "embeds", "negative") if word in text], kind
 
 
 def test_an_image_that_only_a_run_misses_is_named():

@@ -17,8 +17,10 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
+from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
 from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
 from fmm_distill.teachers.scheduler import check_no_map
@@ -59,7 +61,7 @@ def load_prompted(
     if size is not None and not (isinstance(size, list) and len(size) > 2):
         image_size(size, index.source, f"{component}/config.json")
     pipeline = _open(index)
-    check_keywords(pipeline, call or {}, index.source)
+    check_keywords(pipeline, call or {})
     check_weights(getattr(pipeline, component), index.source)
     probe = PipelineProbe.of(pipeline, component, call or {}, 1.0 if guidance is None else guidance.scale, index.source)
     conditions = probe.conditions(tuple(prompts), index)
@@ -67,7 +69,8 @@ def load_prompted(
     if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec = probe.spec
+    spec, neutral = probe.spec, log_neutral(pipeline, call or {})
+    log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
         parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
@@ -78,14 +81,19 @@ def load_prompted(
         pipeline=StockPipeline(
             index.folder,
             component,
-            dict(call or {}),
+            neutral | (call or {}),
             condition="prompt",
             guidance=probe.keywords.guidance,
             guidance_off=probe.keywords.off,
             network_guidance=probe.keywords.fixed.get("guidance_scale"),
         ),
         conditions=conditions,
-        guidance=_plain_guidance(guidance, conditions, takes_guidance=probe.recording.takes_guidance),
+        guidance=_plain_guidance(
+            guidance,
+            conditions,
+            takes_guidance=probe.recording.takes_guidance,
+            is_component=bool(guider_names(pipeline)),
+        ),
         codec=PipelineCodec(
             index.folder, component, probe.network, probe.keywords.call(("",), STEPS), probe.event_shape
         ),
@@ -94,11 +102,14 @@ def load_prompted(
     )
 
 
-def _plain_guidance(guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool) -> Guidance | None:
+def _plain_guidance(
+    guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool, is_component: bool
+) -> Guidance | None:
     """Return guidance by two outputs; None if the network is conditioned on its scale, or if there is none.
 
     Args:
         takes_guidance: the network is conditioned on its guidance scale.
+        is_component: the pipeline's own guidance is a component, not a keyword of its call.
     """
     if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return None
@@ -114,6 +125,11 @@ def _plain_guidance(guidance: Guidance | None, conditions: Embeddings, *, takes_
                 f"{list(guidance.interval)}; try without guidance.interval"
             )
         return None
+    if guidance.range is not None and is_component:
+        raise UserError(
+            "guidance.range: expected none for a pipeline whose guidance is a component, not a keyword; try "
+            "guidance.scale"
+        )
     # Raises an error with the reason if there is no empty prompt to guide with.
     conditions.null(1)
     return guidance
@@ -175,7 +191,7 @@ def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
             f"{index.pipeline or 'none'}; try a newer diffusers"
         )
     try:
-        return open_pipeline(index.folder)
+        return turn_guiders_off(open_pipeline(index.folder))
     except STOCK_ERRORS as error:
         raise UserError(
             f"{index.source}: the pipeline does not open ({named(error)}); expected a complete pipeline as "

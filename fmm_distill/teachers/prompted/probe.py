@@ -12,11 +12,13 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.guiders import guider_names
 from fmm_distill.teachers.prompted.arguments import Probes, is_close, read_layout
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
 from fmm_distill.teachers.prompted.call import crop_to, is_near, read_call, scheduler_times
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
 from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
+from fmm_distill.teachers.prompted.runs import record_guided, record_unguided
 from fmm_distill.teachers.recording import record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 
@@ -94,10 +96,7 @@ class PipelineProbe:
             UserError: if the pipeline does not run, or its run can't be read.
         """
         keywords = CallKeywords.of(pipeline, call, scale)
-        recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
-        if keywords.guidance == "guidance_scale" and recording.takes_guidance:
-            keywords = keywords.with_guidance_input(scale)
-            recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
+        keywords, recording = record_unguided(pipeline, component, keywords, _PROMPTS, STEPS, scale)
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         probe = cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
@@ -128,7 +127,7 @@ class PipelineProbe:
         There are none if the pipeline's guidance is not the plain combination of two outputs.
         """
         kind, count = type(self.pipeline).__name__, len(_PROMPTS)
-        if self.keywords.guidance is None:
+        if self.keywords.guidance is None and not guider_names(self.pipeline):
             return None, f"{kind} has no classifier-free guidance"
         guided = self._record_guided()
         first = guided.calls[0].arguments
@@ -249,11 +248,7 @@ class PipelineProbe:
 
     def _record_guided(self) -> Recording:
         """Return a run with the pipeline's own guidance."""
-        keywords = self.keywords.call(_PROMPTS, STEPS, guidance=_SCALE)
-        if self.keywords.guidance == "true_cfg_scale":
-            # Without a negative prompt these pipelines ignore true_cfg_scale.
-            keywords["negative_prompt"] = [""] * len(_PROMPTS)
-        return record(self.pipeline, self.component, keywords)
+        return record_guided(self.pipeline, self.component, self.keywords, _PROMPTS, STEPS, _SCALE)
 
     @torch.no_grad()
     def _combines(self, guided: Recording, cond: Conditioning, null: Conditioning) -> bool:

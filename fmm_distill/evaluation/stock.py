@@ -50,8 +50,19 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        images = torch.from_numpy(run_pipeline(self.pipeline, options)[0])
+        images = torch.cat([torch.from_numpy(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
         return images.movedim(-1, 1).float() * 2 - 1
+
+    def _calls(self, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""
+        if self.teacher.pipeline is None or not self.teacher.pipeline.one_prompt:
+            return [options]
+        each = [
+            {"prompt": prompt, "generator": generator}
+            for prompt, generator in zip(options["prompt"], options["generator"], strict=True)
+        ]
+        noises = options["latents"].split(1) if "latents" in options else [None] * len(each)
+        return [options | one | {"latents": noise} for one, noise in zip(each, noises, strict=True)]
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__

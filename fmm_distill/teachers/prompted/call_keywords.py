@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +26,13 @@ class CallKeywords:
         fixed: those with the same value in every call.
         guidance: the keyword of classifier-free guidance; None: the pipeline has none.
         off: the value that turns guidance off.
+        one_prompt: the pipeline takes one prompt at a time, no list.
     """
 
     fixed: dict[str, Any]
     guidance: str | None
     off: float
+    one_prompt: bool = False
 
     @classmethod
     def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
@@ -52,11 +54,16 @@ class CallKeywords:
 
     def with_guidance_input(self, scale: float) -> CallKeywords:
         """Return the keywords of a pipeline whose ``guidance_scale`` is an input of its network."""
-        return CallKeywords(self.fixed | {"guidance_scale": scale}, None, 1.0)
+        return replace(self, fixed=self.fixed | {"guidance_scale": scale}, guidance=None, off=1.0)
 
     def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
-        """Return the keywords of a call with these prompts; ``guidance`` None: without guidance."""
-        given = {**self.fixed, "prompt": list(prompts), "num_inference_steps": steps}
+        """Return the keywords of a call with these prompts, or with the first one of a pipeline that takes no list.
+
+        Args:
+            guidance: its scale; None: without guidance.
+        """
+        prompt = prompts[0] if self.one_prompt else list(prompts)
+        given = {**self.fixed, "prompt": prompt, "num_inference_steps": steps}
         # A new generator with one seed: each recorded run starts from the same noise.
         given["generator"] = torch.Generator().manual_seed(0)
         if self.guidance:

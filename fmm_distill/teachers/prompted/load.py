@@ -86,6 +86,7 @@ def load_prompted(
             guidance=probe.keywords.guidance,
             guidance_off=probe.keywords.off,
             network_guidance=probe.keywords.fixed.get("guidance_scale"),
+            one_prompt=probe.keywords.one_prompt,
         ),
         conditions=conditions,
         guidance=_plain_guidance(

@@ -230,7 +230,8 @@ class StockPipelineExporter:
         # A pipeline of pixels has no latents to return.
         latents = any(name.startswith(("vae", "vq", "movq")) for name in self.pipeline.index)
         own = self.pipeline.call | self.pipeline.unguided()
-        return own | {"prompt": some, "output_type": "latent" if latents else "np"}
+        prompt = some[0] if self.pipeline.one_prompt else some
+        return own | {"prompt": prompt, "output_type": "latent" if latents else "np"}
 
     def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
         """Return the samples in the recorded arguments of the network, without what the pipeline joins to them."""

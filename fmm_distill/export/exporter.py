@@ -69,13 +69,7 @@ class Exporter(Protocol):
 
 
 class PipelineExporter(Exporter, Protocol):
-    """An exporter whose pipelines are opened and compared with the student after each export.
-
-    Attributes:
-        sample_argument: the name of the first argument of the network.
-    """
-
-    sample_argument: str
+    """An exporter whose pipelines are opened and compared with the student after each export."""
 
     def fixed_grid(self, student: Student, steps: int) -> Float[Tensor, " points"]:
         """Return the ``steps + 1`` times between which the pipeline of a fixed number of steps jumps."""

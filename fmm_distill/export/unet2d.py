@@ -35,7 +35,6 @@ class UNet2DExporter:
 
     component = "unet"
     not_any_step: str | None = None
-    sample_argument = "sample"
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher

@@ -151,6 +151,8 @@ def _shown(wrong: dict[str, Agreement]) -> str:
 
 
 def _batch(teacher: Teacher) -> int:
+    if teacher.pipeline is not None and teacher.pipeline.one_prompt:
+        return 1
     return max(2, min(_BATCH, _NUMBERS // torch.Size(teacher.event_shape).numel()))
 
 
@@ -170,9 +172,6 @@ class _Job:
             "any_call": self.exporter.any_step_call(self.call),
             "seed": SEED,
             "steps": self.export.steps,
-            "component": self.exporter.component,
-            "sample": self.exporter.sample_argument,
-            "count": self.count,
             "output": output,
         }
 

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="open and distill finished classes a second time")
     options = parser.parse_args()
     # Before the imports that read them.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(options.work / "hub")}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from experiments.coverage import rows
     from experiments.coverage.installed import uncovered

@@ -42,6 +42,7 @@ def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, 
     _make_distinct(pipeline)
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    _complete_config(pipeline, folder)
     given = _dummy_inputs(test)
     parameters = inspect.signature(pipeline.__call__).parameters
     return {
@@ -73,6 +74,10 @@ def _grow_embeddings(pipeline: Any) -> None:
         if rows < len(tokenizer):
             torch.manual_seed(0)
             encoder.resize_token_embeddings(len(tokenizer))
+            # An encoder of an encoder-decoder model has a configuration of its own inside of the model's.
+            for config in (encoder.config, getattr(encoder.config, "encoder", None)):
+                if hasattr(config, "vocab_size"):
+                    config.vocab_size = len(tokenizer)
 
 
 def _make_distinct(pipeline: Any) -> None:
@@ -94,6 +99,18 @@ def _make_distinct(pipeline: Any) -> None:
         if weight.ndim >= 2 and weight.numel() > 1 and weight.is_floating_point() and not weight.any():
             with torch.no_grad():
                 weight.normal_(0, weight[0].numel() ** -0.5)
+
+
+def _complete_config(pipeline: Any, folder: Path) -> None:
+    """Write the configuration that published checkpoints of PRX have, and that its text encoder is opened with.
+
+    transformers saves that of the encoder alone, from which diffusers opens a model of the full default size.
+    """
+    encoder = getattr(pipeline, "text_encoder", None)
+    if type(encoder).__name__ == "T5GemmaEncoder":
+        from transformers import T5GemmaConfig
+
+        T5GemmaConfig(encoder=encoder.config).save_pretrained(folder / "text_encoder")
 
 
 def _dummy_inputs(test: Any) -> dict[str, Any]:

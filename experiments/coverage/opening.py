@@ -37,7 +37,8 @@ def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:
     try:
         teacher = reopen(checks.PROMPTS[:2])
     except UserError as error:
-        return {"refused": " ".join(str(error).split())}
+        refused = {"refused": " ".join(str(error).split())}
+        return refused if error.__cause__ is None else refused | _stock_failure(folder)
     described = {
         "seconds": round(time.monotonic() - start, 1),
         "mib": grown_mib(before),
@@ -53,6 +54,16 @@ def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:
     }
     found = {name: _attempt(run) for name, run in runs.items()}
     return described | {"checks": found, "one_step": checks.runs_with(teacher, folder, 1)}
+
+
+def _stock_failure(folder: Path) -> dict[str, Any]:
+    """Return the reason why diffusers itself does not open a folder that it wrote; empty if it does."""
+    try:
+        checks.open_stock(folder)
+    except Exception as error:  # noqa: BLE001 any failure is the answer
+        text = " ".join(str(error).split())
+        return {"not reopened": f"diffusers does not open what it saved: {type(error).__name__}: {text}"}
+    return {}
 
 
 def _guidable(teacher: Teacher) -> bool | str:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from experiments.coverage.checks import LARGEST
+from experiments.coverage.installed import parameters_of
 from experiments.coverage.kinds import KINDS, kind_of
 from experiments.coverage.outside import OUTSIDE
 
@@ -38,11 +39,11 @@ def entries_of(rows: Iterable[Row]) -> list[Entry]:
 
 def _entry(row: Row) -> Entry:
     build, found = row.get("build", {}), row.get("open", {})
-    pipeline = build.get("pipeline") or _guess(row["key"])
+    pipeline = build.get("pipeline") or build["tested"]
     result, reason = _result(row)
     return Entry(
         key=row["key"],
-        kind=kind_of(pipeline, build.get("parameters", ("prompt",))),
+        kind=kind_of(pipeline, build.get("parameters") or parameters_of(pipeline)),
         pipeline=pipeline,
         result=result,
         reason=_short(reason),
@@ -57,17 +58,13 @@ def _entry(row: Row) -> Entry:
     )
 
 
-def _guess(key: str) -> str:
-    """Return the name of a pipeline class that was not built, from that of its test."""
-    name = re.sub(r"(Fast|Pipeline)?(Tests?|TesterConfig)?$", "", key.rpartition("::")[2])
-    return re.sub(r"(Pipeline)?(Fast)?$", "", name) + "Pipeline"
-
-
 def _result(row: Row) -> tuple[str, str]:
     """Return the result of a row and its reason in one line."""
     build, found, distilled = (row.get(stage, {}) for stage in ("build", "open", "distill"))
     if "pipeline" not in build:
         return "not built", build.get("error", "not run")
+    if "not reopened" in found:
+        return "not built", found["not reopened"]
     if "refused" in found:
         return "refused", found["refused"]
     if "event_shape" not in found:
@@ -107,7 +104,7 @@ def _short(text: str) -> str:
     text = re.sub(r"(?<![\w<])/\S*?(?=:? |:$|$)", "…", text).removeprefix("…: ")
     text = re.sub(r"^(error|UserError): ", "", text.removeprefix("Error: ")).removeprefix("…: ")
     # A list of schedulers or of parameters is no reason.
-    text = re.sub(r"(expected one of|it takes) (\w+, ){6,}", r"\1 \2…, ", text)
+    text = re.sub(r"(expected one of|it takes) (\w+), (?:\w+, ){5,}", r"\1 \2, …, ", text)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1].rstrip() + "…"
 
 

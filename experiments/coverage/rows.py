@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import transformers
+from huggingface_hub import constants
 
 from experiments.coverage import building, distilling, opening
 from experiments.coverage.jobs import run_forked
@@ -104,7 +106,8 @@ class Coverage:
 
     def _build(self, case: Case, row: Row) -> Row:
         folder = self._folder(case)
-        return self._job(case, "build", lambda scratch: building.build(case, self.checkout, folder, scratch))
+        made = self._job(case, "build", lambda scratch: building.build(case, self.checkout, folder, scratch))
+        return {"tested": case.pipeline} | made
 
     def _open(self, case: Case, row: Row) -> Row:
         folder, call = self._folder(case), row["build"]["call"]
@@ -123,7 +126,9 @@ class Coverage:
 
     def _job(self, case: Case, stage: str, work: Callable[[Path], Row]) -> Row:
         with tempfile.TemporaryDirectory() as scratch:
-            outcome = run_forked(lambda: work(Path(scratch)), self.limits[stage], self._log(case, stage))
+            outcome = run_forked(
+                lambda: _with_own_cache(work, Path(scratch)), self.limits[stage], self._log(case, stage)
+            )
         if outcome.error is not None:
             return {"error": outcome.error, "took": outcome.seconds}
         return (outcome.value or {}) | {"took": outcome.seconds}
@@ -148,6 +153,12 @@ def _preload() -> None:
         getattr(diffusers, name)
     for name in ("CLIPTextModel", "CLIPTokenizer", "T5EncoderModel", "T5Tokenizer", "Qwen2VLProcessor"):
         getattr(transformers, name)
+
+
+def _with_own_cache(work: Callable[[Path], Row], scratch: Path) -> Row:
+    """Run a job with a cache of embeddings of its own: those of an earlier version would hide a change of the code."""
+    os.environ["HF_HOME"] = constants.HF_HOME = str(scratch)
+    return work(scratch)
 
 
 def _in_short(made: Row) -> str:

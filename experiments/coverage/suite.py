@@ -26,10 +26,12 @@ class Case:
     Attributes:
         file: relative to the checkout.
         name: of the class.
+        pipeline: the name of the pipeline class that it tests.
     """
 
     file: str
     name: str
+    pipeline: str
 
     @property
     def key(self) -> str:
@@ -53,22 +55,25 @@ def find_cases(checkout: Path) -> list[Case]:
     The files are parsed and not imported, since many import packages that are optional.
     """
     files = sorted((checkout / _PIPELINES).rglob("test_*.py"))
-    return [Case(str(file.relative_to(checkout)), name) for file in files for name in _tested_classes(file)]
+    return [Case(str(file.relative_to(checkout)), name, pipeline) for file in files for name, pipeline in _tested(file)]
 
 
-def _tested_classes(file: Path) -> Iterator[str]:
+def _tested(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the names of test classes and of the pipelines that they test."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and any(_TESTED in _targets(statement) for statement in node.body):
-            yield node.name
+        for statement in node.body if isinstance(node, ast.ClassDef) else ():
+            if (value := _assigned(statement)) is not None:
+                # A wrapper of the suite has a dummy in the place of another package.
+                yield node.name, ast.unparse(value).removesuffix("Wrapper")
 
 
-def _targets(statement: ast.stmt) -> list[str]:
-    """Return the names that a statement assigns."""
+def _assigned(statement: ast.stmt) -> ast.expr | None:
+    """Return what a statement assigns to the attribute that names the tested class; None: it does not."""
     if isinstance(statement, ast.AnnAssign):
-        targets = [statement.target]
+        targets, value = [statement.target], statement.value
     else:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+        targets, value = (statement.targets, statement.value) if isinstance(statement, ast.Assign) else ([], None)
+    return value if any(isinstance(target, ast.Name) and target.id == _TESTED for target in targets) else None
 
 
 def commit_of(checkout: Path) -> str:

@@ -66,6 +66,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusers")
     file = folder / FILE
     file.parent.mkdir(parents=True)
+    for package in (file.parent, *file.parent.parents[:2]):
+        (package / "__init__.py").touch()
     file.write_text(SUITE, encoding="utf-8")
     (file.parent / "test_helpers.py").write_text("import not_installed\n", encoding="utf-8")
     return folder
@@ -248,7 +250,7 @@ def test_the_page_has_every_row_and_sums(tmp_path):
     assert page == markdown(entries, versions, [("HPipeline", "audio")], earlier=entries[:1])
     assert all(page.count(f"| `{name}` |") == 1 for name in ("APipeline", "BPipeline", "CPipeline", "HPipeline"))
     assert "wrong order: 5.0e-01; no disk" in page
-    assert "| scheduler X/Y; expected one of Scheduler0…, Scheduler19 |" in page
+    assert "| scheduler X/Y; expected one of Scheduler0, …, Scheduler19 |" in page
     assert "the student never sees a reference; its stock pipeline does not run with one step" in page
     assert "| all | 6 | 2 | 1 | 1 | 1 | 1 | 1 | 1, 1 |" in page
     assert "| text-to-image | 5 | 1 | 1 | 1 | 1 | 1 | 1 | 1, 1 |" in page

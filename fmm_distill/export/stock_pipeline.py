@@ -85,7 +85,7 @@ class StockPipelineExporter:
         return {
             "slope": 1.0 if call is None else call.slope,
             "offset": 0.0 if call is None else call.offset,
-            "flip": teacher.schedule.num_timesteps if inverted else None,
+            "flip": cast("FlowMatching", teacher.schedule).time_scale if inverted else None,
             "call": self.pipeline.call | self.pipeline.unguided(),
             "guidance": self.pipeline.guidance,
             "scheduler": settings_of(scheduler),

@@ -14,6 +14,7 @@ from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import describe_checkers
@@ -50,7 +51,18 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        return decoded_of(run_pipeline(self.pipeline, options)[0])
+        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
+
+    def _calls(self, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""
+        if self.teacher.pipeline is None or not self.teacher.pipeline.one_prompt:
+            return [options]
+        each = [
+            {"prompt": prompt, "generator": generator}
+            for prompt, generator in zip(options["prompt"], options["generator"], strict=True)
+        ]
+        noises = options["latents"].split(1) if "latents" in options else [None] * len(each)
+        return [options | one | {"latents": noise} for one, noise in zip(each, noises, strict=True)]
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__
@@ -79,7 +91,9 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
     pipeline = open_pipeline(folder, **{component: stock_network(teacher)}).to(device)
-    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), _guided_call(teacher))
+    call = _guided_call(teacher)
+    set_plain_guiders(pipeline, 1.0 if teacher.guidance is None else teacher.guidance.scale)
+    run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), call)
     return _sampler("teacher", run, _unchecked(found))
 
 

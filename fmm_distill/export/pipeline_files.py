@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fmm_distill.teachers.guiders import write_guiders_off
+
 if TYPE_CHECKING:
     from fmm_distill.teachers.pipeline import StockPipeline
 
@@ -23,7 +25,7 @@ _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.
 def copy_parts(
     pipeline: StockPipeline, target: Path, source: Path | None = None, *, linked: bool = False
 ) -> dict[str, Any]:
-    """Copy the components other than network and scheduler, and return the pipeline's index.
+    """Copy the components other than network and scheduler, its guiders turned off, and return the pipeline's index.
 
     Args:
         source: an earlier copy on the same disk: its files are linked, not copied.
@@ -39,6 +41,7 @@ def copy_parts(
         elif (pipeline.folder / name).is_dir():
             copy_file = _pointed_to if linked else shutil.copy2
             shutil.copytree(pipeline.folder / name, target / name, ignore=_unused, copy_function=copy_file)
+    write_guiders_off(target)
     return pipeline.index
 
 

@@ -230,7 +230,8 @@ class StockPipelineExporter:
         # A pipeline of pixels has no latents to return.
         latents = any(name.startswith(("vae", "vq", "movq")) for name in self.pipeline.index)
         own = self.pipeline.call | self.pipeline.unguided()
-        return own | {"prompt": some, "output_type": "latent" if latents else "np"}
+        prompt = some[0] if self.pipeline.one_prompt else some
+        return own | {"prompt": prompt, "output_type": "latent" if latents else "np"}
 
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the call without a scale for a student of a range of scales: its default is the teacher's."""

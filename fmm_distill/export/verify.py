@@ -151,6 +151,8 @@ def _shown(wrong: dict[str, Agreement]) -> str:
 
 
 def _batch(teacher: Teacher) -> int:
+    if teacher.pipeline is not None and teacher.pipeline.one_prompt:
+        return 1
     return max(2, min(_BATCH, _NUMBERS // torch.Size(teacher.event_shape).numel()))
 
 

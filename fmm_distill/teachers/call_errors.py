@@ -1,12 +1,16 @@
-"""Errors of a network's call as one line."""
+"""Errors of the calls of a network and of a pipeline as one line."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.requirements import find_missing_input
 
-__all__ = ["format_shape", "refuse_call"]
+__all__ = ["format_shape", "refuse_call", "refuse_run"]
+
+# Characters of the keywords that an error message shows: a prompt can be long.
+_SHOWN = 300
 
 
 def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Exception) -> UserError:  # noqa: ANN401
@@ -20,6 +24,25 @@ def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Excepti
     return UserError(
         f"{owner}: its {type(network).__name__} does not run on a sample of {format_shape(shape)} ({named(error)}); "
         "expected a size and inputs that its blocks accept; try another sample_size in its config.json"
+    )
+
+
+def refuse_run(pipeline: Any, call: dict[str, Any], error: Exception) -> UserError:  # noqa: ANN401 a diffusers class
+    """Return the error for a pipeline that fails with the keywords ``call``.
+
+    Args:
+        error: raised by the pipeline.
+    """
+    kind = type(pipeline).__name__
+    if (missing := find_missing_input(pipeline, call, error)) is not None:
+        return UserError(
+            f"{kind} does not run without {missing} ({named(error)}); expected a pipeline that starts from noise and "
+            "prompts alone"
+        )
+    shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
+    return UserError(
+        f"{kind} does not run with {shown[:_SHOWN]} ({named(error)}); expected a complete pipeline that starts from "
+        "prompts alone; try other keywords under pipeline in the recipe"
     )
 
 

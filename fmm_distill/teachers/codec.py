@@ -11,6 +11,7 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
+from fmm_distill.teachers.guiders import turn_guiders_off
 from fmm_distill.teachers.recording import patched_method, run_pipeline, tensor_of
 from fmm_distill.teachers.stepped_samples import to_stepped
 
@@ -241,7 +242,7 @@ class PipelineCodec:
     def opened(self) -> Any:  # noqa: ANN401 a diffusers class
         """Return the pipeline, which is opened at the first call and stays open until ``release``."""
         if self._pipeline is None:
-            self._pipeline = open_pipeline(self.folder, **{self.component: self.network})
+            self._pipeline = turn_guiders_off(open_pipeline(self.folder, **{self.component: self.network}))
         return self._pipeline
 
     def _zero_output(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,7 +135,7 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
         UserError: if weights of a component are missing.
     """
     entries: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = {name: value for name, value in entries.items() if isinstance(value, list) and value[0] is not None}
+    parts = {name: value for name, value in entries.items() if _is_component(value)}
     # A component of the caller wins over the removal of a checker.
     given = without_checkers(entries["_class_name"], parts) | given
     with without_progress_bars():
@@ -149,6 +149,11 @@ def open_pipeline(folder: Path, **given: object) -> Any:  # noqa: ANN401 a diffu
     if isinstance(vae := getattr(pipeline, "vae", None), diffusers.AutoencoderKLAllegro):
         vae.enable_tiling()
     return pipeline
+
+
+def _is_component(value: object) -> bool:
+    """Return whether an entry of an index is a component that is not empty: other lists are settings."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
 
 
 def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # noqa: ANN401 a class of a model

@@ -21,6 +21,7 @@ from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
 from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
+from fmm_distill.teachers.requirements import check_requirements, describe_optional_inputs, takes_prompts
 from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
@@ -73,7 +74,10 @@ def load_teacher(
         logger.warning(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
         )
-    return load(index)
+    teacher = load(index)
+    if (data := describe_optional_inputs(index.pipeline)) is not None:
+        logger.warning(f"{index.pipeline} can take {data}; this teacher and its student are opened without")
+    return teacher
 
 
 def _adapter(
@@ -81,11 +85,12 @@ def _adapter(
 ) -> Callable[[PipelineIndex], Teacher]:
     """Return the function that opens a pipeline with these components."""
     networks = {name: cls for name, (_, cls) in index.components.items() if name in ("unet", "transformer")}
-    has_text = any(name.startswith("text_encoder") for name in index.components)
+    check_requirements(index)
+    has_prompts = takes_prompts(index)
     # Before the other rules: a prompted pipeline may have a network that they know too.
-    if has_text and networks:
+    if has_prompts and networks:
         return lambda complete: load_prompted(complete, prompts or ("",), call, guidance)
-    if (prompts or call) and not has_text:
+    if (prompts or call) and not has_prompts:
         raise UserError(
             f"{index.source}: expected a pipeline with a text encoder for prompts and pipeline, got one without; try "
             "without prompts, pipeline and a text column in data.condition"

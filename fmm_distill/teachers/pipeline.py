@@ -27,6 +27,7 @@ class StockPipeline:
         guidance: the keyword of the pipeline's own classifier-free guidance; None: it has none.
         guidance_off: the value of that keyword that turns the guidance off.
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
+        one_prompt: its call takes one prompt, no list.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class StockPipeline:
     guidance: str | None = None
     guidance_off: float = 1.0
     network_guidance: float | None = None
+    one_prompt: bool = False
 
     @property
     def index(self) -> dict[str, Any]:

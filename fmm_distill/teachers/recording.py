@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fmm_distill.errors import UserError, named
-from fmm_distill.teachers.call_errors import refuse_call
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.call_errors import refuse_call, refuse_run
 from fmm_distill.teachers.components import STOCK_ERRORS
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["NetworkCall", "Recording", "SchedulerStep", "patched_method", "record", "run_pipeline", "tensor_of"]
-
-# Characters of the keywords that an error message shows: a prompt can be long.
-_SHOWN = 300
 
 
 class _StopPipelineError(Exception):
@@ -213,8 +210,4 @@ def run_pipeline(pipeline: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401 a 
     except _StopPipelineError:
         return None
     except STOCK_ERRORS as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
-        raise UserError(
-            f"{type(pipeline).__name__} does not run with {shown[:_SHOWN]} ({named(error)}); expected a complete "
-            "pipeline that starts from prompts alone; try other keywords under pipeline in the recipe"
-        ) from error
+        raise refuse_run(pipeline, call, error) from error

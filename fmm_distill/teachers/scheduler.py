@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction
 
-__all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "ScheduleSpec", "read_scheduler"]
+__all__ = ["CONTINUOUS", "DISCRETE", "FLOW", "SCHEDULERS", "ScheduleSpec", "check_no_map", "read_scheduler"]
 
 # Discrete and variance preserving: they have alphas_cumprod.
 DISCRETE = (
@@ -76,6 +76,23 @@ class ScheduleSpec:
     inverted: bool = False
 
 
+def check_no_map(name: str, source: str) -> None:
+    """Check that a scheduler is not one of networks that are maps already.
+
+    Args:
+        name: of its class.
+        source: the id or folder of the teacher, for messages.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if name in _MAPS:
+        raise UserError(
+            f"{source}: expected a denoiser, got {_MAPS[name]} (scheduler {name}), which is a map already; try the "
+            "model that it was distilled from"
+        )
+
+
 def read_scheduler(
     scheduler: Any,  # noqa: ANN401 a diffusers class
     source: str,
@@ -94,11 +111,7 @@ def read_scheduler(
         UserError: if the scheduler or one of its settings has no exact counterpart.
     """
     name = type(scheduler).__name__
-    if name in _MAPS:
-        raise UserError(
-            f"{source}: expected a denoiser, got {_MAPS[name]} (scheduler {name}), which is a map already; try the "
-            "model that it was distilled from"
-        )
+    check_no_map(name, source)
     if name not in SCHEDULERS:
         raise UserError(
             f"{source}: scheduler {name}; expected one of {', '.join(SCHEDULERS)}; try to save the pipeline with one "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +27,7 @@ from tests.cli.runs import TINY, call, losses, training_only, write_recipe
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.logs import logged
+from tests.processes import on_two_processes
 from tests.tiny.diffusion import ldm
 
 
@@ -255,8 +254,7 @@ def test_the_room_for_latents_counts_an_autoencoder_in_each_pipeline(tmp_path, s
 
 def test_what_fails_in_the_first_process_ends_all(tmp_path):
     script = Path(__file__).with_name("first_fails.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    run = on_two_processes(script, tmp_path)
     assert run.returncode == 0, run.stderr
     ends = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert ends == {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.neutral import neutral_keywords
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ class CallKeywords:
         fixed: those with the same value in every call.
         guidance: the keyword of classifier-free guidance; None: the pipeline has none.
         off: the value that turns guidance off.
+        one_prompt: the pipeline takes one prompt at a time, no list.
     """
 
     fixed: dict[str, Any]
     guidance: str | None
     off: float
+    one_prompt: bool = False
 
     @classmethod
     def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
@@ -40,23 +43,27 @@ class CallKeywords:
             scale: the guidance scale of a network that is conditioned on it.
         """
         parameters = inspect.signature(pipeline.__call__).parameters
-        fixed = {"output_type": "latent"} | call
+        # The user's own keywords win.
+        fixed = {"output_type": "latent"} | neutral_keywords(parameters) | call
         if "true_cfg_scale" in parameters:
             # guidance_scale is then an input of the network itself.
             return cls(fixed | {"guidance_scale": scale}, "true_cfg_scale", 1.0)
         if "guidance_scale" not in parameters:
             return cls(fixed, None, 1.0)
-        # Z-Image adds guidance_scale times the difference to the conditional output, so that 0 is off.
-        off = 0.0 if type(pipeline).__name__.startswith("ZImage") else 1.0
-        return cls(fixed, "guidance_scale", off)
+        return cls(fixed, "guidance_scale", 1.0)
 
     def with_guidance_input(self, scale: float) -> CallKeywords:
         """Return the keywords of a pipeline whose ``guidance_scale`` is an input of its network."""
-        return CallKeywords(self.fixed | {"guidance_scale": scale}, None, 1.0)
+        return replace(self, fixed=self.fixed | {"guidance_scale": scale}, guidance=None, off=1.0)
 
     def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
-        """Return the keywords of a call with these prompts; ``guidance`` None: without guidance."""
-        given = {**self.fixed, "prompt": list(prompts), "num_inference_steps": steps}
+        """Return the keywords of a call with these prompts, or with the first one of a pipeline that takes no list.
+
+        Args:
+            guidance: its scale; None: without guidance.
+        """
+        prompt = prompts[0] if self.one_prompt else list(prompts)
+        given = {**self.fixed, "prompt": prompt, "num_inference_steps": steps}
         # A new generator with one seed: each recorded run starts from the same noise.
         given["generator"] = torch.Generator().manual_seed(0)
         if self.guidance:
@@ -64,20 +71,13 @@ class CallKeywords:
         return given
 
 
-def check_keywords(pipeline: Any, call: dict[str, Any], source: str) -> None:  # noqa: ANN401 a diffusers class
-    """Check that a pipeline starts from noise and takes these keywords.
+def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401 a diffusers class
+    """Check that a pipeline takes these keywords.
 
     Raises:
         UserError: otherwise.
     """
     parameters, kind = inspect.signature(pipeline.__call__).parameters, type(pipeline).__name__
-    if "prompt" not in parameters or ("image" in parameters and parameters["image"].default is inspect.Parameter.empty):
-        raise UserError(f"{source}: expected a pipeline that starts from noise, got {kind}, which starts from an image")
-    if "image" in parameters and "Img2Img" in kind:
-        raise UserError(
-            f"{source}: expected a pipeline that starts from noise, got {kind}, which refines an image; try the base "
-            "model"
-        )
     if (refusal := refused_keyword(call)) is not None:
         raise UserError(refusal)
     wrong = [key for key in call if key not in parameters]

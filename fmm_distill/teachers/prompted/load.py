@@ -6,6 +6,7 @@ checks that it can call the network in the same way.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -16,9 +17,13 @@ from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
+from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
 from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
+from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
+from fmm_distill.teachers.scheduler import check_no_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,13 +53,15 @@ def load_prompted(
     """
     component = "transformer" if "transformer" in index.components else "unet"
     _check_one_network(index, component)
-    _check_no_map(index, component)
+    _check_no_consistency_model(index, component)
+    if "scheduler" in index.components:
+        check_no_map(index.components["scheduler"][1], index.source)
     size = index.config(component).get("sample_size")
     # Without a sample_size the pipeline's own keywords set the size; a video may have more than two sides.
     if size is not None and not (isinstance(size, list) and len(size) > 2):
         image_size(size, index.source, f"{component}/config.json")
     pipeline = _open(index)
-    check_keywords(pipeline, call or {}, index.source)
+    check_keywords(pipeline, call or {})
     check_weights(getattr(pipeline, component), index.source)
     probe = PipelineProbe.of(pipeline, component, call or {}, 1.0 if guidance is None else guidance.scale, index.source)
     conditions = probe.conditions(tuple(prompts), index)
@@ -62,7 +69,8 @@ def load_prompted(
     if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec = probe.spec
+    spec, neutral = probe.spec, log_neutral(pipeline, call or {})
+    log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
         parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
@@ -73,14 +81,20 @@ def load_prompted(
         pipeline=StockPipeline(
             index.folder,
             component,
-            dict(call or {}),
+            neutral | (call or {}),
             condition="prompt",
             guidance=probe.keywords.guidance,
             guidance_off=probe.keywords.off,
             network_guidance=probe.keywords.fixed.get("guidance_scale"),
+            one_prompt=probe.keywords.one_prompt,
         ),
         conditions=conditions,
-        guidance=_plain_guidance(guidance, conditions, takes_guidance=probe.recording.takes_guidance),
+        guidance=_plain_guidance(
+            guidance,
+            conditions,
+            takes_guidance=probe.recording.takes_guidance,
+            is_component=bool(guider_names(pipeline)),
+        ),
         codec=PipelineCodec(
             index.folder,
             component,
@@ -95,11 +109,14 @@ def load_prompted(
     )
 
 
-def _plain_guidance(guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool) -> Guidance | None:
+def _plain_guidance(
+    guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool, is_component: bool
+) -> Guidance | None:
     """Return guidance by two outputs; None if the network is conditioned on its scale, or if there is none.
 
     Args:
         takes_guidance: the network is conditioned on its guidance scale.
+        is_component: the pipeline's own guidance is a component, not a keyword of its call.
     """
     if guidance is None or (guidance.scale == 1 and guidance.range is None):
         return None
@@ -115,6 +132,11 @@ def _plain_guidance(guidance: Guidance | None, conditions: Embeddings, *, takes_
                 f"{list(guidance.interval)}; try without guidance.interval"
             )
         return None
+    if guidance.range is not None and is_component:
+        raise UserError(
+            "guidance.range: expected none for a pipeline whose guidance is a component, not a keyword; try "
+            "guidance.scale"
+        )
     # Raises an error with the reason if there is no empty prompt to guide with.
     conditions.null(1)
     return guidance
@@ -131,9 +153,11 @@ def _check_one_network(index: PipelineIndex, component: str) -> None:
         )
 
 
-def _check_no_map(index: PipelineIndex, component: str) -> None:
+def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:
     """Refuse a latent consistency model: its network embeds the guidance scale, whatever its scheduler is."""
     width = index.config(component).get("time_cond_proj_dim")
+    # Upscalers of images embed the noise level of their input in the same way.
+    width = None if describe_optional_inputs(index.pipeline) is not None else width
     if width is not None or index.pipeline.startswith("LatentConsistencyModel"):
         kind = f"time_cond_proj_dim {width}" if width is not None else index.pipeline
         raise UserError(
@@ -142,8 +166,21 @@ def _check_no_map(index: PipelineIndex, component: str) -> None:
         )
 
 
+def _demanded(index: PipelineIndex) -> list[str]:
+    """Return the components whose folders stock diffusers opens.
+
+    A component with a default value is one that the pipeline can make itself, and has no folder, unless its class lists
+    it as optional.
+    """
+    kind = pipeline_class(index.pipeline)
+    parameters = {} if kind is None else inspect.signature(kind).parameters
+    optional = getattr(kind, "_optional_components", ())
+    made = {name for name, one in parameters.items() if one.default is not one.empty and name not in optional}
+    return [name for name in index.components if name not in made]
+
+
 def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
-    missing = [name for name in index.components if not (index.folder / name).is_dir()]
+    missing = [name for name in _demanded(index) if not (index.folder / name).is_dir()]
     if missing:
         raise UserError(
             f"{index.source}: its {missing[0]} is missing (no folder of that name); expected a complete pipeline as "
@@ -161,7 +198,7 @@ def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
             f"{index.pipeline or 'none'}; try a newer diffusers"
         )
     try:
-        return open_pipeline(index.folder)
+        return turn_guiders_off(open_pipeline(index.folder))
     except STOCK_ERRORS as error:
         raise UserError(
             f"{index.source}: the pipeline does not open ({named(error)}); expected a complete pipeline as "

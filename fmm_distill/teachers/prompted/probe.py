@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.guiders import guider_names
 from fmm_distill.teachers.prompted.arguments import Probes, is_close, read_layout
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
 from fmm_distill.teachers.prompted.call import crop_to, is_near, read_call, scheduler_times
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
 from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
-from fmm_distill.teachers.recording import record, tensor_of
+from fmm_distill.teachers.prompted.runs import record_guided, record_prompts, record_unguided
+from fmm_distill.teachers.recording import tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 
 if TYPE_CHECKING:
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.index import PipelineIndex
     from fmm_distill.teachers.prompted.arguments import ArgumentLayout
     from fmm_distill.teachers.prompted.call import RecordedCall
@@ -94,10 +97,7 @@ class PipelineProbe:
             UserError: if the pipeline does not run, or its run can't be read.
         """
         keywords = CallKeywords.of(pipeline, call, scale)
-        recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
-        if keywords.guidance == "guidance_scale" and recording.takes_guidance:
-            keywords = keywords.with_guidance_input(scale)
-            recording = record(pipeline, component, keywords.call(_PROMPTS, STEPS))
+        keywords, recording = record_unguided(pipeline, component, keywords, _PROMPTS, STEPS, scale)
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         probe = cls(source, pipeline, component, keywords, recording, spec, read_call(recording, spec, source))
@@ -127,20 +127,28 @@ class PipelineProbe:
 
         There are none if the pipeline's guidance is not the plain combination of two outputs.
         """
-        kind, count = type(self.pipeline).__name__, len(_PROMPTS)
-        if self.keywords.guidance is None:
+        kind = type(self.pipeline).__name__
+        if self.keywords.guidance is None and not guider_names(self.pipeline):
             return None, f"{kind} has no classifier-free guidance"
+        cond = self._embed(_PROMPTS)
         try:
-            guided = self._record_guided()
+            found = self._null_of(self._record_guided(), cond)
+            if isinstance(found, Conditioning) and not self._is_empty_prompt(found, cond):
+                # Some pipelines have a negative prompt of their own.
+                found = self._null_of(self._record_guided(empty=True), cond)
         except UserError as error:
             # Unguided students need no empty prompt, of which some tokenizers make no token.
             cause = error if error.__cause__ is None else error.__cause__
             return None, f"{kind} does not run with guidance by the empty prompt ({named(cause)})"
-        first = guided.calls[0].arguments
+        return (found, "") if isinstance(found, Conditioning) else (None, f"{kind} {found}")
+
+    def _null_of(self, guided: Recording, cond: Conditioning) -> Conditioning | str:
+        """Return the inputs with which a guided run calls its network besides ``cond``; or the reason against them."""
+        count, first = len(_PROMPTS), guided.calls[0].arguments
         two_calls = len(guided.calls) > len(guided.steps)
         if not two_calls and len(tensor_of(first[self.call.sample])) != 2 * count:
-            return None, f"{kind} has no classifier-free guidance"
-        others = f"{kind} passes other inputs to its network with guidance"
+            return "has no classifier-free guidance"
+        others = "passes other inputs to its network with guidance"
         try:
             if two_calls:
                 one, other = (self.call.conditions_of(call.arguments, count) for call in guided.calls[:2])
@@ -148,15 +156,25 @@ class PipelineProbe:
                 both = self.call.conditions_of(first, 2 * count)
                 one, other = both.part(0, count), both.part(count, 2 * count)
         except UserError:
-            return None, others
-        cond = self._embed(_PROMPTS)
+            return others
         if not _is_same(one, cond) and not _is_same(other, cond):
-            return None, others
+            return others
         null = one if _is_same(other, cond) else other
         if not self._combines(guided, cond, null):
-            return None, f"{kind} guides by more than a plain combination of two outputs"
+            return "guides by more than a plain combination of two outputs"
         # The rows are equal, one per sample; ``Embeddings.null`` repeats the first.
-        return null.rows(torch.tensor([0])), ""
+        return null.rows(torch.tensor([0]))
+
+    def _is_empty_prompt(self, null: Conditioning, cond: Conditioning) -> bool:
+        """Return whether the inputs are those of the empty prompt, or zeros, which some networks learn in their place.
+
+        True too where the pipeline takes no negative prompt.
+        """
+        if "negative_prompt" not in inspect.signature(self.pipeline.__call__).parameters:
+            return True
+        if any(not rows.any() and cond.inputs[name].any() for name, rows in null.inputs.items()):
+            return True
+        return _is_same(null, self._embed(("",) * len(_PROMPTS)).rows(torch.tensor([0])))
 
     def check(self) -> None:
         """Call the network as a student will and compare with another run of the pipeline, at other times.
@@ -164,7 +182,7 @@ class PipelineProbe:
         Raises:
             UserError: if times or outputs differ.
         """
-        recording = record(self.pipeline, self.component, self.keywords.call(_PROMPTS, _CHECK_STEPS))
+        recording = self._record(_PROMPTS, _CHECK_STEPS)
         cond = self._embed(_PROMPTS)
         own_times = scheduler_times(recording, self.spec)
         times = self._times_of_levels(recording)
@@ -218,8 +236,11 @@ class PipelineProbe:
         return self.call.conditions_of(self._first_arguments(prompts), len(prompts))
 
     def _first_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
-        keywords = self.keywords.call(prompts, STEPS)
-        return record(self.pipeline, self.component, keywords, first_only=True).calls[0].arguments
+        return self._record(prompts, STEPS, first_only=True).calls[0].arguments
+
+    def _record(self, prompts: Sequence[str], steps: int, *, first_only: bool = False) -> Recording:
+        """Return a run without guidance."""
+        return record_prompts(self.pipeline, self.component, self.keywords, prompts, steps, first_only=first_only)
 
     def _layout(self) -> ArgumentLayout:
         """Compare the arguments of other prompts, in another order and of another number."""
@@ -240,7 +261,7 @@ class PipelineProbe:
         if (euler := euler_scheduler(own, self.spec.schedule)) is not None:
             self.pipeline.scheduler = euler
             try:
-                recording = record(self.pipeline, self.component, self.keywords.call(_PROMPTS, STEPS))
+                recording = self._record(_PROMPTS, STEPS)
             finally:
                 self.pipeline.scheduler = own
         for sign in (self.call.sign, -self.call.sign):
@@ -252,13 +273,13 @@ class PipelineProbe:
             f"{abs(error - 2):.1e} of its length; write an adapter for it (docs/add-a-teacher.md)"
         )
 
-    def _record_guided(self) -> Recording:
-        """Return a run with the pipeline's own guidance."""
-        keywords = self.keywords.call(_PROMPTS, STEPS, guidance=_SCALE)
-        if self.keywords.guidance == "true_cfg_scale":
-            # Without a negative prompt these pipelines ignore true_cfg_scale.
-            keywords["negative_prompt"] = [""] * len(_PROMPTS)
-        return record(self.pipeline, self.component, keywords)
+    def _record_guided(self, *, empty: bool = False) -> Recording:
+        """Return a run with the pipeline's own guidance.
+
+        Args:
+            empty: by the empty prompt, whatever negative prompt the pipeline has by default.
+        """
+        return record_guided(self.pipeline, self.component, self.keywords, _PROMPTS, STEPS, _SCALE, empty=empty)
 
     @torch.no_grad()
     def _combines(self, guided: Recording, cond: Conditioning, null: Conditioning) -> bool:

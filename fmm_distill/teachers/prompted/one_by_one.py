@@ -1,0 +1,73 @@
+"""Runs of a pipeline that takes one prompt at a time, joined to a run of a batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["join_recordings"]
+
+
+def join_recordings(singles: Sequence[Recording]) -> Recording:
+    """Return the recording that a batch would have: the samples of the runs one after the other.
+
+    Args:
+        singles: runs with one sample each, of the same number of steps.
+
+    Raises:
+        UserError: if an argument has neither one row per sample nor one value for all.
+    """
+    first = singles[0]
+    joined = Recording(mu=first.mu, sigmas=first.sigmas, grids=first.grids)
+    for calls in zip(*(one.calls for one in singles), strict=True):
+        names = dict.fromkeys(name for call in calls for name in call.arguments)
+        arguments = {name: _join(name, [call.arguments.get(name) for call in calls]) for name in names}
+        joined.calls.append(NetworkCall(arguments, torch.cat([call.output for call in calls])))
+    for steps in zip(*(one.steps for one in singles), strict=True):
+        output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
+        joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))
+    return joined
+
+
+def _join(name: str, values: list[Any]) -> Any:  # noqa: ANN401 any argument of a network
+    """Return one argument of a batch."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise _mixed(name)
+    if isinstance(first, torch.Tensor):
+        return _join_tensors(name, values)
+    if isinstance(first, dict):
+        return {key: _join(f"{name}.{key}", [value.get(key) for value in values]) for key in first}
+    if isinstance(first, list | tuple):
+        several = [_join(f"{name}.{i}", list(items)) for i, items in enumerate(zip(*values, strict=True))]
+        items = [item for value in values for item in value] if len(first) == 1 else several
+        return items if isinstance(first, list) else tuple(items)
+    return first
+
+
+def _join_tensors(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+    first, shapes = values[0], {value.shape[1:] for value in values}
+    if all(value.ndim > 0 and len(value) == 1 for value in values):
+        if len(shapes) > 1:
+            raise UserError(
+                f"expected inputs of one length from a pipeline that takes one prompt at a time, got several in {name};"
+                " try prompts of one length"
+            )
+        return torch.cat(values)
+    if not all(value.shape == first.shape and torch.equal(value, first) for value in values):
+        raise _mixed(name)
+    return first
+
+
+def _mixed(name: str) -> UserError:
+    return UserError(
+        f"expected one row per sample, or one value for all, from a pipeline that takes one prompt at a time, got "
+        f"others in {name}; write an adapter for it (docs/add-a-teacher.md)"
+    )

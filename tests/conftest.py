@@ -13,6 +13,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
+from tests.processes import PACKAGE, STOCK
 
 torch.set_num_threads(1)
 
@@ -58,3 +60,13 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def teacher(teacher_folder: Path) -> Teacher:
     return load_teacher(str(teacher_folder))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stock_processes() -> Iterator[None]:
+    """Verify exports in forks of one process, but in ``own_processes()``: its imports take longer than the work."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fmm_distill.export.verify.subprocess", STOCK)
+        yield
+    PACKAGE.close()
+    STOCK.close()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
-import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fmm_distill.config.matching import MatchingSettings, check_map_steps, check_matching
+from fmm_distill.config.mistakes import describe_mistakes, guess, shown
 from fmm_distill.config.plain_yaml import read, read_file_text
 from fmm_distill.config.settings import (
     PLAIN,
@@ -30,41 +29,20 @@ from fmm_distill.config.settings import (
 from fmm_distill.core.draws import positions_of
 from fmm_distill.errors import UserError
 from fmm_distill.losses.base import Loss
-from fmm_distill.losses.distribution_matching import MatchingLoss
 from fmm_distill.losses.lagrangian import Lagrangian
-from fmm_distill.losses.matching_registry import find_matching_loss, matching_losses
-from fmm_distill.losses.registry import GROUP, AnyLoss, find_loss, registered_losses
+from fmm_distill.losses.registry import AnyLoss
 from fmm_distill.losses.settings import Settings
 from fmm_distill.losses.time_sampling import TimeSampling
 from fmm_distill.losses.weighting import Distance, Weight
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
-# Names of settings before the first release: the new ones are often too different to be guessed.
-_RENAMED = {
-    "also": "extra_losses",
-    "before": "stages",
-    "extra_losses.pairs": "extra_losses.time_sampling",
-    "extra_losses.share": "extra_losses.fraction",
-    "metric": "distance",
-    "pairs": "time_sampling",
-    "stages.pairs": "stages.time_sampling",
-    "stages.share": "stages.fraction",
-    "training.accumulation": "training.gradient_accumulation_steps",
-    "training.bad_steps": "training.max_non_finite_steps",
-    "training.betas": "optimizer.betas",
-    "training.clip": "training.max_grad_norm",
-    "training.decay": "training.lr_schedule",
-    "training.keep_checkpoints": "training.checkpoints_total_limit",
-    "training.learning_rate": "optimizer.lr",
-    "training.refresh_steps": "training.target_update_every",
-    "training.weight_decay": "optimizer.weight_decay",
-}
-_RENAMED_OF_LOSSES = {"stop": "stop_gradient"}
+# Values of keywords, which the pipeline itself checks.
+Plain: TypeAlias = bool | int | float | str | None
 
 
 class Recipe(Settings):
@@ -79,8 +57,9 @@ class Recipe(Settings):
     timesteps: int | None = Field(default=None, ge=2, le=1_000_000)
     """Number of the teacher's timesteps that are used, counted from data; null: all. Fewer leave out the noisiest, at
     which an epsilon prediction is the least accurate."""
-    pipeline: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width."""
+    pipeline: dict[str, Plain | list[Plain]] = Field(default_factory=dict)
+    """Keyword arguments of the pipeline's call in addition to prompt and guidance, such as height and width: numbers,
+    texts, truth values, null, or lists of these."""
     prompts: PromptSettings = PromptSettings()
     """Prompts that condition the teacher."""
     guidance: GuidanceSettings = GuidanceSettings()
@@ -113,6 +92,15 @@ class Recipe(Settings):
     """The exported pipelines."""
     logging: LoggingSettings = LoggingSettings()
     """Experiment trackers, in addition to the run folder."""
+
+    @field_validator("pipeline", mode="before")
+    @classmethod
+    def _keywords_are_plain(cls, value: object) -> object:
+        for key, part in value.items() if isinstance(value, dict) else ():
+            for one in part if isinstance(part, list | tuple) else [part]:
+                if not isinstance(one, bool | int | float | str | None):
+                    raise ValueError(f"expected numbers, texts, true, false, null or a list of these for {key}")
+        return value
 
     @field_validator("pipeline")
     @classmethod
@@ -317,7 +305,7 @@ def find_recipe(name: str) -> Path:
         raise UserError(f"recipe {name}: expected a file that ends in .yaml or .yml; try `mv {name} {name}.yaml`")
     if "/" in name or Path(f"{name}.yaml").is_file():
         raise UserError(f"recipe {name}: expected a file that ends in .yaml, got a path without one{_yaml_there(name)}")
-    raise UserError(f"recipe {name!r}: expected one of {', '.join(recipe_names())}{_guess(name, recipe_names())}")
+    raise UserError(f"recipe {name!r}: expected one of {', '.join(recipe_names())}{guess(name, recipe_names())}")
 
 
 def _yaml_there(name: str) -> str:
@@ -359,7 +347,7 @@ def load_recipe(
     if data is not None:
         group = _group(settings, "data")
         if not isinstance(group, dict):
-            raise UserError(f"{where}: data: expected a source or a group of settings, got {_shown(group)}")
+            raise UserError(f"{where}: data: expected a source or a group of settings, got {shown(group)}")
         group["source"] = data
     return parse(override(settings, overrides, given), f"recipe {name}")
 
@@ -399,8 +387,7 @@ def parse(settings: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        mistakes = "; ".join(_mistake(item, settings) for item in error.errors())
-        raise UserError(f"{where}: {mistakes}") from error
+        raise UserError(f"{where}: {describe_mistakes(error, settings, Recipe)}") from error
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
@@ -426,75 +413,8 @@ def _group(settings: dict[str, Any], name: str) -> Any:  # noqa: ANN401 the user
     return group
 
 
-def _mistake(item: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401 pydantic's error record
-    """Return one mistake, with the path that can be typed.
-
-    Args:
-        settings: the plain settings that were validated.
-    """
-    path = ".".join(map(_key, item["loc"])) or "recipe"
-    if item["type"] == "loss_unknown":
-        name, known = item["ctx"]["name"], registered_losses()
-        others = f"for one of another package, install the package that registers it, with an entry point in {GROUP}"
-        return f"{path}.name: expected a loss of fmm-distill losses, got {name!r}{_guess(name, known)} ({others})"
-    if item["type"] == "extra_forbidden":
-        return _unknown_key(path, item["loc"], settings)
-    message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], dict | Settings) else f" (got {_shown(item['input'])})"
-    return f"{path}: {message}{got}"
-
-
-def _unknown_key(path: str, keys: tuple[str | int, ...], settings: dict[str, Any]) -> str:
-    """Return the mistake of a key that no group of settings has, with the key that was probably meant."""
-    if "loss" in keys[-2:-1]:
-        group: Any = settings
-        for key in keys[:-1]:
-            group = group[key]
-        where = path.rpartition(".")[0]
-        kind = (find_matching_loss if keys[0] == "matching" else find_loss)(group["name"])
-        known = [] if kind is None else [f"{where}.{name}" for name in kind.model_fields]
-        renamed = f"{where}.{_RENAMED_OF_LOSSES.get(str(keys[-1]))}"
-        meant = f"; expected its new name, {renamed}" if renamed in known else _guess(path, known)
-        fresh = f"--set '{where}={{name: {group['name']}}}' starts from the defaults of that loss"
-        return f"{path} is not a setting of {group['name']}{meant} ({fresh})"
-    if new := _RENAMED.get(".".join(part for part in path.split(".") if not part.isdecimal())):
-        return f"{path} is not a setting; expected its new name, {new}"
-    return f"{path} is not a setting{_guess(path, _paths(Recipe))}"
-
-
-def _key(part: int | str) -> str:
-    """Return a key as a message has it: in quotes if it has a line break or another letter that can't be printed."""
-    text = str(part)
-    return text if text.isprintable() else repr(text)
-
-
-def _shown(value: object) -> str:
-    """Return a value of any size in one short line."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 100
-    return " ".join(short.repr(value).split())
-
-
 def _written_out(value: Any) -> Any:  # noqa: ANN401 plain settings
     """Return a copy of plain settings without shared parts, such as YAML's aliases make: each can be changed alone."""
     if isinstance(value, dict):
         return {key: _written_out(part) for key, part in value.items()}
     return [_written_out(part) for part in value] if isinstance(value, list) else value
-
-
-def _guess(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
-
-
-def _paths(model: type[Settings], prefix: str = "") -> list[str]:
-    paths = []
-    for name, spec in model.model_fields.items():
-        paths.append(prefix + name)
-        kinds: Iterable[Any] = getattr(spec.annotation, "__args__", (spec.annotation,))
-        if spec.annotation in (Loss, MatchingLoss):
-            kinds = (registered_losses() if spec.annotation is Loss else matching_losses()).values()
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, Settings):
-                paths += _paths(kind, f"{prefix}{name}.")
-    return paths

@@ -11,6 +11,7 @@ from fmm_distill.core.solvers import endpoint
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.pictures import still_images
 from fmm_distill.evaluation.points import point_images
+from fmm_distill.evaluation.waveforms import waveform_images
 from fmm_distill.student.sampling import sample
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ COLUMNS = 12
 SEED = NOISE_SEED + 1
 # Of more coordinates, gray levels show more than the position of the first two.
 _MOST_COORDINATES = 3
+# Batch, channels and length.
+_AXES_OF_SOUND = 3
 
 
 class Gallery:
@@ -87,7 +90,10 @@ class Gallery:
         rows |= {f"student, {n} step{'s' if n > 1 else ''}": x for n, x in samples.items()}
         if self.teacher.has_coordinates and math.prod(self.teacher.event_shape) <= _MOST_COORDINATES:
             return {name: point_images(x.cpu(), endpoints.cpu()) for name, x in rows.items()}
-        return {name: still_images(self.teacher.codec.decode(x).cpu()) for name, x in rows.items()}
+        decoded = {name: self.teacher.codec.decode(x).cpu() for name, x in rows.items()}
+        if not self.teacher.has_coordinates and decoded[self.name].ndim == _AXES_OF_SOUND:
+            return {name: waveform_images(x, decoded[self.name]) for name, x in decoded.items()}
+        return {name: still_images(x) for name, x in decoded.items()}
 
 
 def interpolate_noise(

@@ -55,7 +55,7 @@ def styles_of(evaluation: Evaluation) -> dict[str, tuple[str, str, str]]:
 
 
 def still_images(samples: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels height width"]:
-    """Return one image per sample: the middle frame of a video, the waveform of a sound as a gray band."""
+    """Return one image per sample: the middle frame of a video, the numbers of a vector or matrix as gray levels."""
     if samples.ndim == 5:
         return samples[:, :, samples.shape[2] // 2]
     if samples.ndim == 2:

@@ -11,6 +11,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
+from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.guiders import set_plain_guiders
@@ -50,8 +51,7 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        images = torch.cat([torch.from_numpy(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
-        return images.movedim(-1, 1).float() * 2 - 1
+        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
 
     def _calls(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""

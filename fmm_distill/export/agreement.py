@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.core.time_axis import expand
 from fmm_distill.student.sampling import sample
+from fmm_distill.teachers.stepped_samples import from_stepped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,8 @@ __all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare", "compare_weig
 ROUNDINGS = 256
 # An Euler step computes x + (s - t) v: it rounds x and the sum even where A is almost 0.
 _OF_STATE = 8
+# Batch, channels and length.
+_AXES_OF_SOUND = 3
 # For images in [0, 1] and sounds in [-1, 1] that are decoded from the same latents: a decoder amplifies nothing.
 IMAGE_TOLERANCE = 1e-4
 
@@ -99,23 +102,21 @@ def compare(
         start: the N(0, I) noise of the pipeline's seed, and the condition of its network.
         strength: the length that the student's network is called with in every jump of the pipeline; None: their own.
     """
-    states, (noise, cond) = recorded["states"], start
-    if len(states) != len(times) - 1:
+    noise, cond = start
+    if len(recorded["states"]) != len(times) - 1:
         # A pipeline that skips or repeats steps.
         return Agreement(float("inf"), 0.0)
-    # The hook saw the preconditioned input; jumps are compared in the teacher's own coordinates.
-    points = [state * _size_inside(student, t) for state, t in zip(states, times[:-1], strict=True)]
+    points = [from_stepped(x, tuple(noise.shape[1:])) for x in (*recorded["states"], recorded["end"])]
     found = [_start(student, points[0], noise, times[0])]
     for k, (t, r) in enumerate(pairwise(times)):
-        after = points[k + 1] if k + 1 < len(points) else recorded["end"]
         jump = _Jump(points[k], t, r, None if strength is None else strength.value)
-        found.append(_compare_jump(student, jump, after.reshape(points[k].shape), cond))
+        found.append(_compare_jump(student, jump, points[k + 1], cond))
     worst = max(found, key=lambda one: one.fraction)
-    image = _image_difference(teacher, points[-1], recorded) if "images" in recorded else None
+    image = _image_difference(teacher, points[-1], recorded["images"]) if "images" in recorded else None
     if strength is None or strength.is_exact:
         return replace(worst, image=image)
     own = sample(student, noise, times, cond)
-    lost = float((recorded["end"].reshape(own.shape) - own).norm() / own.norm())
+    lost = float((points[-1] - own).norm() / own.norm())
     return replace(worst, image=image, strength=strength, samples=lost)
 
 
@@ -131,15 +132,6 @@ def compare_weights(student: Student, folder: Path) -> Agreement:
         _largest(saved[name].double() - value.double().cpu()) for name, value in own.items() if value.numel()
     ]
     return Agreement(max(differences, default=0.0), 0.0)
-
-
-def _size_inside(student: Student, t: Tensor) -> float:
-    """Return the factor that the input of a preconditioned network is divided by; see ``Parametrization``."""
-    spread = student.parametrization.sigma_data
-    if spread is None:
-        return 1.0
-    sigma = student.schedule.alpha_sigma(t)[1]
-    return float((sigma.square() + spread**2).sqrt())
 
 
 def _rounding(*terms: float) -> float:
@@ -188,13 +180,14 @@ def _zero_output(network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning
     return torch.zeros_like(x)
 
 
-def _image_difference(teacher: Teacher, like: Float[Tensor, "batch *event"], recorded: dict[str, Tensor]) -> float:
+def _image_difference(teacher: Teacher, end: Float[Tensor, "batch *event"], images: Tensor) -> float:
     """Return the largest difference between the pipeline's images and those decoded from its last samples."""
-    images, codec = recorded["images"], teacher.codec
-    own = codec.decode(recorded["end"].reshape(like.shape))
-    if codec.outputs == "audios":
+    codec = teacher.codec
+    own = codec.decode(end)
+    if own.ndim == _AXES_OF_SOUND:
         # The pipeline pads a length that its blocks can't halve evenly, and cuts the sounds.
-        return _largest(own.clamp(-1, 1)[..., : images.shape[-1]] - images)
+        heard = own.clamp(-1, 1)[..., : images.shape[-1]]
+        return _largest(heard.reshape(images.shape) - images)
     own = (own / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     each = (own.reshape(images.shape) - images).abs().flatten(1).amax(1)
     quantized = hasattr(codec.autoencoder, "quantize")

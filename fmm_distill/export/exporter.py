@@ -69,13 +69,7 @@ class Exporter(Protocol):
 
 
 class PipelineExporter(Exporter, Protocol):
-    """An exporter whose pipelines are opened and compared with the student after each export.
-
-    Attributes:
-        sample_argument: the name of the first argument of the network.
-    """
-
-    sample_argument: str
+    """An exporter whose pipelines are opened and compared with the student after each export."""
 
     def fixed_grid(self, student: Student, steps: int) -> Float[Tensor, " points"]:
         """Return the ``steps + 1`` times between which the pipeline of a fixed number of steps jumps."""
@@ -87,10 +81,6 @@ class PipelineExporter(Exporter, Protocol):
 
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of the same call of the any-step pipeline."""
-        ...
-
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the samples in the recorded first arguments of the network's calls."""
         ...
 
     def start(

@@ -2,16 +2,18 @@
 
 python reload.py JOBS.json
 
-A job is {"folder", "call", "any_call", "seed", "steps", "component", "sample", "count", "output"}: keywords of the call
-of a folded and of an any-step pipeline, numbers of steps, the network's name in the pipeline and its first argument's,
-the number of samples of a call, a safetensors file to write.
+A job is {"folder", "call", "any_call", "seed", "steps", "output"}: keywords of the call of a folded and of an any-step
+pipeline, numbers of steps, a safetensors file to write.
 
-For each pipeline the file has ``KEY.states``, the inputs of its network in each step, ``KEY.end``, the samples after
-the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and hide differences.
+For each pipeline the file has ``KEY.states``, the samples before each step of its scheduler, ``KEY.end``, those after
+the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and hide differences, and
+latents that a pipeline returns may be in another layout and at another scale than its samples.
 """
 
+import contextlib
 import copy
 import functools
+import inspect
 import json
 import os
 import sys
@@ -25,42 +27,58 @@ from safetensors.torch import save_file
 
 
 def plain(value):
-    """Return a copy of samples in a tensor or a list, as one float tensor."""
+    """Return a copy of samples, as float numbers in the order of their axes."""
     # A copy, since schedulers may change their inputs in place.
-    return (torch.stack(list(value)) if isinstance(value, list) else value).detach().float().clone()
+    return value.detach().float().clone(memory_format=torch.contiguous_format)
 
 
-def watched(scheduler, ends):
-    """Return the scheduler, which appends the result of each step to ``ends``."""
-    step = scheduler.step
+def watch(scheduler, steps):
+    """Append the samples before and after each step of a scheduler to ``steps``."""
+    kind = type(scheduler)
+    parameters = inspect.signature(kind.step)
 
     # Pipelines read the signature.
-    @functools.wraps(step)
-    def recorded(*args, **kwargs):
-        made = step(*args, **kwargs)
-        ends.append(plain(made[0] if isinstance(made, tuple) else made.prev_sample))
+    @functools.wraps(kind.step)
+    def step(*args, **kwargs):
+        # Before the step, which may change its arguments in place.
+        before = plain(parameters.bind(*args, **kwargs).arguments["sample"])
+        made = kind.step(*args, **kwargs)
+        steps.append((before, plain(made[0] if isinstance(made, tuple) else made.prev_sample)))
         return made
 
-    scheduler.step = recorded
+    # By a class, and not by an attribute: some pipelines step a copy of their scheduler.
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step})
     return scheduler
 
 
-def watch_ends(pipeline, call, ends):
-    """Append the samples after each step to ``ends``, by the pipeline's scheduler or by its callback."""
+@contextlib.contextmanager
+def watched(pipeline, steps):
+    """Append the samples before and after each step of a pipeline to ``steps``."""
     module = sys.modules[type(pipeline).__module__]
     if hasattr(module, "FlowMapScheduler"):
         # The any-step pipeline makes a scheduler in each call.
-        make = module.FlowMapScheduler.from_stock
-        module.FlowMapScheduler.from_stock = lambda *args: watched(make(*args), ends)
+        owner, name, make = module.FlowMapScheduler, "from_stock", module.FlowMapScheduler.from_stock
+
+        def changed(*args):
+            return watch(make(*args), steps)
+
     elif hasattr(module, "FlowMapPipeline"):
+        owner, name, make = pipeline, "_jump", pipeline._jump
 
-        def append(_, number, timestep, given):
-            ends.append(plain(given["latents"]))
-            return given
+        def changed(config, x, ends, labels):
+            before = plain(x)
+            made = make(config, x, ends, labels)
+            steps.append((before, plain(made)))
+            return made
 
-        call["callback_on_step_end"] = append
     else:
-        watched(pipeline.scheduler, ends)
+        owner, name, make = pipeline, "scheduler", pipeline.scheduler
+        changed = watch(copy.copy(make), steps)
+    setattr(owner, name, changed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, make)
 
 
 def unchecked(pipeline):
@@ -74,22 +92,15 @@ def unchecked(pipeline):
 def made_by(pipeline, call, job, steps):
     """Return the recorded tensors of one call, by the second half of their names."""
     pipeline.set_progress_bar_config(disable=True)
-    # Some pipelines change the lists that they are called with.
-    call, states, ends = copy.deepcopy(call), [], []
-    call |= {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps}
-
-    def watch(_, args, kwargs):
-        states.append(plain(kwargs[job["sample"]] if job["sample"] in kwargs else args[0])[: job["count"]])
-
-    watch_ends(pipeline, call, ends)
-    hook = getattr(pipeline, job["component"]).register_forward_pre_hook(watch, with_kwargs=True)
-    try:
-        result = torch.as_tensor(pipeline(**call, return_dict=False)[0]).float().contiguous()
-    finally:
-        hook.remove()
+    call = {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps} | call
+    made = []
+    with watched(pipeline, made):
+        # A copy: some pipelines change the lists that they are called with.
+        result = pipeline(**copy.deepcopy(call), return_dict=False)[0]
+    tensors = {"states": torch.stack([before for before, _ in made]), "end": made[-1][1]}
     if call.get("output_type") == "latent":
-        return {"states": torch.stack(states), "end": result}
-    return {"states": torch.stack(states), "end": ends[-1], "images": result}
+        return tensors
+    return tensors | {"images": torch.as_tensor(result).float().contiguous()}
 
 
 def record_job(job):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.errors import UserError, named
 from fmm_distill.export.grids import StockGrids
 from fmm_distill.export.local_paths import strip
 from fmm_distill.export.pipeline_files import copy_parts, parts_bytes
@@ -20,6 +21,7 @@ from fmm_distill.student.strength import strength_of
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.prompted.call import RecordedCall
+from fmm_distill.teachers.prompted.probe import STEPS
 from fmm_distill.teachers.recording import record, tensor_of
 
 if TYPE_CHECKING:
@@ -54,8 +56,6 @@ class StockPipelineExporter:
         call = teacher.parametrization.call
         # How the pipeline calls its network, where that was found by running it.
         self.network_call = call if isinstance(call, RecordedCall) else None
-        # Stock networks without prompts name it otherwise, and their pipelines pass it by position.
-        self.sample_argument = "sample" if self.network_call is None else self.network_call.sample
         self.not_fixed = why_levels_do_not_fold(teacher.schedule) or self._missing_member()
         self._grids = StockGrids(self._run_to_network)
         self._opened: Any = None
@@ -161,10 +161,46 @@ class StockPipelineExporter:
         return FlowMapScheduler.from_stock(stock, self.settings(stock))
 
     def _run_to_network(self, scheduler: Any, steps: int) -> Recording:  # noqa: ANN401 a diffusers class
-        """Run the pipeline with a scheduler up to the first call of the network."""
+        """Run the pipeline with a scheduler up to the first call of the network.
+
+        Raises:
+            UserError: if the pipeline does not run, with the number of steps where it is the cause.
+        """
+        try:
+            return self._first_call(scheduler, steps)
+        except UserError as error:
+            # Of this scheduler a copy: the run changes it.
+            if steps == STEPS or not self._runs(copy.copy(scheduler), STEPS):
+                raise
+            cause = str(error) if error.__cause__ is None else named(error.__cause__)
+            raise UserError(
+                f"export.steps: {self.pipeline.class_name} does not run with {steps} step{'s' if steps > 1 else ''} "
+                f"({cause}); try export.steps without {steps}"
+            ) from error
+
+    def _runs(self, scheduler: Any, steps: int) -> bool:  # noqa: ANN401 a diffusers class
+        try:
+            self._first_call(scheduler, steps)
+        except UserError:
+            return False
+        return True
+
+    def _first_call(self, scheduler: Any, steps: int) -> Recording:  # noqa: ANN401 a diffusers class
         call = self.verification_call(1) | {"num_inference_steps": steps}
         call["generator"] = torch.Generator().manual_seed(0)
         return record(self._open(scheduler), self.component, call, first_only=True)
+
+    def check_runs(self, steps: Sequence[int]) -> None:
+        """Check that the stock pipeline runs with each of these numbers of steps, up to its network.
+
+        Raises:
+            UserError: with the first number with which it does not.
+        """
+        for n in steps:
+            if self.teacher.schedule.kind == "flow":
+                self._times(self._flow_map_scheduler(), n)
+            else:
+                self._run_to_network(make_scheduler(self.teacher, self.teacher.prediction), n)
 
     def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
         """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
@@ -196,11 +232,6 @@ class StockPipelineExporter:
         own = self.pipeline.call | self.pipeline.unguided()
         prompt = some[0] if self.pipeline.one_prompt else some
         return own | {"prompt": prompt, "output_type": "latent" if latents else "np"}
-
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the samples in the recorded arguments of the network, without what the pipeline joins to them."""
-        joined = None if self.network_call is None else self.network_call.joined
-        return states if joined is None else joined.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
 
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the call without a scale for a student of a range of scales: its default is the teacher's."""

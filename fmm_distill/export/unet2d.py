@@ -35,7 +35,6 @@ class UNet2DExporter:
 
     component = "unet"
     not_any_step: str | None = None
-    sample_argument = "sample"
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
@@ -108,10 +107,6 @@ class UNet2DExporter:
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the same keywords."""
         return call
-
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the arguments: they are the samples."""
-        return states
 
     def start(
         self, call: dict[str, Any], count: int, seed: int

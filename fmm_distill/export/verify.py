@@ -172,9 +172,6 @@ class _Job:
             "any_call": self.exporter.any_step_call(self.call),
             "seed": SEED,
             "steps": self.export.steps,
-            "component": self.exporter.component,
-            "sample": self.exporter.sample_argument,
-            "count": self.count,
             "output": output,
         }
 
@@ -196,7 +193,6 @@ def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
     found = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in made):
         own = {name.partition(".")[2]: value for name, value in made.items() if name.startswith(f"{key}.")}
-        own["states"] = job.exporter.samples_of(own["states"])
         found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start, job.strength(key))
     return found
 

@@ -34,7 +34,8 @@ class Settings(BaseModel):
     def _texts(cls, value: object) -> object:
         if isinstance(value, dict):
             # Keywords of calls to other libraries, where an empty text has a meaning.
-            _check_letters("".join(part for pair in value.items() for part in pair if isinstance(part, str)))
+            listed = [part for item in value.values() if isinstance(item, list) for part in item]
+            _check_letters("".join(part for part in (*value, *value.values(), *listed) if isinstance(part, str)))
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, str):
                 _check_text(part)

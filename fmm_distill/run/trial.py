@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from fmm_distill import __version__
 from fmm_distill.data.row_store import mebibytes
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.stock_pipeline import StockPipelineExporter
 from fmm_distill.export.strengths import check_strengths
 from fmm_distill.export.verify import summary, verify
 from fmm_distill.export.write import network_bytes, write_student
 from fmm_distill.io.files import write_text
 from fmm_distill.io.hashes import sha256_of_text
 from fmm_distill.run.marker import TRIAL
-from fmm_distill.student.scaled import is_scaled, scaled_ranks
+from fmm_distill.student.scaled import scaled_ranks
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
 
@@ -86,9 +87,11 @@ def try_export(
         with torch.random.fork_rng(devices=[]), _temporary_folder(parent, name) as target:
             trained, rank = _with_random_jumps(student), recipe.export.lora_rank
             exported = write_student(trained, teacher, target, steps, lora_rank=rank, linked=True)
+            if isinstance(exported.exporter, StockPipelineExporter):
+                # All numbers, not only those that are tried; the grids of most of them follow from those.
+                exported.exporter.check_runs(recipe.export.steps)
             # The loss of adapters that are extracted from random changes is no news.
             agreements = verify(replace(exported, extracted=None))
-            # All numbers, not only those that were tried; the runs above have determined their grids.
             check_strengths(exported.student, exported.exporter, recipe.export.steps)
     except (FmmDistillError, SafetensorError, *STOCK_ERRORS) as error:
         raise UserError(
@@ -143,8 +146,7 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
         [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
         [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
-        [_tried_steps(recipe), recipe.export.lora_rank],
-        list(recipe.export.steps) if is_scaled(student.network) else None,
+        [list(recipe.export.steps), recipe.export.lora_rank],
         [scaled_ranks(student.network), recipe.student.regression_steps > 0],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))

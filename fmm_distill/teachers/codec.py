@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -11,7 +12,8 @@ from fmm_distill.errors import UserError
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.guiders import turn_guiders_off
-from fmm_distill.teachers.recording import patched_method, run_pipeline
+from fmm_distill.teachers.recording import patched_method, run_pipeline, tensor_of
+from fmm_distill.teachers.stepped_samples import to_stepped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "encoder_of"]
+__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "decoded_of", "encoder_of"]
 
 # The largest difference of a decoded image between a pipeline and its autoencoder alone.
 _TOLERANCE = 1e-3
+# Batch, channels and length.
+_AXES_OF_SOUND = 3
 
 
 class Codec(Protocol):
@@ -138,6 +142,13 @@ class PipelineCodec:
     """Decodes by a stock pipeline: the pipeline is run with zeros in the place of its network's output.
 
     It is opened at the first call: until then its encoders take no memory.
+
+    Args:
+        component: the name of the network in the pipeline.
+        call: keywords of a call of the pipeline for one sample; what it is of has no effect on the decoding.
+        event_shape: the shape of a sample.
+        output_shape: of the network's output for a sample, which may have a learned variance, and lack channels or
+            tokens of a condition that are in the network's input; None: ``event_shape``.
     """
 
     outputs = "images"
@@ -150,15 +161,16 @@ class PipelineCodec:
         network: nn.Module,
         call: dict[str, Any],
         event_shape: tuple[int, ...],
+        output_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.folder, self.component, self.network = folder, component, network
-        self.event_shape = event_shape
-        self.call = call | {"output_type": "np", "return_dict": False}
+        self.event_shape, self.output_shape = event_shape, output_shape or event_shape
+        self.call = call | {"output_type": "np", "return_dict": False, "generator": None}
         self._pipeline: Any = None
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch channels *size"]:
-        """Decode samples, one at a time, to images, or frames ``[batch, channels, frames, height, width]``."""
+        """Decode samples, one at a time, to images, frames or sounds; see ``decoded_of``."""
         device = next(self.network.parameters()).device
         pipeline = self.opened().to(device)
         images = []
@@ -168,9 +180,9 @@ class PipelineCodec:
                 patched_method(self.network, "forward", self._zero_output),
                 patched_method(pipeline.scheduler, "step", _ends(row)),
             ):
-                made = run_pipeline(pipeline, self.call | {"generator": None})[0]
-            # Pipelines return arrays in [0, 1] with the channels last.
-            images.append(torch.as_tensor(made).movedim(-1, 1).float() * 2 - 1)
+                # A copy: some pipelines change the lists that they are called with.
+                made = run_pipeline(pipeline, copy.deepcopy(self.call))[0]
+            images.append(decoded_of(made))
         return torch.cat(images).to(x.device)
 
     def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *event"]:
@@ -234,18 +246,27 @@ class PipelineCodec:
         return self._pipeline
 
     def _zero_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a forward method whose output is zeros of the network's shape."""
+        """Return a forward method whose output is zeros of the shape that the network's has."""
 
         def forward(*args: Any, **kwargs: Any) -> _Both:  # noqa: ANN401 the network's own
             x = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(x, list):
-                return _Both([torch.zeros_like(row) for row in x])
-            config = cast("Any", self.network).config
-            # Pipelines cut the channels of a learned variance off, so they have to be there.
-            learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
-            return _Both(torch.cat([torch.zeros_like(x)] * (2 if learned else 1), 1))
+            # Of the first argument the number of rows alone: a condition may be joined to its channels.
+            rows = tensor_of(x).new_zeros(len(x), *self.output_shape)
+            return _Both(list(rows) if isinstance(x, list) else rows)
 
         return forward
+
+
+def decoded_of(made: Any) -> Float[Tensor, "batch channels *size"]:  # noqa: ANN401 an array or a tensor
+    """Return the output of a pipeline as decoded samples, the channels after the batch.
+
+    Images ``[batch, height, width, channels]`` and frames ``[batch, frames, height, width, channels]`` in [0, 1] become
+    numbers in [-1, 1]. Sounds are in [-1, 1]; those of one channel have no axis of channels in some pipelines.
+    """
+    values = torch.as_tensor(made).float()
+    if values.ndim > _AXES_OF_SOUND:
+        return values.movedim(-1, 1) * 2 - 1
+    return values.reshape(len(values), -1, values.shape[-1])
 
 
 def encoder_of(codec: Codec, shape: tuple[int, ...]) -> LatentCodec:
@@ -283,9 +304,7 @@ def _ends(row: Tensor) -> Callable[[Any], Callable[..., _Both]]:
 
         def step(*args: Any, **kwargs: Any) -> _Both:  # noqa: ANN401 the scheduler's own
             sample = parameters.bind(*args, **kwargs).arguments["sample"]
-            # One pipeline passes frames to its scheduler in place of samples.
-            frames = row.ndim == sample.ndim + 1
-            return _Both(row.transpose(1, 2).reshape(sample.shape) if frames else row)
+            return _Both(to_stepped(row, tuple(sample.shape)))
 
         return step
 

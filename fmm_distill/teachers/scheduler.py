@@ -119,6 +119,8 @@ def read_scheduler(
         )
     # With this entry, another scheduler class would replace the values by its own defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    # A scheduler that its pipeline made itself, or from the configuration of another one, does not name its own class.
+    config["_class_name"] = name
     if name in FLOW or config.get("use_flow_sigmas"):
         return _flow(config, source, shift, uses_unshifted_time)
     if name in CONTINUOUS:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 from fmm_distill.training import checkpoint
 from tests.cli.runs import call, spawn, training_only, write_recipe
 from tests.conftest import save_teacher, tiny_unet
+from tests.processes import on_two_processes
 
 STEPS = 12
 CLASSES = 40
@@ -73,7 +71,6 @@ def test_bad_steps_are_left_out_counted_and_named(one):
 
 
 def test_every_process_leaves_out_the_same_steps(one, tiny, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fmm_distill"]
     program = f"""
 from unittest.mock import patch
 import sys
@@ -83,9 +80,7 @@ with patch("fmm_distill.run.distill.finish"):
     main()
 """
     (tmp_path / "train.py").write_text(program)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launch[:4], str(tmp_path / "train.py")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = on_two_processes(tmp_path / "train.py")
     assert run.returncode in (0, 1), run.stderr
     ours, theirs = lines(tmp_path / "run"), lines(one[0])
     assert [record["step"] for record in ours if "skipped" in record] == [

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from huggingface_hub import constants
 from matplotlib.image import imread
 
 from tests.cli.runs import call
+from tests.processes import on_two_processes
 
 # The tiny recipe measures no images; its teacher makes those that the digits' features look at.
 FEW = ("--features", "digits", "--samples", "24", "--steps", "1,2")
@@ -164,10 +162,8 @@ def test_the_regression_guard(measured, tmp_path):
 
 def test_two_processes_give_the_numbers_of_one(measured, finished, tmp_path):
     result, *_ = measured
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fmm_distill", "evaluate"]
-    command += [str(finished[0]), *FEW, "--teacher-steps", "3", "--output", str(tmp_path / "two.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home")}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    command = ("evaluate", finished[0], *FEW, "--teacher-steps", "3", "--output", tmp_path / "two.json")
+    run = on_two_processes("fmm_distill", *command, HF_HOME=str(tmp_path / "home"))
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("sampler  ") == 1
     ours = rows_of(result)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.cli.runs import call, snapshot, spawn, training_only, write_recipe
 from tests.conftest import save_teacher, tiny_unet
+from tests.slow import with_slow
 
 
 def rename_weights(folder: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(place, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["two at once", "NaN", "images of another size"])
+@pytest.mark.parametrize("name", with_slow(["two at once", "NaN", "images of another size"], ["NaN"]))
 def test_the_same_in_a_process_of_its_own(place, tmp_path, name):
     arguments, wanted = arguments_of(name, place)
     process = spawn(*arguments, "--output", tmp_path / "out", cwd=place)

@@ -71,7 +71,9 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_numbers(tmp_path, tiny,
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, finished, name):
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, stopped, finished, name):
+    # As if it was killed before its first step: the export is not tried again.
+    shutil.copytree(stopped, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "steps.jsonl"))
     command = ("--recipe", tiny, "--output", tmp_path / "run")
     process = spawn(*command)
     log = tmp_path / "run" / "steps.jsonl"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,15 +18,13 @@ from fmm_distill.errors import UserError
 from fmm_distill.training.checkpoint import newest
 from fmm_distill.training.fsdp import check_sharding, gather_in_float32, wrap_blocks, wrapped_blocks
 from tests.cli.runs import STEPS, call, losses, spawn
+from tests.processes import on_two_processes
 
 SHARDED = Path(__file__).with_name("sharded_cli.py")
 
 
 def sharded(*arguments, precision="no"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SHARDED)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    run = subprocess.run([*command, precision, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    run = on_two_processes(SHARDED, precision, *arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

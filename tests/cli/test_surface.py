@@ -13,7 +13,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 import fmm_distill
 from fmm_distill.cli import command
-from fmm_distill.config.recipe import Recipe, _paths, load_recipe, parse, recipe_names
+from fmm_distill.config.mistakes import setting_paths
+from fmm_distill.config.recipe import Recipe, load_recipe, parse, recipe_names
 from fmm_distill.losses import matching_losses, registered_losses
 from tests.cli.runs import call
 
@@ -65,7 +66,7 @@ def test_verbs_and_options():
 
 
 def test_recipe_fields():
-    paths = _paths(Recipe)
+    paths = setting_paths(Recipe)
     assert len(paths) == len(set(paths)) or {"loss.name", "loss.stop_gradient"} <= set(paths)
     for path in (
         "teacher",

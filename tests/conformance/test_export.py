@@ -19,6 +19,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_teachers import saved
 from tests.conftest import save_teacher
+from tests.processes import own_processes
 
 STEPS = (1, 2, 4, 8)
 
@@ -37,7 +38,8 @@ def exported(tmp_path_factory, teacher_folder):
     teacher = load_teacher(str(teacher_folder))
     student = moved_student(teacher)
     folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("export") / "student", STEPS)
-    return student, teacher, folder, verify(Exported(student, exporter_of(teacher), folder, STEPS))
+    with own_processes():
+        return student, teacher, folder, verify(Exported(student, exporter_of(teacher), folder, STEPS))
 
 
 def test_folded_and_any_step_pipelines_agree_with_the_sampler(exported):

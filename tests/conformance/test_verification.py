@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
+from importlib.resources import files
 
 import diffusers
 import pytest
@@ -20,6 +24,7 @@ from fmm_distill.export.schedulers import LEVELS, SWITCHES, make_scheduler
 from fmm_distill.export.verify import Exported, agreements_of
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
 from tests.conformance.test_prompted_export import moved
 from tests.conformance.test_teachers import saved
@@ -236,6 +241,36 @@ def test_switches_are_set_and_levels_are_kept(found, name):
     assert {key: made.config[key] for key in SWITCHES[kind]} == dict(SWITCHES[kind])
     levels = {key: teacher.scheduler_config[key] for key in LEVELS[kind] if key in teacher.scheduler_config}
     assert {key: made.config[key] for key in levels} == levels
+
+
+def test_a_scheduler_that_does_not_name_its_class_is_exported(found):
+    """As one that a pipeline has made itself."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0, invert_sigmas=True)
+    assert "_class_name" not in scheduler.config
+    spec = read_scheduler(scheduler, "here")
+    assert spec.config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    teacher = replace(found[0]["karras"].teacher, scheduler_config=spec.config)
+    made = make_scheduler(teacher, teacher.prediction)
+    assert made.config.shift == 2.0
+    assert made.config.invert_sigmas
+
+
+def test_a_copy_of_a_scheduler_is_watched_too(monkeypatch):
+    """Some pipelines step a deep copy of their scheduler."""
+    # The script hides the package from its own process.
+    monkeypatch.setitem(sys.modules, "fmm_distill", sys.modules["fmm_distill"])
+    script = runpy.run_path(str(files("fmm_distill") / "export" / "reload.py"))
+    steps, stock = [], diffusers.FlowMatchEulerDiscreteScheduler()
+    original = script["watch"](copy.copy(stock), steps)
+    copied = copy.deepcopy(original)
+    copied.set_timesteps(2)
+    x, v = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    made = copied.step(v, copied.timesteps[0], x, return_dict=False)[0]
+    assert original.step_index is None
+    assert copied.step_index == 1
+    assert [[torch.equal(*pair) for pair in zip(step, (x, made), strict=True)] for step in steps] == [[True, True]]
+    assert type(original).__name__ == type(stock).__name__
+    assert inspect.signature(original.step) == inspect.signature(stock.step)
 
 
 def test_a_setting_that_is_not_known_is_named(found, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
@@ -13,6 +14,7 @@ from diffusers import (
     CogView4Transformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
@@ -23,6 +25,8 @@ from diffusers import (
     LongCatImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    LuminaNextDiT2DModel,
+    LuminaPipeline,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     QwenImagePipeline,
@@ -179,6 +183,29 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def lumina_next() -> LuminaPipeline:
+    """With a tokenizer that makes no token of the empty prompt."""
+    transformer = LuminaNextDiT2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=32,
+    )
+    tokenizer = tokenizers.gemma_tokenizer()
+    tokenizer.add_bos_token = False
+    return LuminaPipeline(
+        transformer=parts.redraw(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=parts.image_vae(),
+        text_encoder=parts.gemma(),
+        tokenizer=tokenizer,
+    )
+
+
 def qwen_image() -> QwenImagePipeline:
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, **HEADS, joint_attention_dim=32, axes_dims_rope=AXES
@@ -281,6 +308,32 @@ def flux2() -> Flux2Pipeline:
     )
 
 
+def flux2_klein() -> Flux2KleinPipeline:
+    """Its latent output is no sample: unpacked, at another scale, and unpatchified."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        **HEADS,
+        joint_attention_dim=2 * 32,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = parts.flux2_vae()
+    with torch.no_grad():
+        # As in a trained autoencoder; those of a new one change nothing.
+        vae.bn.running_mean.normal_(0, 0.3)
+        vae.bn.running_var.uniform_(2, 4)
+    return Flux2KleinPipeline(
+        transformer=parts.redraw(transformer),
+        scheduler=parts.dynamic_shifting(),
+        vae=vae,
+        text_encoder=parts.qwen3_lm(),
+        tokenizer=tokenizers.qwen_tokenizer(),
+    )
+
+
 def bria() -> BriaPipeline:
     transformer = BriaTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, **HEADS, joint_attention_dim=32, axes_dims_rope=list(AXES)
@@ -374,11 +427,13 @@ PIPELINES: dict[str, Tiny] = {
     "sana-dpm": Tiny(seeded(sana_dpm), SANA),
     "auraflow": Tiny(seeded(auraflow), SMALL | SHORT),
     "lumina2": Tiny(seeded(lumina2), {"max_sequence_length": 64, "system_prompt": ""}),
+    "lumina-next": Tiny(seeded(lumina_next), SMALL | {"max_sequence_length": 64}),
     "qwen-image": Tiny(seeded(qwen_image), SMALL),
     "z-image": Tiny(seeded(z_image), SMALL | {"max_sequence_length": 64}),
     "cogview4": Tiny(seeded(cogview4), {}),
     "chroma": Tiny(seeded(chroma), SMALL | SHORT),
-    "flux2": Tiny(seeded(flux2), SMALL | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}),
+    "flux2": Tiny(seeded(flux2), SMALL | {"max_sequence_length": 64, "text_encoder_out_layers": [1, 2, 3]}),
+    "flux2-klein": Tiny(seeded(flux2_klein), SMALL | {"max_sequence_length": 64, "text_encoder_out_layers": [1, 2]}),
     "bria": Tiny(seeded(bria), SMALL | SHORT),
     "ovis-image": Tiny(seeded(ovis_image), SMALL | SHORT),
     "longcat-image": Tiny(seeded(longcat_image), SMALL | {"enable_prompt_rewrite": False}),

@@ -26,6 +26,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -189,6 +190,11 @@ def glm() -> GlmModel:
 
 def qwen3() -> Qwen3Model:
     return redraw(Qwen3Model(Qwen3Config(**DECODER, head_dim=16)))
+
+
+def qwen3_lm() -> Qwen3ForCausalLM:
+    """Qwen3 with the head of a language model, whose hidden states are used."""
+    return redraw(Qwen3ForCausalLM(Qwen3Config(**DECODER | {"vocab_size": 1024}, head_dim=16)))
 
 
 def qwen_vl() -> Qwen2_5_VLForConditionalGeneration:

@@ -19,6 +19,7 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    RobertaTokenizer,
     T5Tokenizer,
 )
 
@@ -58,6 +59,13 @@ def bert_tokenizer() -> BertTokenizer:
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHARACTERS, *(f"##{letter}" for letter in CHARACTERS)]
     vocab = {token: number for number, token in enumerate(tokens)}
     return BertTokenizer(vocab=vocab, model_max_length=77)
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    """RoBERTa's byte-level BPE without merges."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "<mask>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return RobertaTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:

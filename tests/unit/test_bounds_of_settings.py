@@ -131,6 +131,9 @@ def test_truth_values_infinities_and_nan_are_no_numbers(group, name):
         ('teacher="a\\0b"', "teacher: expected text in UTF-8 without NUL characters"),
         ('variant="\\ud800"', "variant: expected text in UTF-8"),
         ('pipeline={system_prompt: "\\ud800"}', "pipeline: expected text in UTF-8"),
+        ('pipeline.names=["\\ud800"]', "pipeline: expected text in UTF-8"),
+        ("pipeline.sizes={a: 1}", "pipeline: expected numbers, texts, true, false, null or a list of these for sizes"),
+        ("pipeline.sizes=[[1]]", "pipeline: expected numbers, texts, true, false, null or a list of these for sizes"),
         ("guidance.interval=[-1, 0.5]", "guidance.interval.0: "),
         ("weight.constant=1e-300", "weight.constant: Input should be greater than or equal to 0.000000000001"),
     ],
@@ -153,6 +156,10 @@ def test_values_out_of_bounds_are_one_line(change, says):
         ("evaluation.ddim_steps=[]", ()),
         ("training.seed=9223372036854775807", 2**63 - 1),
         ("pipeline.system_prompt=''", {"system_prompt": ""}),
+        ("pipeline.layers=[9, 18]", {"layers": [9, 18]}),
+        ("pipeline.words=[a, 0.5, true, null]", {"words": ["a", 0.5, True, None]}),
+        ("pipeline.words=[]", {"words": []}),
+        ("pipeline.height=null", {"height": None}),
     ],
 )
 def test_values_that_are_meant(change, value):

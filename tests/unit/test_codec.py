@@ -2,14 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
 
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.data.samples import load_images
+from fmm_distill.errors import UserError
 from fmm_distill.evaluation.features import open_features
 from fmm_distill.evaluation.generate import GenerationSpec, SampleGenerator
 from fmm_distill.evaluation.samplers import Sampler
-from fmm_distill.teachers.codec import LatentCodec, Pixels
+from fmm_distill.teachers.codec import LatentCodec, PipelineCodec, Pixels
+from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompted.probe import PipelineProbe
+from fmm_distill.teachers.stepped_samples import from_stepped, to_stepped
+from tests.tiny import flow
+from tests.tiny.diffusion import sd1
 
 
 @pytest.mark.parametrize("shift", [None, 0.3])
@@ -50,3 +58,65 @@ def test_features_see_the_decoded_samples(teacher):
     made = SampleGenerator(GenerationSpec(teacher, **settings)).run(sampler)
     assert torch.equal(made.samples, -some)
     torch.testing.assert_close(made.features, network(some / 2 + 0.5).features)
+
+
+def pix2pix(folder):
+    """Instruct-pix2pix: the latents of an image are joined to the channels of the sample."""
+    parts = sd1().components
+    parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=8)
+    parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return pipeline
+
+
+@torch.no_grad()
+def test_a_network_that_takes_more_channels_than_it_returns(tmp_path):
+    pipeline = pix2pix(tmp_path)
+    size = pipeline.unet.config.sample_size
+    image = Image.new("RGB", (size * pipeline.vae_scale_factor,) * 2)
+    call = {"prompt": ["a cat"], "image": image, "num_inference_steps": 2, "guidance_scale": 1.0}
+    codec = PipelineCodec(tmp_path, "unet", pipeline.unet, call, (4, size, size), (4, size, size))
+    shapes = []
+
+    def shape_of_output(module, arguments, output):
+        shapes.append(tuple(output[0].shape))
+
+    handle = pipeline.unet.register_forward_hook(shape_of_output)
+    x = torch.randn(2, 4, size, size)
+    images = codec.decode(x)
+    handle.remove()
+    # The output that the network has, not its input with the condition.
+    assert set(shapes) == {(1, 4, size, size)}
+    expected = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_the_codec_of_a_teacher_does_not_need_the_empty_prompt(tmp_path):
+    tiny = flow.PIPELINES["lumina-next"]
+    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
+    teacher = load_teacher(str(tmp_path), prompts=("a cat", "two dogs"), call=dict(tiny.call))
+    teacher.codec.call["prompt"] = [""]
+    with pytest.raises(UserError, match="LuminaPipeline does not run with"):
+        teacher.codec.decode(torch.zeros(1, *teacher.event_shape))
+    teacher = load_teacher(str(tmp_path), prompts=("a cat", "two dogs"), call=dict(tiny.call))
+    assert teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).isfinite().all()
+
+
+def test_guidance_that_does_not_run_is_refused_where_it_is_used(tmp_path, monkeypatch):
+    def fails(self):
+        raise UserError("does not run") from ValueError("no token")
+
+    monkeypatch.setattr(PipelineProbe, "_record_guided", fails)
+    sd1().save_pretrained(tmp_path, safe_serialization=True)
+    assert load_teacher(str(tmp_path)).conditions.empty is None
+    with pytest.raises(UserError, match=r"does not run with guidance by the empty prompt \(ValueError: no token\)"):
+        load_teacher(str(tmp_path), guidance=Guidance(2.0))
+
+
+def test_frames_that_are_stepped_one_by_one_become_videos_again():
+    videos = torch.randn(2, 4, 3, 5, 6)
+    frames = to_stepped(videos, (6, 4, 5, 6))
+    assert torch.equal(frames[4], videos[1, :, 1])
+    assert torch.equal(from_stepped(frames, (4, 3, 5, 6)), videos)
+    assert torch.equal(from_stepped(to_stepped(videos, (2, 60, 6)), (4, 3, 5, 6)), videos)

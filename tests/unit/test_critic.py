@@ -153,8 +153,15 @@ def gradients(folder, name, training=None):
 
 
 @COMPILED
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, "gradient_checkpointing") for name in STUDENTS),
+        # Seconds each. By default one of each kind, and one of full rank and one with adapters.
+        *((name, "compile") for name in ("embedded", "scaled-lora")),
+        *(pytest.param(name, "compile", marks=pytest.mark.slow) for name in ("scaled", "embedded-lora")),
+    ],
+)
 def test_options_of_the_training_change_no_gradient(teacher_folder, name, option):
     training = TrainingSettings(**{option: "eager" if option == "compile" else True})
     ours, network = gradients(teacher_folder, name, training)

@@ -29,7 +29,8 @@ def test_every_recipe_parses_and_survives_a_round_trip(file):
 
 
 def test_a_round_trip_keeps_what_is_not_the_default():
-    recipe = Recipe(loss=Eulerian(), revision="main", evaluation={"steps": (3,), "ddim_steps": ()})
+    changes = {"evaluation": {"steps": (3,), "ddim_steps": ()}, "pipeline": {"layers": (9, 18), "height": None}}
+    recipe = Recipe(loss=Eulerian(), revision="main", **changes)
     again = parse(yaml.safe_load(recipe.to_yaml()), "again")
     assert again == recipe
     assert isinstance(again.loss, Eulerian)

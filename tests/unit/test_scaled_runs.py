@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,6 +20,7 @@ from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import averaged, frozen_copy, load_trained, trained_state
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.trainer import Trainer
+from tests import processes
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.scaled import train
@@ -94,11 +92,7 @@ def on_two_processes(folder, teacher_folder, names, *how, more=None):
     folder.mkdir()
     recipes = {name: settings_of(teacher_folder, name) for name in names}
     (folder / "recipes.json").write_text(json.dumps(recipes | (more or {})))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    arguments = [str(folder / "recipes.json"), str(folder), *how]
-    run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
+    run = processes.on_two_processes(SPLIT, folder / "recipes.json", folder, *how)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
 

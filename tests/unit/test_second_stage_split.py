@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +10,7 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.run.plan import plan
 from fmm_distill.training.critic import build_critic
 from fmm_distill.training.ema import trained_state
+from tests import processes
 from tests.scaled import train
 from tests.unit.test_scaled_runs import SPLIT, with_unused_parameters
 from tests.unit.test_second_stage import TOTAL, records, settings_of, tensors
@@ -42,11 +39,7 @@ def recipe_of(folder, name, **training):
 def on_two_processes(folder, recipes, *how):
     folder.mkdir()
     (folder / "recipes.json").write_text(json.dumps(recipes))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    arguments = [str(folder / "recipes.json"), str(folder), *how]
-    run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
+    run = processes.on_two_processes(SPLIT, folder / "recipes.json", folder, *how)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.training import checkpoint
 from fmm_distill.training.trainer import Trainer
+from tests import processes
 from tests.unit.split_training import images_of
 from tests.unit.test_trainer import EVERY_LOSS, LOSSES, flat, losses
 
@@ -58,10 +56,7 @@ def on_two_processes(folder, teacher_folder, steps, numbers, *how):
     """Cases under one start of torch; what it printed."""
     folder.mkdir()
     (folder / "recipes.json").write_text(json.dumps({i: settings_of(teacher_folder, i, steps) for i in numbers}))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SPLIT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [str(folder / "recipes.json"), str(folder), *how]
-    run = subprocess.run([sys.executable, *command, *arguments], env=environment, capture_output=True, text=True)
+    run = processes.on_two_processes(SPLIT, folder / "recipes.json", folder, *how)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["processes"] == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +15,19 @@ from safetensors.torch import load_file
 from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.export.agreement import Agreement
+from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.write import export_bytes, write_student
 from fmm_distill.run import trial
 from fmm_distill.run.distill import distill
 from fmm_distill.run.marker import check_vacant, mark
 from fmm_distill.run.plan import forecast, plan
 from fmm_distill.run.trial import keep_trial, try_export
+from fmm_distill.teachers.load import load_teacher
 from tests.cli.runs import TINY, call, losses, training_only, write_recipe
 from tests.conformance.test_prompted import FAMILIES
 from tests.conftest import save_teacher
 from tests.logs import logged
+from tests.processes import on_two_processes
 from tests.tiny.diffusion import ldm
 
 
@@ -142,7 +143,10 @@ def tiny_recipe(teacher_folder):
 def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, untried, tmp_path):
     pipeline = FAMILIES["mochi"].call
     failing = [
-        (recipe_of(mochi, pipeline=pipeline), r"its student can't be exported; .*ZeroDivisionError"),
+        (
+            recipe_of(mochi, pipeline=pipeline),
+            r"its student can't be exported; .*MochiPipeline does not run with 1 step \(Zero",
+        ),
         (
             recipe_of(wan, pipeline=FAMILIES["wan"].call),
             r"its student can't be exported; .*DDIMScheduler' object has no",
@@ -160,6 +164,19 @@ def test_an_export_that_fails_ends_the_run_before_it_begins(mochi, wan, flow, un
                 attempt(recipe, tmp_path / "run")
             assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.name != "run"]
+
+
+def test_numbers_of_steps_with_which_the_stock_pipeline_does_not_run(mochi, wan):
+    def exporter(folder, name):
+        return exporter_of(load_teacher(folder, prompts=("a cat",), call=dict(FAMILIES[name].call)))
+
+    of_mochi = exporter(mochi, "mochi")
+    of_mochi.check_runs((2, 3, 5))
+    with pytest.raises(UserError, match=r"export.steps: MochiPipeline does not run with 1 step \(.*without 1$"):
+        of_mochi.check_runs((2, 1, 4))
+    # A scheduler that does not fit is no matter of the number of steps.
+    with pytest.raises(UserError, match="DDIMScheduler' object has no"):
+        exporter(wan, "wan").check_runs((1, 4))
 
 
 def test_a_dry_run_says_what_was_tried_and_what_the_export_takes(teacher_folder, untried, tmp_path):
@@ -237,8 +254,7 @@ def test_the_room_for_latents_counts_an_autoencoder_in_each_pipeline(tmp_path, s
 
 def test_what_fails_in_the_first_process_ends_all(tmp_path):
     script = Path(__file__).with_name("first_fails.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    run = on_two_processes(script, tmp_path)
     assert run.returncode == 0, run.stderr
     ends = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert ends == {

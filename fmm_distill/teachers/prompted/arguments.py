@@ -153,8 +153,9 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal up to the rounding of a text encoder."""
     if one.shape != other.shape:
         return False
-    # Masks may be boolean in one call and integers in another.
-    a, b = one.double(), other.double()
+    # Masks may be boolean in one call and integers in another; rotations are complex.
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    a, b = one.to(wide), other.to(wide)
     return bool(((a - b).abs() <= _TOLERANCE * b.abs().max()).all()) if a.numel() else True
 
 

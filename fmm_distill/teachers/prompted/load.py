@@ -96,7 +96,13 @@ def load_prompted(
             is_component=bool(guider_names(pipeline)),
         ),
         codec=PipelineCodec(
-            index.folder, component, probe.network, probe.keywords.call(("",), STEPS), probe.event_shape
+            index.folder,
+            component,
+            probe.network,
+            # Not the empty prompt, of which some tokenizers make no token.
+            probe.keywords.call(tuple(prompts[:1]), STEPS),
+            probe.event_shape,
+            tuple(probe.recording.calls[0].output.shape[1:]),
         ),
         revision=index.revision,
         license=index.license,

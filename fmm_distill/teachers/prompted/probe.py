@@ -10,7 +10,7 @@ import torch
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.schedules import FlowMatching, VarianceExploding
-from fmm_distill.errors import UserError
+from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.call_errors import refuse_call
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.conditions import Embeddings
@@ -131,10 +131,15 @@ class PipelineProbe:
         if self.keywords.guidance is None and not guider_names(self.pipeline):
             return None, f"{kind} has no classifier-free guidance"
         cond = self._embed(_PROMPTS)
-        found = self._null_of(self._record_guided(), cond)
-        if isinstance(found, Conditioning) and not self._is_empty_prompt(found, cond):
-            # Some pipelines have a negative prompt of their own.
-            found = self._null_of(self._record_guided(empty=True), cond)
+        try:
+            found = self._null_of(self._record_guided(), cond)
+            if isinstance(found, Conditioning) and not self._is_empty_prompt(found, cond):
+                # Some pipelines have a negative prompt of their own.
+                found = self._null_of(self._record_guided(empty=True), cond)
+        except UserError as error:
+            # Unguided students need no empty prompt, of which some tokenizers make no token.
+            cause = error if error.__cause__ is None else error.__cause__
+            return None, f"{kind} does not run with guidance by the empty prompt ({named(cause)})"
         return (found, "") if isinstance(found, Conditioning) else (None, f"{kind} {found}")
 
     def _null_of(self, guided: Recording, cond: Conditioning) -> Conditioning | str:

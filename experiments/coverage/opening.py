@@ -1,0 +1,86 @@
+"""Open the saved pipeline of a test class as a teacher, and check what was opened."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from experiments.coverage import checks
+from experiments.coverage.guard import install_guard
+from experiments.coverage.jobs import grown_mib
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.load import find_index, load_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from fmm_distill.teachers.base import Teacher
+
+__all__ = ["has_text", "open_and_check"]
+
+
+def has_text(folder: Path) -> bool:
+    """Return whether the tool opens a folder with prompts."""
+    return any(name.startswith(("text_encoder", "bert")) for name in find_index(str(folder)).components)
+
+
+def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:
+    """Open a folder with two prompts and the keywords of its test; an error of the user is a refusal."""
+    install_guard(folder)
+    text = has_text(folder)
+
+    def reopen(prompts: Sequence[str]) -> Teacher:
+        return load_teacher(str(folder), prompts=prompts, call=call) if text else load_teacher(str(folder))
+
+    before, start = grown_mib(), time.monotonic()
+    try:
+        teacher = reopen(checks.PROMPTS[:2])
+    except UserError as error:
+        refused = {"refused": " ".join(str(error).split())}
+        return refused if error.__cause__ is None else refused | _stock_failure(folder)
+    described = {
+        "seconds": round(time.monotonic() - start, 1),
+        "mib": grown_mib(before),
+        "prediction": teacher.prediction,
+        "event_shape": list(teacher.event_shape),
+        "guidable": _guidable(teacher),
+    }
+    runs: dict[str, Callable[[], float | str]] = {
+        "step": lambda: checks.compare_steps(teacher, folder),
+        "order": lambda: checks.compare_batches(teacher, reopen),
+        "start": lambda: checks.compare_start(teacher, scaled=True),
+        "start, embedded": lambda: checks.compare_start(teacher, scaled=False),
+    }
+    found = {name: _attempt(run) for name, run in runs.items()}
+    return described | {"checks": found, "one_step": checks.runs_with(teacher, folder, 1)}
+
+
+def _stock_failure(folder: Path) -> dict[str, Any]:
+    """Return the reason why diffusers itself does not open a folder that it wrote; empty if it does."""
+    try:
+        checks.open_stock(folder)
+    except Exception as error:  # noqa: BLE001 any failure is the answer
+        text = " ".join(str(error).split())
+        return {"not reopened": f"diffusers does not open what it saved: {type(error).__name__}: {text}"}
+    return {}
+
+
+def _guidable(teacher: Teacher) -> bool | str:
+    """Return True, or the reason why guidance can't be applied."""
+    if teacher.conditions is None:
+        return "unconditional"
+    try:
+        teacher.conditions.null(1)
+    except UserError as error:
+        return str(error)
+    return True
+
+
+def _attempt(run: Callable[[], float | str]) -> float | str:
+    """Return what a check finds, to two digits; a failure is a finding too."""
+    try:
+        found = run()
+    except Exception as error:  # noqa: BLE001 the other checks still run
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return found if isinstance(found, str) else float(f"{found:.1e}")

@@ -123,9 +123,11 @@ def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> Recorded
         )
     calls, steps = len(recording.calls), len(recording.steps)
     if calls != steps:
+        # A scheduler that is stepped twice gives an estimate of the data, from which the pipeline makes the output.
+        reason = " (its pipeline preconditions the network itself)" if calls < steps else ""
         raise UserError(
-            f"{source}: expected one network call per step, got {calls} calls in {steps} steps; write an adapter for "
-            "it (docs/add-a-teacher.md)"
+            f"{source}: expected one network call per step, got {calls} calls in {steps} steps{reason}; write an "
+            "adapter for it (docs/add-a-teacher.md)"
         )
     times = torch.tensor([_first_time(call.arguments[time]) for call in recording.calls])
     own = scheduler_times(recording, spec)
@@ -176,6 +178,10 @@ def _first_time(time: Any) -> float:  # noqa: ANN401 any time argument
     return float(torch.as_tensor(time).flatten()[0])
 
 
+def _shown(times: Tensor) -> str:
+    return ", ".join(f"{float(time):.4g}" for time in times)
+
+
 def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[float, float]:
     """Return slope and offset of the network's times over the scheduler's, as plain numbers where these fit."""
     # Some pipelines divide by the number of timesteps of their scheduler, some by 1000 whatever that number is.
@@ -189,7 +195,7 @@ def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[
     offset = float(times[0] - slope * own[0])
     if not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
         raise UserError(
-            f"{source}: expected network times on a line over the scheduler's {own.tolist()}, got {times.tolist()}; "
-            "write an adapter for it (docs/add-a-teacher.md)"
+            f"{source}: expected network times on a line over the scheduler's {_shown(own)}, got {_shown(times)}: its "
+            "pipeline makes times of its own, as preconditioning does; write an adapter for it (docs/add-a-teacher.md)"
         )
     return slope, offset

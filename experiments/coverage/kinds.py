@@ -30,8 +30,8 @@ KINDS = (
 
 # Parts of class names, in the order in which they decide: an inpainting ControlNet is a ControlNet.
 _BY_NAME = (
-    ("other", r"Marigold|ShapE|LLaDA|DiffusionGemma|Proteina"),
-    ("upscaler", r"Upsampl|Upscale|SuperRes|SR(Pipeline|\b)"),
+    ("other", r"Marigold|ShapE|LLaDA|DiffusionGemma|Proteina|DiffusionDecode"),
+    ("upscaler", r"Upsampl|Upscale|SuperRes|SRPipeline|TemporalRefine"),
     ("prior", r"Prior|Redux"),
     ("controlnet", r"Control|Adapter|Transfer|Sparse"),
     ("inpaint", r"Inpaint|Fill"),

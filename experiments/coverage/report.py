@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "entries_of", "markdown", "totals"]
 
-RESULTS = ("distilled", "opened", "refused", "crashed", "not built")
+RESULTS = ("distilled", "opened", "refused", "crashed", "not built", "not run")
 CHECKS = {"step": "step", "order": "order", "start": "start", "start, embedded": "start of an embedded student"}
 _SHOWN = 260
 # Inputs that an edited or animated sample starts from.
@@ -62,13 +62,13 @@ def _result(row: Row) -> tuple[str, str]:
     """Return the result of a row and its reason in one line."""
     build, found, distilled = (row.get(stage, {}) for stage in ("build", "open", "distill"))
     if "pipeline" not in build:
-        return "not built", build.get("error", "not run")
+        return ("not built", build["error"]) if build else ("not run", "")
     if "not reopened" in found:
         return "not built", found["not reopened"]
     if "refused" in found:
         return "refused", found["refused"]
     if "event_shape" not in found:
-        return ("crashed", found["error"]) if found else ("not built", "not opened")
+        return ("crashed", found["error"]) if found else ("not run", "")
     if not distilled:
         return "opened", ""
     if "error" in distilled:
@@ -103,7 +103,9 @@ def _short(text: str) -> str:
     # The folder of the tiny pipeline, which the tool's message starts with.
     text = re.sub(r"(?<![\w<])/\S*?(?=:? |:$|$)", "…", text).removeprefix("…: ")
     text = re.sub(r"^(error|UserError): ", "", text.removeprefix("Error: ")).removeprefix("…: ")
-    # A list of schedulers or of parameters is no reason.
+    # The keywords of the call, a long list and the advice are no reason.
+    text = re.sub(r"does not run with .*? \((?=\w+: )", "does not run (", text)
+    text = re.sub(r"; (try|write an adapter|expected a complete pipeline) .*", "", text)
     text = re.sub(r"(expected one of|it takes) (\w+), (?:\w+, ){5,}", r"\1 \2, …, ", text)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1].rstrip() + "…"
 

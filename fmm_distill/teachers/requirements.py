@@ -1,4 +1,4 @@
-"""What a stock pipeline is called with besides noise and prompts: images, videos, masks, and the like.
+"""Inputs of a stock pipeline besides noise and prompts: images, videos, masks, and the like.
 
 A teacher gives its pipeline nothing but noise and prompts. What else a pipeline needs is in the signature of its call
 and in its components. Where an input is optional by the signature, only a run shows whether the pipeline needs it.

@@ -44,7 +44,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class ArgumentLayout:
-    """Which parts of a call's arguments are rows of the samples.
+    """The parts of a call's arguments that are rows of the samples.
 
     The path of a part is the name of the argument and the keys that lead to it, joined by dots:
     ``added_cond_kwargs.text_embeds``, ``text_encoder_layers.0``.

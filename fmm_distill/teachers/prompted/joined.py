@@ -1,4 +1,4 @@
-"""What a pipeline joins to the sample before the call of its network, such as the latents of a first frame."""
+"""The part that a pipeline joins to the sample before the call of its network, such as the latents of a first frame."""
 
 from __future__ import annotations
 

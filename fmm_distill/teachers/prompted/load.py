@@ -52,14 +52,7 @@ def load_prompted(
         UserError: if the pipeline can't be opened or run, or if its network call can't be reproduced.
     """
     component = "transformer" if "transformer" in index.components else "unet"
-    _check_one_network(index, component)
-    _check_no_consistency_model(index, component)
-    if "scheduler" in index.components:
-        check_no_map(index.components["scheduler"][1], index.source)
-    size = index.config(component).get("sample_size")
-    # Without a sample_size the pipeline's own keywords set the size; a video may have more than two sides.
-    if size is not None and not (isinstance(size, list) and len(size) > 2):
-        image_size(size, index.source, f"{component}/config.json")
+    _check_components(index, component)
     pipeline = _open(index)
     check_keywords(pipeline, call or {})
     check_weights(getattr(pipeline, component), index.source)
@@ -69,7 +62,7 @@ def load_prompted(
     if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec, neutral = probe.spec, log_neutral(pipeline, call or {})
+    spec, own_call = probe.spec, log_neutral(pipeline, call or {}) | (call or {})
     log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
@@ -78,16 +71,7 @@ def load_prompted(
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
         scheduler_config=spec.config,
-        pipeline=StockPipeline(
-            index.folder,
-            component,
-            neutral | (call or {}),
-            condition="prompt",
-            guidance=probe.keywords.guidance,
-            guidance_off=probe.keywords.off,
-            network_guidance=probe.keywords.fixed.get("guidance_scale"),
-            one_prompt=probe.keywords.one_prompt,
-        ),
+        pipeline=_stock_pipeline(probe, index, own_call),
         conditions=conditions,
         guidance=_plain_guidance(
             guidance,
@@ -95,18 +79,44 @@ def load_prompted(
             takes_guidance=probe.recording.takes_guidance,
             is_component=bool(guider_names(pipeline)),
         ),
-        codec=PipelineCodec(
-            index.folder,
-            component,
-            probe.network,
-            # Not the empty prompt, of which some tokenizers make no token.
-            probe.keywords.call(tuple(prompts[:1]), STEPS),
-            probe.event_shape,
-            tuple(probe.recording.calls[0].output.shape[1:]),
-        ),
+        codec=_codec(probe, index, prompts),
         revision=index.revision,
         license=index.license,
     )
+
+
+def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any]) -> StockPipeline:
+    """Return the pipeline into copies of which students are exported, and the keywords of its call."""
+    keywords = probe.keywords
+    return StockPipeline(
+        index.folder,
+        probe.component,
+        call,
+        condition="prompt",
+        guidance=keywords.guidance,
+        guidance_off=keywords.off,
+        network_guidance=keywords.fixed.get("guidance_scale"),
+        one_prompt=keywords.one_prompt,
+    )
+
+
+def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Sequence[str]) -> PipelineCodec:
+    # Not the empty prompt, of which some tokenizers make no token.
+    call = probe.keywords.call(tuple(prompts[:1]), STEPS)
+    output = tuple(probe.recording.calls[0].output.shape[1:])
+    return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output)
+
+
+def _check_components(index: PipelineIndex, component: str) -> None:
+    """Check what the configurations tell, before the weights are opened."""
+    _check_one_network(index, component)
+    _check_no_consistency_model(index, component)
+    if "scheduler" in index.components:
+        check_no_map(index.components["scheduler"][1], index.source)
+    size = index.config(component).get("sample_size")
+    # Without a sample_size the pipeline's own keywords set the size; a video may have more than two sides.
+    if size is not None and not (isinstance(size, list) and len(size) > 2):
+        image_size(size, index.source, f"{component}/config.json")
 
 
 def _plain_guidance(

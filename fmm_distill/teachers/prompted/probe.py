@@ -133,8 +133,9 @@ class PipelineProbe:
         cond = self._embed(_PROMPTS)
         try:
             found = self._null_of(self._record_guided(), cond)
-            if isinstance(found, Conditioning) and not self._is_empty_prompt(found, cond):
-                # Some pipelines have a negative prompt of their own.
+            takes_prompt = "negative_prompt" in inspect.signature(self.pipeline.__call__).parameters
+            if takes_prompt and not (isinstance(found, Conditioning) and self._is_empty_prompt(found, cond)):
+                # Some pipelines have a negative prompt of their own, others have one for the complete batch.
                 found = self._null_of(self._record_guided(empty=True), cond)
         except UserError as error:
             # Unguided students need no empty prompt, of which some tokenizers make no token.
@@ -166,12 +167,7 @@ class PipelineProbe:
         return null.rows(torch.tensor([0]))
 
     def _is_empty_prompt(self, null: Conditioning, cond: Conditioning) -> bool:
-        """Return whether the inputs are those of the empty prompt, or zeros, which some networks learn in their place.
-
-        True too where the pipeline takes no negative prompt.
-        """
-        if "negative_prompt" not in inspect.signature(self.pipeline.__call__).parameters:
-            return True
+        """Return whether the inputs are those of the empty prompt, or zeros, which some networks learn instead."""
         if any(not rows.any() and cond.inputs[name].any() for name, rows in null.inputs.items()):
             return True
         return _is_same(null, self._embed(("",) * len(_PROMPTS)).rows(torch.tensor([0])))

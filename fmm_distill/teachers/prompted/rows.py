@@ -1,4 +1,4 @@
-"""How the rows of the samples are arranged in one argument of a network's call."""
+"""Rows of the samples in one argument of a network's call."""
 
 from __future__ import annotations
 

@@ -19,6 +19,9 @@ import signal
 import sys
 import traceback
 
+# Seconds that a fork may take.
+LIMIT = 1800
+
 
 def redirect(stream: int, file: str) -> None:
     opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -64,6 +67,8 @@ def forked(job: dict, environment: dict[str, str]) -> int:
         redirect(0, os.devnull)
         redirect(1, job["out"])
         redirect(2, job["err"])
+        # Processes that wait for each other are an error, not the end of all tests.
+        signal.alarm(LIMIT)
         os.chdir(job["folder"])
         follow(environment)
         sys.argv = [job["script"], *job["arguments"]]

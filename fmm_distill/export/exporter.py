@@ -83,10 +83,6 @@ class PipelineExporter(Exporter, Protocol):
         """Return the keywords of the same call of the any-step pipeline."""
         ...
 
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the samples in the recorded first arguments of the network's calls."""
-        ...
-
     def start(
         self, call: dict[str, Any], count: int, seed: int
     ) -> tuple[Float[Tensor, "batch *event"], Conditioning | None]:

@@ -127,7 +127,7 @@ def _flow(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> 
     config, name = teacher.scheduler_config, "FlowMatchEulerDiscreteScheduler"
     schedule = cast("FlowMatching", teacher.schedule)
     if config["_class_name"] != name:
-        config = {"num_train_timesteps": schedule.num_timesteps, "shift": schedule.shift}
+        config = {"num_train_timesteps": schedule.time_scale, "shift": schedule.shift}
     if equal_steps is None:
         return _made(name, config, {})
     changes = {"shift_terminal": float(schedule.grid(equal_steps)[-2])}
@@ -143,7 +143,10 @@ def _shift_of_equal_jumps(schedule: FlowMatching, steps: int) -> float | None:
     the stretching makes them equal at the last i. They are equal for every i where their poles are:
     ``c k^2 - (1 - c)(T - 1) k + T - 1 = 0`` for the shift k, T timesteps and ``c = (1 - 1 / shift)(N - 1) / N``.
     """
-    most = schedule.num_timesteps - 1
+    most = schedule.time_scale - 1
+    if most == 0:
+        # The grid of the scheduler is a single level, so that the pipeline has its own.
+        return None
     c = (1 - 1 / schedule.shift) * (steps - 1) / steps
     half = (1 - c) * most / 2
     if (root := half**2 - c * most) < 0:

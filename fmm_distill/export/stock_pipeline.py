@@ -85,7 +85,7 @@ class StockPipelineExporter:
         return {
             "slope": 1.0 if call is None else call.slope,
             "offset": 0.0 if call is None else call.offset,
-            "flip": teacher.schedule.num_timesteps if inverted else None,
+            "flip": cast("FlowMatching", teacher.schedule).time_scale if inverted else None,
             "call": self.pipeline.call | self.pipeline.unguided(),
             "guidance": self.pipeline.guidance,
             "scheduler": settings_of(scheduler),
@@ -233,11 +233,6 @@ class StockPipelineExporter:
         prompt = some[0] if self.pipeline.one_prompt else some
         return own | {"prompt": prompt, "output_type": "latent" if latents else "np"}
 
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the samples in the recorded arguments of the network, without what the pipeline joins to them."""
-        joined = None if self.network_call is None else self.network_call.joined
-        return states if joined is None else joined.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the call without a scale for a student of a range of scales: its default is the teacher's."""
         ranged = self.teacher.guidance is not None and self.teacher.guidance.range is not None
@@ -262,9 +257,7 @@ class StockPipelineExporter:
         else:
             x, cond = self.network_call.sample_of(arguments), self.network_call.conditions_of(arguments, count)
             cond = cond if self.teacher.guidance is None else self.teacher.guidance.at(cond)
-        # Networks may take more than the samples: further rows for guidance, further channels of their condition.
-        x = x[tuple(slice(length) for length in (count, *self.teacher.event_shape))]
-        return x / self._gain_of_start(), cond
+        return x[:count] / self._gain_of_start(), cond
 
     def _gain_of_start(self) -> float:
         """The size of the network's first input; of exploding levels that of the scheduler, preconditioned."""

@@ -108,10 +108,6 @@ class UNet2DExporter:
         """Return the same keywords."""
         return call
 
-    def samples_of(self, states: Float[Tensor, "calls batch *given"]) -> Float[Tensor, "calls batch *event"]:
-        """Return the arguments: they are the samples."""
-        return states
-
     def start(
         self, call: dict[str, Any], count: int, seed: int
     ) -> tuple[Float[Tensor, "batch *event"], Conditioning | None]:

@@ -193,7 +193,6 @@ def _agreements(job: _Job, made: dict[str, Tensor]) -> dict[str, Agreement]:
     found = {}
     for key in dict.fromkeys(name.partition(".")[0] for name in made):
         own = {name.partition(".")[2]: value for name, value in made.items() if name.startswith(f"{key}.")}
-        own["states"] = job.exporter.samples_of(own["states"])
         found[key] = compare(job.export.student, job.exporter.teacher, own, job.times(key), start, job.strength(key))
     return found
 

@@ -18,6 +18,7 @@ from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
+from fmm_distill.teachers.requirements import describe_optional_inputs
 from fmm_distill.training.memory import Memory, forecast_memory, memory_unit
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "shape": " x ".join(map(str, teacher.event_shape)) + _shape_means(teacher),
         "conditioning": _conditions(teacher),
         "network call": _network_call(teacher),
+        **_opened_without(teacher),
         **kinds,
         "exports": _exports(teacher),
         "export test": "not run; use --dry-run with a recipe",
@@ -106,6 +108,12 @@ def _network_call(teacher: Teacher) -> str:
     )
     sign = "" if call.sign > 0 else "; the output is negated"
     return f"network({call.sample}=sample, {call.time}={time}){sign}"
+
+
+def _opened_without(teacher: Teacher) -> dict[str, str]:
+    """Describe what the pipeline can take in addition to prompts, which neither teacher nor student gets."""
+    data = None if teacher.pipeline is None else describe_optional_inputs(teacher.pipeline.class_name)
+    return {} if data is None else {"opened without": f"{data}, which the pipeline can take"}
 
 
 def _scaled(teacher: Teacher, recipe: Recipe) -> dict[str, str]:

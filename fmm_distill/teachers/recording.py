@@ -164,6 +164,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
         raise UserError(
             f"{type(pipeline).__name__}: expected calls of its {component}, got none; try another pipeline class"
         )
+    if not first_only and not recording.steps:
+        raise UserError(
+            f"{type(pipeline).__name__}: expected steps of its scheduler, got none: it steps copies of it, such as one "
+            "per frame (diffusion forcing); try a pipeline with one time for the complete sample"
+        )
     return recording
 
 

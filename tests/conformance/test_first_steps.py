@@ -135,6 +135,24 @@ def test_a_copied_scheduler_is_itself():
     assert pipeline.stepped[0] == 2
 
 
+class OnlyCopies(diffusers.StableDiffusion3Pipeline):
+    """Never steps its own scheduler, as with one time per frame."""
+
+    def __call__(self, *args, **kwargs):
+        own, self.scheduler = self.scheduler, copy.deepcopy(self.scheduler)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.scheduler = own
+
+
+def test_a_pipeline_that_steps_copies_of_its_scheduler():
+    pipeline = OnlyCopies(**FLOWS["sd3"].build().components)
+    call = {**FLOWS["sd3"].call, "prompt": "a cat", "num_inference_steps": 4, "output_type": "latent"}
+    with pytest.raises(UserError, match="OnlyCopies: expected steps of its scheduler, got none: it steps copies"):
+        record(pipeline, "transformer", call | {"guidance_scale": 1.0})
+
+
 def test_what_a_pipeline_changes_in_place_is_recorded_as_it_was():
     class InPlace(diffusers.FlowMatchEulerDiscreteScheduler):
         def step(self, model_output, timestep, sample, **kwargs):

@@ -1,4 +1,4 @@
-"""Run by ``test_scaled_runs`` under torchrun: train students whose weights change with the length of the jump.
+"""Run by ``test_scaled_runs`` on two processes: train students whose weights change with the length of the jump.
 
 split_scaled.py RECIPES.json FOLDER [shard]
 

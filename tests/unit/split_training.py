@@ -1,4 +1,4 @@
-"""Run by ``test_split`` under torchrun: train on two processes, and compare each first gradient with the whole batch's.
+"""Run by ``test_split`` on two processes: train, and compare each first gradient with that of the complete batch.
 
 split_training.py RECIPES.json FOLDER [shard]
 

@@ -32,6 +32,7 @@ def arguments(prompts):
         "lengths": [LENGTHS[name] for name in prompts],
         "sizes": [(8, 8)] * count,
         "ids": torch.arange(2),
+        "rotations": torch.polar(torch.ones(4), torch.arange(4.0)),
         "scale": torch.tensor(2.0),
         "attention": {"kind": "flash"},
         "added_cond_kwargs": {"text_embeds": rows + 1, "resolution": None, "pair": (rows + 3, "text")},
@@ -124,6 +125,7 @@ def test_as_many_shared_rows_as_samples_are_shared(count):
         (lambda p: torch.stack([EMBEDDINGS[name] - EMBEDDINGS[p[0]] for name in p]), "depend on the other prompts"),
         # One value that depends on the prompts.
         (lambda p: EMBEDDINGS[p[0]], "one value of more for all prompts"),
+        (lambda p: torch.polar(torch.ones(2), EMBEDDINGS[p[0]][:2]), "one value of more for all prompts"),
         (lambda p: len(p), "one value of more for all prompts"),
         (lambda p: [(name, 8) for name in p], "one value of more for all prompts"),
     ],

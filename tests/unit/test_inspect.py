@@ -18,6 +18,7 @@ from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
+from tests.tiny import diffusion, flow
 from tests.tiny.diffusion import PIPELINES
 
 TINY = {
@@ -111,3 +112,16 @@ def test_a_scaled_student_of_dance_diffusion_is_trained_and_exported(dance, tmp_
     facts = json.loads((folder / "student.json").read_text())
     assert facts["kind"] == "scaled"
     assert facts["strengths"] == {}
+
+
+def test_what_a_pipeline_can_take_and_a_teacher_does_not_get(tmp_path):
+    """Flux 2 can take images, Stable Diffusion takes prompts alone."""
+    lines = {}
+    for module, name in ((flow, "flux2"), (diffusion, "sd1")):
+        tiny = module.PIPELINES[name]
+        tiny.build().save_pretrained(tmp_path / name, safe_serialization=True)
+        teacher = load_teacher(str(tmp_path / name), call=dict(tiny.call))
+        lines[name] = [
+            line for line in describe_teacher(teacher, parse(TINY, "here")).splitlines() if "can take" in line
+        ]
+    assert lines == {"flux2": ["opened without  an image (image), which the pipeline can take"], "sd1": []}

@@ -18,6 +18,7 @@ SCHEDULES = {
     "flow": FlowMatching(),
     "shifted": FlowMatching(3.0),
     "told before": FlowMatching(6.0, uses_unshifted_time=True),
+    "one timestep": FlowMatching(3.0, 1),
     "angular": Angular(),
 }
 
@@ -100,6 +101,15 @@ def test_what_the_network_is_told_is_what_stock_schedulers_tell_it():
 def test_ends_that_are_none(low, high):
     with pytest.raises(UserError, match="expected 0 < min < max"):
         VarianceExploding(low, high)
+
+
+def test_the_time_of_a_scheduler_with_one_timestep_is_the_level():
+    schedule, plain = FlowMatching(3.0, 1), FlowMatching(3.0, 1000)
+    t = inside(plain)
+    assert schedule.t_min == plain.t_min
+    torch.testing.assert_close(schedule.network_time(t), t)
+    torch.testing.assert_close(1000 * schedule.network_time(t), plain.network_time(t))
+    assert len(schedule.grid(8)) == 9
 
 
 def test_a_shift_that_is_none():

@@ -23,7 +23,11 @@ class FlowMatching:
     of a pipeline that shifts equal steps of s is uniform.
 
     Args:
+        num_timesteps: of the scheduler. With 1 the network's time is t itself, and the smallest time is 1 / 1000.
         uses_unshifted_time: the network's time is s, not t.
+
+    Attributes:
+        time_scale: the network's time at t = 1.
     """
 
     kind = "flow"
@@ -33,9 +37,10 @@ class FlowMatching:
     def __init__(self, shift: float = 1.0, num_timesteps: int = 1000, *, uses_unshifted_time: bool = False) -> None:
         if shift <= 0:
             raise UserError(f"the scheduler's shift is {shift}; expected a number above 0")
-        self.shift, self.num_timesteps, self.uses_unshifted_time = shift, num_timesteps, uses_unshifted_time
+        self.shift, self.uses_unshifted_time = shift, uses_unshifted_time
+        self.time_scale, self.num_timesteps = num_timesteps, num_timesteps if num_timesteps > 1 else 1000
         # Timestep 1, the smallest of the scheduler, before the shift.
-        self.t_min = float(self._shifted(torch.tensor(1 / num_timesteps, dtype=torch.float64)))
+        self.t_min = float(self._shifted(torch.tensor(1 / self.num_timesteps, dtype=torch.float64)))
 
     def _shifted(self, s: Tensor) -> Tensor:
         return self.shift * s / (1 + (self.shift - 1) * s)
@@ -55,10 +60,10 @@ class FlowMatching:
         return self.shift / (self.shift - (self.shift - 1) * t.double()).square()
 
     def network_time(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Return ``num_timesteps`` times t, or times the time before the shift."""
+        """Return ``time_scale`` times t, or times the time before the shift."""
         # No smaller time was trained.
         t = t.double().clamp_min(self.t_min)
-        return (self.warp(t) if self.uses_unshifted_time else t) * self.num_timesteps
+        return (self.warp(t) if self.uses_unshifted_time else t) * self.time_scale
 
     def alpha_sigma(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         """Return ``1 - t`` and ``t``."""

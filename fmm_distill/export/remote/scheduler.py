@@ -347,9 +347,10 @@ def _ends(flow_map: dict, name: str, total: int) -> tuple[float, float]:
         return 0, total - 1
     if kind == "exploding":
         return flow_map["sigma_min"], flow_map["sigma_max"]
+    # With one timestep the network's time is the level itself, and the student's smallest one is 1 / 1000.
+    first = 1 / (total if total > 1 else 1000)
     if name == "sigmas":
-        return 1 / total, 1
-    first = 1 / total
+        return first, 1
     if not flow_map["unshifted_time"]:
         first = flow_map["shift"] * first / (1 + (flow_map["shift"] - 1) * first)
     return total * first, total

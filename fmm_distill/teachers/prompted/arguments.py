@@ -50,13 +50,13 @@ class ArgumentLayout:
     ``added_cond_kwargs.text_embeds``, ``text_encoder_layers.0``.
 
     Attributes:
-        own: names of the sample and of the time, which are no conditions.
+        own: names of the sample and of the times, which are no conditions.
         rows: by path, how the rows of the samples are arranged.
         containers: types of the dictionaries, lists and tuples that hold rows, by path.
         fixed: paths of the tensors that all samples share.
     """
 
-    own: tuple[str, str]
+    own: tuple[str, ...]
     rows: Mapping[str, AnyRows] = field(default_factory=dict)
     containers: Mapping[str, type] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
@@ -119,11 +119,11 @@ class ArgumentLayout:
         return arguments
 
 
-def read_layout(probes: Probes, own: tuple[str, str], source: str) -> ArgumentLayout:
+def read_layout(probes: Probes, own: tuple[str, ...], source: str) -> ArgumentLayout:
     """Find the rows of the samples in the arguments of a call.
 
     Args:
-        own: names of the sample and of the time.
+        own: names of the sample and of the times.
         source: the id or folder of the pipeline, for messages.
 
     Raises:
@@ -153,8 +153,9 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal up to the rounding of a text encoder."""
     if one.shape != other.shape:
         return False
-    # Masks may be boolean in one call and integers in another.
-    a, b = one.double(), other.double()
+    # Masks may be boolean in one call and integers in another; rotations are complex.
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    a, b = one.to(wide), other.to(wide)
     return bool(((a - b).abs() <= _TOLERANCE * b.abs().max()).all()) if a.numel() else True
 
 

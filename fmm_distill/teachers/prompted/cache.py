@@ -25,6 +25,8 @@ __all__ = ["CHUNK", "cache_file", "embed_all"]
 
 # Prompts per call of the text encoders: the memory of their activations must not grow with the number of prompts.
 CHUNK = 64
+# Components on which embeddings don't depend. A text encoder may have any name.
+_NO_ENCODERS = ("unet", "transformer", "scheduler", "vae", "vq", "movq", "safety_checker", "watermarker", "guider")
 # Changes where rows of the same prompts are stored otherwise: files of another number are not read.
 _FORMAT = 2
 
@@ -32,12 +34,10 @@ _FORMAT = 2
 def cache_file(index: PipelineIndex, prompts: Sequence[str], call: dict[str, str]) -> Path:
     """Return the file for the embeddings of these prompts, in a folder next to the Hub's cache.
 
-    Its name is a digest of all that the embeddings depend on: the pipeline, the files of its text encoders, the prompts
-    and the keywords of the call.
+    Its name is a digest of all that the embeddings depend on: the pipeline, the files of its encoders, the prompts and
+    the keywords of the call.
     """
-    folders = [
-        index.folder / name for name in index.components if name.startswith(("text_", "tokenizer", "projection"))
-    ]
+    folders = [index.folder / name for name in index.components if not name.startswith(_NO_ENCODERS)]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     # Size and time of change instead of the content, which may be tens of gigabytes.
     marks = [(str(path.relative_to(index.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.arguments import ArgumentLayout
 from fmm_distill.teachers.prompted.joined import find_joined
@@ -26,6 +27,8 @@ __all__ = ["RecordedCall", "crop_to", "is_near", "read_call", "scheduler_times"]
 
 # Names of a network's time argument in diffusers.
 _TIME_NAMES = ("timestep", "timesteps", "t")
+# Names of the end of a jump, in networks that are maps or can be trained as one.
+_SECOND_TIMES = ("timestep_r", "r_timestep")
 # Largest difference between an output and the pipeline's own, relative to the largest value: rounding of a deep network
 # in float32, whose sums may run in another order.
 _TOLERANCE = 1e-4
@@ -44,6 +47,7 @@ class RecordedCall:
         listed: the network takes a list of samples and returns one.
         layout: which parts of the other arguments are rows of the samples.
         joined: what the pipeline joins to the sample before the call; None: nothing.
+        second_time: the name of a second time, which is always equal to the first; None: there is none.
     """
 
     sample: str
@@ -54,6 +58,7 @@ class RecordedCall:
     listed: bool = False
     layout: ArgumentLayout = field(default_factory=lambda: ArgumentLayout(("", "")))
     joined: JoinedPart | None = None
+    second_time: str | None = None
 
     def __call__(
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
@@ -62,6 +67,8 @@ class RecordedCall:
         arguments = self.layout.join(cond, h, len(x))
         given = x if self.joined is None else self.joined.join(x, arguments)
         arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: self._network_time(time)}
+        if self.second_time is not None:
+            arguments[self.second_time] = arguments[self.time]
         return self.sign * crop_to(tensor_of(network(**arguments)), x)
 
     def sample_of(self, arguments: Mapping[str, Any]) -> Tensor:
@@ -108,32 +115,47 @@ def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> Recorded
             f"{source}: expected a time argument named {', '.join(_TIME_NAMES)}, got {', '.join(first)}; write an "
             "adapter for it (docs/add-a-teacher.md)"
         )
-    if any(first.get(name) is not None for name in ("timestep_r", "r_timestep")):
+    second = next((name for name in _SECOND_TIMES if first.get(name) is not None), None)
+    if second is not None and not all(torch.equal(*_times(call.arguments, time, second)) for call in recording.calls):
         raise UserError(
-            f"{source}: expected a network with one time, got one with a second; try the model that it was distilled "
-            "from"
+            f"{source}: expected a network with one time, got one with a second ({second}), which its pipeline sets to "
+            "the end of each step; try the model that it was distilled from"
         )
     calls, steps = len(recording.calls), len(recording.steps)
     if calls != steps:
+        # A scheduler that is stepped twice gives an estimate of the data, from which the pipeline makes the output.
+        reason = " (its pipeline preconditions the network itself)" if calls < steps else ""
         raise UserError(
-            f"{source}: expected one network call per step, got {calls} calls in {steps} steps; write an adapter for "
-            "it (docs/add-a-teacher.md)"
+            f"{source}: expected one network call per step, got {calls} calls in {steps} steps{reason}; write an "
+            "adapter for it (docs/add-a-teacher.md)"
         )
     times = torch.tensor([_first_time(call.arguments[time]) for call in recording.calls])
     own = scheduler_times(recording, spec)
-    slope, offset = _fit_line(own, times.double(), spec.schedule.num_timesteps, source)
+    slope, offset = _fit_line(own, times.double(), _time_scale(spec), source)
     joined = find_joined(recording, sample, source)
     x = tensor_of(first[sample])
     sign = _sign_of_output(recording, x if joined is None else joined.head(x), source)
     # The velocity of an inverted scheduler runs from noise to data.
     sign = -sign if spec.inverted else sign
-    return RecordedCall(sample, time, slope, offset, sign, isinstance(first[sample], list), joined=joined)
+    return RecordedCall(
+        sample, time, slope, offset, sign, isinstance(first[sample], list), joined=joined, second_time=second
+    )
+
+
+def _times(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(arguments[name]).flatten() for name in names)
 
 
 def scheduler_times(recording: Recording, spec: ScheduleSpec) -> Tensor:
     """Return the schedule's times at the recorded steps, as its scheduler counts them."""
     own = torch.tensor([step.timestep for step in recording.steps], dtype=torch.float64)
-    return spec.schedule.num_timesteps - own if spec.inverted else own
+    return _time_scale(spec) - own if spec.inverted else own
+
+
+def _time_scale(spec: ScheduleSpec) -> int:
+    """Return the largest time of the scheduler."""
+    schedule = spec.schedule
+    return schedule.time_scale if isinstance(schedule, FlowMatching) else schedule.num_timesteps
 
 
 def _sign_of_output(recording: Recording, x: Tensor, source: str) -> float:
@@ -156,6 +178,10 @@ def _first_time(time: Any) -> float:  # noqa: ANN401 any time argument
     return float(torch.as_tensor(time).flatten()[0])
 
 
+def _shown(times: Tensor) -> str:
+    return ", ".join(f"{float(time):.4g}" for time in times)
+
+
 def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[float, float]:
     """Return slope and offset of the network's times over the scheduler's, as plain numbers where these fit."""
     # Some pipelines divide by the number of timesteps of their scheduler, some by 1000 whatever that number is.
@@ -169,7 +195,7 @@ def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[
     offset = float(times[0] - slope * own[0])
     if not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
         raise UserError(
-            f"{source}: expected network times on a line over the scheduler's {own.tolist()}, got {times.tolist()}; "
-            "write an adapter for it (docs/add-a-teacher.md)"
+            f"{source}: expected network times on a line over the scheduler's {_shown(own)}, got {_shown(times)}: its "
+            "pipeline makes times of its own, as preconditioning does; write an adapter for it (docs/add-a-teacher.md)"
         )
     return slope, offset

@@ -18,52 +18,69 @@ __all__ = ["join_recordings"]
 def join_recordings(singles: Sequence[Recording]) -> Recording:
     """Return the recording that a batch would have: the samples of the runs one after the other.
 
+    With guidance a network may be called with several rows per sample: first those without the prompts, then those with
+    them, as a batch has them.
+
     Args:
         singles: runs with one sample each, of the same number of steps.
 
     Raises:
-        UserError: if an argument has neither one row per sample nor one value for all.
+        UserError: if an argument has neither the rows of the samples nor one value for all.
     """
     first = singles[0]
     joined = Recording(mu=first.mu, sigmas=first.sigmas, grids=first.grids)
     for calls in zip(*(one.calls for one in singles), strict=True):
+        # The network did not run in a recording of the first call alone, which is one without guidance.
+        rows = max(1, len(calls[0].output))
         names = dict.fromkeys(name for call in calls for name in call.arguments)
-        arguments = {name: _join(name, [call.arguments.get(name) for call in calls]) for name in names}
-        joined.calls.append(NetworkCall(arguments, torch.cat([call.output for call in calls])))
+        arguments = {name: _join(name, [call.arguments.get(name) for call in calls], rows) for name in names}
+        joined.calls.append(NetworkCall(arguments, _interleaved([call.output for call in calls], rows)))
     for steps in zip(*(one.steps for one in singles), strict=True):
         output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
         joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))
     return joined
 
 
-def _join(name: str, values: list[Any]) -> Any:  # noqa: ANN401 any argument of a network
-    """Return one argument of a batch."""
+def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network
+    """Return one argument of a batch.
+
+    Args:
+        rows: per sample.
+    """
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise _mixed(name)
     if isinstance(first, torch.Tensor):
-        return _join_tensors(name, values)
+        return _join_tensors(name, values, rows)
     if isinstance(first, dict):
-        return {key: _join(f"{name}.{key}", [value.get(key) for value in values]) for key in first}
+        return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows) for key in first}
     if isinstance(first, list | tuple):
-        several = [_join(f"{name}.{i}", list(items)) for i, items in enumerate(zip(*values, strict=True))]
-        items = [item for value in values for item in value] if len(first) == 1 else several
+        if len(first) == rows:
+            items = [value[i] for i in range(rows) for value in values]
+        else:
+            parts = zip(*values, strict=True)
+            items = [_join(f"{name}.{i}", list(part), rows) for i, part in enumerate(parts)]
         return items if isinstance(first, list) else tuple(items)
     return first
 
 
-def _join_tensors(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor:
     first, shapes = values[0], {value.shape[1:] for value in values}
-    if all(value.ndim > 0 and len(value) == 1 for value in values):
+    if all(value.ndim > 0 and len(value) == rows for value in values):
         if len(shapes) > 1:
             raise UserError(
                 f"expected inputs of one length from a pipeline that takes one prompt at a time, got several in {name};"
                 " try prompts of one length"
             )
-        return torch.cat(values)
+        return _interleaved(values, rows)
     if not all(value.shape == first.shape and torch.equal(value, first) for value in values):
         raise _mixed(name)
     return first
+
+
+def _interleaved(values: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """Return the first rows of all samples, then their second ones, and so on."""
+    return torch.cat([value[i : i + 1] for i in range(rows) for value in values])
 
 
 def _mixed(name: str) -> UserError:

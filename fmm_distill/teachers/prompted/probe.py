@@ -246,7 +246,8 @@ class PipelineProbe:
         """Compare the arguments of other prompts, in another order and of another number."""
         a, b = _PROMPTS
         probes = Probes(*(self._first_arguments(prompts) for prompts in ((a, b), (b, a), (a, b, _THIRD_PROMPT))))
-        return read_layout(probes, (self.call.sample, self.call.time), self.source)
+        own = (self.call.sample, self.call.time, self.call.second_time or "")
+        return read_layout(probes, own, self.source)
 
     def _sign_of_first_step(self) -> float:
         """Return the factor of the network's output with which our Euler step is the pipeline's.
@@ -315,7 +316,9 @@ def _uses_unshifted_time(recording: Recording, timesteps: int) -> bool:
     """Return whether the timesteps of a flow model are those before its scheduler's shift."""
     pairs = list(zip(recording.sigmas, recording.steps, strict=False))
     # The first step is left out: shifted and unshifted time are both 1 there.
-    return bool(pairs) and any(abs(step.timestep - timesteps * sigma) > _ROUNDING for sigma, step in pairs[1:])
+    # The time of a scheduler with one timestep is the level itself, not rounded.
+    tolerance = _ROUNDING if timesteps > 1 else _ROUNDING / 1000
+    return bool(pairs) and any(abs(step.timestep - timesteps * sigma) > tolerance for sigma, step in pairs[1:])
 
 
 def _shift(recording: Recording, config: Any) -> float | None:  # noqa: ANN401 a diffusers configuration

@@ -37,16 +37,17 @@ _SETTINGS = (
 )
 
 
-def distill(folder: Path, call: dict[str, Any], output: Path, steps: tuple[int, ...]) -> dict[str, Any]:
+def distill(folder: Path, call: dict[str, Any], output: Path, steps: tuple[int, ...], student: str) -> dict[str, Any]:
     """Run ``fmm-distill`` in this process, and return its exit code and what its verification found.
 
     Args:
         steps: of the exported pipelines.
+        student: the kind of the student, ``scaled`` or ``embedded``.
     """
     from fmm_distill.cli import main
 
     install_guard(folder)
-    settings = [*_SETTINGS, f"export.steps={list(steps)}"]
+    settings = [*_SETTINGS, f"export.steps={list(steps)}", f"student.kind={student}"]
     if has_text(folder):
         prompts = output.with_suffix(".prompts.txt")
         prompts.write_text("\n".join(PROMPTS[:2]) + "\n", encoding="utf-8")

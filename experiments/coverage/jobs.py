@@ -57,7 +57,12 @@ def run_forked(work: Callable[[], dict[str, Any]], seconds: float, log: Path) ->
         pid = os.fork()
     if pid == 0:
         _run_child(work, log, result)
-    status = _wait(pid, start + seconds)
+    try:
+        status = _wait(pid, start + seconds)
+    except BaseException:
+        # An interrupt of the parent ends the child too.
+        _end(pid)
+        raise
     took = round(time.monotonic() - start, 1)
     if status is None:
         return Outcome(None, f"no end within {seconds:g} s", "", took)
@@ -107,6 +112,11 @@ def _wait(pid: int, deadline: float) -> int | None:
         if done:
             return status
         time.sleep(_POLL)
+    _end(pid)
+    return None
+
+
+def _end(pid: int) -> None:
+    """End a child and all that it started."""
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return None

@@ -43,7 +43,7 @@ def _entry(row: Row) -> Entry:
     result, reason = _result(row)
     return Entry(
         key=row["key"],
-        kind=kind_of(pipeline, build.get("parameters") or parameters_of(pipeline)),
+        kind=kind_of(pipeline, build.get("parameters") or parameters_of(pipeline) or ("prompt",)),
         pipeline=pipeline,
         result=result,
         reason=_short(reason),
@@ -88,14 +88,16 @@ def is_right(name: str, value: float | str) -> bool:
 
 
 def _notes(row: Row) -> list[str]:
-    build, found = row.get("build", {}), row.get("open", {})
+    build, found, distilled = (row.get(stage, {}) for stage in ("build", "open", "distill"))
     if "event_shape" not in found:
         return []
     notes = []
     if any(name in build["parameters"] for name in _IMAGES):
         notes.append("opens as a pipeline from prompts alone: the student never sees a reference")
-    if row.get("distill", {}).get("steps") == [2, 4]:
+    if distilled.get("steps") == [2, 4]:
         notes.append("its stock pipeline does not run with one step")
+    if distilled.get("student") == "embedded":
+        notes.append("distilled as an embedded student: its stock grid has jumps of different lengths")
     return notes
 
 
@@ -147,7 +149,8 @@ def markdown(
 
 def _totals(entries: Sequence[Entry], earlier: Sequence[Entry]) -> list[str]:
     counts, before = totals(entries), totals(earlier)
-    columns = ("classes", *RESULTS, "wrong")
+    # Rows that have not run are those of an unfinished page.
+    columns = ("classes", *(name for name in RESULTS if name != "not run" or counts["all"][name]), "wrong")
     titles = [*columns[:-1], "opened with a wrong check", *(["opened before, distilled before"] if before else [])]
     lines = [f"| kind | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for kind, count in counts.items():

@@ -121,7 +121,7 @@ class _Tokenizers:
             # The repository's name has this spelling.
             (("hunyaunvideo",), self.tiny.hunyuan_video_tokenizer),
             (("t5",), self.tiny.t5_tokenizer),
-            (("qwen",), self.qwen),
+            (("qwen", "cosmos3"), self.qwen),
             (("gemma3", "gemma-3"), self.gemma),
             (("gemma",), self.tiny.gemma_tokenizer),
             (("bert",), self.tiny.bert_tokenizer),
@@ -273,6 +273,9 @@ def _processor(name: str, cls: type, tokenizers: _Tokenizers) -> Any:
     text, kind = f"{name} {cls.__name__}".lower(), cls.__name__
     if "qwen" in text:
         return _qwen_processor(kind, tokenizers.qwen())
+    if kind == "GlmImageProcessor":
+        images = transformers.GlmImageImageProcessor()
+        return transformers.GlmImageProcessor(image_processor=images, tokenizer=tokenizers.tiny.glm_tokenizer())
     if kind == "ClapFeatureExtractor":
         return transformers.ClapFeatureExtractor(hop_length=7900)
     if "mistral" in text:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -140,24 +140,45 @@ def test_again_opens_and_builds_nothing(checkout, opened, tmp_path):
         coverage.run(["open"], "NoSuchClass")
 
 
+@pytest.fixture
+def distilled(checkout, opened, tmp_path, monkeypatch):
+    """The function that distills a class whose command does what the test gives, and returns its row of the page."""
+    # A copy of the record, to which each test adds its row.
+    shutil.copy(opened / "rows.jsonl", tmp_path)
+    (tmp_path / "pipelines").symlink_to(opened / "pipelines")
+
+    def run(command):
+        monkeypatch.setattr(distilling, "distill", command)
+        coverage = rows.Coverage(checkout, tmp_path)
+        coverage.run(["distill"], "DDIMFastTests")
+        [entry] = [entry for entry in entries_of(coverage.rows.values()) if entry["key"].endswith("DDIMFastTests")]
+        return entry
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("code", "passed", "result"), [(0, True, "distilled"), (2, False, "opened"), (0, False, "opened")]
 )
-def test_a_distilled_class_has_a_verified_export(checkout, opened, monkeypatch, code, passed, result):
-    def distill(folder, call, output, steps):
+def test_a_distilled_class_has_a_verified_export(distilled, code, passed, result):
+    def command(folder, call, output, steps, student):
         assert folder.is_dir()
+        assert (steps, student) == ((1, 4), "scaled")
         print("step 1\nexpected this, got that; try more", file=sys.stderr)
         return {"code": code, "passed": passed}
 
-    monkeypatch.setattr(distilling, "distill", distill)
-    coverage = rows.Coverage(checkout, opened)
-    coverage.run(["distill"], "DDIMFastTests")
-    [entry] = [entry for entry in entries_of(coverage.rows.values()) if entry["key"].endswith("DDIMFastTests")]
-    assert entry["result"] == result
-    assert entry["reason"] == ("" if passed else "expected this, got that; try more")
-    # Removed from the record, for the next case.
-    kept = [line for line in coverage._file.read_text().splitlines() if "distill" not in json.loads(line)]
-    coverage._file.write_text("\n".join(kept) + "\n")
+    entry = distilled(command)
+    assert (entry["result"], entry["reason"]) == (result, "" if passed else "expected this, got that")
+
+
+def test_an_embedded_student_is_distilled_where_the_tool_advises_it(distilled):
+    def command(folder, call, output, steps, student):
+        print("error: expected equal jumps; try student.kind: embedded", file=sys.stderr)
+        return {"code": 0, "passed": True} if student == "embedded" else {"code": 2, "passed": False}
+
+    entry = distilled(command)
+    assert entry["result"] == "distilled"
+    assert [note for note in entry["notes"] if note.startswith("distilled as an embedded student")]
 
 
 def test_a_job_returns_its_value_its_error_or_its_end(tmp_path):
@@ -230,7 +251,10 @@ def test_the_page_has_every_row_and_sums(tmp_path):
             row("CPipeline", open=refusal),
             row("DPipeline", open={"error": "AssertionError: odd"}),
             row("EEditPipeline", ("prompt", "image"), open=opening(), distill=passed | {"steps": [2, 4]}),
-            {"key": "tests/pipelines/a/test_a.py::FFastTests", "build": {"error": "ImportError: cv2"}},
+            {
+                "key": "tests/pipelines/a/test_a.py::FFastTests",
+                "build": {"tested": "FPipeline", "error": "ImportError: cv2"},
+            },
             {"key": "tests/pipelines/a/test_a.py::GSlowTests", "build": {"skipped": True}},
         ]
     )

@@ -220,7 +220,9 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
     if name not in audio.PIPELINES and name not in ("stable-audio", "ace-step"):
         assert images.shape[1] == 3
         assert images.abs().max() <= 1
-    assert (teacher.codec.decode(torch.ones(1, *teacher.event_shape)) - images[:1]).abs().max() > 1e-4
+    other = teacher.codec.decode(torch.ones(1, *teacher.event_shape))
+    # A vocoder with random weights is almost silent.
+    assert (other - images[:1]).abs().max() > 1e-4 * images.abs().max()
 
 
 @pytest.mark.parametrize(

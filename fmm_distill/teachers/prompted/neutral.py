@@ -26,6 +26,7 @@ _NEUTRAL: dict[str, float | bool] = {
     "audio_stg_scale": 0.0,
     "modality_scale": 1.0,
     "audio_modality_scale": 1.0,
+    "audio_guidance_scale": 1.0,
     # These change its result.
     "guidance_rescale": 0.0,
     "audio_guidance_rescale": 0.0,

@@ -16,13 +16,13 @@ from fmm_distill.export.load import load_student
 from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
-from fmm_distill.export.verify import Exported, verify_all
+from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.student.lora import default_targets
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
-from tests.conformance.test_prompted import FAMILIES, PROMPTS
+from tests.conformance.test_prompted import FAMILIES, PROMPTS, SLOW
 from tests.tiny.diffusion import PIPELINES
 
 STEPS = (1, 4)
@@ -45,7 +45,7 @@ def opened(name, folder):
     if name in UNPROMPTED:
         PIPELINES[name].build().save_pretrained(folder)
         return load_teacher(str(folder))
-    tiny = FAMILIES[name]
+    tiny = (FAMILIES | SLOW)[name]
     tiny.build().save_pretrained(folder, safe_serialization=True)
     return load_teacher(str(folder), prompts=PROMPTS, call=dict(tiny.call))
 
@@ -70,6 +70,17 @@ def test_folded_and_any_step_pipelines_agree_with_the_sampler(exports, name):
     kinds = ("any",) if export.exporter.not_fixed else ("any", "folded")
     assert sorted(differences) == sorted(f"{kind}-{n}" for kind in kinds for n in export.steps)
     assert all(one.passed for one in differences.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_pipelines_of_other_layouts_agree_with_the_sampler(tmp_path, name):
+    teacher = opened(name, tmp_path / "teacher")
+    student = moved(Student.from_teacher(teacher))
+    folder = export_pipeline(student, teacher, tmp_path / "student", STEPS)
+    found = verify(Exported(student, exporter_of(teacher), folder, STEPS))
+    assert sorted(found) == ["any-1", "any-4", "folded-1", "folded-4"]
+    assert all(one.passed for one in found.values())
 
 
 @torch.no_grad()

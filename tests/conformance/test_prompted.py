@@ -33,8 +33,8 @@ FAMILIES = {
 }
 # Opened in the same way, and slower.
 SLOW = layouts.PIPELINES
-# Their pipelines renormalize the guided answer at any setting, or have no guidance by two answers.
-UNGUIDED = {"qwen-image", "flux2"}
+# Their pipelines renormalize the guided output at any setting, pass other inputs with guidance, or have none.
+UNGUIDED = {"qwen-image", "longcat-image", "flux2"}
 # Differences of their outputs in float32 jump: positions in bfloat16, and experts that are chosen by rank.
 STEEP = {"kandinsky5", "hidream"}
 PROMPTS = ("a cat", "two dogs in the snow")

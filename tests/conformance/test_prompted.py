@@ -33,7 +33,7 @@ FAMILIES = {
 }
 # Opened in the same way, and slower.
 SLOW = layouts.PIPELINES
-# Their pipelines renormalize the guided answer at any setting, or have no guidance by two answers.
+# Their pipelines renormalize or project the guided output at any setting, or have no guidance by two outputs.
 UNGUIDED = {"qwen-image", "flux2", "ace-step"}
 # Differences of their outputs in float32 jump: positions in bfloat16, and experts that are chosen by rank.
 STEEP = {"kandinsky5", "hidream"}

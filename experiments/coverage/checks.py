@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from diffusers.guiders.guider_utils import BaseGuidance
 
 from experiments.coverage.stepping import first_order, record_run
 from fmm_distill.student.scaled import ScaledWeights
@@ -46,11 +47,12 @@ def compare_steps(teacher: Teacher, folder: Path) -> float | str:
     if scheduler is None:
         return f"no stock scheduler of first order has the noise levels of {type(pipeline.scheduler).__name__}"
     pipeline.scheduler = scheduler
-    cond = teacher.first_conditions(2)
+    count = _prompts_of_call(teacher)
+    cond = teacher.first_conditions(count)
     own = teacher.parametrization.call
     component = "transformer" if hasattr(pipeline, "transformer") else "unet"
     run = record_run(pipeline, component, getattr(own, "sample", "sample"), _call(teacher, RUN_STEPS))
-    shape = (2, *teacher.event_shape)
+    shape = (count, *teacher.event_shape)
     # A pipeline may step a second stream, such as sound, which is no part of the teacher's event.
     size = torch.Size(shape).numel()
     steps = [step for step in run.steps if step.x.numel() == size]
@@ -62,7 +64,7 @@ def compare_steps(teacher: Teacher, folder: Path) -> float | str:
         if x is None:
             return "its scheduler steps samples of another layout"
         with torch.no_grad():
-            v = teacher.velocity(x, torch.full((2,), step.t, dtype=torch.float64), cond)
+            v = teacher.velocity(x, torch.full((count,), step.t, dtype=torch.float64), cond)
         made = x + (step.r - step.t) * v
         same = made.shape == step.end.shape
         # The same numbers in another layout are compared in order of their size.
@@ -125,9 +127,12 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def open_stock(folder: Path) -> Any:
-    """Open a pipeline with diffusers alone."""
+    """Open a pipeline with diffusers alone, with its guiders turned off."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    for part in vars(pipeline).values():
+        if isinstance(part, BaseGuidance):
+            part.disable()
     return pipeline
 
 
@@ -143,8 +148,13 @@ def runs_with(teacher: Teacher, folder: Path, steps: int) -> bool:
     return True
 
 
+def _prompts_of_call(teacher: Teacher) -> int:
+    """Return the number of samples of a call: two, or one for a pipeline that takes no list of prompts."""
+    return 1 if teacher.pipeline is not None and teacher.pipeline.one_prompt else 2
+
+
 def _call(teacher: Teacher, steps: int) -> dict[str, Any]:
-    """Return the keywords of the stock pipeline's call for the first two conditions, without guidance."""
+    """Return the keywords of the stock pipeline's call for the first conditions, without guidance."""
     call: dict[str, Any] = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
     stock, conditions = teacher.pipeline, teacher.conditions
     if stock is None or conditions is None:
@@ -153,4 +163,4 @@ def _call(teacher: Teacher, steps: int) -> dict[str, Any]:
     names = [conditions.names[index % len(conditions.names)] for index in range(2)]
     if conditions.noun == "classes":
         return call | {"class_labels": [int(name) for name in names]}
-    return call | {"prompt": names, "output_type": "latent"}
+    return call | {"prompt": names[0] if stock.one_prompt else names, "output_type": "latent"}

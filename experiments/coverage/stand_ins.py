@@ -273,9 +273,6 @@ def _processor(name: str, cls: type, tokenizers: _Tokenizers) -> Any:
     text, kind = f"{name} {cls.__name__}".lower(), cls.__name__
     if "qwen" in text:
         return _qwen_processor(kind, tokenizers.qwen())
-    if kind == "GlmImageProcessor":
-        images = transformers.GlmImageImageProcessor()
-        return transformers.GlmImageProcessor(image_processor=images, tokenizer=tokenizers.tiny.glm_tokenizer())
     if kind == "ClapFeatureExtractor":
         return transformers.ClapFeatureExtractor(hop_length=7900)
     if "mistral" in text:

@@ -86,12 +86,13 @@ def record_run(pipeline: Any, component: str, sample: str, call: dict[str, Any])
         sample: the name of the network's sample argument.
     """
     run, network = Run(), getattr(pipeline, component)
-    original = type(pipeline.scheduler)
+    owner = type(pipeline.scheduler)
+    original = owner.step
 
-    @functools.wraps(original.step)
+    @functools.wraps(original)
     def step(scheduler: Any, *args: Any, **given: Any) -> Any:
         start = (args[2] if len(args) > 2 else given["sample"]).clone()
-        made = original.step(scheduler, *args, **given)
+        made = original(scheduler, *args, **given)
         timestep = args[1] if len(args) > 1 else given["timestep"]
         t, r, scales = _levels(scheduler, timestep)
         end = made[0] if isinstance(made, tuple) else made.prev_sample
@@ -102,15 +103,16 @@ def record_run(pipeline: Any, component: str, sample: str, call: dict[str, Any])
         value = given.get(sample, args[0] if args else None)
         run.samples.append(torch.stack(list(value)) if isinstance(value, list) else value.clone())
 
-    # A class and no replaced method: pipelines copy their scheduler, and a copied method would step the original.
-    pipeline.scheduler.__class__ = type(original.__name__, (original,), {"step": step})
+    # Of the class, since pipelines copy their scheduler: a method of the object would step the original. No subclass,
+    # since some pipelines compare the class.
+    owner.step = step
     hook = network.register_forward_pre_hook(before, with_kwargs=True)
     try:
         with torch.no_grad():
             pipeline(**call)
     finally:
         hook.remove()
-        pipeline.scheduler.__class__ = original
+        owner.step = original
     return run
 
 

@@ -216,7 +216,9 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
     images = teacher.codec.decode(torch.zeros(2, *teacher.event_shape))
     assert len(images) == 2
     assert images.isfinite().all()
-    if name != "stable-audio":
+    if images.ndim == 3:
+        assert images.shape[1] == (2 if name == "stable-audio" else 1)
+    else:
         assert images.shape[1] == 3
         assert images.abs().max() <= 1
     assert (teacher.codec.decode(torch.ones(1, *teacher.event_shape)) - images[:1]).abs().max() > 1e-4

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.coverage.stand_ins import install
+from experiments.coverage.stand_ins import NotHereError, install
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, 
     test = test_class()
     torch.manual_seed(0)
     pipeline = test.pipeline_class(**test.get_dummy_components())
+    _check_head(pipeline)
     _grow_embeddings(pipeline)
     _make_distinct(pipeline)
     shutil.rmtree(folder, ignore_errors=True)
@@ -58,6 +59,17 @@ def _import_from(checkout: Path) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     sys.path.insert(0, str(checkout))
+
+
+def _check_head(pipeline: Any) -> None:
+    """Refuse a test that passes a language model's logits as embeddings.
+
+    Its network has as many inputs as the language model has tokens, so that no tokenizer with letters fits. Published
+    pipelines have the encoder alone.
+    """
+    if type(getattr(pipeline, "text_encoder", None)).__name__ == "Gemma2ForCausalLM":
+        size = pipeline.text_encoder.config.vocab_size
+        raise NotHereError(f"a tokenizer of {size} tokens, whose logits are the embeddings, has no local stand-in")
 
 
 def _grow_embeddings(pipeline: Any) -> None:

@@ -10,6 +10,7 @@ from experiments.coverage.guard import install_guard
 from experiments.coverage.jobs import grown_mib
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import find_index, load_teacher
+from fmm_distill.teachers.requirements import takes_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ __all__ = ["has_text", "open_and_check"]
 
 def has_text(folder: Path) -> bool:
     """Return whether the tool opens a folder with prompts."""
-    return any(name.startswith(("text_encoder", "bert")) for name in find_index(str(folder)).components)
+    return takes_prompts(find_index(str(folder)))
 
 
 def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _result(row: Row) -> tuple[str, str]:
     if "event_shape" not in found:
         return ("crashed", found["error"]) if found else ("not run", "")
     if not distilled:
-        return "opened", ""
+        return "opened", "not distilled yet"
     if "error" in distilled:
         return "opened", distilled["error"]
     return "distilled", ""

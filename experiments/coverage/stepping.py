@@ -67,7 +67,10 @@ def first_order(scheduler: Any) -> Any | None:
     if config.get("use_flow_sigmas"):
         return _Flow(num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift", 1.0))
     if "sigma_data" in config:
-        return diffusers.EDMEulerScheduler.from_config(config)
+        made = diffusers.EDMEulerScheduler.from_config(config)
+        # The cosine scheduler of Stable Audio passes another function of the noise level to the network.
+        one = torch.ones(1)
+        return made if torch.equal(made.precondition_noise(one), scheduler.precondition_noise(one)) else None
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     video = type(scheduler).__name__.startswith("CogVideoX")

@@ -316,6 +316,13 @@ def test_a_network_that_mixes_its_samples_is_a_wrong_order(teacher):
     assert checks.compare_batches(wrong, pytest.fail) > 1e-2
 
 
+class CosineTime(diffusers.EDMDPMSolverMultistepScheduler):
+    """As the cosine scheduler of Stable Audio, which needs another package."""
+
+    def precondition_noise(self, sigma):
+        return sigma.atan() * 2 / torch.pi
+
+
 def test_solvers_are_compared_at_first_order():
     made = first_order(DPMSolverMultistepScheduler(num_train_timesteps=100, prediction_type="v_prediction"))
     assert isinstance(made, DDIMScheduler)
@@ -326,4 +333,6 @@ def test_solvers_are_compared_at_first_order():
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     )
     assert isinstance(flow, FlowMatchEulerDiscreteScheduler)
+    assert type(first_order(diffusers.EDMDPMSolverMultistepScheduler())) is diffusers.EDMEulerScheduler
+    assert first_order(CosineTime()) is None
     assert flow.config.shift == 3

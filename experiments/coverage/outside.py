@@ -36,6 +36,12 @@ OUTSIDE = (
         "An event of several tensors on one time axis, in the losses, the export and the any-step pipeline.",
     ),
     (
+        "Cosmos 3 Omni",
+        "One packed sequence of text, video, sound and action tokens: the network has no sample argument with a row per "
+        "sample, and a time per kind of tokens.",
+        "A network call that packs a batch, and an event of several tensors as above.",
+    ),
+    (
         "LLaDA 2, DiffusionGemma",
         "Discrete diffusion: tokens are unmasked by a Markov chain. There is no velocity and no ODE to map.",
         "A theory of maps between discrete distributions; not the one that this package implements.",

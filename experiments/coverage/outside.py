@@ -37,8 +37,8 @@ OUTSIDE = (
     ),
     (
         "Cosmos 3 Omni",
-        "One packed sequence of text, video, sound and action tokens: the network has no sample argument with a row per "
-        "sample, and a time per kind of tokens.",
+        "One packed sequence of text, video, sound and action tokens: the network has no sample argument with a row "
+        "per sample, and a time per kind of tokens.",
         "A network call that packs a batch, and an event of several tensors as above.",
     ),
     (

@@ -19,7 +19,5 @@ def test_a_component_whose_package_is_missing_is_named(tmp_path):
     entries = json.loads(index.read_text())
     entries["scheduler"] = ["diffusers", "CosineDPMSolverMultistepScheduler"]
     index.write_text(json.dumps(entries))
-    with pytest.raises(
-        UserError, match=r"its scheduler \(Cosine.*\) needs torchsde, .*pip install torchsde"
-    ):
+    with pytest.raises(UserError, match=r"its scheduler \(Cosine.*\) needs torchsde, .*pip install torchsde"):
         load_teacher(str(tmp_path))

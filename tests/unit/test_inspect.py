@@ -140,4 +140,4 @@ def test_what_a_pipeline_can_take_and_a_teacher_does_not_get(tmp_path):
 def test_the_call_of_the_network_names_what_is_joined_and_a_second_time(tmp_path, tiny, expected):
     tiny.build().save_pretrained(tmp_path, safe_serialization=True)
     teacher = load_teacher(str(tmp_path), call=dict(tiny.call))
-    assert f"network call    network({expected})" in describe_teacher(teacher, parse(TINY, "here")).splitlines()
+    assert f"network call    {expected}" in describe_teacher(teacher, parse(TINY, "here")).splitlines()

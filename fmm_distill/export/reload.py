@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import sys
+import types
 
 # From here on any import of the package fails: the pipelines have to open without it.
 sys.modules["fmm_distill"] = None
@@ -46,8 +47,9 @@ def watch(scheduler, steps):
         steps.append((before, plain(made[0] if isinstance(made, tuple) else made.prev_sample)))
         return made
 
-    # By a class, and not by an attribute: some pipelines step a copy of their scheduler.
-    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step})
+    # A bound method, which a deep copy binds to itself: some pipelines step a copy of their scheduler. Not a subclass:
+    # others compare the class of their scheduler.
+    scheduler.step = types.MethodType(step, scheduler)
     return scheduler
 
 

@@ -107,7 +107,9 @@ def _network_call(teacher: Teacher) -> str:
         ("" if call.slope == 1 else f"{call.slope:g} * ") + "timestep" + (f" + {call.offset:g}" if call.offset else "")
     )
     sign = "" if call.sign > 0 else "; the output is negated"
-    return f"network({call.sample}=sample, {call.time}={time}){sign}"
+    sample = "sample" if call.joined is None else "sample and a part that stays the same"
+    second = "" if call.second_time is None else f", {call.second_time}={call.time}"
+    return f"network({call.sample}={sample}, {call.time}={time}{second}){sign}"
 
 
 def _opened_without(teacher: Teacher) -> dict[str, str]:

@@ -26,7 +26,7 @@ def rename_weights(folder: Path) -> None:
 def add_text_encoder(folder: Path) -> None:
     index = folder / "model_index.json"
     components = json.loads(index.read_text(encoding="utf-8"))
-    components["text_encoder"] = ["transformers", "CLIPTextModel"]
+    components |= {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     index.write_text(json.dumps(components), encoding="utf-8")
 
 

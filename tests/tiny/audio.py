@@ -33,8 +33,16 @@ from tests.tiny.tokenizers import roberta_tokenizer, t5_tokenizer
 WIDTH = 16
 
 
+@torch.no_grad()
+def _redraw(module: torch.nn.Module) -> None:
+    """Draws every matrix anew: many classes start close to zero, which hides what goes in."""
+    for weight in module.parameters():
+        if weight.ndim > 1:
+            weight.normal_(0, weight[0].numel() ** -0.5)
+
+
 def _vocoder() -> SpeechT5HifiGan:
-    return SpeechT5HifiGan(
+    vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=8,
             upsample_initial_channel=8,
@@ -45,6 +53,8 @@ def _vocoder() -> SpeechT5HifiGan:
             normalize_before=False,
         )
     )
+    _redraw(vocoder)
+    return vocoder
 
 
 def _clap() -> ClapModel:
@@ -123,16 +133,12 @@ def audioldm2() -> AudioLDM2Pipeline:
     )
 
 
-@torch.no_grad()
 def longcat_audio_dit() -> LongCatAudioDiTPipeline:
     """Without a scheduler of its own: the pipeline makes one, and saves none."""
     transformer = LongCatAudioDiTTransformer(
         dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=4, text_conv=False
     )
-    for weight in transformer.parameters():
-        # The modulations start at zero, which hides time and text.
-        if weight.ndim > 1:
-            weight.normal_(0, weight[0].numel() ** -0.5)
+    _redraw(transformer)
     vae = LongCatAudioDiTVae(
         in_channels=1,
         channels=8,

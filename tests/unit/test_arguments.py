@@ -123,6 +123,7 @@ def test_as_many_shared_rows_as_samples_are_shared(count):
         # The rows of a sample depend on the others: noise of the call, an embedding relative to the first prompt.
         (lambda p: torch.randn(len(p), 3, generator=torch.manual_seed(len(p))), "depend on the other prompts"),
         (lambda p: torch.stack([EMBEDDINGS[name] - EMBEDDINGS[p[0]] for name in p]), "depend on the other prompts"),
+        (lambda p: torch.stack([EMBEDDINGS[name] + len(p) for name in p]), "depend on the other prompts"),
         # One value that depends on the prompts.
         (lambda p: EMBEDDINGS[p[0]], "one value of more for all prompts"),
         (lambda p: torch.polar(torch.ones(2), EMBEDDINGS[p[0]][:2]), "one value of more for all prompts"),

@@ -69,3 +69,12 @@ def test_the_code_that_is_written_is_one_file_of_torch_and_diffusers(tmp_path):
     others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
     assert others == {"torch", "diffusers"}
     assert {node.name for node in nodes if isinstance(node, ast.ClassDef)} >= {"FlowMapScheduler", "_FlowMap"}
+
+
+@pytest.mark.parametrize("timesteps", [1, 1000])
+def test_a_jump_starts_at_a_thousandth_and_above_where_the_time_is_the_level(timesteps):
+    flow_map = {"kind": "flow", "unshifted_time": True, "shift": 3.0}
+    assert remote.check_starts({"sigmas": [1, 0.001]}, flow_map, timesteps) == {"sigmas": [1.0, 0.001]}
+    assert remote.check_starts({"timesteps": [timesteps, 0.001 * timesteps]}, flow_map, timesteps)
+    with pytest.raises(ValueError, match=r"numbers that decrease, from at most 1 to at least 0\.001"):
+        remote.check_starts({"sigmas": [1, 0.0005]}, flow_map, timesteps)

@@ -18,7 +18,7 @@ from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.load import load_teacher
-from tests.tiny import diffusion, flow
+from tests.tiny import diffusion, flow, layouts, video
 from tests.tiny.diffusion import PIPELINES
 
 TINY = {
@@ -125,3 +125,19 @@ def test_what_a_pipeline_can_take_and_a_teacher_does_not_get(tmp_path):
             line for line in describe_teacher(teacher, parse(TINY, "here")).splitlines() if "can take" in line
         ]
     assert lines == {"flux2": ["opened without  an image (image), which the pipeline can take"], "sd1": []}
+
+
+@pytest.mark.parametrize(
+    ("tiny", "expected"),
+    [
+        (
+            layouts.PIPELINES["kandinsky5"],
+            "network(hidden_states=sample and a part that stays the same, timestep=timestep)",
+        ),
+        (video.PIPELINES["ace-step"], "network(hidden_states=sample, timestep=timestep, timestep_r=timestep)"),
+    ],
+)
+def test_the_call_of_the_network_names_what_is_joined_and_a_second_time(tmp_path, tiny, expected):
+    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
+    teacher = load_teacher(str(tmp_path), call=dict(tiny.call))
+    assert f"network call    {expected}" in describe_teacher(teacher, parse(TINY, "here")).splitlines()

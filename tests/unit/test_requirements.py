@@ -62,11 +62,13 @@ def test_a_part_that_is_no_pipeline_of_diffusers(tmp_path):
 
 
 def test_a_pipeline_that_runs_without_an_image_is_described():
-    """Of the table of what was tried: only Flux 2 can take more than prompts."""
+    """Of the table of what was tried: only these can take more than prompts."""
     kinds = set(re.findall(r"`(\w+Pipeline)`", (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()))
     assert len(kinds) > 20
     described = {kind: text for kind in kinds if (text := describe_optional_inputs(kind)) is not None}
-    assert described == {"Flux2Pipeline": "an image (image)"}
+    sounds = "a sound (src_audio) and a sound (reference_audio)"
+    images = dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline"), "an image (image)")
+    assert described == images | {"AceStepPipeline": sounds}
 
 
 def test_no_setting_of_a_pipeline_is_taken_for_data():

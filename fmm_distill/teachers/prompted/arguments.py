@@ -187,7 +187,8 @@ def _check(layout: ArgumentLayout, probes: Probes, source: str) -> None:
         ):
             raise UserError(
                 f"{source}: expected inputs of a prompt that don't depend on the other prompts of a call, got "
-                f"others in {path}; write an adapter for it (docs/add-a-teacher.md)"
+                f"others in {path}, such as a second sample or a random embedding; write an adapter for it "
+                "(docs/add-a-teacher.md)"
             )
     for path, value in two.shared.items():
         if not all(_is_same(value, other.shared.get(path)) for other in (swapped, three)):

@@ -91,9 +91,13 @@ class RecordedCall:
 def crop_to(output: Tensor, like: Tensor) -> Tensor:
     """Return the part of an output that has the shape of the sample.
 
-    The rest is a learned variance (more channels) or reference tokens (a longer sequence).
+    The rest is a learned variance (more channels), or belongs to what the pipeline joins to the sample (a longer
+    sequence, a wider picture).
     """
-    return output[:, : like.shape[1]] if output.shape[1] > like.shape[1] else output
+    for axis in range(1, min(output.ndim, like.ndim)):
+        if output.shape[axis] > like.shape[axis]:
+            output = output.narrow(axis, 0, like.shape[axis])
+    return output
 
 
 def is_near(a: Tensor, b: Tensor) -> bool:

@@ -7,6 +7,8 @@ checks that it can call the network in the same way.
 from __future__ import annotations
 
 import inspect
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.index import PipelineIndex
 
 __all__ = ["load_prompted"]
+
+# Modules of packages with another name.
+_MODULES = {"opencv": "cv2", "vision": "PIL"}
 
 
 def load_prompted(
@@ -189,6 +194,23 @@ def _demanded(index: PipelineIndex) -> list[str]:
     return [name for name in index.components if name not in made]
 
 
+def _check_packages(index: PipelineIndex) -> None:
+    """Check that the packages are installed that components need; their classes are stand-ins otherwise.
+
+    Raises:
+        UserError: otherwise.
+    """
+    classes = {name: (sys.modules.get(library), kind) for name, (library, kind) in index.components.items()}
+    for name, (module, kind) in ({"pipeline": (diffusers, index.pipeline)} | classes).items():
+        needed = getattr(getattr(module, kind, None), "_backends", ())
+        missing = [package for package in needed if find_spec(_MODULES.get(package, package)) is None]
+        if missing:
+            raise UserError(
+                f"{index.source}: its {name} ({kind}) needs {missing[0]}, which is not installed; try `pip install "
+                f"{missing[0]}`"
+            )
+
+
 def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
     missing = [name for name in _demanded(index) if not (index.folder / name).is_dir()]
     if missing:
@@ -207,6 +229,7 @@ def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class
             f"{index.source}: expected a pipeline class of diffusers {diffusers.__version__}, got "
             f"{index.pipeline or 'none'}; try a newer diffusers"
         )
+    _check_packages(index)
     try:
         return turn_guiders_off(open_pipeline(index.folder))
     except STOCK_ERRORS as error:

@@ -1,0 +1,100 @@
+"""The call of a network as its pipeline makes it: joined parts of the sample, a second time, larger outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmm_distill.core.schedules import FlowMatching
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.arguments import ArgumentLayout
+from fmm_distill.teachers.prompted.call import crop_to, read_call
+from fmm_distill.teachers.prompted.joined import find_joined
+from fmm_distill.teachers.prompted.rows import Rows
+from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+from fmm_distill.teachers.scheduler import ScheduleSpec
+
+STEPS = 4
+SPEC = ScheduleSpec(FlowMatching(), "flow_prediction", {})
+
+
+def recording(axis, tail, **more):
+    """A run with two samples [2, 3, 4, 5], to which the network's argument joins ``tail`` along an axis."""
+    made = Recording()
+    for i in range(STEPS):
+        time = 1000.0 * (1 - i / STEPS)
+        x = torch.randn(2, 3, 4, 5, generator=torch.manual_seed(i))
+        given = torch.cat((x, tail(i)), axis)
+        arguments = {"x": given, "timestep": torch.tensor([time] * 2)}
+        arguments |= {name: value(time) for name, value in more.items()}
+        made.calls.append(NetworkCall(arguments, given.clone()))
+        made.steps.append(SchedulerStep(x.clone(), time, x))
+    return made
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_what_is_joined_to_the_sample_is_a_condition(axis, per_sample):
+    shape = [2, 3, 4, 5]
+    shape[axis] = 2
+    tail = torch.randn(shape, generator=torch.manual_seed(9)) if per_sample else torch.zeros(shape)
+    seen = recording(axis, lambda _: tail)
+    call = replace(read_call(seen, SPEC, "here"), layout=ArgumentLayout(("x", "timestep"), {"text": Rows(0)}))
+    assert call.joined.per_sample == per_sample
+    arguments = seen.calls[0].arguments
+    assert torch.equal(call.sample_of(arguments), seen.steps[0].sample)
+    cond = call.conditions_of(arguments | {"text": torch.tensor([[1.0], [2.0]])}, 2)
+
+    def network(x, timestep, text, return_dict):
+        return (torch.cat((x, text[..., None, None].expand_as(x[:, :1])), 1) if axis == 1 else x,)
+
+    # Another order of the samples: the joined parts follow.
+    order = torch.tensor([1, 0])
+    x = torch.randn(2, 3, 4, 5, generator=torch.manual_seed(3))
+    given = {}
+
+    def spy(**kwargs):
+        given.update(kwargs)
+        return network(**kwargs)
+
+    made = call(spy, x, torch.tensor([500.0, 250.0]), cond.rows(order), None)
+    assert torch.equal(made, x)
+    assert torch.equal(given["x"], torch.cat((x, tail[order]), axis))
+    assert torch.equal(given["text"], torch.tensor([[2.0], [1.0]]))
+    assert given["timestep"].tolist() == [500.0, 250.0]
+
+
+def test_a_joined_part_that_changes_is_refused():
+    with pytest.raises(UserError, match="here: expected the sample alone, or with a part that stays the same"):
+        find_joined(recording(1, lambda i: torch.full((2, 1, 4, 5), float(i))), "x", "here")
+
+
+def test_the_sample_alone_joins_nothing():
+    assert find_joined(recording(1, lambda _: torch.empty(2, 0, 4, 5)), "x", "here") is None
+
+
+def test_a_second_time_is_the_first_or_refused():
+    def make(second):
+        return recording(1, lambda _: torch.empty(2, 0, 4, 5), timestep_r=second)
+
+    call = read_call(make(lambda time: torch.tensor([time] * 2)), SPEC, "here")
+    assert call.second_time == "timestep_r"
+    given = {}
+
+    def network(**kwargs):
+        given.update(kwargs)
+        return (kwargs["x"],)
+
+    call(network, torch.zeros(2, 3, 4, 5), torch.tensor([500.0, 250.0]), None, None)
+    assert given["timestep_r"].tolist() == [500.0, 250.0]
+    assert read_call(make(lambda _: None), SPEC, "here").second_time is None
+    with pytest.raises(UserError, match=r"got one with a second \(timestep_r\), which its pipeline sets to the end"):
+        read_call(make(lambda time: torch.tensor([time - 250] * 2)), SPEC, "here")
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (2, 3, 4, 9), (2, 6, 8, 10), (2, 3, 4, 5)])
+def test_a_larger_output_is_cut_to_the_sample(shape):
+    output = torch.randn(shape)
+    assert torch.equal(crop_to(output, torch.zeros(2, 3, 4, 5)), output[:, :3, :4, :5])

@@ -37,13 +37,8 @@ OUTSIDE = (
     ),
     (
         "Cosmos 3 Omni",
-<<<<<<< HEAD
-        "One packed sequence of text, video, sound and action tokens: the network has no argument with a row per "
-        "sample, and a time per kind of tokens.",
-=======
         "One packed sequence of text, video, sound and action tokens: the network has no sample argument with a row "
         "per sample, and a time per kind of tokens.",
->>>>>>> main
         "A network call that packs a batch, and an event of several tensors as above.",
     ),
     (

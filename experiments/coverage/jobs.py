@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -57,6 +58,9 @@ def run_forked(work: Callable[[], dict[str, Any]], seconds: float, log: Path) ->
         pid = os.fork()
     if pid == 0:
         _run_child(work, log, result)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        # The child does the same: whichever is first, the group exists before it is ended.
+        os.setpgid(pid, pid)
     try:
         status = _wait(pid, start + seconds)
     except BaseException:

@@ -58,9 +58,6 @@ def run_forked(work: Callable[[], dict[str, Any]], seconds: float, log: Path) ->
         pid = os.fork()
     if pid == 0:
         _run_child(work, log, result)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        # The child does the same: whichever is first, the group exists before it is ended.
-        os.setpgid(pid, pid)
     try:
         status = _wait(pid, start + seconds)
     except BaseException:
@@ -122,5 +119,8 @@ def _wait(pid: int, deadline: float) -> int | None:
 
 def _end(pid: int) -> None:
     """End a child and all that it started."""
-    os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    # A child that has no group of its own yet has started nothing.
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

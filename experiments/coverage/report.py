@@ -194,13 +194,14 @@ def _cell(text: str) -> str:
 
 _INTRODUCTION = """# What opens
 
-    python -m experiments.coverage --suite diffusers --work runs/coverage --output docs/coverage.md
+    python -m experiments.coverage --suite diffusers --work runs/coverage --output docs/coverage.md \\
+      --rows docs/results/coverage.json --before docs/results/coverage-before.json
 
-This page is written by the command. It takes every test class of diffusers' own pipeline tests (commit
-`{commit}`), builds the tiny model that the class describes, with random
-weights, and does what a user does: it opens the pipeline by its folder, trains a student for two steps, exports an
-any-step pipeline and two pipelines of fixed steps, and opens these in a process without this package. Installed:
-diffusers {diffusers}, transformers {transformers}, torch {torch}, fmm_distill {fmm_distill}.
+This page is written by the command; "before" are the rows of an earlier version. It takes every test class of
+diffusers' own pipeline tests (commit `{commit}`), builds the tiny model that the
+class describes, with random weights, and does what a user does: it opens the pipeline by its folder, trains a student
+for two steps, exports an any-step pipeline and two pipelines of fixed steps, and opens these in a process without this
+package. Installed: diffusers {diffusers}, transformers {transformers}, torch {torch}, fmm_distill {fmm_distill}.
 
 A class is **distilled** if all of that passes, **opened** if the teacher opens and a later part fails, **refused** if
 the tool prints one line with the reason, and **crashed** if it ends otherwise. "Not built" are tests whose components

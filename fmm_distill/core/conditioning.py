@@ -25,7 +25,8 @@ class Conditioning:
     Attributes:
         inputs: keywords of the network's call and their tensors, one row per sample. A dot leads into a nested
             dictionary (``added_cond_kwargs.text_embeds``).
-        shared: keywords with one value for all samples (position ids, image sizes), passed on unchanged.
+        shared: keywords with one value for all samples (position ids, image sizes), passed on unchanged. Dots lead
+            into the same dictionaries.
         guidance: guidance scales of the samples, shape ``[batch]``; None: the scale of the teacher's ``Guidance``.
     """
 

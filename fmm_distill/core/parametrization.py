@@ -48,8 +48,8 @@ class Call(Protocol):
 def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
     """Return conditions and the length of the jump as keywords of a network's call.
 
-    A name with a dot becomes an entry of a nested dictionary. The guidance scale is passed with the length only: a
-    stock network has neither input.
+    A name with a dot becomes an entry of a nested dictionary, of inputs and shared values alike. The guidance scale is
+    passed with the length only: a stock network has neither input.
     """
     arguments: dict[str, Any] = {} if h is None else {"h": h}
     if cond is None:
@@ -57,14 +57,13 @@ def keywords(cond: Conditioning | None, h: Tensor | None) -> dict[str, Any]:
     if h is not None and cond.guidance is not None:
         arguments["w"] = cond.guidance.to(h)
     # Copies of the dictionaries: entries are added to them.
-    arguments |= {name: dict(value) if isinstance(value, dict) else value for name, value in cond.shared.items()}
-    for name, rows in cond.inputs.items():
+    shared = {name: dict(value) if isinstance(value, dict) else value for name, value in cond.shared.items()}
+    for name, value in (*shared.items(), *cond.inputs.items()):
         *groups, last = name.split(".")
         target = arguments
         for group in groups:
-            # ``shared`` may hold other entries of the same dictionary, which stay.
             target = target.setdefault(group, {})
-        target[last] = rows
+        target[last] = value
     return arguments
 
 

@@ -13,6 +13,7 @@ from fmm_distill.evaluation.pictures import still_images
 from fmm_distill.evaluation.points import point_images
 from fmm_distill.evaluation.waveforms import waveform_images
 from fmm_distill.student.sampling import sample
+from fmm_distill.teachers.codec import is_sound
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,8 +29,6 @@ COLUMNS = 12
 SEED = NOISE_SEED + 1
 # Of more coordinates, gray levels show more than the position of the first two.
 _MOST_COORDINATES = 3
-# Batch, channels and length.
-_AXES_OF_SOUND = 3
 
 
 class Gallery:
@@ -91,7 +90,7 @@ class Gallery:
         if self.teacher.has_coordinates and math.prod(self.teacher.event_shape) <= _MOST_COORDINATES:
             return {name: point_images(x.cpu(), endpoints.cpu()) for name, x in rows.items()}
         decoded = {name: self.teacher.codec.decode(x).cpu() for name, x in rows.items()}
-        if not self.teacher.has_coordinates and decoded[self.name].ndim == _AXES_OF_SOUND:
+        if not self.teacher.has_coordinates and is_sound(decoded[self.name]):
             return {name: waveform_images(x, decoded[self.name]) for name, x in decoded.items()}
         return {name: still_images(x) for name, x in decoded.items()}
 

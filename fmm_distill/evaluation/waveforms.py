@@ -28,7 +28,8 @@ def waveform_images(
     """
     # A sound that is not finite has an empty image.
     finite = sounds.isfinite().flatten(1).all(1)
-    scale = like.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-6)
+    # Silence has a scale too.
+    scale = torch.cat((like[like.isfinite()].abs(), like.new_full((1,), 1e-6))).max()
     values = torch.where(finite[:, None, None], sounds / scale, 0.0).clamp(-1, 1)
     # A short sound has several columns per value, a long one several values per column.
     high = torch.nn.functional.adaptive_max_pool1d(values, _WIDTH)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.core.time_axis import expand
 from fmm_distill.student.sampling import sample
+from fmm_distill.teachers.codec import is_sound
 from fmm_distill.teachers.stepped_samples import from_stepped
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ __all__ = ["IMAGE_TOLERANCE", "ROUNDINGS", "Agreement", "compare", "compare_weig
 ROUNDINGS = 256
 # An Euler step computes x + (s - t) v: it rounds x and the sum even where A is almost 0.
 _OF_STATE = 8
-# Batch, channels and length.
-_AXES_OF_SOUND = 3
 # For images in [0, 1] and sounds in [-1, 1] that are decoded from the same latents: a decoder amplifies nothing.
 IMAGE_TOLERANCE = 1e-4
 
@@ -184,7 +183,7 @@ def _image_difference(teacher: Teacher, end: Float[Tensor, "batch *event"], imag
     """Return the largest difference between the pipeline's images and those decoded from its last samples."""
     codec = teacher.codec
     own = codec.decode(end)
-    if own.ndim == _AXES_OF_SOUND:
+    if is_sound(own):
         # The pipeline pads a length that its blocks can't halve evenly, and cuts the sounds.
         heard = own.clamp(-1, 1)[..., : images.shape[-1]]
         return _largest(heard.reshape(images.shape) - images)

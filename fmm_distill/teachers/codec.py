@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "decoded_of", "encoder_of"]
+__all__ = ["Codec", "LatentCodec", "PipelineCodec", "Pixels", "Waves", "decoded_of", "encoder_of", "is_sound"]
 
 # The largest difference of a decoded image between a pipeline and its autoencoder alone.
 _TOLERANCE = 1e-3
@@ -267,6 +267,11 @@ def decoded_of(made: Any) -> Float[Tensor, "batch channels *size"]:  # noqa: ANN
     if values.ndim > _AXES_OF_SOUND:
         return values.movedim(-1, 1) * 2 - 1
     return values.reshape(len(values), -1, values.shape[-1])
+
+
+def is_sound(decoded: Tensor) -> bool:
+    """Return whether decoded samples are sounds, ``[batch, channels, length]``, and not images or frames."""
+    return decoded.ndim == _AXES_OF_SOUND
 
 
 def encoder_of(codec: Codec, shape: tuple[int, ...]) -> LatentCodec:

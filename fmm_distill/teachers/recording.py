@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NetworkCall", "Recording", "SchedulerStep", "patched_method", "record", "run_pipeline", "tensor_of"]
+__all__ = [
+    "NetworkCall",
+    "Recording",
+    "SchedulerStep",
+    "count_tensors",
+    "patched_method",
+    "record",
+    "run_pipeline",
+    "tensor_of",
+]
 
 
 class _StopPipelineError(Exception):
@@ -37,10 +46,12 @@ class NetworkCall:
     Attributes:
         arguments: by their names.
         output: the first tensor that it returned.
+        outputs: the number of tensors that it returned, each with rows of the samples.
     """
 
     arguments: dict[str, Any]
     output: Tensor
+    outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,12 @@ def tensor_of(value: Any) -> Tensor:  # noqa: ANN401 any argument or output of a
     return torch.stack(list(value)) if isinstance(value, list) else value
 
 
+def count_tensors(output: Any) -> int:  # noqa: ANN401 any output of a network
+    """Return the number of tensors in an output of a network."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    return max(1, sum(isinstance(value, torch.Tensor) for value in values))
+
+
 @contextmanager
 def patched_method(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:  # noqa: ANN401 a diffusers object
     """Replace the method ``owner.name`` of this one object by ``make(original)`` inside of the context.
@@ -108,13 +125,13 @@ def patched_method(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterato
         del owner.__dict__[name]
 
 
-def copied(value: Any) -> Any:  # noqa: ANN401 any argument of a network
+def _copied(value: Any) -> Any:  # noqa: ANN401 any argument of a network
     """Return the value with copies of its tensors, since pipelines change some of them in place."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else value
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else value
 
 
 @torch.no_grad()
@@ -186,7 +203,7 @@ def _recorder_of_calls(
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the network
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             # Copies: pipelines and schedulers change samples in place.
-            given = copied(arguments)
+            given = _copied(arguments)
             if first_only:
                 recording.calls.append(NetworkCall(given, torch.empty(0)))
                 raise _StopPipelineError
@@ -195,7 +212,7 @@ def _recorder_of_calls(
             except STOCK_ERRORS as error:
                 sample = tensor_of(next(iter(arguments.values())))
                 raise refuse_call(owner, network, tuple(sample.shape[1:]), error) from error
-            recording.calls.append(NetworkCall(given, tensor_of(output).clone()))
+            recording.calls.append(NetworkCall(given, tensor_of(output).clone(), count_tensors(output)))
             return output
 
         return forward

@@ -37,3 +37,31 @@ def test_a_run_on_two_processes_gives_the_numbers_of_one_process(tmp_path, tiny,
     assert ours != theirs
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=2e-3)
+
+
+END = """
+import atexit, os, sys
+import torch.distributed as distributed
+from fmm_distill.cli import main
+
+class Destroyed:
+    def __del__(self, write=os.write):
+        write(1, b"destroyed\\n")
+
+atexit.register(os.write, 1, b"registered\\n")
+held = Destroyed()
+if "connected" in sys.argv:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+sys.argv = ["fmm-distill", "losses", "--nowhere"]
+main()
+"""
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_process_of_several_ends_without_destructors(connected):
+    """They abort some runs after all is written; what is registered for the end of Python still runs."""
+    command = [sys.executable, "-c", END, *(["connected"] if connected else [])]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout.splitlines() == ["registered", *([] if connected else ["destroyed"])]
+    assert run.stderr.startswith("error: No such option")

@@ -6,7 +6,6 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
-    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     BriaFiboPipeline,
     BriaFiboTransformer2DModel,
@@ -21,7 +20,6 @@ from diffusers import (
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
     LTXConditionPipeline,
-    LTXVideoTransformer3DModel,
     MotionAdapter,
     UNet2DConditionModel,
     VQModel,
@@ -39,7 +37,7 @@ from transformers import (
 
 from tests.tiny.base import Tiny, seeded
 from tests.tiny.tokenizers import clip_tokenizer, llama_tokenizer, qwen_tokenizer, t5_tokenizer
-from tests.tiny.video import TEXT_WIDTH, clip, redraw, redrawn, t5
+from tests.tiny.video import TEXT_WIDTH, clip, ltx, redraw, redrawn, t5
 
 
 def autoencoder(**settings: object) -> AutoencoderKL:
@@ -223,30 +221,7 @@ def kandinsky5() -> Kandinsky5T2VPipeline:
 
 def ltx_condition() -> LTXConditionPipeline:
     """Every token has a time of its own, with which the stock scheduler steps the other way."""
-    transformer = LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        cross_attention_dim=24,
-        num_layers=2,
-        caption_channels=TEXT_WIDTH,
-    )
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        patch_size=1,
-    )
-    return LTXConditionPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=t5(),
-        tokenizer=t5_tokenizer(),
-        transformer=transformer,
-    )
+    return LTXConditionPipeline(**ltx().components | {"scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
 def deepfloyd_if() -> IFPipeline:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
 
 from fmm_distill.core.schedules import FlowMatching
 from fmm_distill.errors import UserError
@@ -13,7 +15,7 @@ from fmm_distill.teachers.prompted.arguments import ArgumentLayout
 from fmm_distill.teachers.prompted.call import crop_to, read_call
 from fmm_distill.teachers.prompted.joined import find_joined
 from fmm_distill.teachers.prompted.rows import Rows
-from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep, count_tensors
 from fmm_distill.teachers.scheduler import ScheduleSpec
 
 STEPS = 4
@@ -98,3 +100,26 @@ def test_a_second_time_is_the_first_or_refused():
 def test_a_larger_output_is_cut_to_the_sample(shape):
     output = torch.randn(shape)
     assert torch.equal(crop_to(output, torch.zeros(2, 3, 4, 5)), output[:, :3, :4, :5])
+
+
+def test_a_network_of_two_samples_is_refused():
+    """Video and sound: both are stepped, and a map of one of them alone is none of the pipeline."""
+    made = recording(1, lambda _: torch.empty(2, 0, 4, 5))
+    made.calls[0] = replace(made.calls[0], outputs=2)
+    with pytest.raises(UserError, match="here: expected a network of one sample, got one of 2"):
+        read_call(made, SPEC, "here")
+
+
+@pytest.mark.parametrize(
+    ("output", "count"),
+    [
+        (torch.ones(2), 1),
+        ((torch.ones(2),), 1),
+        ((torch.ones(2), torch.ones(2)), 2),
+        ((torch.ones(2), None), 1),
+        (Transformer2DModelOutput(sample=torch.ones(2)), 1),
+        (AudioVisualModelOutput(sample=torch.ones(2), audio_sample=torch.ones(2)), 2),
+    ],
+)
+def test_the_tensors_that_a_network_returns_are_counted(output, count):
+    assert count_tensors(output) == count

@@ -6,12 +6,13 @@ another order and of another number are compared. An axis of the right length al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmm_distill.core.conditioning import Conditioning
+from fmm_distill.core.parametrization import keywords
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.rows import LENGTHS, EqualEntries, Rows, rows_of_list, rows_of_tensor
 
@@ -100,19 +101,17 @@ class ArgumentLayout:
         Args:
             count: the number of samples.
         """
-        arguments: dict[str, Any] = {} if h is None else {"h": h}
         if cond is None:
-            return arguments
-        if h is not None and cond.guidance is not None:
-            arguments["w"] = cond.guidance.to(h)
-        for path, value in cond.shared.items():
-            rows = self.rows.get(path)
-            _put(arguments, path, [value] * count if isinstance(rows, EqualEntries) else value)
+            return keywords(None, h)
+        equal = {path for path, rows in self.rows.items() if isinstance(rows, EqualEntries)}
+        shared = {path: [value] * count if path in equal else value for path, value in cond.shared.items()}
+        inputs: dict[str, Any] = {}
         for path in cond.inputs:
-            # A pipeline may leave an argument out in some calls; one of another origin has its rows first.
+            # What is joined to the sample is no argument of its own, and has its rows first.
             rows = self.rows.get(path, Rows(0))
             if not path.startswith(LENGTHS) and not isinstance(rows, EqualEntries):
-                _put(arguments, path, rows.join(path, cond.inputs))
+                inputs[path] = rows.join(path, cond.inputs)
+        arguments = keywords(replace(cond, inputs=inputs, shared=shared), h)
         # Inner containers first: an outer one becomes a list of what they are then.
         for path in sorted(self.containers, key=len, reverse=True):
             _close(arguments, path, self.containers[path])
@@ -211,14 +210,6 @@ def _is_same(one: Any, other: Any) -> bool:  # noqa: ANN401 any argument
 
 def _items(container: Any) -> Sequence[tuple[Any, Any]]:  # noqa: ANN401 a dictionary, list or tuple
     return list(container.items() if isinstance(container, dict) else enumerate(container))
-
-
-def _put(arguments: dict[str, Any], path: str, value: Any) -> None:  # noqa: ANN401 any argument
-    *groups, last = path.split(".")
-    target = arguments
-    for group in groups:
-        target = target.setdefault(group, {})
-    target[last] = value
 
 
 def _close(arguments: dict[str, Any], path: str, kind: type) -> None:

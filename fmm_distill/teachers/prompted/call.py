@@ -133,6 +133,11 @@ def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> Recorded
             f"{source}: expected one network call per step, got {calls} calls in {steps} steps{reason}; write an "
             "adapter for it (docs/add-a-teacher.md)"
         )
+    if recording.calls[0].outputs > 1:
+        raise UserError(
+            f"{source}: expected a network of one sample, got one of {recording.calls[0].outputs}, such as video and "
+            "its sound, which are stepped together; try a pipeline of one of them alone"
+        )
     times = torch.tensor([_first_time(call.arguments[time]) for call in recording.calls])
     own = scheduler_times(recording, spec)
     slope, offset = _fit_line(own, times.double(), _time_scale(spec), source)

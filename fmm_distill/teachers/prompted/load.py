@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 
 __all__ = ["load_prompted"]
 
-# Modules of packages with another name.
-_MODULES = {"opencv": "cv2", "vision": "PIL"}
+# Of what diffusers and transformers name otherwise than the package: its module and its name for pip.
+_PACKAGES = {
+    "bs4": ("bs4", "beautifulsoup4"),
+    "invisible_watermark": ("imwatermark", "invisible-watermark"),
+    "k_diffusion": ("k_diffusion", "k-diffusion"),
+    "opencv": ("cv2", "opencv-python"),
+    "vision": ("PIL", "pillow"),
+}
 
 
 def load_prompted(
@@ -203,12 +209,12 @@ def _check_packages(index: PipelineIndex) -> None:
     classes = {name: (sys.modules.get(library), kind) for name, (library, kind) in index.components.items()}
     for name, (module, kind) in ({"pipeline": (diffusers, index.pipeline)} | classes).items():
         needed = getattr(getattr(module, kind, None), "_backends", ())
-        missing = [package for package in needed if find_spec(_MODULES.get(package, package)) is None]
-        if missing:
-            raise UserError(
-                f"{index.source}: its {name} ({kind}) needs {missing[0]}, which is not installed; try `pip install "
-                f"{missing[0]}`"
-            )
+        for module_name, package in (_PACKAGES.get(each, (each, each)) for each in needed):
+            if find_spec(module_name) is None:
+                raise UserError(
+                    f"{index.source}: its {name} ({kind}) needs {package}, which is not installed; try `pip install "
+                    f"{package}`"
+                )
 
 
 def _open(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class

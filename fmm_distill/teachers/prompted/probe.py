@@ -261,13 +261,15 @@ class PipelineProbe:
                 recording = self._record(_PROMPTS, STEPS)
             finally:
                 self.pipeline.scheduler = own
+        errors = {}
         for sign in (self.call.sign, -self.call.sign):
             call = replace(self.call, sign=sign)
-            if (error := step_error(recording, self.spec, call, self.network, cond)) < _STEP_TOLERANCE:
+            errors[sign] = step_error(recording, self.spec, call, self.network, cond)
+            if errors[sign] < _STEP_TOLERANCE:
                 return sign
         raise UserError(
             f"{self.source}: expected a first step like that of its pipeline, got one that differs by "
-            f"{abs(error - 2):.1e} of its length; write an adapter for it (docs/add-a-teacher.md)"
+            f"{min(errors.values()):.1e} of its length; write an adapter for it (docs/add-a-teacher.md)"
         )
 
     def _record_guided(self, *, empty: bool = False) -> Recording:
@@ -290,7 +292,7 @@ class PipelineProbe:
             output, uncond = (self.call(self.network, x, time, each, None).flatten() for each in (cond, null))
             stepped = guided.steps[i].output * (-1 if self.spec.inverted != self.turned else 1)
             # A learned variance is not guided.
-            stepped = stepped[:, : x.shape[1]] if stepped.ndim == x.ndim else stepped
+            stepped = crop_to(stepped, x) if stepped.ndim == x.ndim else stepped
             if stepped.numel() != output.numel():
                 return False
             # The mean does not depend on the layout of the numbers.

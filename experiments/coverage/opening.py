@@ -72,7 +72,7 @@ def _guidable(teacher: Teacher) -> bool | str:
     if teacher.conditions is None:
         return "unconditional"
     try:
-        teacher.conditions.null(1)
+        teacher.conditions.check_null()
     except UserError as error:
         return str(error)
     return True

@@ -128,7 +128,7 @@ class Teacher:
         weaker = self.weaker
         if weaker is not None:
             return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t, scales)
-        null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
+        null = cast("Conditions", self.conditions).null(cast("Conditioning", cond)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
     def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:

@@ -12,6 +12,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted import probe as probes
+from fmm_distill.teachers.prompted.embeddings import find_null
 from fmm_distill.teachers.prompted.first_step import step_error
 from fmm_distill.teachers.prompted.probe import PipelineProbe
 from fmm_distill.teachers.recording import record
@@ -97,7 +98,7 @@ def test_the_sign_is_that_of_the_step_and_guidance_follows_it():
     plain, turned = flow_probe(diffusers.FlowMatchEulerDiscreteScheduler()), flow_probe(Backwards())
     assert (plain.call.sign, plain.turned) == (1, False)
     assert (turned.call.sign, turned.turned) == (-1, True)
-    assert turned.null()[0] is not None
+    assert find_null(turned)[0] is not None
 
 
 class Halved(diffusers.FlowMatchEulerDiscreteScheduler):

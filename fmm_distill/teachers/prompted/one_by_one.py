@@ -66,6 +66,9 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
 
 def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor:
     first, shapes = values[0], {value.shape[1:] for value in values}
+    if rows == 1 and first.ndim > 0 and len({value.shape for value in values}) == 1 and not _all_equal(values):
+        # One row per sample, or several, such as the embeddings of two images.
+        return torch.cat(values)
     if all(value.ndim > 0 and len(value) == rows for value in values):
         if len(shapes) > 1:
             raise UserError(
@@ -73,9 +76,13 @@ def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Ten
                 " try prompts of one length"
             )
         return _interleaved(values, rows)
-    if not all(value.shape == first.shape and torch.equal(value, first) for value in values):
+    if not _all_equal(values):
         raise _mixed(name)
     return first
+
+
+def _all_equal(values: list[torch.Tensor]) -> bool:
+    return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
 
 
 def _interleaved(values: list[torch.Tensor], rows: int) -> torch.Tensor:

@@ -10,13 +10,13 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.guiders import plain_guiders
+from fmm_distill.teachers.prompted.encoding import encoding_by_mode
 from fmm_distill.teachers.prompted.one_by_one import join_recordings
 from fmm_distill.teachers.recording import record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fmm_distill.teachers.prompted.call_keywords import CallKeywords
+    from fmm_distill.teachers.prompted.prompts import Prompts
     from fmm_distill.teachers.recording import Recording
 
 __all__ = ["record_guided", "record_prompts", "record_unguided"]
@@ -26,7 +26,7 @@ def record_prompts(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     *,
     first_only: bool = False,
@@ -41,14 +41,16 @@ def record_prompts(
     Raises:
         UserError: if the pipeline does not run.
     """
-    if not keywords.one_prompt:
-        call = keywords.call(prompts, steps) | (more or {})
-        return record(pipeline, component, call, first_only=first_only)
-    runs = []
-    for number, prompt in enumerate(prompts):
-        # Each sample has noise of its own, as in a batch.
-        call = keywords.call((prompt,), steps) | {"generator": torch.Generator().manual_seed(number)} | (more or {})
-        runs.append(record(pipeline, component, call, first_only=first_only))
+    with encoding_by_mode(pipeline, prompts):
+        if not keywords.one_prompt:
+            call = keywords.call(prompts, steps) | (more or {})
+            return record(pipeline, component, call, first_only=first_only)
+        runs = []
+        for number in range(len(prompts)):
+            # Each sample has noise of its own, as in a batch.
+            own = {"generator": torch.Generator().manual_seed(number)} | (more or {})
+            call = keywords.call(prompts.some((number,)), steps) | own
+            runs.append(record(pipeline, component, call, first_only=first_only))
     return join_recordings(runs)
 
 
@@ -56,7 +58,7 @@ def record_unguided(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     scale: float,
 ) -> tuple[CallKeywords, Recording]:
@@ -74,7 +76,7 @@ def record_unguided(
     try:
         recording = record_prompts(pipeline, component, keywords, few, steps)
     except UserError as refused:
-        keywords, few = replace(keywords, one_prompt=True), prompts[:1]
+        keywords, few = replace(keywords, one_prompt=True), prompts.some((0,))
         try:
             recording = record_prompts(pipeline, component, keywords, few, steps)
         except UserError:
@@ -104,7 +106,7 @@ def record_guided(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     scale: float,
     *,

@@ -90,7 +90,9 @@ def _check_head(pipeline: Any) -> None:
 
 def _grow_embeddings(pipeline: Any) -> None:
     """Give each text encoder an embedding for every token of its local tokenizer."""
-    for name, tokenizer in pipeline.components.items():
+    for name, part in pipeline.components.items():
+        # A processor has a tokenizer of its own.
+        tokenizer = getattr(part, "tokenizer", part)
         encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
         if not name.startswith("tokenizer") or tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
             continue

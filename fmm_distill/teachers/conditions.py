@@ -9,6 +9,7 @@ import torch
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompts import Prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,6 +153,11 @@ class Embeddings:
     ) -> None:
         self.names, self.prompts, self.empty, self.reason = names, rows, empty, reason
         self.images: Mapping[str, tuple[Any, ...]] = images or {}
+
+    @property
+    def given(self) -> Prompts:
+        """What the pipeline is called with for each of the prompts."""
+        return Prompts(self.names, self.images)
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
         """Return the embeddings of the prompts at these positions."""

@@ -21,7 +21,7 @@ from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
 from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
-from fmm_distill.teachers.prompted.prompts import Prompts, as_prompts
+from fmm_distill.teachers.prompts import Prompts, as_prompts
 from fmm_distill.teachers.requirements import check_requirements, describe_optional_inputs, takes_prompts
 from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.unet1d import load_unet1d

@@ -27,8 +27,8 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.guiders import guider_names, plain_guiders, turn_guiders_off
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
-from fmm_distill.teachers.prompted.prompts import Prompts
 from fmm_distill.teachers.prompted.runs import record_guided, record_unguided
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from tests.conformance.test_prompted_export import moved
 from tests.logs import logged

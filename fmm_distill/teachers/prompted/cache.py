@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmm_distill.teachers.index import PipelineIndex
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["CHUNK", "IMAGES", "cache_file", "embed_all"]
 

@@ -13,7 +13,7 @@ from fmm_distill.teachers.prompted.neutral import neutral_keywords
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["CallKeywords", "check_keywords"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.index import PipelineIndex
     from fmm_distill.teachers.prompted.probe import PipelineProbe
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.recording import Recording
 
 __all__ = ["embed_prompts", "find_null"]

@@ -12,7 +12,7 @@ from fmm_distill.teachers.recording import patched_method
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["encoding_by_mode"]
 

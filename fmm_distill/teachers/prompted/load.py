@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.conditions import Embeddings
     from fmm_distill.teachers.guidance import Guidance
     from fmm_distill.teachers.index import PipelineIndex
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["load_prompted"]
 
@@ -104,11 +104,12 @@ def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, 
         index.folder,
         probe.component,
         call,
-        condition="prompt",
+        condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
+        positions=probe.positions,
     )
 
 
@@ -116,7 +117,7 @@ def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> Pipe
     # Not the empty prompt, of which some tokenizers make no token.
     call = probe.keywords.call(prompts.some((0,)), STEPS)
     output = tuple(probe.recording.calls[0].output.shape[1:])
-    return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output)
+    return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 
 
 def _check_components(index: PipelineIndex, component: str) -> None:

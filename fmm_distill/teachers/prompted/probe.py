@@ -15,9 +15,10 @@ from fmm_distill.teachers.prompted.arguments import Probes, read_layout
 from fmm_distill.teachers.prompted.call import is_near, read_call, scheduler_times
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
 from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
-from fmm_distill.teachers.prompted.prompts import Prompts, pictures_like
 from fmm_distill.teachers.prompted.runs import record_prompts, record_unguided
+from fmm_distill.teachers.prompts import Prompts, pictures_like
 from fmm_distill.teachers.scheduler import read_scheduler
+from fmm_distill.teachers.stepped_samples import find_positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,6 +111,11 @@ class PipelineProbe:
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one sample of the network."""
         return tuple(self.call.sample_of(self.recording.calls[0].arguments).shape[1:])
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The positions of a sample's numbers among those of the scheduler's; see ``find_positions``."""
+        return find_positions(self.call.sample_of(self.recording.calls[0].arguments), self.recording.steps[0].sample)
 
     @property
     def two(self) -> Prompts:

@@ -16,7 +16,7 @@ from fmm_distill.teachers.recording import record
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.prompted.call_keywords import CallKeywords
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.recording import Recording
 
 __all__ = ["record_guided", "record_prompts", "record_unguided"]

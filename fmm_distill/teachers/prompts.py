@@ -49,7 +49,7 @@ class Prompts:
         """Return the same images with one text for all."""
         return Prompts((text,) * len(self), self.images)
 
-    def keywords(self, *, one: bool, prompt: bool = True) -> dict[str, Any]:
+    def keywords(self, *, one: bool = False, prompt: bool = True) -> dict[str, Any]:
         """Return the keywords of a pipeline's call.
 
         Args:

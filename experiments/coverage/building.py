@@ -54,13 +54,14 @@ def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, 
     _check_head(pipeline)
     _grow_embeddings(pipeline)
     _name_markers(pipeline)
+    _complete_parts(pipeline)
     _make_distinct(pipeline)
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _complete_config(pipeline, folder)
     given = _dummy_inputs(test)
     parameters = inspect.signature(pipeline.__call__).parameters
-    images = describe_images(given, parameters)
+    images = describe_images(given, parameters, getattr(pipeline, "vae_scale_factor", 8))
     return {
         "pipeline": _stock_class(pipeline, folder),
         "call": _size_of(images, parameters) | _keywords(given, parameters),
@@ -120,6 +121,19 @@ def _name_markers(pipeline: Any) -> None:
             known = [words[marker] for words in vocabularies for marker in markers if marker in words]
             if known and isinstance(part, torch.nn.Module) and hasattr(config, name):
                 setattr(config, name, known[0])
+
+
+def _complete_parts(pipeline: Any) -> None:
+    """Give parts the settings of published checkpoints with which their pipeline runs on images."""
+    config = pipeline.scheduler.config if hasattr(pipeline, "scheduler") else {}
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "epsilon":
+        pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
+    encoder = getattr(pipeline, "image_encoder", None)
+    if "(224, 224)" in inspect.getsource(type(pipeline)) and hasattr(getattr(encoder, "config", None), "image_size"):
+        # The tests give a tensor, which is not resized.
+        encoder.config.image_size = 224
+        torch.manual_seed(0)
+        pipeline.register_modules(image_encoder=type(encoder)(encoder.config))
 
 
 def _make_distinct(pipeline: Any) -> None:
@@ -187,7 +201,7 @@ def _size_of(images: dict[str, Form], parameters: Any) -> dict[str, int]:
     """Return the size of the first image as the size of the sample: that of a test without one is in its latents."""
     form: Any = next(iter(images.values()), None)
     while isinstance(form, list):
-        form = form[0]
+        form = next(each for each in form if each is not None)
     return (
         {}
         if form is None or not {"height", "width"} <= parameters.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,9 +13,10 @@ from experiments.coverage.images import replace_images
 from experiments.coverage.stepping import first_order, record_run
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
+from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.prompted.encoding import encoding_by_mode
-from fmm_distill.teachers.prompted.prompts import Prompts
-from fmm_distill.teachers.requirements import call_parameters, pipeline_class
+from fmm_distill.teachers.prompts import Prompts
+from fmm_distill.teachers.stepped_samples import from_stepped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,13 +69,16 @@ def compare_steps(teacher: Teacher, folder: Path) -> float | str:
     component = "transformer" if hasattr(pipeline, "transformer") else "unet"
     with encoding_by_mode(pipeline, _given(teacher)):
         run = record_run(pipeline, component, getattr(own, "sample", "sample"), _call(teacher, RUN_STEPS))
-    shape = (count, *teacher.event_shape)
+    shape, joined = (count, *teacher.event_shape), getattr(own, "joined", None)
+    positions = None if teacher.pipeline is None else teacher.pipeline.positions
+    if positions is not None:
+        run.steps = [_selected(step, teacher.event_shape, positions) for step in run.steps]
     # A pipeline may step a second stream, such as sound, which is no part of the teacher's event.
     size = torch.Size(shape).numel()
     steps = [step for step in run.steps if step.x.numel() == size]
     if not steps:
         return "its scheduler steps other numbers than one sample per prompt"
-    worst, joined = 0.0, getattr(own, "joined", None)
+    worst = 0.0
     for position, step in enumerate(steps):
         sample = run.samples[position] if position < len(run.samples) else None
         x = _as_event(step, sample if joined is None or sample is None else joined.sample_in(sample), shape)
@@ -87,6 +92,12 @@ def compare_steps(teacher: Teacher, folder: Path) -> float | str:
         one, other = (made, step.end) if same else (each.flatten().sort().values for each in (made, step.end))
         worst = max(worst, relative(one, other))
     return worst
+
+
+def _selected(step: Step, event_shape: tuple[int, ...], positions: Tensor) -> Step:
+    """Return a step of the teacher's numbers alone, where the scheduler steps a given first frame too."""
+    x, end = (from_stepped(each, event_shape, positions) for each in (step.x, step.end))
+    return replace(step, x=x, end=end)
 
 
 def _as_event(step: Step, sample: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -203,16 +214,13 @@ def _call(teacher: Teacher, steps: int) -> dict[str, Any]:
     if conditions.noun == "classes":
         names = [conditions.names[index % len(conditions.names)] for index in range(2)]
         return call | {"class_labels": [int(name) for name in names]}
-    kind = pipeline_class(stock.class_name)
-    takes_prompt = kind is None or "prompt" in call_parameters(kind)
-    given = _given(teacher).keywords(one=stock.one_prompt, prompt=takes_prompt)
+    given = _given(teacher).keywords(one=stock.one_prompt, prompt=stock.condition == "prompt")
     return call | given | {"output_type": "latent"}
 
 
 def _given(teacher: Teacher) -> Prompts:
     """Return the first two prompts of a teacher with their images."""
     conditions = teacher.conditions
-    if conditions is None or conditions.noun == "classes":
+    if not isinstance(conditions, Embeddings):
         return Prompts(("", ""))
-    count = len(conditions.names)
-    return Prompts(conditions.names, getattr(conditions, "images", {})).some([index % count for index in range(2)])
+    return conditions.given.some([index % len(conditions.names) for index in range(2)])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fmm_distill.teachers.prompted.prompts import Prompts
+from fmm_distill.teachers.prompts import Prompts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -27,15 +27,16 @@ _OTHER = 1000
 Form = dict[str, Any] | list[Any]
 
 
-def describe_images(given: Mapping[str, Any], parameters: Collection[str]) -> dict[str, Form]:
+def describe_images(given: Mapping[str, Any], parameters: Collection[str], scale: int = 8) -> dict[str, Form]:
     """Return the forms of the images among the dummy inputs of a test: one image, or a list, per sample.
 
     Args:
         given: the dummy inputs.
         parameters: the names of the parameters of the pipeline's call.
+        scale: pixels of an image per latent. A test may give latents in the place of an image.
     """
     forms = {
-        name: _form(name, value)
+        name: _form(name, value) or _form_of_latents(name, value, scale)
         for name, value in given.items()
         if name in parameters and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NO_IMAGES)
     }
@@ -64,9 +65,17 @@ def _form(name: str, value: Any) -> Form | None:
     if isinstance(value, torch.Tensor):
         return _form_of_tensor(name, value)
     if isinstance(value, list | tuple):
+        # An image that the pipeline makes is None among those that it is given.
         entries = [_form(name, entry) for entry in value]
-        return entries if entries and all(entries) else None
+        known = [entry is None or form for entry, form in zip(value, entries, strict=True)]
+        return entries if any(entries) and all(known) else None
     return None
+
+
+def _form_of_latents(name: str, value: Any, scale: int) -> Form | None:
+    if name != "image" or not isinstance(value, torch.Tensor) or value.ndim != 4:
+        return None
+    return {"size": [scale * value.shape[-1], scale * value.shape[-2]], "mode": "RGB"}
 
 
 def _form_of_tensor(name: str, value: torch.Tensor) -> Form | None:
@@ -91,7 +100,9 @@ def _draw_all(form: Form, count: int, place: int) -> tuple[Any, ...]:
     return tuple(_draw(form, [place, number]) for number in range(count))
 
 
-def _draw(form: Form, seed: list[int]) -> Any:
+def _draw(form: Form | None, seed: list[int]) -> Any:
+    if form is None:
+        return None
     if isinstance(form, list):
         return [_draw(entry, [*seed, number]) for number, entry in enumerate(form)]
     (width, height), channels = form["size"], {"L": 1, "RGB": 3}[form["mode"]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from experiments.coverage.images import Form
     from fmm_distill.teachers.base import Teacher
-    from fmm_distill.teachers.prompted.prompts import Prompts
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["has_text", "open_and_check"]
 

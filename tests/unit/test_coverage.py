@@ -21,7 +21,7 @@ from experiments.coverage.report import entries_of, markdown, totals
 from experiments.coverage.stepping import first_order
 from experiments.coverage.suite import commit_of, find_cases
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.teachers.prompted.prompts import Prompts
+from fmm_distill.teachers.prompts import Prompts
 from tests.conftest import save_teacher, tiny_unet
 
 FILE = "tests/pipelines/tiny/test_tiny.py"

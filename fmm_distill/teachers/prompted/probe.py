@@ -18,6 +18,7 @@ from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
 from fmm_distill.teachers.prompted.runs import record_prompts, record_unguided
 from fmm_distill.teachers.prompts import Prompts, pictures_like
 from fmm_distill.teachers.scheduler import read_scheduler
+from fmm_distill.teachers.side_networks import side_networks
 from fmm_distill.teachers.stepped_samples import find_positions
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class PipelineProbe:
         keywords, recording = record_unguided(pipeline, component, keywords, samples.some((0, 1)), STEPS, scale)
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
-        read = read_call(recording, spec, source)
+        read = read_call(recording, spec, source, side_networks(pipeline, component))
         probe = cls(source, pipeline, component, keywords, samples, recording, spec, read)
         probe = replace(probe, call=replace(probe.call, layout=probe._layout()))
         sign = probe._sign_of_first_step()

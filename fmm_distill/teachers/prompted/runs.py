@@ -79,13 +79,10 @@ def record_unguided(
         if prompts.images:
             # Two images may be taken for the two frames of one video; three are not.
             record_prompts(pipeline, component, keywords, prompts, steps, first_only=True)
-    except UserError as refused:
+    except UserError:
+        # Where this fails too, its reason is the true one: a list fails for being a list.
         keywords, few = replace(keywords, one_prompt=True), prompts.some((0,))
-        try:
-            recording = record_prompts(pipeline, component, keywords, few, steps)
-        except UserError:
-            # It fails for another reason than the number of prompts.
-            raise refused from refused.__cause__
+        recording = record_prompts(pipeline, component, keywords, few, steps)
     if keywords.guidance == "guidance_scale" and recording.takes_guidance:
         keywords = keywords.with_guidance_input(scale)
         return keywords, record_prompts(pipeline, component, keywords, prompts.some((0, 1)), steps)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.conditions import Conditions
 
-__all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "prompts_of"]
+__all__ = ["NOISE_SEED", "SampleDraws", "draw_samples_of", "places_of", "prompts_of"]
 
 # Any number, but one for all runs, so that their values come from the same noises.
 NOISE_SEED = 20_240_607
@@ -88,5 +88,10 @@ def _positions_of(numbers: range, seed: int) -> Float[Tensor, " batch"]:
 
 def prompts_of(known: Conditions, numbers: range, seed: int) -> list[str]:
     """Return the prompts of the samples with these numbers."""
+    return [known.names[i] for i in places_of(known, numbers, seed)]
+
+
+def places_of(known: Conditions, numbers: range, seed: int) -> list[int]:
+    """Return the numbers of the conditions of the samples with these numbers."""
     count = len(known.names)
-    return [known.names[min(int(position * count), count - 1)] for position in _positions_of(numbers, seed).tolist()]
+    return [min(int(position * count), count - 1) for position in _positions_of(numbers, seed).tolist()]

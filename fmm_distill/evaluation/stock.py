@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fmm_distill.errors import UserError
-from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, prompts_of
+from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
-from fmm_distill.teachers.conditions import Classes
+from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
@@ -45,7 +45,9 @@ class _PipelineRun:
 
     def __call__(self, draws: SampleDraws) -> Float[Tensor, "batch channels height width"]:
         """Return decoded images in [-1, 1]."""
-        accepts_noise = "latents" in self.accepted
+        stock = self.teacher.pipeline
+        # Their noise is in another layout where a part of the sample is given.
+        accepts_noise = "latents" in self.accepted and (stock is None or stock.positions is None)
         options = self.options | self._conditions(draws) | {"num_inference_steps": self.steps, "output_type": "np"}
         # A generator that has drawn the noise already must not draw it again as the noise of an ancestral step.
         options["generator"] = draws.generators(after_noise=accepts_noise)
@@ -57,24 +59,28 @@ class _PipelineRun:
         """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""
         if self.teacher.pipeline is None or not self.teacher.pipeline.one_prompt:
             return [options]
-        each = [
-            {"prompt": prompt, "generator": generator}
-            for prompt, generator in zip(options["prompt"], options["generator"], strict=True)
-        ]
-        noises = options["latents"].split(1) if "latents" in options else [None] * len(each)
-        return [options | one | {"latents": noise} for one, noise in zip(each, noises, strict=True)]
+        lists = {name: value for name, value in options.items() if name in self._listed()}
+        if "latents" in options:
+            lists["latents"] = options["latents"].split(1)
+        return [options | dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
+
+    def _listed(self) -> set[str]:
+        """Return the keywords of the call that have one entry per sample."""
+        known = self.teacher.conditions
+        return {"prompt", "generator", *(known.images if isinstance(known, Embeddings) else ())}
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__
-        keyword, value = "batch_size", cast("Any", len(draws))
+        given: dict[str, Any] = {"batch_size": len(draws)}
         if isinstance(known, Classes):
             labels = draws.cond.inputs[known.keyword] if draws.cond is not None else torch.empty(0)
-            keyword, value = "class_labels", labels.tolist()
-        elif known is not None:
-            keyword, value = "prompt", prompts_of(known, draws.numbers, draws.seed)
-        if keyword not in self.accepted:
-            raise UserError(f"expected a pipeline that accepts {keyword}, as the teacher does; got {name}")
-        return {keyword: value}
+            given = {"class_labels": labels.tolist()}
+        elif isinstance(known, Embeddings):
+            takes_prompt = self.teacher.pipeline is None or self.teacher.pipeline.condition == "prompt"
+            given = known.given.some(places_of(known, draws.numbers, draws.seed)).keywords(prompt=takes_prompt)
+        if missing := [keyword for keyword in given if keyword not in self.accepted]:
+            raise UserError(f"expected a pipeline that accepts {missing[0]}, as the teacher does; got {name}")
+        return given
 
 
 def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None = None) -> Sampler:

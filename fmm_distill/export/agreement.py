@@ -105,7 +105,8 @@ def compare(
     if len(recorded["states"]) != len(times) - 1:
         # A pipeline that skips or repeats steps.
         return Agreement(float("inf"), 0.0)
-    points = [from_stepped(x, tuple(noise.shape[1:])) for x in (*recorded["states"], recorded["end"])]
+    positions = None if teacher.pipeline is None else teacher.pipeline.positions
+    points = [from_stepped(x, tuple(noise.shape[1:]), positions) for x in (*recorded["states"], recorded["end"])]
     found = [_start(student, points[0], noise, times[0])]
     for k, (t, r) in enumerate(pairwise(times)):
         jump = _Jump(points[k], t, r, None if strength is None else strength.value)

@@ -22,6 +22,7 @@ import types
 # From here on any import of the package fails: the pipelines have to open without it.
 sys.modules["fmm_distill"] = None
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -91,9 +92,21 @@ def unchecked(pipeline):
     return pipeline
 
 
+def opened(value):
+    """Return a keyword of the call with the images of its files in place of their paths."""
+    if isinstance(value, list):
+        return [opened(item) for item in value]
+    if not (isinstance(value, dict) and set(value) == {"image file"}):
+        return value
+    image = PIL.Image.open(value["image file"])
+    image.load()
+    return image
+
+
 def made_by(pipeline, call, job, steps):
     """Return the recorded tensors of one call, by the second half of their names."""
     pipeline.set_progress_bar_config(disable=True)
+    call = {name: opened(value) for name, value in call.items()}
     call = {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps} | call
     made = []
     with watched(pipeline, made):

@@ -20,6 +20,7 @@ from fmm_distill.student.scaled_adapters import stock_network
 from fmm_distill.student.strength import strength_of
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import open_pipeline
+from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.teachers.prompted.probe import STEPS
 from fmm_distill.teachers.recording import record, tensor_of
@@ -223,15 +224,17 @@ class StockPipelineExporter:
         """Return the keywords for ``count`` samples, of the teacher's first conditions if it has any."""
         if self.teacher.conditions is None:
             return {"batch_size": count}
-        names = self.teacher.conditions.names
-        some = [names[i % len(names)] for i in range(count)]
-        if self.pipeline.condition == "class_labels":
-            return {"class_labels": [int(name) for name in some], "output_type": "np"} | self.pipeline.unguided()
+        conditions = self.teacher.conditions
+        some = [i % len(conditions.names) for i in range(count)]
+        if not isinstance(conditions, Embeddings):
+            labels = [int(conditions.names[i]) for i in some]
+            return {"class_labels": labels, "output_type": "np"} | self.pipeline.unguided()
         # A pipeline of pixels has no latents to return.
         latents = any(name.startswith(("vae", "vq", "movq")) for name in self.pipeline.index)
         own = self.pipeline.call | self.pipeline.unguided()
-        prompt = some[0] if self.pipeline.one_prompt else some
-        return own | {"prompt": prompt, "output_type": "latent" if latents else "np"}
+        prompt = self.pipeline.condition == "prompt"
+        given = conditions.given.some(some).keywords(one=self.pipeline.one_prompt, prompt=prompt)
+        return own | given | {"output_type": "latent" if latents else "np"}
 
     def any_step_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return the call without a scale for a student of a range of scales: its default is the teacher's."""

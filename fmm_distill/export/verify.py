@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.agreement import Agreement, compare, compare_weights
+from fmm_distill.export.call_files import images_to_files
 from fmm_distill.export.contents import record
 from fmm_distill.export.extraction import describe_loss, samples_lost
 from fmm_distill.io.files import write_text
@@ -166,10 +167,11 @@ class _Job:
 
     def to_json(self, output: str) -> dict[str, Any]:
         """Return the job as ``reload.py`` reads it, which writes to ``output``."""
+        call = images_to_files(self.call, Path(output).with_suffix(""))
         return {
             "folder": str(self.export.folder.resolve()),
-            "call": self.call,
-            "any_call": self.exporter.any_step_call(self.call),
+            "call": call,
+            "any_call": self.exporter.any_step_call(call),
             "seed": SEED,
             "steps": self.export.steps,
             "output": output,

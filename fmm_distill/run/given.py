@@ -97,7 +97,7 @@ class Given:
                 f"guidance.scale: expected 1 for the unconditional teacher {teacher.source}, got {settings.scale:g}"
             )
         # Raises where there is no input for no condition.
-        teacher.conditions.null(1)
+        teacher.conditions.check_null()
         teacher.guidance = Guidance(settings.scale, settings.interval, settings.range)
         return teacher
 

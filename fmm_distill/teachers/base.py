@@ -128,7 +128,7 @@ class Teacher:
         weaker = self.weaker
         if weaker is not None:
             return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t, scales)
-        null = cast("Conditions", self.conditions).null(len(x)).to(x.device)
+        null = cast("Conditions", self.conditions).null(cast("Conditioning", cond)).to(x.device)
         return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
 
     def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:
@@ -183,6 +183,9 @@ class Teacher:
         # The tables of a discrete schedule: looked up on the CPU at every call, they would make a GPU wait.
         if isinstance(self.schedule, VariancePreserving):
             self.schedule.to(device)
+        # Networks that run before this one belong to the call.
+        if (move := getattr(self.parametrization.call, "to", None)) is not None:
+            move(device)
         if self.weaker is not None:
             self.weaker.to(device)
         return self

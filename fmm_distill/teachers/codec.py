@@ -149,6 +149,7 @@ class PipelineCodec:
         event_shape: the shape of a sample.
         output_shape: of the network's output for a sample, which may have a learned variance, and lack channels or
             tokens of a condition that are in the network's input; None: ``event_shape``.
+        positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
     """
 
     outputs = "images"
@@ -162,9 +163,11 @@ class PipelineCodec:
         call: dict[str, Any],
         event_shape: tuple[int, ...],
         output_shape: tuple[int, ...] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         self.folder, self.component, self.network = folder, component, network
         self.event_shape, self.output_shape = event_shape, output_shape or event_shape
+        self.positions = positions
         self.call = call | {"output_type": "np", "return_dict": False, "generator": None}
         self._pipeline: Any = None
 
@@ -178,7 +181,7 @@ class PipelineCodec:
         for row in x.to(device).split(1):
             with (
                 patched_method(self.network, "forward", self._zero_output),
-                patched_method(pipeline.scheduler, "step", _ends(row)),
+                patched_method(pipeline.scheduler, "step", _ends(row, self.positions)),
             ):
                 # A copy: some pipelines change the lists that they are called with.
                 made = run_pipeline(pipeline, copy.deepcopy(self.call))[0]
@@ -301,7 +304,7 @@ class _Both(tuple[Any, Any]):
     prev_sample = sample
 
 
-def _ends(row: Tensor) -> Callable[[Any], Callable[..., _Both]]:
+def _ends(row: Tensor, positions: Tensor | None) -> Callable[[Any], Callable[..., _Both]]:
     """Return a maker of scheduler steps that end at ``row`` from every start."""
 
     def make(original: Callable[..., Any]) -> Callable[..., _Both]:
@@ -309,7 +312,7 @@ def _ends(row: Tensor) -> Callable[[Any], Callable[..., _Both]]:
 
         def step(*args: Any, **kwargs: Any) -> _Both:  # noqa: ANN401 the scheduler's own
             sample = parameters.bind(*args, **kwargs).arguments["sample"]
-            return _Both(to_stepped(row, tuple(sample.shape)))
+            return _Both(to_stepped(row, tuple(sample.shape), positions))
 
         return step
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompts import Prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["Classes", "Conditions", "Embeddings"]
+__all__ = ["WITHOUT", "Classes", "Conditions", "Embeddings", "NullInputs"]
+
+# Before the name of an input of the empty prompt, among the inputs of a prompt.
+WITHOUT = "without the prompt."
 
 
 class Conditions(Protocol):
@@ -31,11 +38,19 @@ class Conditions(Protocol):
         """Return the conditions at these positions in [0, 1); every condition has an interval of the same length."""
         ...
 
-    def null(self, count: int) -> Conditioning:
-        """Return the unconditional input of the network, for ``count`` samples.
+    def check_null(self) -> None:
+        """Check that the network has an unconditional input.
 
         Raises:
-            UserError: if the teacher has none.
+            UserError: otherwise.
+        """
+        ...
+
+    def null(self, cond: Conditioning) -> Conditioning:
+        """Return the unconditional inputs of the network, for samples with these conditions.
+
+        Raises:
+            UserError: if the network has none.
         """
         ...
 
@@ -63,15 +78,57 @@ class Classes:
         """Return the labels at these positions."""
         return Conditioning({self.keyword: _index(positions, len(self.names))})
 
-    def null(self, count: int) -> Conditioning:
-        """Return the label for no class."""
+    def check_null(self) -> None:
+        """Check that there is a label for no class."""
         # A label of another class in its place would guide away from that class.
         if self.null_label is None:
             raise UserError(
                 "guidance: expected a label for no class, got a class-conditional teacher without one; try "
                 "guidance.scale 1"
             )
-        return Conditioning({self.keyword: torch.full((count,), self.null_label)})
+
+    def null(self, cond: Conditioning) -> Conditioning:
+        """Return the label for no class."""
+        self.check_null()
+        return Conditioning({self.keyword: torch.full_like(cond.inputs[self.keyword], cast("int", self.null_label))})
+
+
+@dataclass(frozen=True)
+class NullInputs:
+    """The network's inputs of the empty prompt.
+
+    Attributes:
+        row: one row of each input, for all samples.
+        own: inputs that are those of the sample itself, such as its image.
+        per_image: inputs that are a function of the sample's image, such as a prompt's embedding next to the image.
+    """
+
+    row: Conditioning
+    own: frozenset[str] = frozenset()
+    per_image: frozenset[str] = frozenset()
+
+    def add_to(self, rows: Conditioning, empty: Conditioning) -> Conditioning:
+        """Return embeddings of prompts with the inputs of the empty prompt that are a function of the image.
+
+        Args:
+            empty: the embeddings of the empty prompt with each image.
+        """
+        more = {WITHOUT + name: value for name, value in empty.inputs.items() if name in self.per_image}
+        return replace(rows, inputs={**rows.inputs, **more})
+
+    def of(self, cond: Conditioning) -> Conditioning:
+        """Return the unconditional inputs for samples with these conditions."""
+        count = len(cond)
+        inputs = {}
+        for name, row in self.row.inputs.items():
+            if name in self.own:
+                inputs[name] = cond.inputs[name]
+            elif name in self.per_image:
+                inputs[name] = cond.inputs[WITHOUT + name]
+            else:
+                # Contiguous, as the rows of a batch are: some networks take views of them.
+                inputs[name] = row.expand(count, *row.shape[1:]).contiguous()
+        return replace(self.row, inputs=inputs)
 
 
 class Embeddings:
@@ -79,23 +136,39 @@ class Embeddings:
 
     Args:
         names: the prompts.
-        empty: the embeddings of the empty prompt; None: guidance can't use it.
+        empty: the inputs of the empty prompt; None: guidance can't use it.
         reason: why ``empty`` is None, for messages.
+        images: by keyword of the pipeline's call, the image of each prompt; empty: the pipeline takes none.
     """
 
     noun = "prompts"
 
     def __init__(
-        self, names: tuple[str, ...], rows: Conditioning, empty: Conditioning | None, reason: str = ""
+        self,
+        names: tuple[str, ...],
+        rows: Conditioning,
+        empty: NullInputs | None,
+        reason: str = "",
+        images: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
         self.names, self.prompts, self.empty, self.reason = names, rows, empty, reason
+        self.images: Mapping[str, tuple[Any, ...]] = images or {}
+
+    @property
+    def given(self) -> Prompts:
+        """What the pipeline is called with for each of the prompts."""
+        return Prompts(self.names, self.images)
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:
         """Return the embeddings of the prompts at these positions."""
         return self.prompts.rows(_index(positions, len(self.names)))
 
-    def null(self, count: int) -> Conditioning:
-        """Return the embeddings of the empty prompt."""
+    def check_null(self) -> None:
+        """Check that there are embeddings of the empty prompt."""
         if self.empty is None:
             raise UserError(f"guidance: {self.reason}; try guidance.scale 1")
-        return self.empty.rows(torch.zeros(count, dtype=torch.long))
+
+    def null(self, cond: Conditioning) -> Conditioning:
+        """Return the embeddings of the empty prompt."""
+        self.check_null()
+        return cast("NullInputs", self.empty).of(cond)

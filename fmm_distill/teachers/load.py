@@ -21,6 +21,7 @@ from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
 from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
+from fmm_distill.teachers.prompts import Prompts, as_prompts
 from fmm_distill.teachers.requirements import check_requirements, describe_optional_inputs, takes_prompts
 from fmm_distill.teachers.safety import describe_checkers
 from fmm_distill.teachers.unet1d import load_unet1d
@@ -48,7 +49,7 @@ def load_teacher(
     *,
     revision: str | None = None,
     variant: str | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | Prompts = (),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
 ) -> Teacher:
@@ -58,7 +59,7 @@ def load_teacher(
         source: a Hub id, a folder written by ``save_pretrained``, or ``builtin:<name>``.
         revision: branch, tag or commit on the Hub.
         variant: of the weights, such as fp16; None: the default weights. All are opened in float32.
-        prompts: the prompts of a teacher with text encoders; none: the empty prompt.
+        prompts: the prompts of a teacher with text encoders, ``Prompts`` with images; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
         guidance: classifier-free guidance of the velocity; None: no guidance.
 
@@ -66,7 +67,7 @@ def load_teacher(
         UserError: if the teacher can't be found, or if no adapter opens its components.
     """
     index = find_index(source, revision)
-    load = _adapter(index, prompts, call, guidance)
+    load = _adapter(index, as_prompts(prompts), call, guidance)
     # After an adapter is found: weights that can't be opened are not downloaded.
     index = download(index, variant)
     check_weight_files(index)
@@ -75,22 +76,23 @@ def load_teacher(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
         )
     teacher = load(index)
-    if (data := describe_optional_inputs(index.pipeline)) is not None:
+    given = as_prompts(prompts).images
+    if (data := describe_optional_inputs(index.pipeline, given)) is not None:
         logger.warning(f"{index.pipeline} can take {data}; this teacher and its student are opened without")
     return teacher
 
 
 def _adapter(
-    index: PipelineIndex, prompts: Sequence[str], call: dict[str, Any] | None, guidance: Guidance | None
+    index: PipelineIndex, prompts: Prompts, call: dict[str, Any] | None, guidance: Guidance | None
 ) -> Callable[[PipelineIndex], Teacher]:
     """Return the function that opens a pipeline with these components."""
     networks = {name: cls for name, (_, cls) in index.components.items() if name in ("unet", "transformer")}
-    check_requirements(index)
-    has_prompts = takes_prompts(index)
+    check_requirements(index, prompts.images)
+    has_prompts = takes_prompts(index) or bool(prompts.images)
     # Before the other rules: a prompted pipeline may have a network that they know too.
     if has_prompts and networks:
-        return lambda complete: load_prompted(complete, prompts or ("",), call, guidance)
-    if (prompts or call) and not has_prompts:
+        return lambda complete: load_prompted(complete, prompts if len(prompts) else Prompts(("",)), call, guidance)
+    if (len(prompts) or call) and not has_prompts:
         raise UserError(
             f"{index.source}: expected a pipeline with a text encoder for prompts and pipeline, got one without; try "
             "without prompts, pipeline and a text column in data.condition"
@@ -116,7 +118,7 @@ def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
     if teacher.conditions is None:
         raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} for an unconditional teacher; expected 1")
     # Raises an error if the teacher has no unconditional input.
-    teacher.conditions.null(1)
+    teacher.conditions.check_null()
     teacher.guidance = guidance
     return teacher
 

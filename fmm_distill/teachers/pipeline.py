@@ -12,6 +12,8 @@ import diffusers
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
 __all__ = ["StockPipeline"]
 
 
@@ -28,6 +30,7 @@ class StockPipeline:
         guidance_off: the value of that keyword that turns the guidance off.
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
+        positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class StockPipeline:
     guidance_off: float = 1.0
     network_guidance: float | None = None
     one_prompt: bool = False
+    positions: Tensor | None = None
 
     @property
     def index(self) -> dict[str, Any]:

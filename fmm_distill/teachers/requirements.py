@@ -78,8 +78,11 @@ def takes_prompts(index: PipelineIndex) -> bool:
     return "prompt" in parameters if parameters else _has_text_encoder(index)
 
 
-def check_requirements(index: PipelineIndex) -> None:
-    """Check by its class and components that a pipeline starts from noise and prompts or classes alone.
+def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> None:
+    """Check by its class and components that a pipeline starts from noise, prompts or classes, and given images alone.
+
+    Args:
+        given: keywords of the images that it is called with.
 
     Raises:
         UserError: otherwise.
@@ -88,9 +91,11 @@ def check_requirements(index: PipelineIndex) -> None:
     if kind is None:
         return
     name, parameters = index.pipeline, call_parameters(kind)
-    required = [
-        key for key, one in parameters.items() if one.default is _EMPTY and key not in ("prompt", "class_labels")
-    ]
+    if unknown := [key for key in given if key not in parameters]:
+        takes = ", ".join(_data(parameters)) or "no image"
+        raise UserError(f"prompts.images.{unknown[0]}: {name} takes no {unknown[0]}; it takes {takes}")
+    known = ("prompt", "class_labels", *given)
+    required = [key for key, one in parameters.items() if one.default is _EMPTY and key not in known]
     stages = [part for part in index.components if _STAGES.fullmatch(part)]
     if stages or any("image_embed" in key for key in required):
         reason = ", ".join(stages) if stages else f"it needs {_listed(required)}"
@@ -102,16 +107,25 @@ def check_requirements(index: PipelineIndex) -> None:
         raise UserError(
             f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(_data(parameters)[:1])}; try the base model"
         )
-    if needed := required or _needed(parameters, index.components):
+    # A signature that requires images requires all that the pipeline needs.
+    declared = any(one.default is _EMPTY and key in _data(parameters) for key, one in parameters.items())
+    needed = required or (
+        [] if declared else [key for key in _needed(parameters, index.components) if key not in given]
+    )
+    if needed:
         raise UserError(f"{index.source}: {_PLAIN}, got {name}, which needs {_listed(needed, index.components)}")
-    if parameters and "prompt" not in parameters and _has_text_encoder(index):
+    if parameters and "prompt" not in parameters and not given and _has_text_encoder(index):
         raise UserError(f"{index.source}: {_PLAIN}, got {name}, whose call takes no prompt")
 
 
-def describe_optional_inputs(name: str) -> str | None:
-    """Return what a pipeline class can take in addition to prompts, as text; None: nothing, or diffusers lacks it."""
+def describe_optional_inputs(name: str, given: Collection[str] = ()) -> str | None:
+    """Return what a pipeline class can take in addition to prompts, as text; None: nothing, or diffusers lacks it.
+
+    Args:
+        given: keywords of the images that it is called with.
+    """
     kind = pipeline_class(name)
-    data = [] if kind is None else _data(call_parameters(kind))
+    data = [] if kind is None or given else _data(call_parameters(kind))
     return _listed(data) if data else None
 
 

@@ -28,6 +28,7 @@ from fmm_distill.teachers.guiders import guider_names, plain_guiders, turn_guide
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
 from fmm_distill.teachers.prompted.runs import record_guided, record_unguided
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from tests.conformance.test_prompted_export import moved
 from tests.logs import logged
@@ -93,7 +94,7 @@ def saved(kind, name, folder, module=diffusion):
 
 def unguided(pipeline, component, call):
     keywords = CallKeywords.of(pipeline, call, 1.0)
-    return record_unguided(pipeline, component, keywords, PROMPTS, 4, 1.0)
+    return record_unguided(pipeline, component, keywords, Prompts(PROMPTS), 4, 1.0)
 
 
 def test_guidance_that_is_off_at_zero_is_found_by_a_run():
@@ -130,7 +131,7 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one():
     stock = diffusion.PIPELINES["sd1"].build()
     pipeline = NeedsNegative(**stock.components, requires_safety_checker=False)
     found = [
-        record_guided(one, "unet", CallKeywords.of(one, call, 1.0), PROMPTS, 4, 3.0).calls[0].arguments
+        record_guided(one, "unet", CallKeywords.of(one, call, 1.0), Prompts(PROMPTS), 4, 3.0).calls[0].arguments
         for one in (stock, pipeline)
     ]
     assert torch.equal(found[0]["encoder_hidden_states"], found[1]["encoder_hidden_states"])
@@ -142,7 +143,7 @@ def test_a_negative_prompt_of_the_pipelines_own_is_replaced_by_the_empty_prompt(
         load_teacher(saved(subclass(kind), "sd1", tmp_path / kind.__name__), prompts=PROMPTS, call=call)
         for kind in (StableDiffusionPipeline, NegativeOfItsOwn)
     ]
-    rows = [teacher.conditions.null(1).inputs["encoder_hidden_states"] for teacher in teachers]
+    rows = [teacher.conditions.null(teacher.conditions.prompts).inputs["encoder_hidden_states"] for teacher in teachers]
     assert torch.equal(*rows)
 
 
@@ -155,8 +156,7 @@ def test_one_prompt_at_a_time_is_a_teacher_of_many(tmp_path, subclass):
     for name, rows in stock.conditions.prompts.inputs.items():
         torch.testing.assert_close(single.conditions.prompts.inputs[name], rows)
     torch.testing.assert_close(
-        single.conditions.null(1).inputs["encoder_hidden_states"],
-        stock.conditions.null(1).inputs["encoder_hidden_states"],
+        *(one.conditions.null(one.conditions.prompts).inputs["encoder_hidden_states"] for one in (single, stock))
     )
     assert isinstance(exporter_of(single).verification_call(1)["prompt"], str)
     assert single.codec.decode(torch.zeros(2, *single.event_shape)).shape[:2] == (2, 3)
@@ -169,7 +169,7 @@ def test_perturbed_attention_is_off_in_the_teacher_and_in_the_export(tmp_path):
     assert len([line for line in lines if "StableDiffusionPAGPipeline is called with pag_scale=0.0" in line]) == 1
     assert teacher.pipeline.call["pag_scale"] == 0
     assert exporter_of(teacher).verification_call(1)["pag_scale"] == 0
-    teacher.conditions.null(1)
+    teacher.conditions.check_null()
     student = moved(Student.from_teacher(teacher))
     folder = export_pipeline(student, teacher, tmp_path / "student", (2,))
     assert len(verify(Exported(student, exporter_of(teacher), folder, (2,)))) == 2
@@ -196,7 +196,8 @@ def test_a_guider_is_off_and_replaced_by_a_plain_combination(guided_by_component
     with plain_guiders(pipeline, 3.0):
         guided = record(pipeline, "transformer", given)
     assert len(record(turn_guiders_off(pipeline), "transformer", given).calls) == 2
-    cond, null = teacher.conditions.prompts, teacher.conditions.null(2)
+    cond = teacher.conditions.prompts
+    null = teacher.conditions.null(cond)
     for name, rows in null.inputs.items():
         assert rows.shape == cond.inputs[name].shape
     first, second = guided.calls[:2]
@@ -234,7 +235,7 @@ def test_a_text_encoder_of_any_name(tmp_path):
     size = {"height": 16, "width": 16}
     teacher = load_teacher(str(tmp_path), prompts=PROMPTS, call=size)
     assert teacher.conditions.names == PROMPTS
-    teacher.conditions.null(1)
+    teacher.conditions.check_null()
 
 
 def test_a_component_that_the_pipeline_makes_itself_has_no_folder(tmp_path):

@@ -74,7 +74,7 @@ def test_every_sample_is_guided_by_its_own_scale(folders, name):
     teacher, plain = opened(folders[name], name), opened(folders[name], name, None)
     x, t, _, places = inputs(teacher)
     cond, scales = plain.conditions.pick(places), torch.tensor([1.0, 2.5, 6.0])
-    v, null = plain.velocity(x, t, cond), plain.velocity(x, t, plain.conditions.null(3))
+    v, null = plain.velocity(x, t, cond), plain.velocity(x, t, plain.conditions.null(cond))
     wanted = null + scales.reshape(-1, *[1] * (v.ndim - 1)) * (v - null)
     torch.testing.assert_close(teacher.velocity(x, t, cond.guided(scales)), wanted, atol=1e-4, rtol=1e-4)
     fixed = opened(folders[name], name, Guidance(3.0))

@@ -13,7 +13,7 @@ from fmm_distill.teachers.prompted.neutral import neutral_keywords
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["CallKeywords", "check_keywords"]
 
@@ -27,12 +27,14 @@ class CallKeywords:
         guidance: the keyword of classifier-free guidance; None: the pipeline has none.
         off: the value that turns guidance off.
         one_prompt: the pipeline takes one prompt at a time, no list.
+        takes_prompt: the pipeline takes prompts, and not images alone.
     """
 
     fixed: dict[str, Any]
     guidance: str | None
     off: float
     one_prompt: bool = False
+    takes_prompt: bool = True
 
     @classmethod
     def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
@@ -45,25 +47,26 @@ class CallKeywords:
         parameters = inspect.signature(pipeline.__call__).parameters
         # The user's own keywords win.
         fixed = {"output_type": "latent"} | neutral_keywords(parameters) | call
+        takes_prompt = "prompt" in parameters
         if "true_cfg_scale" in parameters:
-            # guidance_scale is then an input of the network itself.
-            return cls(fixed | {"guidance_scale": scale}, "true_cfg_scale", 1.0)
-        if "guidance_scale" not in parameters:
-            return cls(fixed, None, 1.0)
-        return cls(fixed, "guidance_scale", 1.0)
+            # guidance_scale is then an input of the network itself, where there is one.
+            own = {"guidance_scale": scale} if "guidance_scale" in parameters else {}
+            return cls(fixed | own, "true_cfg_scale", 1.0, takes_prompt=takes_prompt)
+        guidance = "guidance_scale" if "guidance_scale" in parameters else None
+        return cls(fixed, guidance, 1.0, takes_prompt=takes_prompt)
 
     def with_guidance_input(self, scale: float) -> CallKeywords:
         """Return the keywords of a pipeline whose ``guidance_scale`` is an input of its network."""
         return replace(self, fixed=self.fixed | {"guidance_scale": scale}, guidance=None, off=1.0)
 
-    def call(self, prompts: Sequence[str], steps: int, guidance: float | None = None) -> dict[str, Any]:
+    def call(self, prompts: Prompts, steps: int, guidance: float | None = None) -> dict[str, Any]:
         """Return the keywords of a call with these prompts, or with the first one of a pipeline that takes no list.
 
         Args:
             guidance: its scale; None: without guidance.
         """
-        prompt = prompts[0] if self.one_prompt else list(prompts)
-        given = {**self.fixed, "prompt": prompt, "num_inference_steps": steps}
+        own = prompts.keywords(one=self.one_prompt, prompt=self.takes_prompt)
+        given = {**self.fixed, **own, "num_inference_steps": steps}
         # A new generator with one seed: each recorded run starts from the same noise.
         given["generator"] = torch.Generator().manual_seed(0)
         if self.guidance:

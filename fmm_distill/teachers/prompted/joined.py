@@ -1,4 +1,4 @@
-"""The part that a pipeline joins to the sample before the call of its network, such as the latents of a first frame."""
+"""The part that a pipeline joins to the sample before the call of its network: latents of an image, a mask."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.recording import tensor_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.recording import Recording
 
-__all__ = ["JoinedPart", "find_joined"]
+__all__ = ["JoinedPart", "check_joined", "find_joined"]
 
 # The name of the joined part among the conditions; no argument of Python has it.
 _NAME = "joined to the sample"
@@ -24,59 +25,91 @@ _NAME = "joined to the sample"
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """The part of the network's first argument that follows the sample and stays the same in all steps.
+    """The part of the network's first argument that stays the same in all steps, before and after the sample.
 
     Attributes:
-        axis: along which it follows the sample, the axis of the batch included.
-        size: of the sample along that axis.
+        axis: along which it is joined, the axis of the batch included.
+        start, size: the position of the sample along that axis.
+        total: the size of the argument along that axis.
         per_sample: every sample has its own; else all samples share one.
     """
 
     axis: int
+    start: int
     size: int
+    total: int
     per_sample: bool
 
-    def head(self, given: Tensor) -> Tensor:
-        """Return the samples in the network's argument."""
-        return given.narrow(self.axis, 0, self.size)
+    def sample_in(self, given: Tensor) -> Tensor:
+        """Return the samples in the network's argument, or in an output of its size."""
+        return given.narrow(self.axis, self.start, self.size)
 
-    def tail(self, given: Tensor) -> Tensor:
+    def joined_in(self, given: Tensor) -> Tensor:
         """Return the joined part of the network's argument."""
-        return given.narrow(self.axis, self.size, given.shape[self.axis] - self.size)
+        before, _, after = given.split((self.start, self.size, self.total - self.start - self.size), self.axis)
+        return torch.cat((before, after), self.axis)
 
     def add_to(self, cond: Conditioning, given: Tensor) -> Conditioning:
         """Return the conditions with the joined part of the network's argument."""
         if self.per_sample:
-            return replace(cond, inputs={**cond.inputs, _NAME: self.tail(given)})
-        return replace(cond, shared={**cond.shared, _NAME: self.tail(given)[:1]})
+            return replace(cond, inputs={**cond.inputs, _NAME: self.joined_in(given)})
+        return replace(cond, shared={**cond.shared, _NAME: self.joined_in(given)[:1]})
 
     def join(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return x with the joined part, which is removed from the arguments of the call."""
         part: Tensor = arguments.pop(_NAME)
-        return torch.cat((x, part.to(x.dtype).expand(len(x), *part.shape[1:])), self.axis)
+        part = part.to(x.dtype).expand(len(x), *part.shape[1:])
+        before, after = part.split((self.start, self.total - self.size - self.start), self.axis)
+        return torch.cat((before, x, after), self.axis)
 
 
 def find_joined(recording: Recording, sample: str, source: str) -> JoinedPart | None:
-    """Compare the network's argument with the scheduler's sample; None: they have the same size.
+    """Find the part of the network's argument that stays the same in all steps; None: all of it changes.
 
     Args:
         sample: the name of the network's argument.
 
     Raises:
-        UserError: if the argument changes from step to step beyond the sample.
+        UserError: if the argument has more than the scheduler's sample, and that changes from step to step.
     """
-    given = [tensor_of(call.arguments[sample]) for call in recording.calls]
+    each = [tensor_of(call.arguments[sample]) for call in recording.calls]
+    if any(one.shape != each[0].shape for one in each):
+        raise UserError(
+            f"{source}: expected a network that gets one size in all steps, got several in {sample}: its pipeline may "
+            "store what it knows of an image in the first step; write an adapter for it (docs/add-a-teacher.md)"
+        )
+    given = torch.stack(each)
+    changes = (given != given[0]).any(0)
+    if changes.any():
+        for axis in range(1, changes.ndim):
+            positions = changes.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()
+            start, size, total = positions[0], positions[-1] - positions[0] + 1, changes.shape[axis]
+            if size < total:
+                part = JoinedPart(axis, start, size, total, per_sample=False)
+                joined = part.joined_in(given[0])
+                return replace(part, per_sample=not torch.equal(joined, joined[:1].expand_as(joined)))
     own = recording.steps[0].sample
-    if given[0].ndim != own.ndim or len(given[0]) != len(own):
-        return None
-    axes = [axis for axis in range(1, own.ndim) if given[0].shape[axis] != own.shape[axis]]
-    if len(axes) != 1 or given[0].shape[axes[0]] < own.shape[axes[0]]:
-        return None
-    part = JoinedPart(axes[0], own.shape[axes[0]], per_sample=False)
-    first = part.tail(given[0])
-    if not all(torch.equal(part.tail(each), first) for each in given):
+    if given[0].ndim == own.ndim and len(given[0]) == len(own) and given[0].numel() > own.numel():
         raise UserError(
             f"{source}: expected the sample alone, or with a part that stays the same in all steps, in the network's "
             f"{sample}, got a part that changes; write an adapter for it (docs/add-a-teacher.md)"
         )
-    return replace(part, per_sample=not torch.equal(first, first[:1].expand_as(first)))
+    return None
+
+
+def check_joined(part: JoinedPart, two: Tensor, swapped: Tensor, three: Tensor, source: str) -> None:
+    """Check that the joined part of a sample does not depend on the other samples of a call, as fresh noise does.
+
+    Args:
+        two, swapped, three: the network's arguments for the prompts (A, B), (B, A) and (A, B, C).
+
+    Raises:
+        UserError: if it does.
+    """
+    own, other, more = (part.joined_in(given) for given in (two, swapped, three))
+    if not (is_close(own, other.flip(0)) and is_close(own, more[:2])):
+        raise UserError(
+            f"{source}: expected a part joined to the sample that is a function of the prompt and its images, got one "
+            "that depends on the other samples of a call, such as noise that is added to an image; write an adapter "
+            "for it (docs/add-a-teacher.md)"
+        )

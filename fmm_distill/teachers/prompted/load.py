@@ -22,17 +22,17 @@ from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
 from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.embeddings import embed_prompts
 from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
 from fmm_distill.teachers.scheduler import check_no_map
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fmm_distill.teachers.conditions import Embeddings
     from fmm_distill.teachers.guidance import Guidance
     from fmm_distill.teachers.index import PipelineIndex
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["load_prompted"]
 
@@ -48,14 +48,14 @@ _PACKAGES = {
 
 def load_prompted(
     index: PipelineIndex,
-    prompts: Sequence[str] = ("",),
+    prompts: Prompts,
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
 ) -> Teacher:
     """Open a pipeline with text encoders as a teacher.
 
     Args:
-        prompts: the prompts that the student learns.
+        prompts: the prompts that the student learns, with images where the pipeline takes any.
         call: keywords of the pipeline's call in addition to the prompt, such as height and width.
         guidance: of the teacher. A network that is conditioned on its guidance scale is called with the scale instead.
 
@@ -67,11 +67,12 @@ def load_prompted(
     pipeline = _open(index)
     check_keywords(pipeline, call or {})
     check_weights(getattr(pipeline, component), index.source)
-    probe = PipelineProbe.of(pipeline, component, call or {}, 1.0 if guidance is None else guidance.scale, index.source)
-    conditions = probe.conditions(tuple(prompts), index)
+    scale = 1.0 if guidance is None else guidance.scale
+    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, prompts)
+    conditions = embed_prompts(probe, prompts, index)
     probe.check()
-    if len(probe.event_shape) == 3 and getattr(pipeline, "vae", None) is not None:
-        # Three dimensions: latents that are not packed into tokens.
+    if len(probe.event_shape) == 3 and probe.call.joined is None and getattr(pipeline, "vae", None) is not None:
+        # Three dimensions: latents that are not packed into tokens. With joined channels the network has more.
         check_latents(probe.network, pipeline.vae, index.source)
     spec, own_call = probe.spec, log_neutral(pipeline, call or {}) | (call or {})
     log_guiders(pipeline)
@@ -103,19 +104,20 @@ def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, 
         index.folder,
         probe.component,
         call,
-        condition="prompt",
+        condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
+        positions=probe.positions,
     )
 
 
-def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Sequence[str]) -> PipelineCodec:
+def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> PipelineCodec:
     # Not the empty prompt, of which some tokenizers make no token.
-    call = probe.keywords.call(tuple(prompts[:1]), STEPS)
+    call = probe.keywords.call(prompts.some((0,)), STEPS)
     output = tuple(probe.recording.calls[0].output.shape[1:])
-    return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output)
+    return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 
 
 def _check_components(index: PipelineIndex, component: str) -> None:
@@ -159,7 +161,7 @@ def _plain_guidance(
             "guidance.scale"
         )
     # Raises an error with the reason if there is no empty prompt to guide with.
-    conditions.null(1)
+    conditions.check_null()
     return guidance
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from fmm_distill.teachers.side_networks import SideCall
 
 __all__ = ["join_recordings"]
 
@@ -34,11 +37,17 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
         rows = max(1, len(calls[0].output))
         names = dict.fromkeys(name for call in calls for name in call.arguments)
         arguments = {name: _join(name, [call.arguments.get(name) for call in calls], rows) for name in names}
-        joined.calls.append(NetworkCall(arguments, _interleaved([call.output for call in calls], rows)))
+        output, outputs = _interleaved([call.output for call in calls], rows), calls[0].outputs
+        sides = {name: _join_sides([call.sides[name] for call in calls], rows) for name in calls[0].sides}
+        joined.calls.append(NetworkCall(arguments, output, outputs, sides))
     for steps in zip(*(one.steps for one in singles), strict=True):
         output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
         joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))
     return joined
+
+
+def _join_sides(calls: list[SideCall], rows: int) -> SideCall:
+    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows))
 
 
 def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network
@@ -66,6 +75,9 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
 
 def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor:
     first, shapes = values[0], {value.shape[1:] for value in values}
+    if rows == 1 and first.ndim > 0 and len({value.shape for value in values}) == 1 and not _all_equal(values):
+        # One row per sample, or several, such as the embeddings of two images.
+        return torch.cat(values)
     if all(value.ndim > 0 and len(value) == rows for value in values):
         if len(shapes) > 1:
             raise UserError(
@@ -73,9 +85,13 @@ def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Ten
                 " try prompts of one length"
             )
         return _interleaved(values, rows)
-    if not all(value.shape == first.shape and torch.equal(value, first) for value in values):
+    if not _all_equal(values):
         raise _mixed(name)
     return first
+
+
+def _all_equal(values: list[torch.Tensor]) -> bool:
+    return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
 
 
 def _interleaved(values: list[torch.Tensor], rows: int) -> torch.Tensor:

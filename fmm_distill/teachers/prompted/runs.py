@@ -10,13 +10,13 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.guiders import plain_guiders
+from fmm_distill.teachers.prompted.encoding import encoding_by_mode
 from fmm_distill.teachers.prompted.one_by_one import join_recordings
 from fmm_distill.teachers.recording import record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fmm_distill.teachers.prompted.call_keywords import CallKeywords
+    from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.recording import Recording
 
 __all__ = ["record_guided", "record_prompts", "record_unguided"]
@@ -26,7 +26,7 @@ def record_prompts(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     *,
     first_only: bool = False,
@@ -41,14 +41,16 @@ def record_prompts(
     Raises:
         UserError: if the pipeline does not run.
     """
-    if not keywords.one_prompt:
-        call = keywords.call(prompts, steps) | (more or {})
-        return record(pipeline, component, call, first_only=first_only)
-    runs = []
-    for number, prompt in enumerate(prompts):
-        # Each sample has noise of its own, as in a batch.
-        call = keywords.call((prompt,), steps) | {"generator": torch.Generator().manual_seed(number)} | (more or {})
-        runs.append(record(pipeline, component, call, first_only=first_only))
+    with encoding_by_mode(pipeline, prompts):
+        if not keywords.one_prompt:
+            call = keywords.call(prompts, steps) | (more or {})
+            return record(pipeline, component, call, first_only=first_only)
+        runs = []
+        for number in range(len(prompts)):
+            # Each sample has noise of its own, as in a batch.
+            own = {"generator": torch.Generator().manual_seed(number)} | (more or {})
+            call = keywords.call(prompts.some((number,)), steps) | own
+            runs.append(record(pipeline, component, call, first_only=first_only))
     return join_recordings(runs)
 
 
@@ -56,7 +58,7 @@ def record_unguided(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     scale: float,
 ) -> tuple[CallKeywords, Recording]:
@@ -65,24 +67,25 @@ def record_unguided(
     It shows the value at which guidance is off, and whether the pipeline takes one prompt at a time.
 
     Args:
+        prompts: three, of which the first two are recorded.
         scale: the guidance scale of a network that is conditioned on it.
 
     Raises:
         UserError: if the pipeline does not run, or guides at every value.
     """
-    few = prompts
+    few = prompts.some((0, 1))
     try:
         recording = record_prompts(pipeline, component, keywords, few, steps)
-    except UserError as refused:
-        keywords, few = replace(keywords, one_prompt=True), prompts[:1]
-        try:
-            recording = record_prompts(pipeline, component, keywords, few, steps)
-        except UserError:
-            # It fails for another reason than the number of prompts.
-            raise refused from refused.__cause__
+        if prompts.images:
+            # Two images may be taken for the two frames of one video; three are not.
+            record_prompts(pipeline, component, keywords, prompts, steps, first_only=True)
+    except UserError:
+        # Where this fails too, its reason is the true one: a list fails for being a list.
+        keywords, few = replace(keywords, one_prompt=True), prompts.some((0,))
+        recording = record_prompts(pipeline, component, keywords, few, steps)
     if keywords.guidance == "guidance_scale" and recording.takes_guidance:
         keywords = keywords.with_guidance_input(scale)
-        return keywords, record_prompts(pipeline, component, keywords, prompts, steps)
+        return keywords, record_prompts(pipeline, component, keywords, prompts.some((0, 1)), steps)
     if keywords.guidance is not None and _rows_per_sample(recording) > 1:
         # Where the scale times a difference is added to the conditional output, 0 is off.
         other = replace(keywords, off=0.0)
@@ -96,7 +99,7 @@ def record_unguided(
                 "(docs/add-a-teacher.md)"
             )
     if keywords.one_prompt:
-        recording = record_prompts(pipeline, component, keywords, prompts, steps)
+        recording = record_prompts(pipeline, component, keywords, prompts.some((0, 1)), steps)
     return keywords, recording
 
 
@@ -104,7 +107,7 @@ def record_guided(
     pipeline: Any,  # noqa: ANN401 a diffusers class
     component: str,
     keywords: CallKeywords,
-    prompts: Sequence[str],
+    prompts: Prompts,
     steps: int,
     scale: float,
     *,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from experiments.coverage.images import describe_images
 from experiments.coverage.stand_ins import NotHereError, install
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 
@@ -19,9 +20,21 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from experiments.coverage.images import Form
     from experiments.coverage.suite import Case
 
 __all__ = ["build"]
+
+# Markers in a text, by the setting of an encoder that has the number of their token.
+_MARKERS = {
+    "image_token_id": ("<|image_pad|>", "<image>", "[IMG]"),
+    "image_token_index": ("<|image_pad|>", "<image>", "[IMG]"),
+    "video_token_id": ("<|video_pad|>",),
+    "vision_start_token_id": ("<|vision_start|>",),
+    "vision_end_token_id": ("<|vision_end|>",),
+}
+# Components that run in each step.
+_NETWORKS = ("transformer", "unet", "controlnet", "adapter", "motion_adapter")
 
 
 def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, Any]:
@@ -40,15 +53,19 @@ def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, 
     pipeline = test.pipeline_class(**test.get_dummy_components())
     _check_head(pipeline)
     _grow_embeddings(pipeline)
+    _name_markers(pipeline)
+    _complete_parts(pipeline)
     _make_distinct(pipeline)
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
     _complete_config(pipeline, folder)
     given = _dummy_inputs(test)
     parameters = inspect.signature(pipeline.__call__).parameters
+    images = describe_images(given, parameters, getattr(pipeline, "vae_scale_factor", 8))
     return {
         "pipeline": _stock_class(pipeline, folder),
-        "call": _keywords(given, parameters),
+        "call": _size_of(images, parameters) | _keywords(given, parameters),
+        "images": images,
         "parameters": list(parameters),
         "components": {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None},
     }
@@ -74,7 +91,9 @@ def _check_head(pipeline: Any) -> None:
 
 def _grow_embeddings(pipeline: Any) -> None:
     """Give each text encoder an embedding for every token of its local tokenizer."""
-    for name, tokenizer in pipeline.components.items():
+    for name, part in pipeline.components.items():
+        # A processor has a tokenizer of its own.
+        tokenizer = getattr(part, "tokenizer", part)
         encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
         if not name.startswith("tokenizer") or tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
             continue
@@ -92,10 +111,36 @@ def _grow_embeddings(pipeline: Any) -> None:
                     config.vocab_size = len(tokenizer)
 
 
-def _make_distinct(pipeline: Any) -> None:
-    """Make all weights float32 and finite, and those of the network nonzero.
+def _name_markers(pipeline: Any) -> None:
+    """Give the configuration of each encoder of images the numbers that its local tokenizer has for the markers."""
+    tokenizers = [getattr(part, "tokenizer", part) for part in pipeline.components.values()]
+    vocabularies = [part.get_vocab() for part in tokenizers if hasattr(part, "get_vocab")]
+    for part in pipeline.components.values():
+        config = getattr(part, "config", None)
+        for name, markers in _MARKERS.items():
+            known = [words[marker] for words in vocabularies for marker in markers if marker in words]
+            if known and isinstance(part, torch.nn.Module) and hasattr(config, name):
+                setattr(config, name, known[0])
 
-    Gates and output layers that start at zero would hide a wrong input: the outputs would be equal all the same.
+
+def _complete_parts(pipeline: Any) -> None:
+    """Give parts the settings of published checkpoints with which their pipeline runs on images."""
+    config = pipeline.scheduler.config if hasattr(pipeline, "scheduler") else {}
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "epsilon":
+        pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
+    encoder = getattr(pipeline, "image_encoder", None)
+    if "(224, 224)" in inspect.getsource(type(pipeline)) and hasattr(getattr(encoder, "config", None), "image_size"):
+        # The tests give a tensor, which is not resized.
+        encoder.config.image_size = 224
+        torch.manual_seed(0)
+        pipeline.register_modules(image_encoder=type(encoder)(encoder.config))
+
+
+def _make_distinct(pipeline: Any) -> None:
+    """Make all weights float32 and finite, and those of the networks that run in each step nonzero.
+
+    Gates and output layers that start at zero would hide a wrong input: the outputs would be equal all the same. Those
+    of a ControlNet would hide its image.
     """
     parts: list[nn.Module] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for part in parts:
@@ -105,9 +150,10 @@ def _make_distinct(pipeline: Any) -> None:
                 torch.manual_seed(2)
                 with torch.no_grad():
                     tensor.normal_(0, 0.1)
-    network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     torch.manual_seed(1)
-    for weight in network.parameters() if isinstance(network, torch.nn.Module) else ():
+    networks = [getattr(pipeline, name, None) for name in _NETWORKS]
+    found = [network for network in networks if isinstance(network, torch.nn.Module)]
+    for weight in [weight for network in found for weight in network.parameters()]:
         if weight.ndim >= 2 and weight.numel() > 1 and weight.is_floating_point() and not weight.any():
             with torch.no_grad():
                 weight.normal_(0, weight[0].numel() ** -0.5)
@@ -151,7 +197,21 @@ def _keywords(given: dict[str, Any], parameters: Any) -> dict[str, Any]:
     }
 
 
+def _size_of(images: dict[str, Form], parameters: Any) -> dict[str, int]:
+    """Return the size of the first image as the size of the sample: that of a test without one is in its latents."""
+    form: Any = next(iter(images.values()), None)
+    while isinstance(form, list):
+        form = next(each for each in form if each is not None)
+    return (
+        {}
+        if form is None or not {"height", "width"} <= parameters.keys()
+        else dict(zip(("width", "height"), form["size"], strict=True))
+    )
+
+
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):
         return len(value) > 0 and all(isinstance(item, int | float) for item in value)
     return value is None or isinstance(value, bool | int | float | str)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments.coverage.checks import PROMPTS
 from experiments.coverage.guard import install_guard
+from experiments.coverage.images import draw_prompts
 from experiments.coverage.opening import has_text
+from fmm_distill.config.recipe import load_recipe
+from fmm_distill.errors import UserError
+from fmm_distill.run.distill import distill as run
+from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["distill", "last_line"]
+    from experiments.coverage.images import Form
+
+__all__ = ["Export", "distill", "last_line"]
 
 _SETTINGS = (
     "matching=null",
@@ -37,28 +47,36 @@ _SETTINGS = (
 )
 
 
-def distill(folder: Path, call: dict[str, Any], output: Path, steps: tuple[int, ...], student: str) -> dict[str, Any]:
-    """Run ``fmm-distill`` in this process, and return its exit code and what its verification found.
+@dataclass(frozen=True)
+class Export:
+    """What is exported.
 
-    Args:
-        steps: of the exported pipelines.
+    Attributes:
+        steps: numbers of steps of the exported pipelines.
         student: the kind of the student, ``scaled`` or ``embedded``.
     """
-    from fmm_distill.cli import main
 
+    steps: tuple[int, ...]
+    student: str
+
+
+def distill(
+    folder: Path,
+    call: dict[str, Any],
+    forms: Mapping[str, Form],
+    output: Path,
+    export: Export,
+) -> dict[str, Any]:
+    """Run ``fmm-distill`` in this process, and return its exit code and what its verification found.
+
+    A teacher with images is opened in Python, and is given to the same run.
+
+    Args:
+        forms: of the images that the pipeline is called with.
+    """
     install_guard(folder)
-    settings = [*_SETTINGS, f"export.steps={list(steps)}", f"student.kind={student}"]
-    if has_text(folder):
-        prompts = output.with_suffix(".prompts.txt")
-        prompts.write_text("\n".join(PROMPTS[:2]) + "\n", encoding="utf-8")
-        settings += [f"prompts.file={prompts}", *(f"pipeline.{name}={json.dumps(call[name])}" for name in call)]
-    sys.argv = ["fmm-distill", "--teacher", str(folder), "--recipe", "text", "--output", str(output), "--fresh"]
-    sys.argv += [part for setting in settings for part in ("--set", setting)]
-    try:
-        main()
-        code: Any = 0
-    except SystemExit as error:
-        code = error.code or 0
+    settings = [*_SETTINGS, f"export.steps={list(export.steps)}", f"student.kind={export.student}"]
+    code = _run_with_images(folder, call, forms, output, settings) if forms else _run(folder, call, output, settings)
     verified = output / "student" / "verification.json"
     report = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
     return {
@@ -67,6 +85,38 @@ def distill(folder: Path, call: dict[str, Any], output: Path, steps: tuple[int, 
         "exports": sorted(report.get("pipelines", {})),
         "folders": sorted(path.name for path in (output / "student").glob("steps-*")),
     }
+
+
+def _run(folder: Path, call: dict[str, Any], output: Path, settings: list[str]) -> Any:
+    """Run the command line; return its exit code."""
+    from fmm_distill.cli import main
+
+    if has_text(folder):
+        prompts = output.with_suffix(".prompts.txt")
+        prompts.write_text("\n".join(PROMPTS[:2]) + "\n", encoding="utf-8")
+        settings = [*settings, f"prompts.file={prompts}"]
+        settings += [f"pipeline.{name}={json.dumps(value)}" for name, value in call.items()]
+    sys.argv = ["fmm-distill", "--teacher", str(folder), "--recipe", "text", "--output", str(output), "--fresh"]
+    sys.argv += [part for setting in settings for part in ("--set", setting)]
+    try:
+        main()
+    except SystemExit as error:
+        return error.code or 0
+    return 0
+
+
+def _run_with_images(
+    folder: Path, call: dict[str, Any], forms: Mapping[str, Form], output: Path, settings: list[str]
+) -> int:
+    """Run in Python with prompts and images; return the exit code that the command line has."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    try:
+        teacher = load_teacher(str(folder), prompts=draw_prompts(PROMPTS[:2], forms), call=call)
+        run(load_recipe("text", settings, teacher=str(folder)), output, teacher=teacher, fresh=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def last_line(log: Path) -> str:

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.coverage import checks
 from experiments.coverage.guard import install_guard
+from experiments.coverage.images import draw_prompts
 from experiments.coverage.jobs import grown_mib
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import find_index, load_teacher
 from fmm_distill.teachers.requirements import takes_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from experiments.coverage.images import Form
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["has_text", "open_and_check"]
 
@@ -26,17 +29,21 @@ def has_text(folder: Path) -> bool:
     return takes_prompts(find_index(str(folder)))
 
 
-def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:
-    """Open a folder with two prompts and the keywords of its test; an error of the user is a refusal."""
-    install_guard(folder)
-    text = has_text(folder)
+def open_and_check(folder: Path, call: dict[str, Any], forms: Mapping[str, Form]) -> dict[str, Any]:
+    """Open a folder with two prompts and the keywords of its test; an error of the user is a refusal.
 
-    def reopen(prompts: Sequence[str]) -> Teacher:
+    Args:
+        forms: of the images that its test calls it with.
+    """
+    install_guard(folder)
+    text, samples = bool(forms) or has_text(folder), draw_prompts(checks.PROMPTS, forms)
+
+    def reopen(prompts: Prompts) -> Teacher:
         return load_teacher(str(folder), prompts=prompts, call=call) if text else load_teacher(str(folder))
 
     before, start = grown_mib(), time.monotonic()
     try:
-        teacher = reopen(checks.PROMPTS[:2])
+        teacher = reopen(samples.some((0, 1)))
     except UserError as error:
         refused = {"refused": " ".join(str(error).split())}
         return refused if error.__cause__ is None else refused | _stock_failure(folder)
@@ -49,10 +56,12 @@ def open_and_check(folder: Path, call: dict[str, Any]) -> dict[str, Any]:
     }
     runs: dict[str, Callable[[], float | str]] = {
         "step": lambda: checks.compare_steps(teacher, folder),
-        "order": lambda: checks.compare_batches(teacher, reopen),
+        "order": lambda: checks.compare_batches(teacher, samples, reopen),
         "start": lambda: checks.compare_start(teacher, scaled=True),
         "start, embedded": lambda: checks.compare_start(teacher, scaled=False),
     }
+    if forms:
+        runs["image"] = lambda: checks.compare_images(teacher, samples, forms, reopen)
     found = {name: _attempt(run) for name, run in runs.items()}
     return described | {"checks": found, "one_step": checks.runs_with(teacher, folder, 1)}
 

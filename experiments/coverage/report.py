@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "entries_of", "markdown", "totals"]
 
 RESULTS = ("distilled", "opened", "refused", "crashed", "not built", "not run")
-CHECKS = {"step": "step", "order": "order", "start": "start", "start, embedded": "start of an embedded student"}
+CHECKS = {
+    "step": "step",
+    "order": "order",
+    "start": "start",
+    "start, embedded": "start of an embedded student",
+    "image": "image",
+}
 _SHOWN = 260
 # Inputs that an edited or animated sample starts from.
 _IMAGES = ("image", "images", "video", "reference_conditions")
@@ -82,6 +88,9 @@ def is_right(name: str, value: float | str) -> bool:
     No comparison at all is right for a scheduler without a step of first order, and for an embedded student of a
     network without a time embedding: the tool refuses it.
     """
+    if name == "image":
+        # Another image makes another velocity.
+        return not isinstance(value, str) and value > LARGEST
     if isinstance(value, str):
         return value.startswith("no stock scheduler") or (name == "start, embedded" and value.startswith("UserError"))
     return value <= LARGEST
@@ -92,7 +101,9 @@ def _notes(row: Row) -> list[str]:
     if "event_shape" not in found:
         return []
     notes = []
-    if any(name in build["parameters"] for name in _IMAGES):
+    if build.get("images"):
+        notes.append(f"with {', '.join(sorted(build['images']))} of each sample")
+    elif any(name in build["parameters"] for name in _IMAGES):
         notes.append("opens as a pipeline from prompts alone: the student never sees a reference")
     if distilled.get("steps") == [2, 4]:
         notes.append("its stock pipeline does not run with one step")

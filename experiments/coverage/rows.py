@@ -111,8 +111,8 @@ class Coverage:
         return {"tested": case.pipeline} | made
 
     def _open(self, case: Case, row: Row) -> Row:
-        folder, call = self._folder(case), row["build"]["call"]
-        return self._job(case, "open", lambda scratch: opening.open_and_check(folder, call))
+        folder, call, forms = self._folder(case), row["build"]["call"], row["build"].get("images", {})
+        return self._job(case, "open", lambda scratch: opening.open_and_check(folder, call, forms))
 
     def _distill(self, case: Case, row: Row) -> Row:
         steps = _STEPS[0] if row["open"].get("one_step", True) else _STEPS[1]
@@ -121,10 +121,11 @@ class Coverage:
         return self._distill_as(case, row, steps, "embedded") if _EMBEDDED in made.get("error", "") else made
 
     def _distill_as(self, case: Case, row: Row, steps: tuple[int, ...], student: str) -> Row:
-        folder, call = self._folder(case), row["build"]["call"]
+        folder, call, forms = self._folder(case), row["build"]["call"], row["build"].get("images", {})
+        export = distilling.Export(steps, student)
         output = self.work / "runs" / case.slug
         shutil.rmtree(output, ignore_errors=True)
-        made = self._job(case, "distill", lambda scratch: distilling.distill(folder, call, output, steps, student))
+        made = self._job(case, "distill", lambda scratch: distilling.distill(folder, call, forms, output, export))
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         if made.get("code") or ("error" not in made and not made["passed"]):
             made["error"] = distilling.last_line(self._log(case, "distill"))

@@ -296,7 +296,7 @@ def _processor(name: str, cls: type, tokenizers: _Tokenizers) -> Any:
 def _qwen_processor(kind: str, tokenizer: Any) -> Any:
     given = {"tokenizer": tokenizer, "chat_template": QWEN_CHAT}
     if "Qwen3" in kind:
-        images = transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
+        images = transformers.Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2)
         video = transformers.Qwen3VLVideoProcessor()
         return transformers.Qwen3VLProcessor(image_processor=images, video_processor=video, **given)
     processor = transformers.Qwen2_5_VLProcessor if "Qwen2_5" in kind else transformers.Qwen2VLProcessor

@@ -183,6 +183,9 @@ class Teacher:
         # The tables of a discrete schedule: looked up on the CPU at every call, they would make a GPU wait.
         if isinstance(self.schedule, VariancePreserving):
             self.schedule.to(device)
+        # Networks that run before this one belong to the call.
+        if (move := getattr(self.parametrization.call, "to", None)) is not None:
+            move(device)
         if self.weaker is not None:
             self.weaker.to(device)
         return self

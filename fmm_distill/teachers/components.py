@@ -157,8 +157,11 @@ def _is_component(value: object) -> bool:
 
 
 def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # noqa: ANN401 a class of a model
-    """Open a component with weights; return an empty dictionary for one without."""
-    if kind is None:
+    """Open a component with weights; return an empty dictionary for one without, or for one of several folders.
+
+    Several ControlNets in one component are several folders, which the pipeline opens itself.
+    """
+    if kind is None or (folder / f"{name}_1").is_dir():
         return {}
     model, keys = kind.from_pretrained(
         folder / name, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True

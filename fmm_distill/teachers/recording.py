@@ -7,8 +7,9 @@ without a table of pipeline classes.
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.call_errors import refuse_call, refuse_run
 from fmm_distill.teachers.components import STOCK_ERRORS
+from fmm_distill.teachers.side_networks import SideCall, recorder_of_side, side_networks, take_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,20 +49,23 @@ class NetworkCall:
         arguments: by their names.
         output: the first tensor that it returned.
         outputs: the number of tensors that it returned, each with rows of the samples.
+        sides: calls of other networks before it in the same step, whose arguments are a dictionary of its own.
     """
 
     arguments: dict[str, Any]
     output: Tensor
     outputs: int = 1
+    sides: dict[str, SideCall] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SchedulerStep:
-    """The arguments of a step of the scheduler."""
+    """The arguments of a step of the scheduler, and the samples that it returned."""
 
     output: Tensor
     timestep: float
     sample: Tensor
+    after: Tensor | None = None
 
 
 @dataclass
@@ -145,8 +150,9 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
     Raises:
         UserError: if the pipeline fails with these keywords, or never calls the network.
     """
-    recording, network = Recording(), getattr(pipeline, component)
-    record_call = _recorder_of_calls(recording, type(pipeline).__name__, network, first_only=first_only)
+    recording, network, sides = Recording(), getattr(pipeline, component), side_networks(pipeline, component)
+    pending: dict[str, SideCall] = {}
+    record_call = _recorder_of_calls(recording, type(pipeline).__name__, network, pending, first_only=first_only)
 
     def record_step(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original)
@@ -155,8 +161,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
             given = parameters.bind(*args, **kwargs).arguments
             # Copies, since schedulers may change their arguments in place.
             output, sample = given["model_output"].clone(), given["sample"].clone()
-            recording.steps.append(SchedulerStep(output, float(given["timestep"]), sample))
-            return original(*args, **kwargs)
+            timestep = float(given["timestep"])
+            made = original(*args, **kwargs)
+            after = made[0] if isinstance(made, tuple) else made.prev_sample
+            recording.steps.append(SchedulerStep(output, timestep, sample, after.clone()))
+            return made
 
         return step
 
@@ -170,11 +179,13 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
 
         return set_timesteps
 
-    with (
-        patched_method(network, "forward", record_call),
-        patched_method(pipeline.scheduler, "step", record_step),
-        patched_method(pipeline.scheduler, "set_timesteps", record_shift),
-    ):
+    with ExitStack() as stack:
+        for name, side in sides.items():
+            seen = partial(pending.__setitem__, name)
+            stack.enter_context(patched_method(side, "forward", recorder_of_side(side, _copied, seen)))
+        stack.enter_context(patched_method(network, "forward", record_call))
+        stack.enter_context(patched_method(pipeline.scheduler, "step", record_step))
+        stack.enter_context(patched_method(pipeline.scheduler, "set_timesteps", record_shift))
         run_pipeline(pipeline, call)
         recording.sigmas = [float(sigma) for sigma in getattr(pipeline.scheduler, "sigmas", ())]
     if not recording.calls:
@@ -193,10 +204,15 @@ def _recorder_of_calls(
     recording: Recording,
     owner: str,
     network: Any,  # noqa: ANN401 a diffusers class
+    pending: dict[str, SideCall],
     *,
     first_only: bool,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what makes a recording ``forward`` of the original one."""
+    """Return what makes a recording ``forward`` of the original one.
+
+    Args:
+        pending: the calls of other networks since the last call of this one, which are taken from it.
+    """
     signature = inspect.signature(network.forward)
 
     def record_call(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,15 +220,18 @@ def _recorder_of_calls(
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             # Copies: pipelines and schedulers change samples in place.
             given = _copied(arguments)
+            sides = {name: take_results(call, given, arguments) for name, call in pending.items()}
+            pending.clear()
+            given |= {name: call.arguments for name, call in sides.items()}
             if first_only:
-                recording.calls.append(NetworkCall(given, torch.empty(0)))
+                recording.calls.append(NetworkCall(given, torch.empty(0), sides=sides))
                 raise _StopPipelineError
             try:
                 output = original(*args, **kwargs)
             except STOCK_ERRORS as error:
                 sample = tensor_of(next(iter(arguments.values())))
                 raise refuse_call(owner, network, tuple(sample.shape[1:]), error) from error
-            recording.calls.append(NetworkCall(given, tensor_of(output).clone(), count_tensors(output)))
+            recording.calls.append(NetworkCall(given, tensor_of(output).clone(), count_tensors(output), sides))
             return output
 
         return forward

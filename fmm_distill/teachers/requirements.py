@@ -107,10 +107,14 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
         raise UserError(
             f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(_data(parameters)[:1])}; try the base model"
         )
-    needed = required or [key for key in _needed(parameters, index.components) if key not in given]
+    # A signature that requires images requires all that the pipeline needs.
+    declared = any(one.default is _EMPTY and key in _data(parameters) for key, one in parameters.items())
+    needed = required or (
+        [] if declared else [key for key in _needed(parameters, index.components) if key not in given]
+    )
     if needed:
         raise UserError(f"{index.source}: {_PLAIN}, got {name}, which needs {_listed(needed, index.components)}")
-    if parameters and "prompt" not in parameters and _has_text_encoder(index):
+    if parameters and "prompt" not in parameters and not given and _has_text_encoder(index):
         raise UserError(f"{index.source}: {_PLAIN}, got {name}, whose call takes no prompt")
 
 

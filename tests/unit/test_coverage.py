@@ -21,6 +21,7 @@ from experiments.coverage.report import entries_of, markdown, totals
 from experiments.coverage.stepping import first_order
 from experiments.coverage.suite import commit_of, find_cases
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompts import Prompts
 from tests.conftest import save_teacher, tiny_unet
 
 FILE = "tests/pipelines/tiny/test_tiny.py"
@@ -161,9 +162,9 @@ def distilled(checkout, opened, tmp_path, monkeypatch):
     ("code", "passed", "result"), [(0, True, "distilled"), (2, False, "opened"), (0, False, "opened")]
 )
 def test_a_distilled_class_has_a_verified_export(distilled, code, passed, result):
-    def command(folder, call, output, steps, student):
+    def command(folder, call, forms, output, export):
         assert folder.is_dir()
-        assert (steps, student) == ((1, 4), "scaled")
+        assert (forms, export) == ({}, distilling.Export((1, 4), "scaled"))
         print("step 1\nexpected this, got that; try more", file=sys.stderr)
         return {"code": code, "passed": passed}
 
@@ -172,9 +173,9 @@ def test_a_distilled_class_has_a_verified_export(distilled, code, passed, result
 
 
 def test_an_embedded_student_is_distilled_where_the_tool_advises_it(distilled):
-    def command(folder, call, output, steps, student):
+    def command(folder, call, forms, output, export):
         print("error: expected equal jumps; try student.kind: embedded", file=sys.stderr)
-        return {"code": 0, "passed": True} if student == "embedded" else {"code": 2, "passed": False}
+        return {"code": 0, "passed": True} if export.student == "embedded" else {"code": 2, "passed": False}
 
     entry = distilled(command)
     assert entry["result"] == "distilled"
@@ -292,7 +293,7 @@ def teacher(tmp_path_factory):
 def test_checks_of_a_right_teacher_are_zero_up_to_rounding(teacher):
     found = [
         checks.compare_steps(teacher, teacher.source),
-        checks.compare_batches(teacher, pytest.fail),
+        checks.compare_batches(teacher, Prompts(checks.PROMPTS), pytest.fail),
         checks.compare_start(teacher, scaled=True),
         checks.compare_start(teacher, scaled=False),
     ]
@@ -313,7 +314,7 @@ def test_a_network_that_mixes_its_samples_is_a_wrong_order(teacher):
         return network(x, time).sample + torch.arange(len(x)).reshape(-1, 1, 1, 1)
 
     wrong = replace(teacher, parametrization=replace(teacher.parametrization, call=mixed))
-    assert checks.compare_batches(wrong, pytest.fail) > 1e-2
+    assert checks.compare_batches(wrong, Prompts(checks.PROMPTS), pytest.fail) > 1e-2
 
 
 class CosineTime(diffusers.EDMDPMSolverMultistepScheduler):

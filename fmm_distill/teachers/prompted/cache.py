@@ -102,4 +102,5 @@ def _embed_in_parts(embed: Callable[[Prompts], Conditioning], prompts: Prompts) 
                 f"{_chunk(prompts)} prompts, or prompts of one length"
             )
     counted = list(zip(embedded, parts, strict=True))
-    return longest, {name: torch.cat([inputs[name][: len(part)] for inputs, part in counted]) for name in names}
+    rows = {name: torch.cat([inputs[name][: len(part)] for inputs, part in counted]) for name in names}
+    return longest, {name: value.contiguous() for name, value in rows.items()}

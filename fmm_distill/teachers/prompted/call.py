@@ -12,6 +12,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.arguments import ArgumentLayout
 from fmm_distill.teachers.prompted.joined import find_joined
 from fmm_distill.teachers.recording import tensor_of
+from fmm_distill.teachers.side_networks import TIME_NAMES, SideNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordedCall", "crop_to", "is_near", "read_call", "scheduler_times"]
 
-# Names of a network's time argument in diffusers.
-_TIME_NAMES = ("timestep", "timesteps", "t")
 # Names of the end of a jump, in networks that are maps or can be trained as one.
 _SECOND_TIMES = ("timestep_r", "r_timestep")
 # Largest difference between an output and the pipeline's own, relative to the largest value: rounding of a deep network
@@ -47,9 +46,10 @@ class RecordedCall:
         listed: the network takes a list of samples and returns one.
         layout: which parts of the other arguments are rows of the samples.
         joined: what the pipeline joins to the sample before the call; None: nothing.
-        timed: 1 for the tokens of a sample that have the time of the call, 0 for those that have the time 0, such as
-            those of a given first frame; None: the network takes one time per sample.
+        timed: 1 for the tokens or frames of a sample that have the time of the call, 0 for those that have the time 0,
+            such as a given first frame; None: the network takes one time per sample.
         second_time: the name of a second time, which is always equal to the first; None: there is none.
+        sides: networks that run before it, such as a ControlNet.
     """
 
     sample: str
@@ -62,17 +62,25 @@ class RecordedCall:
     joined: JoinedPart | None = None
     second_time: str | None = None
     timed: Tensor | None = None
+    sides: tuple[SideNetwork, ...] = ()
 
     def __call__(
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
     ) -> Tensor:
         """Return the prediction at x, shape ``[batch, *event]``, without a learned variance."""
         arguments = self.layout.join(cond, h, len(x))
-        given = x if self.joined is None else self.joined.join(x, arguments)
-        arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: self._network_time(time)}
+        given, time = x if self.joined is None else self.joined.join(x, arguments), self._network_time(time)
+        for side in self.sides:
+            arguments = side(arguments, x, given, time)
+        arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: time}
         if self.second_time is not None:
             arguments[self.second_time] = arguments[self.time]
         return self.sign * self.output_of(tensor_of(network(**arguments)), x)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the networks that run before the main one."""
+        for side in self.sides:
+            side.network.to(device)
 
     def output_of(self, output: Tensor, x: Tensor) -> Tensor:
         """Return the part of the network's output that is of the samples x."""
@@ -100,7 +108,7 @@ class RecordedCall:
         inverse = round(1 / self.slope)
         scaled = time / inverse if inverse * self.slope == 1 else self.slope * time
         scaled = scaled + self.offset if self.offset else scaled
-        return scaled if self.timed is None else scaled[:, None] * self.timed.to(scaled)
+        return scaled if self.timed is None else scaled.reshape(-1, *[1] * self.timed.ndim) * self.timed.to(scaled)
 
 
 def crop_to(output: Tensor, like: Tensor) -> Tensor:
@@ -120,18 +128,23 @@ def is_near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
 
 
-def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> RecordedCall:
+def read_call(
+    recording: Recording, spec: ScheduleSpec, source: str, sides: Mapping[str, nn.Module] | None = None
+) -> RecordedCall:
     """Read a recording: names of sample and time, scale of the time, sign of the output.
+
+    Args:
+        sides: networks of the pipeline that may run before the main one.
 
     Raises:
         UserError: if the network takes no time or two, is called more than once per step, or if the pipeline changes
             its output in an unknown way.
     """
     first = recording.calls[0].arguments
-    sample, time = next(iter(first)), next((name for name in first if name in _TIME_NAMES), None)
+    sample, time = next(iter(first)), next((name for name in first if name in TIME_NAMES), None)
     if time is None:
         raise UserError(
-            f"{source}: expected a time argument named {', '.join(_TIME_NAMES)}, got {', '.join(first)}; write an "
+            f"{source}: expected a time argument named {', '.join(TIME_NAMES)}, got {', '.join(first)}; write an "
             "adapter for it (docs/add-a-teacher.md)"
         )
     second = next((name for name in _SECOND_TIMES if first.get(name) is not None), None)
@@ -160,10 +173,31 @@ def read_call(recording: Recording, spec: ScheduleSpec, source: str) -> Recorded
     joined = find_joined(recording, sample, source)
     listed = isinstance(first[sample], list)
     call = RecordedCall(sample, time, slope, offset, 1.0, listed, joined=joined, second_time=second, timed=timed)
+    call = replace(call, sides=_read_sides(recording, call, sides or {}, source))
     sign = _sign_of_output(recording, call, source)
     # The velocity of an inverted scheduler runs from noise to data.
     sign = -sign if spec.inverted else sign
     return replace(call, sign=sign)
+
+
+def _read_sides(
+    recording: Recording, call: RecordedCall, networks: Mapping[str, nn.Module], source: str
+) -> tuple[SideNetwork, ...]:
+    found = []
+    for name, side in recording.calls[0].sides.items():
+        arguments = recording.calls[0].arguments
+        given, x = tensor_of(arguments[call.sample]), call.sample_of(arguments)
+        try:
+            found.append(SideNetwork.of(name, networks[name], side, given, x))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        pairs = ((one.arguments[call.time], one.sides[name].time) for one in recording.calls)
+        if not all(torch.equal(*(torch.as_tensor(time).flatten()[:1].float() for time in pair)) for pair in pairs):
+            raise UserError(
+                f"{source}: expected one time for the network and its {name}, got another; write an adapter for it "
+                "(docs/add-a-teacher.md)"
+            )
+    return tuple(found)
 
 
 def _times(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor, ...]:
@@ -172,7 +206,7 @@ def _times(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor, ...]:
 
 def _find_timed(times: Sequence[Any]) -> Tensor | None:
     """Return which tokens have the time of the call, where others have the time 0 in all steps; None: no others."""
-    if not all(isinstance(time, torch.Tensor) and time.ndim == 2 for time in times):
+    if not all(isinstance(time, torch.Tensor) and time.ndim > 1 for time in times):
         return None
     timed = torch.stack([time != 0 for time in times]).any(0)
     return None if timed.all() or not torch.equal(timed, timed[:1].expand_as(timed)) else timed[0]
@@ -181,7 +215,7 @@ def _find_timed(times: Sequence[Any]) -> Tensor | None:
 def _time_in(time: Any, timed: Tensor | None) -> Tensor:  # noqa: ANN401 any time argument
     """Return the first time of a network's argument that is not that of a clean token, shape ``[1]``."""
     given = torch.as_tensor(time).float().flatten()
-    first = 0 if timed is None else int(timed.nonzero()[0])
+    first = 0 if timed is None else int(timed.flatten().nonzero()[0])
     return given[first : first + 1]
 
 
@@ -229,7 +263,7 @@ def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[
             return slope, offset
     slope = float((times[0] - times[-1]) / (own[0] - own[-1]))
     offset = float(times[0] - slope * own[0])
-    if not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
+    if slope == 0 or not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
         raise UserError(
             f"{source}: expected network times on a line over the scheduler's {_shown(own)}, got {_shown(times)}: its "
             "pipeline makes times of its own, as preconditioning does; write an adapter for it (docs/add-a-teacher.md)"

@@ -10,8 +10,8 @@ import torch
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.conditions import Embeddings, NullInputs
 from fmm_distill.teachers.guiders import guider_names
-from fmm_distill.teachers.prompted.arguments import is_close
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
+from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.prompted.runs import record_guided
 from fmm_distill.teachers.recording import tensor_of
 
@@ -97,6 +97,8 @@ def _null_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> Con
     if not _is_same(one, cond) and not _is_same(other, cond):
         return others
     null = one if _is_same(other, cond) else other
+    if any(not any(path.startswith(f"{side.name}.") for path in null.inputs) for side in probe.call.sides):
+        return f"guides without its {probe.call.sides[0].name}"
     if not _combines(probe, guided, cond, null):
         return "guides by more than a plain combination of two outputs"
     return null

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from fmm_distill.teachers.side_networks import SideCall
 
 __all__ = ["join_recordings"]
 
@@ -34,11 +37,17 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
         rows = max(1, len(calls[0].output))
         names = dict.fromkeys(name for call in calls for name in call.arguments)
         arguments = {name: _join(name, [call.arguments.get(name) for call in calls], rows) for name in names}
-        joined.calls.append(NetworkCall(arguments, _interleaved([call.output for call in calls], rows)))
+        output, outputs = _interleaved([call.output for call in calls], rows), calls[0].outputs
+        sides = {name: _join_sides([call.sides[name] for call in calls], rows) for name in calls[0].sides}
+        joined.calls.append(NetworkCall(arguments, output, outputs, sides))
     for steps in zip(*(one.steps for one in singles), strict=True):
         output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
         joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))
     return joined
+
+
+def _join_sides(calls: list[SideCall], rows: int) -> SideCall:
+    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows))
 
 
 def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network

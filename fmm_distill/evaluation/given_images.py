@@ -34,8 +34,8 @@ def rows_of_images(
     for keyword, given in images.items():
         chosen = [given[number] for number in numbers]
         listed = [image if isinstance(image, list | tuple) else [image] for image in chosen]
-        for name, places in _rows_of(keyword, len(listed[0])).items():
-            rows[name] = torch.stack([_scaled(one[places], size) for one in listed])
+        for name, position in _rows_of(keyword, len(listed[0])).items():
+            rows[name] = torch.stack([_scaled(one[position], size) for one in listed])
     return rows
 
 

@@ -213,7 +213,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     )
     where, names = run.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert names == "checkerboard cifar10 cifar10-fast digits imagenet32 text"
+    assert names == "checkerboard cifar10 cifar10-fast digits edit image-to-video imagenet32 text"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():

@@ -17,12 +17,18 @@ from fmm_distill.config.recipe import load_recipe, parse
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import places_of
 from fmm_distill.evaluation.gallery import SEED, Gallery
+from fmm_distill.evaluation.given_images import rows_of_images
+from fmm_distill.evaluation.html_report import write_report
 from fmm_distill.evaluation.protocol import differences
+from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import card
 from fmm_distill.export.manifest import make_manifest, read_manifest
 from fmm_distill.run.evaluate import EvaluationRequest, measure_target, open_target
+from fmm_distill.run.folder import check_folder
+from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.run.plan import open_teacher, plan
+from fmm_distill.run.prompts import check_prompts
 from fmm_distill.run.reopen import open_run
 from tests.tiny import diffusion, flow, video
 
@@ -112,11 +118,10 @@ def run(tmp_path_factory, kontext):
     return folder / "run", table
 
 
-def test_the_plan_and_the_properties_have_the_images(inpainting, tmp_path):
+def test_the_properties_of_a_teacher_have_the_images(inpainting, tmp_path):
     table = write_table(tmp_path / "data")
     plain = settings(inpainting, table, images={"image": "source", "mask_image": "mask"}, image_size=[8, 8])
     recipe = parse(plain | {"pipeline": {"height": 8, "width": 8}}, "here")
-    assert "; 3 prompts and images" in str(plan(recipe))
     teacher = open_teacher(recipe)
     lines = describe_teacher(teacher, recipe).splitlines()
     facts = {line[:16].strip(): line[16:] for line in lines}
@@ -184,37 +189,36 @@ def plan_student(teacher):
 
 
 def test_a_run_stores_its_prompts_and_the_digests_of_their_images(run):
-    folder, table = run
+    folder, _ = run
     images = [picture(i) for i in range(3)]
     assert json.loads((folder / "prompts.json").read_text()) == list(TEXTS)
-    digests = json.loads((folder / "prompt_images.json").read_text())
-    assert digests == Prompts(TEXTS, {"image": tuple(images)}).digests()
-    assert len(set(digests)) == 3
+    assert json.loads((folder / "prompt_images.json").read_text()) == digests_of(range(3))
+    assert len(set(digests_of(range(3)))) == 3
     job = open_run(folder)
     assert job.teacher.conditions.names == TEXTS
     assert [np.asarray(own).tolist() for own in job.teacher.conditions.images["image"]] == [
         np.asarray(own).tolist() for own in images
     ]
-    # Also where the table has been moved to: the run's recipe is that of its digests.
-    assert job.recipe.prompts.dataset == str(table)
-
-
-def continued(run, kontext, table, **prompts):
-    recipe = settings(kontext, table, **prompts)
-    recipe["training"] = recipe["training"] | {"steps": 3}
-    return distill(parse(recipe, "here"), run)
 
 
 def test_a_run_does_not_continue_with_other_images(run, kontext, tmp_path):
-    folder = shutil.copytree(run[0], tmp_path / "run")
+    folder, table = run
     other = write_table(tmp_path / "other", first=1)
+    more = {"training": {"steps": 3, "batch_size": 2, "checkpoint_every": 2}}
     with pytest.raises(UserError, match=r"expected the images that the run began with, got others for 3 of 3 prompts"):
-        continued(folder, kontext, other)
+        distill(parse(settings(kontext, other) | more, "here"), folder)
     with pytest.raises(UserError, match=r"prompts\.images\.image: expected source, got mask"):
-        continued(folder, kontext, run[1], images={"image": "mask"})
+        distill(parse(settings(kontext, table, images={"image": "mask"}) | more, "here"), folder)
+    assert json.loads((folder / "prompt_images.json").read_text()) == digests_of(range(3))
     # The same images in another folder.
-    continued(folder, kontext, write_table(tmp_path / "moved"))
-    assert len(json.loads((folder / "prompt_images.json").read_text())) == 3
+    moved = with_paths(parse(settings(kontext, write_table(tmp_path / "moved")) | more, "here"))
+    changes = check_folder(folder, moved, fresh=False, seen={})
+    assert [change.partition(":")[0] for change in changes] == ["prompts.dataset", "training.steps"]
+    check_prompts(folder, open_teacher(moved))
+
+
+def digests_of(numbers):
+    return Prompts(TEXTS, {"image": tuple(picture(i) for i in numbers)}).digests()
 
 
 def test_a_run_opens_with_its_own_images_alone(run, tmp_path):
@@ -249,14 +253,6 @@ def test_an_exported_student_is_evaluated_with_the_images_of_a_table(run, tmp_pa
     assert measured[0].rows[0].seconds_per_image > 0
 
 
-def test_the_report_has_the_reference_pipeline_and_the_images(run, tmp_path):
-    request = EvaluationRequest(teacher_steps=2)
-    target = open_target(str(run[0] / "student"), request)
-    rows = measure_target(target, request, tmp_path).rows
-    assert (rows[0].sampler, rows[-1].sampler) == ("student", "teacher")
-    assert "First row below the given images: the solution of the ODE" in (tmp_path / "report.html").read_text()
-
-
 def test_an_exported_student_is_loaded_with_images(run):
     folder, _ = run
     images = tuple(picture(i) for i in range(2))
@@ -289,6 +285,25 @@ def test_the_card_calls_pipelines_with_an_image(run, tmp_path, monkeypatch):
     # As a reader of the card runs it.
     exec(examples[0].replace("<this folder>", str(folder / "student")), found)
     assert found["samples"][0].size == (8, 8)
+
+
+@pytest.mark.parametrize("images", [None, "image; sha256 0"])
+def test_the_report_explains_the_rows_of_images(tmp_path, images):
+    (tmp_path / "samples.png").write_bytes(b"a picture")
+    # Nothing is measured: the plots are empty.
+    evaluation = Evaluation({"images": images}, [Row("student", 1, 1, None, None, 0.1)])
+    write_report(evaluation, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert ("First row below the given images: the solution" in page) == (images is not None)
+    assert ("First row: the solution" in page) == (images is None)
+
+
+def test_rows_of_lists():
+    frames = tuple([picture(10 * i + k, (4, 4)) for k in range(5)] for i in range(2))
+    rows = rows_of_images({"video": frames, "image": tuple(own[:2] for own in frames)}, [1, 0, 1], (4, 4))
+    assert list(rows) == ["video, middle", "image 1", "image 2"]
+    expected = torch.stack([torch.from_numpy(np.asarray(frames[i][2]).copy()).movedim(-1, 0) for i in (1, 0, 1)])
+    assert torch.equal(rows["video, middle"], expected.float() / 127.5 - 1)
 
 
 def test_examples_of_other_conditions():

@@ -213,6 +213,13 @@ def test_settings_that_do_not_fit(settings, message):
         parse({"prompts": settings}, "here")
 
 
+def test_data_have_no_images_as_conditions():
+    prompts = {"dataset": "d", "images": {"image": "a"}}
+    with pytest.raises(UserError, match=r"data.source: expected none or teacher with prompts.images, got ./photos"):
+        parse({"prompts": prompts, "data": "./photos"}, "here")
+    assert parse({"prompts": prompts, "data": "teacher"}, "here").data.source == "teacher"
+
+
 def test_images_are_set_like_other_settings():
     changes = ("prompts.dataset=t.jsonl", "prompts.images.image=source", "prompts.image_size=[48, 64]")
     recipe = parse(override({}, changes), "here")
@@ -223,7 +230,8 @@ def test_images_are_set_like_other_settings():
 
 def test_the_command_line_reports_one_line(folder):
     path = table(folder, source=["images/0.png", "gone.png", "images/2.png"])
-    changes = [f"prompts.dataset={path}", "prompts.images.image=source"]
+    # The recipe's own precision would be that of this process from here on.
+    changes = [f"prompts.dataset={path}", "prompts.images.image=source", "training.precision=fp32"]
     status, _, err = call("--recipe", "text", "--teacher", "builtin:digits", *(f"--set={one}" for one in changes))
     assert status == 2
     (line,) = err.strip().splitlines()

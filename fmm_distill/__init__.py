@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.load import load_teacher
+    from fmm_distill.teachers.prompts import Prompts
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FlowMap",
     "LearnedFlowMap",
+    "Prompts",
     "Recipe",
     "Student",
     "Teacher",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "FlowMap": "fmm_distill.core.flow_map",
     "LearnedFlowMap": "fmm_distill.core.flow_map",
+    "Prompts": "fmm_distill.teachers.prompts",
     "Recipe": "fmm_distill.config.recipe",
     "Student": "fmm_distill.student.student",
     "Teacher": "fmm_distill.teachers.base",

@@ -65,7 +65,9 @@ class _Evaluate(Sectioned):
 @click.option("--reference", metavar="DATA", help="Reference images: a dataset, parquet file or folder [the recipe's].")
 @click.option("--clip", metavar="MODEL", help="A CLIP model for text-to-image, by Hub id or folder.")
 @click.option(
-    "--prompts", metavar="FILE", help="A file of prompts, one per line, for an exported student [its recipe's]."
+    "--prompts",
+    metavar="FILE",
+    help="A file of prompts, one per line, for an exported student; a table for one with images [its recipe's].",
 )
 @click.option("--samples", type=click.IntRange(4, 10**7), metavar="N", help="Images per row [the recipe's].")
 @click.option("--output", type=_PATH, metavar="FILE", help="Write the results as JSON to this file.")

@@ -119,6 +119,11 @@ class Recipe(Settings):
             )
         if self.data.condition is not None and (self.prompts.file, self.prompts.dataset) != (None, None):
             raise ValueError("expected one source of conditions, got data.condition and prompts; leave one out")
+        if self.prompts.images and self.data.has_images:
+            raise ValueError(
+                f"data.source: expected none or teacher with prompts.images, got {self.data.source}, whose images have "
+                "no such conditions; for images to compare with, try evaluation.reference"
+            )
         return self
 
     @property

@@ -59,6 +59,7 @@ Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(max
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0, le=1000)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+ImageSide = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class LoraSettings(Settings):
@@ -104,13 +105,34 @@ class PromptSettings(Settings):
     """UTF-8 text file with one prompt per line. Without a file and a dataset, the empty prompt is the only one."""
     dataset: str | None = None
     """Hub dataset, or Parquet, CSV, TSV, JSON or JSON Lines file, with a column of prompts."""
-    column: str = "text"
-    """Column of the dataset that has the prompts."""
+    column: str | None = "text"
+    """Column of the dataset that has the prompts; null: the empty prompt with each image."""
+    images: dict[str, str] = Field(default_factory=dict)
+    """Columns of the dataset that have images, by keyword of the pipeline's call, such as ``image: source``."""
+    image_size: tuple[ImageSide, ImageSide] | None = None
+    """Height and width that images are resized and cropped to; null: the images of a column are of one size."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.file is not None and self.dataset is not None:
             raise ValueError("expected one source of prompts, got prompts.file and prompts.dataset; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _images_have_a_source(self) -> Self:
+        if self.images and self.dataset is None:
+            raise ValueError(
+                "prompts.images: expected prompts.dataset with it, got none; name the table that has the columns "
+                f"{', '.join(self.images.values())}"
+            )
+        if "prompt" in self.images:
+            raise ValueError("prompts.images: expected keywords of images, got prompt; try prompts.column")
+        if self.images:
+            return self
+        if self.image_size is not None:
+            raise ValueError("prompts.image_size: expected prompts.images with it, got none; leave it out")
+        if self.column is None:
+            raise ValueError("prompts.column: expected a column without prompts.images, got null; leave it out")
         return self
 
 

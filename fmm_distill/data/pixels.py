@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,10 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BACKGROUNDS", "VERSION", "UnsupportedPixelsError", "to_pixels"]
+__all__ = ["BACKGROUNDS", "DECODING_ERRORS", "VERSION", "UnsupportedPixelsError", "to_pixels"]
+
+# Pillow raises these on bytes that are not an image, or only a part of one.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 # Part of the key of what is computed from pixels and stored; raise it when a conversion changes.
 VERSION = 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 
 from fmm_distill.data import records, splits
 from fmm_distill.data.image_files import list_files, read_folder, read_list
-from fmm_distill.data.pixels import VERSION, UnsupportedPixelsError, to_pixels
+from fmm_distill.data.pixels import DECODING_ERRORS, VERSION, UnsupportedPixelsError, to_pixels
 from fmm_distill.data.sources import (
     Source,
     datasets_library,
@@ -43,9 +42,6 @@ _EXPECTED = (
     "none, teacher, a Hub dataset, a folder of images, a parquet file or folder, a save_to_disk folder, or a CSV or "
     "JSON-lines file with a column file_name"
 )
-
-# Pillow raises these on bytes that are not an image, or only a part of one.
-_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class Table:
                 image, notes = to_pixels(opened, channels, self.settings.background)
         except UnsupportedPixelsError as error:
             raise UserError(f"--data {self.settings.source}: {_name(i, file)} can't be used: {error}") from error
-        except _FAULTS as error:
+        except DECODING_ERRORS as error:
             return Unreadable(_name(i, file), first_line(error))
         if self.settings.fit == "crop":
             # Pillow antialiases when it shrinks an image, which torch does not do by default.

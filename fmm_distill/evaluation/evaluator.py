@@ -227,6 +227,8 @@ class Evaluator:
         parts += [sampler.stochasticity]
         parts += [None if guidance is None else repr(guidance), None if features is None else features.digest]
         parts += [None if conditions is None else conditions.names, teacher.source]
+        # The digests of the images are in it.
+        parts += [self.protocol.get("images")]
         parts += [{} if teacher.pipeline is None else teacher.pipeline.call]
         return cache_key(parts)
 

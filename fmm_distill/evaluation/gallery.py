@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from fmm_distill.core.solvers import endpoint
-from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
+from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
+from fmm_distill.evaluation.given_images import rows_of_images
 from fmm_distill.evaluation.pictures import still_images
 from fmm_distill.evaluation.points import point_images
 from fmm_distill.evaluation.waveforms import waveform_images
 from fmm_distill.student.sampling import sample
 from fmm_distill.teachers.codec import is_sound
+from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,6 +50,9 @@ class Gallery:
         draws = draw_samples_of(teacher, range(count), seed, device)
         self.teacher, self.solver_steps = teacher, solver_steps
         self.draws, self.noise, self.cond = draws, draws.noise, draws.cond
+        conditions = teacher.conditions
+        self.images = conditions.images if isinstance(conditions, Embeddings) else {}
+        self.numbers = [] if conditions is None else places_of(conditions, range(count), seed)
         self.endpoints = self._solve(self.noise)
 
     @torch.no_grad()
@@ -59,6 +64,8 @@ class Gallery:
         self, student: Student, steps: tuple[int, ...], stochasticity: float = 0.0
     ) -> dict[str, Float[Tensor, "count channels height width"]]:
         """Return the teacher's row and one per number of student steps: decoded images in [-1, 1], on the CPU.
+
+        Rows with the images of the conditions, if any, come before them.
 
         Args:
             stochasticity: strength of the fresh noise in the student's steps.
@@ -79,12 +86,19 @@ class Gallery:
         """
         if self.cond is not None:
             self.cond = self.cond.rows(torch.zeros(len(self.noise), dtype=torch.long))
+            self.numbers = self.numbers[:1] * len(self.noise)
         # One condition for all: the pictures then show the map's dependence on the noise alone.
         noise = interpolate_noise(self.noise[0], self.noise[1], len(self.noise))
         return self._decoded(self._solve(noise), {n: sample(student, noise, n, self.cond) for n in steps})
 
-    @torch.no_grad()
     def _decoded(self, endpoints: Tensor, samples: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Return the rows of images: those of the conditions, the teacher's and the student's."""
+        rows = self._samples(endpoints, samples)
+        height, width = rows[self.name].shape[-2:]
+        return rows_of_images(self.images, self.numbers, (height, width)) | rows
+
+    @torch.no_grad()
+    def _samples(self, endpoints: Tensor, samples: dict[int, Tensor]) -> dict[str, Tensor]:
         rows = {self.name: endpoints}
         rows |= {f"student, {n} step{'s' if n > 1 else ''}": x for n, x in samples.items()}
         if self.teacher.has_coordinates and math.prod(self.teacher.event_shape) <= _MOST_COORDINATES:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _PICTURES = {
-    "samples.png": "Each column starts from one noise. First row: the solution of the ODE; others: the student.",
+    "samples.png": "Each column starts from one noise. First row{given}: the solution of the ODE; others: the student.",
     "interpolation.png": "The same for noises between two noises.",
 }
 _STYLE = """
@@ -57,7 +57,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
         "<p>Values with standard errors (±). Arrows show the better direction. Ratios are relative to the teacher's "
         "own sampler.</p>",
         f"<h2>Quality against network calls</h2>{_curves(evaluation)}",
-        f"<h2>Samples</h2>{_figures(folder)}",
+        f"<h2>Samples</h2>{_figures(evaluation, folder)}",
         _consistency(evaluation),
         f"<h2>Protocol</h2>{_protocol(evaluation)}",
     ]
@@ -79,11 +79,14 @@ def _curves(evaluation: Evaluation) -> str:
     return f'<div class="curves">{"".join(pictures)}</div><p>Error bars show two standard errors to each side.</p>'
 
 
-def _figures(folder: Path) -> str:
+def _figures(evaluation: Evaluation, folder: Path) -> str:
+    # Rows with the images of the conditions are above those of the samples.
+    given = " below the given images" if evaluation.protocol.get("images") else ""
+    captions = {name: text.replace("{given}", given) for name, text in _PICTURES.items()}
     return "".join(
         f'<figure><div class="wide"><img src="{_inline((folder / name).read_bytes())}" alt="{escape(text)}"></div>'
         f"<figcaption>{escape(text)}</figcaption></figure>"
-        for name, text in _PICTURES.items()
+        for name, text in captions.items()
         if (folder / name).is_file()
     )
 

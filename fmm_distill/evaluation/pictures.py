@@ -155,7 +155,8 @@ def _plot_quantity(axis: Axes, evaluation: Evaluation, column: Column) -> None:
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(NullLocator())
     axis.grid(visible=True, which="major", alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    if shown:
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _apart(calls: list[int]) -> list[int]:

@@ -104,11 +104,14 @@ def _ode(teacher: Teacher, settings: EvaluationSettings, solver_error: float | N
 
 
 def _prompts(teacher: Teacher) -> dict[str, str]:
-    """Return the digest of the prompts, if there are any: samples of other prompts are not comparable."""
+    """Return the digests of the prompts and their images, if any: samples of other conditions are not comparable."""
     if not isinstance(teacher.conditions, Embeddings):
         return {}
-    names = teacher.conditions.names
-    return {"prompts": f"{len(names)}, sha256 {sha256_of_json(names)}"}
+    names, images = teacher.conditions.names, teacher.conditions.images
+    entries = {"prompts": f"{len(names)}, sha256 {sha256_of_json(names)}"}
+    if images:
+        entries["images"] = f"{', '.join(images)}; sha256 {sha256_of_json(teacher.conditions.given.digests())}"
+    return entries
 
 
 def _without_images(settings: EvaluationSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from fmm_distill.evaluation.result import COLUMNS
 from fmm_distill.export.card_lora import HERE, Location, adapters, unequal_jumps
 from fmm_distill.export.contents import record
+from fmm_distill.export.example_call import imports_of
 from fmm_distill.export.manifest import read_manifest, write_manifest
 from fmm_distill.export.public import known_paths, public_evaluation, public_manifest
 from fmm_distill.export.second_stage import describe_stage
@@ -134,18 +135,20 @@ def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: Location
             f'pipeline = DiffusionPipeline.from_pretrained(f"{{folder}}/steps-{last}")'
         )
     call = manifest.fixed_call.replace("{steps}", str(last))
-    code = f"from diffusers import DiffusionPipeline\n{opened}\n{call}"
+    code = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call), opened, call])
     title = "For a fixed number of steps, with stock diffusers and without code from this repository:"
     return "\n\n".join([title, f"```python\n{code}\n```", "\n".join(lines)])
 
 
 def _any_step(manifest: StudentManifest, location: Location) -> str:
+    call = manifest.any_step_call.replace("{steps}", "3")
+    imports = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call)])
     return f"""For any number of steps, with code from this repository (two files):
 
 ```python
-from diffusers import DiffusionPipeline
+{imports}
 pipeline = DiffusionPipeline.from_pretrained("{location.repo or HERE}"{location.revision}, trust_remote_code=True)
-{manifest.any_step_call.replace("{steps}", "3")}
+{call}
 ```
 
 The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none)."""

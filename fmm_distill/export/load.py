@@ -35,6 +35,7 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompts import as_prompts
 from fmm_distill.teachers.velocity_field import as_teacher
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.velocity_field import KnownVelocity
 
 __all__ = ["ADAPTERS", "LoadedStudent", "component_of", "fetch_initial", "fetch_student", "load_student"]
@@ -171,7 +173,7 @@ def load_student(
     source: str | Path,
     *,
     revision: str | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | Prompts = (),
     teacher: Teacher | KnownVelocity | None = None,
     network: nn.Module | None = None,
 ) -> LoadedStudent:
@@ -180,7 +182,7 @@ def load_student(
     Args:
         source: an id on the Hub, or a folder.
         revision: branch, tag or commit on the Hub.
-        prompts: the prompts that the student is called with; none: the empty prompt.
+        prompts: the prompts that the student is called with, ``Prompts`` with images; none: the empty prompt.
         teacher: the teacher of a student that was exported as weights alone; None: the one that the manifest names.
         network: the network that such a student was started from, where the teacher has none.
 
@@ -203,10 +205,24 @@ def load_student(
     else:
         if teacher is not None or network is not None:
             raise UserError(f"teacher: expected none, {source} is complete; leave teacher and network out")
-        opened, student = _student_of_pipeline(folder, str(source), manifest, prompts)
+        given = as_prompts(prompts)
+        _check_images(manifest, given, str(source))
+        opened, student = _student_of_pipeline(folder, str(source), manifest, given)
         component = "unet" if opened.pipeline is None else opened.pipeline.component
     _load_weights(student, folder / component, str(source))
     return LoadedStudent(student.eval(), manifest, opened)
+
+
+def _check_images(manifest: StudentManifest, prompts: Prompts, source: str) -> None:
+    """Check that the images are those that the student was trained with, by their keywords."""
+    if set(prompts.images) == set(manifest.images):
+        return
+    expected, got = (", ".join(sorted(names)) or "none" for names in (manifest.images, prompts.images))
+    given = ", ".join(f'"{name}": [...]' for name in manifest.images)
+    raise UserError(
+        f"{source}: expected images with the prompts by the keywords {expected}, got {got}; try "
+        f"load_student(..., prompts=Prompts(texts, {{{given}}})), with an image per text"
+    )
 
 
 def _load_weights(student: Student, folder: Path, source: str) -> None:
@@ -247,7 +263,7 @@ def _on_timesteps_of(manifest: StudentManifest, teacher: Teacher) -> Teacher:
 
 
 def _student_of_pipeline(
-    folder: Path, source: str, manifest: StudentManifest, prompts: Sequence[str]
+    folder: Path, source: str, manifest: StudentManifest, prompts: Prompts
 ) -> tuple[Teacher, Student]:
     """Open the diagonal of an exported student by the adapter of its teacher, and make the student of it."""
     guidance = None
@@ -268,7 +284,7 @@ def _scaled_weights(network: Path) -> ScaledWeights | None:
     return ScaledWeights(layers=layers) if layers else None
 
 
-def _open(view: Path, source: str, prompts: Sequence[str], call: dict[str, Any], guidance: Guidance | None) -> Teacher:
+def _open(view: Path, source: str, prompts: Prompts, call: dict[str, Any], guidance: Guidance | None) -> Teacher:
     try:
         with _without_warnings():
             return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance)

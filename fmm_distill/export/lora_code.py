@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
+from fmm_distill.export.example_call import imports_of
 from fmm_distill.export.schedulers import make_scheduler
 from fmm_distill.export.stock_pipeline import StockPipelineExporter
 
@@ -66,6 +67,7 @@ def lora_code(
     files = {"guidance": _GUIDANCE, "student": _WEIGHTS} if guided else {"student": _WEIGHTS}
     lines = [
         f"from diffusers import {', '.join(sorted((kind.__name__, scheduler)))}",
+        *imports_of(call),
         f"steps = {steps}",
         f"pipeline = {kind.__name__}.from_pretrained({{teacher}})",
         *(_load(exporter, name, file) for name, file in files.items()),

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill import __version__
+from fmm_distill.data.condition_images import describe_images
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
+from fmm_distill.export.example_call import example_call
 from fmm_distill.export.lora_code import lora_code, why_no_lora_code
 from fmm_distill.export.second_stage import check_facts, facts_of
 from fmm_distill.export.strengths import strengths_of
@@ -20,6 +22,7 @@ from fmm_distill.io.files import write_text
 from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
 from fmm_distill.student.scaled import is_scaled, scaled_ranks
+from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -47,6 +50,7 @@ _TYPES: dict[str, type | UnionType] = {
     "pipeline": str | None,
     "scheduler": dict,
     "call": dict,
+    "images": list,
     "guidance": dict | None,
     "kind": str,
     "lora": bool,
@@ -90,7 +94,8 @@ class StudentManifest:
         limits: what the student can't do, and which guidance is in its weights.
         pipeline: the class of the teacher's pipeline that students are copies of; None: they are no copies.
         scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
-        call: keywords of the pipeline's call other than prompt and guidance.
+        call: keywords of the pipeline's call other than prompt, images and guidance.
+        images: keywords of the pipeline's call by which it is given images.
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
         kind: ``scaled`` if the weights change with the length of the jump, ``embedded`` if it is embedded.
         lora: whether ``lora/`` has the adapters.
@@ -122,6 +127,7 @@ class StudentManifest:
     pipeline: str | None
     scheduler: dict[str, Any]
     call: dict[str, Any]
+    images: tuple[str, ...]
     guidance: dict[str, Any] | None
     kind: str
     lora: bool
@@ -173,12 +179,13 @@ def make_manifest(
         steps=() if exporter.not_fixed else steps,
         not_any_step=exporter.not_any_step,
         not_fixed=exporter.not_fixed,
-        any_step_call=_example(teacher, any_step=True),
-        fixed_call=_example(teacher, any_step=False),
+        any_step_call=example_call(teacher, any_step=True),
+        fixed_call=example_call(teacher, any_step=False),
         limits=_limits(recipe, teacher, matched=matched),
         pipeline=None if pipeline is None else pipeline.class_name,
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
+        images=_images(teacher),
         guidance=_guidance(teacher),
         kind="scaled" if is_scaled(student.network) else "embedded",
         lora=lora,
@@ -216,6 +223,7 @@ def read_manifest(folder: Path) -> StudentManifest:
         "second_stage": None,
         "init": None,
         "init_revision": None,
+        "images": [],
         "kind": "embedded",
         "strengths": {},
         "lora_code": None,
@@ -234,7 +242,10 @@ def read_manifest(folder: Path) -> StudentManifest:
         check_keys(f"{file}: guidance", found["guidance"], {"scale": float, "range": list | None}, todo=todo)
     for number, n in enumerate(found["steps"]):
         check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
-    return StudentManifest(**({name: found[name] for name in _TYPES} | {"steps": tuple(found["steps"])}))
+    for number, name in enumerate(found["images"]):
+        check_keys(f"{file}: images", {str(number): name}, {str(number): str}, todo=todo)
+    lists = {name: tuple(found[name]) for name in ("steps", "images")}
+    return StudentManifest(**({name: found[name] for name in _TYPES} | lists))
 
 
 def _of_strengths(
@@ -250,23 +261,8 @@ def _of_strengths(
     # The weights themselves are the change at h = 0 of a student of full rank.
     changed = exporter.teacher.guidance is not None or student.prediction != exporter.teacher.prediction
     guided |= recipe.export.lora_rank > 0 and changed
-    code = lora_code(student, exporter, strengths, _example(exporter.teacher, any_step=False), guided=guided)
+    code = lora_code(student, exporter, strengths, example_call(exporter.teacher, any_step=False), guided=guided)
     return {"strengths": plain, "lora_code": code, "no_lora_code": why_no_lora_code(exporter, strengths)}
-
-
-def _example(teacher: Teacher, *, any_step: bool) -> str:
-    """Return a line of Python that calls a pipeline, with ``{steps}`` for the number of steps."""
-    if teacher.conditions is None:
-        outputs = teacher.codec.outputs
-        return f"{outputs} = pipeline(batch_size=4, num_inference_steps={{steps}}).{outputs}"
-    pipeline = teacher.pipeline
-    given = {} if pipeline is None else pipeline.call | pipeline.unguided()
-    if any_step and pipeline is not None and teacher.guidance is not None and teacher.guidance.range is not None:
-        given |= {str(pipeline.guidance): teacher.guidance.scale}
-    keywords = "".join(f", {key}={value!r}" for key, value in given.items())
-    if teacher.conditions.noun == "classes":
-        return f"images = pipeline(class_labels=[0, 1], num_inference_steps={{steps}}{keywords})[0]"
-    return f'samples = pipeline("a prompt", num_inference_steps={{steps}}{keywords})[0]'
 
 
 def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
@@ -294,18 +290,27 @@ def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
             f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
             "above, or it is applied on top."
         )
-    return f"Trained on {len(teacher.conditions.names)} {teacher.conditions.noun}; {baked}. {call} {copies}"
+    images = teacher.conditions.images if isinstance(teacher.conditions, Embeddings) else {}
+    sizes = f" ({describe_images(images)}; height x width)" if images else ""
+    return f"Trained on {len(teacher.conditions.names)} {teacher.conditions.noun}{sizes}; {baked}. {call} {copies}"
 
 
 def _task(teacher: Teacher) -> str | None:
     # The Hub has no task of sounds without a condition, nor of points.
     if teacher.codec.outputs == "audios" or teacher.has_coordinates:
         return None
-    if teacher.conditions is None or teacher.conditions.noun != "prompts":
+    if not isinstance(teacher.conditions, Embeddings):
         return "unconditional-image-generation"
-    return {5: "text-to-video", 3: "text-to-audio"}.get(
-        teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "text-to-image"
-    )
+    outputs = {5: "video", 3: "audio"}.get(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "image")
+    names = _images(teacher)
+    # The Hub has no task from an image to a sound.
+    if not names or outputs == "audio":
+        return f"text-to-{outputs}"
+    return "video-to-video" if outputs == "video" and any("video" in name for name in names) else f"image-to-{outputs}"
+
+
+def _images(teacher: Teacher) -> tuple[str, ...]:
+    return tuple(teacher.conditions.images) if isinstance(teacher.conditions, Embeddings) else ()
 
 
 def _scheduler(student: Student, teacher: Teacher) -> dict[str, Any]:

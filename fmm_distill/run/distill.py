@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import ExitStack
 from functools import partial
@@ -15,14 +14,11 @@ from fmm_distill.data.prepare import prepare_samples
 from fmm_distill.evaluation.monitor import Monitor
 from fmm_distill.evaluation.result import Evaluation, table
 from fmm_distill.export.place import check_replaceable
-from fmm_distill.io.files import write_text
 from fmm_distill.io.lock import locked
 from fmm_distill.run.finish import finish, how_to_load
 from fmm_distill.run.folder import (
-    PROMPTS,
     check_folder,
     check_images,
-    check_prompts,
     make_folder,
     pinned,
     read_evaluation,
@@ -34,8 +30,8 @@ from fmm_distill.run.folder import (
 from fmm_distill.run.given import Given, check_given, check_optimizer_of_run, keep_given
 from fmm_distill.run.inputs import with_paths
 from fmm_distill.run.plan import plan
+from fmm_distill.run.prompts import check_prompts, store_prompts
 from fmm_distill.run.trial import keep_trial, try_export
-from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.training.process import alone, first_process_logs, make_accelerator, on_first
 from fmm_distill.training.trackers import tracked
 from fmm_distill.training.trainer import Trainer
@@ -182,8 +178,7 @@ class Distillation:
         # Before training: a later call compares its inputs with those that the first step saw.
         store_inputs(folder, self.recipe, job.images)
         keep_given(folder, self.recipe, job.teacher, None if self.given.optimizer is None else job.optimizer)
-        if isinstance(job.teacher.conditions, Embeddings):
-            write_text(folder / PROMPTS, json.dumps(job.teacher.conditions.names, indent=0) + "\n")
+        store_prompts(folder, job.teacher)
         for digest in passed:
             keep_trial(folder, digest)
 

@@ -32,7 +32,9 @@ from fmm_distill.io.files import writing
 from fmm_distill.run.folder import read_recipe
 from fmm_distill.run.plan import at_guidance, open_reference, open_teacher, with_evaluation
 from fmm_distill.run.reopen import open_run
+from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.hub.errors import HUB_ERRORS
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.training.process import first_process_logs, join_processes
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ class EvaluationRequest:
         also_steps: the numbers of steps of ``also``; empty: the student's.
         teacher_steps: the number of steps of the reference; None: the default of its pipeline.
         guidance: the guidance scale, for a run with ``guidance.range``; None: the recipe's.
-        prompts: a file of prompts, for an exported student; None: the recipe's.
+        prompts: a file of prompts, for an exported student; of one with images, a table with the columns of its recipe;
+            None: the recipe's.
         evaluation: settings of the recipe's group ``evaluation`` to replace.
     """
 
@@ -134,16 +137,24 @@ def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> Eva
     )
 
 
-def _prompts(recipe: Recipe, request: EvaluationRequest) -> tuple[str, ...]:
+def _prompts(recipe: Recipe, request: EvaluationRequest) -> Prompts:
+    settings = recipe.prompts
+    if settings.images:
+        try:
+            return load_prompts(settings.model_copy(update={"dataset": request.prompts or settings.dataset}))
+        except UserError as error:
+            columns = ", ".join(name for name in (settings.column, *settings.images.values()) if name is not None)
+            advice = f"--prompts FILE sets another table with the columns {columns}"
+            raise UserError(f"{error}; {advice}" if request.prompts is None else str(error)) from error
     if request.prompts is not None:
         return load_prompts(PromptSettings(file=request.prompts))
-    file = recipe.prompts.file
+    file = settings.file
     if file is not None and not Path(file).expanduser().is_file():
         logger.warning(
             f"{file}: the recipe's prompts are not on this machine; using the empty prompt (--prompts FILE sets others)"
         )
-        return ()
-    return load_prompts(recipe.prompts)
+        return Prompts(())
+    return load_prompts(settings)
 
 
 @own_state()
@@ -223,7 +234,8 @@ def _reference(teacher: Teacher, request: EvaluationRequest, device: torch.devic
 def _samplers_of(source: str, teacher: Teacher, steps: tuple[int, ...], device: torch.device) -> list[Sampler]:
     if not _holds_student(source):
         return other_pipeline(source, teacher, device, steps)
-    loaded = load_student(source, prompts=() if teacher.conditions is None else teacher.conditions.names)
+    conditions = teacher.conditions
+    loaded = load_student(source, prompts=conditions.given if isinstance(conditions, Embeddings) else ())
     if loaded.event_shape != teacher.event_shape:
         raise UserError(
             f"--also {source}: expected samples of the teacher's shape {teacher.event_shape}, got "

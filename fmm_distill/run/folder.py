@@ -15,9 +15,10 @@ from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, from_json
 from fmm_distill.io.files import write_text, writing
-from fmm_distill.io.reading import BrokenFileError, check_keys, read_list, read_mapping
+from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
 from fmm_distill.run import inputs
 from fmm_distill.run.marker import check_clearable, check_vacant, clear, is_run, mark, require_run
+from fmm_distill.run.prompts import PROMPTS
 from fmm_distill.training import checkpoint
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.base import Teacher
 
 __all__ = [
-    "PROMPTS",
     "check_files",
     "check_folder",
     "check_images",
-    "check_prompts",
     "environment",
     "make_folder",
     "pinned",
@@ -40,12 +39,10 @@ __all__ = [
     "steps_exported",
     "store_commits",
     "store_inputs",
-    "stored_prompts",
     "stored_recipe",
     "take_changes",
 ]
 
-PROMPTS = "prompts.json"
 _RECIPE, _COMMITS, _EVALUATION = "recipe.yaml", "teacher.json", "evaluation.json"
 # Settings that may change when a run continues: none of them changes the steps that are done.
 _FREE = (
@@ -230,22 +227,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def stored_prompts(folder: Path) -> tuple[str, ...] | None:
-    """Return the prompts stored in a run folder; None: the run has no prompts."""
-    file = folder / PROMPTS
-    return tuple(read_list(file, str, todo=_LOST)) if file.is_file() else None
-
-
-def check_prompts(folder: Path, teacher: Teacher) -> None:
-    """Refuse to continue a run with other prompts."""
-    stored = stored_prompts(folder)
-    if stored is not None and teacher.conditions is not None and stored != teacher.conditions.names:
-        raise UserError(
-            f"--output {folder}: expected the {len(stored)} prompts in its {PROMPTS}, got others; restore the file of "
-            "prompts, or choose another folder"
-        )
 
 
 def stored_recipe(folder: Path) -> Recipe:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
+from fmm_distill.data.condition_images import describe_images
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.student.lora import default_targets
@@ -52,7 +53,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "shape": " x ".join(map(str, teacher.event_shape)) + _shape_means(teacher),
         "conditioning": _conditions(teacher),
         "network call": _network_call(teacher),
-        **_opened_without(teacher),
+        **_inputs(teacher),
         **kinds,
         "exports": _exports(teacher),
         "export test": "not run; use --dry-run with a recipe",
@@ -96,7 +97,7 @@ def _conditions(teacher: Teacher) -> str:
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
     guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
-    return f"prompts, as {names}; {guided}"
+    return f"{embeddings.noun}, as {names}; {guided}"
 
 
 def _network_call(teacher: Teacher) -> str:
@@ -112,9 +113,14 @@ def _network_call(teacher: Teacher) -> str:
     return f"network({call.sample}={sample}, {call.time}={time}{second}){sign}"
 
 
-def _opened_without(teacher: Teacher) -> dict[str, str]:
-    """Describe what the pipeline can take in addition to prompts, which neither teacher nor student gets."""
+def _inputs(teacher: Teacher) -> dict[str, str]:
+    """Describe what the pipeline can take in addition to prompts, and the images that it is given."""
     data = None if teacher.pipeline is None else describe_optional_inputs(teacher.pipeline.class_name)
+    conditions = teacher.conditions
+    if isinstance(conditions, Embeddings) and conditions.images:
+        count = len(conditions.names)
+        given = f"{count} prompts with images (height x width), {describe_images(conditions.images)}"
+        return {"pipeline takes": str(data), "opened with": given}
     return {} if data is None else {"opened without": f"{data}, which the pipeline can take"}
 
 

@@ -29,6 +29,7 @@ _FILES = (
     "evaluation.json",
     "evaluations.jsonl",
     "inputs.json",
+    "prompt_images.json",
     "prompts.json",
     "python.json",
     "recipe.yaml",

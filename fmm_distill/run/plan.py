@@ -29,10 +29,10 @@ from fmm_distill.student.lora import add_lora
 from fmm_distill.student.scaled import ScaledWeights, is_scaled
 from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.student import Student, is_new
-from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.training.compile import checkpoint_blocks
 from fmm_distill.training.fsdp import splits_weights
 from fmm_distill.training.memory import forecast_memory
@@ -141,7 +141,7 @@ class Plan:
 
 def plan(
     recipe: Recipe,
-    prompts: tuple[str, ...] | None = None,
+    prompts: Prompts | None = None,
     given: Given | None = None,
 ) -> Plan:
     """Open the teacher and the data of a recipe, make the student, and check all of it.
@@ -163,7 +163,7 @@ def plan(
     data = recipe.data
     table = open_table(data) if data.has_images and not data.source.startswith("builtin:") else None
     if prompts is None and table is not None and data.condition is not None:
-        prompts = captions_of(table, data.condition)
+        prompts = Prompts(captions_of(table, data.condition))
     own = given.open_teacher(recipe)
     teacher = open_teacher(recipe, prompts) if own is None else on_first_timesteps(own, recipe.timesteps)
     _check_teacher(recipe, teacher, earlier)
@@ -302,7 +302,7 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
     return images
 
 
-def open_teacher(recipe: Recipe, prompts: tuple[str, ...] | None = None) -> Teacher:
+def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     """Open the teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
     unguided = settings.scale == 1 and settings.range is None
@@ -367,7 +367,7 @@ def at_guidance(recipe: Recipe, scale: float | None) -> Recipe:
 
 
 def _conditions_of(teacher: Teacher) -> str:
-    kind = "classes" if isinstance(teacher.conditions, Classes) else "prompts"
+    kind = "" if teacher.conditions is None else teacher.conditions.noun
     if teacher.guidance is None:
         return kind
     low, high = teacher.guidance.range or (None, None)

@@ -20,11 +20,11 @@ from fmm_distill.run.folder import (
     pinned,
     read_evaluation,
     steps_exported,
-    stored_prompts,
     stored_recipe,
 )
 from fmm_distill.run.given import Given, check_given
 from fmm_distill.run.plan import Plan, at_guidance, plan, with_evaluation
+from fmm_distill.run.prompts import prompts_of_run
 from fmm_distill.student.sampling import check_stochasticity
 from fmm_distill.training import checkpoint
 from fmm_distill.training.ema import load_trained
@@ -67,7 +67,7 @@ def open_run(
     measured = read_evaluation(folder)
     path, stored = _exported(folder, measured)
     check_files(folder, recipe)
-    job = plan(pinned(recipe, folder), stored_prompts(folder), given)
+    job = plan(pinned(recipe, folder), prompts_of_run(folder, recipe), given)
     check_images(folder, job.images)
     check_given(folder, recipe, job.teacher)
     rate = recipe.training.ema[0] if measured is None else measured.protocol["ema"]

@@ -13,13 +13,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from safetensors import SafetensorError
 
 from fmm_distill import __version__
+from fmm_distill.data.condition_images import describe_images
 from fmm_distill.data.row_store import mebibytes
 from fmm_distill.errors import FmmDistillError, UserError
 from fmm_distill.export.stock_pipeline import StockPipelineExporter
@@ -32,6 +33,7 @@ from fmm_distill.run.marker import TRIAL
 from fmm_distill.student.scaled import scaled_ranks
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS
+from fmm_distill.teachers.conditions import Embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,12 +146,19 @@ def _digest(recipe: Recipe, student: Student, teacher: Teacher) -> str:
     inputs = [
         [__version__, diffusers.__version__, torch.__version__],
         [teacher.adapter, teacher.config, teacher.scheduler_config, list(teacher.event_shape), pipeline],
-        [repr(teacher.guidance), None if teacher.conditions is None else type(teacher.conditions).__name__],
+        [repr(teacher.guidance), *_conditions(teacher)],
         [student.prediction, recipe.student.kind, recipe.student.lora.model_dump(mode="json")],
         [list(recipe.export.steps), recipe.export.lora_rank],
         [scaled_ranks(student.network), recipe.student.regression_steps > 0],
     ]
     return sha256_of_text(json.dumps(inputs, sort_keys=True, default=repr))
+
+
+def _conditions(teacher: Teacher) -> list[Any]:
+    """Return the kind of the conditions, and the sizes of the images among them."""
+    conditions = teacher.conditions
+    images = conditions.images if isinstance(conditions, Embeddings) else {}
+    return [None if conditions is None else type(conditions).__name__, *([describe_images(images)] if images else [])]
 
 
 def _parent_of_trial(folder: Path) -> Path:

@@ -28,7 +28,7 @@ class Conditions(Protocol):
 
     Attributes:
         names: one per condition.
-        noun: the name of what they are, ``classes`` or ``prompts``.
+        noun: the name of what they are, such as ``classes`` or ``prompts``.
     """
 
     noun: str
@@ -141,8 +141,6 @@ class Embeddings:
         images: by keyword of the pipeline's call, the image of each prompt; empty: the pipeline takes none.
     """
 
-    noun = "prompts"
-
     def __init__(
         self,
         names: tuple[str, ...],
@@ -153,6 +151,7 @@ class Embeddings:
     ) -> None:
         self.names, self.prompts, self.empty, self.reason = names, rows, empty, reason
         self.images: Mapping[str, tuple[Any, ...]] = images or {}
+        self.noun = ("prompts and images" if any(names) else "images") if self.images else "prompts"
 
     @property
     def given(self) -> Prompts:

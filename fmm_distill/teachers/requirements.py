@@ -113,7 +113,12 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
         [] if declared else [key for key in _needed(parameters, index.components) if key not in given]
     )
     if needed:
-        raise UserError(f"{index.source}: {_PLAIN}, got {name}, which needs {_listed(needed, index.components)}")
+        advice = "; try --set prompts.images.KEYWORD=COLUMN for each of them (docs/image-conditions.md)"
+        given_as_images = all(key in _data(parameters) for key in needed)
+        raise UserError(
+            f"{index.source}: {_PLAIN}, got {name}, which needs {_listed(needed, index.components)}"
+            f"{advice if given_as_images else ''}"
+        )
     if parameters and "prompt" not in parameters and not given and _has_text_encoder(index):
         raise UserError(f"{index.source}: {_PLAIN}, got {name}, whose call takes no prompt")
 

@@ -25,6 +25,7 @@ def test_public_names():
     assert fmm_distill.__all__ == [
         "FlowMap",
         "LearnedFlowMap",
+        "Prompts",
         "Recipe",
         "Student",
         "Teacher",
@@ -110,7 +111,16 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_every_recipe_that_ships_is_whole():
-    assert recipe_names() == ["checkerboard", "cifar10", "cifar10-fast", "digits", "imagenet32", "text"]
+    assert recipe_names() == [
+        "checkerboard",
+        "cifar10",
+        "cifar10-fast",
+        "digits",
+        "edit",
+        "image-to-video",
+        "imagenet32",
+        "text",
+    ]
     for name in recipe_names():
         recipe = load_recipe(name)
         import yaml
@@ -203,7 +213,7 @@ def test_the_wheel_holds_recipes_and_the_teacher(tmp_path):
     )
     where, names = run.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert names == "checkerboard cifar10 cifar10-fast digits imagenet32 text"
+    assert names == "checkerboard cifar10 cifar10-fast digits edit image-to-video imagenet32 text"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():

@@ -302,12 +302,12 @@ def test_average_against_a_hand_computation():
 
 def test_prompts_are_the_lines_of_a_file_or_a_column(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\n  two dogs \n", encoding="utf-8")
-    assert load_prompts(PromptSettings(file=str(tmp_path / "prompts.txt"))) == ("a cat", "two dogs")
+    assert load_prompts(PromptSettings(file=str(tmp_path / "prompts.txt"))).texts == ("a cat", "two dogs")
     (tmp_path / "captions.csv").write_text('text,other\na cat,1\n"dogs, two",2\n', encoding="utf-8")
-    assert load_prompts(PromptSettings(dataset=str(tmp_path / "captions.csv"))) == ("a cat", "dogs, two")
+    assert load_prompts(PromptSettings(dataset=str(tmp_path / "captions.csv"))).texts == ("a cat", "dogs, two")
     other = PromptSettings(dataset=str(tmp_path / "captions.csv"), column="other")
-    assert load_prompts(other) == ("1", "2")
-    assert load_prompts(PromptSettings()) == ()
+    assert load_prompts(other).texts == ("1", "2")
+    assert len(load_prompts(PromptSettings())) == 0
 
 
 def test_prompts_that_are_not_there(tmp_path):

@@ -14,7 +14,7 @@ from fmm_distill.errors import UserError
 def prompts(file, content, **settings):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     key = "file" if file.suffix == ".txt" else "dataset"
-    return load_prompts(PromptSettings(**{key: str(file)}, **settings))
+    return load_prompts(PromptSettings(**{key: str(file)}, **settings)).texts
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
@@ -92,7 +92,7 @@ def test_saved_datasets_hold_prompts(tmp_path):
     rows.to_parquet(str(tmp_path / "p.PARQUET"))
     (file,) = (tmp_path / "saved").glob("*.arrow")
     for source in (tmp_path / "saved", file, tmp_path / "p.PARQUET"):
-        assert load_prompts(PromptSettings(dataset=str(source))) == ("a", "b\u2028c")
+        assert load_prompts(PromptSettings(dataset=str(source))).texts == ("a", "b\u2028c")
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def _size_of(images: dict[str, Form], parameters: Any) -> dict[str, int]:
     """Return the size of the first image as the size of the sample: that of a test without one is in its latents."""
     form: Any = next(iter(images.values()), None)
     while isinstance(form, list):
-        form = next(each for each in form if each is not None)
+        form = form[0]
     return (
         {}
         if form is None or not {"height", "width"} <= parameters.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,13 @@ from fmm_distill.teachers.load import load_teacher
 from tests.processes import PACKAGE, STOCK
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of garbage collections: nearly all objects are theirs."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_unet(**changes: object) -> UNet2DModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["StockPipeline"]
+
+
+@cache
+def _code_of(name: str) -> str:
+    # Cached: diffusers' modules are large, and an export reads it several times.
+    return inspect.getsource(getattr(diffusers, name))
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class StockPipeline:
     @property
     def code(self) -> str:
         """The source of the pipeline's class in diffusers."""
-        return inspect.getsource(getattr(diffusers, self.class_name))
+        return _code_of(self.class_name)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -60,11 +60,12 @@ class NetworkCall:
 
 @dataclass(frozen=True)
 class SchedulerStep:
-    """The arguments of a step of the scheduler."""
+    """The arguments of a step of the scheduler, and the samples that it returned."""
 
     output: Tensor
     timestep: float
     sample: Tensor
+    after: Tensor | None = None
 
 
 @dataclass
@@ -160,8 +161,11 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
             given = parameters.bind(*args, **kwargs).arguments
             # Copies, since schedulers may change their arguments in place.
             output, sample = given["model_output"].clone(), given["sample"].clone()
-            recording.steps.append(SchedulerStep(output, float(given["timestep"]), sample))
-            return original(*args, **kwargs)
+            timestep = float(given["timestep"])
+            made = original(*args, **kwargs)
+            after = made[0] if isinstance(made, tuple) else made.prev_sample
+            recording.steps.append(SchedulerStep(output, timestep, sample, after.clone()))
+            return made
 
         return step
 

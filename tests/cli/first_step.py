@@ -1,6 +1,8 @@
 """Run by ``test_imports``: the command line up to the end of the first training step; prints what is loaded then.
 
-python first_step.py ARGUMENTS
+python first_step.py JOBS ANSWERS ARGUMENTS
+
+JOBS and ANSWERS are the streams of the server that verifies exports.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ import json
 import sys
 
 from fmm_distill.cli import command
+from fmm_distill.export import verify
 from fmm_distill.training.trainer import Trainer
+from tests.processes import ForkServer
 
 
 class FirstStepError(Exception):
@@ -26,7 +30,9 @@ def step(self: Trainer, *given: object) -> None:
 
 if __name__ == "__main__":
     Trainer.train_step = step
+    jobs, answers, *arguments = sys.argv[1:]
+    verify.subprocess = ForkServer.attached(int(jobs), int(answers))
     try:
-        command(sys.argv[1:], standalone_mode=False)
+        command(arguments, standalone_mode=False)
     except FirstStepError:
         print("\n" + json.dumps(sorted(sys.modules)))

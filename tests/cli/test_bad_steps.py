@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fmm_distill.training import checkpoint
-from tests.cli.runs import call, spawn, training_only, write_recipe
+from tests.cli.runs import call, training_only, write_recipe
 from tests.conftest import save_teacher, tiny_unet
 from tests.processes import on_two_processes
 
@@ -96,9 +96,9 @@ with patch("fmm_distill.run.distill.finish"):
 def test_too_many_in_a_row_go_back_once_and_then_stop_the_run(tmp_path):
     teacher = bad_teacher(tmp_path / "teacher", range(9, CLASSES, 3))
     recipe = write_recipe(tmp_path / "bad.yaml", teacher)
-    process = spawn("--recipe", recipe, "--output", tmp_path / "run", "--set", "training.max_non_finite_steps=3")
-    out, err = process.communicate()
-    assert process.returncode == 3, err
+    command = ("--recipe", recipe, "--output", tmp_path / "run", "--set", "training.max_non_finite_steps=3")
+    status, out, err = call(*command)
+    assert status == 3, err
     assert "Traceback" not in err
     assert out.count("3 non-finite steps in a row: continuing from") == 1
     assert "at half the learning rate too; the newest checkpoint is complete" in err.splitlines()[-1]

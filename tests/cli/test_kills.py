@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.cli.runs import TINY, call, losses, training_only
+from tests.processes import PACKAGE
 
 DRIVER = Path(__file__).parent / "killed_training.py"
 STEPS = 40
@@ -28,7 +27,7 @@ STAGE = {"steps": 10, "critic": {"warmup_steps": 5}}
 @pytest.mark.parametrize(
     ("kills", "more"),
     [
-        (5, {}),
+        (4, {}),
         pytest.param(20, {}, marks=pytest.mark.slow),
         # The regression trains other weights than the losses after it.
         pytest.param(8, SCALED, marks=pytest.mark.slow),
@@ -39,7 +38,7 @@ STAGE = {"steps": 10, "critic": {"warmup_steps": 5}}
         ),
         pytest.param(10, {"matching": STAGE}, marks=pytest.mark.slow),
     ],
-    ids=["5", "20", "scaled", "scaled-lora", "matching"],
+    ids=["4", "20", "scaled", "scaled-lora", "matching"],
 )
 def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     training = TINY["training"] | {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "ema": [0.9, 0.99]}
@@ -55,9 +54,7 @@ def test_kills_change_nothing(tmp_path, teacher_folder, kills, more):
     recipe.write_text(yaml.safe_dump(settings))
     with training_only():
         assert call("--recipe", recipe, "--output", tmp_path / "whole")[0] == 0
-    command = [sys.executable, str(DRIVER), str(recipe), str(tmp_path / "killed"), str(kills)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = PACKAGE.together((DRIVER, recipe, tmp_path / "killed", kills), [dict(os.environ)])
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     # Every kill met a process at work, and the last one was let go on to the end.

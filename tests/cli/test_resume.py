@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 from fmm_distill.training import checkpoint
-from fmm_distill.training.signals import stop_requests
+from fmm_distill.training.signals import StopRequest, stop_requests
+from fmm_distill.training.trainer import Trainer
 from tests.cli.runs import (
     STEPS,
     assert_same_run,
@@ -22,6 +27,7 @@ from tests.cli.runs import (
     spawn,
     training_only,
 )
+from tests.processes import PACKAGE
 
 
 def kill_after(lines: int, *arguments: object) -> None:
@@ -50,10 +56,9 @@ def test_a_run_that_is_killed_and_run_again_gives_the_same_numbers(tmp_path, tin
 
 def test_a_whole_second_process_ends_with_the_same_student(tmp_path, stopped, tiny, finished):
     shutil.copytree(stopped, tmp_path / "run")
-    process = spawn("--recipe", tiny, "--output", tmp_path / "run")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "resuming from step-00000006" in out
+    run = PACKAGE.together(("fmm_distill", "--recipe", tiny, "--output", tmp_path / "run"), [dict(os.environ)])
+    assert run.returncode == 0, run.stderr
+    assert "resuming from step-00000006" in run.stdout
     assert_same_run(tmp_path / "run", finished[0])
     for file in ("student/unet/diffusion_pytorch_model.safetensors", "student/steps-2/unet/config.json"):
         assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes()
@@ -70,19 +75,49 @@ def test_a_run_that_is_interrupted_goes_on_with_the_same_numbers(tmp_path, tiny,
     assert_same_run(tmp_path / "run", finished[0])
 
 
+@pytest.fixture
+def interrupts():
+    """As of a program at a terminal; one in the background may ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def signaled_process(number: int, *command: object) -> tuple[int, str]:
+    """The command in a process that gets a signal after some steps: exit status and stderr."""
+    process = spawn(*command)
+    log = Path(command[-1]) / "steps.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate()
+    return process.returncode, err
+
+
+def signaled_call(number: int, *command: object) -> tuple[int, str]:
+    """The same in this process."""
+    step_of = Trainer.train_step
+
+    def step(self: Trainer, done: int, request: StopRequest) -> tuple[dict, bool]:
+        if done == 4:
+            signal.raise_signal(number)
+        return step_of(self, done, request)
+
+    with patch.object(Trainer, "train_step", step):
+        status, _, err = call(*command)
+    return status, err
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, stopped, finished, name):
+@pytest.mark.parametrize("stopped_by", [signaled_call, pytest.param(signaled_process, marks=pytest.mark.slow)])
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, stopped, finished, name, stopped_by):
     # As if it was killed before its first step: the export is not tried again.
     shutil.copytree(stopped, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "steps.jsonl"))
     command = ("--recipe", tiny, "--output", tmp_path / "run")
-    process = spawn(*command)
-    log = tmp_path / "run" / "steps.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
-        time.sleep(0.002)
     number = getattr(signal, name)
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == 128 + number, err
+    status, err = stopped_by(number, *command)
+    assert status == 128 + number, err
     done = len(losses(tmp_path / "run"))
     assert 4 <= done < STEPS
     assert (
@@ -93,14 +128,6 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, tiny, stopped, finish
     with training_only():
         assert call(*command)[0] == 0
     assert_same_run(tmp_path / "run", finished[0])
-
-
-@pytest.fixture
-def interrupts():
-    """As of a program at a terminal; one in the background may have been told to ignore them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -235,20 +262,24 @@ def test_without_the_damaged_checkpoint_the_run_goes_on_from_the_one_before(tmp_
     assert_same_run(tmp_path / "run", finished[0])
 
 
-def limit_files(size: int):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """No file grows over a number of bytes, as on a disk that is almost full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(tmp_path, tiny, stopped, finished):
     shutil.copytree(stopped, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-00000006"
     before = snapshot(newest)
-    process = spawn("--recipe", tiny, "--output", tmp_path / "run", preexec_fn=limit_files(300_000))
-    out, err = process.communicate()
-    assert process.returncode == 2, err
+    with limited_files(300_000):
+        status, out, err = call("--recipe", tiny, "--output", tmp_path / "run")
+    assert status == 2, err
     assert "resuming from step-00000006" in out
     assert "Traceback" not in err
     last = err.splitlines()[-1]
@@ -266,9 +297,9 @@ def test_a_full_disk_while_logging_is_one_line_too(tmp_path, tiny, stopped):
     shutil.copytree(stopped, tmp_path / "run")
     # Room for the six lines that stay and no more.
     size = sum(len(line) for line in (stopped / "steps.jsonl").read_bytes().splitlines(keepends=True)[:6]) + 20
-    process = spawn("--recipe", tiny, "--output", tmp_path / "run", preexec_fn=limit_files(size))
-    _, err = process.communicate()
-    assert process.returncode == 2, err
+    with limited_files(size):
+        status, _, err = call("--recipe", tiny, "--output", tmp_path / "run")
+    assert status == 2, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'run' / 'steps.jsonl'} could not be written (")
     assert checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints")).step == 6

@@ -9,15 +9,22 @@ import sys
 import pytest
 
 from tests.cli.runs import checkpoints, losses
+from tests.processes import on_two_processes
 
 
-def test_a_run_on_two_processes_gives_the_numbers_of_one_process(tmp_path, tiny, finished):
-    # `accelerate launch --cpu` starts one process whatever it is told; on GPUs it does what is done here.
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fmm_distill"]
-    command += ["--recipe", str(tiny), "--output", str(tmp_path / "run")]
-    command += ["--set", "evaluation.every=5", "--set", "logging.trackers=[tensorboard]"]
+def launched(*command):
+    # `accelerate launch --cpu` starts one process with any settings; on GPUs it does what is done here.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    command = [sys.executable, *launcher, *map(str, command)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("start", [on_two_processes, pytest.param(launched, marks=pytest.mark.slow)])
+def test_a_run_on_two_processes_gives_the_numbers_of_one_process(tmp_path, tiny, finished, start):
+    command = ["--recipe", tiny, "--output", tmp_path / "run"]
+    command += ["--set", "evaluation.every=5", "--set", "logging.trackers=[tensorboard]"]
+    run = start("fmm_distill", *command)
     assert run.returncode == 0, run.stderr
     # Only the first process speaks and writes.
     lines = run.stdout.splitlines()

@@ -141,7 +141,9 @@ def test_saved_pipelines_open_in_a_process_without_the_package(exports, tmp_path
         assert kind.startswith("TwoTime")
 
 
-@pytest.mark.parametrize(("name", "fullgraph"), [("pixels", False), ("sd1", True), ("sd3", True)])
+@pytest.mark.parametrize(
+    ("name", "fullgraph"), [("pixels", False), pytest.param("sd1", True, marks=pytest.mark.slow), ("sd3", True)]
+)
 def test_compiled_networks(exports, tmp_path, name, fullgraph):
     expected = made_by(open_folder(exports[name].folder), name)
     wrapped, inside = open_folder(exports[name].folder), open_folder(exports[name].folder)

@@ -15,6 +15,7 @@ from fmm_distill.teachers.prompted import probe as probes
 from fmm_distill.teachers.prompted.embeddings import find_null
 from fmm_distill.teachers.prompted.first_step import step_error
 from fmm_distill.teachers.prompted.probe import PipelineProbe
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from fmm_distill.teachers.scheduler import DISCRETE
 from tests.tiny.diffusion import PIPELINES
@@ -41,7 +42,7 @@ def stable_diffusion():
 
 def probe_of(pipeline, scheduler, settings):
     pipeline.scheduler = getattr(diffusers, scheduler)(**(BETAS | settings))
-    return PipelineProbe.of(pipeline, "unet", dict(PIPELINES["sd1"].call), 1.0, "here")
+    return PipelineProbe.of(pipeline, "unet", dict(PIPELINES["sd1"].call), 1.0, "here", Prompts(("",)))
 
 
 # Of two stock schedulers and NumPy 2 (diffusers 0.42).
@@ -90,7 +91,7 @@ class Backwards(diffusers.FlowMatchEulerDiscreteScheduler):
 def flow_probe(scheduler):
     pipeline = FLOWS["sd3"].build()
     pipeline.scheduler = scheduler
-    return PipelineProbe.of(pipeline, "transformer", dict(FLOWS["sd3"].call), 1.0, "here")
+    return PipelineProbe.of(pipeline, "transformer", dict(FLOWS["sd3"].call), 1.0, "here", Prompts(("",)))
 
 
 def test_the_sign_is_that_of_the_step_and_guidance_follows_it():

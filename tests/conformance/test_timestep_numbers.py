@@ -27,6 +27,7 @@ from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.probe import PipelineProbe
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record, tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conformance.test_prompted import FAMILIES, PROMPTS
@@ -151,7 +152,7 @@ def test_a_schedule_with_other_levels_is_refused_at_times_that_were_not_recorded
     case = next(case for case in PROMPTED if case[0] == name)
     teacher, call = teachers[case], dict(FAMILIES[name].call)
     pipeline = DiffusionPipeline.from_pretrained(teacher.pipeline.folder)
-    probe = PipelineProbe.of(pipeline, teacher.pipeline.component, call, 1.0, "here")
+    probe = PipelineProbe.of(pipeline, teacher.pipeline.component, call, 1.0, "here", Prompts(("",)))
     probe.check()
     wrong = read_scheduler(pipeline.scheduler, "here", uses_unshifted_time=True)
     with pytest.raises(UserError, match=r"the schedule that was read from the scheduler has"):

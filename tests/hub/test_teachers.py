@@ -34,7 +34,7 @@ def first_weight(unet=None):
 
 @pytest.fixture(scope="module")
 def seen(folder, other, tmp_path_factory):
-    """What came of everything but training, in one process."""
+    """What came of everything, in one process."""
     scratch, unet = tmp_path_factory.mktemp("scratch"), tiny_unet()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(scratch / "pickled", safe_serialization=False)
     pipeline = DDPMPipeline(unet.half(), DDPMScheduler())
@@ -55,7 +55,8 @@ def seen(folder, other, tmp_path_factory):
         (teachers.shared_store, (folder, home)),
         (teachers.offline, (folder,)),
         (teachers.earlier_students, (folder, scratch / "first", scratch / "second")),
-    )
+        (teachers.goes_on_at_its_commit, (folder, other, scratch / "trained")),
+    ) | {"trained": scratch / "trained"}
 
 
 def test_a_teacher_is_the_commit_that_a_name_stands_for(seen):
@@ -145,14 +146,13 @@ def test_offline_nobody_is_asked(seen):
     assert "\n" not in seen["missing"]
 
 
-def test_a_run_goes_on_with_the_commit_it_began_with(folder, other, tmp_path):
-    run = (teachers.goes_on_at_its_commit, (folder, other, tmp_path / "run"))
-    seen = alone(tmp_path / "home", run)["goes_on_at_its_commit"]
+def test_a_run_goes_on_with_the_commit_it_began_with(seen):
+    folder, seen = seen["trained"], seen["goes_on_at_its_commit"]
     assert seen["kept"]
     assert seen["opened"]
     assert seen["card"]
     assert "no such branch, tag or commit" in seen["gone"]
-    assert json.loads((tmp_path / "run" / "teacher.json").read_text())["guidance.weaker_revision"] is None
+    assert json.loads((folder / "teacher.json").read_text())["guidance.weaker_revision"] is None
 
 
 def test_a_run_starts_from_a_student_of_the_hub_and_stays_with_its_commit(seen):

@@ -1,9 +1,9 @@
 """Run by ``test_split`` on two processes: train, and compare each first gradient with that of the complete batch.
 
-split_training.py RECIPES.json FOLDER [shard]
+split_training.py RECIPES.json FOLDER gradients|train|shard
 
-A run a recipe in FOLDER/<number>; the printed line has the largest relative difference of the gradients, which is not
-measured where the student is split too.
+"train": a run a recipe in FOLDER/<number>; "shard": with the student split over the processes; "gradients": the printed
+line has the largest relative difference of the gradients of each recipe.
 """
 
 from __future__ import annotations
@@ -79,15 +79,18 @@ def split_weights(accelerator: Accelerator, blocks: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    shards = sys.argv[3:] == ["shard"]
+    how = sys.argv[3]
+    shards = how == "shard"
     differences = []
     for number, settings in json.loads(Path(sys.argv[1]).read_text()).items():
         recipe, folder = Recipe.model_validate(settings), Path(sys.argv[2]) / number
         folder.mkdir(exist_ok=True, parents=True)
+        if how == "gradients":
+            differences.append(difference(recipe, accelerator))
+            accelerator.free_memory()
+            continue
         if shards:
             split_weights(accelerator, ["ResnetBlock2D"] if int(number) % 2 else [])
-        else:
-            differences.append(difference(recipe, accelerator))
         teacher = load_teacher(recipe.teacher)
         student, data = Student.from_teacher(teacher), images_of(recipe)
         trainer = Trainer(student, teacher, recipe, data, folder, accelerator)

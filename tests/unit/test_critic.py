@@ -20,6 +20,7 @@ from fmm_distill.training.critic import DiagonalCritic, build_critic, reset_crit
 from fmm_distill.training.ema import averaged, frozen_copy
 from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.objective import Objective
+from tests.conftest import save_teacher, tiny_unet
 from tests.scaled import randomize
 from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_scaled_runs import held_by, storages
@@ -28,6 +29,13 @@ from tests.unit.test_second_stage import FIRST, STUDENTS, settings_of
 ADAPTED = [name for name, student in STUDENTS.items() if "lora" in student]
 # Dynamo reads the attribute where it compiles a part of a network, and hides the warning unless it is an error.
 COMPILED = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def one_block_folder(tmp_path_factory):
+    """A teacher of one block on each side: compiling a network takes as long as the network is deep."""
+    types = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    return save_teacher(tmp_path_factory.mktemp("one_block"), tiny_unet(block_out_channels=(8,), **types))
 
 
 def opened(folder, name, **matching):
@@ -157,15 +165,16 @@ def gradients(folder, name, training=None):
     ("name", "option"),
     [
         *((name, "gradient_checkpointing") for name in STUDENTS),
-        # Each takes a quarter of a minute. By default the one with both a scaled network and adapters.
+        # Each takes many seconds. By default the one with both a scaled network and adapters.
         ("scaled-lora", "compile"),
         *(pytest.param(name, "compile", marks=pytest.mark.slow) for name in STUDENTS if name != "scaled-lora"),
     ],
 )
-def test_options_of_the_training_change_no_gradient(teacher_folder, name, option):
+def test_options_of_the_training_change_no_gradient(teacher_folder, one_block_folder, name, option):
     training = TrainingSettings(**{option: "eager" if option == "compile" else True})
-    ours, network = gradients(teacher_folder, name, training)
-    theirs, _ = gradients(teacher_folder, name)
+    folder = one_block_folder if option == "compile" else teacher_folder
+    ours, network = gradients(folder, name, training)
+    theirs, _ = gradients(folder, name)
     if option == "gradient_checkpointing":
         assert network.is_gradient_checkpointing
     for mine, other in zip(ours, theirs, strict=True):
@@ -185,8 +194,8 @@ def test_blocks_with_adapters_that_are_computed_again(tmp_path, name):
 
 @COMPILED
 @pytest.mark.parametrize("name", ADAPTED)
-def test_compiled_code_of_the_teacher_does_not_replace_a_critic_with_adapters(teacher_folder, name):
-    _, student, teacher, critic = opened(teacher_folder, name)
+def test_compiled_code_of_the_teacher_does_not_replace_a_critic_with_adapters(one_block_folder, name):
+    _, student, teacher, critic = opened(one_block_folder, name)
     at = x, t, _, _ = probe_inputs(teacher, torch.device("cpu"))
     average = averaged(critic, 0.9).module
     moved(critic)
@@ -201,8 +210,8 @@ def test_compiled_code_of_the_teacher_does_not_replace_a_critic_with_adapters(te
 
 
 @COMPILED
-def test_compiled_code_that_leaves_the_adapters_out_is_refused(teacher_folder):
-    _, student, teacher, critic = opened(teacher_folder, "scaled-lora")
+def test_compiled_code_that_leaves_the_adapters_out_is_refused(one_block_folder):
+    _, student, teacher, critic = opened(one_block_folder, "scaled-lora")
 
     class Forgetful(torch.nn.Module):
         """As compiled code is that was made before the adapters were attached."""

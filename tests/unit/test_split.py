@@ -25,6 +25,10 @@ LONG = 20
 # With weights split too, in the short form: a gradient through a derivative, several losses in a batch, a learned
 # weight, targets that follow an average and a frozen copy.
 SPLIT_SOON = (0, 3, 5, 7)
+# Trained in the short form: those, and one that takes data. A gradient of all is compared.
+SOON = (*SPLIT_SOON, 10)
+SLOW = [number for number in range(len(CASES)) if number not in SOON]
+assert CASES[10][0]["name"] == "mean_flow"
 
 
 def settings_of(folder, number, steps):
@@ -52,34 +56,51 @@ def train(settings, folder):
     Trainer(Student.from_teacher(teacher), teacher, recipe, data, folder, accelerator).run()
 
 
-def on_two_processes(folder, teacher_folder, steps, numbers, *how):
+def on_two_processes(folder, teacher_folder, steps, numbers, how):
     """Cases under one start of torch; what it printed."""
     folder.mkdir()
     (folder / "recipes.json").write_text(json.dumps({i: settings_of(teacher_folder, i, steps) for i in numbers}))
-    run = processes.on_two_processes(SPLIT, folder / "recipes.json", folder, *how)
+    run = processes.on_two_processes(SPLIT, folder / "recipes.json", folder, how)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["processes"] == 2
     return found
 
 
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory, teacher_folder):
+    """Between the gradient of two halves of a batch and that of the whole, for each case."""
+    folder = tmp_path_factory.mktemp("gradients") / "all"
+    return on_two_processes(folder, teacher_folder, 1, range(len(CASES)), "gradients")["differences"]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
+def test_two_processes_have_the_gradient_of_the_complete_batch(differences, number):
+    assert differences[number] < 1e-5
+
+
 @pytest.fixture(scope="module", params=[3, pytest.param(LONG, marks=pytest.mark.slow)])
 def two(request, tmp_path_factory, teacher_folder):
-    """Runs on two processes: with whole weights in each, and with weights split over the two."""
+    """Runs on two processes: with all weights in each, and with weights split over the two."""
     steps, folder = request.param, tmp_path_factory.mktemp("two")
     every = range(len(CASES))
-    differences = on_two_processes(folder / "whole", teacher_folder, steps, every)["differences"]
+    on_two_processes(folder / "whole", teacher_folder, steps, every if steps == LONG else SOON, "train")
     on_two_processes(folder / "shards", teacher_folder, steps, every if steps == LONG else SPLIT_SOON, "shard")
-    return folder, differences, steps
+    return folder, steps
 
 
 def weights(folder):
     return flat(load_file(checkpoint.newest(folder / "checkpoints") / "student.safetensors"))
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=[pytest.mark.slow] * (number in SLOW), id=IDS[number]) for number in range(len(CASES))],
+)
 def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, teacher_folder, two, number):
-    folder, differences, steps = two
+    folder, steps = two
+    if steps < LONG and number in SLOW:
+        pytest.skip("the long form has it")
     settings = settings_of(teacher_folder, number, steps)
     train(settings, tmp_path / "one")
     settings["training"]["gradient_accumulation_steps"] = 2
@@ -88,7 +109,6 @@ def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, te
     whole = weights(tmp_path / "one")
     moved = (whole - start).norm()
     assert moved > 0.05
-    assert differences[number] < 1e-5
     others = [tmp_path / "parts", folder / "whole" / str(number)]
     if steps == LONG or number in SPLIT_SOON:
         others.append(folder / "shards" / str(number))

@@ -14,7 +14,7 @@ import torch
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.parametrization import keywords
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.prompted.rows import LENGTHS, EqualEntries, Rows, rows_of_list, rows_of_tensor
+from fmm_distill.teachers.prompted.rows import LENGTHS, EqualEntries, Rows, is_close, rows_of_list, rows_of_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
     from fmm_distill.teachers.prompted.rows import AnyRows
 
-__all__ = ["ArgumentLayout", "Probes", "is_close", "read_layout"]
-
-# Difference between the embeddings of a prompt in two batches, relative to the largest value: rounding of a text
-# encoder in float32, whose sums run in another order.
-_TOLERANCE = 1e-3
+__all__ = ["ArgumentLayout", "Probes", "read_layout"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,11 @@ class Probes:
     two: Mapping[str, Any]
     swapped: Mapping[str, Any]
     three: Mapping[str, Any]
+
+    @property
+    def all(self) -> tuple[Mapping[str, Any], ...]:
+        """All of them."""
+        return self.two, self.swapped, self.three
 
 
 @dataclass(frozen=True)
@@ -148,21 +149,11 @@ def read_layout(probes: Probes, own: tuple[str, ...], source: str) -> ArgumentLa
     return layout
 
 
-def is_close(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of a text encoder."""
-    if one.shape != other.shape:
-        return False
-    # Masks may be boolean in one call and integers in another; rotations are complex.
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    a, b = one.to(wide), other.to(wide)
-    return bool(((a - b).abs() <= _TOLERANCE * b.abs().max()).all()) if a.numel() else True
-
-
 def _parts(path: str, two: Any, swapped: Any, three: Any) -> Iterator[tuple[str, AnyRows | type | None]]:  # noqa: ANN401 any argument
     """Yield the path of each part of an argument: with its rows, None for a shared tensor, or a container's type."""
     if isinstance(two, torch.Tensor):
         same = isinstance(swapped, torch.Tensor) and isinstance(three, torch.Tensor)
-        yield path, rows_of_tensor(path, two, swapped, three, is_close) if same else None
+        yield path, rows_of_tensor(path, two, swapped, three) if same else None
     elif isinstance(two, list) and isinstance(three, list) and (len(two), len(three)) == (2, 3):
         yield path, rows_of_list(two, three)
     elif isinstance(two, dict | list | tuple) and type(two) is type(swapped) is type(three) and len(two) == len(three):

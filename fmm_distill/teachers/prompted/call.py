@@ -46,8 +46,8 @@ class RecordedCall:
         listed: the network takes a list of samples and returns one.
         layout: which parts of the other arguments are rows of the samples.
         joined: what the pipeline joins to the sample before the call; None: nothing.
-        timed: 1 for the tokens of a sample that have the time of the call, 0 for those that have the time 0, such as
-            those of a given first frame; None: the network takes one time per sample.
+        timed: 1 for the tokens or frames of a sample that have the time of the call, 0 for those that have the time 0,
+            such as a given first frame; None: the network takes one time per sample.
         second_time: the name of a second time, which is always equal to the first; None: there is none.
         sides: networks that run before it, such as a ControlNet.
     """
@@ -108,7 +108,7 @@ class RecordedCall:
         inverse = round(1 / self.slope)
         scaled = time / inverse if inverse * self.slope == 1 else self.slope * time
         scaled = scaled + self.offset if self.offset else scaled
-        return scaled if self.timed is None else scaled[:, None] * self.timed.to(scaled)
+        return scaled if self.timed is None else scaled.reshape(-1, *[1] * self.timed.ndim) * self.timed.to(scaled)
 
 
 def crop_to(output: Tensor, like: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def _times(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor, ...]:
 
 def _find_timed(times: Sequence[Any]) -> Tensor | None:
     """Return which tokens have the time of the call, where others have the time 0 in all steps; None: no others."""
-    if not all(isinstance(time, torch.Tensor) and time.ndim == 2 for time in times):
+    if not all(isinstance(time, torch.Tensor) and time.ndim > 1 for time in times):
         return None
     timed = torch.stack([time != 0 for time in times]).any(0)
     return None if timed.all() or not torch.equal(timed, timed[:1].expand_as(timed)) else timed[0]
@@ -215,7 +215,7 @@ def _find_timed(times: Sequence[Any]) -> Tensor | None:
 def _time_in(time: Any, timed: Tensor | None) -> Tensor:  # noqa: ANN401 any time argument
     """Return the first time of a network's argument that is not that of a clean token, shape ``[1]``."""
     given = torch.as_tensor(time).float().flatten()
-    first = 0 if timed is None else int(timed.nonzero()[0])
+    first = 0 if timed is None else int(timed.flatten().nonzero()[0])
     return given[first : first + 1]
 
 
@@ -263,7 +263,7 @@ def _fit_line(own: Tensor, times: Tensor, timesteps: int, source: str) -> tuple[
             return slope, offset
     slope = float((times[0] - times[-1]) / (own[0] - own[-1]))
     offset = float(times[0] - slope * own[0])
-    if not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
+    if slope == 0 or not (slope * own + offset - times).abs().max() <= _FITTED_LINE * times.abs().max():
         raise UserError(
             f"{source}: expected network times on a line over the scheduler's {_shown(own)}, got {_shown(times)}: its "
             "pipeline makes times of its own, as preconditioning does; write an adapter for it (docs/add-a-teacher.md)"

@@ -10,8 +10,8 @@ import torch
 from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.conditions import Embeddings, NullInputs
 from fmm_distill.teachers.guiders import guider_names
-from fmm_distill.teachers.prompted.arguments import is_close
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
+from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.prompted.runs import record_guided
 from fmm_distill.teachers.recording import tensor_of
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
 
-__all__ = ["euler_scheduler", "step_error"]
+__all__ = ["euler_scheduler", "is_changed_between_steps", "step_error"]
 
 # Their first step is an Euler step on the time axis: solvers of higher order start with one, too.
 _EULER_FIRST = (
@@ -87,6 +87,12 @@ def step_error(
     velocity = replace(parametrization, call=at_own_time).velocity(network, x, start, cond)
     moved = x - expand(start - end, x) * velocity
     return float((moved - after).abs().max() / (after - x).abs().max())
+
+
+def is_changed_between_steps(recording: Recording) -> bool:
+    """Return whether the second step does not start from what the scheduler returned in the first."""
+    after, sample = recording.steps[0].after, recording.steps[1].sample
+    return after is not None and after.shape == sample.shape and not torch.equal(after, sample)
 
 
 def _on_axis(parametrization: Parametrization, given: Tensor, t: float) -> tuple[Tensor, Tensor]:

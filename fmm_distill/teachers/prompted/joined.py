@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.recording import tensor_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.recording import Recording
 
-__all__ = ["JoinedPart", "find_joined"]
+__all__ = ["JoinedPart", "check_joined", "find_joined"]
 
 # The name of the joined part among the conditions; no argument of Python has it.
 _NAME = "joined to the sample"
@@ -71,7 +72,13 @@ def find_joined(recording: Recording, sample: str, source: str) -> JoinedPart | 
     Raises:
         UserError: if the argument has more than the scheduler's sample, and that changes from step to step.
     """
-    given = torch.stack([tensor_of(call.arguments[sample]) for call in recording.calls])
+    each = [tensor_of(call.arguments[sample]) for call in recording.calls]
+    if any(one.shape != each[0].shape for one in each):
+        raise UserError(
+            f"{source}: expected a network that gets one size in all steps, got several in {sample}: its pipeline may "
+            "store what it knows of an image in the first step; write an adapter for it (docs/add-a-teacher.md)"
+        )
+    given = torch.stack(each)
     changes = (given != given[0]).any(0)
     if changes.any():
         for axis in range(1, changes.ndim):
@@ -88,3 +95,21 @@ def find_joined(recording: Recording, sample: str, source: str) -> JoinedPart | 
             f"{sample}, got a part that changes; write an adapter for it (docs/add-a-teacher.md)"
         )
     return None
+
+
+def check_joined(part: JoinedPart, two: Tensor, swapped: Tensor, three: Tensor, source: str) -> None:
+    """Check that the joined part of a sample does not depend on the other samples of a call, as fresh noise does.
+
+    Args:
+        two, swapped, three: the network's arguments for the prompts (A, B), (B, A) and (A, B, C).
+
+    Raises:
+        UserError: if it does.
+    """
+    own, other, more = (part.joined_in(given) for given in (two, swapped, three))
+    if not (is_close(own, other.flip(0)) and is_close(own, more[:2])):
+        raise UserError(
+            f"{source}: expected a part joined to the sample that is a function of the prompt and its images, got one "
+            "that depends on the other samples of a call, such as noise that is added to an image; write an adapter "
+            "for it (docs/add-a-teacher.md)"
+        )

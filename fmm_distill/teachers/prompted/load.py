@@ -67,8 +67,8 @@ def load_prompted(
     pipeline = _open(index)
     check_keywords(pipeline, call or {})
     check_weights(getattr(pipeline, component), index.source)
-    scale, images = 1.0 if guidance is None else guidance.scale, {name: own[0] for name, own in prompts.images.items()}
-    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, images)
+    scale = 1.0 if guidance is None else guidance.scale
+    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, prompts)
     conditions = embed_prompts(probe, prompts, index)
     probe.check()
     if len(probe.event_shape) == 3 and probe.call.joined is None and getattr(pipeline, "vae", None) is not None:

@@ -36,6 +36,8 @@ _NEUTRAL: dict[str, float | bool] = {
     "cfg_truncation": 1.0,
     "cfg_trunc_ratio": 1.0,
     "use_dynamic_cfg": False,
+    # Fresh noise on the given frames in every step.
+    "image_cond_noise_scale": 0.0,
 }
 
 

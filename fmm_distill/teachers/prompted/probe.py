@@ -14,16 +14,16 @@ from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.prompted.arguments import Probes, read_layout
 from fmm_distill.teachers.prompted.call import is_near, read_call, scheduler_times
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
-from fmm_distill.teachers.prompted.first_step import euler_scheduler, step_error
+from fmm_distill.teachers.prompted.first_step import euler_scheduler, is_changed_between_steps, step_error
+from fmm_distill.teachers.prompted.joined import check_joined
 from fmm_distill.teachers.prompted.runs import record_prompts, record_unguided
 from fmm_distill.teachers.prompts import Prompts, pictures_like
+from fmm_distill.teachers.recording import tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.side_networks import side_networks
 from fmm_distill.teachers.stepped_samples import find_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
@@ -78,22 +78,30 @@ class PipelineProbe:
         call: dict[str, Any],
         scale: float,
         source: str,
-        images: Mapping[str, Any] | None = None,
+        prompts: Prompts,
     ) -> PipelineProbe:
         """Run a pipeline and read its schedule and its network call.
 
         Args:
             call: the keywords of the pipeline's call that the user gives.
-            images: by keyword, one image that the pipeline is called with in addition to prompts.
+            prompts: those of the teacher. The pipeline is run with other ones, and with pictures like their images.
             scale: the guidance scale of a network that is conditioned on it.
 
         Raises:
             UserError: if the pipeline does not run, or its run can't be read.
         """
         keywords = CallKeywords.of(pipeline, call, scale)
-        pictures = {name: tuple(pictures_like(image, len(_TEXTS))) for name, image in (images or {}).items()}
+        pictures = {name: tuple(pictures_like(own[0], len(_TEXTS))) for name, own in prompts.images.items()}
         samples = Prompts(_TEXTS, pictures)
-        keywords, recording = record_unguided(pipeline, component, keywords, samples.some((0, 1)), STEPS, scale)
+        try:
+            keywords, recording = record_unguided(pipeline, component, keywords, samples, STEPS, scale)
+        except UserError as refused:
+            # Some pipelines take prompts of one form alone, such as JSON with certain entries.
+            samples = Prompts(tuple(prompts.texts[i % len(prompts)] for i in range(len(_TEXTS))), pictures)
+            try:
+                keywords, recording = record_unguided(pipeline, component, keywords, samples, STEPS, scale)
+            except UserError:
+                raise refused from refused.__cause__
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         read = read_call(recording, spec, source, side_networks(pipeline, component))
@@ -194,6 +202,9 @@ class PipelineProbe:
         """Compare the arguments of other prompts, in another order and of another number."""
         orders = ((0, 1), (1, 0), (0, 1, 2))
         probes = Probes(*(self._first_arguments(self.samples.some(order)) for order in orders))
+        if (joined := self.call.joined) is not None:
+            two, swapped, three = (tensor_of(one[self.call.sample]) for one in probes.all)
+            check_joined(joined, two, swapped, three, self.source)
         own = (self.call.sample, self.call.time, self.call.second_time or "")
         return read_layout(probes, own, self.source)
 
@@ -219,6 +230,12 @@ class PipelineProbe:
             errors[sign] = step_error(recording, self.spec, call, self.network, cond)
             if errors[sign] < _STEP_TOLERANCE:
                 return sign
+        if is_changed_between_steps(recording):
+            raise UserError(
+                f"{self.source}: expected a pipeline that leaves the sample alone between its steps, got "
+                f"{type(self.pipeline).__name__}, which changes it there, as the parts of an image that stay are put "
+                "back in inpainting; try the pipeline of the same model without them"
+            )
         raise UserError(
             f"{self.source}: expected a first step like that of its pipeline, got one that differs by "
             f"{min(errors.values()):.1e} of its length; write an adapter for it (docs/add-a-teacher.md)"

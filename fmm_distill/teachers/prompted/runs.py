@@ -67,21 +67,25 @@ def record_unguided(
     It shows the value at which guidance is off, and whether the pipeline takes one prompt at a time.
 
     Args:
+        prompts: three, of which the first two are recorded.
         scale: the guidance scale of a network that is conditioned on it.
 
     Raises:
         UserError: if the pipeline does not run, or guides at every value.
     """
-    few = prompts
+    few = prompts.some((0, 1))
     try:
         recording = record_prompts(pipeline, component, keywords, few, steps)
+        if prompts.images:
+            # Two images may be taken for the two frames of one video; three are not.
+            record_prompts(pipeline, component, keywords, prompts, steps, first_only=True)
     except UserError:
         # Where this fails too, its reason is the true one: a list fails for being a list.
         keywords, few = replace(keywords, one_prompt=True), prompts.some((0,))
         recording = record_prompts(pipeline, component, keywords, few, steps)
     if keywords.guidance == "guidance_scale" and recording.takes_guidance:
         keywords = keywords.with_guidance_input(scale)
-        return keywords, record_prompts(pipeline, component, keywords, prompts, steps)
+        return keywords, record_prompts(pipeline, component, keywords, prompts.some((0, 1)), steps)
     if keywords.guidance is not None and _rows_per_sample(recording) > 1:
         # Where the scale times a difference is added to the conditional output, 0 is off.
         other = replace(keywords, off=0.0)
@@ -95,7 +99,7 @@ def record_unguided(
                 "(docs/add-a-teacher.md)"
             )
     if keywords.one_prompt:
-        recording = record_prompts(pipeline, component, keywords, prompts, steps)
+        recording = record_prompts(pipeline, component, keywords, prompts.some((0, 1)), steps)
     return keywords, recording
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments.coverage.checks import PROMPTS
-from experiments.coverage.guard import install
+from experiments.coverage.guard import install_guard
 from experiments.coverage.images import draw_prompts
 from experiments.coverage.opening import has_text
 from fmm_distill.config.recipe import load_recipe
@@ -74,7 +74,7 @@ def distill(
     Args:
         forms: of the images that the pipeline is called with.
     """
-    install(folder)
+    install_guard(folder)
     settings = [*_SETTINGS, f"export.steps={list(export.steps)}", f"student.kind={export.student}"]
     code = _run_with_images(folder, call, forms, output, settings) if forms else _run(folder, call, output, settings)
     verified = output / "student" / "verification.json"

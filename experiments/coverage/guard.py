@@ -1,4 +1,4 @@
-"""Stand-ins in a process that opens a pipeline: for the guard of Cosmos, a package of its own, and for large sizes."""
+"""A stand-in for the guard of Cosmos, which is a package of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["install"]
+__all__ = ["install_guard"]
 
 _GUARDED = "diffusers.pipelines.cosmos"
 _GUARD = "CosmosSafetyChecker"
@@ -37,14 +37,9 @@ class OpenGuard(ModelMixin, ConfigMixin):
         return torch.float32
 
 
-def install(folder: Path) -> None:
-    """Replace in this process what the suite replaces in its tests of the pipeline in ``folder``."""
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    if "JoyImage" in name:
-        # It resizes all images to about 1024 x 1024 pixels.
-        joyimage = importlib.import_module("diffusers.pipelines.joyimage.image_processor")
-        joyimage.find_best_bucket = lambda *sizes: (32, 32)  # type: ignore[attr-defined]
-    if "Cosmos" not in name:
+def install_guard(folder: Path) -> None:
+    """Replace the guard in this process if the pipeline in ``folder`` has one."""
+    if "Cosmos" not in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]:
         return
     package = importlib.import_module(_GUARDED)
     for entry in pkgutil.iter_modules(package.__path__, f"{_GUARDED}."):

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from experiments.coverage import checks
-from experiments.coverage.guard import install
+from experiments.coverage.guard import install_guard
 from experiments.coverage.images import draw_prompts
 from experiments.coverage.jobs import grown_mib
 from fmm_distill.errors import UserError
@@ -35,7 +35,7 @@ def open_and_check(folder: Path, call: dict[str, Any], forms: Mapping[str, Form]
     Args:
         forms: of the images that its test calls it with.
     """
-    install(folder)
+    install_guard(folder)
     text, samples = bool(forms) or has_text(folder), draw_prompts(checks.PROMPTS, forms)
 
     def reopen(prompts: Prompts) -> Teacher:

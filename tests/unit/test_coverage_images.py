@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ from experiments.coverage import checks
 from experiments.coverage.images import describe_images, draw_prompts, replace_images
 from experiments.coverage.opening import open_and_check
 from experiments.coverage.report import is_right
+from experiments.coverage.sizes import FUNCTIONS, shrink
 from fmm_distill.teachers.load import load_teacher
 from tests.tiny import flow
 
@@ -120,3 +126,16 @@ def test_a_teacher_that_does_not_see_its_image_is_wrong(kontext):
     found = checks.compare_images(teacher, samples, forms, lambda given: teacher)
     assert found == "does not see image"
     assert not is_right("image", found)
+
+
+def test_large_sizes_are_small_here_and_in_processes_that_start_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    name, (function, sizes) = next(iter(FUNCTIONS.items()))
+    for module, (own, _) in FUNCTIONS.items():
+        loaded = importlib.import_module(module)
+        monkeypatch.setattr(loaded, own, getattr(loaded, own))
+    shrink(tmp_path)
+    assert getattr(importlib.import_module(name), function)(1024, 1024, 512) == sizes
+    code = f"from {name} import {function} as best; print(best(1024, 1024, 512))"
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[-2] == str(sizes)

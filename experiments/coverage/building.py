@@ -64,7 +64,7 @@ def build(case: Case, checkout: Path, folder: Path, scratch: Path) -> dict[str, 
     images = describe_images(given, parameters, getattr(pipeline, "vae_scale_factor", 8))
     return {
         "pipeline": _stock_class(pipeline, folder),
-        "call": _size_of(images, parameters) | _keywords(given, parameters),
+        "call": _size_of(images, parameters) | _keywords(given, parameters) | _template_of(given, images),
         "images": images,
         "parameters": list(parameters),
         "components": {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None},
@@ -201,7 +201,7 @@ def _size_of(images: dict[str, Form], parameters: Any) -> dict[str, int]:
     """Return the size of the first image as the size of the sample: that of a test without one is in its latents."""
     form: Any = next(iter(images.values()), None)
     while isinstance(form, list):
-        form = next(each for each in form if each is not None)
+        form = form[0]
     return (
         {}
         if form is None or not {"height", "width"} <= parameters.keys()
@@ -209,11 +209,14 @@ def _size_of(images: dict[str, Form], parameters: Any) -> dict[str, int]:
     )
 
 
+def _template_of(given: dict[str, Any], images: dict[str, Form]) -> dict[str, Any]:
+    """Return the template of the prompt, which has the number of tokens of the tiny encoder's images."""
+    return {name: given[name] for name in ("prompt_template",) if images and name in given}
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return len(value) > 0 and all(isinstance(item, int | float) for item in value)
+        return len(value) > 0 and all(isinstance(item, int | float | str) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -65,10 +65,8 @@ def _form(name: str, value: Any) -> Form | None:
     if isinstance(value, torch.Tensor):
         return _form_of_tensor(name, value)
     if isinstance(value, list | tuple):
-        # An image that the pipeline makes is None among those that it is given.
         entries = [_form(name, entry) for entry in value]
-        known = [entry is None or form for entry, form in zip(value, entries, strict=True)]
-        return entries if any(entries) and all(known) else None
+        return entries if entries and all(entries) else None
     return None
 
 
@@ -100,9 +98,7 @@ def _draw_all(form: Form, count: int, place: int) -> tuple[Any, ...]:
     return tuple(_draw(form, [place, number]) for number in range(count))
 
 
-def _draw(form: Form | None, seed: list[int]) -> Any:
-    if form is None:
-        return None
+def _draw(form: Form, seed: list[int]) -> Any:
     if isinstance(form, list):
         return [_draw(entry, [*seed, number]) for number, entry in enumerate(form)]
     (width, height), channels = form["size"], {"L": 1, "RGB": 3}[form["mode"]]

@@ -21,8 +21,9 @@ OUTSIDE = (
     ),
     (
         "DeepFloyd IF, stages 2 and 3; unCLIP's upscalers",
-        "They upscale an image: its noised copy is an input of the network in addition to the noise.",
-        "Images as conditions of a teacher, joined to the sample before each call, and a data set of them.",
+        "They upscale an image: a copy of it with random noise is an input of the network in addition to the sample's "
+        "own noise. Two samples of one image have two such inputs.",
+        "Conditions with a random part, drawn anew for each sample in training.",
     ),
     (
         "Shap-E",
@@ -50,6 +51,12 @@ OUTSIDE = (
         "RFD4Proteina",
         "Proteins: coordinates of a backbone and local latents with a scheduler each, which step on different times.",
         "An event of two tensors with a time each; conditions that are no prompts.",
+    ),
+    (
+        "FLUX.2 Klein KV",
+        "Its first step has the tokens of the reference image, whose keys and values later steps read from a cache: a "
+        "step depends on the times of earlier ones.",
+        "Nothing: FLUX.2 Klein with an image is the same model without the cache.",
     ),
     (
         "Wan 2.2 A14B, Ideogram 4",

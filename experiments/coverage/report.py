@@ -218,12 +218,18 @@ A class is **distilled** if all of that passes, **opened** if the teacher opens 
 the tool prints one line with the reason, and **crashed** if it ends otherwise. "Not built" are tests whose components
 need a download or a package that is not installed. The tiny tokenizers and encoders are local ones of the same classes.
 
+A pipeline that its test calls with images (an image to edit, a first frame, a mask, a control image) is opened with
+images: one per prompt, of the size of the test's own, with random pixels from a fixed seed. The order of prompts and
+images is changed together. A pipeline whose image is optional is opened with it if its test gives one. Images are
+encoded to the mode of their latents, in the stock pipeline too: it draws them otherwise.
+
 Each teacher that opens is checked, up to a relative difference of 1e-4:
 
 - **step**: one Euler step of the teacher's velocity is one step of the stock pipeline, at each of four steps, with its
   own scheduler if that is of first order, else with the stock one of the same noise levels.
 - **order**: a sample has the same velocity for the same prompt in another order of the prompts and another batch.
 - **start**: a new student equals its teacher.
+- **image**: another image with the same prompt makes another velocity, for each image that the pipeline takes.
 - the export: verified as in [Training](training.md#what-is-compared).
 
 A random model of a few thousand weights shows whether a pipeline is called rightly. It does not show how good a student

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from experiments.coverage import building, distilling, opening
 from experiments.coverage.jobs import run_forked
+from experiments.coverage.sizes import FUNCTIONS, shrink
 from experiments.coverage.suite import find_cases
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Coverage:
 
     def _open(self, case: Case, row: Row) -> Row:
         folder, call, forms = self._folder(case), row["build"]["call"], row["build"].get("images", {})
-        return self._job(case, "open", lambda scratch: opening.open_and_check(folder, call, forms))
+        return self._job(case, "open", lambda _: opening.open_and_check(folder, call, forms))
 
     def _distill(self, case: Case, row: Row) -> Row:
         steps = _STEPS[0] if row["open"].get("one_step", True) else _STEPS[1]
@@ -154,6 +155,7 @@ def _preload() -> None:
         "fmm_distill.run.distill",
         "fmm_distill.export.verify",
         "transformers.modeling_utils",
+        *FUNCTIONS,
     ):
         importlib.import_module(name)
     for name in ("StableDiffusionXLPipeline", "FluxPipeline", "WanPipeline", "UNet2DModel"):
@@ -165,6 +167,7 @@ def _preload() -> None:
 def _with_own_cache(work: Callable[[Path], Row], scratch: Path) -> Row:
     """Run a job with a cache of embeddings of its own: those of an earlier version would hide a change of the code."""
     os.environ["HF_HOME"] = constants.HF_HOME = str(scratch)
+    shrink(scratch)
     return work(scratch)
 
 

@@ -109,6 +109,8 @@ def made_by(pipeline, call, job, steps):
     call = {name: opened(value) for name, value in call.items()}
     call = {"generator": torch.Generator().manual_seed(job["seed"]), "num_inference_steps": steps} | call
     made = []
+    # Some pipelines draw the latents of an image without their generator.
+    torch.manual_seed(job["seed"])
     with watched(pipeline, made):
         # A copy: some pipelines change the lists that they are called with.
         result = pipeline(**copy.deepcopy(call), return_dict=False)[0]

@@ -253,7 +253,10 @@ class StockPipelineExporter:
         scheduler = self._flow_map_scheduler() if flow else make_scheduler(self.teacher, self.teacher.prediction)
         pipeline, component = self._open(scheduler), self.component
         given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
-        seen = record(pipeline, component, given, first_only=True)
+        with torch.random.fork_rng(devices=[]):
+            # Some pipelines draw the latents of an image without their generator.
+            torch.manual_seed(seed)
+            seen = record(pipeline, component, given, first_only=True)
         arguments, cond = seen.calls[0].arguments, self.teacher.first_conditions(count)
         if self.network_call is None:
             x = tensor_of(next(iter(arguments.values())))

@@ -159,15 +159,23 @@ def _is_component(value: object) -> bool:
 def _open_part(folder: Path, name: str, kind: Any | None) -> dict[str, Any]:  # noqa: ANN401 a class of a model
     """Open a component with weights; return an empty dictionary for one without, or for one of several folders.
 
-    Several ControlNets in one component are several folders, which the pipeline opens itself.
+    Several ControlNets in one component have a folder each, which the pipeline opens itself.
     """
-    if kind is None or (folder / f"{name}_1").is_dir():
+    if kind is None or _is_of_several(folder / name, kind):
         return {}
     model, keys = kind.from_pretrained(
         folder / name, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     _check_keys(str(folder), name, keys)
     return {name: model}
+
+
+def _is_of_several(folder: Path, kind: Any) -> bool:  # noqa: ANN401 a class of diffusers or transformers
+    """Return whether a class opens its own folders, of which this first one is of another class."""
+    file = folder / "config.json"
+    if "from_pretrained" not in vars(kind) or not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("_class_name", kind.__name__) != kind.__name__
 
 
 def open_scheduler(index: PipelineIndex) -> Any:  # noqa: ANN401 a diffusers class

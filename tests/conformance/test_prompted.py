@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
-from fmm_distill.core.schedules import FlowMatching, VariancePreserving
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.losses import Jump
@@ -22,6 +19,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.recording import record
+from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.tiny import audio, diffusion, flow, layouts, video
 
 ROOT = Path(__file__).parents[2]
@@ -61,34 +59,6 @@ def test_the_documentation_counts_them(page):
     assert counted == [str(len(FAMILIES))]
 
 
-def euler_of(pipeline, teacher):
-    """The stock scheduler of first order with the teacher's levels."""
-    config = teacher.scheduler_config
-    if isinstance(teacher.schedule, VariancePreserving):
-        if "CogVideoX" in config["_class_name"]:
-            return diffusers.CogVideoXDDIMScheduler.from_config(config, timestep_spacing="trailing")
-        plain = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
-        made = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", **plain)
-        # A pipeline that splits a learned variance off unless its scheduler takes it.
-        made.register_to_config(variance_type="fixed_small")
-        return made
-    if isinstance(teacher.schedule, FlowMatching):
-        if type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-            return pipeline.scheduler
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=teacher.schedule.shift)
-    return diffusers.EDMEulerScheduler.from_config(config)
-
-
-def times_of(scheduler, schedule):
-    """The scheduler's levels on the axis, data last."""
-    if isinstance(schedule, VariancePreserving):
-        return [*schedule.time(scheduler.timesteps.long()).tolist(), 0.0]
-    sigmas = scheduler.sigmas.double()
-    if isinstance(schedule, FlowMatching):
-        return (1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas).tolist()
-    return (sigmas / (1 + sigmas)).tolist()
-
-
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @torch.no_grad()
 def test_one_euler_step_is_one_stock_step(opened):
@@ -102,17 +72,7 @@ def test_one_euler_step_is_one_stock_step(opened):
         call | off | {"prompt": list(PROMPTS), "num_inference_steps": 10, "generator": torch.manual_seed(0)},
     )
     assert len(seen.steps) == 10
-    times, cond = times_of(pipeline.scheduler, teacher.schedule), teacher.conditions.prompts
-    frames = len(teacher.event_shape) + 1 - seen.steps[0].sample.ndim
-    for i, (t, r) in enumerate(pairwise(times[:-1])):
-        x, after = (seen.steps[k].sample for k in (i, i + 1))
-        if frames:
-            x, after = (y.unflatten(0, (2, -1)).transpose(1, 2) for y in (x, after))
-        start, end = (torch.full((2,), time, dtype=torch.float64) for time in (t, r))
-        on_axis = x.float() / expand(teacher.schedule.scale(start), x.float())
-        moved = on_axis - expand(start - end, on_axis) * teacher.velocity(on_axis, start, cond)
-        ours = moved * expand(teacher.schedule.scale(end), moved)
-        assert (ours - after).abs().max() < 1e-5 * after.abs().max().clamp_min(1)
+    check_steps(seen, teacher, pipeline.scheduler, teacher.conditions.prompts)
 
 
 @torch.no_grad()
@@ -131,19 +91,6 @@ def test_the_student_is_its_teacher_and_every_prompt_is_itself(opened):
     assert ((other - v).flatten(1).norm(dim=1) > 1e-4 * v.flatten(1).norm(dim=1)).all()
     alone = teacher.velocity(x[1:], t[1:], cond.rows(torch.tensor([1])))
     assert (alone - v[1:]).abs().max() < 1e-4 * v.abs().max()
-
-
-class InDouble(TorchFunctionMode):
-    """What a stock network casts to float32 in its forward stays in float64, so that differences have their digits."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if arg is torch.float32 or arg is torch.bfloat16 else arg for arg in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 def test_the_derivative_in_r_and_its_gradient(opened):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.conditions import NullInputs
 from fmm_distill.teachers.prompted.arguments import Probes, read_layout
 from fmm_distill.teachers.prompted.rows import EqualEntries, NumberEntries, Rows, TensorEntries
 
@@ -142,3 +143,15 @@ def test_an_argument_that_only_other_prompts_have_is_refused():
         layout.split(arguments("DE") | {"weights": torch.ones(2)}, 2)
     with pytest.raises(UserError, match="expected 6 rows of 2 prompts in the network's frames, got 2"):
         layout.split(arguments("DE") | {"frames": torch.ones(2, 5)}, 2)
+
+
+def test_inputs_of_the_empty_prompt_are_no_arguments_of_a_call():
+    layout = layout_of()
+    cond, empty = layout.split(arguments("AB"), 2), layout.split(arguments("DE"), 2)
+    null = NullInputs(empty.rows(torch.tensor([0])), per_image=frozenset({"encoder_hidden_states"}))
+    stored = null.add_to(cond, empty)
+    assert equal(layout.join(stored, None, 2), layout.join(cond, None, 2))
+    guided = layout.join(null.of(stored), None, 2)
+    assert equal(guided["encoder_hidden_states"], arguments("DE")["encoder_hidden_states"])
+    # One row for both, where the image changes nothing.
+    assert equal(guided["mask"], arguments("DD")["mask"])

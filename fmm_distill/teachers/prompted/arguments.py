@@ -14,6 +14,7 @@ import torch
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.parametrization import keywords
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.conditions import WITHOUT
 from fmm_distill.teachers.prompted.rows import LENGTHS, EqualEntries, Rows, is_close, rows_of_list, rows_of_tensor
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class ArgumentLayout:
         for path in cond.inputs:
             # What is joined to the sample is no argument of its own, and has its rows first.
             rows = self.rows.get(path, Rows(0))
-            if not path.startswith(LENGTHS) and not isinstance(rows, EqualEntries):
+            # Inputs of the empty prompt are stored with those of the prompt, and are passed in their place.
+            if not path.startswith((LENGTHS, WITHOUT)) and not isinstance(rows, EqualEntries):
                 inputs[path] = rows.join(path, cond.inputs)
         arguments = keywords(replace(cond, inputs=inputs, shared=shared), h)
         # Inner containers first: an outer one becomes a list of what they are then.

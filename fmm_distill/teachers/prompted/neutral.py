@@ -1,4 +1,4 @@
-"""Keywords of guidance other than classifier-free guidance, and the values that turn them off.
+"""Keywords whose default makes a teacher another one, and the values that turn them off.
 
 Perturbed attention, skipped blocks, normalized or rescaled outputs, scales that change from step to step: a teacher's
 guidance is the plain combination of two outputs, and some of these act even where that one is off.
@@ -36,31 +36,37 @@ _NEUTRAL: dict[str, float | bool] = {
     "cfg_truncation": 1.0,
     "cfg_trunc_ratio": 1.0,
     "use_dynamic_cfg": False,
-    # Fresh noise on the given frames in every step.
-    "image_cond_noise_scale": 0.0,
 }
+# These keep a part of an image in the start of sampling, or add noise to it in every step.
+_PLAIN: dict[str, float | bool] = {"strength": 1.0, "image_cond_noise_scale": 0.0}
 
 
 def neutral_keywords(parameters: Mapping[str, Parameter]) -> dict[str, float | bool]:
-    """Return the keywords that turn other guidance off, of a call with these parameters.
+    """Return the keywords that turn other guidance off and start from noise, of a call with these parameters.
 
     Keywords that are off by default are left out.
     """
-    return {name: value for name, value in _NEUTRAL.items() if name in parameters and parameters[name].default != value}
+    known = _NEUTRAL | _PLAIN
+    return {name: value for name, value in known.items() if name in parameters and parameters[name].default != value}
 
 
 def log_neutral(pipeline: Any, call: Mapping[str, Any]) -> dict[str, float | bool]:  # noqa: ANN401 a diffusers class
-    """Return and log the keywords that turn other guidance of a pipeline off.
+    """Return and log the keywords that turn other guidance of a pipeline off, and that make it start from noise.
 
     Args:
         call: the keywords that the user gives, which are left as they are.
     """
     found = neutral_keywords(inspect.signature(pipeline.__call__).parameters)
     found = {name: value for name, value in found.items() if name not in call}
-    if found:
-        shown = ", ".join(f"{name}={value}" for name, value in found.items())
-        logger.warning(
-            f"{type(pipeline).__name__} is called with {shown}: a teacher's guidance is the plain combination of two "
-            "outputs, and its student's pipelines are called alike"
-        )
+    reasons = (
+        (_NEUTRAL, "a teacher's guidance is the plain combination of two outputs"),
+        (_PLAIN, "a teacher's samples start from noise, and its velocity has none"),
+    )
+    for table, reason in reasons:
+        shown = ", ".join(f"{name}={value}" for name, value in found.items() if name in table)
+        if shown:
+            logger.warning(
+                f"{type(pipeline).__name__} is called with {shown}: {reason}, and its student's pipelines are called "
+                "alike"
+            )
     return found

@@ -1,0 +1,232 @@
+"""Teachers whose pipelines are called with images: an image per sample is a part of its condition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import diffusers
+import pytest
+import torch
+
+from fmm_distill.core.conditioning import Conditioning
+from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
+from fmm_distill.core.time_axis import expand
+from fmm_distill.errors import UserError
+from fmm_distill.export.choose import exporter_of
+from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.verify import Exported, verify_all
+from fmm_distill.losses import Jump
+from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.student.student import Student
+from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompted.encoding import encoding_by_mode
+from fmm_distill.teachers.prompts import Prompts
+from fmm_distill.teachers.recording import record
+from tests.conformance.stock_steps import InDouble, check_steps, euler_of
+from tests.conformance.test_prompted_export import moved
+from tests.tiny.image_conditions import PIPELINES, images_for
+
+TEXTS = ("a cat", "two dogs in the snow", "a house")
+# Their pipelines take one prompt at a time.
+SINGLE = {"wan-image", "wan-first-frame"}
+# Their pipelines guide by three outputs, or call their ControlNet for one of two, or have no guidance by two.
+UNGUIDED = {"instruct-pix2pix", "flux-controlnet", "flux-fill", "flux-control"}
+# Their networks are conditioned on the guidance scale.
+EMBEDDED = {"flux-kontext"}
+# Where the image enters: joined to the sample, with the time 0, or through a network of its own.
+FIRST_FRAMES = {"wan-first-frame", "ltx-image"}
+CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
+
+
+@dataclass(frozen=True)
+class Opened:
+    name: str
+    folder: str
+    prompts: Prompts
+
+    @property
+    def call(self):
+        return dict(PIPELINES[self.name].call)
+
+    def load(self, numbers=(0, 1), **more):
+        return load_teacher(self.folder, prompts=self.prompts.some(numbers), call=self.call, **more)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name, tiny in PIPELINES.items():
+        folder = tmp_path_factory.mktemp(name)
+        tiny.build().save_pretrained(folder, safe_serialization=True)
+        made[name] = Opened(name, str(folder), Prompts(TEXTS, images_for(tiny, 3)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def teachers(folders):
+    return {name: source.load() for name, source in folders.items()}
+
+
+NAMES = pytest.mark.parametrize("name", PIPELINES)
+
+
+def inputs(teacher):
+    x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    t, r = (teacher.schedule.time_at(torch.tensor(times, dtype=torch.float64)) for times in ((0.6, 0.9), (0.2, 0.5)))
+    return x, t, r
+
+
+def change(value, other, tolerance=1e-4):
+    return ((value - other).flatten(1).norm(dim=1) > tolerance * value.flatten(1).norm(dim=1)).all()
+
+
+@NAMES
+def test_where_the_image_enters(teachers, name):
+    teacher = teachers[name]
+    call, images = teacher.parametrization.call, teacher.conditions.images
+    assert set(images) == set(PIPELINES[name].images)
+    assert teacher.pipeline.one_prompt == (name in SINGLE)
+    assert bool(call.sides) == (name in CONTROLLED)
+    assert (call.joined is None) == (name in CONTROLLED)
+    assert (call.timed is not None) == (name in FIRST_FRAMES)
+    if name in FIRST_FRAMES:
+        assert call.joined.start > 0
+        assert not call.timed.all()
+
+
+@NAMES
+@torch.no_grad()
+def test_one_euler_step_is_one_stock_step(folders, teachers, name):
+    source, teacher = folders[name], teachers[name]
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source.folder)
+    pipeline.scheduler = euler_of(pipeline, teacher)
+    numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
+    off = teacher.pipeline.call | teacher.pipeline.unguided() | {"output_type": "latent", "num_inference_steps": 10}
+    given = source.prompts.some(numbers).keywords(one=teacher.pipeline.one_prompt)
+    seen = record(pipeline, teacher.pipeline.component, off | given | {"generator": torch.manual_seed(0)})
+    assert len(seen.steps) == 10
+    # Pipelines may draw the latents of an image: its condition is that of this run.
+    cond = teacher.parametrization.call.conditions_of(seen.calls[0].arguments, len(numbers))
+    check_steps(seen, teacher, pipeline.scheduler, cond)
+
+
+@NAMES
+@torch.no_grad()
+def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, name):
+    source, teacher = folders[name], teachers[name]
+    x, t, _ = inputs(teacher)
+    v = teacher.velocity(x, t, teacher.conditions.prompts)
+    largest = v.abs().max()
+    # Another order, and another number.
+    turned = source.load((1, 0)).conditions.prompts.rows(torch.tensor([1, 0]))
+    more = source.load((2, 1, 0)).conditions.prompts.rows(torch.tensor([2, 1]))
+    for cond in (turned, more):
+        assert (teacher.velocity(x, t, cond) - v).abs().max() < 1e-4 * largest
+    alone = teacher.velocity(x[1:], t[1:], teacher.conditions.prompts.rows(torch.tensor([1])))
+    assert (alone - v[1:]).abs().max() < 1e-4 * largest
+    # The image of another sample with the same prompt.
+    one = Prompts(source.prompts.texts[:2], source.prompts.some((2, 2)).images)
+    other = load_teacher(source.folder, prompts=one, call=source.call)
+    assert change(v, teacher.velocity(x, t, other.conditions.prompts))
+    # The prompt of another sample with the same image.
+    texts = Prompts(("a ship", "a ship"), source.prompts.some((0, 1)).images)
+    other = load_teacher(source.folder, prompts=texts, call=source.call)
+    assert change(v, teacher.velocity(x, t, other.conditions.prompts))
+
+
+@NAMES
+def test_the_student_is_its_teacher_and_moves(teachers, name):
+    """The start, the exact derivative against differences in float64, and two steps of training."""
+    teacher = teachers[name]
+    student, cond = Student.from_teacher(teacher), teacher.conditions.prompts
+    x, t, r = inputs(teacher)
+    with torch.no_grad():
+        v = teacher.velocity(x, t, cond)
+        assert (student.mean_velocity(x, t, t, cond) - v).abs().max() <= 1e-6 * v.abs().max()
+    optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        Lagrangian()(student, teacher.velocity, Jump(x, t, r, cond, t)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(student.network.jump_embedding.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        assert change(student.mean_velocity(x, t, r, cond), student.mean_velocity(x, t, t, cond), 1e-9)
+    assert all(not p.requires_grad for side in teacher.parametrization.call.sides for p in side.network.parameters())
+
+
+@NAMES
+def test_the_derivative_in_r(folders, name):
+    teacher = folders[name].load()
+    student = moved(Student.from_teacher(teacher))
+    x, t, r = inputs(teacher)
+    cond = teacher.conditions.prompts
+    engine, reason = choose_engine(student, x, t, r, cond)
+    assert engine == "exact", reason
+    single = derivative_in_r(student, x, t, r, cond=cond)
+    student.double()
+    for side in student.parametrization.call.sides:
+        side.network.double()
+
+    def wide(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    cond = Conditioning(*({k: wide(v) for k, v in values.items()} for values in (cond.inputs, cond.shared)))
+    with InDouble(), torch.no_grad():
+        exact = derivative_in_r(student, x.double(), t, r, cond=cond)
+        h = student.clock.warp(t) - student.clock.warp(r)
+        ends = [student.mean_velocity_of_jump(x.double(), t, h + step, cond) for step in (1e-5, -1e-5)]
+    central = (ends[0] - ends[1]) / 2e-5 * -expand(student.clock.dwarp_dt(r), x.double())
+    assert (exact - central).norm() < 1e-5 * exact.norm()
+    assert (single - exact).norm() < 1e-4 * exact.norm()
+
+
+@NAMES
+@torch.no_grad()
+def test_guidance_is_the_pipelines_own(folders, teachers, name):
+    source, teacher = folders[name], teachers[name]
+    if name in UNGUIDED:
+        with pytest.raises(UserError, match=r"guidance: .* try guidance\.scale 1"):
+            teacher.conditions.check_null()
+        return
+    teacher = source.load(guidance=Guidance(3.0))
+    if name in EMBEDDED:
+        assert teacher.guidance is None
+        assert teacher.pipeline.network_guidance == 3.0
+        return
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source.folder)
+    pipeline.scheduler = euler_of(pipeline, teacher)
+    numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
+    given = teacher.conditions.given.some(numbers)
+    run = {"output_type": "latent", "num_inference_steps": 4, "generator": torch.manual_seed(0)}
+    run |= teacher.pipeline.call | teacher.pipeline.guided(3.0) | given.keywords(one=teacher.pipeline.one_prompt)
+    # Draws of an image's latents would be others in both parts of the guidance.
+    with encoding_by_mode(pipeline, given):
+        seen = record(pipeline, teacher.pipeline.component, run)
+    check_steps(seen, teacher, pipeline.scheduler, teacher.conditions.prompts.part(0, len(numbers)))
+
+
+@pytest.fixture(scope="module")
+def exports(folders, teachers, tmp_path_factory):
+    made = {}
+    for name, teacher in teachers.items():
+        student = moved(Student.from_teacher(teacher))
+        folder = export_pipeline(student, teacher, tmp_path_factory.mktemp(name) / "student", (2,))
+        made[name] = Exported(student, exporter_of(teacher), folder, (2,))
+    return dict(zip(made, verify_all(list(made.values())), strict=True))
+
+
+@NAMES
+def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
+    found = exports[name]
+    assert sorted(found) == ["any-2", "folded-2"]
+    assert all(one.passed for one in found.values()), found
+
+
+@torch.no_grad()
+@NAMES
+def test_samples_decode(teachers, name):
+    teacher = teachers[name]
+    decoded = teacher.codec.decode(torch.randn(1, *teacher.event_shape, generator=torch.Generator().manual_seed(0)))
+    assert decoded.isfinite().all()
+    assert decoded.shape[:2] == (1, 3)

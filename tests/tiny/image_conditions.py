@@ -1,0 +1,192 @@
+"""Tiny real pipelines that are called with images: diffusers' own classes, small and with random weights.
+
+Components are those of the families without images, with more input channels where an image is joined to the sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from diffusers import (
+    CogVideoXImageToVideoPipeline,
+    ControlNetModel,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxKontextPipeline,
+    LTXImageToVideoPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
+    WanImageToVideoPipeline,
+)
+from PIL import Image
+from torch import nn
+
+from tests.tiny import diffusion, flow, video
+from tests.tiny.base import Tiny, seeded
+from tests.tiny.diffusion import redraw
+
+__all__ = ["PIPELINES", "Conditioned", "images_for", "picture"]
+
+
+@dataclass(frozen=True)
+class Conditioned(Tiny):
+    """A pipeline that is called with images.
+
+    Attributes:
+        images: keywords of the call, and the sides of their images, height and width.
+    """
+
+    images: dict[str, tuple[int, int]]
+
+
+def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Image:
+    """A smooth picture of a seed; of a mask the right part is white."""
+    height, width = size
+    if mask:
+        columns = np.arange(width)[None].repeat(height, 0)
+        return Image.fromarray(((columns > width // (2 + seed % 3)) * 255).astype(np.uint8), "L")
+    small = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def images_for(tiny: Conditioned, count: int, first: int = 0) -> dict[str, tuple[Image.Image, ...]]:
+    """Images for the keywords of a call with this many samples, all of them different."""
+    return {
+        name: tuple(picture(17 * i + first, size, mask="mask" in name) for i in range(count))
+        for name, size in tiny.images.items()
+    }
+
+
+def changed(network: nn.Module, **config: object) -> nn.Module:
+    """A network of the same class with other settings."""
+    return redraw(type(network).from_config(network.config, **config))
+
+
+def sd_inpaint() -> DiffusionPipeline:
+    parts = diffusion.sd1().components
+    return StableDiffusionInpaintPipeline(
+        **parts | {"unet": changed(parts["unet"], in_channels=9)}, requires_safety_checker=False
+    )
+
+
+def sdxl_inpaint() -> DiffusionPipeline:
+    parts = diffusion.sdxl().components
+    return StableDiffusionXLInpaintPipeline(**parts | {"unet": changed(parts["unet"], in_channels=9)})
+
+
+def instruct_pix2pix() -> DiffusionPipeline:
+    parts = diffusion.sd1().components
+    return StableDiffusionInstructPix2PixPipeline(
+        **parts | {"unet": changed(parts["unet"], in_channels=8)}, requires_safety_checker=False
+    )
+
+
+def sd_controlnet() -> DiffusionPipeline:
+    parts = diffusion.sd1().components
+    controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))
+    return StableDiffusionControlNetPipeline(**parts, controlnet=redraw(controlnet), requires_safety_checker=False)
+
+
+def sdxl_controlnet() -> DiffusionPipeline:
+    parts = diffusion.sdxl().components
+    controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))
+    return StableDiffusionXLControlNetPipeline(**parts, controlnet=redraw(controlnet))
+
+
+def sd3_controlnet() -> DiffusionPipeline:
+    parts = flow.sd3().components
+    controlnet = SD3ControlNetModel.from_config(parts["transformer"].config, num_layers=1, dual_attention_layers=())
+    return StableDiffusion3ControlNetPipeline(**parts, controlnet=redraw(controlnet))
+
+
+def flux_controlnet() -> DiffusionPipeline:
+    parts = flow.flux().components
+    controlnet = FluxControlNetModel.from_config(parts["transformer"].config)
+    return FluxControlNetPipeline(**parts, controlnet=redraw(controlnet))
+
+
+def flux_parts() -> dict[str, object]:
+    return {
+        name: part
+        for name, part in flow.flux().components.items()
+        if name not in ("image_encoder", "feature_extractor")
+    }
+
+
+def flux_kontext() -> DiffusionPipeline:
+    return FluxKontextPipeline(**flow.flux().components)
+
+
+def flux_fill() -> DiffusionPipeline:
+    """Packed: latents, latents of the masked image, and the pixels of the mask."""
+    parts = flux_parts()
+    pixels = 4 * 2 ** (2 * (len(parts["vae"].config.block_out_channels) - 1))
+    wide = changed(parts["transformer"], in_channels=16 + 16 + pixels, out_channels=16)
+    return FluxFillPipeline(**parts | {"transformer": wide})
+
+
+def flux_control() -> DiffusionPipeline:
+    parts = flux_parts()
+    return FluxControlPipeline(
+        **parts | {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
+    )
+
+
+def cogvideox_image() -> DiffusionPipeline:
+    parts = video.PIPELINES["cogvideox-dpm"].build().components
+    return CogVideoXImageToVideoPipeline(**parts | {"transformer": changed(parts["transformer"], in_channels=8)})
+
+
+def wan_image() -> DiffusionPipeline:
+    """Joined: a mask of four channels, and the latents of the first frame, as in Wan 2.1 and 2.2."""
+    parts = video.wan_euler().components
+    wide = changed(parts["transformer"], in_channels=12)
+    return WanImageToVideoPipeline(**parts | {"transformer": wide}, image_encoder=None, image_processor=None)
+
+
+def wan_first_frame() -> DiffusionPipeline:
+    """Wan 2.2 5B: the first frame is given, and its tokens have the time 0."""
+    parts = video.wan_ti2v().components
+    redraw(parts["transformer"])
+    return WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+
+
+def ltx_image() -> DiffusionPipeline:
+    parts = video.ltx().components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    redraw(parts["transformer"])
+    return LTXImageToVideoPipeline(**parts)
+
+
+SIDE = (16, 16)
+_FLUX = dict(flow.PIPELINES["flux"].call)
+_WAN = dict(video.PIPELINES["wan"].call)
+PIPELINES: dict[str, Conditioned] = {
+    "sd-inpaint": Conditioned(seeded(sd_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
+    "sdxl-inpaint": Conditioned(seeded(sdxl_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
+    "instruct-pix2pix": Conditioned(seeded(instruct_pix2pix), {}, {"image": (8, 8)}),
+    "sd-controlnet": Conditioned(seeded(sd_controlnet), {}, {"image": (8, 8)}),
+    "sdxl-controlnet": Conditioned(seeded(sdxl_controlnet), {}, {"image": (8, 8)}),
+    "sd3-controlnet": Conditioned(seeded(sd3_controlnet), dict(flow.PIPELINES["sd3"].call), {"control_image": SIDE}),
+    "flux-controlnet": Conditioned(seeded(flux_controlnet), _FLUX, {"control_image": SIDE}),
+    "flux-kontext": Conditioned(
+        seeded(flux_kontext), _FLUX | {"max_area": 256, "_auto_resize": False}, {"image": SIDE}
+    ),
+    "flux-fill": Conditioned(seeded(flux_fill), _FLUX, {"image": SIDE, "mask_image": SIDE}),
+    "flux-control": Conditioned(seeded(flux_control), _FLUX, {"control_image": SIDE}),
+    "cogvideox-image": Conditioned(
+        seeded(cogvideox_image), dict(video.PIPELINES["cogvideox-dpm"].call), {"image": SIDE}
+    ),
+    "wan-image": Conditioned(seeded(wan_image), _WAN, {"image": SIDE}),
+    "wan-first-frame": Conditioned(seeded(wan_first_frame), _WAN, {"image": SIDE}),
+    "ltx-image": Conditioned(seeded(ltx_image), dict(video.PIPELINES["ltx"].call), {"image": SIDE}),
+}

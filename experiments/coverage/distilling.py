@@ -44,7 +44,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported.
+    """The kind of the student and the numbers of steps that are exported.
 
     Attributes:
         steps: numbers of steps of the exported pipelines.

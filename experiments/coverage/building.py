@@ -130,8 +130,8 @@ def _complete_parts(pipeline: Any) -> None:
         pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
     encoder = getattr(pipeline, "image_encoder", None)
     if "(224, 224)" in inspect.getsource(type(pipeline)) and hasattr(getattr(encoder, "config", None), "image_size"):
-        # The tests give a tensor, which is not resized.
-        encoder.config.image_size = 224
+        # The tests give a tensor, which is not resized. Sixteen patches.
+        encoder.config.image_size, encoder.config.patch_size = 224, 56
         torch.manual_seed(0)
         pipeline.register_modules(image_encoder=type(encoder)(encoder.config))
 

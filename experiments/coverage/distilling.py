@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,6 @@ from experiments.coverage.checks import PROMPTS
 from experiments.coverage.guard import install_guard
 from experiments.coverage.images import draw_prompts
 from experiments.coverage.opening import has_text
-from fmm_distill.config.recipe import load_recipe
-from fmm_distill.errors import UserError
-from fmm_distill.run.distill import distill as run
-from fmm_distill.teachers.load import load_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,14 +64,14 @@ def distill(
 ) -> dict[str, Any]:
     """Run ``fmm-distill`` in this process, and return its exit code and what its verification found.
 
-    A teacher with images is opened in Python, and is given to the same run.
-
     Args:
         forms: of the images that the pipeline is called with.
     """
     install_guard(folder)
     settings = [*_SETTINGS, f"export.steps={list(export.steps)}", f"student.kind={export.student}"]
-    code = _run_with_images(folder, call, forms, output, settings) if forms else _run(folder, call, output, settings)
+    # A recipe has no mappings for the pipeline, which is then called in Python alone.
+    in_python = any(isinstance(value, dict) for value in call.values())
+    code = (_run_python if in_python else _run_command)(folder, call, forms, output, settings)
     verified = output / "student" / "verification.json"
     report = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
     return {
@@ -87,14 +82,14 @@ def distill(
     }
 
 
-def _run(folder: Path, call: dict[str, Any], output: Path, settings: list[str]) -> Any:
+def _run_command(
+    folder: Path, call: dict[str, Any], forms: Mapping[str, Form], output: Path, settings: list[str]
+) -> Any:
     """Run the command line; return its exit code."""
     from fmm_distill.cli import main
 
-    if has_text(folder):
-        prompts = output.with_suffix(".prompts.txt")
-        prompts.write_text("\n".join(PROMPTS[:2]) + "\n", encoding="utf-8")
-        settings = [*settings, f"prompts.file={prompts}"]
+    if forms or has_text(folder):
+        settings = [*settings, *_prompts(output.with_suffix(".prompts"), forms, text=has_text(folder))]
         settings += [f"pipeline.{name}={json.dumps(value)}" for name, value in call.items()]
     sys.argv = ["fmm-distill", "--teacher", str(folder), "--recipe", "text", "--output", str(output), "--fresh"]
     sys.argv += [part for setting in settings for part in ("--set", setting)]
@@ -105,11 +100,15 @@ def _run(folder: Path, call: dict[str, Any], output: Path, settings: list[str]) 
     return 0
 
 
-def _run_with_images(
+def _run_python(
     folder: Path, call: dict[str, Any], forms: Mapping[str, Form], output: Path, settings: list[str]
-) -> int:
-    """Run in Python with prompts and images; return the exit code that the command line has."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+) -> Any:
+    """Run the same in Python; return the exit code that the command line has."""
+    from fmm_distill.config.recipe import load_recipe
+    from fmm_distill.errors import UserError
+    from fmm_distill.run.distill import distill as run
+    from fmm_distill.teachers.load import load_teacher
+
     try:
         teacher = load_teacher(str(folder), prompts=draw_prompts(PROMPTS[:2], forms), call=call)
         run(load_recipe("text", settings, teacher=str(folder)), output, teacher=teacher, fresh=True)
@@ -117,6 +116,36 @@ def _run_with_images(
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _prompts(folder: Path, forms: Mapping[str, Form], *, text: bool) -> list[str]:
+    """Write two prompts, and the images of each; return their settings."""
+    samples = draw_prompts(PROMPTS[:2], forms)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not forms:
+        (folder / "prompts.txt").write_text("\n".join(samples.texts) + "\n", encoding="utf-8")
+        return [f"prompts.file={folder / 'prompts.txt'}"]
+    rows = [
+        {"text": prompt}
+        | {name: _files(images[number], folder, f"{name}-{number}") for name, images in samples.images.items()}
+        for number, prompt in enumerate(samples.texts)
+    ]
+    table = folder / "prompts.jsonl"
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    column = "text" if text else "null"
+    return [
+        f"prompts.dataset={table}",
+        f"prompts.column={column}",
+        *(f"prompts.images.{name}={name}" for name in forms),
+    ]
+
+
+def _files(image: Any, folder: Path, name: str) -> str | list[Any]:
+    """Write an image, or a list of them; return the names of the files."""
+    if isinstance(image, list):
+        return [_files(each, folder, f"{name}-{number}") for number, each in enumerate(image)]
+    image.save(folder / f"{name}.png")
+    return f"{name}.png"
 
 
 def last_line(log: Path) -> str:

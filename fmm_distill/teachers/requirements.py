@@ -105,7 +105,8 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
         )
     if _refines(parameters):
         raise UserError(
-            f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(_data(parameters)[:1])}; try the base model"
+            f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(_data(parameters)[:1])}; try the base "
+            "model, whose student refines images too (docs/image-conditions.md)"
         )
     # A signature that requires images requires all that the pipeline needs.
     declared = any(one.default is _EMPTY and key in _data(parameters) for key, one in parameters.items())

@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 
 import diffusers
+from diffusers.pipelines import auto_pipeline
 from diffusers.utils import logging
 
 from fmm_distill.export.remote.scheduler import FlowMapScheduler
@@ -140,6 +141,17 @@ class _FlowMap:
         name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
         return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
 
+    def image_to_image(self):
+        """Return the image-to-image pipeline of this one, with the same components: it takes image and strength.
+
+        Sampling starts between noise and data, on the grid of ``num_inference_steps``, of which it makes a fraction.
+        """
+        return _of_task(self, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING")
+
+    def inpaint(self):
+        """Return the inpainting pipeline of this one, with the same components: it takes image and mask_image."""
+        return _of_task(self, "AUTO_INPAINT_PIPELINES_MAPPING")
+
     def to_json_string(self) -> str:
         """Return the index, with the modules of pipeline and network."""
         index = json.loads(super().to_json_string())
@@ -153,6 +165,17 @@ class _FlowMap:
         """Save the index and this file, which defines the class."""
         write_code(save_directory, self.module_name, self.module_source)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _of_task(pipeline, table: str):
+    """Return the pipeline of another task of the same family, as diffusers' auto pipelines know it."""
+    own = type(pipeline).__mro__[2].__name__
+    families = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+    family = next((name for name, kind in families.items() if kind.__name__ == own), None)
+    stock = getattr(auto_pipeline, table).get(family)
+    if stock is None:
+        raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {', '.join(families)}")
+    return flow_map_pipeline(stock).from_pipe(pipeline)
 
 
 def _with_stochasticity(signature: inspect.Signature) -> inspect.Signature:

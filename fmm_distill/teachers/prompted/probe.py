@@ -234,7 +234,7 @@ class PipelineProbe:
             raise UserError(
                 f"{self.source}: expected a pipeline that leaves the sample alone between its steps, got "
                 f"{type(self.pipeline).__name__}, which changes it there, as the parts of an image that stay are put "
-                "back in inpainting; try the pipeline of the same model without them"
+                "back in inpainting; try the base model, whose student inpaints too (docs/image-conditions.md)"
             )
         raise UserError(
             f"{self.source}: expected a first step like that of its pipeline, got one that differs by "

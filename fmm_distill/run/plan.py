@@ -311,9 +311,9 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
-        return on_first_timesteps(
-            load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared), recipe.timesteps
-        )
+        teacher = load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
+        _log_unused_texts(teacher, prompts)
+        return on_first_timesteps(teacher, recipe.timesteps)
     teacher = on_first_timesteps(load_teacher(recipe.teacher, **of_teacher, **shared), recipe.timesteps)
     weaker = load_teacher(settings.weaker, revision=settings.weaker_revision, **shared)
     weaker = on_first_timesteps(weaker, recipe.timesteps)
@@ -331,6 +331,12 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     # Set afterwards: autoguidance needs no unconditional input, which the loader would require.
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
+
+
+def _log_unused_texts(teacher: Teacher, prompts: Prompts) -> None:
+    takes_prompt = teacher.pipeline is None or teacher.pipeline.condition is not None
+    if prompts.images and any(prompts.texts) and not takes_prompt:
+        logger.warning(f"{teacher.source} takes images without a prompt: the texts of prompts.column are not used")
 
 
 def with_evaluation(recipe: Recipe, changes: Mapping[str, Any] | None, where: str) -> Recipe:

@@ -35,8 +35,10 @@ def store_prompts(folder: Path, teacher: Teacher) -> None:
 
 def check_prompts(folder: Path, teacher: Teacher) -> None:
     """Refuse to continue a run with other prompts or other images."""
-    if isinstance(teacher.conditions, Embeddings):
-        _check_same(folder, teacher.conditions.given)
+    # Read for every teacher: a damaged file is reported.
+    stored = _stored(folder, PROMPTS) if (folder / PROMPTS).is_file() else None
+    if stored is not None and isinstance(teacher.conditions, Embeddings):
+        _check_same(folder, stored, teacher.conditions.given)
 
 
 def prompts_of_run(folder: Path, recipe: Recipe) -> Prompts | None:
@@ -49,20 +51,18 @@ def prompts_of_run(folder: Path, recipe: Recipe) -> Prompts | None:
     """
     if not (folder / PROMPTS).is_file():
         return None
+    texts = _stored(folder, PROMPTS)
     if not recipe.prompts.images:
-        return Prompts(_stored(folder, PROMPTS))
+        return Prompts(texts)
     try:
         found = load_prompts(recipe.prompts)
     except UserError as error:
         raise UserError(f"{error}; the run in {folder} needs its images: restore them") from error
-    _check_same(folder, found)
+    _check_same(folder, texts, found)
     return found
 
 
-def _check_same(folder: Path, prompts: Prompts) -> None:
-    if not (folder / PROMPTS).is_file():
-        return
-    texts = _stored(folder, PROMPTS)
+def _check_same(folder: Path, texts: tuple[str, ...], prompts: Prompts) -> None:
     if texts != prompts.texts:
         raise UserError(
             f"--output {folder}: expected the {len(texts)} prompts in its {PROMPTS}, got others; restore the file of "

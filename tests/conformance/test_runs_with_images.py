@@ -6,11 +6,13 @@ import inspect
 import json
 import shutil
 
+import diffusers.utils
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, StableDiffusionInpaintPipeline, WanImageToVideoPipeline
+from diffusers import StableDiffusionImageVariationPipeline
 from PIL import Image, ImageOps
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fmm_distill import Prompts, distill, load_student, load_teacher
 from fmm_distill.config.recipe import load_recipe, parse
@@ -22,6 +24,7 @@ from fmm_distill.evaluation.html_report import write_report
 from fmm_distill.evaluation.protocol import differences
 from fmm_distill.evaluation.result import Evaluation, Row
 from fmm_distill.export.card import card
+from fmm_distill.export.example_call import imports_of
 from fmm_distill.export.manifest import make_manifest, read_manifest
 from fmm_distill.run.evaluate import EvaluationRequest, measure_target, open_target
 from fmm_distill.run.folder import check_folder
@@ -30,7 +33,9 @@ from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.run.plan import open_teacher, plan
 from fmm_distill.run.prompts import check_prompts
 from fmm_distill.run.reopen import open_run
-from tests.tiny import diffusion, flow, video
+from fmm_distill.student.student import Student
+from tests.tiny import diffusion
+from tests.tiny.image_conditions import PIPELINES
 
 TEXTS = ("a red cat", "two dogs", "a house")
 # A pipeline that fits an image to a size of its own would take one of a million pixels.
@@ -76,37 +81,26 @@ def settings(teacher, table, **prompts):
     }
 
 
+def saved(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp(name)
+    PIPELINES[name].build().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def kontext(tmp_path_factory):
-    """An editor of images: Flux, with the latents of the image as further tokens."""
-    folder = tmp_path_factory.mktemp("kontext")
-    components = flow.PIPELINES["flux"].build().components
-    FluxKontextPipeline(**components).save_pretrained(folder, safe_serialization=True)
-    return folder
+    """An editor of images."""
+    return saved(tmp_path_factory, "flux-kontext")
 
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory):
-    """Stable Diffusion with a mask and a masked image as further channels."""
-    folder, base = tmp_path_factory.mktemp("inpainting"), diffusion.PIPELINES["sd1"].build()
-    components = base.components | {"unet": diffusion.conditional_unet(in_channels=9)}
-    pipeline = StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
+    return saved(tmp_path_factory, "sd-inpaint")
 
 
 @pytest.fixture(scope="module")
 def image_to_video(tmp_path_factory):
-    """Wan with the encoded first frame and a mask of frames as further channels."""
-    folder = tmp_path_factory.mktemp("image-to-video")
-    components = video.PIPELINES["wan"].build().components | {"transformer": None, "transformer_2": None}
-    transformer = video.PIPELINES["wan"].build().transformer
-    # Four channels each of noise, of the encoded frames and of the mask.
-    transformer = type(transformer).from_config(dict(transformer.config) | {"in_channels": 12})
-    video.redraw(transformer)
-    components |= {"transformer": transformer, "image_processor": None, "image_encoder": None}
-    WanImageToVideoPipeline(**components).save_pretrained(folder, safe_serialization=True)
-    return folder
+    return saved(tmp_path_factory, "wan-image")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +149,29 @@ def test_the_recipes_fit_teachers_of_their_kind(request, tmp_path, name, folder,
     assert make_manifest(job.student, job.teacher, recipe, recipe.export.steps).pipeline_tag == task
 
 
+def test_texts_that_a_pipeline_does_not_take_are_logged(tmp_path, caplog):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8))
+    parts = diffusion.sd1().components
+    StableDiffusionImageVariationPipeline(
+        vae=parts["vae"],
+        image_encoder=encoder.eval(),
+        unet=parts["unet"],
+        scheduler=parts["scheduler"],
+        safety_checker=None,
+        feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8),
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "pipeline", safe_serialization=True)
+    recipe = settings(tmp_path / "pipeline", write_table(tmp_path / "data")) | {"pipeline": {"height": 8, "width": 8}}
+    unused = "takes images without a prompt: the texts of prompts.column are not used"
+    open_teacher(parse(recipe, "here"))
+    assert any(unused in message for message in caplog.messages)
+    caplog.clear()
+    recipe["prompts"]["column"] = None
+    open_teacher(parse(recipe, "here"))
+    assert not any(unused in message for message in caplog.messages)
+
+
 def test_images_without_texts(kontext, tmp_path):
     teacher = open_teacher(parse(settings(kontext, write_table(tmp_path / "data"), column=None), "here"))
     assert teacher.conditions.names == ("", "", "")
@@ -165,7 +182,7 @@ def test_a_picture_shows_the_images_of_its_conditions_above_the_samples(kontext)
     images = tuple(picture(i, (16, 32)) for i in range(3))
     teacher = load_teacher(str(kontext), prompts=Prompts(TEXTS, {"image": images}), call=CALL)
     gallery = Gallery(teacher, 1, 5, SEED, torch.device("cpu"))
-    student = plan_student(teacher)
+    student = Student.from_teacher(teacher)
     rows = gallery.rows(student, (1,))
     assert list(rows) == ["image", "teacher's ODE", "student, 1 step"]
     height, width = rows["teacher's ODE"].shape[-2:]
@@ -180,12 +197,6 @@ def test_a_picture_shows_the_images_of_its_conditions_above_the_samples(kontext)
         assert (shown[:, height // 4] < 1).any()
     first = gallery.interpolation(student, (1,))["image"]
     assert torch.equal(first, rows["image"][:1].expand_as(first))
-
-
-def plan_student(teacher):
-    from fmm_distill.student.student import Student
-
-    return Student.from_teacher(teacher)
 
 
 def test_a_run_stores_its_prompts_and_the_digests_of_their_images(run):
@@ -307,13 +318,9 @@ def test_rows_of_lists():
 
 
 def test_examples_of_other_conditions():
-    from fmm_distill.export import example_call
-
-    assert example_call.imports_of('pipeline("a prompt")') == []
-    assert example_call.imports_of('video=load_video("a.mp4"), image=load_image("b.png")') == [
+    assert imports_of('pipeline("a prompt")') == []
+    assert imports_of('video=load_video("a.mp4"), image=load_image("b.png")') == [
         "from diffusers.utils import load_image, load_video"
     ]
-    import diffusers.utils
-
     for name in ("load_image", "load_video"):
         assert inspect.isfunction(getattr(diffusers.utils, name))

@@ -155,7 +155,7 @@ class Embeddings:
 
     @property
     def given(self) -> Prompts:
-        """What the pipeline is called with for each of the prompts."""
+        """The arguments of the pipeline's call for the prompts."""
         return Prompts(self.names, self.images)
 
     def pick(self, positions: Float[Tensor, " batch"]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""What a pipeline is called with for each sample: a prompt, and images where the pipeline takes any."""
+"""Prompts with images: the arguments of a pipeline's call for each sample."""
 
 from __future__ import annotations
 

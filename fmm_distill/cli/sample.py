@@ -55,7 +55,7 @@ def sample(
 ) -> None:
     """Generate a grid of images with the student of a run.
 
-    The first row is the teacher's ODE. Each column starts from the same noise.
+    The first row is the teacher's ODE, below the images of the prompts if there are any. Each column starts from one noise.
     """
     from fmm_distill.cli.outputs import PICTURES, check_output
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from experiments.coverage.images import Form
 
-__all__ = ["Export", "distill", "last_line"]
+__all__ = ["Export", "distill", "last_line", "prompt_settings"]
 
 _SETTINGS = (
     "matching=null",
@@ -89,7 +89,7 @@ def _run_command(
     from fmm_distill.cli import main
 
     if forms or has_text(folder):
-        settings = [*settings, *_prompts(output.with_suffix(".prompts"), forms, text=has_text(folder))]
+        settings = [*settings, *prompt_settings(output.with_suffix(".prompts"), forms, text=has_text(folder))]
         settings += [f"pipeline.{name}={json.dumps(value)}" for name, value in call.items()]
     sys.argv = ["fmm-distill", "--teacher", str(folder), "--recipe", "text", "--output", str(output), "--fresh"]
     sys.argv += [part for setting in settings for part in ("--set", setting)]
@@ -118,7 +118,7 @@ def _run_python(
     return 0
 
 
-def _prompts(folder: Path, forms: Mapping[str, Form], *, text: bool) -> list[str]:
+def prompt_settings(folder: Path, forms: Mapping[str, Form], *, text: bool) -> list[str]:
     """Write two prompts, and the images of each; return their settings."""
     samples = draw_prompts(PROMPTS[:2], forms)
     folder.mkdir(parents=True, exist_ok=True)

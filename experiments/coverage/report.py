@@ -102,7 +102,7 @@ def _notes(row: Row) -> list[str]:
         return []
     notes = []
     if build.get("images"):
-        notes.append(f"with {', '.join(sorted(build['images']))} of each sample")
+        notes.append(f"called with {', '.join(sorted(build['images']))}")
     elif any(name in build["parameters"] for name in _IMAGES):
         notes.append("opens as a pipeline from prompts alone: the student never sees a reference")
     if distilled.get("steps") == [2, 4]:

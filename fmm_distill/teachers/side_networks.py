@@ -87,6 +87,15 @@ def recorder_of_side(
     return make
 
 
+def _is_same(one: Any, other: Any) -> bool:  # noqa: ANN401 any argument
+    """Return whether two values are one object, or lists or tuples of the same objects."""
+    if one is other:
+        return True
+    if not (isinstance(one, list | tuple) and isinstance(other, list | tuple)):
+        return False
+    return 0 < len(one) == len(other) and all(_is_same(a, b) for a, b in zip(one, other, strict=True))
+
+
 def take_results(call: SideCall, arguments: dict[str, Any], given: Mapping[str, Any]) -> SideCall:
     """Remove the parts of the call's output from the arguments of the main network, and return the call with them.
 
@@ -98,7 +107,10 @@ def take_results(call: SideCall, arguments: dict[str, Any], given: Mapping[str, 
     if isinstance(call.output, tuple):
         parts |= dict(enumerate(call.output))
     results = {
-        name: index for name, value in given.items() for index, part in parts.items() if value is part is not None
+        name: index
+        for name, value in given.items()
+        for index, part in parts.items()
+        if part is not None and _is_same(value, part)
     }
     for name in results:
         del arguments[name]

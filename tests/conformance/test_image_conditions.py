@@ -25,7 +25,8 @@ from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.conformance.test_prompted_export import moved
-from tests.tiny.image_conditions import PIPELINES, images_for
+from tests.tiny import layouts
+from tests.tiny.image_conditions import PIPELINES, images_for, picture
 
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
@@ -230,3 +231,19 @@ def test_samples_decode(teachers, name):
     decoded = teacher.codec.decode(torch.randn(1, *teacher.event_shape, generator=torch.Generator().manual_seed(0)))
     assert decoded.isfinite().all()
     assert decoded.shape[:2] == (1, 3)
+
+
+@torch.no_grad()
+def test_a_list_of_images_may_be_the_images_of_one_sample(tmp_path):
+    # In a call for two prompts, this pipeline gives both images to both samples.
+    tiny = layouts.PIPELINES["ltx-condition"]
+    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
+    samples = Prompts(TEXTS, {"image": tuple(picture(seed, (32, 32)) for seed in range(3))})
+    one, other = (
+        load_teacher(str(tmp_path), prompts=samples.some(numbers), call=dict(tiny.call)) for numbers in ((0, 1), (1, 2))
+    )
+    assert one.pipeline.one_prompt
+    x, t, _ = inputs(one)
+    swapped = one.first_conditions(2).rows(torch.tensor([1, 0]))
+    v = one.velocity(x, t, swapped)
+    assert torch.allclose(v[:1], other.velocity(x, t, other.first_conditions(2))[:1], atol=1e-5)

@@ -233,6 +233,12 @@ def row(name, parameters=("prompt",), **stages):
     return {"key": f"tests/pipelines/a/test_a.py::{name}Tests", "build": build, **stages}
 
 
+def with_images(name, **stages):
+    made = row(name, ("prompt", "image"), **stages)
+    made["build"]["images"] = {"image": {"size": [8, 8], "mode": "RGB"}}
+    return made
+
+
 def opening(**changes):
     found = {"step": 1e-7, "order": 0.0, "start": 0.0, "start, embedded": "UserError: no time embedding"}
     described = {"prediction": "epsilon", "event_shape": [4, 8, 8], "guidable": True, "seconds": 1.0, "mib": 5}
@@ -252,6 +258,8 @@ def test_the_page_has_every_row_and_sums(tmp_path):
             row("CPipeline", open=refusal),
             row("DPipeline", open={"error": "AssertionError: odd"}),
             row("EEditPipeline", ("prompt", "image"), open=opening(), distill=passed | {"steps": [2, 4]}),
+            with_images("IEditPipeline", open=opening(image=0.5)),
+            with_images("JEditPipeline", open=opening(image="does not see image")),
             {
                 "key": "tests/pipelines/a/test_a.py::FFastTests",
                 "build": {"tested": "FPipeline", "error": "ImportError: cv2"},
@@ -266,10 +274,12 @@ def test_the_page_has_every_row_and_sums(tmp_path):
         "crashed",
         "not built",
         "distilled",
+        "opened",
+        "opened",
     ]
     counts = totals(entries)
-    assert counts["all"]["classes"] == sum(counts[kind]["classes"] for kind in counts if kind != "all") == 6
-    assert [entry["pipeline"] for entry in entries if entry["wrong"]] == ["BPipeline"]
+    assert counts["all"]["classes"] == sum(counts[kind]["classes"] for kind in counts if kind != "all") == 8
+    assert [entry["pipeline"] for entry in entries if entry["wrong"]] == ["BPipeline", "JEditPipeline"]
     versions = dict.fromkeys(("commit", "diffusers", "transformers", "torch", "fmm_distill"), "1.2")
     page = markdown(entries, versions, [("HPipeline", "audio")], earlier=entries[:1])
     assert page == markdown(entries, versions, [("HPipeline", "audio")], earlier=entries[:1])
@@ -277,7 +287,9 @@ def test_the_page_has_every_row_and_sums(tmp_path):
     assert "wrong order: 5.0e-01; no disk" in page
     assert "| scheduler X/Y; expected one of Scheduler0, …, Scheduler19 |" in page
     assert "the student never sees a reference; its stock pipeline does not run with one step" in page
-    assert "| all | 6 | 2 | 1 | 1 | 1 | 1 | 1 | 1, 1 |" in page
+    assert "| not distilled yet; called with image |" in page
+    assert "| wrong image: does not see image; not distilled yet; called with image |" in page
+    assert "| all | 8 | 2 | 3 | 1 | 1 | 1 | 2 | 1, 1 |" in page
     assert "| text-to-image | 5 | 1 | 1 | 1 | 1 | 1 | 1 | 1, 1 |" in page
     assert "Outside the line" in page
     assert "LLaDA" in page

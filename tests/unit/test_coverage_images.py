@@ -14,10 +14,13 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 
 from experiments.coverage import checks
+from experiments.coverage.distilling import prompt_settings
 from experiments.coverage.images import describe_images, draw_prompts, replace_images
 from experiments.coverage.opening import open_and_check
 from experiments.coverage.report import is_right
 from experiments.coverage.sizes import FUNCTIONS, shrink
+from fmm_distill.config.recipe import load_recipe
+from fmm_distill.data.prompts import load_prompts
 from fmm_distill.teachers.load import load_teacher
 from tests.tiny import flow
 
@@ -139,3 +142,19 @@ def test_large_sizes_are_small_here_and_in_processes_that_start_later(tmp_path, 
     code = f"from {name} import {function} as best; print(best(1024, 1024, 512))"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split("\n")[-2] == str(sizes)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_the_command_line_gets_the_prompts_and_images_that_are_opened(tmp_path, text):
+    forms = {"image": RGB, "mask_image": MASK, "control_video": [RGB, RGB]}
+    written = prompt_settings(tmp_path, forms, text=text)
+    given = load_prompts(load_recipe("text", written).prompts)
+    opened = draw_prompts(checks.PROMPTS[:2], forms)
+    assert given.texts == (opened.texts if text else ("", ""))
+    assert given.digests() == opened.digests()
+    assert given.images.keys() == forms.keys()
+
+
+def test_the_command_line_gets_prompts_alone(tmp_path):
+    given = load_prompts(load_recipe("text", prompt_settings(tmp_path, {}, text=True)).prompts)
+    assert (given.texts, given.images) == (checks.PROMPTS[:2], {})

@@ -14,8 +14,9 @@ from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import WITHOUT, Embeddings, NullInputs
 from fmm_distill.teachers.prompted.encoding import encoding_by_mode
-from fmm_distill.teachers.prompted.joined import JoinedPart, check_joined
+from fmm_distill.teachers.prompted.joined import JoinedPart, check_joined, find_joined
 from fmm_distill.teachers.prompts import Prompts, pictures_like
+from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
 from fmm_distill.teachers.side_networks import SideCall, SideNetwork, take_results
 from fmm_distill.teachers.stepped_samples import find_positions, from_stepped, to_stepped
 from tests.tiny.diffusion import image_vae
@@ -87,6 +88,35 @@ def test_a_sample_between_joined_parts(start):
     assert torch.equal(part.join(x, dict(cond.inputs)), given)
 
 
+def test_parts_along_two_axes():
+    """A first frame, and channels of all frames, as in Kandinsky 5."""
+    generator = torch.manual_seed(0)
+    image, mask = torch.randn(2, 1, 3, 7, generator=generator), torch.randn(1, 4, 3, 3, generator=generator)
+
+    def call_with(x):
+        later = torch.cat((x, mask.expand(2, -1, -1, -1)), 3)
+        return NetworkCall({"x": torch.cat((image, later), 1)}, torch.empty(0))
+
+    xs = [torch.randn(2, 4, 3, 4, generator=generator) for _ in range(3)]
+    calls = [call_with(x) for x in xs]
+    part = find_joined(Recording(calls, [SchedulerStep(xs[0], 1.0, xs[0])]), "x", "here")
+    given = calls[1].arguments["x"]
+    assert torch.equal(part.sample_in(given), xs[1])
+    cond = part.add_to(Conditioning({}), given)
+    # Each sample has its own frame, and all samples share the channels.
+    assert [rows.shape for rows in cond.inputs.values()] == [image.shape]
+    assert [rows.shape for rows in cond.shared.values()] == [mask.shape]
+    arguments = {**cond.inputs, **cond.shared}
+    assert torch.equal(part.join(xs[2], arguments), calls[2].arguments["x"])
+    assert arguments == {}
+    # An output may have the first frame without the channels, or neither.
+    for output in (given, given[..., :4], xs[1]):
+        assert torch.equal(part.sample_of_output(output), xs[1])
+    other = given.roll(1, -1)
+    with pytest.raises(UserError, match="a function"):
+        check_joined(part, given, other.flip(0), given, "here")
+
+
 def test_a_joined_part_with_noise_is_refused():
     part = JoinedPart(axis=1, start=0, size=1, total=2, per_sample=True)
     rows = torch.randn(3, 2, 4, generator=torch.manual_seed(0))
@@ -128,7 +158,8 @@ def seen(given, results=None):
 def test_the_outputs_of_another_network_are_made_anew():
     x = torch.randn(2, 4, generator=torch.manual_seed(0))
     call = seen(x)
-    arguments = {"sample": x, "down": call.output[0], "mid": call.output[1], "text": torch.ones(2)}
+    # A pipeline may pass a list in the place of a tuple, of the same tensors.
+    arguments = {"sample": x, "down": [*call.output[0]], "mid": call.output[1], "text": torch.ones(2)}
     copies = copy.copy(arguments)
     call = take_results(call, copies, arguments)
     assert call.results == {"down": 0, "mid": 1}

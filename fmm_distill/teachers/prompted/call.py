@@ -85,8 +85,8 @@ class RecordedCall:
     def output_of(self, output: Tensor, x: Tensor) -> Tensor:
         """Return the part of the network's output that is of the samples x."""
         joined = self.joined
-        if joined is not None and output.ndim == x.ndim and output.shape[joined.axis] == joined.total:
-            output = joined.sample_in(output)
+        if joined is not None and output.ndim == x.ndim:
+            output = joined.sample_of_output(output)
         return crop_to(output, x)
 
     def time_of(self, arguments: Mapping[str, Any]) -> Tensor:

@@ -102,6 +102,30 @@ class PipelineProbe:
                 keywords, recording = record_unguided(pipeline, component, keywords, samples, STEPS, scale)
             except UserError:
                 raise refused from refused.__cause__
+        try:
+            return cls._read(source, pipeline, component, keywords, samples, recording)
+        except UserError as mixed:
+            if keywords.one_prompt or not samples.images:
+                raise
+            # In some pipelines a list of images is that of one sample: its frames, or all of its references.
+            keywords = replace(keywords, one_prompt=True)
+            try:
+                recording = record_prompts(pipeline, component, keywords, samples.some((0, 1)), STEPS)
+                return cls._read(source, pipeline, component, keywords, samples, recording)
+            except UserError:
+                raise mixed from mixed.__cause__
+
+    @classmethod
+    def _read(
+        cls,
+        source: str,
+        pipeline: Any,  # noqa: ANN401 a diffusers class
+        component: str,
+        keywords: CallKeywords,
+        samples: Prompts,
+        recording: Recording,
+    ) -> PipelineProbe:
+        """Read the schedule and the network call of a recorded run."""
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         read = read_call(recording, spec, source, side_networks(pipeline, component))

@@ -126,6 +126,7 @@ class SideNetwork:
         names: of the arguments for sample and time.
         results: see ``SideCall``.
         joined: the sample is passed with what is joined to it for the main network.
+        frames: the frames of a video are passed as samples of their own.
     """
 
     name: str
@@ -133,6 +134,7 @@ class SideNetwork:
     names: tuple[str, str]
     results: Mapping[str, int | None]
     joined: bool
+    frames: bool = False
 
     @classmethod
     def of(cls, name: str, network: nn.Module, call: SideCall, given: Tensor, x: Tensor) -> SideNetwork:
@@ -147,13 +149,14 @@ class SideNetwork:
         """
         is_given = call.sample.shape == given.shape and torch.equal(call.sample, given)
         is_sample = call.sample.shape == x.shape and torch.equal(call.sample, x)
-        if not call.results or not (is_given or is_sample):
+        frames = x.ndim == call.sample.ndim + 1 and torch.equal(call.sample, _frames_of(x))
+        if not call.results or not (is_given or is_sample or frames):
             what = "of the main network's sample" if call.results else "whose output the main network gets"
             raise UserError(
                 f"expected a {type(network).__name__} ({name}) {what}, got another from the pipeline; write an adapter "
                 "for it (docs/add-a-teacher.md)"
             )
-        return cls(name, network.eval().requires_grad_(False), call.names, call.results, is_given)
+        return cls(name, network.eval().requires_grad_(False), call.names, call.results, is_given, frames)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SideNetwork:
         """Return the network itself: copies of a student share it."""
@@ -163,5 +166,13 @@ class SideNetwork:
         """Return the main network's arguments with the outputs of this network in place of its own arguments."""
         sample, when = self.names
         own = arguments.pop(self.name)
-        output = self.network(**own, **{sample: given if self.joined else x, when: time}, return_dict=False)
+        x = given if self.joined else x
+        if self.frames:
+            x, time = _frames_of(x), time.repeat_interleave(x.shape[2])
+        output = self.network(**own, **{sample: x, when: time}, return_dict=False)
         return arguments | {name: output if i is None else output[i] for name, i in self.results.items()}
+
+
+def _frames_of(x: Tensor) -> Tensor:
+    """Return the frames of videos ``[batch, channels, frames, height, width]`` one after the other."""
+    return x.transpose(1, 2).flatten(0, 1)

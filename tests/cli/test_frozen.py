@@ -45,6 +45,7 @@ FIELDS = [
     "prompts.file",
     "prompts.dataset",
     "prompts.column",
+    "prompts.image_size",
     "guidance.scale",
     "guidance.range",
     "guidance.interval",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -17,6 +19,7 @@ from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import Jump
 from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.student.lora import default_targets
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -25,6 +28,7 @@ from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.conformance.test_prompted_export import moved
+from tests.scaled import one_by_one, relative, scaled_student
 from tests.tiny import layouts
 from tests.tiny.image_conditions import PIPELINES, images_for, picture
 
@@ -37,6 +41,7 @@ UNGUIDED = {"instruct-pix2pix", "flux-controlnet", "flux-fill", "flux-control"}
 EMBEDDED = {"flux-kontext"}
 # Where the image enters: joined to the sample, with the time 0, or through a network of its own.
 FIRST_FRAMES = {"wan-first-frame", "ltx-image"}
+WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet")
 CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
 
 
@@ -210,14 +215,62 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
 @pytest.fixture(scope="module")
 def exports(folders, teachers, tmp_path_factory):
     made = {}
-    for name, teacher in teachers.items():
-        student = moved(Student.from_teacher(teacher))
-        folder = export_pipeline(student, teacher, tmp_path_factory.mktemp(name) / "student", (2,))
+    students = {name: (teacher, moved(Student.from_teacher(teacher))) for name, teacher in teachers.items()}
+    # One joined as tokens, one with a first frame, one with a ControlNet.
+    students |= {f"{name}, adapters": (teachers[name], scaled_student(teachers[name], 2)) for name in WITH_ADAPTERS}
+    for name, (teacher, student) in students.items():
+        folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("student") / "student", (2,))
         made[name] = Exported(student, exporter_of(teacher), folder, (2,))
     return dict(zip(made, verify_all(list(made.values())), strict=True))
 
 
 @NAMES
+@torch.no_grad()
+def test_adapters_that_change_with_the_length_of_the_jump(teachers, name):
+    teacher = teachers[name]
+    student = scaled_student(teacher, 2)
+    x, t, r = inputs(teacher)
+    cond = teacher.conditions.prompts
+    v = teacher.velocity(x, t, cond)
+    assert (student.mean_velocity(x, t, t, cond) - v).abs().max() <= 1e-6 * v.abs().max()
+    u = student.mean_velocity(x, t, r, cond)
+    assert relative(u, one_by_one(student, x, t, r, cond)) < 1e-5
+    assert relative(u, v) > 1e-2
+
+
+def rows_of(teachers):
+    head = ("tried", "pipeline", "images", "where they enter", "guidance", "layers with LoRA")
+    lines = [head, ("---",) * len(head)]
+    for name, teacher in teachers.items():
+        call = teacher.parametrization.call
+        joined = "" if call.joined is None else f"joined, axis {call.joined.axis}"
+        where = (", ".join(side.name for side in call.sides) or joined) + (", time 0" if call.timed is not None else "")
+        guided = "an input" if teacher.pipeline.network_guidance is not None else "no"
+        lines.append(
+            (
+                name,
+                f"`{teacher.pipeline.class_name}`",
+                ", ".join(f"`{keyword}`" for keyword in teacher.conditions.images),
+                where,
+                "yes" if teacher.conditions.empty is not None and name not in EMBEDDED else guided,
+                str(len(default_targets(teacher.network))),
+            )
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def test_the_list_in_the_docs_is_what_was_tried(teachers):
+    page = Path(__file__).parents[2] / "docs" / "image-conditions.md"
+    written = page.read_text(encoding="utf-8")
+    before, _, rest = written.partition("<!-- rows -->\n")
+    _, mark, after = rest.partition("<!-- end of rows -->")
+    expected = f"{before}<!-- rows -->\n{rows_of(teachers)}{mark}{after}"
+    if os.environ.get("WRITE_DOCS"):
+        page.write_text(expected, encoding="utf-8")
+    assert written == expected, "WRITE_DOCS=1 writes the list anew"
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, *(f"{name}, adapters" for name in WITH_ADAPTERS)])
 def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
     found = exports[name]
     assert sorted(found) == ["any-2", "folded-2"]

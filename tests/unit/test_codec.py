@@ -14,7 +14,6 @@ from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.teachers.codec import LatentCodec, PipelineCodec, Pixels
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
-from fmm_distill.teachers.prompted.probe import PipelineProbe
 from fmm_distill.teachers.stepped_samples import from_stepped, to_stepped
 from tests.tiny import flow
 from tests.tiny.diffusion import sd1
@@ -104,10 +103,10 @@ def test_the_codec_of_a_teacher_does_not_need_the_empty_prompt(tmp_path):
 
 
 def test_guidance_that_does_not_run_is_refused_where_it_is_used(tmp_path, monkeypatch):
-    def fails(self):
+    def fails(probe, *, empty=False):
         raise UserError("does not run") from ValueError("no token")
 
-    monkeypatch.setattr(PipelineProbe, "_record_guided", fails)
+    monkeypatch.setattr("fmm_distill.teachers.prompted.embeddings._record", fails)
     sd1().save_pretrained(tmp_path, safe_serialization=True)
     assert load_teacher(str(tmp_path)).conditions.empty is None
     with pytest.raises(UserError, match=r"does not run with guidance by the empty prompt \(ValueError: no token\)"):

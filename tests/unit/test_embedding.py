@@ -9,6 +9,7 @@ from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.cache import CHUNK, embed_all
+from fmm_distill.teachers.prompts import Prompts
 from tests.conformance.test_prompted import FAMILIES
 
 MANY = tuple(
@@ -51,16 +52,16 @@ class Counted:
         self.calls = []
 
     def __call__(self, prompts):
-        self.calls.append(tuple(prompts))
-        width = max(map(len, prompts))
+        self.calls.append(prompts.texts)
+        width = max(map(len, prompts.texts))
         rows = torch.zeros(len(prompts), width)
-        for row, prompt in zip(rows, prompts, strict=True):
+        for row, prompt in zip(rows, prompts.texts, strict=True):
             row[: len(prompt)] = torch.tensor([float(ord(letter)) for letter in prompt])
         return Conditioning({"text": rows}, {"width": width})
 
 
 def test_a_second_start_embeds_two_prompts_only(tmp_path):
-    prompts = (*("abc"[: 1 + i % 2] for i in range(CHUNK)), "abcdef")
+    prompts = Prompts((*("abc"[: 1 + i % 2] for i in range(CHUNK)), "abcdef"))
     first, second = Counted(), Counted()
     rows = embed_all(first, prompts, tmp_path / "x.safetensors")
     assert rows.inputs["text"].shape == (CHUNK + 1, 6)
@@ -77,5 +78,5 @@ def test_parts_that_do_not_fit_together(tmp_path):
         return Conditioning({"text": torch.zeros(len(prompts), len(prompts))})
 
     with pytest.raises(UserError, match="prompts: expected embeddings of one shape, got several"):
-        embed_all(odd, (*("ab" * CHUNK), "c"), tmp_path / "x.safetensors")
+        embed_all(odd, Prompts((*("ab" * CHUNK), "c")), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())

@@ -147,7 +147,7 @@ def test_numbers_are_found_in_the_layout_of_the_scheduler():
 
 class Side(nn.Module):
     def forward(self, x, timestep, hint, scale=1.0, return_dict=True):
-        return [x * hint, x + timestep[:, None]], x - hint
+        return [x * hint, x + timestep.reshape(-1, *[1] * (x.ndim - 1))], x - hint
 
 
 def seen(given, results=None):
@@ -171,6 +171,18 @@ def test_the_outputs_of_another_network_are_made_anew():
     assert torch.equal(made["mid"], other - 5)
     assert torch.equal(made["down"][1], other + time[:, None])
     assert copy.deepcopy(side) is side
+
+
+def test_another_network_gets_the_frames_of_videos():
+    videos = torch.randn(2, 3, 4, 5, 6, generator=torch.manual_seed(0))
+    frames = torch.cat([video.transpose(0, 1) for video in videos])
+    call = SideCall({"hint": 2.0}, ("x", "timestep"), frames, torch.tensor(3.0), None, {"mid": 1})
+    side = SideNetwork.of("side", Side(), call, videos, videos)
+    assert side.frames
+    made = side({"side": {"hint": 5.0}}, videos, videos, torch.tensor([1.0, 2.0]))
+    assert torch.equal(made["mid"], frames - 5)
+    with pytest.raises(UserError, match="expected a Side"):
+        SideNetwork.of("side", Side(), replace(call, sample=frames.flip(0)), videos, videos)
 
 
 def test_another_network_gets_the_sample_with_or_without_what_is_joined():

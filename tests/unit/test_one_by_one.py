@@ -12,7 +12,9 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.call_keywords import CallKeywords
 from fmm_distill.teachers.prompted.neutral import neutral_keywords
 from fmm_distill.teachers.prompted.one_by_one import join_recordings
+from fmm_distill.teachers.prompted.rows import Ragged, RaggedRows
 from fmm_distill.teachers.prompted.runs import record_guided, record_prompts
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
 from tests.tiny import diffusion
 
@@ -31,8 +33,9 @@ def test_joined_runs_are_those_of_a_batch(guided):
     batch, single = (CallKeywords.of(pipeline, call, 1.0) for _ in range(2))
     object.__setattr__(single, "one_prompt", True)
     given = (pipeline, "unet")
+    prompts = Prompts(PROMPTS)
     found = [
-        record_guided(*given, keywords, PROMPTS, 2, 3.0) if guided else record_prompts(*given, keywords, PROMPTS, 2)
+        record_guided(*given, keywords, prompts, 2, 3.0) if guided else record_prompts(*given, keywords, prompts, 2)
         for keywords in (batch, single)
     ]
     for one, other in zip(*(recording.calls for recording in found), strict=True):
@@ -53,10 +56,25 @@ def test_one_value_for_all_is_kept_and_a_value_of_each_is_refused():
     assert torch.equal(arguments["rows"], torch.cat(rows))
     assert arguments["scale"] == 2.0
     assert [len(row) for row in arguments["names"]] == [1, 1]
-    with pytest.raises(UserError, match="got others in ids"):
-        join_recordings([run_of(ids=ids), run_of(ids=ids + 1)])
+    # Several rows of each, such as the embeddings of two images.
+    several = join_recordings([run_of(ids=ids), run_of(ids=ids + 1)]).calls[0].arguments["ids"]
+    assert torch.equal(several, torch.cat((ids, ids + 1)))
+    for own, other in ((torch.tensor(1.0), torch.tensor(2.0)), (ids, ids[:2])):
+        with pytest.raises(UserError, match="got others in ids"):
+            join_recordings([run_of(ids=own), run_of(ids=other)])
+
+
+def test_rows_of_several_lengths_are_called_one_by_one():
+    rows = [torch.full((1, length, 3), float(length)) for length in (4, 2)]
+    joined = join_recordings([run_of(rows=one) for one in rows]).calls[0].arguments["rows"]
+    assert isinstance(joined, Ragged)
+    layout = RaggedRows()
+    stored = layout.split("rows", joined, 2)
+    assert stored["rows"].shape == (2, 4, 3)
+    for i, own in enumerate(rows):
+        assert torch.equal(layout.join("rows", {name: value[i : i + 1] for name, value in stored.items()}), own)
     with pytest.raises(UserError, match="got several in rows; try prompts of one length"):
-        join_recordings([run_of(rows=torch.ones(1, 4)), run_of(rows=torch.ones(1, 5))])
+        join_recordings([run_of(rows=torch.ones(1, 4, 2)), run_of(rows=torch.ones(1, 5, 3))])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from numbers import Integral
 from pathlib import Path
 
 import diffusers
-from diffusers.pipelines import auto_pipeline
 from diffusers.utils import logging
 
 from fmm_distill.export.remote.scheduler import FlowMapScheduler
@@ -169,6 +168,9 @@ class _FlowMap:
 
 def _of_task(pipeline, table: str):
     """Return the pipeline of another task of the same family, as diffusers' auto pipelines know it."""
+    # Not at the top: it imports every pipeline class.
+    from diffusers.pipelines import auto_pipeline
+
     own = type(pipeline).__mro__[2].__name__
     families = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     family = next((name for name, kind in families.items() if kind.__name__ == own), None)

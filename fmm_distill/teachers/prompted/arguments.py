@@ -15,7 +15,16 @@ from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.parametrization import keywords
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.conditions import WITHOUT
-from fmm_distill.teachers.prompted.rows import LENGTHS, EqualEntries, Rows, is_close, rows_of_list, rows_of_tensor
+from fmm_distill.teachers.prompted.rows import (
+    LENGTHS,
+    EqualEntries,
+    Ragged,
+    RaggedRows,
+    Rows,
+    is_close,
+    rows_of_list,
+    rows_of_tensor,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +72,11 @@ class ArgumentLayout:
     rows: Mapping[str, AnyRows] = field(default_factory=dict)
     containers: Mapping[str, type] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+
+    @property
+    def takes_one(self) -> bool:
+        """True if a call has one sample: the rows of several have several lengths."""
+        return any(isinstance(rows, RaggedRows) for rows in self.rows.values())
 
     def split(self, arguments: Mapping[str, Any], count: int) -> Conditioning:
         """Split the arguments of a call with ``count`` samples into rows and shared values.
@@ -156,6 +170,8 @@ def _parts(path: str, two: Any, swapped: Any, three: Any) -> Iterator[tuple[str,
     if isinstance(two, torch.Tensor):
         same = isinstance(swapped, torch.Tensor) and isinstance(three, torch.Tensor)
         yield path, rows_of_tensor(path, two, swapped, three) if same else None
+    elif isinstance(two, Ragged):
+        yield path, RaggedRows()
     elif isinstance(two, list) and isinstance(three, list) and (len(two), len(three)) == (2, 3):
         yield path, rows_of_list(two, three)
     elif isinstance(two, dict | list | tuple) and type(two) is type(swapped) is type(three) and len(two) == len(three):

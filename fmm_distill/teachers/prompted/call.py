@@ -68,6 +68,10 @@ class RecordedCall:
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
     ) -> Tensor:
         """Return the prediction at x, shape ``[batch, *event]``, without a learned variance."""
+        if len(x) > 1 and cond is not None and self.layout.takes_one:
+            each = (slice(i, i + 1) for i in range(len(x)))
+            rows = [self(network, x[i], time[i], cond.part(i.start, i.stop), None if h is None else h[i]) for i in each]
+            return torch.cat(rows)
         arguments = self.layout.join(cond, h, len(x))
         given, time = x if self.joined is None else self.joined.join(x, arguments), self._network_time(time)
         for side in self.sides:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fmm_distill.errors import UserError
+from fmm_distill.teachers.prompted.rows import Ragged
 from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
 
 if TYPE_CHECKING:
@@ -73,13 +74,15 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
     return first
 
 
-def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor:
+def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor | Ragged:
     first, shapes = values[0], {value.shape[1:] for value in values}
     if rows == 1 and first.ndim > 0 and len({value.shape for value in values}) == 1 and not _all_equal(values):
         # One row per sample, or several, such as the embeddings of two images.
         return torch.cat(values)
     if all(value.ndim > 0 and len(value) == rows for value in values):
         if len(shapes) > 1:
+            if rows == 1 and len({shape[1:] for shape in shapes}) == 1:
+                return Ragged(value[0] for value in values)
             raise UserError(
                 f"expected inputs of one length from a pipeline that takes one prompt at a time, got several in {name};"
                 " try prompts of one length"

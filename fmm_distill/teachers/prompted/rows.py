@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LENGTHS", "AnyRows", "EqualEntries", "Rows", "is_close", "rows_of_list", "rows_of_tensor"]
+__all__ = [
+    "LENGTHS",
+    "AnyRows",
+    "EqualEntries",
+    "Ragged",
+    "RaggedRows",
+    "Rows",
+    "is_close",
+    "rows_of_list",
+    "rows_of_tensor",
+]
 
 # Before the path of a list of tensors of several lengths, which is stored padded: the name of their lengths.
 LENGTHS = "lengths of."
@@ -74,6 +84,23 @@ class TensorEntries:
         return [row[: int(length)] for row, length in pairs]
 
 
+class Ragged(list[torch.Tensor]):
+    """An argument of single calls whose rows have several lengths, each without the axis of the batch."""
+
+
+@dataclass(frozen=True)
+class RaggedRows(TensorEntries):
+    """Rows of several lengths in the place of a tensor; they are stored padded, with their lengths.
+
+    A network without a mask takes one of them at a time.
+    """
+
+    def join(self, path: str, inputs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
+        """Return the argument for one sample."""
+        (row,) = super().join(path, inputs)
+        return row[None]
+
+
 @dataclass(frozen=True)
 class NumberEntries:
     """A list with one number per sample, such as the length of its prompt."""
@@ -93,7 +120,7 @@ class EqualEntries:
     """A list with one entry per sample, all equal, such as the sizes of images."""
 
 
-AnyRows = Rows | TensorEntries | NumberEntries | EqualEntries
+AnyRows = Rows | RaggedRows | TensorEntries | NumberEntries | EqualEntries
 
 
 def is_close(one: Tensor, other: Tensor) -> bool:

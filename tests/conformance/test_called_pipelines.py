@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     FluxKontextPipeline,
     LDMTextToImagePipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     ZImagePipeline,
@@ -33,6 +34,7 @@ from fmm_distill.teachers.recording import record
 from tests.conformance.test_prompted_export import moved
 from tests.logs import logged
 from tests.tiny import audio, diffusion, flow
+from tests.tiny.image_conditions import PIPELINES, images_for
 
 PROMPTS = ("a cat", "two dogs in the snow")
 
@@ -71,6 +73,15 @@ class OnePrompt(StableDiffusionPipeline):
         if not isinstance(prompt, str):
             raise ValueError("one prompt at a time")
         super().check_inputs(prompt, *args, **given)
+
+
+class TwoFrames(StableDiffusionInpaintPipeline):
+    """It takes two images for the two frames of one video, as AnimateDiff's ControlNet does, and no third one."""
+
+    def check_inputs(self, prompt, image, *args, **given):
+        if isinstance(image, list) and len(image) > 2:
+            raise ValueError("expected two frames")
+        super().check_inputs(prompt, image, *args, **given)
 
 
 @pytest.fixture
@@ -160,6 +171,14 @@ def test_one_prompt_at_a_time_is_a_teacher_of_many(tmp_path, subclass):
     )
     assert isinstance(exporter_of(single).verification_call(1)["prompt"], str)
     assert single.codec.decode(torch.zeros(2, *single.event_shape)).shape[:2] == (2, 3)
+
+
+def test_two_images_that_are_frames_of_one_sample_are_no_batch(tmp_path, subclass):
+    tiny = PIPELINES["sd-inpaint"]
+    kind = subclass(TwoFrames)
+    kind(**tiny.build().components, requires_safety_checker=False).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), prompts=Prompts(PROMPTS, images_for(tiny, 2)), call={})
+    assert teacher.pipeline.one_prompt
 
 
 def test_perturbed_attention_is_off_in_the_teacher_and_in_the_export(tmp_path):

@@ -14,7 +14,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.arguments import ArgumentLayout
 from fmm_distill.teachers.prompted.call import crop_to, read_call
 from fmm_distill.teachers.prompted.joined import find_joined
-from fmm_distill.teachers.prompted.rows import Rows
+from fmm_distill.teachers.prompted.rows import Ragged, RaggedRows, Rows
 from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep, count_tensors
 from fmm_distill.teachers.scheduler import ScheduleSpec
 
@@ -123,3 +123,42 @@ def test_a_network_of_two_samples_is_refused():
 )
 def test_the_tensors_that_a_network_returns_are_counted(output, count):
     assert count_tensors(output) == count
+
+
+def test_rows_of_several_lengths_are_called_in_their_order():
+    layout = ArgumentLayout(("x", "timestep"), {"text": RaggedRows()})
+    seen = recording(1, lambda _: torch.empty(2, 0, 4, 5))
+    call = replace(read_call(seen, SPEC, "here"), layout=layout)
+    texts = Ragged((torch.full((3, 2), 1.0), torch.full((5, 2), 10.0)))
+    cond = call.conditions_of(seen.calls[0].arguments | {"text": texts}, 2)
+    lengths = []
+
+    def network(x, timestep, text, return_dict, h):
+        lengths.append(tuple(text.shape))
+        return (x + text.sum() + timestep.reshape(-1, 1, 1, 1) + h.reshape(-1, 1, 1, 1),)
+
+    x, h = torch.randn(2, 3, 4, 5, generator=torch.manual_seed(3)), torch.tensor([0.25, 0.5])
+    made = call(network, x, torch.tensor([500.0, 250.0]), cond, h)
+    assert torch.allclose(made, x + torch.tensor([506.25, 350.5]).reshape(-1, 1, 1, 1))
+    assert lengths == [(1, 3, 2), (1, 5, 2)]
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 3, 2)])
+def test_tokens_of_a_given_frame_have_the_time_0(shape):
+    given = torch.ones(shape)
+    given.flatten()[:2] = 0
+    seen = recording(1, lambda _: torch.empty(2, 0, 4, 5))
+    for one in seen.calls:
+        time = one.arguments["timestep"]
+        one.arguments["timestep"] = time.reshape(-1, *[1] * len(shape)) * given / 1000
+    call = read_call(seen, SPEC, "here")
+    assert torch.equal(call.timed, given.bool())
+    assert float(call.time_of(seen.calls[1].arguments)) == pytest.approx(750.0)
+    found = {}
+
+    def network(**kwargs):
+        found.update(kwargs)
+        return (kwargs["x"],)
+
+    call(network, torch.zeros(2, 3, 4, 5), torch.tensor([500.0, 250.0]), None, None)
+    assert torch.allclose(found["timestep"], torch.tensor([0.5, 0.25]).reshape(-1, *[1] * len(shape)) * given)

@@ -67,7 +67,7 @@ def record_unguided(
     It shows the value at which guidance is off, and whether the pipeline takes one prompt at a time.
 
     Args:
-        prompts: three, of which the first two are recorded.
+        prompts: two or more, of which the first two are recorded.
         scale: the guidance scale of a network that is conditioned on it.
 
     Raises:
@@ -76,9 +76,6 @@ def record_unguided(
     few = prompts.some((0, 1))
     try:
         recording = record_prompts(pipeline, component, keywords, few, steps)
-        if prompts.images:
-            # Two images may be taken for the two frames of one video; three are not.
-            record_prompts(pipeline, component, keywords, prompts, steps, first_only=True)
     except UserError:
         # Where this fails too, its reason is the true one: a list fails for being a list.
         keywords, few = replace(keywords, one_prompt=True), prompts.some((0,))

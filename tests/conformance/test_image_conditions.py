@@ -34,7 +34,7 @@ from tests.tiny.image_conditions import PIPELINES, images_for, picture
 
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
-SINGLE = {"wan-image", "wan-first-frame"}
+SINGLE = {"wan-image", "wan-first-frame", "flux2-edit"}
 # Their pipelines guide by three outputs, or call their ControlNet for one of two, or have no guidance by two.
 UNGUIDED = {"instruct-pix2pix", "flux-controlnet", "flux-fill", "flux-control"}
 # Their networks are conditioned on the guidance scale.

@@ -44,9 +44,11 @@ class Conditioned(Tiny):
 
     Attributes:
         images: keywords of the call, and the sides of their images, height and width.
+        references: images per sample and keyword, in a list; 0: one, in no list.
     """
 
     images: dict[str, tuple[int, int]]
+    references: int = 0
 
 
 def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Image:
@@ -61,10 +63,14 @@ def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Im
 
 def images_for(tiny: Conditioned, count: int, first: int = 0) -> dict[str, tuple[Image.Image, ...]]:
     """Images for the keywords of a call with this many samples, all of them different."""
-    return {
-        name: tuple(picture(17 * i + first, size, mask="mask" in name) for i in range(count))
-        for name, size in tiny.images.items()
-    }
+    made = {}
+    for name, size in tiny.images.items():
+        each = [
+            [picture(17 * i + 5 * k + first, size, mask="mask" in name) for k in range(tiny.references or 1)]
+            for i in range(count)
+        ]
+        made[name] = tuple(one if tiny.references else one[0] for one in each)
+    return made
 
 
 def changed(network: nn.Module, **config: object) -> nn.Module:
@@ -180,6 +186,10 @@ PIPELINES: dict[str, Conditioned] = {
     "flux-controlnet": Conditioned(seeded(flux_controlnet), _FLUX, {"control_image": SIDE}),
     "flux-kontext": Conditioned(
         seeded(flux_kontext), _FLUX | {"max_area": 256, "_auto_resize": False}, {"image": SIDE}
+    ),
+    # No smaller images are taken.
+    "flux2-edit": Conditioned(
+        seeded(flow.flux2_klein), dict(flow.PIPELINES["flux2-klein"].call), {"image": (64, 64)}, 2
     ),
     "flux-fill": Conditioned(seeded(flux_fill), _FLUX, {"image": SIDE, "mask_image": SIDE}),
     "flux-control": Conditioned(seeded(flux_control), _FLUX, {"control_image": SIDE}),

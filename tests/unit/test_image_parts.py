@@ -127,6 +127,13 @@ def test_a_joined_part_with_noise_is_refused():
             check_joined(part, *three, "here")
 
 
+def test_a_joined_part_that_grows_with_the_samples_is_refused():
+    part = JoinedPart(axis=1, start=0, size=1, total=3, per_sample=False)
+    two, three = torch.ones(2, 3, 4), torch.ones(3, 4, 4)
+    with pytest.raises(UserError, match="here: expected a part joined to the sample of one size"):
+        check_joined(part, two, two, three, "here")
+
+
 def test_numbers_are_found_in_the_layout_of_the_scheduler():
     stepped = torch.randn(2, 3, 4, 2, generator=torch.manual_seed(0))
     # Packed as tokens, and without the first frame.

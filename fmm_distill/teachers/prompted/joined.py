@@ -134,6 +134,11 @@ def check_joined(part: JoinedPart, two: Tensor, swapped: Tensor, three: Tensor, 
     """
     if part.inner is not None:
         check_joined(part.inner, part.narrowed(two), part.narrowed(swapped), part.narrowed(three), source)
+    if any(given.shape[part.axis] != part.total for given in (two, swapped, three)):
+        raise UserError(
+            f"{source}: expected a part joined to the sample of one size, got one that grows with the number of "
+            "samples, such as the images of all of them; write an adapter for it (docs/add-a-teacher.md)"
+        )
     own, other, more = (part.joined_in(given) for given in (two, swapped, three))
     if not (is_close(own, other.flip(0)) and is_close(own, more[:2])):
         raise UserError(

@@ -368,6 +368,8 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
     def fill(view: Path) -> None:
         index = read_mapping(folder / "model_index.json", todo=_TODO)
         plain: dict[str, Any] = {"_class_name": manifest.pipeline or "DDPMPipeline"}
+        # StableDiffusionInpaintPipeline does not open without the version of diffusers that wrote its folder.
+        plain["_diffusers_version"] = index.get("_diffusers_version", diffusers.__version__)
         for name, value in index.items():
             if name.startswith("_"):
                 continue

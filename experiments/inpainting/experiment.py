@@ -148,6 +148,8 @@ class Experiment:
                 evaluation = read(self._measured(name))
                 # Start and export included, of one core.
                 evaluation["cpu_seconds"] = self.processes.cpu_seconds(name)
+                # The run has measured its student at the first conditions that it was trained at.
+                evaluation["rows_of_training"] = read(self.work / name / "evaluation.json")["rows"]
                 found["students"][name] = evaluation
         return found
 

@@ -34,9 +34,11 @@ def _rows(results: dict[str, Any], calls: Sequence[int]) -> Iterator[str]:
     """Yield the teacher's solvers, which each evaluation has, and the students."""
     evaluations = results["students"]
     samplers = {}
-    for evaluation in list(evaluations.values())[:1]:
-        samplers |= {title: _by_calls(evaluation, name) for name, title in SOLVERS.items()}
-    samplers |= {f"**student, {name}**": _by_calls(found, "student") for name, found in evaluations.items()}
+    for found in list(evaluations.values())[:1]:
+        samplers |= {title: _by_calls(found["rows"], name) for name, title in SOLVERS.items()}
+    for name, found in evaluations.items():
+        samplers[f"**student, {name}**"] = _by_calls(found["rows"], "student")
+        samplers[f"student, {name}, at conditions of its training"] = _by_calls(found["rows_of_training"], "student")
     for title, rows in samplers.items():
         if rows:
             cells = [f"{rows[n]['endpoint_error']:.4f}" if n in rows else "" for n in calls]
@@ -44,5 +46,5 @@ def _rows(results: dict[str, Any], calls: Sequence[int]) -> Iterator[str]:
             yield f"| {title} | {' | '.join([*cells, seconds])} |"
 
 
-def _by_calls(evaluation: dict[str, Any], sampler: str) -> dict[int, dict[str, Any]]:
-    return {row["calls"]: row for row in evaluation["rows"] if row["sampler"] == sampler}
+def _by_calls(rows: Sequence[dict[str, Any]], sampler: str) -> dict[int, dict[str, Any]]:
+    return {row["calls"]: row for row in rows if row["sampler"] == sampler}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from experiments.inpainting.budget import Budget
 
-__all__ = ["load_pixels", "make_teacher"]
+__all__ = ["encode", "load_pixels", "make_teacher"]
 
 KL_WEIGHT = 1e-6
 
@@ -133,6 +133,17 @@ def train_autoencoder(budget: Budget, pixels: Tensor) -> tuple[AutoencoderKL, di
     return average, found | {"rms_error": error.sqrt().item(), "scaling_factor": average.config.scaling_factor}
 
 
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents of images in [-1, 1], and what the network is given of them: masks, latents of the masked images.
+
+    These are the channels that the stock pipeline joins to its sample, with the mode of the encoder's distribution.
+    """
+    both = autoencoder.encode(torch.cat([images, masked(images, masks)])).latent_dist.mode()
+    latents, visible = (both * autoencoder.config.scaling_factor).chunk(2)
+    return latents, torch.cat([on_latents(masks, FACTOR), visible], 1)
+
+
 def train_network(budget: Budget, pixels: Tensor, autoencoder: AutoencoderKL) -> tuple[nn.Module, dict[str, Any]]:
     """Train the network to predict the noise, given the mask and the image without its hole."""
     torch.manual_seed(1)
@@ -141,17 +152,12 @@ def train_network(budget: Budget, pixels: Tensor, autoencoder: AutoencoderKL) ->
     pipeline = pipeline_of(autoencoder, network)
     with torch.no_grad():
         text = pipeline.encode_prompt("", "cpu", budget.teacher_batch, do_classifier_free_guidance=False)[0]
-    scale = autoencoder.config.scaling_factor
 
     def loss() -> Tensor:
-        images, masks = batches.images(), batches.masks()
-        with torch.no_grad():
-            both = autoencoder.encode(torch.cat([images, masked(images, masks)])).latent_dist.mean * scale
-        latents, visible = both.chunk(2)
+        latents, given = encode(autoencoder, batches.images(), batches.masks())
         noise, timesteps = batches.noise(latents.shape), batches.timesteps()
         noised = scheduler.add_noise(latents, noise, timesteps)
-        inputs = torch.cat([noised, on_latents(masks, FACTOR), visible], 1)
-        return F.mse_loss(network.train()(inputs, timesteps, text).sample, noise)
+        return F.mse_loss(network.train()(torch.cat([noised, given], 1), timesteps, text).sample, noise)
 
     found = train(
         network,

@@ -38,7 +38,7 @@ class Budget:
     teacher_rate: float = 1e-3
     maximum_steps: int = 1_000_000
     ema: float = 0.999
-    conditions: int = 512
+    conditions: int = 1024
     test_conditions: int = 256
     steps: int = 1000
     batch: int = 32

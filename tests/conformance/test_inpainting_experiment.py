@@ -106,9 +106,8 @@ def test_the_autoencoders_latents_have_unit_variance(work, data):
 def test_the_settings_of_every_student_fit_the_teacher(work, data, tmp_path):
     experiment = Experiment(data, work, tmp_path / "inpainting.json", TOY, "toy")
     experiment._tables()
-    recipes = [
-        load_recipe("cifar10-fast", experiment.changes(name), teacher=str(work / "teacher")) for name in STUDENTS
-    ]
+    source = str(work / "teacher")
+    recipes = [load_recipe("cifar10-fast", experiment.changes(name), teacher=source) for name in STUDENTS]
     assert {recipe.student.kind for recipe in recipes} == set(STUDENTS)
     conditions = load_prompts(recipes[0].prompts)
     assert len(conditions) == TOY.conditions

@@ -40,7 +40,7 @@ class Budget:
     ema: float = 0.999
     conditions: int = 1024
     test_conditions: int = 256
-    steps: int = 1000
+    steps: int = 1600
     batch: int = 32
     learning_rate: float = 5e-4
     student_ema: float = 0.99

@@ -151,12 +151,17 @@ class SampleGenerator:
     def _warm_up(self, sampler: Sampler) -> Cost:
         """Run the sampler once on few samples: kernels are selected, memory is reserved, and the cost is counted."""
         calls: list[int] = []
-        hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
+
+        def counted(draws: SampleDraws) -> Tensor:
+            # Without the decoding: a pipeline decodes at the end of a call, whose network runs as well.
+            hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
+            try:
+                return sampler.run(draws)
+            finally:
+                hook.remove()
+
         draws = self.draws(range(WARM_UP))
-        try:
-            memory = peak_memory_of(lambda: self._sample(sampler, draws), self.device)
-        finally:
-            hook.remove()
+        memory = peak_memory_of(lambda: self._sample(replace(sampler, run=counted), draws), self.device)
         return Cost(len(calls), memory)
 
     def _sample(self, sampler: Sampler, draws: SampleDraws) -> tuple[Tensor, Tensor | None]:

@@ -35,6 +35,7 @@ from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 from fmm_distill.teachers.prompts import as_prompts
 from fmm_distill.teachers.velocity_field import as_teacher
 
@@ -271,7 +272,9 @@ def _student_of_pipeline(
         scales = manifest.guidance["range"]
         guidance = Guidance(manifest.guidance["scale"], range=None if scales is None else tuple(scales))
     try:
-        teacher = _open(_teacher_view(folder, manifest), source, prompts, manifest.call, guidance)
+        # The manifest has the keywords of the recipe, and those that the program sets itself and will set again.
+        call = {name: value for name, value in manifest.call.items() if refused_keyword((name,)) is None}
+        teacher = _open(_teacher_view(folder, manifest), source, prompts, call, guidance)
         component = "unet" if teacher.pipeline is None else teacher.pipeline.component
         return teacher, Student.from_teacher(teacher, scaled=_scaled_weights(folder / component))
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
@@ -368,6 +371,8 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
     def fill(view: Path) -> None:
         index = read_mapping(folder / "model_index.json", todo=_TODO)
         plain: dict[str, Any] = {"_class_name": manifest.pipeline or "DDPMPipeline"}
+        # StableDiffusionInpaintPipeline does not open without the version of diffusers that wrote its folder.
+        plain["_diffusers_version"] = index.get("_diffusers_version", diffusers.__version__)
         for name, value in index.items():
             if name.startswith("_"):
                 continue

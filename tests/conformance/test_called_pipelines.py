@@ -18,8 +18,11 @@ from diffusers import (
     ZImagePipeline,
 )
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
+from fmm_distill.export.load import load_student
+from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify
 from fmm_distill.student.student import Student
@@ -194,6 +197,8 @@ def test_perturbed_attention_is_off_in_the_teacher_and_in_the_export(tmp_path):
     assert len(verify(Exported(student, exporter_of(teacher), folder, (2,)))) == 2
     config = json.loads((folder / "unet" / "config.json").read_text())
     assert config["flow_map"]["call"]["pag_scale"] == 0
+    write_manifest(folder, make_manifest(student, teacher, parse({"teacher": source}, "here"), (2,)))
+    assert load_student(folder, prompts=PROMPTS).teacher.pipeline.call == teacher.pipeline.call
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,20 @@ import diffusers
 import pytest
 import torch
 
+from fmm_distill.config.recipe import parse
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.core.derivatives.engines import choose_engine, derivative_in_r
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
+from fmm_distill.export.load import load_student
+from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
 from fmm_distill.export.verify import Exported, verify_all
 from fmm_distill.losses import Jump
 from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.student.lora import default_targets
+from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -213,7 +217,8 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
 
 
 @pytest.fixture(scope="module")
-def exports(folders, teachers, tmp_path_factory):
+def students(teachers, tmp_path_factory):
+    """An exported student of each teacher."""
     made = {}
     students = {name: (teacher, moved(Student.from_teacher(teacher))) for name, teacher in teachers.items()}
     # One joined as tokens, one with a first frame, one with a ControlNet.
@@ -221,7 +226,12 @@ def exports(folders, teachers, tmp_path_factory):
     for name, (teacher, student) in students.items():
         folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("student") / "student", (2,))
         made[name] = Exported(student, exporter_of(teacher), folder, (2,))
-    return dict(zip(made, verify_all(list(made.values())), strict=True))
+    return made
+
+
+@pytest.fixture(scope="module")
+def exports(students):
+    return dict(zip(students, verify_all(list(students.values())), strict=True))
 
 
 @NAMES
@@ -275,6 +285,20 @@ def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
     found = exports[name]
     assert sorted(found) == ["any-2", "folded-2"]
     assert all(one.passed for one in found.values()), found
+
+
+@torch.no_grad()
+@NAMES
+def test_a_student_loads_from_its_folder_with_images(students, folders, name, monkeypatch, tmp_path):
+    export, teacher = students[name], students[name].teacher
+    recipe = parse({"teacher": "builtin:digits"}, "here")
+    write_manifest(export.folder, make_manifest(export.student, teacher, recipe, export.steps))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    loaded = load_student(export.folder, prompts=folders[name].prompts.some((0, 1)))
+    noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
+    own = sample(export.student, noise, 2, teacher.conditioned_on(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    made = loaded.generate(noise, 2, [0, 1])
+    assert (made - own).abs().max() <= 1e-5 * own.abs().max()
 
 
 @torch.no_grad()

@@ -264,6 +264,15 @@ def test_an_exported_student_is_evaluated_with_the_images_of_a_table(run, tmp_pa
     assert measured[0].rows[0].seconds_per_image > 0
 
 
+def test_calls_are_those_of_sampling_without_the_decoding(run):
+    folder, _ = run
+    request = EvaluationRequest(teacher_steps=2)
+    measured = measure_target(open_target(str(folder), request), request)
+    rows = [row for row in measured.rows if row.sampler != "teacher-heun"]
+    assert {row.sampler for row in rows} == {"student", "teacher-euler", "teacher"}
+    assert all(row.calls == row.steps for row in rows)
+
+
 def test_an_exported_student_is_loaded_with_images(run):
     folder, _ = run
     images = tuple(picture(i) for i in range(2))

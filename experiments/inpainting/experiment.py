@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from experiments.cifar10.experiment import machine, read
 from experiments.cifar10.processes import Processes
 from experiments.inpainting.conditions import write_conditions
+from experiments.inpainting.measure import use_of_images
 from experiments.inpainting.teacher import load_pixels
+from fmm_distill.config.settings import PromptSettings
+from fmm_distill.data.prompts import load_prompts
 from fmm_distill.io.files import write_text
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["STUDENTS", "Experiment"]
 
 STUDENTS = {"scaled": ["student.kind=scaled"], "embedded": ["student.kind=embedded"]}
-IMAGES = "prompts.images={image: image, mask_image: mask}"
+# Columns of the tables, by keyword of the pipeline's call.
+IMAGES = {"image": "image", "mask_image": "mask"}
 # Seeds of the tables.
 SEEDS = {"train": 0, "test": 1}
 
@@ -56,6 +60,7 @@ class Experiment:
         try:
             self._teacher()
             self._tables()
+            self._use_of_images()
             for name in names:
                 self._student(name)
                 self._evaluation(name)
@@ -84,6 +89,16 @@ class Experiment:
                 pixels = load_pixels(self.data, split, self.budget.size)
                 write_conditions(pixels, count, self.work / split, SEEDS[split])
 
+    def _conditions(self, split: str) -> PromptSettings:
+        return PromptSettings(dataset=str(self._table(split)), column=None, images=IMAGES)
+
+    def _use_of_images(self) -> None:
+        file = self.work / "use-of-images.json"
+        if not file.is_file():
+            conditions = load_prompts(self._conditions("test"))
+            found = use_of_images(self.work / "teacher", conditions, self.budget.solver_steps)
+            write_text(file, json.dumps(found, indent=2) + "\n")
+
     def changes(self, name: str) -> list[str]:
         """Return the settings of a student, in addition to the recipe ``cifar10-fast``."""
         budget = self.budget
@@ -92,7 +107,7 @@ class Experiment:
             f"prompts.dataset={self._table('train')}",
             # The empty prompt with each image.
             "prompts.column=null",
-            IMAGES,
+            f"prompts.images={json.dumps(IMAGES)}",
             # The schedule of Stable Diffusion has a signal at its last timestep.
             "timesteps=null",
             "matching=null",
@@ -143,6 +158,8 @@ class Experiment:
         found: dict[str, Any] = {"machine": machine(), "budget": asdict(self.budget), "students": {}}
         if (self.work / "teacher.json").is_file():
             found["teacher"] = read(self.work / "teacher.json")
+        if (self.work / "use-of-images.json").is_file():
+            found["teacher"]["use of images"] = read(self.work / "use-of-images.json")
         for name in STUDENTS:
             if self._measured(name).is_file():
                 evaluation = read(self._measured(name))

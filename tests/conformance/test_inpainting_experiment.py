@@ -15,6 +15,7 @@ from experiments.inpainting.budget import BUDGETS
 from experiments.inpainting.conditions import write_conditions
 from experiments.inpainting.experiment import STUDENTS, Experiment
 from experiments.inpainting.holes import LARGEST, SMALLEST, random_holes
+from experiments.inpainting.measure import use_of_images
 from experiments.inpainting.report import markdown
 from experiments.inpainting.teacher import encode, make_teacher
 from fmm_distill.config.recipe import load_recipe
@@ -117,6 +118,21 @@ def test_the_settings_of_every_student_fit_the_teacher(work, data, tmp_path):
     assert not set(conditions.digests()) & set(opened(work / "test" / "conditions.jsonl").digests())
 
 
+def test_a_teacher_that_ignores_the_image_is_seen(work, tmp_path):
+    conditions = opened(write_conditions(pixels(), 3, tmp_path / "conditions", 5))
+    found = use_of_images(work / "teacher", conditions, 2)
+    assert found["samples"] == 3
+    assert found["other_image"] > 1e-3
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(work / "teacher")
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight[:, 4:] = 0
+    pipeline.save_pretrained(tmp_path / "blind")
+    blind = use_of_images(tmp_path / "blind", conditions, 2)
+    assert blind["other_image"] < 1e-6
+    # Of pixels in [-1, 1].
+    assert 0.1 < blind["around"] < 2
+
+
 def test_a_run_of_another_budget_is_not_mixed(data, work, tmp_path):
     Experiment(data, tmp_path, tmp_path / "inpainting.json", TOY, "toy")
     with pytest.raises(SystemExit, match="another budget"):
@@ -127,10 +143,12 @@ def test_the_table_has_all_samplers_by_their_calls():
     def row(sampler, calls, error):
         return {"sampler": sampler, "calls": calls, "endpoint_error": error, "seconds_per_image": 0.01 * calls}
 
-    rows = [row("teacher-ddim", 1, 0.5), row("teacher-ddim", 2, 0.25), row("student", 1, 0.125), row("student", 2, 0.1)]
-    students = {"scaled": {"rows": rows, "rows_of_training": rows[2:], "cpu_seconds": 60.0}}
-    text = markdown({"budget": {"calls": [1, 2]}, "teacher": {"network": {"steps": 3}}, "students": students})
-    assert "| teacher, DDIM | 0.5000 | 0.2500 | 0.0200 |" in text
-    assert "| **student, scaled** | 0.1250 | 0.1000 | 0.0200 |" in text
-    assert text.count("| 0.1250 | 0.1000 | 0.0200 |") == 2
-    assert "Heun" not in text
+    rows = [row("student", 1, 0.125), row("student", 4, 0.1), row("teacher-ddim", 1, 0.5), row("teacher-ddim", 4, 0.25)]
+    rows += [row("teacher-heun", 1, 0.5), row("teacher-heun", 3, 0.2)]
+    students = {"scaled": {"rows": rows, "rows_of_training": rows[:2], "cpu_seconds": 60.0}}
+    text = markdown({"budget": {"calls": [1, 4]}, "teacher": {"network": {"steps": 3}}, "students": students})
+    assert "| teacher, DDIM | 0.5000 | 0.2500 | 0.0400 |" in text
+    assert "| teacher, Heun | 0.5000 | 0.2000 | 0.0300 |" in text
+    assert "| **student, scaled** | 0.1250 | 0.1000 | 0.0400 |" in text
+    assert text.count("| 0.1250 | 0.1000 | 0.0400 |") == 2
+    assert "UniPC" not in text

@@ -172,7 +172,9 @@ class Experiment:
 
     def write(self) -> None:
         """Write the results, and the pictures of samples next to them."""
-        write_text(self.output, json.dumps(self.results(), indent=1) + "\n")
+        # Without the folders of the machine, which a protocol names.
+        text = json.dumps(self.results(), indent=1).replace(f"{self.work}/", "")
+        write_text(self.output, text + "\n")
         for name in STUDENTS:
             picture = self.work / f"{name}-report" / "samples.png"
             if picture.is_file():

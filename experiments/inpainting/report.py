@@ -20,6 +20,7 @@ SOLVERS = {
 def markdown(results: dict[str, Any]) -> str:
     """Return the endpoint errors of all samplers at no more than so many network calls, and what was trained."""
     calls = results["budget"]["calls"]
+    # Decoding included.
     lines = [f"| sampler | {' | '.join(map(str, calls))} | seconds per image, {calls[-1]} calls |"]
     lines += ["|---|" + "---:|" * (len(calls) + 1), *_rows(results, calls), ""]
     for part, found in results.get("teacher", {}).items():
@@ -33,20 +34,22 @@ def markdown(results: dict[str, Any]) -> str:
 def _rows(results: dict[str, Any], calls: Sequence[int]) -> Iterator[str]:
     """Yield the teacher's solvers, which each evaluation has, and the students."""
     evaluations = results["students"]
-    samplers = {}
     for found in list(evaluations.values())[:1]:
-        samplers |= {title: _by_calls(found["rows"], name) for name, title in SOLVERS.items()}
+        for sampler, title in SOLVERS.items():
+            yield from _row(title, found["rows"], sampler, calls)
     for name, found in evaluations.items():
-        samplers[f"**student, {name}**"] = _by_calls(found["rows"], "student")
-        samplers[f"student, {name}, at conditions of its training"] = _by_calls(found["rows_of_training"], "student")
-    for title, rows in samplers.items():
-        if rows:
-            # A solver with two calls per step has the largest number that is no larger.
-            nearest = [rows[max(made for made in rows if made <= n)] for n in calls]
-            cells = [f"{row['endpoint_error']:.4f}" for row in nearest]
-            cells.append(f"{nearest[-1]['seconds_per_image']:.4f}")
-            yield f"| {title} | {' | '.join(cells)} |"
+        yield from _row(f"**student, {name}**", found["rows"], "student", calls)
+        trained = [row | {"seconds_per_image": None} for row in found["rows_of_training"]]
+        yield from _row(f"student, {name}, at conditions of its training", trained, "student", calls)
 
 
-def _by_calls(rows: Sequence[dict[str, Any]], sampler: str) -> dict[int, dict[str, Any]]:
-    return {row["calls"]: row for row in rows if row["sampler"] == sampler}
+def _row(title: str, rows: Sequence[dict[str, Any]], sampler: str, calls: Sequence[int]) -> Iterator[str]:
+    """Yield the line of a sampler, if it was measured."""
+    known = {row["calls"]: row for row in rows if row["sampler"] == sampler}
+    if known:
+        # A solver with two calls per step has the largest number that is no larger.
+        nearest = [known[max(made for made in known if made <= n)] for n in calls]
+        cells = [f"{row['endpoint_error']:.4f}" for row in nearest]
+        seconds = nearest[-1]["seconds_per_image"]
+        cells.append("" if seconds is None else f"{seconds:.4f}")
+        yield f"| {title} | {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""Sizes of the inpainting experiment: for about half an hour of one CPU core, and for tests."""
+"""Sizes of the inpainting experiment: for about 20 minutes of one CPU core, and for tests."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from fmm_distill.core.solvers import solve
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.manifest import MANIFEST, StudentManifest, read_manifest
+from fmm_distill.export.pipeline_files import further_folders
 from fmm_distill.export.place import recover
 from fmm_distill.export.weights import NETWORK, SCALED
 from fmm_distill.io.reading import read_mapping
@@ -386,7 +387,8 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
             elif isinstance(value, list) and str(value[0]).startswith("two_time_"):
                 plain[name] = ["diffusers", _one_time_network(folder / name, view / name, config)]
             elif (folder / name).is_dir():
-                (view / name).symlink_to((folder / name).resolve())
+                for each in (name, *further_folders(folder, name, index)):
+                    (view / each).symlink_to((folder / each).resolve())
         (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
     # The version is part of the key: another version may write the view in another way.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmm_distill.teachers.guiders import write_guiders_off
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from fmm_distill.teachers.pipeline import StockPipeline
 
-__all__ = ["copy_parts", "parts_bytes"]
+__all__ = ["copy_parts", "further_folders", "parts_bytes"]
 
 # Configurations, weights, chat templates and vocabularies.
 _OPENED = (".json", ".safetensors", ".jinja", ".model", ".spm", ".tiktoken", "vocab.txt", "merges.txt")
@@ -31,10 +34,7 @@ def copy_parts(
         source: an earlier copy on the same disk: its files are linked, not copied.
         linked: write links to the teacher's own files, wherever they are.
     """
-    for name in pipeline.parts:
-        # An index of a stranger must not write outside of the export.
-        if Path(name).name != name:
-            continue
+    for name in _folders(pipeline):
         if source is not None and (source / name).is_dir():
             # Hard links: each pipeline is complete on its own, and the files are on the disk once.
             shutil.copytree(source / name, target / name, copy_function=_linked)
@@ -48,11 +48,28 @@ def copy_parts(
 def parts_bytes(pipeline: StockPipeline) -> int:
     """Return the number of bytes that ``copy_parts`` copies."""
     total = 0
-    for name in pipeline.parts:
+    for name in _folders(pipeline):
         files = [file for file in (pipeline.folder / name).rglob("*") if file.is_file()]
         unused = _unused("", [file.name for file in files])
         total += sum(file.stat().st_size for file in files if file.name not in unused)
     return total
+
+
+def further_folders(folder: Path, name: str, index: Collection[str]) -> list[str]:
+    """Return the folders of a component after its first: several ControlNets are ``controlnet``, ``controlnet_1``, ...
+
+    Args:
+        index: the names of all components.
+    """
+    more = (f"{name}_{number}" for number in count(1))
+    return list(takewhile(lambda each: (folder / each).is_dir() and each not in index, more))
+
+
+def _folders(pipeline: StockPipeline) -> list[str]:
+    """Return the names of the components' folders."""
+    # An index of a stranger must not write outside of the export.
+    parts = [name for name in pipeline.parts if Path(name).name == name]
+    return [each for name in parts for each in (name, *further_folders(pipeline.folder, name, pipeline.index))]
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:

@@ -103,6 +103,14 @@ def sd_controlnet() -> DiffusionPipeline:
     return StableDiffusionControlNetPipeline(**parts, controlnet=redraw(controlnet), requires_safety_checker=False)
 
 
+def two_controlnets() -> DiffusionPipeline:
+    parts = diffusion.sd1().components
+    both = [
+        redraw(ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))) for _ in range(2)
+    ]
+    return StableDiffusionControlNetPipeline(**parts, controlnet=both, requires_safety_checker=False)
+
+
 def sdxl_controlnet() -> DiffusionPipeline:
     parts = diffusion.sdxl().components
     controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))
@@ -181,6 +189,7 @@ PIPELINES: dict[str, Conditioned] = {
     "sdxl-inpaint": Conditioned(seeded(sdxl_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
     "instruct-pix2pix": Conditioned(seeded(instruct_pix2pix), {}, {"image": (8, 8)}),
     "sd-controlnet": Conditioned(seeded(sd_controlnet), {}, {"image": (8, 8)}),
+    "two-controlnets": Conditioned(seeded(two_controlnets), {}, {"image": (8, 8)}, 2),
     "sdxl-controlnet": Conditioned(seeded(sdxl_controlnet), {}, {"image": (8, 8)}),
     "sd3-controlnet": Conditioned(seeded(sd3_controlnet), dict(flow.PIPELINES["sd3"].call), {"control_image": SIDE}),
     "flux-controlnet": Conditioned(seeded(flux_controlnet), _FLUX, {"control_image": SIDE}),

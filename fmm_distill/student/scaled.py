@@ -19,6 +19,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import TwoTimeNetwork
 from fmm_distill.student.scaled_layers import can_be_scaled, scaled_layers
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.prompted.call import RecordedCall
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,7 +94,10 @@ def ranks_of_layers(teacher: Teacher, scaled: ScaledWeights) -> dict[str, int]:
     alone, pair = (_inputs_of_layers(teacher, layers, samples) for samples in (1, 2))
     # In the network's own order, which does not depend on the order of the calls.
     called = [name for name in layers if name in alone]
-    ordered = [name for name in called if _is_grouped(alone[name], pair.get(name, []))]
+    call = teacher.parametrization.call
+    # Of a network that is called for one sample at a time, every row is that sample's.
+    single = isinstance(call, RecordedCall) and call.layout.takes_one
+    ordered = [name for name in called if single or _is_grouped(alone[name], pair.get(name, []))]
     if not ordered:
         names = ", ".join(scaled.targets) or "any name"
         kind = "calls with rows that are grouped by sample" if called else "calls"

@@ -36,6 +36,7 @@ from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import record
 from tests.conformance.test_prompted_export import moved
 from tests.logs import logged
+from tests.scaled import one_by_one, points, relative, scaled_student
 from tests.tiny import audio, diffusion, flow
 from tests.tiny.image_conditions import PIPELINES, images_for
 
@@ -85,6 +86,14 @@ class TwoFrames(StableDiffusionInpaintPipeline):
         if isinstance(image, list) and len(image) > 2:
             raise ValueError("expected two frames")
         super().check_inputs(prompt, image, *args, **given)
+
+
+class Unpadded(OnePrompt):
+    """Embeddings as long as their prompt, without a mask, as in Qwen-Image-Edit-Plus."""
+
+    def encode_prompt(self, prompt, *args, **given):
+        embeds, negative = super().encode_prompt(prompt, *args, **given)
+        return embeds[:, : len(prompt.split()) + 2], negative if negative is None else negative[:, :4]
 
 
 @pytest.fixture
@@ -174,6 +183,28 @@ def test_one_prompt_at_a_time_is_a_teacher_of_many(tmp_path, subclass):
     )
     assert isinstance(exporter_of(single).verification_call(1)["prompt"], str)
     assert single.codec.decode(torch.zeros(2, *single.event_shape)).shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_embeddings_of_several_lengths_are_those_of_one_call_each(tmp_path, subclass, scaled):
+    tiny = diffusion.PIPELINES["sd1"]
+    teacher = load_teacher(
+        saved(subclass(Unpadded), "sd1", tmp_path / "teacher"), prompts=PROMPTS, call=dict(tiny.call)
+    )
+    assert teacher.parametrization.call.layout.takes_one
+    seen = []
+    hook = teacher.network.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[:2]), with_kwargs=True
+    )
+    x, t, r, cond = points(teacher)
+    v = teacher.velocity(x, t, cond)
+    hook.remove()
+    assert seen == [(1, 4), (1, 7)]
+    student = scaled_student(teacher, 2) if scaled else moved(Student.from_teacher(teacher))
+    assert relative(student.mean_velocity(x, t, t, cond), v) < 1e-6
+    u = student.mean_velocity(x, t, r, cond)
+    assert relative(u, one_by_one(student, x, t, r, cond)) < 1e-6
+    assert relative(u, v) > 1e-3
 
 
 def test_two_images_that_are_frames_of_one_sample_are_no_batch(tmp_path, subclass):

@@ -69,7 +69,7 @@ def on_two_processes(folder, teacher_folder, steps, numbers, how):
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory, teacher_folder):
-    """Between the gradient of two halves of a batch and that of the whole, for each case."""
+    """Between the gradient of two halves of a batch and that of the batch, for each case."""
     folder = tmp_path_factory.mktemp("gradients") / "all"
     return on_two_processes(folder, teacher_folder, 1, range(len(CASES)), "gradients")["differences"]
 
@@ -84,7 +84,7 @@ def two(request, tmp_path_factory, teacher_folder):
     """Runs on two processes: with all weights in each, and with weights split over the two."""
     steps, folder = request.param, tmp_path_factory.mktemp("two")
     every = range(len(CASES))
-    on_two_processes(folder / "whole", teacher_folder, steps, every if steps == LONG else SOON, "train")
+    on_two_processes(folder / "batch", teacher_folder, steps, every if steps == LONG else SOON, "train")
     on_two_processes(folder / "shards", teacher_folder, steps, every if steps == LONG else SPLIT_SOON, "shard")
     return folder, steps
 
@@ -109,7 +109,7 @@ def test_two_processes_two_parts_and_shards_give_the_numbers_of_one(tmp_path, te
     whole = weights(tmp_path / "one")
     moved = (whole - start).norm()
     assert moved > 0.05
-    others = [tmp_path / "parts", folder / "whole" / str(number)]
+    others = [tmp_path / "parts", folder / "batch" / str(number)]
     if steps == LONG or number in SPLIT_SOON:
         others.append(folder / "shards" / str(number))
     for other in others:

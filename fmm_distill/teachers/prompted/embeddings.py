@@ -110,17 +110,17 @@ def _by_origin(probe: PipelineProbe, null: Conditioning, cond: Conditioning) -> 
     if not probe.samples.images:
         # The rows are equal.
         return NullInputs(first)
-    kept, per_image, empty = [], [], probe.embed(probe.two.with_texts(""))
+    own, per_image, empty = [], [], probe.embed(probe.two.with_texts(""))
     for name, rows in null.inputs.items():
         if is_close(rows, rows.flip(0)):
             continue
         if name in cond.inputs and is_close(rows, cond.inputs[name]):
-            kept.append(name)
+            own.append(name)
         elif name in empty.inputs and is_close(rows, empty.inputs[name]):
             per_image.append(name)
         else:
             return f"guides by an input ({name}) that is neither that of the empty prompt nor that of the sample"
-    return NullInputs(first, frozenset(kept), frozenset(per_image))
+    return NullInputs(first, frozenset(own), frozenset(per_image))
 
 
 def _is_empty_prompt(probe: PipelineProbe, null: Conditioning, cond: Conditioning) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -33,6 +31,7 @@ from fmm_distill.teachers.recording import record
 from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.conformance.test_prompted_export import moved
 from tests.scaled import one_by_one, relative, scaled_student
+from tests.tables import check_table
 from tests.tiny import layouts
 from tests.tiny.image_conditions import PIPELINES, images_for, picture
 
@@ -270,14 +269,7 @@ def rows_of(teachers):
 
 
 def test_the_list_in_the_docs_is_what_was_tried(teachers):
-    page = Path(__file__).parents[2] / "docs" / "image-conditions.md"
-    written = page.read_text(encoding="utf-8")
-    before, _, rest = written.partition("<!-- rows -->\n")
-    _, mark, after = rest.partition("<!-- end of rows -->")
-    expected = f"{before}<!-- rows -->\n{rows_of(teachers)}{mark}{after}"
-    if os.environ.get("WRITE_DOCS"):
-        page.write_text(expected, encoding="utf-8")
-    assert written == expected, "WRITE_DOCS=1 writes the list anew"
+    check_table("image-conditions.md", rows_of(teachers))
 
 
 @pytest.mark.parametrize("name", [*PIPELINES, *(f"{name}, adapters" for name in WITH_ADAPTERS)])

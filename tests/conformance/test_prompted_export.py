@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -24,6 +22,7 @@ from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted import FAMILIES, PROMPTS, SLOW
 from tests.slow import with_slow
+from tests.tables import check_table
 from tests.tiny.diffusion import PIPELINES
 
 STEPS = (1, 4)
@@ -216,11 +215,4 @@ def rows_of(exports):
 
 
 def test_the_list_in_the_docs_is_what_was_tried(exports):
-    page = Path(__file__).parents[2] / "docs" / "teachers.md"
-    written = page.read_text(encoding="utf-8")
-    before, _, rest = written.partition("<!-- rows -->\n")
-    _, mark, after = rest.partition("<!-- end of rows -->")
-    expected = f"{before}<!-- rows -->\n{rows_of(exports[0])}\n{mark}{after}"
-    if os.environ.get("WRITE_DOCS"):
-        page.write_text(expected, encoding="utf-8")
-    assert written == expected, "WRITE_DOCS=1 writes the list anew"
+    check_table("teachers.md", f"{rows_of(exports[0])}\n")

@@ -188,10 +188,10 @@ def ltx_image() -> DiffusionPipeline:
 
 def svd() -> DiffusionPipeline:
     """Frames before channels, continuous timesteps, and an image in place of the prompt."""
-    # Groups of 32 channels are fixed in the code of the network.
+    # 32 groups are fixed in the code of the network: those of one channel each would remove the time embedding.
     unet = UNetSpatioTemporalConditionModel(
         sample_size=8,
-        block_out_channels=(32, 32),
+        block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         layers_per_block=1,

@@ -31,6 +31,7 @@ from fmm_distill.teachers.recording import record
 from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.conformance.test_prompted_export import moved
 from tests.scaled import one_by_one, relative, scaled_student
+from tests.slow import with_slow
 from tests.tables import check_table
 from tests.tiny import layouts
 from tests.tiny.image_conditions import PIPELINES, images_for, picture
@@ -78,6 +79,8 @@ def teachers(folders):
 
 
 NAMES = pytest.mark.parametrize("name", PIPELINES)
+# Its network takes seconds in tests that open it several times.
+MOST = pytest.mark.parametrize("name", with_slow(PIPELINES, PIPELINES.keys() - {"svd"}))
 
 
 def inputs(teacher):
@@ -125,7 +128,7 @@ def test_one_euler_step_is_one_stock_step(folders, teachers, name):
     check_steps(seen, teacher, pipeline.scheduler, cond)
 
 
-@NAMES
+@MOST
 @torch.no_grad()
 def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, name):
     source, teacher = folders[name], teachers[name]
@@ -171,7 +174,7 @@ def test_the_student_is_its_teacher_and_moves(teachers, name):
     assert all(not p.requires_grad for side in teacher.parametrization.call.sides for p in side.network.parameters())
 
 
-@NAMES
+@MOST
 def test_the_derivative_in_r(folders, name):
     teacher = folders[name].load()
     student = moved(Student.from_teacher(teacher))

@@ -191,12 +191,12 @@ def svd() -> DiffusionPipeline:
     # 32 groups are fixed in the code of the network: those of one channel each would remove the time embedding.
     unet = UNetSpatioTemporalConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
         layers_per_block=1,
         cross_attention_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=(2,),
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24,
     )

@@ -159,7 +159,8 @@ class StockPipelineExporter:
     def has_equal_jumps(self, student: Student) -> bool:
         """Return whether the pipeline makes equal jumps of any number of steps with the scheduler of ``any_step``."""
         if self.teacher.schedule.kind != "flow":
-            return True
+            # The stock grid of exploding levels has equal jumps with a sigma_min for one number of steps.
+            return self.teacher.schedule.kind != "exploding"
         scheduler = make_scheduler(self.teacher, student.prediction)
         # Two numbers: a pipeline may shift by a number that depends on them. Odd ones, which no table is made for.
         return all(strength_of(student, self._times(scheduler, n)).is_exact for n in (3, 5))

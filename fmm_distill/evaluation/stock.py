@@ -53,7 +53,7 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
+        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)) for call in self._calls(options)])
 
     def _calls(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""

@@ -113,6 +113,7 @@ def _stock_pipeline(
         condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
+        first_guidance=keywords.first_guidance,
         image_guidance=None if conditions.image_guidance is None else conditions.image_guidance.keyword,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,

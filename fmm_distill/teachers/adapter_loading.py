@@ -129,7 +129,13 @@ def load_into(pipeline: Any, folder: Path, adapter: IpAdapter) -> None:  # noqa:
     layers = [name for name in pipeline.unet.attn_processors if "attn2" in name]
     try:
         pipeline.load_ip_adapter(
-            folder, subfolder=FOLDER, weight_name=adapter.weight_name, low_cpu_mem_usage=False, local_files_only=True
+            folder,
+            subfolder=FOLDER,
+            weight_name=adapter.weight_name,
+            # Next to the folder of the weights, by the slash.
+            image_encoder_folder="./image_encoder",
+            low_cpu_mem_usage=False,
+            local_files_only=True,
         )
         pipeline.set_ip_adapter_scale(adapter.scale)
     except STOCK_ERRORS as error:

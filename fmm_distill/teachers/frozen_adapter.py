@@ -45,7 +45,7 @@ class FrozenAdapter(_Shared, nn.Module):
         self.projection, self.processors = projection, nn.ModuleList(processors.values())
         self.eval().requires_grad_(False)
         for module in (projection, *processors.values()):
-            module.__class__ = _shared(type(module))
+            module.__class__ = _shared(cast("Any", type(module)))
 
     @property
     def device(self) -> torch.device:

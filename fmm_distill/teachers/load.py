@@ -12,8 +12,8 @@ import diffusers
 
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
-from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.adapter_loading import check_ip_adapter, find_ip_adapter, link_ip_adapter
+from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.class_names import current_classes
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub

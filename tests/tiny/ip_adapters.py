@@ -18,6 +18,16 @@ __all__ = ["ENCODER", "WEIGHTS", "image_encoder", "save_adapter"]
 WEIGHTS, ENCODER = "ip-adapter.safetensors", "image_encoder"
 # Features of the image encoder: its last layer, and its embedding.
 _HIDDEN, _EMBEDDED, _SIZE = 16, 12, 16
+# Names of a resampler's layers in diffusers, and in the published files.
+_PUBLISHED = (
+    (".ln0.", ".0.norm1."),
+    (".ln1.", ".0.norm2."),
+    (".attn.to_out.0.", ".0.to_out."),
+    (".attn.", ".0."),
+    (".ff.0.", ".1.0."),
+    (".ff.1.net.0.proj.", ".1.1."),
+    (".ff.1.net.2.", ".1.3."),
+)
 
 
 def image_encoder() -> nn.Module:
@@ -44,26 +54,18 @@ def _plain(width: int) -> dict[str, Tensor]:
 
 def _plus(width: int) -> dict[str, Tensor]:
     """Tokens of a resampler of the image's patches, under the names of the published files."""
-    made = IPAdapterPlusImageProjection(_HIDDEN, width, hidden_dims=8, depth=1, dim_head=4, heads=2, num_queries=2)
+    # The loader of diffusers takes four layers with heads of 64 features.
+    made = IPAdapterPlusImageProjection(_HIDDEN, width, hidden_dims=8, heads=1, num_queries=2)
     state = redraw(made).state_dict()
     found = {}
     for key, value in state.items():
         if "attn.to_k" in key:
-            found["layers.0.0.to_kv.weight"] = torch.cat((value, state[key.replace("to_k", "to_v")]))
+            both = torch.cat((value, state[key.replace("to_k", "to_v")]))
+            found[key.replace("attn.to_k", "0.to_kv")] = both
         elif "attn.to_v" not in key:
-            name = key.replace("attn.to_out.0", "to_out").replace("attn.", "")
-            for new, old in (("ln0", "0.norm1"), ("ln1", "0.norm2")):
-                name = name.replace(f"0.{new}", f"0.{old}")
-            for own, published in (
-                ("layers.0.ff.0", "layers.0.1.0"),
-                ("layers.0.ff.1.net.0.proj", "layers.0.1.1"),
-                ("layers.0.ff.1.net.2", "layers.0.1.3"),
-                ("layers.0.to_q", "layers.0.0.to_q"),
-                ("layers.0.to_out", "layers.0.0.to_out"),
-                ("layers.0.0.norm", "layers.0.0.norm"),
-            ):
-                name = name.replace(own, published)
-            found[name] = value
+            for own, published in _PUBLISHED:
+                key = key.replace(own, published)
+            found[key] = value
     return found
 
 

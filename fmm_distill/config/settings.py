@@ -160,8 +160,9 @@ class IpAdapterSettings(Settings):
                 "ip_adapter.weight_name: expected the name of a file with ip_adapter.source, got none; try "
                 "ip-adapter_sd15.safetensors with h94/IP-Adapter and ip_adapter.subfolder: models"
             )
-        if self.source is None and self != type(self)():
-            raise ValueError("ip_adapter: expected ip_adapter.source with its other settings, got none; leave them out")
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.source is None and given:
+            raise ValueError(f"ip_adapter.{given[0]}: expected ip_adapter.source with it, got none; leave it out")
         return self
 
 

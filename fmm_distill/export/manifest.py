@@ -24,6 +24,7 @@ from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
 from fmm_distill.student.scaled import is_scaled, scaled_ranks
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.ip_adapter import IMAGE
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -318,7 +319,8 @@ def _task(teacher: Teacher) -> str | None:
     if not isinstance(teacher.conditions, Embeddings):
         return "unconditional-image-generation"
     outputs = {5: "video", 3: "audio"}.get(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "image")
-    names = _images(teacher)
+    # The image of an IP-Adapter is a part of the prompt.
+    names = [name for name in _images(teacher) if name != IMAGE]
     # The Hub has no task from an image to a sound.
     if not names or outputs == "audio":
         return f"text-to-{outputs}"

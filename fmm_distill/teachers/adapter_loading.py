@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from safetensors import SafetensorError, safe_open
 
 from fmm_distill.errors import UserError, named
@@ -127,6 +128,10 @@ def load_into(pipeline: Any, folder: Path, adapter: IpAdapter) -> None:  # noqa:
         UserError: if it is not of this network.
     """
     layers = [name for name in pipeline.unet.attn_processors if "attn2" in name]
+    logging = diffusers.utils.logging
+    before = logging.get_verbosity()
+    # Every load warns of a network in float32.
+    logging.set_verbosity_error()
     try:
         pipeline.load_ip_adapter(
             folder,
@@ -140,6 +145,8 @@ def load_into(pipeline: Any, folder: Path, adapter: IpAdapter) -> None:  # noqa:
         pipeline.set_ip_adapter_scale(adapter.scale)
     except STOCK_ERRORS as error:
         raise UserError(_refused(adapter, f"got one that does not load ({named(error)})")) from error
+    finally:
+        logging.set_verbosity(before)
     with safe_open(folder / FOLDER / adapter.weight_name, "pt") as file:
         own = sum(key.endswith("to_k_ip.weight") for key in file.keys())  # noqa: SIM118 not a dictionary
     if own != len(layers):

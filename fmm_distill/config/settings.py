@@ -144,8 +144,8 @@ class IpAdapterSettings(Settings):
     """Hub id or folder; null: none. Its images are prompts.images.ip_adapter_image."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    subfolder: str = ""
-    """Folder of the file in source."""
+    subfolder: str | None = None
+    """Folder of the file in source; null: source itself."""
     weight_name: str | None = None
     """File of the weights, in safetensors."""
     image_encoder_folder: str = "image_encoder"

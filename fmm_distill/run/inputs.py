@@ -120,8 +120,9 @@ def _pipeline(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 def _adapter(settings: IpAdapterSettings, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return digests and stamps of the files of an IP-Adapter."""
     source, folder = Path(str(settings.source)), settings.image_encoder_folder
-    encoder = source / ("" if "/" in folder else settings.subfolder) / folder
-    files = [source / settings.subfolder / str(settings.weight_name), *sorted(encoder.glob("*"))]
+    own = source / (settings.subfolder or "")
+    encoder = (source if "/" in folder else own) / folder
+    files = [own / str(settings.weight_name), *sorted(encoder.glob("*"))]
     there = [path for path in files if path.is_file() and path.suffix in _SUFFIXES]
     return {path.relative_to(source).as_posix(): _file(path, known, source) for path in there}
 

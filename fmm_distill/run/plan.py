@@ -336,8 +336,9 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
 
 def _ip_adapter(recipe: Recipe) -> IpAdapter | None:
     settings = recipe.ip_adapter
-    # The settings require a file with a source.
-    return None if settings.source is None else IpAdapter(**settings.model_dump())
+    if settings.source is None:
+        return None
+    return IpAdapter(**settings.model_dump() | {"subfolder": settings.subfolder or ""})
 
 
 def _log_unused_texts(teacher: Teacher, prompts: Prompts) -> None:

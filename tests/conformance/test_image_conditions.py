@@ -51,7 +51,7 @@ FIRST_FRAMES = {"wan-first-frame", "ltx-image"}
 WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet", "sd-ip-adapter")
 CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
 ADAPTED = {name for name, tiny in PIPELINES.items() if tiny.ip_adapter}
-SLOW = {"sdxl-ip-adapter"}
+SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters"}
 # Its effect is far above rounding, and the text still has one.
 SCALE = 0.6
 

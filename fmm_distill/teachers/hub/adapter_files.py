@@ -116,7 +116,7 @@ def _fetch(adapter: IpAdapter, weights: str, wanted: list[str]) -> Path:
 
     Without network access, or with ``HF_HUB_OFFLINE=1``, it is the commit in the cache.
     """
-    source, revision, cached = adapter.source, adapter.revision, False
+    source, revision, unreachable = adapter.source, adapter.revision, None
     try:
         info = HfApi().model_info(source, revision=revision)
         names = [each.rfilename for each in info.siblings or ()]
@@ -126,11 +126,11 @@ def _fetch(adapter: IpAdapter, weights: str, wanted: list[str]) -> Path:
     except HFValidationError as error:
         raise UserError(f"ip_adapter.source {source}: neither a folder nor a Hub id; expected owner/name") from error
     except HUB_ERRORS as error:
-        cached = is_unreachable(error)
-        if not cached:
+        if not is_unreachable(error):
             raise UserError(f"ip_adapter.source {source}: {hub_reason(error)}") from error
-        logger.warning(f"ip_adapter.source {source}: {hub_reason(error)}; the cache is used")
+        unreachable = hub_reason(error)
     try:
+        cached = unreachable is not None
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, local_files_only=cached))
         if cached and not (folder / weights).is_file():
             raise LocalEntryNotFoundError(f"{weights} is not in the cache")
@@ -138,6 +138,8 @@ def _fetch(adapter: IpAdapter, weights: str, wanted: list[str]) -> Path:
         raise UserError(
             f"ip_adapter.source {source}: no such folder here, and on the Hub: {hub_reason(error)}"
         ) from error
+    if unreachable is not None:
+        logger.warning(f"ip_adapter.source {source}: {unreachable}; the cache is used")
     check_digests(source, folder)
     return folder
 

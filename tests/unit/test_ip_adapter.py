@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.errors import UserError
 from fmm_distill.export.adapter_code import adapter_lines, describe_adapter
+from fmm_distill.export.manifest import read_manifest
+from fmm_distill.run.distill import distill
+from fmm_distill.run.evaluate import EvaluationRequest, open_target
 from fmm_distill.run.inputs import check_inputs, contents, with_paths
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.student import Student
@@ -218,3 +221,46 @@ def test_the_card_has_origin_and_license():
     )
     assert scale == "pipeline.set_ip_adapter_scale(0.6)"
     assert adapter_lines(None, "") == describe_adapter(None) == []
+
+
+@pytest.mark.slow
+def test_a_run_trains_resumes_and_is_evaluated_without_the_adapters_own_files(folders, tmp_path):
+    rows = []
+    for number, text in enumerate(PROMPTS.texts):
+        picture(number, (16, 16)).save(tmp_path / f"{number}.png")
+        rows.append({"text": text, "look": f"{number}.png"})
+    (tmp_path / "looks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    plain = {
+        "teacher": str(folders / "teacher"),
+        "prompts": {"dataset": str(tmp_path / "looks.jsonl"), "images": {"ip_adapter_image": "look"}},
+        "ip_adapter": {"source": str(tmp_path / "adapter"), "weight_name": WEIGHTS, "scale": 0.6},
+        "student": {"kind": "scaled", "lora": {"rank": 2}},
+        "training": {"steps": 2, "batch_size": 2, "checkpoint_every": 2},
+        "evaluation": {"steps": [1], "ddim_steps": [1], "dpmsolver_steps": [], "samples": 2}
+        | {"endpoint_samples": 2, "endpoint_solver_steps": 2, "batch_size": 2},
+        "export": {"steps": [2]},
+    }
+    run = tmp_path / "run"
+    distill(parse(plain, "here"), run)
+    plain["training"]["steps"] = 3
+    distill(parse(plain, "here"), run)
+    student = run / "student"
+    assert json.loads((student / "verification.json").read_text())["passed"]
+    assert read_manifest(student).ip_adapter["scale"] == 0.6
+    assert read_manifest(student).pipeline_tag == "text-to-image"
+    code = (student / "README.md").read_text()
+    assert code.count('subfolder="ip_adapter"') == 3
+    shutil.rmtree(tmp_path / "adapter")
+    target = open_target(str(student), EvaluationRequest())
+    assert target.teacher.pipeline.ip_adapter.scale == 0.6
+    assert effect(target.teacher, target.teacher.network) > 0.01
+    call = {"generator": torch.manual_seed(0), "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    images = []
+    for number in range(2):
+        pipeline = DiffusionPipeline.from_pretrained(student / "steps-2")
+        pipeline.load_ip_adapter(str(student / "steps-2"), subfolder="ip_adapter", weight_name=WEIGHTS)
+        pipeline.set_ip_adapter_scale(0.6)
+        call["generator"] = torch.manual_seed(0)
+        images.append(pipeline("a cat", ip_adapter_image=IMAGES["ip_adapter_image"][number], **call).images)
+    assert abs(images[0] - images[1]).max() > 1e-3

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fmm_distill.teachers.hub.download import Snapshot
+    from fmm_distill.teachers.ip_adapter import IpAdapter
 
 __all__ = ["PipelineIndex"]
 
@@ -28,6 +29,7 @@ class PipelineIndex:
         pipeline: the name of the pipeline class.
         components: name to (library, class) of every component that is not empty.
         snapshot: the commit on the Hub, of which only the index may be on this disk; None: a local folder.
+        ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
     """
 
     source: str
@@ -37,6 +39,7 @@ class PipelineIndex:
     pipeline: str = ""
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
     snapshot: Snapshot | None = None
+    ip_adapter: IpAdapter | None = None
 
     def component_folder(self, name: str) -> Path:
         """Return the folder of a component's files: its own, or the root in the oldest repositories."""

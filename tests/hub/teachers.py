@@ -260,3 +260,51 @@ def earlier_students(hub: Hub, folder: str, first: str, second: str) -> dict[str
         other = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": name})})
         seen[name] = said(read_earlier, other)
     return seen
+
+
+def ip_adapters(hub: Hub, folder: str, adapter: str) -> dict[str, Any]:
+    """An IP-Adapter by its id: its commit and license, what is fetched of it, and what is not there.
+
+    Args:
+        folder: of a pipeline that takes it.
+        adapter: the folder of its files.
+    """
+    from huggingface_hub import constants
+
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+    from fmm_distill.teachers.load import load_teacher
+    from fmm_distill.teachers.prompts import Prompts
+    from tests.tiny.image_conditions import picture
+    from tests.tiny.ip_adapters import WEIGHTS
+
+    files = {f"models/{name}": content for name, content in files_of(adapter).items()}
+    more = {
+        "README.md": b"---\nlicense: apache-2.0\n---\n",
+        "models/ip-adapter.bin": b"1",
+        "models/b.safetensors": b"2",
+    }
+    repo = hub.create("tester/adapter", files | more)
+    prompts = Prompts(("a cat",), {"ip_adapter_image": (picture(0, (16, 16)),)})
+    own = {"source": "tester/adapter", "weight_name": WEIGHTS, "subfolder": "models"}
+
+    def load(**changes: Any) -> Any:
+        return load_teacher(folder, prompts=prompts, ip_adapter=IpAdapter(**(own | changes)))
+
+    found = load().pipeline.ip_adapter
+    got = {r.path.split("/")[-1] for r in hub.asked("GET", "/resolve/") if not r.path.endswith("adapter_config.json")}
+    seen: dict[str, Any] = {"commit": found.revision == repo.at("main").sha, "license": found.license}
+    seen["fetched"] = sorted(got)
+    seen["no file"] = said(load, weight_name="other.safetensors")
+    seen["no repository"] = said(load, source="tester/nothing")
+    seen["no revision"] = said(load, revision="nowhere")
+    repo.commit({"README.md": File(b"---\nlicense: mit\n---\n", False)}, "moved")
+    older = load(revision=found.revision).pipeline.ip_adapter
+    seen["older"] = older.revision == found.revision != repo.at("main").sha
+    constants.HF_HUB_OFFLINE = True
+    lines: list[str] = []
+    with logged(lines):
+        seen["offline"] = load(revision=found.revision).pipeline.ip_adapter.revision == found.revision
+    seen["lines"] = [line for line in lines if "cache" in line]
+    seen["not in the cache"] = said(load, source="tester/teacher")
+    constants.HF_HUB_OFFLINE = False
+    return seen

@@ -65,13 +65,22 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
     if isinstance(first, dict):
         return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows) for key in first}
     if isinstance(first, list | tuple):
-        if len(first) == rows:
+        if len(first) == rows and not _are_batches(values, rows):
             items = [value[i] for i in range(rows) for value in values]
         else:
             parts = zip(*values, strict=True)
             items = [_join(f"{name}.{i}", list(part), rows) for i, part in enumerate(parts)]
         return items if isinstance(first, list) else tuple(items)
     return first
+
+
+def _are_batches(values: list[Any], rows: int) -> bool:
+    """Return whether the entries of lists are batches, one per IP-Adapter, and not of one sample each.
+
+    The entry of a sample, such as the embedding of its prompt, has no axis of the batch.
+    """
+    entries = [entry for value in values for entry in value]
+    return all(isinstance(one, torch.Tensor) and one.ndim > 2 and len(one) == rows for one in entries)
 
 
 def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor | Ragged:

@@ -64,8 +64,8 @@ def check_ip_adapter(index: PipelineIndex, adapter: IpAdapter | None, images: Ma
         )
     if several := [image for image in images[IMAGE] if isinstance(image, list | tuple)]:
         raise UserError(
-            f"prompts.images.{IMAGE}: expected one image per row, got a list of {len(several[0])}; give each image a row "
-            "of its own"
+            f"prompts.images.{IMAGE}: expected one image per row, got a list of {len(several[0])}; give each image a "
+            "row of its own"
         )
     kind = pipeline_class(index.pipeline)
     network = index.components.get("unet", ("", ""))[1]

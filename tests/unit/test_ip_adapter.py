@@ -167,8 +167,9 @@ def test_the_weights_of_the_adapter_are_not_the_networks_own(folders, teacher):
         assert effect(teacher, network) == pytest.approx(expected)
     own = sum(parameter.numel() for parameter in adapter_of(teacher.network).parameters())
     assert own > 0
-    plain = Student.from_teacher(load_teacher(str(folders / "teacher"), prompts=PROMPTS.texts))
-    assert student.state_dict().keys() == plain.state_dict().keys()
+    new = [key for key in student.network.state_dict() if key not in stock.state_dict()]
+    assert new
+    assert all(key.startswith("jump_embedding.") for key in new)
     copied = copy.deepcopy(student)
     assert adapter_of(copied.network) is adapter_of(teacher.network)
     # Another configuration is a new object.

@@ -196,7 +196,7 @@ def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, n
     assert change(v, teacher.velocity(x, t, other.conditions.prompts))
 
 
-@NAMES
+@MOST
 def test_the_student_is_its_teacher_and_moves(teachers, name):
     """The start, the exact derivative against differences in float64, and two steps of training."""
     teacher = teachers[name]
@@ -345,7 +345,7 @@ def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
 
 
 @torch.no_grad()
-@NAMES
+@MOST
 def test_a_student_loads_from_its_folder_with_images(students, folders, name, monkeypatch, tmp_path):
     export, teacher = students[name], students[name].teacher
     recipe = parse({"teacher": "builtin:digits"}, "here")

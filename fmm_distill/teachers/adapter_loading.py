@@ -23,7 +23,7 @@ from fmm_distill.teachers.ip_adapter import FOLDER, IMAGE
 from fmm_distill.teachers.requirements import call_parameters, pipeline_class
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from fmm_distill.teachers.frozen_adapter import FrozenAdapter
@@ -41,11 +41,11 @@ _SIZE = 224
 _NETWORKS = ("UNet2DConditionModel",)
 
 
-def check_ip_adapter(index: PipelineIndex, adapter: IpAdapter | None, images: Collection[str]) -> None:
+def check_ip_adapter(index: PipelineIndex, adapter: IpAdapter | None, images: Mapping[str, Sequence[Any]]) -> None:
     """Check before any download that pipeline, adapter and images go together.
 
     Args:
-        images: the keywords of the images that the pipeline is called with.
+        images: what the pipeline is called with, by keyword, one per sample.
 
     Raises:
         UserError: otherwise.
@@ -61,6 +61,11 @@ def check_ip_adapter(index: PipelineIndex, adapter: IpAdapter | None, images: Co
         raise UserError(
             f"ip_adapter.source {adapter.source}: expected its images in prompts.images.{IMAGE}, got none; try --set "
             f"prompts.images.{IMAGE}=COLUMN (docs/image-conditions.md)"
+        )
+    if several := [image for image in images[IMAGE] if isinstance(image, list | tuple)]:
+        raise UserError(
+            f"prompts.images.{IMAGE}: expected one image per row, got a list of {len(several[0])}; give each image a "
+            "row of its own"
         )
     kind = pipeline_class(index.pipeline)
     network = index.components.get("unet", ("", ""))[1]

@@ -262,20 +262,16 @@ def earlier_students(hub: Hub, folder: str, first: str, second: str) -> dict[str
     return seen
 
 
-def ip_adapters(hub: Hub, folder: str, adapter: str) -> dict[str, Any]:
+def ip_adapters(hub: Hub, adapter: str) -> dict[str, Any]:
     """An IP-Adapter by its id: its commit and license, what is fetched of it, and what is not there.
 
     Args:
-        folder: of a pipeline that takes it.
         adapter: the folder of its files.
     """
     from huggingface_hub import constants
 
+    from fmm_distill.teachers.hub.adapter_files import find_adapter_files
     from fmm_distill.teachers.ip_adapter import IpAdapter
-    from fmm_distill.teachers.load import load_teacher
-    from fmm_distill.teachers.prompts import Prompts
-    from tests.tiny.image_conditions import picture
-    from tests.tiny.ip_adapters import WEIGHTS
 
     files = {f"models/{name}": content for name, content in files_of(adapter).items()}
     more = {
@@ -284,27 +280,25 @@ def ip_adapters(hub: Hub, folder: str, adapter: str) -> dict[str, Any]:
         "models/b.safetensors": b"2",
     }
     repo = hub.create("tester/adapter", files | more)
-    prompts = Prompts(("a cat",), {"ip_adapter_image": (picture(0, (16, 16)),)})
-    own = {"source": "tester/adapter", "weight_name": WEIGHTS, "subfolder": "models"}
+    own = {"source": "tester/adapter", "weight_name": "ip-adapter.safetensors", "subfolder": "models"}
 
-    def load(**changes: Any) -> Any:
-        return load_teacher(folder, prompts=prompts, ip_adapter=IpAdapter(**(own | changes)))
+    def find(**changes: Any) -> Any:
+        return find_adapter_files(IpAdapter(**(own | changes)), needs_encoder=True)
 
-    found = load().pipeline.ip_adapter
-    got = {r.path.split("/")[-1] for r in hub.asked("GET", "/resolve/") if not r.path.endswith("adapter_config.json")}
-    seen: dict[str, Any] = {"commit": found.revision == repo.at("main").sha, "license": found.license}
-    seen["fetched"] = sorted(got)
-    seen["no file"] = said(load, weight_name="other.safetensors")
-    seen["no repository"] = said(load, source="tester/nothing")
-    seen["no revision"] = said(load, revision="nowhere")
+    found = find()
+    seen: dict[str, Any] = {"commit": found.commit == repo.at("main").sha, "license": found.license}
+    seen["fetched"] = sorted({r.path.split("/")[-1] for r in hub.asked("GET", "/resolve/")})
+    seen["no file"] = said(find, weight_name="other.safetensors")
+    seen["no repository"] = said(find, source="tester/nothing")
+    seen["no revision"] = said(find, revision="nowhere")
     repo.commit({"README.md": File(b"---\nlicense: mit\n---\n", False)}, "moved")
-    older = load(revision=found.revision).pipeline.ip_adapter
-    seen["older"] = older.revision == found.revision != repo.at("main").sha
+    older = find(revision=found.commit)
+    seen["older"] = older.commit == found.commit != repo.at("main").sha
     constants.HF_HUB_OFFLINE = True
     lines: list[str] = []
     with logged(lines):
-        seen["offline"] = load(revision=found.revision).pipeline.ip_adapter.revision == found.revision
+        seen["offline"] = find(revision=found.commit).commit == found.commit
     seen["lines"] = [line for line in lines if "cache" in line]
-    seen["not in the cache"] = said(load, source="tester/teacher")
+    seen["not in the cache"] = said(find, source="tester/teacher")
     constants.HF_HUB_OFFLINE = False
     return seen

@@ -30,13 +30,6 @@ def other(tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("pipeline") / "other", unet)
 
 
-def save_adapted(folder):
-    """A pipeline that takes an IP-Adapter, and an adapter."""
-    pipeline = diffusion.PIPELINES["sd1"].build()
-    pipeline.save_pretrained(folder / "teacher", safe_serialization=True)
-    return folder / "teacher", save_adapter(folder / "adapter", pipeline)
-
-
 def first_weight(unet=None):
     return float(next((unet or tiny_unet()).parameters()).detach().flatten()[0])
 
@@ -65,7 +58,7 @@ def seen(folder, other, tmp_path_factory):
         (teachers.offline, (folder,)),
         (teachers.earlier_students, (folder, scratch / "first", scratch / "second")),
         (teachers.goes_on_at_its_commit, (folder, other, scratch / "trained")),
-        (teachers.ip_adapters, save_adapted(scratch / "adapted")),
+        (teachers.ip_adapters, (save_adapter(scratch / "adapter", diffusion.PIPELINES["sd1"].build()),)),
     ) | {"trained": scratch / "trained"}
 
 

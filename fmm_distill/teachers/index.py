@@ -25,7 +25,7 @@ class PipelineIndex:
         folder: on this disk.
         revision: the commit, if it is on the Hub.
         license: ``license``, ``license_name`` and ``license_link`` of the model card, those that it has.
-        pipeline: the name of the pipeline class.
+        pipeline: the name of the pipeline class by which it is opened.
         components: name to (library, class) of every component that is not empty.
         snapshot: the commit on the Hub, of which only the index may be on this disk; None: a local folder.
     """
@@ -37,6 +37,7 @@ class PipelineIndex:
     pipeline: str = ""
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
     snapshot: Snapshot | None = None
+    task: str | None = None
 
     def component_folder(self, name: str) -> Path:
         """Return the folder of a component's files: its own, or the root in the oldest repositories."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["call_base", "compare_task", "task_in"]
 
 _STEPS, _STRENGTH = 4, 0.75
+# Pixels per side.
+_LEAST = 64
 
 
 def task_in(folder: Path) -> Task | None:
@@ -49,17 +51,26 @@ def call_base(
         return dict(call), dict(forms)
     kind = pipeline_class(task.base)
     parameters = {} if kind is None else call_parameters(kind)
-    named = {name: task.keyword(name) for name in data_parameters(parameters)}
-    images = {name: forms[keyword] for name, keyword in named.items() if keyword in forms}
-    given = forms.get(task.images[0])
-    size: dict[str, Any] = {}
+    images = {}
+    for name in data_parameters(parameters):
+        if (keyword := task.keyword(name)) in forms:
+            images[name] = _large(forms[keyword]) if keyword in task.images else forms[keyword]
+    given, size = forms.get(task.images[0]), {}
     if isinstance(given, list) and task.images[0] == "video":
         size["num_frames"] = len(given)
     while isinstance(given, list):
         given = given[0]
     if given is not None:
-        size |= dict(zip(("width", "height"), given["size"], strict=True))
+        width, height = given["size"]
+        size |= {"width": width, "height": height, "max_area": width * height}
     return {name: value for name, value in (size | dict(call)).items() if name in parameters}, images
+
+
+def _large(form: Form) -> Form:
+    """Return the form of an image that the network of the base sees, which some pipelines refuse if it is small."""
+    if isinstance(form, list):
+        return [_large(one) for one in form]
+    return form | {"size": [max(side, _LEAST) for side in form["size"]]}
 
 
 def compare_task(
@@ -82,7 +93,7 @@ def compare_task(
     kind = pipeline_class(task.pipeline)
     parameters = {} if kind is None else call_parameters(kind)
     given = draw_prompts(PROMPTS[:1], forms).keywords(one=True)
-    keywords = {**teacher.pipeline.call, **call, **teacher.pipeline.unguided(), **given}
+    keywords = {**call, **teacher.pipeline.call, **teacher.pipeline.unguided(), **given}
     keywords = {name: value for name, value in keywords.items() if name in parameters}
     latents = any(hasattr(stock, name) for name in ("vae", "movq"))
     keywords |= {"strength": _STRENGTH, "num_inference_steps": _STEPS, "output_type": "latent" if latents else "np"}

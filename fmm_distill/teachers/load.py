@@ -173,7 +173,7 @@ def find_index(source: str, revision: str | None = None) -> PipelineIndex:
     index = PipelineIndex(source, folder, pipeline=pipeline, components=components)
     if isinstance(location, Snapshot):
         index = replace(index, revision=location.commit, snapshot=location)
-    return as_base(index, config_of)
+    return as_base(index, entries, config_of)
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:

@@ -38,6 +38,7 @@ class StockPipeline:
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
+        task: the class that the teacher's repository names, if this is the base of it; see ``tasks``.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class StockPipeline:
     network_guidance: float | None = None
     one_prompt: bool = False
     positions: Tensor | None = None
+    task: str | None = None
 
     @property
     def index(self) -> dict[str, Any]:

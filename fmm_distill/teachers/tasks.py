@@ -12,11 +12,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fmm_distill.errors import UserError
 from fmm_distill.teachers.hub.links import linked_folder
 from fmm_distill.teachers.requirements import call_parameters, data_parameters, pipeline_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from fmm_distill.teachers.index import PipelineIndex
@@ -78,21 +79,25 @@ def task_of(name: str) -> Task | None:
     return Task(name, base, f"refines {_A[given]}", method, (given,))
 
 
-def as_base(index: PipelineIndex, config_of: Callable[[str], dict[str, Any]]) -> PipelineIndex:
+def as_base(
+    index: PipelineIndex, settings: Mapping[str, object], config_of: Callable[[str], dict[str, Any]]
+) -> PipelineIndex:
     """Return the index of the base pipeline if a pipeline is a task of it, and the index itself otherwise.
 
     Args:
+        settings: the entries of the index.
         config_of: returns the configuration of a component.
+
+    Raises:
+        UserError: if a setting makes a network of it that the base can't call.
     """
     task = task_of(index.pipeline)
     if task is None:
         return index
     taken = inspect.signature(_known(task.base)).parameters
-    required = [name for name, one in taken.items() if one.default is one.empty]
-    if any(name not in index.components for name in required if name not in _optional(task.base)):
-        return index
     if task.method == "inpaint" and _sees_mask(index.components, config_of):
         return index
+    _check_settings(index, task, settings)
     parts = {name: part for name, part in index.components.items() if name in taken}
     return replace(index, pipeline=task.base, components=parts, task=index.pipeline)
 
@@ -118,6 +123,17 @@ def link_base(index: PipelineIndex) -> Path:
     return linked_folder("bases", folder, [index.pipeline, entries], fill)
 
 
+def _check_settings(index: PipelineIndex, task: Task, settings: Mapping[str, object]) -> None:
+    own, base = (inspect.signature(_known(name)).parameters for name in (task.pipeline, task.base))
+    for name, one in own.items():
+        value = settings.get(name, one.default)
+        if name not in base and name not in index.components and value not in (one.default, [None, None]):
+            raise UserError(
+                f"{index.source}: expected a network for {task.base}, got one for {task.pipeline} alone ({name}: "
+                f"{value}), which is no map from noise to data, as a refiner of low noise levels; try the base model"
+            )
+
+
 def _base_of(name: str) -> str | None:
     """Return the name of the class without the task; None: diffusers has none."""
     if not _NAMED.search(name):
@@ -130,10 +146,6 @@ def _known(name: str) -> type:
     kind = pipeline_class(name)
     assert kind is not None
     return kind
-
-
-def _optional(name: str) -> Collection[str]:
-    return getattr(_known(name), "_optional_components", ())
 
 
 def _sees_mask(components: Collection[str], config_of: Callable[[str], dict[str, Any]]) -> bool:

@@ -110,6 +110,7 @@ def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, 
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
+        task=index.task,
     )
 
 

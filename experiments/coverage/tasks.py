@@ -12,6 +12,7 @@ import torch
 from experiments.coverage.checks import PROMPTS, open_stock, relative
 from experiments.coverage.images import draw_prompts
 from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.remote.scheduler import FlowMapScheduler
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import find_index
@@ -78,7 +79,7 @@ def compare_task(
 ) -> float:
     """Compare the task of an exported student that equals its teacher with the stock pipeline of the task.
 
-    Both make three of four steps, with the scheduler that the student is exported with.
+    Both make three of four steps, on the grid of the any-step pipeline.
 
     Args:
         folder: of the pipeline of the task.
@@ -107,6 +108,6 @@ def compare_task(
         student = Student.from_teacher(teacher, scaled=ScaledWeights())
         made = export_pipeline(student, teacher, Path(scratch) / "student", ())
         any_step = diffusers.DiffusionPipeline.from_pretrained(made, trust_remote_code=True)
-        # The two pipelines share no object: stock ones change their scheduler.
-        stock.scheduler = type(any_step.scheduler).from_config(any_step.scheduler.config)
+        levels = getattr(any_step, teacher.pipeline.component).config.flow_map
+        stock.scheduler = FlowMapScheduler.from_stock(any_step.scheduler, levels)
         return relative(sampled(getattr(any_step, task.method)()), sampled(stock))

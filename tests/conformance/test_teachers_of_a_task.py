@@ -15,6 +15,7 @@ from fmm_distill.config.recipe import Recipe
 from fmm_distill.export.card import card
 from fmm_distill.export.manifest import make_manifest, write_manifest
 from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.export.remote.scheduler import FlowMapScheduler
 from fmm_distill.run.inspect import describe_teacher
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
@@ -125,7 +126,8 @@ def test_the_task_is_that_of_the_class(tmp_path, name, caplog):
     ours = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
     assert type(stock).__name__ == name
-    stock.scheduler = type(ours.scheduler).from_config(ours.scheduler.config)
+    levels = getattr(ours, teacher.pipeline.component).config.flow_map
+    stock.scheduler = FlowMapScheduler.from_stock(ours.scheduler, levels)
     taken = {key: value for key, value in CASES[name].base.call.items() if key in call_parameters(type(stock))}
     call = taken | CASES[name].pictures() | teacher.pipeline.unguided()
     call |= {"prompt": "a cat", "strength": 0.75, "num_inference_steps": 4, "output_type": "latent"}

@@ -77,9 +77,10 @@ def load_teacher(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
         )
     if index.task is not None and (task := task_of(index.task)) is not None:
+        extra = "".join(f", called with {name}={value}" for name, value in index.call.items())
         logger.warning(
             f"{task.pipeline} {task.does} with the network of {task.base}: the teacher and its student are opened as "
-            f"{task.base}, and the student has the task as {task.method}()"
+            f"{task.base}{extra}, and the student has the task as {task.method}()"
         )
     teacher = load(index)
     given = as_prompts(prompts).images

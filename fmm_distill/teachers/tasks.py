@@ -27,6 +27,9 @@ __all__ = ["Task", "as_base", "link_base", "task_of"]
 # The part of a class name that says the task, and what the name of the base class has in its place.
 _NAMED = re.compile(r"Img2Img|Inpaint(ing)?|VideoToVideo")
 _IN_BASE = ("", "TextToVideo")
+# By a setting of the task: the keyword of the base's call for the same input of the network, and the keyword of the
+# task's call for its value. The refiner of Stable Diffusion XL embeds a score in place of the size of the sample.
+_INSTEAD = {"requires_aesthetics_score": ("target_size", "aesthetic_score")}
 _A = {"image": "an image", "video": "a video"}
 
 
@@ -89,7 +92,7 @@ def as_base(
         config_of: returns the configuration of a component.
 
     Raises:
-        UserError: if a setting makes a network of it that the base can't call.
+        UserError: if it has a setting without which its network can't be called, and that the base lacks.
     """
     task = task_of(index.pipeline)
     if task is None:
@@ -97,9 +100,9 @@ def as_base(
     taken = inspect.signature(_known(task.base)).parameters
     if task.method == "inpaint" and _sees_mask(index.components, config_of):
         return index
-    _check_settings(index, task, settings)
+    own, call = _own_settings(index, task, settings)
     parts = {name: part for name, part in index.components.items() if name in taken}
-    return replace(index, pipeline=task.base, components=parts, task=index.pipeline)
+    return replace(index, pipeline=task.base, components=parts, task=index.pipeline, task_settings=own, call=call)
 
 
 def link_base(index: PipelineIndex) -> Path:
@@ -123,15 +126,25 @@ def link_base(index: PipelineIndex) -> Path:
     return linked_folder("bases", folder, [index.pipeline, entries], fill)
 
 
-def _check_settings(index: PipelineIndex, task: Task, settings: Mapping[str, object]) -> None:
+def _own_settings(
+    index: PipelineIndex, task: Task, settings: Mapping[str, object]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that the base does not have, and the keywords of the base's call in place of them."""
     own, base = (inspect.signature(_known(name)).parameters for name in (task.pipeline, task.base))
+    keywords = call_parameters(_known(task.pipeline))
+    found, call = {}, {}
     for name, one in own.items():
         value = settings.get(name, one.default)
-        if name not in base and name not in index.components and value not in (one.default, [None, None]):
+        if name in base or name in index.components or value in (one.default, [None, None]):
+            continue
+        if name not in _INSTEAD:
             raise UserError(
                 f"{index.source}: expected a network for {task.base}, got one for {task.pipeline} alone ({name}: "
-                f"{value}), which is no map from noise to data, as a refiner of low noise levels; try the base model"
+                f"{value}); try the base model"
             )
+        keyword, given = _INSTEAD[name]
+        found[name], call[keyword] = value, (keywords[given].default,)
+    return found, call
 
 
 def _base_of(name: str) -> str | None:

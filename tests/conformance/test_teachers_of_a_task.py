@@ -155,3 +155,24 @@ def test_the_task_is_described_and_on_the_card(tmp_path):
     assert 'pipeline.image_to_image()(prompt="a prompt", image=load_image("image.png")' in text
     # The index is that of the base: stock diffusers opens pipelines of fixed steps from noise.
     assert json.loads((folder / "model_index.json").read_text())["_class_name"][1] == "FlowMapStableDiffusionPipeline"
+
+
+@torch.no_grad()
+def test_a_network_that_takes_a_score_in_place_of_a_size(tmp_path):
+    """The refiner of Stable Diffusion XL: its pipelines pass the score, by the keywords of the base and of the task."""
+    diffusion.PIPELINES["sdxl-refiner"].build().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",))
+    assert teacher.pipeline.call["target_size"] == (6.0,)
+    student = Student.from_teacher(teacher, scaled=ScaledWeights())
+    folder = export_pipeline(student, teacher, tmp_path / "student", ())
+    ours = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    stock.scheduler = FlowMapScheduler.from_stock(ours.scheduler, ours.unet.config.flow_map)
+    call = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "latent"}
+    assert sampled(ours, call).isfinite().all()
+    call |= {"image": picture(0, (8, 8)), "strength": 0.75, "guidance_scale": 1.0}
+    expected = sampled(stock, call)
+    assert (sampled(ours.image_to_image(), call) - expected).abs().max() < 1e-5 * expected.abs().max()
+    # The score is an input.
+    other = sampled(ours.image_to_image(), call | {"aesthetic_score": 2.0})
+    assert (other - expected).abs().max() > 1e-3 * expected.abs().max()

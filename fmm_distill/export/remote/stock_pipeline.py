@@ -87,10 +87,12 @@ def _check_steps(steps, levels: dict) -> None:
 
 
 def _turn_guidance_off(levels: dict, given: dict) -> None:
-    """Turn the pipeline's own guidance off, unless the call turns it on."""
+    """Turn the pipeline's own guidance off, unless the call turns it on, and add the other keywords of training."""
     for name, value in levels["call"].items():
         if name not in given:
-            given[name] = value
+            # Sizes are tuples in diffusers, and lists in JSON.
+            numbers = isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
+            given[name] = tuple(value) if numbers else value
         elif name == levels["guidance"] and (given[name] or 0.0) > value:
             logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
 
@@ -184,7 +186,11 @@ def _of_task(pipeline, words: str):
     if own not in bases:
         families = ", ".join(sorted(name for name in bases if hasattr(diffusers, name)))
         raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {families}")
-    return flow_map_pipeline(getattr(diffusers, bases[own])).from_pipe(pipeline)
+    stock = getattr(diffusers, bases[own])
+    taken = inspect.signature(stock.__init__).parameters
+    settings = _student(pipeline).config.flow_map.get("task", {})
+    own_settings = {name: value for name, value in settings.items() if name in taken}
+    return flow_map_pipeline(stock).from_pipe(pipeline, **own_settings)
 
 
 def _with_stochasticity(signature: inspect.Signature) -> inspect.Signature:

@@ -15,7 +15,7 @@ from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
 
-__all__ = ["CallKeywords", "check_keywords"]
+__all__ = ["CallKeywords", "as_tuple", "check_keywords"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ class CallKeywords:
         if self.guidance:
             given[self.guidance] = self.off if guidance is None else guidance
         return given
+
+
+def as_tuple(value: Any) -> Any:  # noqa: ANN401 any keyword
+    """Return a list of numbers as a tuple, and any other value as it is."""
+    numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+    return tuple(value) if numbers else value
 
 
 def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401 a diffusers class

@@ -53,7 +53,7 @@ def task_call(teacher: Teacher) -> str | None:
     opened = {name: f'{loader}("{name}.{_ENDINGS[loader]}")' for name, loader in images.items()}
     opened |= {name: _opened(name, own[0]) for each, own in seen.items() if (name := task.keyword(each)) not in opened}
     # The size of the samples is that of the given image in most of these pipelines.
-    call = {key: value for key, value in pipeline.call.items() if key in call_parameters(kind)} | pipeline.unguided()
+    call = {key: value for key, value in (pipeline.call | pipeline.unguided()).items() if key in call_parameters(kind)}
     # A masked part is made from noise alone.
     call |= {"strength": 1.0 if task.method == "inpaint" else _STRENGTH, "num_inference_steps": 4}
     prompt = ['prompt="a prompt"'] if pipeline.condition == "prompt" else []

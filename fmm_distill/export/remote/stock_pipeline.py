@@ -91,7 +91,7 @@ def _turn_guidance_off(levels: dict, given: dict) -> None:
     for name, value in levels["call"].items():
         if name not in given:
             # Sizes are tuples in diffusers, and lists in JSON.
-            numbers = isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
+            numbers = isinstance(value, list) and value and all(isinstance(each, (int, float)) for each in value)
             given[name] = tuple(value) if numbers else value
         elif name == levels["guidance"] and (given[name] or 0.0) > value:
             logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")

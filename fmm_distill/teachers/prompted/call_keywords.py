@@ -76,7 +76,7 @@ class CallKeywords:
 
 def as_tuple(value: Any) -> Any:  # noqa: ANN401 any keyword
     """Return a list of numbers as a tuple, and any other value as it is."""
-    numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+    numbers = isinstance(value, list) and value and all(isinstance(each, int | float) for each in value)
     return tuple(value) if numbers else value
 
 

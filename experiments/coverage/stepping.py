@@ -26,13 +26,6 @@ class _Flow(diffusers.FlowMatchEulerDiscreteScheduler):
         return sample
 
 
-class _Discrete(diffusers.DDIMScheduler):
-    """The stock scheduler with the method that pipelines of flow models call."""
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Do nothing: the step is that of its timestep."""
-
-
 @dataclass(frozen=True)
 class Step:
     """A step of a scheduler.
@@ -82,7 +75,7 @@ def first_order(scheduler: Any) -> Any | None:
         return None
     video = type(scheduler).__name__.startswith("CogVideoX")
     changes = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing", "set_alpha_to_one": True}
-    made = (diffusers.CogVideoXDDIMScheduler if video else _Discrete).from_config(config | changes)
+    made = (diffusers.CogVideoXDDIMScheduler if video else diffusers.DDIMScheduler).from_config(config | changes)
     # Pipelines split a learned variance off unless their scheduler takes it.
     made.register_to_config(variance_type="fixed_small")
     return made

@@ -62,20 +62,17 @@ class StockPipelineExporter:
         self._opened: Any = None
 
     def _missing_member(self) -> str | None:
-        """The reason why the pipeline fails with the stock scheduler of exact jumps, where it is made for another.
+        """The reason why the pipeline fails with the stock scheduler of flow models, where it is made for another.
 
         Solvers that have all members round the timesteps that the network is conditioned on: their steps are no exact
         jumps.
         """
-        code, flow = self.pipeline.code, self.teacher.schedule.kind == "flow"
-        if flow and "FlowMatchEulerDiscreteScheduler" in code:
+        code = self.pipeline.code
+        if self.teacher.schedule.kind != "flow" or "FlowMatchEulerDiscreteScheduler" in code:
             return None
-        stock = make_scheduler(self.teacher, self.teacher.prediction)
-        name_of = "the stock scheduler of flow models" if flow else type(stock).__name__
-        for name in ("init_noise_sigma", "scale_model_input", "set_begin_index"):
-            needed = f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code
-            if needed and not hasattr(stock, name):
-                return f"its pipeline needs a scheduler with {name}, which {name_of} lacks"
+        for name in ("init_noise_sigma", "scale_model_input"):
+            if f"self.scheduler.{name}" in code and f'hasattr(self.scheduler, "{name}")' not in code:
+                return f"its pipeline needs a scheduler with {name}, which the stock scheduler of flow models lacks"
         return None
 
     def settings(self, scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
@@ -165,12 +162,6 @@ class StockPipelineExporter:
         stock = make_scheduler(self.teacher, self.teacher.prediction)
         return FlowMapScheduler.from_stock(stock, self.settings(stock))
 
-    def _scheduler_that_runs(self) -> Any:  # noqa: ANN401 a diffusers class
-        """A scheduler of exact jumps with which the pipeline runs: some need more of it than the stock one has."""
-        if self.teacher.schedule.kind == "flow" or self.not_fixed is not None:
-            return self._flow_map_scheduler()
-        return make_scheduler(self.teacher, self.teacher.prediction)
-
     def _run_to_network(self, scheduler: Any, steps: int) -> Recording:  # noqa: ANN401 a diffusers class
         """Run the pipeline with a scheduler up to the first call of the network.
 
@@ -211,7 +202,7 @@ class StockPipelineExporter:
             if self.teacher.schedule.kind == "flow":
                 self._times(self._flow_map_scheduler(), n)
             else:
-                self._run_to_network(self._scheduler_that_runs(), n)
+                self._run_to_network(make_scheduler(self.teacher, self.teacher.prediction), n)
 
     def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
         """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
@@ -258,7 +249,10 @@ class StockPipelineExporter:
 
         The embeddings may be padded otherwise than among all prompts of a run.
         """
-        pipeline, component = self._open(self._scheduler_that_runs()), self.component
+        # Some pipelines need more of a scheduler than the stock one of flow models has.
+        flow = self.teacher.schedule.kind == "flow"
+        scheduler = self._flow_map_scheduler() if flow else make_scheduler(self.teacher, self.teacher.prediction)
+        pipeline, component = self._open(scheduler), self.component
         given = copy.deepcopy(call) | {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(seed)}
         with torch.random.fork_rng(devices=[]):
             # Some pipelines draw the latents of an image without their generator.

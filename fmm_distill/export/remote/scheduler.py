@@ -124,9 +124,6 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
 class _FlowMapDiscreteScheduler(FlowMapScheduler):
     """Jumps on a discrete schedule."""
 
-    def set_begin_index(self, begin_index=0):
-        """Do nothing: the step is that of its timestep. Pipelines of flow models call this."""
-
     def set_timesteps(self, num_inference_steps=None, device=None):
         """Take the stock grid of a discrete schedule, or the timesteps that the caller chose."""
         super().set_timesteps(num_inference_steps, device)

@@ -57,7 +57,11 @@ def lora_code(
     strength, folder, given = "1 / steps", '"scheduler"', "num_inference_steps=steps"
     exact = all(one.is_exact for one in strengths.values())
     if not (exact and exporter.has_equal_jumps(student)):
-        if exact and "sigmas" in inspect.signature(kind.__call__).parameters:
+        if (
+            exact
+            and exporter.teacher.schedule.kind == "flow"
+            and "sigmas" in inspect.signature(kind.__call__).parameters
+        ):
             given += ", sigmas=[1 - i / steps for i in range(steps)]"
         else:
             folder = f'"steps-{steps}/scheduler"'

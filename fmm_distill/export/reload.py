@@ -115,7 +115,9 @@ def made_by(pipeline, call, job, steps):
     torch.manual_seed(job["seed"])
     with watched(pipeline, made):
         # A copy: some pipelines change the lists that they are called with.
-        result = pipeline(**copy.deepcopy(call), return_dict=False)[0]
+        result = pipeline(**copy.deepcopy(call), return_dict=False)
+        # Some pipelines return no tuple of one entry, but the entry itself.
+        result = result[0] if isinstance(result, (tuple, list)) else result
     tensors = {"states": torch.stack([before for before, _ in made]), "end": made[-1][1]}
     if call.get("output_type") == "latent":
         return tensors

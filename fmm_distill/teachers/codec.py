@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from fmm_distill.errors import UserError
@@ -184,7 +185,7 @@ class PipelineCodec:
                 patched_method(pipeline.scheduler, "step", _ends(row, self.positions)),
             ):
                 # A copy: some pipelines change the lists that they are called with.
-                made = run_pipeline(pipeline, copy.deepcopy(self.call))[0]
+                made = run_pipeline(pipeline, copy.deepcopy(self.call))
             images.append(decoded_of(made))
         return torch.cat(images).to(x.device)
 
@@ -261,12 +262,13 @@ class PipelineCodec:
 
 
 def decoded_of(made: Any) -> Float[Tensor, "batch channels *size"]:  # noqa: ANN401 an array or a tensor
-    """Return the output of a pipeline as decoded samples, the channels after the batch.
+    """Return the output of a pipeline, or its first entry, as decoded samples, the channels after the batch.
 
     Images ``[batch, height, width, channels]`` and frames ``[batch, frames, height, width, channels]`` in [0, 1] become
     numbers in [-1, 1]. Sounds are in [-1, 1]; those of one channel have no axis of channels in some pipelines.
     """
-    values = torch.as_tensor(made).float()
+    # Some pipelines return no tuple of one entry, but the entry itself.
+    values = torch.as_tensor(made if isinstance(made, np.ndarray | torch.Tensor) else made[0]).float()
     if values.ndim > _AXES_OF_SOUND:
         return values.movedim(-1, 1) * 2 - 1
     return values.reshape(len(values), -1, values.shape[-1])

@@ -31,6 +31,7 @@ from fmm_distill.teachers.recording import record
 from tests.conformance.stock_steps import InDouble, check_steps, euler_of
 from tests.conformance.test_prompted_export import moved
 from tests.scaled import one_by_one, relative, scaled_student
+from tests.slow import with_slow
 from tests.tables import check_table
 from tests.tiny import layouts
 from tests.tiny.image_conditions import PIPELINES, images_for, picture
@@ -38,8 +39,8 @@ from tests.tiny.image_conditions import PIPELINES, images_for, picture
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
 SINGLE = {"wan-image", "wan-first-frame", "flux2-edit"}
-# Their pipelines guide by three outputs, or call their ControlNet for one of two, or have no guidance by two.
-UNGUIDED = {"instruct-pix2pix", "flux-controlnet", "flux-fill", "flux-control"}
+# Their pipelines call their ControlNet for one of two outputs, or have no guidance by two.
+UNGUIDED = {"flux-controlnet", "flux-fill", "flux-control"}
 # Their networks are conditioned on the guidance scale.
 EMBEDDED = {"flux-kontext"}
 # Where the image enters: joined to the sample, with the time 0, or through a network of its own.
@@ -78,12 +79,19 @@ def teachers(folders):
 
 
 NAMES = pytest.mark.parametrize("name", PIPELINES)
+# Its network takes seconds in tests that open it several times.
+MOST = pytest.mark.parametrize("name", with_slow(PIPELINES, PIPELINES.keys() - {"svd"}))
 
 
 def inputs(teacher):
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t, r = (teacher.schedule.time_at(torch.tensor(times, dtype=torch.float64)) for times in ((0.6, 0.9), (0.2, 0.5)))
     return x, t, r
+
+
+def arguments(teacher, prompts):
+    takes_prompt = teacher.pipeline.condition == "prompt"
+    return prompts.keywords(one=teacher.pipeline.one_prompt, prompt=takes_prompt)
 
 
 def change(value, other, tolerance=1e-4):
@@ -112,7 +120,7 @@ def test_one_euler_step_is_one_stock_step(folders, teachers, name):
     pipeline.scheduler = euler_of(pipeline, teacher)
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     off = teacher.pipeline.call | teacher.pipeline.unguided() | {"output_type": "latent", "num_inference_steps": 10}
-    given = source.prompts.some(numbers).keywords(one=teacher.pipeline.one_prompt)
+    given = arguments(teacher, source.prompts.some(numbers))
     seen = record(pipeline, teacher.pipeline.component, off | given | {"generator": torch.manual_seed(0)})
     assert len(seen.steps) == 10
     # Pipelines may draw the latents of an image: its condition is that of this run.
@@ -120,7 +128,7 @@ def test_one_euler_step_is_one_stock_step(folders, teachers, name):
     check_steps(seen, teacher, pipeline.scheduler, cond)
 
 
-@NAMES
+@MOST
 @torch.no_grad()
 def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, name):
     source, teacher = folders[name], teachers[name]
@@ -138,6 +146,8 @@ def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, n
     one = Prompts(source.prompts.texts[:2], source.prompts.some((2, 2)).images)
     other = load_teacher(source.folder, prompts=one, call=source.call)
     assert change(v, teacher.velocity(x, t, other.conditions.prompts))
+    if teacher.pipeline.condition is None:
+        return
     # The prompt of another sample with the same image.
     texts = Prompts(("a ship", "a ship"), source.prompts.some((0, 1)).images)
     other = load_teacher(source.folder, prompts=texts, call=source.call)
@@ -164,7 +174,7 @@ def test_the_student_is_its_teacher_and_moves(teachers, name):
     assert all(not p.requires_grad for side in teacher.parametrization.call.sides for p in side.network.parameters())
 
 
-@NAMES
+@MOST
 def test_the_derivative_in_r(folders, name):
     teacher = folders[name].load()
     student = moved(Student.from_teacher(teacher))
@@ -208,7 +218,7 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     given = teacher.conditions.given.some(numbers)
     run = {"output_type": "latent", "num_inference_steps": 4, "generator": torch.manual_seed(0)}
-    run |= teacher.pipeline.call | teacher.pipeline.guided(3.0) | given.keywords(one=teacher.pipeline.one_prompt)
+    run |= teacher.pipeline.call | teacher.pipeline.guided(3.0) | arguments(teacher, given)
     # Draws of an image's latents would be others in both parts of the guidance.
     with encoding_by_mode(pipeline, given):
         seen = record(pipeline, teacher.pipeline.component, run)
@@ -255,13 +265,14 @@ def rows_of(teachers):
         joined = "" if call.joined is None else f"joined, axis {call.joined.axis}"
         where = (", ".join(side.name for side in call.sides) or joined) + (", time 0" if call.timed is not None else "")
         guided = "an input" if teacher.pipeline.network_guidance is not None else "no"
+        by_image = "yes, and by the image" if teacher.conditions.image_guidance is not None else "yes"
         lines.append(
             (
                 name,
                 f"`{teacher.pipeline.class_name}`",
                 ", ".join(f"`{keyword}`" for keyword in teacher.conditions.images),
                 where,
-                "yes" if teacher.conditions.empty is not None and name not in EMBEDDED else guided,
+                by_image if teacher.conditions.empty is not None and name not in EMBEDDED else guided,
                 str(len(default_targets(teacher.network))),
             )
         )

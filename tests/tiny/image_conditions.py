@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from diffusers import (
+    AutoencoderKLTemporalDecoder,
     CogVideoXImageToVideoPipeline,
     ControlNetModel,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -26,10 +28,13 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
 )
 from PIL import Image
 from torch import nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.tiny import diffusion, flow, video
 from tests.tiny.base import Tiny, seeded
@@ -181,6 +186,49 @@ def ltx_image() -> DiffusionPipeline:
     return LTXImageToVideoPipeline(**parts)
 
 
+def svd() -> DiffusionPipeline:
+    """Frames before channels, continuous timesteps, and an image in place of the prompt."""
+    # 32 groups are fixed in the code of the network: those of one channel each would remove the time embedding.
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=(2,),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "block_out_channels": [32, 32]}
+    vae = AutoencoderKLTemporalDecoder(latent_channels=4, layers_per_block=1, **blocks)
+    # The pipeline resizes every picture to 224.
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=56,
+    )
+    # The settings of the published checkpoints.
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    encoder = CLIPVisionModelWithProjection(config)
+    return StableVideoDiffusionPipeline(vae, encoder, redraw(unet), scheduler, CLIPImageProcessorPil())
+
+
 SIDE = (16, 16)
 _FLUX = dict(flow.PIPELINES["flux"].call)
 _WAN = dict(video.PIPELINES["wan"].call)
@@ -207,5 +255,6 @@ PIPELINES: dict[str, Conditioned] = {
     ),
     "wan-image": Conditioned(seeded(wan_image), _WAN, {"image": SIDE}),
     "wan-first-frame": Conditioned(seeded(wan_first_frame), _WAN, {"image": SIDE}),
+    "svd": Conditioned(seeded(svd), {"num_frames": 2, "height": 8, "width": 8}, {"image": (8, 8)}),
     "ltx-image": Conditioned(seeded(ltx_image), dict(video.PIPELINES["ltx"].call), {"image": SIDE}),
 }

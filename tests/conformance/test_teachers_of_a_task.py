@@ -168,8 +168,9 @@ def test_the_task_is_on_the_card(tmp_path):
 def test_a_network_that_takes_a_score_in_place_of_a_size(tmp_path):
     """The refiner of Stable Diffusion XL: its pipelines pass the score, by the keywords of the base and of the task."""
     diffusion.PIPELINES["sdxl-refiner"].build().save_pretrained(tmp_path / "teacher", safe_serialization=True)
-    teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",))
-    assert teacher.pipeline.call["target_size"] == (6.0,)
+    # A list, as a recipe has it, next to a tuple.
+    teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",), call={"original_size": [8, 8]})
+    assert teacher.pipeline.call == {"original_size": (8, 8), "target_size": (6.0,)}
     student = Student.from_teacher(teacher, scaled=ScaledWeights())
     folder = export_pipeline(student, teacher, tmp_path / "student", ())
     ours = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)

@@ -149,6 +149,7 @@ def _any_step(manifest: StudentManifest, location: Location) -> str:
     place = f'"{location.repo or HERE}"'
     imports = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call)])
     used = "\n".join([*adapter_lines(manifest.ip_adapter, place, location.revision), call])
+    task = _task(manifest)
     return f"""For any number of steps, with code from this repository (two files):
 
 ```python
@@ -157,7 +158,22 @@ pipeline = DiffusionPipeline.from_pretrained({place}{location.revision}, trust_r
 {used}
 ```
 
-The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none)."""
+The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none).{task}"""
+
+
+def _task(manifest: StudentManifest) -> str:
+    """Return the part on the task of the teacher's own class; empty: it has none."""
+    if manifest.task_call is None:
+        return ""
+    code = "\n".join([*imports_of(manifest.task_call), manifest.task_call])
+    return f"""
+
+The teacher is a `{manifest.task}`. The any-step pipeline has its task, with the same weights, for a given image or
+video. `strength` is the fraction of the `num_inference_steps` jumps that are made:
+
+```python
+{code}
+```"""
 
 
 def _weights(manifest: StudentManifest, location: Location) -> str:

@@ -15,7 +15,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.export.adapter_code import adapter_facts
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
-from fmm_distill.export.example_call import example_call
+from fmm_distill.export.example_call import example_call, task_call
 from fmm_distill.export.lora_code import lora_code, why_no_lora_code
 from fmm_distill.export.second_stage import check_facts, facts_of
 from fmm_distill.export.strengths import strengths_of
@@ -50,6 +50,8 @@ _TYPES: dict[str, type | UnionType] = {
     "fixed_call": str,
     "limits": str,
     "pipeline": str | None,
+    "task": str | None,
+    "task_call": str | None,
     "scheduler": dict,
     "call": dict,
     "images": list,
@@ -103,6 +105,9 @@ class StudentManifest:
         fixed_call: an example of a call of a pipeline of a fixed number of steps, with ``{steps}`` for the number.
         limits: what the student can't do, and which guidance is in its weights.
         pipeline: the class of the teacher's pipeline that students are copies of; None: they are no copies.
+        task: the class that the teacher's repository names, whose task is a method of the any-step pipeline; None: it
+            names the class ``pipeline``.
+        task_call: an example of a call of that method; None: there is no such task.
         scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
         call: keywords of the pipeline's call other than prompt, images and guidance.
         images: keywords of the pipeline's call by which it is given images.
@@ -137,6 +142,8 @@ class StudentManifest:
     fixed_call: str
     limits: str
     pipeline: str | None
+    task: str | None
+    task_call: str | None
     scheduler: dict[str, Any]
     call: dict[str, Any]
     images: tuple[str, ...]
@@ -196,6 +203,8 @@ def make_manifest(
         fixed_call=example_call(teacher, any_step=False),
         limits=_limits(recipe, teacher, matched=matched),
         pipeline=None if pipeline is None else pipeline.class_name,
+        task=None if pipeline is None else pipeline.task,
+        task_call=task_call(teacher),
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
         images=_images(teacher),
@@ -239,6 +248,8 @@ def read_manifest(folder: Path) -> StudentManifest:
         "init_revision": None,
         "images": [],
         "ip_adapter": None,
+        "task": None,
+        "task_call": None,
         "kind": "embedded",
         "strengths": {},
         "lora_code": None,

@@ -104,7 +104,9 @@ def adapted(pipeline, folder, adapter):
 def opened(value):
     """Return a keyword of the call with the images of its files in place of their paths."""
     if isinstance(value, list):
-        return [opened(item) for item in value]
+        # Sizes are tuples in diffusers, and lists in JSON.
+        numbers = value and all(isinstance(item, (int, float)) for item in value)
+        return (tuple if numbers else list)(opened(item) for item in value)
     if not (isinstance(value, dict) and set(value) == {"image file"}):
         return value
     image = PIL.Image.open(value["image file"])

@@ -24,6 +24,7 @@ from fmm_distill.teachers.prompted.load import load_prompted
 from fmm_distill.teachers.prompts import Prompts, as_prompts
 from fmm_distill.teachers.requirements import check_requirements, describe_optional_inputs, takes_prompts
 from fmm_distill.teachers.safety import describe_checkers
+from fmm_distill.teachers.tasks import as_base, link_base, task_of
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -81,6 +82,12 @@ def load_teacher(
     if checkers := describe_checkers(index.pipeline, index.components):
         logger.warning(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
+        )
+    if index.task is not None and (task := task_of(index.task)) is not None:
+        extra = "".join(f", called with {name}={value}" for name, value in index.call.items())
+        logger.warning(
+            f"{task.pipeline} {task.does} with the network of {task.base}: the teacher and its student are opened as "
+            f"{task.base}{extra}, and the student has the task as {task.method}()"
         )
     teacher = load(index)
     given = as_prompts(prompts).images
@@ -168,9 +175,10 @@ def find_index(source: str, revision: str | None = None) -> PipelineIndex:
         return PipelineIndex(source, folder).config(name)
 
     components = current_classes(components, config_of)
-    if isinstance(location, Path):
-        return PipelineIndex(source, folder, pipeline=pipeline, components=components)
-    return PipelineIndex(source, folder, location.commit, pipeline=pipeline, components=components, snapshot=location)
+    index = PipelineIndex(source, folder, pipeline=pipeline, components=components)
+    if isinstance(location, Snapshot):
+        index = replace(index, revision=location.commit, snapshot=location)
+    return as_base(index, entries, config_of)
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
@@ -189,7 +197,9 @@ def download(index: PipelineIndex, variant: str | None = None) -> PipelineIndex:
     if index.snapshot is not None:
         index.snapshot.fetch(variant)
     index = replace(index, license=license_of(index.folder))
-    return index if variant is None else replace(index, folder=link_variant(index.source, index.folder, variant))
+    if variant is not None:
+        index = replace(index, folder=link_variant(index.source, index.folder, variant))
+    return replace(index, folder=link_base(index))
 
 
 def _locate(source: str, revision: str | None) -> Path | Snapshot:

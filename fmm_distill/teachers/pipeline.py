@@ -43,6 +43,8 @@ class StockPipeline:
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
         ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
+        task: the class that the teacher's repository names, if this is the base of it; see ``tasks``.
+        task_settings: settings of that class which this one does not have.
     """
 
     folder: Path
@@ -57,6 +59,8 @@ class StockPipeline:
     one_prompt: bool = False
     positions: Tensor | None = None
     ip_adapter: IpAdapter | None = None
+    task: str | None = None
+    task_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def index(self) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
 
 
 def _join_sides(calls: list[SideCall], rows: int) -> SideCall:
-    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows))
+    # The frames of a video are rows of their own.
+    each = max(1, len(calls[0].sample) // rows)
+    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows, each))
 
 
 def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network
@@ -106,9 +108,9 @@ def _all_equal(values: list[torch.Tensor]) -> bool:
     return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
 
 
-def _interleaved(values: list[torch.Tensor], rows: int) -> torch.Tensor:
-    """Return the first rows of all samples, then their second ones, and so on."""
-    return torch.cat([value[i : i + 1] for i in range(rows) for value in values])
+def _interleaved(values: list[torch.Tensor], rows: int, each: int = 1) -> torch.Tensor:
+    """Return the first ``each`` rows of all samples, then their second ones, and so on."""
+    return torch.cat([value[i * each : (i + 1) * each] for i in range(rows) for value in values])
 
 
 def _mixed(name: str) -> UserError:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.staged import StagedNetwork
 from fmm_distill.errors import UserError
 from fmm_distill.student.scaled_layers import scaled_layers
+from fmm_distill.student.stages import of_stage
 from fmm_distill.student.strength import strength_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,12 @@ _EXACT = 1e-5
 
 
 def stock_part(network: nn.Module) -> nn.Module:
-    """Return a stock network of the same class with the weights of a two-time one, without its jump embeddings."""
+    """Return a stock network of the same class with the weights of a two-time one, without its jump embeddings.
+
+    Of two networks, return the two stock ones.
+    """
+    if isinstance(network, StagedNetwork):
+        return network.map(stock_part)
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
     config = {key: value for key, value in config.items() if key not in OWN_SETTINGS}
     # A two-time class has the mixin and the stock class as its bases.
@@ -50,12 +57,16 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     at the time where it starts (least squares; there are fewer times than inputs of the layer). A range of guidance
     folds to the teacher's scale.
 
+    Of two networks each is folded with the jumps that start at its times, or with all where there are none.
+
     The changes of a scaled student's weights are added at one strength (``strength_of``), as if all jumps were equal.
 
     Raises:
         UserError: on a grid with more different jumps than the layer can represent, or with jumps that are too
             different for one strength.
     """
+    if isinstance(student.network, StagedNetwork):
+        return _fold_stages(student, teacher, times)
     network = cast("Any", student.network)
     stock = stock_part(student.network)
     device = next(student.network.parameters()).device
@@ -83,6 +94,22 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
         if float(rest.abs().max()) > _EQUAL * float(jumps.abs().max()):
             _add_to_layer(host, _host_inputs(student, teacher, name, starts), rest)
     return stock
+
+
+def _fold_stages(student: Student, teacher: Teacher, times: Tensor) -> nn.Module:
+    network, parametrization = cast("StagedNetwork", student.network), of_stage(student.parametrization)
+    boundary = cast("Any", student.parametrization.call).boundary
+    is_high = student.schedule.network_time(times[:-1]).float() >= boundary
+    # Times decrease. A part of the grid ends where the next one starts.
+    count = int(is_high.sum())
+    grids = dict(zip(network.names, (times[: count + 1], times[count:]), strict=True))
+    folded = {}
+    for name, part in network.parts.items():
+        # The changes of scaled weights have one strength on the complete grid.
+        own = times if len(grids[name]) < 2 or scaled_layers(part) else grids[name]
+        folded[name] = fold(type(student)(part, parametrization), teacher, own)
+    high, low = folded.values()
+    return StagedNetwork(high, low, network.names)
 
 
 def _add_changes(network: nn.Module, stock: nn.Module, length: float) -> None:

@@ -38,6 +38,8 @@ class StockPipeline:
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
+        second: the name of the network of low noise levels, where ``component`` is that of high ones; None: there is
+            one network.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class StockPipeline:
     network_guidance: float | None = None
     one_prompt: bool = False
     positions: Tensor | None = None
+    second: str | None = None
 
     @property
     def index(self) -> dict[str, Any]:
@@ -68,8 +71,8 @@ class StockPipeline:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the components other than the network and the scheduler."""
-        own = (self.component, "scheduler")
+        """The names of the components other than the networks and the scheduler."""
+        own = (self.component, self.second, "scheduler")
         return tuple(
             name
             for name, value in self.index.items()

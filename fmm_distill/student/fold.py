@@ -57,7 +57,7 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     at the time where it starts (least squares; there are fewer times than inputs of the layer). A range of guidance
     folds to the teacher's scale.
 
-    Of two networks each is folded with the jumps that start at its times, or with all where there are none.
+    Each of two networks is folded for all jumps of the grid.
 
     The changes of a scaled student's weights are added at one strength (``strength_of``), as if all jumps were equal.
 
@@ -66,7 +66,8 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
             different for one strength.
     """
     if isinstance(student.network, StagedNetwork):
-        return _fold_stages(student, teacher, times)
+        kind, parametrization = type(student), of_stage(student.parametrization)
+        return student.network.map(lambda part: fold(kind(part, parametrization), teacher, times))
     network = cast("Any", student.network)
     stock = stock_part(student.network)
     device = next(student.network.parameters()).device
@@ -94,22 +95,6 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
         if float(rest.abs().max()) > _EQUAL * float(jumps.abs().max()):
             _add_to_layer(host, _host_inputs(student, teacher, name, starts), rest)
     return stock
-
-
-def _fold_stages(student: Student, teacher: Teacher, times: Tensor) -> nn.Module:
-    network, parametrization = cast("StagedNetwork", student.network), of_stage(student.parametrization)
-    boundary = cast("Any", student.parametrization.call).boundary
-    is_high = student.schedule.network_time(times[:-1]).float() >= boundary
-    # Times decrease. A part of the grid ends where the next one starts.
-    count = int(is_high.sum())
-    grids = dict(zip(network.names, (times[: count + 1], times[count:]), strict=True))
-    folded = {}
-    for name, part in network.parts.items():
-        # The changes of scaled weights have one strength on the complete grid.
-        own = times if len(grids[name]) < 2 or scaled_layers(part) else grids[name]
-        folded[name] = fold(type(student)(part, parametrization), teacher, own)
-    high, low = folded.values()
-    return StagedNetwork(high, low, network.names)
 
 
 def _add_changes(network: nn.Module, stock: nn.Module, length: float) -> None:

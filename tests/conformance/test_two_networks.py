@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 from torchdiffeq import odeint
 
+from fmm_distill import distill
 from fmm_distill.config.recipe import parse
 from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.core.flow_map import FlowMap
@@ -26,6 +28,7 @@ from fmm_distill.losses import Jump
 from fmm_distill.losses.eulerian import Eulerian
 from fmm_distill.losses.lagrangian import Lagrangian
 from fmm_distill.losses.progressive import Progressive
+from fmm_distill.run.plan import plan
 from fmm_distill.student.lora import add_lora, lora_layers
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
@@ -37,6 +40,7 @@ from fmm_distill.teachers.prompts import Prompts
 from tests import processes
 from tests.conformance.test_prompted import PROMPTS
 from tests.conformance.test_prompted_export import moved
+from tests.conformance.test_scaled_lora import code_of, exported, run
 from tests.scaled import one_by_one, points, relative, scaled_student, train
 from tests.tiny import image_conditions, video
 from tests.unit.test_scaled_runs import SPLIT
@@ -315,9 +319,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, source):
     recipes["matched"] = recipe_of(source[0], tmp_path / "prompts.txt", "scaled", **MATCHED)
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "recipes.json").write_text(json.dumps(recipes))
-    run = processes.on_two_processes(SPLIT, tmp_path / "two" / "recipes.json", tmp_path / "two")
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
+    made = processes.on_two_processes(SPLIT, tmp_path / "two" / "recipes.json", tmp_path / "two")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout.splitlines()[-1])["processes"] == 2
     for name, settings in recipes.items():
         train(settings, tmp_path / name)
         mine, other = (
@@ -352,3 +356,36 @@ def test_image_to_video(tmp_path, guided):
     noise = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     own = sample(student, noise, 3, teacher.first_conditions(2))
     assert relative(loaded.generate(noise, 3), own) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_adapters_of_both_networks_in_the_stock_pipeline(tmp_path):
+    """By the code of the model card."""
+    export = exported("wan-two", tmp_path)
+    call, code = export.exporter.verification_call(2), code_of(export)
+    assert 'pipeline.transformer_2.set_adapters("student"' in code
+    for steps in (2, 4):
+        samples = run(code, call, steps)[1]
+        folded = diffusers.DiffusionPipeline.from_pretrained(export.folder / f"steps-{steps}")
+        folded.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        own = folded(**call, num_inference_steps=steps, generator=generator, return_dict=False)[0]
+        assert relative(samples, torch.as_tensor(own)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["embedded", "scaled"])
+def test_a_student_starts_from_an_exported_one(tmp_path, source, kind):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    evaluation = {"steps": [1], "samples": 2, "endpoint_samples": 2, "endpoint_solver_steps": 2, "features": "none"}
+    evaluation |= {"ddim_steps": [], "dpmsolver_steps": []}
+    settings = recipe_of(source[0], tmp_path / "prompts.txt", kind, evaluation=evaluation, export={"steps": [1]})
+    distill(parse(settings, "here"), tmp_path / "run")
+    average = load_student(tmp_path / "run" / "student").flow_map
+    for start in ("run", "run/student"):
+        student = settings["student"] | {"init": str(tmp_path / start)}
+        continued = plan(parse(settings | {"student": student}, "here")).student
+        x, t, r, cond = points(load_teacher(source[0], call=source[1]))
+        with torch.no_grad():
+            ours, theirs = (one.mean_velocity(x, t, r, cond) for one in (continued, average))
+        assert relative(ours, theirs) < 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,6 +11,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
+from fmm_distill.teachers.adapter_loading import load_into
 from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes, Embeddings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.index import PipelineIndex
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+    from fmm_distill.teachers.pipeline import StockPipeline
 
 __all__ = ["other_pipeline", "reference_pipeline"]
 
@@ -115,12 +118,32 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
+    if teacher.pipeline is not None and teacher.pipeline.ip_adapter is not None:
+        _load_adapter(pipeline, teacher.pipeline, source)
+        pipeline.to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: expected 1 to {most} steps, its number of timesteps; got {max(steps)}")
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
     runs = [_PipelineRun(pipeline, teacher, count, call) for count in steps]
     return [_sampler(source, run, _unchecked(found)) for run in runs]
+
+
+def _load_adapter(pipeline: Any, stock: StockPipeline, source: str) -> None:  # noqa: ANN401 a diffusers class
+    """Load the teacher's IP-Adapter, with its image encoder, into another pipeline.
+
+    Raises:
+        UserError: if it does not take it.
+    """
+    adapter = cast("IpAdapter", stock.ip_adapter)
+    if not hasattr(pipeline, "load_ip_adapter"):
+        raise UserError(
+            f"--also {source}: expected a pipeline that takes the teacher's IP-Adapter, got {type(pipeline).__name__}"
+        )
+    try:
+        load_into(pipeline, stock.folder, adapter)
+    except UserError as error:
+        raise UserError(f"--also {source}: {error}") from error
 
 
 def _describe(run: _PipelineRun, unchecked: str | None) -> str:

@@ -98,6 +98,7 @@ class StockPipelineExporter:
             "flip": cast("FlowMatching", teacher.schedule).time_scale if inverted else None,
             "call": self.pipeline.call | self.pipeline.unguided(),
             "guidance": self.pipeline.guidance,
+            "task": self.pipeline.task_settings,
             "scheduler": settings_of(scheduler),
             "scale": None if teacher.guidance is None else teacher.guidance.scale,
         } | teacher.schedule.to_config()

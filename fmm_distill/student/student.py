@@ -19,6 +19,7 @@ from fmm_distill.student.scaled import ScaledWeights, freeze_base, ranks_of_laye
 from fmm_distill.student.scaled_layers import scaled_layers
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
+from fmm_distill.teachers.frozen_adapter import share_adapter
 from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) ->
             config |= {"scaled_layers": ranks, "diagonal": factors, "guidance_range": guidance_range}
             network = cast("Any", two_time(cast("Any", type(teacher.network)))).from_config(config)
             _load_teacher(network, teacher.network)
+            share_adapter(teacher.network, network)
     if scaled is not None:
         freeze_base(network, diagonal=scaled.diagonal)
     return network

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+
 __all__ = ["StockPipeline"]
 
 
@@ -40,6 +42,9 @@ class StockPipeline:
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
+        ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
+        task: the class that the teacher's repository names, if this is the base of it; see ``tasks``.
+        task_settings: settings of that class which this one does not have.
     """
 
     folder: Path
@@ -53,6 +58,9 @@ class StockPipeline:
     network_guidance: float | None = None
     one_prompt: bool = False
     positions: Tensor | None = None
+    ip_adapter: IpAdapter | None = None
+    task: str | None = None
+    task_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def index(self) -> dict[str, Any]:

@@ -181,7 +181,6 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
 @pytest.mark.parametrize(
     ("module", "name", "match"),
     [
-        (diffusion, "sdxl-refiner", "which refines an image"),
         (video, "wan-two", r"got a second WanTransformer3DModel \(transformer_2\)"),
     ],
 )

@@ -50,10 +50,12 @@ class Conditioned(Tiny):
     Attributes:
         images: keywords of the call, and the sides of their images, height and width.
         references: images per sample and keyword, in a list; 0: one, in no list.
+        ip_adapter: the image is that of an IP-Adapter, which is no part of the pipeline's folder.
     """
 
     images: dict[str, tuple[int, int]]
     references: int = 0
+    ip_adapter: bool = False
 
 
 def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Image:
@@ -235,6 +237,10 @@ _WAN = dict(video.PIPELINES["wan"].call)
 PIPELINES: dict[str, Conditioned] = {
     "sd-inpaint": Conditioned(seeded(sd_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
     "sdxl-inpaint": Conditioned(seeded(sdxl_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
+    "sd-ip-adapter": Conditioned(diffusion.PIPELINES["sd1"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True),
+    "sdxl-ip-adapter": Conditioned(
+        diffusion.PIPELINES["sdxl"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True
+    ),
     "instruct-pix2pix": Conditioned(seeded(instruct_pix2pix), {}, {"image": (8, 8)}),
     "sd-controlnet": Conditioned(seeded(sd_controlnet), {}, {"image": (8, 8)}),
     "two-controlnets": Conditioned(seeded(two_controlnets), {}, {"image": (8, 8)}, 2),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.frozen_adapter import FrozenAdapter
     from fmm_distill.teachers.prompted.joined import JoinedPart
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
@@ -50,6 +51,7 @@ class RecordedCall:
             such as a given first frame; None: the network takes one time per sample.
         second_time: the name of a second time, which is always equal to the first; None: there is none.
         sides: networks that run before it, such as a ControlNet.
+        adapter: an IP-Adapter that the network uses; None: there is none.
     """
 
     sample: str
@@ -63,6 +65,7 @@ class RecordedCall:
     second_time: str | None = None
     timed: Tensor | None = None
     sides: tuple[SideNetwork, ...] = ()
+    adapter: FrozenAdapter | None = None
 
     def __call__(
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
@@ -79,12 +82,17 @@ class RecordedCall:
         arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: time}
         if self.second_time is not None:
             arguments[self.second_time] = arguments[self.time]
+        if self.adapter is not None and self.adapter.device != x.device:
+            # Moving a network leaves it behind.
+            self.adapter.to(x.device)
         return self.sign * self.output_of(tensor_of(network(**arguments)), x)
 
     def to(self, device: torch.device | str) -> None:
-        """Move the networks that run before the main one."""
+        """Move the networks that run before the main one, and the adapter that it uses."""
         for side in self.sides:
             side.network.to(device)
+        if self.adapter is not None:
+            self.adapter.to(device)
 
     def output_of(self, output: Tensor, x: Tensor) -> Tensor:
         """Return the part of the network's output that is of the samples x."""

@@ -15,7 +15,7 @@ from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
 
-__all__ = ["CallKeywords", "check_keywords"]
+__all__ = ["CallKeywords", "as_tuple", "check_keywords"]
 
 # The scales of the first and of the last frame of a video.
 _OVER_FRAMES = ("min_guidance_scale", "max_guidance_scale")
@@ -83,6 +83,12 @@ class CallKeywords:
     def guided(self, scale: float) -> dict[str, Any]:
         """Return the keywords of classifier-free guidance at this scale."""
         return {name: scale for name in (self.guidance, self.first_guidance) if name is not None}
+
+
+def as_tuple(value: Any) -> Any:  # noqa: ANN401 any keyword
+    """Return a list of numbers as a tuple, and any other value as it is."""
+    numbers = isinstance(value, list) and value and all(isinstance(each, int | float) for each in value)
+    return tuple(value) if numbers else value
 
 
 def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401 a diffusers class

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,15 @@ import diffusers
 
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.adapter_loading import open_frozen
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
+from fmm_distill.teachers.ip_adapter import IMAGE
 from fmm_distill.teachers.pipeline import StockPipeline
-from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.call_keywords import as_tuple, check_keywords
 from fmm_distill.teachers.prompted.embeddings import embed_prompts
 from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
@@ -66,22 +69,27 @@ def load_prompted(
         UserError: if the pipeline can't be opened or run, or if its network call can't be reproduced.
     """
     component = "transformer" if "transformer" in index.components else "unet"
+    # Sizes are tuples in diffusers, and lists in files.
+    call = {name: as_tuple(value) for name, value in (index.call | (call or {})).items()}
     _check_components(index, component)
     pipeline = _open(index)
-    check_keywords(pipeline, call or {})
+    check_keywords(pipeline, call)
     check_weights(getattr(pipeline, component), index.source)
+    adapter = None if index.ip_adapter is None else open_frozen(pipeline, index.folder, index.ip_adapter)
     scale = 1.0 if guidance is None else guidance.scale
-    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, prompts)
+    probe = PipelineProbe.of(pipeline, component, call, scale, index.source, prompts)
     conditions = embed_prompts(probe, prompts, index)
     probe.check()
     if len(probe.event_shape) == 3 and probe.call.joined is None and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens. With joined channels the network has more.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec, own_call = probe.spec, log_neutral(pipeline, call or {}) | (call or {})
+    spec, own_call = probe.spec, log_neutral(pipeline, call) | call
     log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
-        parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
+        parametrization=Parametrization(
+            spec.schedule, spec.prediction, replace(probe.call, adapter=adapter), spec.sigma_data
+        ),
         event_shape=probe.event_shape,
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
@@ -118,12 +126,17 @@ def _stock_pipeline(
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
+        ip_adapter=index.ip_adapter,
+        task=index.task,
+        task_settings=index.task_settings,
     )
 
 
 def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> PipelineCodec:
     # Not the empty prompt, of which some tokenizers make no token.
     call = probe.keywords.call(prompts.some((0,)), STEPS)
+    # Only the network uses it, which does not run: the image encoder would, in every call.
+    call.pop(IMAGE, None)
     output = tuple(probe.recording.calls[0].output.shape[1:])
     return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 

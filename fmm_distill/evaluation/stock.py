@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.staged import parts_of
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
 from fmm_distill.evaluation.samplers import Sampler
@@ -19,6 +20,7 @@ from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import describe_checkers
+from fmm_distill.teachers.stages import network_of
 from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     # A teacher that was loaded from a variant has a folder with its weights under the plain names.
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
-    pipeline = open_pipeline(folder, **{component: stock_network(teacher)}).to(device)
+    pipeline = open_pipeline(folder, **parts_of(stock_network(teacher), component)).to(device)
     call = _guided_call(teacher)
     set_plain_guiders(pipeline, 1.0 if teacher.guidance is None else teacher.guidance.scale)
     run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), call)
@@ -189,7 +191,7 @@ def _sampler(name: str, run: _PipelineRun, unchecked: str | None) -> Sampler:
     """
     pipeline, teacher = run.pipeline, run.teacher
     component = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
-    network = getattr(pipeline, component, None)
+    network = None if getattr(pipeline, component, None) is None else network_of(pipeline, component)
     if network is None or "output_type" not in run.accepted or "num_inference_steps" not in run.accepted:
         raise UserError(
             f"{name}: expected a pipeline that generates images with a unet or a transformer; "

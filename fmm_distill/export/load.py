@@ -19,6 +19,7 @@ from fmm_distill import __version__
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.core.solvers import solve
+from fmm_distill.core.staged import parts_of
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.adapter_code import own_adapter
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.velocity_field import KnownVelocity
 
-__all__ = ["ADAPTERS", "LoadedStudent", "component_of", "fetch_initial", "fetch_student", "load_student"]
+__all__ = ["ADAPTERS", "LoadedStudent", "components_of", "fetch_initial", "fetch_student", "load_student"]
 
 # The stems of the files of adapters that another student can start from.
 ADAPTERS = ("pytorch_lora_weights", "jump_embedding", "guidance")
@@ -213,7 +214,8 @@ def load_student(
         _check_images(manifest, given, str(source))
         opened, student = _student_of_pipeline(folder, str(source), manifest, given)
         component = "unet" if opened.pipeline is None else opened.pipeline.component
-    _load_weights(student, folder / component, str(source))
+    for name, part in parts_of(student.network, component).items():
+        _load_weights(part, folder / name, str(source))
     return LoadedStudent(student.eval(), manifest, opened)
 
 
@@ -229,12 +231,12 @@ def _check_images(manifest: StudentManifest, prompts: Prompts, source: str) -> N
     )
 
 
-def _load_weights(student: Student, folder: Path, source: str) -> None:
+def _load_weights(network: nn.Module, folder: Path, source: str) -> None:
     try:
         weights: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= load_file(file)
-        student.network.load_state_dict(weights)
+        network.load_state_dict(weights)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise _incomplete(source, error) from error
 
@@ -331,24 +333,25 @@ def fetch_initial(source: str, revision: str | None = None) -> Path:
     """
     folder = _download(source, revision, [MANIFEST, "recipe.yaml", "model_index.json"])
     # Text encoders and autoencoders are large, and those of the teacher are used.
-    names = [f"{component_of(folder)}/*", *(f"lora/{stem}.safetensors" for stem in ADAPTERS)]
+    names = [*(f"{name}/*" for name in components_of(folder)), *(f"lora/{stem}.safetensors" for stem in ADAPTERS)]
     return _download(source, folder.name, [MANIFEST, *names])
 
 
-def component_of(folder: Path) -> str:
-    """Return the name of the folder of the network in an exported folder.
+def components_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders of the networks in an exported folder.
 
     Raises:
         UserError: if its pipeline has none.
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        return NETWORK
-    for name, value in read_mapping(index, todo=_TODO).items():
-        # The module of the network is code of the export.
-        if isinstance(value, list) and str(value[0]).startswith("two_time_"):
-            return name
-    raise UserError(f"{index}: expected the network of a student in it, got none; {_TODO}")
+        return (NETWORK,)
+    entries = read_mapping(index, todo=_TODO).items()
+    # The module of a network is code of the export.
+    found = [name for name, value in entries if isinstance(value, list) and str(value[0]).startswith("two_time_")]
+    if not found:
+        raise UserError(f"{index}: expected the network of a student in it, got none; {_TODO}")
+    return tuple(sorted(found))
 
 
 def _download(

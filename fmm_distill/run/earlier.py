@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import Recipe
 from fmm_distill.config.settings import GuidanceSettings, IpAdapterSettings, StudentSettings
+from fmm_distill.core.staged import stages_of
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.load import fetch_initial
 from fmm_distill.export.local_paths import public_name
@@ -211,11 +212,14 @@ class EarlierStudent:
         Raises:
             UserError: if it is of another form or architecture.
         """
-        network = type(student.network).__name__
-        if self.files.component is not None:
-            config = read_mapping(self.files.folder / self.files.component / "config.json", todo=_TODO)
-            if config.get("_class_name") not in (None, network):
-                expected, got = (str(one).removeprefix("TwoTime") for one in (network, config["_class_name"]))
+        networks = [type(part).__name__ for part in stages_of(student.network)]
+        if names := self.files.components:
+            configs = [read_mapping(self.files.folder / name / "config.json", todo=_TODO) for name in names]
+            classes = [config.get("_class_name", network) for config, network in zip(configs, networks, strict=False)]
+            if classes != networks or len(names) != len(networks):
+                expected, got = (
+                    " and ".join(str(one).removeprefix("TwoTime") for one in ones) for ones in (networks, classes)
+                )
                 raise UserError(
                     f"student.init {self.source}: expected a student of {expected}, got one of {got}; try a student of "
                     "this teacher, or of a fine-tuned version of it"
@@ -255,7 +259,7 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     elif revision is not None:
         raise UserError(f"student.init_revision: expected none for the folder {source}, got {revision}; leave it out")
     files = files_of(folder, source)
-    manifest = None if files.component is None else read_manifest(files.folder)
+    manifest = read_manifest(files.folder) if files.components else None
     written = files.folder / RECIPE
     settings = read_mapping(written, {"teacher": str}, todo=_TODO)
     try:
@@ -274,14 +278,16 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
 
 def _named(files: StudentFiles, *, adapted: bool) -> dict[str, Tensor]:
     """Read the weights of a student by their names in its network."""
-    if files.component is None:
+    if not files.components:
         (path,) = files.weights
         digests = read_mapping(path.parent / "manifest.json", {"sha256": dict}, todo=_TODO)["sha256"]
         if sha256_of_file(path) != digests.get(path.name):
             raise UserError(f"{path}: expected the file that the run wrote, got a changed one; {_TODO}")
         stored = load_file(path)
         return {name.removeprefix("network."): value for name, value in stored.items() if name != "n_averaged"}
-    prefix = f"{files.component}."
+    # The weights of two networks have the names of their components in the network of a student.
+    alone = len(files.components) == 1
+    prefix = f"{files.components[0]}." if alone else ""
     if adapted:
         lora = load_file(files.adapters["pytorch_lora_weights"])
         # The name of peft's adapter is no part of the file format of diffusers.
@@ -289,7 +295,8 @@ def _named(files: StudentFiles, *, adapted: bool) -> dict[str, Tensor]:
         return named | load_file(files.adapters["jump_embedding"])
     found: dict[str, Tensor] = {}
     for path in files.weights:
-        found |= load_file(path)
+        of_network = "" if alone else f"{path.parent.name}."
+        found |= {f"{of_network}{name}": value for name, value in load_file(path).items()}
     # The export merges the change at h = 0 of low rank into the weights.
     if "guidance" in files.adapters and any(name.endswith("jump_A") for name in found):
         for name, value in load_file(files.adapters["guidance"]).items():

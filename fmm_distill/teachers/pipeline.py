@@ -45,6 +45,8 @@ class StockPipeline:
         ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
         task: the class that the teacher's repository names, if this is the base of it; see ``tasks``.
         task_settings: settings of that class which this one does not have.
+        second: the name of the network of low noise levels, where ``component`` is that of high ones; None: there is
+            one network.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class StockPipeline:
     ip_adapter: IpAdapter | None = None
     task: str | None = None
     task_settings: dict[str, Any] = field(default_factory=dict)
+    second: str | None = None
 
     @property
     def index(self) -> dict[str, Any]:
@@ -80,8 +83,8 @@ class StockPipeline:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the components other than the network and the scheduler."""
-        own = (self.component, "scheduler")
+        """The names of the components other than the networks and the scheduler."""
+        own = (self.component, self.second, "scheduler")
         return tuple(
             name
             for name, value in self.index.items()

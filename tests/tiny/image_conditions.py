@@ -175,6 +175,14 @@ def wan_image() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts | {"transformer": wide}, image_encoder=None, image_processor=None)
 
 
+def wan_image_two() -> DiffusionPipeline:
+    """Wan 2.2 A14B: as ``wan_image``, with a network for low noise levels."""
+    pipeline = wan_image()
+    pipeline.register_modules(transformer_2=wan_image().transformer)
+    pipeline.register_to_config(boundary_ratio=0.9)
+    return pipeline
+
+
 def wan_first_frame() -> DiffusionPipeline:
     """Wan 2.2 5B: the first frame is given, and its tokens have the time 0."""
     parts = video.wan_ti2v().components
@@ -264,3 +272,5 @@ PIPELINES: dict[str, Conditioned] = {
     "svd": Conditioned(seeded(svd), {"num_frames": 2, "height": 8, "width": 8}, {"image": (8, 8)}),
     "ltx-image": Conditioned(seeded(ltx_image), dict(video.PIPELINES["ltx"].call), {"image": SIDE}),
 }
+# Opened in the same way as ``wan-image``, which takes long.
+SLOW = {"wan-image-two": Conditioned(seeded(wan_image_two), _WAN, {"image": SIDE})}

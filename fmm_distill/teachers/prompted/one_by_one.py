@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.rows import Ragged
-from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+from fmm_distill.teachers.recording import Recording, SchedulerStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +38,9 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
         rows = max(1, len(calls[0].output))
         names = dict.fromkeys(name for call in calls for name in call.arguments)
         arguments = {name: _join(name, [call.arguments.get(name) for call in calls], rows) for name in names}
-        output, outputs = _interleaved([call.output for call in calls], rows), calls[0].outputs
+        output = _interleaved([call.output for call in calls], rows)
         sides = {name: _join_sides([call.sides[name] for call in calls], rows) for name in calls[0].sides}
-        joined.calls.append(NetworkCall(arguments, output, outputs, sides))
+        joined.calls.append(replace(calls[0], arguments=arguments, output=output, sides=sides))
     for steps in zip(*(one.steps for one in singles), strict=True):
         output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
         joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))

@@ -64,6 +64,7 @@ class Published:
         parts: makes the pipeline of a network.
         settings: changes of the recipe for this model, as after ``--set``.
         small: further changes, to a size for tests.
+        resolution: what the small network has otherwise where it, and no setting, decides the size of a sample.
     """
 
     model: str
@@ -74,11 +75,16 @@ class Published:
     parts: Callable[[torch.nn.Module], DiffusionPipeline]
     settings: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
-    columns: dict[str, int] = field(default_factory=lambda: {"source": 1})
+    resolution: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> DiffusionPipeline:
-        """Return the pipeline, the same one every time."""
-        return seeded(lambda: self.parts(flow_more.redraw(self.network(**self.config | self.reduced))))()
+    def build(self, *, small: bool = True) -> DiffusionPipeline:
+        """Return the pipeline, the same one every time.
+
+        Args:
+            small: of a size for tests, where the network decides the size.
+        """
+        config = self.config | self.reduced | (self.resolution if small else {})
+        return seeded(lambda: self.parts(flow_more.redraw(self.network(**config))))()
 
     def full_network(self) -> torch.nn.Module:
         """Return the network at its published size, without memory."""
@@ -103,7 +109,7 @@ def flux2(network: torch.nn.Module) -> DiffusionPipeline:
         transformer=network,
         scheduler=parts.flux_scheduler(),
         vae=parts.flux2_vae(),
-        text_encoder=flow_more.mistral3(),
+        text_encoder=parts.mistral3(),
         # The published one is a Pixtral processor, which needs torchvision and adds nothing to a text.
         tokenizer=tokenizers.mistral_tokenizer(SYSTEM_MESSAGE),
     )
@@ -114,7 +120,7 @@ def flux2_klein(network: torch.nn.Module) -> DiffusionPipeline:
         transformer=network,
         scheduler=parts.flux_scheduler(),
         vae=parts.flux2_vae(),
-        text_encoder=flow_more.qwen3_lm(),
+        text_encoder=parts.qwen3(),
         tokenizer=tokenizers.qwen_tokenizer(),
         is_distilled=False,
     )
@@ -322,7 +328,7 @@ MODELS: dict[str, Published] = {
         "edit",
         Flux2Transformer2DModel,
         FLUX2_KLEIN_4B,
-        ONE_HEAD | {"num_single_layers": 1, "joint_attention_dim": 2 * TEXT},
+        ONE_HEAD | {"num_single_layers": 1, "joint_attention_dim": 3 * TEXT},
         flux2_klein,
         settings=("guidance.scale=4", "student.regression_steps=1000"),
         small=SQUARE,
@@ -392,6 +398,7 @@ MODELS: dict[str, Published] = {
         hunyuan_video,
         settings=("pipeline={num_frames: 121}", "prompts.image_size=[480, 848]", "guidance.scale=6"),
         small=("pipeline={num_frames: 5}",),
+        resolution={"target_size": 64},
     ),
     # scripts/convert_svd_to_diffusers.py; the class's defaults are those of the model of 25 frames.
     "svd": Published(

@@ -24,11 +24,15 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -180,7 +184,7 @@ def ltx_vae() -> AutoencoderKLLTXVideo:
 
 def hunyuan_vae() -> AutoencoderKLHunyuanVideo15:
     """HunyuanVideo 1.5's autoencoder, the defaults of its class: by 16 and 4 in time, 32 channels."""
-    return AutoencoderKLHunyuanVideo15(block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1)
+    return AutoencoderKLHunyuanVideo15(block_out_channels=(8, 8, 16, 32, 64), layers_per_block=1)
 
 
 def svd_vae() -> AutoencoderKLTemporalDecoder:
@@ -232,3 +236,17 @@ def qwen_vl_text(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLTextModel:
     """The language model of Qwen2.5-VL, whose third hidden state from the end HunyuanVideo 1.5 reads."""
     text = DECODER | _ROPE | {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "max_position_embeddings": 2048}
     return redraw(Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**text, bos_token_id=0, eos_token_id=0)))
+
+
+def mistral3() -> Mistral3ForConditionalGeneration:
+    """Mistral Small 3 with as many layers as FLUX.2's pipeline reads: the states 10, 20 and 30."""
+    text = DECODER | {"model_type": "mistral", "head_dim": 16, "num_hidden_layers": 31}
+    vision = _VISION | {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=500)
+    return redraw(Mistral3ForConditionalGeneration(config))
+
+
+def qwen3() -> Qwen3ForCausalLM:
+    """Qwen3 with as many layers as the pipeline of FLUX.2 klein reads: the states 9, 18 and 27."""
+    sizes = DECODER | {"vocab_size": 1024, "num_hidden_layers": 28}
+    return redraw(Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)))

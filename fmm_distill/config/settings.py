@@ -228,6 +228,8 @@ class GuidanceSettings(Settings):
     """Smallest and largest scale, for a student with a guidance input, which is evaluated and folded at scale."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times between which guidance is applied (arXiv 2404.07724)."""
+    image_scale: Scale = 1.0
+    """Scale of the second guidance, by the image, of pipelines like InstructPix2Pix (arXiv 2211.09800, eq. 3)."""
     weaker: str | None = None
     """Weaker teacher of the same kind for autoguidance (arXiv 2406.02507): its velocity replaces v_null."""
     weaker_revision: str | None = None
@@ -245,6 +247,11 @@ class GuidanceSettings(Settings):
         if self.weaker is not None and self.scale == 1 and self.range is None:
             raise ValueError(
                 "guidance.weaker: expected a guidance.scale other than 1, at which it has no effect, got 1"
+            )
+        if self.weaker is not None and self.image_scale != 1:
+            raise ValueError(
+                f"guidance.image_scale: expected 1 with guidance.weaker, which replaces the velocity without the "
+                f"prompt, got {self.image_scale:g}; leave it out"
             )
         if self.weaker_revision is not None and self.weaker is None:
             raise ValueError("guidance.weaker_revision: expected guidance.weaker with it, got none; leave it out")

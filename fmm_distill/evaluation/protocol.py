@@ -77,6 +77,8 @@ def protocol_of(
         "noise": "one generator per sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
         "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
+        # None without it, as in results of versions that have no such entry.
+        "image_guidance": None if teacher.guidance is None or (by := teacher.guidance.image_scale) == 1 else by,
         # None without noise, as in results of versions that have no such entry.
         "stochasticity": settings.stochasticity or None,
         "solvers": describe_solvers(teacher, settings),

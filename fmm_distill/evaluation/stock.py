@@ -132,12 +132,19 @@ def _describe(run: _PipelineRun, unchecked: str | None) -> str:
 
 def _guided_call(teacher: Teacher) -> dict[str, Any]:
     """Return the keywords of a stock call with the teacher's guidance."""
-    scale = 1.0 if teacher.guidance is None else teacher.guidance.scale
-    if teacher.guidance is not None and (teacher.weaker is not None or teacher.guidance.interval != (0.0, 1.0)):
+    guidance = teacher.guidance
+    scale, image_scale = (1.0, 1.0) if guidance is None else (guidance.scale, guidance.image_scale)
+    # Without guidance by the prompt the pipelines turn off that by the image too, and with a scale below 1 both.
+    if image_scale != 1 and (scale <= 1 or image_scale < 1):
+        raise UserError(
+            f"expected guidance that a stock pipeline supports; got guidance.scale {scale:g} with guidance.image_scale "
+            f"{image_scale:g}, at which it does not guide"
+        )
+    if guidance is not None and (teacher.weaker is not None or guidance.interval != (0.0, 1.0)):
         raise UserError(
             "expected guidance that a stock pipeline supports; got guidance by a weaker teacher or on an interval"
         )
-    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
+    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale, image_scale)
 
 
 def _unchecked(found: PipelineIndex) -> str | None:

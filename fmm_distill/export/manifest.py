@@ -280,12 +280,16 @@ def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
     if teacher.conditions is None:
         return f"Unconditional. {copies}"
     scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
+    image_scale = 1.0 if teacher.guidance is None else teacher.guidance.image_scale
     baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
+    if image_scale != 1:
+        baked = f"guidance {scale:g} and image guidance {image_scale:g} are in its weights"
     call = "Turn the pipeline's own guidance off, as above: it would be applied on top."
     if teacher.pipeline is not None and teacher.pipeline.guidance is None:
         call = "Its network takes the guidance as an input: call it with the keywords above."
     if teacher.guidance is not None and (scales := teacher.guidance.range) is not None:
         baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
+        baked += "" if image_scale == 1 else f", and image guidance {image_scale:g} is in its weights"
         call = (
             f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
             "above, or it is applied on top."

@@ -181,7 +181,7 @@ class EarlierStudent:
 
     def _changed_guidance(self, recipe: Recipe) -> str | None:
         """Return a setting of its guidance that the recipe does not have; None: all are the recipe's."""
-        for key in ("scale", "range", "interval"):
+        for key in ("scale", "range", "interval", "image_scale"):
             if getattr(self.guidance, key) != getattr(recipe.guidance, key):
                 return f"guidance.{key} {getattr(self.guidance, key)}"
         then, now = self.guidance.weaker, recipe.guidance.weaker

@@ -90,15 +90,10 @@ class Given:
         if self.teacher is None:
             return None
         teacher, settings = as_teacher(self.teacher), recipe.guidance
-        if settings.scale == 1 and settings.range is None:
-            return teacher
-        if teacher.conditions is None:
-            raise UserError(
-                f"guidance.scale: expected 1 for the unconditional teacher {teacher.source}, got {settings.scale:g}"
-            )
-        # Raises where there is no input for no condition.
-        teacher.conditions.check_null()
-        teacher.guidance = Guidance(settings.scale, settings.interval, settings.range)
+        guidance = Guidance(settings.scale, settings.interval, settings.range, settings.image_scale)
+        if not guidance.is_off:
+            guidance.check(teacher.conditions, teacher.source)
+            teacher.guidance = guidance
         return teacher
 
 

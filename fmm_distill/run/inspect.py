@@ -97,6 +97,7 @@ def _conditions(teacher: Teacher) -> str:
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
     guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
+    guided += "" if embeddings.image_guidance is None else ", and by the image (guidance.image_scale)"
     return f"{embeddings.noun}, as {names}; {guided}"
 
 

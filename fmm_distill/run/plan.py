@@ -305,8 +305,8 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
 def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     """Open the teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
-    unguided = settings.scale == 1 and settings.range is None
-    guidance = None if unguided else Guidance(settings.scale, settings.interval, settings.range)
+    scales = Guidance(settings.scale, settings.interval, settings.range, settings.image_scale)
+    guidance = None if scales.is_off else scales
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
     shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
@@ -378,7 +378,8 @@ def _conditions_of(teacher: Teacher) -> str:
         return kind
     low, high = teacher.guidance.range or (None, None)
     span = "" if low is None else f" (an input: {low:g} to {high:g})"
-    return f"{kind}, guided by {teacher.guidance.scale:g}{span}"
+    second = "" if teacher.guidance.image_scale == 1 else f" and by {teacher.guidance.image_scale:g} by the image"
+    return f"{kind}, guided by {teacher.guidance.scale:g}{span}{second}"
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:

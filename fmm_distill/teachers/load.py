@@ -113,12 +113,9 @@ def _adapter(
 
 
 def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
-    if guidance is None or (guidance.scale == 1 and guidance.range is None):
+    if guidance is None or guidance.is_off:
         return teacher
-    if teacher.conditions is None:
-        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} for an unconditional teacher; expected 1")
-    # Raises an error if the teacher has no unconditional input.
-    teacher.conditions.check_null()
+    guidance.check(teacher.conditions, teacher.source)
     teacher.guidance = guidance
     return teacher
 

@@ -35,6 +35,7 @@ class StockPipeline:
         condition: the keyword of the condition, ``prompt`` or ``class_labels``; None: the pipeline takes none.
         guidance: the keyword of the pipeline's own classifier-free guidance; None: it has none.
         guidance_off: the value of that keyword that turns the guidance off.
+        image_guidance: the keyword of the pipeline's second guidance, by its image; None: it has none.
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
@@ -46,6 +47,7 @@ class StockPipeline:
     condition: str | None = None
     guidance: str | None = None
     guidance_off: float = 1.0
+    image_guidance: str | None = None
     network_guidance: float | None = None
     one_prompt: bool = False
     positions: Tensor | None = None
@@ -76,9 +78,10 @@ class StockPipeline:
             if not name.startswith("_") and isinstance(value, list) and name not in own
         )
 
-    def guided(self, scale: float) -> dict[str, Any]:
-        """Return the keywords of a call with the pipeline's own guidance at ``scale``; 1 turns it off."""
+    def guided(self, scale: float, image_scale: float = 1.0) -> dict[str, Any]:
+        """Return the keywords of a call with the pipeline's own guidance at these scales; 1 turns it off."""
         given = {} if self.network_guidance is None else {"guidance_scale": self.network_guidance}
+        given |= {} if self.image_guidance is None else {self.image_guidance: image_scale}
         # Where the keyword counts from 0, the network's guided output is c + scale (c - u).
         return given if self.guidance is None else given | {self.guidance: self.guidance_off + (scale - 1)}
 

@@ -38,8 +38,8 @@ from tests.tiny.image_conditions import PIPELINES, images_for, picture
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
 SINGLE = {"wan-image", "wan-first-frame", "flux2-edit"}
-# Their pipelines guide by three outputs, or call their ControlNet for one of two, or have no guidance by two.
-UNGUIDED = {"instruct-pix2pix", "flux-controlnet", "flux-fill", "flux-control"}
+# Their pipelines call their ControlNet for one of two outputs, or have no guidance by two.
+UNGUIDED = {"flux-controlnet", "flux-fill", "flux-control"}
 # Their networks are conditioned on the guidance scale.
 EMBEDDED = {"flux-kontext"}
 # Where the image enters: joined to the sample, with the time 0, or through a network of its own.
@@ -255,13 +255,14 @@ def rows_of(teachers):
         joined = "" if call.joined is None else f"joined, axis {call.joined.axis}"
         where = (", ".join(side.name for side in call.sides) or joined) + (", time 0" if call.timed is not None else "")
         guided = "an input" if teacher.pipeline.network_guidance is not None else "no"
+        by_image = "yes, and by the image" if teacher.conditions.image_guidance is not None else "yes"
         lines.append(
             (
                 name,
                 f"`{teacher.pipeline.class_name}`",
                 ", ".join(f"`{keyword}`" for keyword in teacher.conditions.images),
                 where,
-                "yes" if teacher.conditions.empty is not None and name not in EMBEDDED else guided,
+                by_image if teacher.conditions.empty is not None and name not in EMBEDDED else guided,
                 str(len(default_targets(teacher.network))),
             )
         )

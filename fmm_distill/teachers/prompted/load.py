@@ -7,6 +7,7 @@ checks that it can call the network in the same way.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["load_prompted"]
+
+logger = logging.getLogger(__name__)
 
 # Of what diffusers and transformers name otherwise than the package: its module and its name for pip.
 _PACKAGES = {
@@ -83,11 +86,12 @@ def load_prompted(
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
         scheduler_config=spec.config,
-        pipeline=_stock_pipeline(probe, index, own_call),
+        pipeline=_stock_pipeline(probe, index, own_call, conditions),
         conditions=conditions,
         guidance=_plain_guidance(
             guidance,
             conditions,
+            index.source,
             takes_guidance=probe.recording.takes_guidance,
             is_component=bool(guider_names(pipeline)),
         ),
@@ -97,7 +101,9 @@ def load_prompted(
     )
 
 
-def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any]) -> StockPipeline:
+def _stock_pipeline(
+    probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any], conditions: Embeddings
+) -> StockPipeline:
     """Return the pipeline into copies of which students are exported, and the keywords of its call."""
     keywords = probe.keywords
     return StockPipeline(
@@ -107,6 +113,7 @@ def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, 
         condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
+        image_guidance=None if conditions.image_guidance is None else conditions.image_guidance.keyword,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
@@ -133,7 +140,7 @@ def _check_components(index: PipelineIndex, component: str) -> None:
 
 
 def _plain_guidance(
-    guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool, is_component: bool
+    guidance: Guidance | None, conditions: Embeddings, source: str, *, takes_guidance: bool, is_component: bool
 ) -> Guidance | None:
     """Return guidance by two outputs; None if the network is conditioned on its scale, or if there is none.
 
@@ -141,9 +148,11 @@ def _plain_guidance(
         takes_guidance: the network is conditioned on its guidance scale.
         is_component: the pipeline's own guidance is a component, not a keyword of its call.
     """
-    if guidance is None or (guidance.scale == 1 and guidance.range is None):
+    if guidance is None or guidance.is_off:
         return None
     if takes_guidance:
+        if guidance.image_scale != 1:
+            conditions.check_without_image()
         if guidance.range is not None:
             raise UserError(
                 "guidance.range: expected none for a network that is conditioned on its guidance scale; try "
@@ -160,8 +169,10 @@ def _plain_guidance(
             "guidance.range: expected none for a pipeline whose guidance is a component, not a keyword; try "
             "guidance.scale"
         )
-    # Raises an error with the reason if there is no empty prompt to guide with.
-    conditions.check_null()
+    guidance.check(conditions, source)
+    if conditions.image_guidance is not None and guidance.image_scale == 1:
+        keyword = conditions.image_guidance.keyword
+        logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
     return guidance
 
 

@@ -12,6 +12,7 @@ __all__ = ["refused_keyword"]
 
 _PROMPTS = "the prompts are prompts.file or prompts.dataset"
 _GUIDANCE = "the teacher's guidance is guidance.scale"
+_IMAGE_GUIDANCE = "the scale of the guidance by the image is guidance.image_scale"
 _GRID = "numbers of steps are evaluation.steps and export.steps"
 _SAMPLES = "samples are counted by training.batch_size and evaluation.samples"
 _SEED = "noise is drawn from training.seed"
@@ -31,6 +32,7 @@ _INSTEAD = {
     "sigmas": _GRID,
     "mu": "the shift is that of the pipeline for its size",
     "denoising_*": "a student goes from noise to data",
+    "image_guidance_scale": _IMAGE_GUIDANCE,
     "*guidance_scale*": _GUIDANCE,
     "guidance_rescale": _GUIDANCE,
     "true_cfg_scale": _GUIDANCE,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def _plain_guidance(
     if conditions.image_guidance is not None and guidance.image_scale == 1:
         keyword = conditions.image_guidance.keyword
         logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
-    return guidance
+    return guidance if conditions.empty is None else replace(guidance, norm_axis=conditions.empty.norm_axis)
 
 
 def _check_one_network(index: PipelineIndex, component: str) -> None:

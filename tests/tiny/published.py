@@ -19,6 +19,7 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
@@ -32,8 +33,6 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
-    StableVideoDiffusionPipeline,
-    UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
@@ -187,7 +186,7 @@ def hunyuan_video(network: torch.nn.Module) -> DiffusionPipeline:
     return HunyuanVideo15ImageToVideoPipeline(
         transformer=network,
         # scripts/convert_hunyuan_video1_5_to_diffusers.py: SCHEDULER_CONFIGS and GUIDANCE_CONFIGS of 480p_i2v.
-        scheduler=flow_more.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
         vae=parts.hunyuan_vae(),
         text_encoder=parts.qwen_vl_text(tokenizer),
@@ -196,16 +195,6 @@ def hunyuan_video(network: torch.nn.Module) -> DiffusionPipeline:
         tokenizer_2=ByT5Tokenizer(),
         image_encoder=parts.siglip(),
         feature_extractor=parts.siglip_images(),
-    )
-
-
-def svd(network: torch.nn.Module) -> DiffusionPipeline:
-    return StableVideoDiffusionPipeline(
-        unet=network,
-        scheduler=parts.svd_scheduler(),
-        vae=parts.svd_vae(),
-        image_encoder=parts.clip_vision(),
-        feature_extractor=parts.clip_images(),
     )
 
 
@@ -375,6 +364,8 @@ MODELS: dict[str, Published] = {
             "prompts.image_size=[480, 720]",
             "guidance.scale=6",
         ),
+        small=VIDEO,
+        resolution={"sample_height": 8, "sample_width": 12, "sample_frames": 9},
     ),
     "ltx": Published(
         "Lightricks/LTX-Video",
@@ -399,21 +390,5 @@ MODELS: dict[str, Published] = {
         settings=("pipeline={num_frames: 121}", "prompts.image_size=[480, 848]", "guidance.scale=6"),
         small=("pipeline={num_frames: 5}",),
         resolution={"target_size": 64},
-    ),
-    # scripts/convert_svd_to_diffusers.py; the class's defaults are those of the model of 25 frames.
-    "svd": Published(
-        "stabilityai/stable-video-diffusion-img2vid-xt",
-        "image-to-video",
-        UNetSpatioTemporalConditionModel,
-        {"sample_size": 96},
-        {
-            "block_out_channels": (32, 32, 32, 32),
-            "num_attention_heads": (1, 1, 1, 1),
-            "layers_per_block": 1,
-            "cross_attention_dim": parts.VISION,
-        },
-        svd,
-        settings=("prompts.column=null", "guidance.scale=1", "student.regression_steps=0"),
-        small=("pipeline={height: 64, width: 128, num_frames: 3}", "prompts.image_size=[64, 128]"),
     ),
 }

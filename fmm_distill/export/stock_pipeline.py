@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.schedules import VarianceExploding
+from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.errors import UserError, named
 from fmm_distill.export.grids import StockGrids
 from fmm_distill.export.local_paths import strip
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
-    from fmm_distill.core.schedules import FlowMatching, VarianceExploding
+    from fmm_distill.core.schedules import FlowMatching
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.pipeline import StockPipeline
@@ -57,9 +59,17 @@ class StockPipelineExporter:
         call = teacher.parametrization.call
         # How the pipeline calls its network, where that was found by running it.
         self.network_call = call if isinstance(call, RecordedCall) else None
-        self.not_fixed = why_levels_do_not_fold(teacher.schedule) or self._missing_member()
+        self.not_fixed = self._why_not_fixed()
         self._grids = StockGrids(self._run_to_network)
         self._opened: Any = None
+
+    def _why_not_fixed(self) -> str | None:
+        """The reason why no stock scheduler makes the jumps in this pipeline; None: one does."""
+        schedule, spread = self.teacher.schedule, self.teacher.parametrization.sigma_data
+        # EDMEulerScheduler preconditions the network, and calls it at the logarithm of sigma.
+        if isinstance(schedule, VarianceExploding) and schedule.network_input == "log" and spread is not None:
+            return None
+        return why_levels_do_not_fold(schedule) or self._missing_member()
 
     def _missing_member(self) -> str | None:
         """The reason why the pipeline fails with the stock scheduler of flow models, where it is made for another.
@@ -89,6 +99,7 @@ class StockPipelineExporter:
             "flip": cast("FlowMatching", teacher.schedule).time_scale if inverted else None,
             "call": self.pipeline.call | self.pipeline.unguided(),
             "guidance": self.pipeline.guidance,
+            "task": self.pipeline.task_settings,
             "scheduler": settings_of(scheduler),
             "scale": None if teacher.guidance is None else teacher.guidance.scale,
         } | teacher.schedule.to_config()
@@ -98,11 +109,13 @@ class StockPipelineExporter:
         index = copy_parts(self.pipeline, folder, linked=linked)
         # Before the pipelines of fixed steps link to these files.
         strip(folder)
-        scheduler, network = make_scheduler(self.teacher, student.prediction), cast("Any", student.network)
-        network.register_to_config(flow_map=self.settings(scheduler))
+        scheduler, network = make_scheduler(self.teacher, student.prediction), student.network
+        parts = [cast("Any", part) for part in stages_of(network)]
+        for part in parts:
+            part.register_to_config(flow_map=self.settings(scheduler))
         remote.write_code(folder)
         index["_class_name"] = [remote.MODULE, f"FlowMap{index['_class_name']}"]
-        self._write(folder, index, network, scheduler, network.module_name)
+        self._write(folder, index, network, scheduler, parts[0].module_name)
 
     def fixed(self, student: Student, steps: int, folder: Path) -> None:
         """Write the teacher's pipeline with the folded network in it."""
@@ -112,12 +125,13 @@ class StockPipelineExporter:
         scheduler, times = self._fixed(student, steps)
         self._write(target, index, fold(student, self.teacher, times), scheduler, "diffusers")
 
-    def _write(self, folder: Path, index: dict[str, Any], network: Any, scheduler: Any, library: str) -> None:  # noqa: ANN401
-        network.save_pretrained(folder / self.component, safe_serialization=True)
+    def _write(self, folder: Path, index: dict[str, Any], network: nn.Module, scheduler: Any, library: str) -> None:  # noqa: ANN401
+        for name, part in parts_of(network, self.component).items():
+            part.save_pretrained(folder / name, safe_serialization=True)
+            index[name] = [library, type(part).__name__]
         scheduler.save_pretrained(folder / "scheduler")
         # An older repository may name classes that have other names now.
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        index[self.component] = [library, type(network).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def grid(self, steps: int) -> Float[Tensor, " points"]:
@@ -132,9 +146,11 @@ class StockPipelineExporter:
 
     def _fixed(self, student: Student, steps: int) -> tuple[Any, Tensor]:
         """The scheduler of the pipeline of ``steps`` steps, and the times between which it jumps."""
-        scheduler = make_scheduler(self.teacher, student.prediction)
         if self.teacher.schedule.kind != "flow":
+            equal_steps = steps if self.teacher.schedule.kind == "exploding" else None
+            scheduler = make_scheduler(self.teacher, student.prediction, equal_steps)
             return scheduler, self.teacher.schedule.grid(steps)
+        scheduler = make_scheduler(self.teacher, student.prediction)
         schedule, times = cast("FlowMatching", self.teacher.schedule), self._times(scheduler, steps)
         last = float(schedule.warp(times[-2:-1]))
         # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
@@ -148,7 +164,8 @@ class StockPipelineExporter:
     def has_equal_jumps(self, student: Student) -> bool:
         """Return whether the pipeline makes equal jumps of any number of steps with the scheduler of ``any_step``."""
         if self.teacher.schedule.kind != "flow":
-            return True
+            # The stock grid of exploding levels has equal jumps with a sigma_min for one number of steps.
+            return self.teacher.schedule.kind != "exploding"
         scheduler = make_scheduler(self.teacher, student.prediction)
         # Two numbers: a pipeline may shift by a number that depends on them. Odd ones, which no table is made for.
         return all(strength_of(student, self._times(scheduler, n)).is_exact for n in (3, 5))
@@ -205,17 +222,17 @@ class StockPipelineExporter:
 
     def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
         """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
-        codec, network = self.teacher.codec, stock_network(self.teacher)
+        codec = self.teacher.codec
+        parts = parts_of(stock_network(self.teacher), self.component) | {"scheduler": scheduler}
         if isinstance(codec, PipelineCodec):
             opened = codec.opened().to("cpu")
         else:
             if self._opened is None:
-                parts = {self.component: network, "scheduler": scheduler}
                 self._opened = open_pipeline(self.pipeline.folder, **parts)
             opened = self._opened
         # A shallow copy: its encoders are those of the open pipeline, its network and scheduler its own.
         pipeline = copy.copy(opened)
-        for name, part in ((self.component, network), ("scheduler", scheduler)):
+        for name, part in parts.items():
             setattr(pipeline, name, part)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

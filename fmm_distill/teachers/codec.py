@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
+from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.errors import UserError
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
@@ -179,12 +182,12 @@ class PipelineCodec:
         images = []
         # One at a time: the call has one prompt, and a batch of decoded videos may not fit into memory.
         for row in x.to(device).split(1):
-            with (
-                patched_method(self.network, "forward", self._zero_output),
-                patched_method(pipeline.scheduler, "step", _ends(row, self.positions)),
-            ):
+            with ExitStack() as stack:
+                for network in stages_of(self.network):
+                    stack.enter_context(patched_method(network, "forward", self._zero_output))
+                stack.enter_context(patched_method(pipeline.scheduler, "step", _ends(row, self.positions)))
                 # A copy: some pipelines change the lists that they are called with.
-                made = run_pipeline(pipeline, copy.deepcopy(self.call))[0]
+                made = run_pipeline(pipeline, copy.deepcopy(self.call))
             images.append(decoded_of(made))
         return torch.cat(images).to(x.device)
 
@@ -245,7 +248,7 @@ class PipelineCodec:
     def opened(self) -> Any:  # noqa: ANN401 a diffusers class
         """Return the pipeline, which is opened at the first call and stays open until ``release``."""
         if self._pipeline is None:
-            self._pipeline = turn_guiders_off(open_pipeline(self.folder, **{self.component: self.network}))
+            self._pipeline = turn_guiders_off(open_pipeline(self.folder, **parts_of(self.network, self.component)))
         return self._pipeline
 
     def _zero_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,12 +264,13 @@ class PipelineCodec:
 
 
 def decoded_of(made: Any) -> Float[Tensor, "batch channels *size"]:  # noqa: ANN401 an array or a tensor
-    """Return the output of a pipeline as decoded samples, the channels after the batch.
+    """Return the output of a pipeline, or its first entry, as decoded samples, the channels after the batch.
 
     Images ``[batch, height, width, channels]`` and frames ``[batch, frames, height, width, channels]`` in [0, 1] become
     numbers in [-1, 1]. Sounds are in [-1, 1]; those of one channel have no axis of channels in some pipelines.
     """
-    values = torch.as_tensor(made).float()
+    # Some pipelines return no tuple of one entry, but the entry itself.
+    values = torch.as_tensor(made if isinstance(made, np.ndarray | torch.Tensor) else made[0]).float()
     if values.ndim > _AXES_OF_SOUND:
         return values.movedim(-1, 1) * 2 - 1
     return values.reshape(len(values), -1, values.shape[-1])

@@ -1,9 +1,11 @@
 """The any-step pipeline of a stock class. Imports torch and diffusers alone: exports have a copy of it."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
+import re
 from numbers import Integral
 from pathlib import Path
 
@@ -58,9 +60,16 @@ def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
     return scale
 
 
-def _student(pipeline):
-    """Return the two-time network of a pipeline, which may be wrapped, for example by torch.compile."""
-    network = pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+def _network_names(pipeline) -> list:
+    """Return the names of the networks that a pipeline calls, two where it has one for low noise levels."""
+    name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
+    second = f"{name}_2"
+    staged = pipeline.config.get("boundary_ratio") is not None and getattr(pipeline, second, None) is not None
+    return [name, second] if staged else [name]
+
+
+def _student(network):
+    """Return a two-time network, which may be wrapped, for example by torch.compile."""
     found = [module for module in network.modules() if hasattr(type(module), "student_scheduler")]
     if not found:
         raise ValueError(
@@ -86,10 +95,12 @@ def _check_steps(steps, levels: dict) -> None:
 
 
 def _turn_guidance_off(levels: dict, given: dict) -> None:
-    """Turn the pipeline's own guidance off, unless the call turns it on."""
+    """Turn the pipeline's own guidance off, unless the call turns it on, and add the other keywords of training."""
     for name, value in levels["call"].items():
         if name not in given:
-            given[name] = value
+            # Sizes are tuples in diffusers, and lists in JSON.
+            numbers = isinstance(value, list) and value and all(isinstance(each, (int, float)) for each in value)
+            given[name] = tuple(value) if numbers else value
         elif name == levels["guidance"] and (given[name] or 0.0) > value:
             logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
 
@@ -103,7 +114,8 @@ class _FlowMap:
     def jump_through(self, stock: type, call: tuple, keywords: dict):
         """Call the stock pipeline, its network conditioned on the jumps of its scheduler."""
         stochasticity = keywords.pop("stochasticity", 0.0)
-        network = _student(self)
+        networks = [_student(getattr(self, name)) for name in _network_names(self)]
+        network = networks[0]
         levels = network.config.flow_map
         bound = _bound(stock, self, call, keywords)
         given = bound.arguments
@@ -120,7 +132,9 @@ class _FlowMap:
             length = {"h": self.scheduler.jump_length(time)}
             return length if scale is None else length | {"w": scale}
 
-        with network.conditioned(keywords_at):
+        with contextlib.ExitStack() as stack:
+            for each in networks:
+                stack.enter_context(each.conditioned(keywords_at))
             before = self.scheduler
             self.scheduler = FlowMapScheduler.from_stock(
                 network.student_scheduler(before),
@@ -136,20 +150,24 @@ class _FlowMap:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """Pass the network on, whose class is not the one that diffusers expects."""
-        name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
-        return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
+        """Pass the networks on, whose class is not the one that diffusers expects."""
+        own = {name: getattr(pipeline, name) for name in _network_names(pipeline)}
+        return super().from_pipe(pipeline, **own | kwargs)
 
     def image_to_image(self):
         """Return the image-to-image pipeline of this one, with the same components: it takes image and strength.
 
         Sampling starts between noise and data, on the grid of ``num_inference_steps``, of which it makes a fraction.
         """
-        return _of_task(self, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING")
+        return _of_task(self, "Img2Img")
 
     def inpaint(self):
         """Return the inpainting pipeline of this one, with the same components: it takes image and mask_image."""
-        return _of_task(self, "AUTO_INPAINT_PIPELINES_MAPPING")
+        return _of_task(self, "Inpaint(ing)?")
+
+    def video_to_video(self):
+        """Return the video-to-video pipeline of this one, with the same components: it takes video and strength."""
+        return _of_task(self, "VideoToVideo")
 
     def to_json_string(self) -> str:
         """Return the index, with the modules of pipeline and network."""
@@ -157,7 +175,7 @@ class _FlowMap:
         index["_class_name"] = [self.module_name, type(self).__name__]
         for name, value in index.items():
             if isinstance(value, list) and ".two_time" in str(value[0]):
-                index[name] = [_student(self).module_name, value[1]]
+                index[name] = [_student(getattr(self, name)).module_name, value[1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
@@ -166,18 +184,24 @@ class _FlowMap:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _of_task(pipeline, table: str):
-    """Return the pipeline of another task of the same family, as diffusers' auto pipelines know it."""
-    # Not at the top: it imports every pipeline class.
-    from diffusers.pipelines import auto_pipeline
+def _of_task(pipeline, words: str):
+    """Return the pipeline of another task with the same components.
 
-    own = type(pipeline).__mro__[2].__name__
-    families = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-    family = next((name for name, kind in families.items() if kind.__name__ == own), None)
-    stock = getattr(auto_pipeline, table).get(family)
-    if stock is None:
-        raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {', '.join(families)}")
-    return flow_map_pipeline(stock).from_pipe(pipeline)
+    Args:
+        words: a pattern of the task in the names of the classes in diffusers, which are otherwise those of their bases.
+    """
+    own, bases = type(pipeline).__mro__[2].__name__, {}
+    for name in dir(diffusers):
+        if name.endswith("Pipeline") and re.search(words, name):
+            bases |= {re.sub(words, instead, name, count=1): name for instead in ("TextToVideo", "")}
+    if own not in bases:
+        families = ", ".join(sorted(name for name in bases if hasattr(diffusers, name)))
+        raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {families}")
+    stock = getattr(diffusers, bases[own])
+    taken = inspect.signature(stock.__init__).parameters
+    settings = _student(pipeline).config.flow_map.get("task", {})
+    own_settings = {name: value for name, value in settings.items() if name in taken}
+    return flow_map_pipeline(stock).from_pipe(pipeline, **own_settings)
 
 
 def _with_stochasticity(signature: inspect.Signature) -> inspect.Signature:

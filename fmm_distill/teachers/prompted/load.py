@@ -17,18 +17,21 @@ import diffusers
 
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.adapter_loading import open_frozen
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
+from fmm_distill.teachers.ip_adapter import IMAGE
 from fmm_distill.teachers.pipeline import StockPipeline
-from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.call_keywords import as_tuple, check_keywords
 from fmm_distill.teachers.prompted.embeddings import embed_prompts
 from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
 from fmm_distill.teachers.scheduler import check_no_map
+from fmm_distill.teachers.stages import check_stages, network_of, networks_of
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.conditions import Embeddings
@@ -67,27 +70,33 @@ def load_prompted(
         UserError: if the pipeline can't be opened or run, or if its network call can't be reproduced.
     """
     component = "transformer" if "transformer" in index.components else "unet"
+    # Sizes are tuples in diffusers, and lists in files.
+    call = {name: as_tuple(value) for name, value in (index.call | (call or {})).items()}
     _check_components(index, component)
+    second = check_stages(index, component)
     pipeline = _open(index)
-    check_keywords(pipeline, call or {})
-    check_weights(getattr(pipeline, component), index.source)
+    check_keywords(pipeline, call)
+    check_weights(network_of(pipeline, component), index.source)
+    adapter = None if index.ip_adapter is None else open_frozen(pipeline, index.folder, index.ip_adapter)
     scale = 1.0 if guidance is None else guidance.scale
-    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, prompts)
+    probe = PipelineProbe.of(pipeline, component, call, scale, index.source, prompts)
     conditions = embed_prompts(probe, prompts, index)
     probe.check()
     if len(probe.event_shape) == 3 and probe.call.joined is None and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens. With joined channels the network has more.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec, own_call = probe.spec, log_neutral(pipeline, call or {}) | (call or {})
+    spec, own_call = probe.spec, log_neutral(pipeline, call) | call
     log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
-        parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
+        parametrization=Parametrization(
+            spec.schedule, spec.prediction, replace(probe.call, adapter=adapter), spec.sigma_data
+        ),
         event_shape=probe.event_shape,
         source=index.source,
-        adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
+        adapter=f"{type(pipeline).__name__} with {_named_networks(probe)}, found by running it",
         scheduler_config=spec.config,
-        pipeline=_stock_pipeline(probe, index, own_call, conditions),
+        pipeline=replace(_stock_pipeline(probe, index, own_call, conditions), second=second),
         conditions=conditions,
         guidance=_plain_guidance(
             guidance,
@@ -102,6 +111,13 @@ def load_prompted(
     )
 
 
+def _named_networks(probe: PipelineProbe) -> str:
+    networks = networks_of(probe.pipeline, probe.component)
+    # Two networks are of one class.
+    kinds = {type(network).__name__ for network in networks.values()}
+    return f"{'' if len(networks) == 1 else 'two '}{' and '.join(sorted(kinds))}"
+
+
 def _stock_pipeline(
     probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any], conditions: Embeddings
 ) -> StockPipeline:
@@ -114,23 +130,28 @@ def _stock_pipeline(
         condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
+        first_guidance=keywords.first_guidance,
         image_guidance=None if conditions.image_guidance is None else conditions.image_guidance.keyword,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
+        ip_adapter=index.ip_adapter,
+        task=index.task,
+        task_settings=index.task_settings,
     )
 
 
 def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> PipelineCodec:
     # Not the empty prompt, of which some tokenizers make no token.
     call = probe.keywords.call(prompts.some((0,)), STEPS)
+    # Only the network uses it, which does not run: the image encoder would, in every call.
+    call.pop(IMAGE, None)
     output = tuple(probe.recording.calls[0].output.shape[1:])
     return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 
 
 def _check_components(index: PipelineIndex, component: str) -> None:
     """Check what the configurations tell, before the weights are opened."""
-    _check_one_network(index, component)
     _check_no_consistency_model(index, component)
     if "scheduler" in index.components:
         check_no_map(index.components["scheduler"][1], index.source)
@@ -175,17 +196,6 @@ def _plain_guidance(
         keyword = conditions.image_guidance.keyword
         logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
     return guidance if conditions.empty is None else replace(guidance, norm_axis=conditions.empty.norm_axis)
-
-
-def _check_one_network(index: PipelineIndex, component: str) -> None:
-    """Refuse a pipeline that changes to a second network, at a time that the few recorded steps may not reach."""
-    kind = index.components[component][1]
-    others = [name for name, (_, cls) in index.components.items() if cls == kind and name != component]
-    if others:
-        raise UserError(
-            f"{index.source}: expected one network for all times, got a second {kind} ({others[0]}); try a checkpoint "
-            "with one network"
-        )
 
 
 def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:

@@ -55,13 +55,14 @@ def recipe_of(name, pipeline, folder):
 @pytest.mark.parametrize("name", [mark(name) for name in MODELS])
 def test_a_dry_run_of_the_recipe(name, tmp_path):
     pipeline = MODELS[name].build()
-    network = pipeline.transformer
+    network = pipeline.components.get("transformer") or pipeline.unet
     guided = is_guided(network)
     recipe = recipe_of(name, pipeline, tmp_path)
     lines = forecast(recipe, tmp_path / "run").splitlines()
     described = next(line for line in lines if line.startswith("teacher: ") and "found by running it" in line)
     count, by = sum(p.numel() for p in network.parameters()), f", guided by {recipe.guidance.scale:g}"
-    assert described.endswith(f" {count:,} parameters; 3 prompts and images{by if guided else ''})")
+    noun = "images" if recipe.prompts.column is None else "prompts and images"
+    assert described.endswith(f" {count:,} parameters; 3 {noun}{by if guided else ''})")
     # The number that the table of the published sizes has.
     changes = adapter_parameters(network, RANK, guided=guided)
     assert any(line.endswith(f" {changes:,} parameters of changes of rank {RANK}") for line in lines)

@@ -33,6 +33,8 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
@@ -195,6 +197,16 @@ def hunyuan_video(network: torch.nn.Module) -> DiffusionPipeline:
         tokenizer_2=ByT5Tokenizer(),
         image_encoder=parts.siglip(),
         feature_extractor=parts.siglip_images(),
+    )
+
+
+def svd(network: torch.nn.Module) -> DiffusionPipeline:
+    return StableVideoDiffusionPipeline(
+        unet=network,
+        scheduler=parts.svd_scheduler(),
+        vae=parts.svd_vae(),
+        image_encoder=parts.clip_vision(),
+        feature_extractor=parts.clip_images(),
     )
 
 
@@ -390,5 +402,26 @@ MODELS: dict[str, Published] = {
         settings=("pipeline={num_frames: 121}", "prompts.image_size=[480, 848]", "guidance.scale=6"),
         small=("pipeline={num_frames: 5}",),
         resolution={"target_size": 64},
+    ),
+    # scripts/convert_svd_to_diffusers.py; the class's defaults are those of the model of 25 frames.
+    "svd": Published(
+        "stabilityai/stable-video-diffusion-img2vid-xt",
+        "image-to-video",
+        UNetSpatioTemporalConditionModel,
+        {"sample_size": 96},
+        {
+            "block_out_channels": (32, 32, 32, 32),
+            "num_attention_heads": (1, 1, 1, 1),
+            "layers_per_block": 1,
+            "cross_attention_dim": parts.VISION,
+        },
+        svd,
+        settings=(
+            "pipeline={height: 576, width: 1024, num_frames: 25}",
+            "prompts.image_size=[576, 1024]",
+            "prompts.column=null",
+            "guidance.scale=3",
+        ),
+        small=("pipeline={height: 64, width: 128, num_frames: 3}", "prompts.image_size=[64, 128]"),
     ),
 }

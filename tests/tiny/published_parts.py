@@ -13,8 +13,10 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
+    AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -109,6 +111,23 @@ def ltx_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+def svd_scheduler() -> EulerDiscreteScheduler:
+    """``scheduler/scheduler_config.json`` of stabilityai/stable-video-diffusion-img2vid-xt."""
+    return EulerDiscreteScheduler(
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        interpolation_type="linear",
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        sigma_min=0.002,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+
+
 def flux_vae() -> AutoencoderKL:
     """FLUX.1's autoencoder: by 8, 16 channels, as in scripts/convert_flux_to_diffusers.py of diffusers."""
     return AutoencoderKL(
@@ -166,6 +185,17 @@ def ltx_vae() -> AutoencoderKLLTXVideo:
 def hunyuan_vae() -> AutoencoderKLHunyuanVideo15:
     """HunyuanVideo 1.5's autoencoder, the defaults of its class: by 16 and 4 in time, 32 channels."""
     return AutoencoderKLHunyuanVideo15(block_out_channels=(8, 8, 16, 32, 64), layers_per_block=1)
+
+
+def svd_vae() -> AutoencoderKLTemporalDecoder:
+    """Stable Video Diffusion's autoencoder: by 8, four channels, no compression in time."""
+    return AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    )
 
 
 def clip_images() -> CLIPImageProcessorPil:

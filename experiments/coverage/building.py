@@ -126,8 +126,12 @@ def _name_markers(pipeline: Any) -> None:
 def _complete_parts(pipeline: Any) -> None:
     """Give parts the settings of published checkpoints with which their pipeline runs on images."""
     config = pipeline.scheduler.config if hasattr(pipeline, "scheduler") else {}
-    if config.get("use_flow_sigmas") and config.get("prediction_type") == "epsilon":
-        pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
+    # A shift of flow sigmas, of which one test leaves the switch out.
+    flow = config.get("use_flow_sigmas") or config.get("flow_shift", 1.0) not in (None, 1.0)
+    if flow and config.get("prediction_type") == "epsilon":
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            config, use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
     encoder = getattr(pipeline, "image_encoder", None)
     if "(224, 224)" in inspect.getsource(type(pipeline)) and hasattr(getattr(encoder, "config", None), "image_size"):
         # The tests give a tensor, which is not resized. Sixteen patches.

@@ -11,6 +11,7 @@ from experiments.coverage.checks import PROMPTS
 from experiments.coverage.guard import install_guard
 from experiments.coverage.images import draw_prompts
 from experiments.coverage.opening import has_text
+from experiments.coverage.tasks import call_base, task_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,6 +69,7 @@ def distill(
         forms: of the images that the pipeline is called with.
     """
     install_guard(folder)
+    call, forms = call_base(task_in(folder), call, forms)
     settings = [*_SETTINGS, f"export.steps={list(export.steps)}", f"student.kind={export.student}"]
     # A recipe has no mappings for the pipeline, which is then called in Python alone.
     in_python = any(isinstance(value, dict) for value in call.values())

@@ -9,6 +9,7 @@ from experiments.coverage import checks
 from experiments.coverage.guard import install_guard
 from experiments.coverage.images import draw_prompts
 from experiments.coverage.jobs import grown_mib
+from experiments.coverage.tasks import call_base, compare_task, task_in
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import find_index, load_teacher
 from fmm_distill.teachers.requirements import takes_prompts
@@ -36,6 +37,8 @@ def open_and_check(folder: Path, call: dict[str, Any], forms: Mapping[str, Form]
         forms: of the images that its test calls it with.
     """
     install_guard(folder)
+    task, tested, given = task_in(folder), call, forms
+    call, forms = call_base(task, call, forms)
     text, samples = bool(forms) or has_text(folder), draw_prompts(checks.PROMPTS, forms)
 
     def reopen(prompts: Prompts) -> Teacher:
@@ -47,7 +50,10 @@ def open_and_check(folder: Path, call: dict[str, Any], forms: Mapping[str, Form]
     except UserError as error:
         refused = {"refused": " ".join(str(error).split())}
         return refused if error.__cause__ is None else refused | _stock_failure(folder)
+    own = folder if teacher.pipeline is None else teacher.pipeline.folder
     described = {
+        "task": None if task is None else {"base": task.base, "method": task.method},
+        "images": sorted(forms),
         "seconds": round(time.monotonic() - start, 1),
         "mib": grown_mib(before),
         "prediction": teacher.prediction,
@@ -55,15 +61,17 @@ def open_and_check(folder: Path, call: dict[str, Any], forms: Mapping[str, Form]
         "guidable": _guidable(teacher),
     }
     runs: dict[str, Callable[[], float | str]] = {
-        "step": lambda: checks.compare_steps(teacher, folder),
+        "step": lambda: checks.compare_steps(teacher, own),
         "order": lambda: checks.compare_batches(teacher, samples, reopen),
         "start": lambda: checks.compare_start(teacher, scaled=True),
         "start, embedded": lambda: checks.compare_start(teacher, scaled=False),
     }
     if forms:
         runs["image"] = lambda: checks.compare_images(teacher, samples, forms, reopen)
+    if task is not None:
+        runs["task"] = lambda: compare_task(teacher, task, folder, tested, given)
     found = {name: _attempt(run) for name, run in runs.items()}
-    return described | {"checks": found, "one_step": checks.runs_with(teacher, folder, 1)}
+    return described | {"checks": found, "one_step": checks.runs_with(teacher, own, 1)}
 
 
 def _stock_failure(folder: Path) -> dict[str, Any]:

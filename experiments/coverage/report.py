@@ -25,6 +25,7 @@ CHECKS = {
     "start": "start",
     "start, embedded": "start of an embedded student",
     "image": "image",
+    "task": "task",
 }
 _SHOWN = 260
 # Inputs that an edited or animated sample starts from.
@@ -100,9 +101,13 @@ def _notes(row: Row) -> list[str]:
     build, found, distilled = (row.get(stage, {}) for stage in ("build", "open", "distill"))
     if "event_shape" not in found:
         return []
-    notes = []
-    if build.get("images"):
-        notes.append(f"called with {', '.join(sorted(build['images']))}")
+    notes, images = [], found.get("images", sorted(build.get("images", {})))
+    if found.get("task"):
+        notes.append(f"opened as {found['task']['base']}, with the task as {found['task']['method']}()")
+    if images:
+        notes.append(f"called with {', '.join(images)}")
+    elif found.get("task"):
+        pass
     elif any(name in build["parameters"] for name in _IMAGES):
         notes.append("opens as a pipeline from prompts alone: the student never sees a reference")
     if distilled.get("steps") == [2, 4]:
@@ -223,6 +228,11 @@ images: one per prompt, of the size of the test's own, with random pixels from a
 images is changed together. A pipeline whose image is optional is opened with it if its test gives one. Images are
 encoded to the mode of their latents, in the stock pipeline too: it draws them otherwise.
 
+A pipeline that refines a given image or video, or puts a part of it back between the steps, is opened as its base
+class. It is distilled if all of the above passes for the base, and its own task is a method of the exported any-step
+pipeline ([image to image](image-conditions.md#image-to-image-and-inpainting-without-a-network-for-it)). Images of its
+test that the network of the base sees are given to the base.
+
 Each teacher that opens is checked, up to a relative difference of 1e-4:
 
 - **step**: one Euler step of the teacher's velocity is one step of the stock pipeline, at each of four steps, with its
@@ -230,6 +240,8 @@ Each teacher that opens is checked, up to a relative difference of 1e-4:
 - **order**: a sample has the same velocity for the same prompt in another order of the prompts and another batch.
 - **start**: a new student equals its teacher.
 - **image**: another image with the same prompt makes another velocity, for each image that the pipeline takes.
+- **task**: of a pipeline that is opened as its base, the any-step pipeline's own task with a new student is the stock
+  pipeline, with the same scheduler, at three of four steps.
 - the export: verified as in [Training](training.md#what-is-compared).
 
 A random model of a few thousand weights shows whether a pipeline is called rightly. It does not show how good a student

@@ -71,6 +71,8 @@ def first_order(scheduler: Any) -> Any | None:
         # The cosine scheduler of Stable Audio passes another function of the noise level to the network.
         one = torch.ones(1)
         return made if torch.equal(made.precondition_noise(one), scheduler.precondition_noise(one)) else None
+    if _is_continuous(config):
+        return type(scheduler).from_config(config)
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     video = type(scheduler).__name__.startswith("CogVideoX")
@@ -79,6 +81,11 @@ def first_order(scheduler: Any) -> Any | None:
     # Pipelines split a learned variance off unless their scheduler takes it.
     made.register_to_config(variance_type="fixed_small")
     return made
+
+
+def _is_continuous(config: Any) -> bool:
+    """Return whether a scheduler makes Euler steps on continuous levels, whatever its table of levels has."""
+    return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
 
 
 def record_run(pipeline: Any, component: str, sample: str, call: dict[str, Any]) -> Run:
@@ -121,7 +128,8 @@ def record_run(pipeline: Any, component: str, sample: str, call: dict[str, Any])
 
 def _levels(scheduler: Any, timestep: Any) -> tuple[float, float, tuple[float, float]]:
     """Return the times at both ends of the step just made, and the scales from the time axis to the samples."""
-    if hasattr(scheduler, "alphas_cumprod"):
+    continuous = _is_continuous(scheduler.config)
+    if hasattr(scheduler, "alphas_cumprod") and not continuous:
         timestep = int(timestep)
         before = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         last = scheduler.final_alpha_cumprod
@@ -130,7 +138,7 @@ def _levels(scheduler: Any, timestep: Any) -> tuple[float, float, tuple[float, f
         return s / (a + s), q / (b + q), (a + s, b + q)
     index = scheduler.step_index
     sigma, after = (float(scheduler.sigmas[k]) for k in (index - 1, index))
-    if hasattr(scheduler, "precondition_inputs"):
+    if continuous or hasattr(scheduler, "precondition_inputs"):
         return sigma / (1 + sigma), after / (1 + after), (1 + sigma, 1 + after)
     if scheduler.config.get("invert_sigmas"):
         sigma, after = 1 - sigma, 1 - after

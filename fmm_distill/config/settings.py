@@ -19,6 +19,7 @@ __all__ = [
     "ExportSettings",
     "ExtraLoss",
     "GuidanceSettings",
+    "IpAdapterSettings",
     "LoggingSettings",
     "LoraSettings",
     "OptimizerSettings",
@@ -136,6 +137,35 @@ class PromptSettings(Settings):
         return self
 
 
+class IpAdapterSettings(Settings):
+    """IP-Adapter of the teacher (arXiv 2308.06721), as load_ip_adapter of its pipeline takes it. It is not trained."""
+
+    source: str | None = None
+    """Hub id or folder; null: none. Its images are prompts.images.ip_adapter_image."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    subfolder: str | None = None
+    """Folder of the file in source; null: source itself."""
+    weight_name: str | None = None
+    """File of the weights, in safetensors."""
+    image_encoder_folder: str = "image_encoder"
+    """Folder of the image encoder: in subfolder, or, with a slash, in source. Not opened if the pipeline has one."""
+    scale: float = Field(default=1.0, gt=0, le=100)
+    """Scale of the attention to the image."""
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> Self:
+        if self.source is not None and not self.weight_name:
+            raise ValueError(
+                "ip_adapter.weight_name: expected the name of a file with ip_adapter.source, got none; try "
+                "ip-adapter_sd15.safetensors with h94/IP-Adapter and ip_adapter.subfolder: models"
+            )
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.source is None and given:
+            raise ValueError(f"ip_adapter.{given[0]}: expected ip_adapter.source with it, got none; leave it out")
+        return self
+
+
 class TrajectorySettings(Settings):
     """Teacher trajectories, solved before training."""
 
@@ -228,6 +258,8 @@ class GuidanceSettings(Settings):
     """Smallest and largest scale, for a student with a guidance input, which is evaluated and folded at scale."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times between which guidance is applied (arXiv 2404.07724)."""
+    image_scale: Scale = 1.0
+    """Scale of the second guidance, by the image, of pipelines like InstructPix2Pix (arXiv 2211.09800, eq. 3)."""
     weaker: str | None = None
     """Weaker teacher of the same kind for autoguidance (arXiv 2406.02507): its velocity replaces v_null."""
     weaker_revision: str | None = None
@@ -245,6 +277,11 @@ class GuidanceSettings(Settings):
         if self.weaker is not None and self.scale == 1 and self.range is None:
             raise ValueError(
                 "guidance.weaker: expected a guidance.scale other than 1, at which it has no effect, got 1"
+            )
+        if self.weaker is not None and self.image_scale != 1:
+            raise ValueError(
+                f"guidance.image_scale: expected 1 with guidance.weaker, which replaces the velocity without the "
+                f"prompt, got {self.image_scale:g}; leave it out"
             )
         if self.weaker_revision is not None and self.weaker is None:
             raise ValueError("guidance.weaker_revision: expected guidance.weaker with it, got none; leave it out")

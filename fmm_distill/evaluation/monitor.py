@@ -32,6 +32,7 @@ __all__ = ["Monitor"]
 # Protocol entries that a comparison of two runs needs; evaluation.json has them all.
 _ESSENTIALS = (
     *("ode_solver_error", "frechet_samples", "frechet_reference", "precision_recall", "noise_seed", "guidance"),
+    "image_guidance",
     "stochasticity",
 )
 _KEYS = {"step": int, "rows": list, "settings": dict}

@@ -77,9 +77,9 @@ def solvers_of(teacher: Teacher) -> dict[str, Solver]:
 def steps_within(teacher: Teacher, calls: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Return settings of solvers with at most these numbers of network calls, each number of steps once.
 
-    A teacher with guidance by two predictions calls its network twice per evaluation.
+    A teacher with guidance by two predictions calls its network twice per evaluation, with two guidances three times.
     """
-    each = 2 if teacher.guidance is not None else 1
+    each = 1 if teacher.guidance is None else teacher.guidance.calls
     evaluations = tuple(dict.fromkeys(max(1, count // each) for count in calls))
     # Solvers of one setting have the same number of calls per step.
     solvers = {solver.setting: solver for solver in SOLVERS}

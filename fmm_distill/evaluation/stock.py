@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
+from fmm_distill.teachers.adapter_loading import load_into
 from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes, Embeddings
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.index import PipelineIndex
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+    from fmm_distill.teachers.pipeline import StockPipeline
 
 __all__ = ["other_pipeline", "reference_pipeline"]
 
@@ -55,7 +58,7 @@ class _PipelineRun:
         options["generator"] = draws.generators(after_noise=accepts_noise)
         if accepts_noise:
             options["latents"] = draws.noise
-        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)[0]) for call in self._calls(options)])
+        return torch.cat([decoded_of(run_pipeline(self.pipeline, call)) for call in self._calls(options)])
 
     def _calls(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the keywords of one call for all samples, or of a call for each if the pipeline takes one prompt."""
@@ -69,7 +72,7 @@ class _PipelineRun:
     def _listed(self) -> set[str]:
         """Return the keywords of the call that have one entry per sample."""
         known = self.teacher.conditions
-        return {"prompt", "generator", *(known.images if isinstance(known, Embeddings) else ())}
+        return {"prompt", "negative_prompt", "generator", *(known.images if isinstance(known, Embeddings) else ())}
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__
@@ -80,6 +83,9 @@ class _PipelineRun:
         elif isinstance(known, Embeddings):
             takes_prompt = self.teacher.pipeline is None or self.teacher.pipeline.condition == "prompt"
             given = known.given.some(places_of(known, draws.numbers, draws.seed)).keywords(prompt=takes_prompt)
+            if self.options.get("true_cfg_scale", 1) != 1 and "negative_prompt" not in self.options:
+                # Without a negative prompt these pipelines ignore the scale.
+                given["negative_prompt"] = [""] * len(draws)
         if missing := [keyword for keyword in given if keyword not in self.accepted]:
             raise UserError(f"expected a pipeline that accepts {missing[0]}, as the teacher does; got {name}")
         return given
@@ -117,12 +123,32 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
+    if teacher.pipeline is not None and teacher.pipeline.ip_adapter is not None:
+        _load_adapter(pipeline, teacher.pipeline, source)
+        pipeline.to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: expected 1 to {most} steps, its number of timesteps; got {max(steps)}")
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
     runs = [_PipelineRun(pipeline, teacher, count, call) for count in steps]
     return [_sampler(source, run, _unchecked(found)) for run in runs]
+
+
+def _load_adapter(pipeline: Any, stock: StockPipeline, source: str) -> None:  # noqa: ANN401 a diffusers class
+    """Load the teacher's IP-Adapter, with its image encoder, into another pipeline.
+
+    Raises:
+        UserError: if it does not take it.
+    """
+    adapter = cast("IpAdapter", stock.ip_adapter)
+    if not hasattr(pipeline, "load_ip_adapter"):
+        raise UserError(
+            f"--also {source}: expected a pipeline that takes the teacher's IP-Adapter, got {type(pipeline).__name__}"
+        )
+    try:
+        load_into(pipeline, stock.folder, adapter)
+    except UserError as error:
+        raise UserError(f"--also {source}: {error}") from error
 
 
 def _describe(run: _PipelineRun, unchecked: str | None) -> str:
@@ -134,12 +160,19 @@ def _describe(run: _PipelineRun, unchecked: str | None) -> str:
 
 def _guided_call(teacher: Teacher) -> dict[str, Any]:
     """Return the keywords of a stock call with the teacher's guidance."""
-    scale = 1.0 if teacher.guidance is None else teacher.guidance.scale
-    if teacher.guidance is not None and (teacher.weaker is not None or teacher.guidance.interval != (0.0, 1.0)):
+    guidance = teacher.guidance
+    scale, image_scale = (1.0, 1.0) if guidance is None else (guidance.scale, guidance.image_scale)
+    # Without guidance by the prompt the pipelines turn off that by the image too, and with a scale below 1 both.
+    if image_scale != 1 and (scale <= 1 or image_scale < 1):
+        raise UserError(
+            f"expected guidance that a stock pipeline supports; got guidance.scale {scale:g} with guidance.image_scale "
+            f"{image_scale:g}, at which it does not guide"
+        )
+    if guidance is not None and (teacher.weaker is not None or guidance.interval != (0.0, 1.0)):
         raise UserError(
             "expected guidance that a stock pipeline supports; got guidance by a weaker teacher or on an interval"
         )
-    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale)
+    return {} if teacher.pipeline is None else teacher.pipeline.call | teacher.pipeline.guided(scale, image_scale)
 
 
 def _unchecked(found: PipelineIndex) -> str | None:

@@ -22,6 +22,7 @@ from fmm_distill.core.solvers import solve
 from fmm_distill.core.staged import parts_of
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
+from fmm_distill.export.adapter_code import own_adapter
 from fmm_distill.export.manifest import MANIFEST, StudentManifest, read_manifest
 from fmm_distill.export.pipeline_files import further_folders
 from fmm_distill.export.place import recover
@@ -36,6 +37,7 @@ from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
+from fmm_distill.teachers.ip_adapter import FOLDER
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 from fmm_distill.teachers.prompts import as_prompts
@@ -277,7 +279,7 @@ def _student_of_pipeline(
     try:
         # The manifest has the keywords of the recipe, and those that the program sets itself and will set again.
         call = {name: value for name, value in manifest.call.items() if refused_keyword((name,)) is None}
-        teacher = _open(_teacher_view(folder, manifest), source, prompts, call, guidance)
+        teacher = _open(_teacher_view(folder, manifest), source, manifest, prompts, call, guidance)
         component = "unet" if teacher.pipeline is None else teacher.pipeline.component
         return teacher, Student.from_teacher(teacher, scaled=_scaled_weights(folder / component))
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
@@ -290,10 +292,19 @@ def _scaled_weights(network: Path) -> ScaledWeights | None:
     return ScaledWeights(layers=layers) if layers else None
 
 
-def _open(view: Path, source: str, prompts: Prompts, call: dict[str, Any], guidance: Guidance | None) -> Teacher:
+def _open(
+    view: Path,
+    source: str,
+    manifest: StudentManifest,
+    prompts: Prompts,
+    call: dict[str, Any],
+    guidance: Guidance | None,
+) -> Teacher:
+    facts = manifest.ip_adapter
+    adapter = None if facts is None else own_adapter(str(view), facts)
     try:
         with _without_warnings():
-            return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance)
+            return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance, ip_adapter=adapter)
     except UserError as error:
         raise UserError(str(error).replace(str(view), source)) from error
 
@@ -392,6 +403,8 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
             elif (folder / name).is_dir():
                 for each in (name, *further_folders(folder, name, index)):
                     (view / each).symlink_to((folder / each).resolve())
+        if manifest.ip_adapter is not None:
+            (view / FOLDER).symlink_to((folder / FOLDER).resolve())
         (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
     # The version is part of the key: another version may write the view in another way.

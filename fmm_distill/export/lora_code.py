@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
+from fmm_distill.export.adapter_code import adapter_facts, adapter_lines
 from fmm_distill.export.example_call import imports_of
 from fmm_distill.export.schedulers import make_scheduler
 from fmm_distill.export.stock_pipeline import StockPipelineExporter
@@ -24,6 +25,8 @@ __all__ = ["lora_code", "why_no_lora_code"]
 _SHOWN = 4
 _WEIGHTS = "lora/pytorch_lora_weights.safetensors"
 _GUIDANCE = "lora/guidance.safetensors"
+# The teacher's pipeline has no image encoder: the student's, by the slash, is next to the folder of the IP-Adapter.
+_ENCODER = ', image_encoder_folder="./image_encoder"'
 
 
 def why_no_lora_code(exporter: Exporter, strengths: Mapping[int, Strength]) -> str | None:
@@ -57,7 +60,11 @@ def lora_code(
     strength, folder, given = "1 / steps", '"scheduler"', "num_inference_steps=steps"
     exact = all(one.is_exact for one in strengths.values())
     if not (exact and exporter.has_equal_jumps(student)):
-        if exact and "sigmas" in inspect.signature(kind.__call__).parameters:
+        if (
+            exact
+            and exporter.teacher.schedule.kind == "flow"
+            and "sigmas" in inspect.signature(kind.__call__).parameters
+        ):
             given += ", sigmas=[1 - i / steps for i in range(steps)]"
         else:
             folder = f'"steps-{steps}/scheduler"'
@@ -73,6 +80,7 @@ def lora_code(
         *(line for name, file in files.items() for line in _load(exporter, name, file)),
         *(f"{owner}.set_adapters({chosen})" for owner in _owners(exporter)),
         f"pipeline.scheduler = {scheduler}.from_pretrained({{student}}{{revision}}, subfolder={folder})",
+        *adapter_lines(adapter_facts(exporter.teacher), "{student}{revision}", _ENCODER),
         call.replace("num_inference_steps={steps}", given),
     ]
     return "\n".join(lines)

@@ -12,9 +12,10 @@ import torch
 from fmm_distill import __version__
 from fmm_distill.data.condition_images import describe_images
 from fmm_distill.errors import UserError
+from fmm_distill.export.adapter_code import adapter_facts
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
-from fmm_distill.export.example_call import example_call
+from fmm_distill.export.example_call import example_call, task_call
 from fmm_distill.export.lora_code import lora_code, why_no_lora_code
 from fmm_distill.export.second_stage import check_facts, facts_of
 from fmm_distill.export.strengths import strengths_of
@@ -23,6 +24,7 @@ from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
 from fmm_distill.student.scaled import is_scaled, scaled_ranks
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.ip_adapter import IMAGE
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -48,9 +50,12 @@ _TYPES: dict[str, type | UnionType] = {
     "fixed_call": str,
     "limits": str,
     "pipeline": str | None,
+    "task": str | None,
+    "task_call": str | None,
     "scheduler": dict,
     "call": dict,
     "images": list,
+    "ip_adapter": dict | None,
     "guidance": dict | None,
     "kind": str,
     "lora": bool,
@@ -65,6 +70,13 @@ _TYPES: dict[str, type | UnionType] = {
     "second_stage": dict | None,
     "environment": dict | None,
     "hours": float | None,
+}
+_ADAPTER: dict[str, type | UnionType] = {
+    "source": str,
+    "revision": str | None,
+    "license": str | None,
+    "weight_name": str,
+    "scale": float,
 }
 _TRAINING: dict[str, type | UnionType] = {
     "loss": str,
@@ -93,9 +105,14 @@ class StudentManifest:
         fixed_call: an example of a call of a pipeline of a fixed number of steps, with ``{steps}`` for the number.
         limits: what the student can't do, and which guidance is in its weights.
         pipeline: the class of the teacher's pipeline that students are copies of; None: they are no copies.
+        task: the class that the teacher's repository names, whose task is a method of the any-step pipeline; None: it
+            names the class ``pipeline``.
+        task_call: an example of a call of that method; None: there is no such task.
         scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
         call: keywords of the pipeline's call other than prompt, images and guidance.
         images: keywords of the pipeline's call by which it is given images.
+        ip_adapter: ``source``, ``revision``, ``license``, ``weight_name`` and ``scale`` of the IP-Adapter that is
+            loaded before a call; None: there is none.
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
         kind: ``scaled`` if the weights change with the length of the jump, ``embedded`` if it is embedded.
         lora: whether ``lora/`` has the adapters.
@@ -125,9 +142,12 @@ class StudentManifest:
     fixed_call: str
     limits: str
     pipeline: str | None
+    task: str | None
+    task_call: str | None
     scheduler: dict[str, Any]
     call: dict[str, Any]
     images: tuple[str, ...]
+    ip_adapter: dict[str, Any] | None
     guidance: dict[str, Any] | None
     kind: str
     lora: bool
@@ -183,9 +203,12 @@ def make_manifest(
         fixed_call=example_call(teacher, any_step=False),
         limits=_limits(recipe, teacher, matched=matched),
         pipeline=None if pipeline is None else pipeline.class_name,
+        task=None if pipeline is None else pipeline.task,
+        task_call=task_call(teacher),
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
         images=_images(teacher),
+        ip_adapter=adapter_facts(teacher),
         guidance=_guidance(teacher),
         kind="scaled" if is_scaled(student.network) else "embedded",
         lora=lora,
@@ -224,6 +247,9 @@ def read_manifest(folder: Path) -> StudentManifest:
         "init": None,
         "init_revision": None,
         "images": [],
+        "ip_adapter": None,
+        "task": None,
+        "task_call": None,
         "kind": "embedded",
         "strengths": {},
         "lora_code": None,
@@ -240,6 +266,8 @@ def read_manifest(folder: Path) -> StudentManifest:
         check_keys(f"{file}: scheduler", found["scheduler"], {"_class_name": str}, todo=todo)
     if found["guidance"] is not None:
         check_keys(f"{file}: guidance", found["guidance"], {"scale": float, "range": list | None}, todo=todo)
+    if found["ip_adapter"] is not None:
+        check_keys(f"{file}: ip_adapter", found["ip_adapter"], _ADAPTER, todo=todo)
     for number, n in enumerate(found["steps"]):
         check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
     for number, name in enumerate(found["images"]):
@@ -280,12 +308,16 @@ def _limits(recipe: Recipe, teacher: Teacher, *, matched: bool) -> str:
     if teacher.conditions is None:
         return f"Unconditional. {copies}"
     scale = recipe.guidance.scale if teacher.guidance is None else teacher.guidance.scale
+    image_scale = 1.0 if teacher.guidance is None else teacher.guidance.image_scale
     baked = f"guidance {scale:g} is in its weights" if scale != 1 else "its teacher was not guided"
+    if image_scale != 1:
+        baked = f"guidance {scale:g} and image guidance {image_scale:g} are in its weights"
     call = "Turn the pipeline's own guidance off, as above: it would be applied on top."
     if teacher.pipeline is not None and teacher.pipeline.guidance is None:
         call = "Its network takes the guidance as an input: call it with the keywords above."
     if teacher.guidance is not None and (scales := teacher.guidance.range) is not None:
         baked = f"guidance from {scales[0]:g} to {scales[1]:g} is an input of the any-step pipeline"
+        baked += "" if image_scale == 1 else f", and image guidance {image_scale:g} is in its weights"
         call = (
             f"In the pipelines of a fixed number of steps {scale:g} is in the weights: turn their own guidance off, as "
             "above, or it is applied on top."
@@ -302,7 +334,8 @@ def _task(teacher: Teacher) -> str | None:
     if not isinstance(teacher.conditions, Embeddings):
         return "unconditional-image-generation"
     outputs = {5: "video", 3: "audio"}.get(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "image")
-    names = _images(teacher)
+    # The image of an IP-Adapter is a part of the prompt.
+    names = [name for name in _images(teacher) if name != IMAGE]
     # The Hub has no task from an image to a sound.
     if not names or outputs == "audio":
         return f"text-to-{outputs}"

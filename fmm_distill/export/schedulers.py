@@ -93,8 +93,9 @@ def make_scheduler(teacher: Teacher, prediction: Prediction, equal_steps: int | 
 
     Args:
         prediction: what the student's network predicts.
-        equal_steps: the number of steps, two or more, of which the stock grid of a flow model makes equal jumps. This
-            grid goes down to the first timestep, so that its last step would be almost empty.
+        equal_steps: the number of steps of which the stock grid makes equal jumps, two or more of a flow model. The
+            grids of flow models and of exploding levels go down to the first timestep, so that their last step would be
+            almost empty.
 
     Raises:
         UserError: if the installed diffusers has a setting of the scheduler that is not known here, and the teacher
@@ -120,7 +121,12 @@ def _angular(teacher: Teacher, prediction: Prediction, equal_steps: int | None) 
 def _exploding(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers
     if prediction == "score":
         return _made("ScoreSdeVeScheduler", teacher.scheduler_config, {})
-    return _made("EDMEulerScheduler", teacher.scheduler_config, {_OF_PREDICTION: prediction})
+    changes: dict[str, Any] = {_OF_PREDICTION: prediction}
+    if equal_steps is not None:
+        # Its steps are equal from sigma_max to sigma_min, and one more goes to data: that is the last of ours.
+        last = float(teacher.schedule.grid(equal_steps)[-2])
+        changes["sigma_min"] = last / (1 - last)
+    return _made("EDMEulerScheduler", teacher.scheduler_config, changes)
 
 
 def _flow(teacher: Teacher, prediction: Prediction, equal_steps: int | None) -> Any:  # noqa: ANN401 diffusers

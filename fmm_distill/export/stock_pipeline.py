@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.schedules import VarianceExploding
 from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.errors import UserError, named
 from fmm_distill.export.grids import StockGrids
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
-    from fmm_distill.core.schedules import FlowMatching, VarianceExploding
+    from fmm_distill.core.schedules import FlowMatching
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.pipeline import StockPipeline
@@ -58,9 +59,17 @@ class StockPipelineExporter:
         call = teacher.parametrization.call
         # How the pipeline calls its network, where that was found by running it.
         self.network_call = call if isinstance(call, RecordedCall) else None
-        self.not_fixed = why_levels_do_not_fold(teacher.schedule) or self._missing_member()
+        self.not_fixed = self._why_not_fixed()
         self._grids = StockGrids(self._run_to_network)
         self._opened: Any = None
+
+    def _why_not_fixed(self) -> str | None:
+        """The reason why no stock scheduler makes the jumps in this pipeline; None: one does."""
+        schedule, spread = self.teacher.schedule, self.teacher.parametrization.sigma_data
+        # EDMEulerScheduler preconditions the network, and calls it at the logarithm of sigma.
+        if isinstance(schedule, VarianceExploding) and schedule.network_input == "log" and spread is not None:
+            return None
+        return why_levels_do_not_fold(schedule) or self._missing_member()
 
     def _missing_member(self) -> str | None:
         """The reason why the pipeline fails with the stock scheduler of flow models, where it is made for another.
@@ -90,6 +99,7 @@ class StockPipelineExporter:
             "flip": cast("FlowMatching", teacher.schedule).time_scale if inverted else None,
             "call": self.pipeline.call | self.pipeline.unguided(),
             "guidance": self.pipeline.guidance,
+            "task": self.pipeline.task_settings,
             "scheduler": settings_of(scheduler),
             "scale": None if teacher.guidance is None else teacher.guidance.scale,
         } | teacher.schedule.to_config()
@@ -136,9 +146,11 @@ class StockPipelineExporter:
 
     def _fixed(self, student: Student, steps: int) -> tuple[Any, Tensor]:
         """The scheduler of the pipeline of ``steps`` steps, and the times between which it jumps."""
-        scheduler = make_scheduler(self.teacher, student.prediction)
         if self.teacher.schedule.kind != "flow":
+            equal_steps = steps if self.teacher.schedule.kind == "exploding" else None
+            scheduler = make_scheduler(self.teacher, student.prediction, equal_steps)
             return scheduler, self.teacher.schedule.grid(steps)
+        scheduler = make_scheduler(self.teacher, student.prediction)
         schedule, times = cast("FlowMatching", self.teacher.schedule), self._times(scheduler, steps)
         last = float(schedule.warp(times[-2:-1]))
         # A pipeline whose network is called at the time before the shift passes timesteps of its own, which don't
@@ -152,7 +164,8 @@ class StockPipelineExporter:
     def has_equal_jumps(self, student: Student) -> bool:
         """Return whether the pipeline makes equal jumps of any number of steps with the scheduler of ``any_step``."""
         if self.teacher.schedule.kind != "flow":
-            return True
+            # The stock grid of exploding levels has equal jumps with a sigma_min for one number of steps.
+            return self.teacher.schedule.kind != "exploding"
         scheduler = make_scheduler(self.teacher, student.prediction)
         # Two numbers: a pipeline may shift by a number that depends on them. Odd ones, which no table is made for.
         return all(strength_of(student, self._times(scheduler, n)).is_exact for n in (3, 5))

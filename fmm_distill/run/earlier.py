@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.config.settings import GuidanceSettings, StudentSettings
+from fmm_distill.config.settings import GuidanceSettings, IpAdapterSettings, StudentSettings
 from fmm_distill.core.staged import stages_of
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.load import fetch_initial
@@ -67,7 +67,7 @@ class EarlierStudent:
         source: the setting ``student.init``.
         commit: on the Hub; None: it is a folder.
         teacher: the name of its teacher.
-        settings, guidance, timesteps: of its recipe.
+        settings, guidance, ip_adapter, timesteps: of its recipe.
         manifest: of an export; None: it is a run.
         adapted: its adapters are loaded, and not the weights that they are merged into.
     """
@@ -78,6 +78,7 @@ class EarlierStudent:
     teacher: str
     settings: StudentSettings
     guidance: GuidanceSettings
+    ip_adapter: IpAdapterSettings
     timesteps: int | None
     manifest: StudentManifest | None
     adapted: bool
@@ -180,9 +181,12 @@ class EarlierStudent:
         named = not names.isdisjoint((teacher.source, public_teacher(teacher.source, teacher.revision)))
         return named and (self.form.kind == "embedded" or same_base(self.weights, teacher.network))
 
-    def _changed_guidance(self, recipe: Recipe) -> str | None:
-        """Return a setting of its guidance that the recipe does not have; None: all are the recipe's."""
-        for key in ("scale", "range", "interval"):
+    def _changed_velocity(self, recipe: Recipe) -> str | None:
+        """Return a setting of its teacher's velocity that the recipe does not have; None: all are the recipe's."""
+        for key in ("weight_name", "scale"):
+            if getattr(self.ip_adapter, key) != getattr(recipe.ip_adapter, key):
+                return f"ip_adapter.{key} {getattr(self.ip_adapter, key)}"
+        for key in ("scale", "range", "interval", "image_scale"):
             if getattr(self.guidance, key) != getattr(recipe.guidance, key):
                 return f"guidance.{key} {getattr(self.guidance, key)}"
         then, now = self.guidance.weaker, recipe.guidance.weaker
@@ -196,7 +200,7 @@ class EarlierStudent:
             return "it is of kind embedded"
         if not self._is_of(teacher):
             return f"its teacher is {self.teacher}"
-        different = self._changed_guidance(recipe)
+        different = self._changed_velocity(recipe)
         return None if different is None else f"it has {different}"
 
     def load_into(self, student: Student, recipe: Recipe, teacher: Teacher) -> None:
@@ -227,7 +231,7 @@ class EarlierStudent:
             complete = form == Form("embedded", 0)
             how = "its weights replace those of" if complete else "its changes are added to the weights of"
             logger.warning(f"{name}: {how} {teacher.source}, which is not its teacher, {self.teacher}")
-        if different := self._changed_guidance(recipe):
+        if different := self._changed_velocity(recipe):
             logger.warning(f"{name}: it was trained with {different}, which this recipe has not")
         if form.kind == "scaled" and reason is not None and recipe.student.regression_steps:
             logger.warning(f"{name}: the regression starts from the teacher's weights, since {reason}")
@@ -261,6 +265,7 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     try:
         student = StudentSettings.model_validate(settings.get("student", {}))
         guidance = GuidanceSettings.model_validate(settings.get("guidance", {}))
+        adapter = IpAdapterSettings.model_validate(settings.get("ip_adapter", {}))
     except ValidationError as error:
         raise BrokenFileError(f"{written}: expected the settings of a recipe ({first_line(error)}); {_TODO}") from error
     # An export has the weights that the adapters are merged into as well.
@@ -268,7 +273,7 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     adapted = adapted and not {"pytorch_lora_weights", "jump_embedding"} - files.adapters.keys()
     teacher = settings["teacher"] if manifest is None else manifest.teacher
     timesteps = settings.get("timesteps")
-    return EarlierStudent(source, files, commit, teacher, student, guidance, timesteps, manifest, adapted)
+    return EarlierStudent(source, files, commit, teacher, student, guidance, adapter, timesteps, manifest, adapted)
 
 
 def _named(files: StudentFiles, *, adapted: bool) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ class Given:
             return recipe
         guidance, prompts = recipe.guidance, recipe.prompts
         settings: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "pipeline": recipe.pipeline}
+        settings |= {"ip_adapter.source": recipe.ip_adapter.source}
         settings |= {"guidance.weaker": guidance.weaker, "prompts.file": prompts.file}
         if unused := [name for name, value in (settings | {"prompts.dataset": prompts.dataset}).items() if value]:
             raise UserError(f"{unused[0]}: expected none with a teacher from Python; leave it out")
@@ -90,15 +91,10 @@ class Given:
         if self.teacher is None:
             return None
         teacher, settings = as_teacher(self.teacher), recipe.guidance
-        if settings.scale == 1 and settings.range is None:
-            return teacher
-        if teacher.conditions is None:
-            raise UserError(
-                f"guidance.scale: expected 1 for the unconditional teacher {teacher.source}, got {settings.scale:g}"
-            )
-        # Raises where there is no input for no condition.
-        teacher.conditions.check_null()
-        teacher.guidance = Guidance(settings.scale, settings.interval, settings.range)
+        guidance = Guidance(settings.scale, settings.interval, settings.range, settings.image_scale)
+        if not guidance.is_off:
+            guidance.check(teacher.conditions, teacher.source)
+            teacher.guidance = guidance
         return teacher
 
 

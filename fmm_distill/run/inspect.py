@@ -23,6 +23,7 @@ from fmm_distill.teachers.codec import Waves
 from fmm_distill.teachers.conditions import Classes, Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
 from fmm_distill.teachers.requirements import describe_optional_inputs
+from fmm_distill.teachers.tasks import task_of
 from fmm_distill.training.memory import Memory, forecast_memory, memory_unit
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
     lines = {
         "source": teacher.source + (f" at {teacher.revision}" if teacher.revision else ""),
         "adapter": teacher.adapter,
+        **_task(teacher),
         "network": f"{_networks(teacher)}, {parameters:,} parameters",
         "prediction": _prediction(teacher),
         "schedule": _schedule(teacher),
@@ -63,6 +65,12 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "license": teacher.license.get("license", "not stated; ask the authors before you publish a student"),
     }
     return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
+
+
+def _task(teacher: Teacher) -> dict[str, str]:
+    """Describe the task of the class that the teacher's repository names, where it is opened by the base of that."""
+    task = None if teacher.pipeline is None or teacher.pipeline.task is None else task_of(teacher.pipeline.task)
+    return {} if task is None else {"task": f"{task.pipeline}, which {task.does}: the student's {task.method}()"}
 
 
 def _networks(teacher: Teacher) -> str:
@@ -108,6 +116,7 @@ def _conditions(teacher: Teacher) -> str:
     embeddings = cast("Embeddings", conditions)
     names = ", ".join(name for name in embeddings.prompts.inputs if not name.startswith("lengths"))
     guided = "guidance" if embeddings.empty is not None else f"no guidance ({embeddings.reason})"
+    guided += "" if embeddings.image_guidance is None else ", and by the image (guidance.image_scale)"
     return f"{embeddings.noun}, as {names}; {guided}"
 
 

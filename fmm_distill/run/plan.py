@@ -32,6 +32,7 @@ from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.student import Student, is_new
 from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.ip_adapter import IpAdapter
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.training.compile import checkpoint_blocks
@@ -313,10 +314,10 @@ def open_reference(recipe: Recipe, teacher: Teacher, images: Images | None) -> I
 def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     """Open the teacher of a recipe, with its prompts, its guidance and its pipeline's keywords."""
     settings = recipe.guidance
-    unguided = settings.scale == 1 and settings.range is None
-    guidance = None if unguided else Guidance(settings.scale, settings.interval, settings.range)
+    scales = Guidance(settings.scale, settings.interval, settings.range, settings.image_scale)
+    guidance = None if scales.is_off else scales
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
+    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline), "ip_adapter": _ip_adapter(recipe)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
         teacher = load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
@@ -339,6 +340,13 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     # Set afterwards: autoguidance needs no unconditional input, which the loader would require.
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
+
+
+def _ip_adapter(recipe: Recipe) -> IpAdapter | None:
+    settings = recipe.ip_adapter
+    if settings.source is None:
+        return None
+    return IpAdapter(**settings.model_dump() | {"subfolder": settings.subfolder or ""})
 
 
 def _log_unused_texts(teacher: Teacher, prompts: Prompts) -> None:
@@ -386,7 +394,8 @@ def _conditions_of(teacher: Teacher) -> str:
         return kind
     low, high = teacher.guidance.range or (None, None)
     span = "" if low is None else f" (an input: {low:g} to {high:g})"
-    return f"{kind}, guided by {teacher.guidance.scale:g}{span}"
+    second = "" if teacher.guidance.image_scale == 1 else f" and by {teacher.guidance.image_scale:g} by the image"
+    return f"{kind}, guided by {teacher.guidance.scale:g}{span}{second}"
 
 
 def forecast(recipe: Recipe, folder: Path) -> str:

@@ -11,6 +11,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.student.scaled_layers import scaled_layers
 from fmm_distill.student.stages import of_stage
 from fmm_distill.student.strength import strength_of
+from fmm_distill.teachers.frozen_adapter import share_adapter
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -44,6 +45,7 @@ def stock_part(network: nn.Module) -> nn.Module:
     # Only the stock keys: the others are the embeddings of the jump and the changes of the weights.
     state = network.state_dict()
     stock.load_state_dict({key: state[key] for key in stock.state_dict()})
+    share_adapter(network, stock)
     # ``from_config`` returns a network in training mode, with dropout active.
     return stock.eval()
 

@@ -21,6 +21,7 @@ from fmm_distill.student.scaled_layers import scaled_layers
 from fmm_distill.student.stages import of_stage, per_stage
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
+from fmm_distill.teachers.frozen_adapter import share_adapter
 from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
@@ -95,15 +96,7 @@ class Student(LearnedFlowMap):
             return cls._of_map(teacher, network)
         started_from = None if network is None else type(network).__name__
         if network is not None:
-            if isinstance(teacher.network, StagedNetwork):
-                raise UserError(
-                    f"{teacher.source}: expected a student that starts from the teacher's two networks, got "
-                    f"{started_from}; leave network (student in distill) out"
-                )
-            parametrization = Parametrization(teacher.schedule, "flow_prediction")
-            if not isinstance(teacher.network, VelocityNetwork):
-                parametrization = teacher.parametrization
-            teacher = replace(teacher, network=network, parametrization=parametrization)
+            teacher = _with_network(teacher, network)
         if isinstance(teacher.network, VelocityNetwork):
             raise UserError(
                 f"{teacher.source}: a velocity field has no network that a student could start from; expected "
@@ -177,6 +170,19 @@ class Student(LearnedFlowMap):
         return self.parametrization.velocity(self.network, x, t, cond, h)
 
 
+def _with_network(teacher: Teacher, network: nn.Module) -> Teacher:
+    """Return the teacher with the network that a student starts from in place of its own."""
+    if isinstance(teacher.network, StagedNetwork):
+        raise UserError(
+            f"{teacher.source}: expected a student that starts from the teacher's two networks, got "
+            f"{type(network).__name__}; leave network (student in distill) out"
+        )
+    parametrization = teacher.parametrization
+    if isinstance(teacher.network, VelocityNetwork):
+        parametrization = Parametrization(teacher.schedule, "flow_prediction")
+    return replace(teacher, network=network, parametrization=parametrization)
+
+
 def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) -> nn.Module:
     """Return a copy of the teacher's network with h as one more input."""
     guidance_range = None if teacher.guidance is None else teacher.guidance.range
@@ -194,6 +200,7 @@ def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) ->
             config |= {"scaled_layers": ranks, "diagonal": factors, "guidance_range": guidance_range}
             network = cast("Any", two_time(cast("Any", type(teacher.network)))).from_config(config)
             _load_teacher(network, teacher.network)
+            share_adapter(teacher.network, network)
     if scaled is not None:
         freeze_base(network, diagonal=scaled.diagonal)
     return network

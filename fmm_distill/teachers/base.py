@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.schedules import Schedule
     from fmm_distill.core.time_axis import Prediction, TimeAxis
     from fmm_distill.teachers.codec import Codec
-    from fmm_distill.teachers.conditions import Conditions
+    from fmm_distill.teachers.conditions import Conditions, Embeddings
     from fmm_distill.teachers.guidance import Guidance
     from fmm_distill.teachers.pipeline import StockPipeline
 
@@ -128,8 +128,16 @@ class Teacher:
         weaker = self.weaker
         if weaker is not None:
             return self.guidance.guided(v, lambda: weaker.velocity(x, t, cond), t, scales)
-        null = cast("Conditions", self.conditions).null(cast("Conditioning", cond)).to(x.device)
-        return self.guidance.guided(v, lambda: self.parametrization.velocity(self.network, x, t, null), t, scales)
+        conditions, own = cast("Conditions", self.conditions), cast("Conditioning", cond)
+
+        def without_prompt() -> Tensor:
+            return self.parametrization.velocity(self.network, x, t, conditions.null(own).to(x.device))
+
+        def without_image() -> Tensor:
+            null = cast("Embeddings", conditions).without_image(own)
+            return self.parametrization.velocity(self.network, x, t, null.to(x.device))
+
+        return self.guidance.guided(v, without_prompt, t, scales, without_image)
 
     def conditioned_on(self, positions: Float[Tensor, " batch"]) -> Conditioning | None:
         """Return the conditions at these positions in [0, 1), with the guidance scale that is evaluated and folded.

@@ -7,6 +7,7 @@ import inspect
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from fmm_distill.core.staged import parts_of, stages_of
@@ -186,7 +187,7 @@ class PipelineCodec:
                     stack.enter_context(patched_method(network, "forward", self._zero_output))
                 stack.enter_context(patched_method(pipeline.scheduler, "step", _ends(row, self.positions)))
                 # A copy: some pipelines change the lists that they are called with.
-                made = run_pipeline(pipeline, copy.deepcopy(self.call))[0]
+                made = run_pipeline(pipeline, copy.deepcopy(self.call))
             images.append(decoded_of(made))
         return torch.cat(images).to(x.device)
 
@@ -263,12 +264,13 @@ class PipelineCodec:
 
 
 def decoded_of(made: Any) -> Float[Tensor, "batch channels *size"]:  # noqa: ANN401 an array or a tensor
-    """Return the output of a pipeline as decoded samples, the channels after the batch.
+    """Return the output of a pipeline, or its first entry, as decoded samples, the channels after the batch.
 
     Images ``[batch, height, width, channels]`` and frames ``[batch, frames, height, width, channels]`` in [0, 1] become
     numbers in [-1, 1]. Sounds are in [-1, 1]; those of one channel have no axis of channels in some pipelines.
     """
-    values = torch.as_tensor(made).float()
+    # Some pipelines return no tuple of one entry, but the entry itself.
+    values = torch.as_tensor(made if isinstance(made, np.ndarray | torch.Tensor) else made[0]).float()
     if values.ndim > _AXES_OF_SOUND:
         return values.movedim(-1, 1) * 2 - 1
     return values.reshape(len(values), -1, values.shape[-1])

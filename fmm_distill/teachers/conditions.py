@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["WITHOUT", "Classes", "Conditions", "Embeddings", "NullInputs"]
+__all__ = ["WITHOUT", "Classes", "Conditions", "Embeddings", "ImageGuidance", "NullInputs"]
 
 # Before the name of an input of the empty prompt, among the inputs of a prompt.
 WITHOUT = "without the prompt."
@@ -101,11 +101,13 @@ class NullInputs:
         row: one row of each input, for all samples.
         own: inputs that are those of the sample itself, such as its image.
         per_image: inputs that are a function of the sample's image, such as a prompt's embedding next to the image.
+        norm_axis: the axis of the guided output's norms; see ``Guidance``.
     """
 
     row: Conditioning
     own: frozenset[str] = frozenset()
     per_image: frozenset[str] = frozenset()
+    norm_axis: int = 0
 
     def add_to(self, rows: Conditioning, empty: Conditioning) -> Conditioning:
         """Return embeddings of prompts with the inputs of the empty prompt that are a function of the image.
@@ -131,6 +133,19 @@ class NullInputs:
         return replace(self.row, inputs=inputs)
 
 
+@dataclass(frozen=True)
+class ImageGuidance:
+    """The second guidance of a pipeline, by its image.
+
+    Attributes:
+        keyword: of its scale in the pipeline's call.
+        null: the network's inputs without prompt and image.
+    """
+
+    keyword: str
+    null: NullInputs
+
+
 class Embeddings:
     """The embeddings of prompts, one row per prompt, and of the empty prompt.
 
@@ -139,6 +154,7 @@ class Embeddings:
         empty: the inputs of the empty prompt; None: guidance can't use it.
         reason: why ``empty`` is None, for messages.
         images: by keyword of the pipeline's call, the image of each prompt; empty: the pipeline takes none.
+        image_guidance: the pipeline's second guidance; None: it has none.
     """
 
     def __init__(
@@ -148,8 +164,10 @@ class Embeddings:
         empty: NullInputs | None,
         reason: str = "",
         images: Mapping[str, tuple[Any, ...]] | None = None,
+        image_guidance: ImageGuidance | None = None,
     ) -> None:
         self.names, self.prompts, self.empty, self.reason = names, rows, empty, reason
+        self.image_guidance = image_guidance
         self.images: Mapping[str, tuple[Any, ...]] = images or {}
         self.noun = ("prompts and images" if any(names) else "images") if self.images else "prompts"
 
@@ -171,3 +189,20 @@ class Embeddings:
         """Return the embeddings of the empty prompt."""
         self.check_null()
         return cast("NullInputs", self.empty).of(cond)
+
+    def check_without_image(self) -> None:
+        """Check that the pipeline guides by its image too.
+
+        Raises:
+            UserError: otherwise.
+        """
+        if self.image_guidance is None:
+            raise UserError(
+                "guidance.image_scale: expected 1 for a pipeline without a second guidance by its image, as "
+                "InstructPix2Pix has it; leave it out"
+            )
+
+    def without_image(self, cond: Conditioning) -> Conditioning:
+        """Return the inputs without prompt and image."""
+        self.check_without_image()
+        return cast("ImageGuidance", self.image_guidance).null.of(cond)

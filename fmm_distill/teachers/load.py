@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import yaml
-from huggingface_hub import ModelCard
 
 from fmm_distill.core.torch_state import own_state
-from fmm_distill.errors import UserError, named
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.adapter_loading import check_ip_adapter, find_ip_adapter, link_ip_adapter
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.class_names import current_classes
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
+from fmm_distill.teachers.hub.model_card import license_of
 from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
 from fmm_distill.teachers.prompts import Prompts, as_prompts
 from fmm_distill.teachers.requirements import check_requirements, describe_optional_inputs, takes_prompts
 from fmm_distill.teachers.safety import describe_checkers
+from fmm_distill.teachers.tasks import as_base, link_base, task_of
 from fmm_distill.teachers.unet1d import load_unet1d
 from fmm_distill.teachers.unet2d import load_unet2d
 from fmm_distill.teachers.weight_files import check_weight_files
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.teachers.ip_adapter import IpAdapter
 
 __all__ = ["BUILTIN", "download", "find_index", "load_teacher"]
 
@@ -52,6 +54,7 @@ def load_teacher(
     prompts: Sequence[str] | Prompts = (),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
+    ip_adapter: IpAdapter | None = None,
 ) -> Teacher:
     """Open a pretrained diffusers pipeline as a velocity field on the time axis.
 
@@ -62,18 +65,29 @@ def load_teacher(
         prompts: the prompts of a teacher with text encoders, ``Prompts`` with images; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
         guidance: classifier-free guidance of the velocity; None: no guidance.
+        ip_adapter: an IP-Adapter of the pipeline, whose images are ``ip_adapter_image`` of the prompts; None: none.
 
     Raises:
         UserError: if the teacher can't be found, or if no adapter opens its components.
     """
     index = find_index(source, revision)
     load = _adapter(index, as_prompts(prompts), call, guidance)
+    check_ip_adapter(index, ip_adapter, as_prompts(prompts).images)
+    files = None if ip_adapter is None else find_ip_adapter(index, ip_adapter)
     # After an adapter is found: weights that can't be opened are not downloaded.
     index = download(index, variant)
+    if ip_adapter is not None and files is not None:
+        index = link_ip_adapter(index, ip_adapter, files)
     check_weight_files(index)
     if checkers := describe_checkers(index.pipeline, index.components):
         logger.warning(
             f"images are decoded without the {checkers} of {index.pipeline}, the teacher's and the student's alike"
+        )
+    if index.task is not None and (task := task_of(index.task)) is not None:
+        extra = "".join(f", called with {name}={value}" for name, value in index.call.items())
+        logger.warning(
+            f"{task.pipeline} {task.does} with the network of {task.base}: the teacher and its student are opened as "
+            f"{task.base}{extra}, and the student has the task as {task.method}()"
         )
     teacher = load(index)
     given = as_prompts(prompts).images
@@ -113,12 +127,9 @@ def _adapter(
 
 
 def _guided(teacher: Teacher, guidance: Guidance | None) -> Teacher:
-    if guidance is None or (guidance.scale == 1 and guidance.range is None):
+    if guidance is None or guidance.is_off:
         return teacher
-    if teacher.conditions is None:
-        raise UserError(f"{teacher.source}: guidance.scale {guidance.scale} for an unconditional teacher; expected 1")
-    # Raises an error if the teacher has no unconditional input.
-    teacher.conditions.check_null()
+    guidance.check(teacher.conditions, teacher.source)
     teacher.guidance = guidance
     return teacher
 
@@ -164,9 +175,10 @@ def find_index(source: str, revision: str | None = None) -> PipelineIndex:
         return PipelineIndex(source, folder).config(name)
 
     components = current_classes(components, config_of)
-    if isinstance(location, Path):
-        return PipelineIndex(source, folder, pipeline=pipeline, components=components)
-    return PipelineIndex(source, folder, location.commit, pipeline=pipeline, components=components, snapshot=location)
+    index = PipelineIndex(source, folder, pipeline=pipeline, components=components)
+    if isinstance(location, Snapshot):
+        index = replace(index, revision=location.commit, snapshot=location)
+    return as_base(index, entries, config_of)
 
 
 def _check_code(source: str, components: dict[str, tuple[str, str]]) -> None:
@@ -184,8 +196,10 @@ def download(index: PipelineIndex, variant: str | None = None) -> PipelineIndex:
     """Return the index with all its files on this disk, its license, and the variant as the default weights."""
     if index.snapshot is not None:
         index.snapshot.fetch(variant)
-    index = replace(index, license=_license(index.folder))
-    return index if variant is None else replace(index, folder=link_variant(index.source, index.folder, variant))
+    index = replace(index, license=license_of(index.folder))
+    if variant is not None:
+        index = replace(index, folder=link_variant(index.source, index.folder, variant))
+    return replace(index, folder=link_base(index))
 
 
 def _locate(source: str, revision: str | None) -> Path | Snapshot:
@@ -242,18 +256,3 @@ def _instead_of_index(folder: Path) -> str:
             "pipeline class of its family and save_pretrained(folder)"
         )
     return "expected a complete diffusers pipeline (save_pretrained)"
-
-
-def _license(folder: Path) -> dict[str, Any]:
-    """Return the license entries of a folder's model card; empty if it has none."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return {}
-    try:
-        # Errors in other entries of the metadata do not concern the license.
-        metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{card}: the model card's metadata can't be read ({named(error)}); try to repair it"
-        ) from error
-    return {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}

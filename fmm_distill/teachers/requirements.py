@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "call_parameters",
     "check_requirements",
+    "data_parameters",
     "describe_optional_inputs",
     "find_missing_input",
     "pipeline_class",
@@ -72,6 +73,15 @@ def call_parameters(kind: type) -> Mapping[str, inspect.Parameter]:
     return {name: one for name, one in parameters.items() if name != "self" and one.kind not in variadic}
 
 
+def data_parameters(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return the parameters that are data: a setting has a default value of its own."""
+    return [
+        name
+        for name, one in parameters.items()
+        if _DATA.fullmatch(name) and not _NOT_DATA.fullmatch(name) and one.default in (None, _EMPTY)
+    ]
+
+
 def takes_prompts(index: PipelineIndex) -> bool:
     """Return whether a pipeline is called with prompts: by its class, or by its text encoders if diffusers lacks it."""
     parameters = {} if (kind := pipeline_class(index.pipeline)) is None else call_parameters(kind)
@@ -92,8 +102,9 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
         return
     name, parameters = index.pipeline, call_parameters(kind)
     if unknown := [key for key in given if key not in parameters]:
-        takes = ", ".join(_data(parameters)) or "no image"
-        raise UserError(f"prompts.images.{unknown[0]}: {name} takes no {unknown[0]}; it takes {takes}")
+        takes = ", ".join(data_parameters(parameters)) or "no image"
+        base = "" if index.task is None else f", by which {index.task} is opened,"
+        raise UserError(f"prompts.images.{unknown[0]}: {name}{base} takes no {unknown[0]}; it takes {takes}")
     known = ("prompt", "class_labels", *given)
     required = [key for key, one in parameters.items() if one.default is _EMPTY and key not in known]
     stages = [part for part in index.components if _STAGES.fullmatch(part)]
@@ -105,17 +116,17 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
         )
     if _refines(parameters):
         raise UserError(
-            f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(_data(parameters)[:1])}; try the base "
-            "model, whose student refines images too (docs/image-conditions.md)"
+            f"{index.source}: {_PLAIN}, got {name}, which refines {_listed(data_parameters(parameters)[:1])}, and "
+            "diffusers has no pipeline of its network without that; try another model"
         )
     # A signature that requires images requires all that the pipeline needs.
-    declared = any(one.default is _EMPTY and key in _data(parameters) for key, one in parameters.items())
+    declared = any(one.default is _EMPTY and key in data_parameters(parameters) for key, one in parameters.items())
     needed = required or (
         [] if declared else [key for key in _needed(parameters, index.components) if key not in given]
     )
     if needed:
         advice = "; try --set prompts.images.KEYWORD=COLUMN for each of them (docs/image-conditions.md)"
-        given_as_images = all(key in _data(parameters) for key in needed)
+        given_as_images = all(key in data_parameters(parameters) for key in needed)
         raise UserError(
             f"{index.source}: {_PLAIN}, got {name}, which needs {_listed(needed, index.components)}"
             f"{advice if given_as_images else ''}"
@@ -131,7 +142,7 @@ def describe_optional_inputs(name: str, given: Collection[str] = ()) -> str | No
         given: keywords of the images that it is called with.
     """
     kind = pipeline_class(name)
-    data = [] if kind is None or given else _data(call_parameters(kind))
+    data = [] if kind is None or given else data_parameters(call_parameters(kind))
     return _listed(data) if data else None
 
 
@@ -142,7 +153,7 @@ def find_missing_input(pipeline: Any, call: Mapping[str, Any], error: BaseExcept
         call: the keywords of the failed call.
         error: raised by the pipeline.
     """
-    names = [name for name in _data(call_parameters(type(pipeline))) if call.get(name) is None]
+    names = [name for name in data_parameters(call_parameters(type(pipeline))) if call.get(name) is None]
     reported = named(error)
     if not _NOTHING_GIVEN.search(reported):
         return None
@@ -156,25 +167,16 @@ def _has_text_encoder(index: PipelineIndex) -> bool:
     return any(name.startswith("text_encoder") for name in index.components)
 
 
-def _data(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Return the parameters that are data: a setting has a default value of its own."""
-    return [
-        name
-        for name, one in parameters.items()
-        if _DATA.fullmatch(name) and not _NOT_DATA.fullmatch(name) and one.default in (None, _EMPTY)
-    ]
-
-
 def _refines(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Return whether a pipeline starts from an image with noise on it: the strength of the noise is below 1."""
-    data, strength = _data(parameters), parameters.get("strength")
+    data, strength = data_parameters(parameters), parameters.get("strength")
     masked = any("mask" in name for name in data)
     return bool(data) and not masked and strength is not None and strength.default is not None and strength.default < 1
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter], components: Collection[str]) -> list[str]:
     """Return the optional parameters without which a pipeline is another one, by its signature and components."""
-    data = _data(parameters)
+    data = data_parameters(parameters)
     controls = [name for name in data if name.startswith(("control", "conditioning"))]
     if controls or any(part in components for part in _CONTROLS):
         return controls or data[:1]

@@ -64,7 +64,7 @@ class ScheduleSpec:
     """The schedule and the prediction of a teacher.
 
     Attributes:
-        config: the configuration of the scheduler.
+        config: the configuration of the scheduler, or of the stock one that steps alike.
         sigma_data: of the preconditioning of Karras et al. 2022, if the scheduler applies it.
         inverted: the scheduler's time runs from noise at 0 to data, and the network predicts the reverse velocity.
     """
@@ -125,6 +125,9 @@ def read_scheduler(
         return _flow(config, source, shift, uses_unshifted_time)
     if name in CONTINUOUS:
         return _exploding(name, config, source)
+    # With other predictions the scheduler ignores the setting.
+    if config.get("timestep_type") == "continuous" and config["prediction_type"] == "v_prediction":
+        return _exploding("EDMEulerScheduler", _edm_config(scheduler, config), source)
     return _preserving(scheduler, config, source)
 
 
@@ -169,12 +172,31 @@ def _exploding(name: str, config: dict[str, Any], source: str) -> ScheduleSpec:
     return ScheduleSpec(schedule, prediction, config, sigma_data=config["sigma_data"])
 
 
+def _edm_config(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 a diffusers class
+    """Return the EDMEulerScheduler that is an EulerDiscreteScheduler with continuous timesteps.
+
+    Their network is called with x / (sigma^2 + 1)^(1/2) at log(sigma) / 4, and has the output of v prediction: the
+    preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1) for data of deviation 1.
+    """
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+    karras = bool(config.get("use_karras_sigmas"))
+    ends = {"sigma_min": float(levels.min()), "sigma_max": float(levels.max())}
+    if karras or config.get("use_exponential_sigmas") or config.get("use_beta_sigmas"):
+        # Without these the scheduler does not read its own ends.
+        ends = {name: end if config.get(name) is None else config[name] for name, end in ends.items()}
+    return ends | {
+        "_class_name": "EDMEulerScheduler",
+        "num_train_timesteps": config["num_train_timesteps"],
+        "prediction_type": "v_prediction",
+        "sigma_data": 1.0,
+        "sigma_schedule": "karras" if karras else "exponential",
+        # The scheduler's own constant.
+        "rho": 7.0,
+    }
+
+
 def _preserving(scheduler: Any, config: dict[str, Any], source: str) -> ScheduleSpec:  # noqa: ANN401 a diffusers class
     prediction = _prediction(config, ("epsilon", "sample", "v_prediction"), source)
-    if config.get("timestep_type") == "continuous":
-        raise UserError(
-            f"{source}: {type(scheduler).__name__} with timestep_type: continuous; expected timestep_type: discrete"
-        )
     # A copy: the scheduler still runs in its pipeline.
     products = scheduler.alphas_cumprod.clone()
     if config.get("rescale_betas_zero_snr"):

@@ -19,6 +19,7 @@ from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted_export import opened
 from tests.conformance.test_teachers import saved
+from tests.tiny.diffusion import PIPELINES as FAMILY
 from tests.tiny.randomized import randomized
 
 RANK = 3
@@ -31,7 +32,10 @@ ANY = ("sd1", "sdxl", "flux", "sd3", "bria")
 
 
 def exported(name, folder, *, diagonal=False):
-    teacher = opened(name, folder / "teacher")
+    return exported_of(opened(name, folder / "teacher"), folder, diagonal=diagonal)
+
+
+def exported_of(teacher, folder, *, diagonal=False):
     # Another prediction is what a change at h = 0 is for; the scheduler has to have it too.
     prediction = "v_prediction" if diagonal else "teacher"
     student = randomized(Student.from_teacher(teacher, prediction, scaled=ScaledWeights(RANK, diagonal=diagonal)))
@@ -99,6 +103,23 @@ def test_the_code_of_the_card_is_the_any_step_pipeline(exports, name):
     for steps in (1, 2, 4, 8):
         samples = run(code, call, steps)[1]
         own = any_step(export, call, steps)
+        assert (samples - own).abs().max() < 1e-4 * own.abs().max(), steps
+
+
+@pytest.mark.slow
+def test_exploding_levels_have_the_scheduler_of_a_number_of_steps(tmp_path):
+    tiny, folder = FAMILY["sdxl"], tmp_path / "teacher"
+    built = tiny.build()
+    built.scheduler = diffusers.EDMEulerScheduler(sigma_max=80.0)
+    built.save_pretrained(folder, safe_serialization=True)
+    teacher = load_teacher(str(folder), prompts=("a cat", "two dogs"), call=dict(tiny.call))
+    export = exported_of(teacher, tmp_path)
+    code = code_of(export)
+    assert 'subfolder="steps-4/scheduler"' in code
+    assert "sigmas=" not in code
+    for steps in STEPS:
+        samples = run(code, export.exporter.verification_call(2), steps)[1]
+        own = any_step(export, export.exporter.verification_call(2), steps)
         assert (samples - own).abs().max() < 1e-4 * own.abs().max(), steps
 
 

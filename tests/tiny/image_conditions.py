@@ -9,15 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLTemporalDecoder,
     CogVideoXImageToVideoPipeline,
     ControlNetModel,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
     FluxFillPipeline,
     FluxKontextPipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Transformer3DModel,
+    LongCatImageEditPipeline,
     LTXImageToVideoPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
@@ -26,16 +32,20 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 from torch import nn
+from transformers import ByT5Tokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.tiny import diffusion, flow, video
+from tests.tiny import diffusion, flow, flow_more, published_parts, tokenizers, video
 from tests.tiny.base import Tiny, seeded
 from tests.tiny.diffusion import redraw
 
-__all__ = ["PIPELINES", "Conditioned", "images_for", "picture"]
+__all__ = ["LARGE", "PIPELINES", "SLOW", "Conditioned", "images_for", "picture"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,12 @@ class Conditioned(Tiny):
     Attributes:
         images: keywords of the call, and the sides of their images, height and width.
         references: images per sample and keyword, in a list; 0: one, in no list.
+        ip_adapter: the image is that of an IP-Adapter, which is no part of the pipeline's folder.
     """
 
     images: dict[str, tuple[int, int]]
     references: int = 0
+    ip_adapter: bool = False
 
 
 def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Image:
@@ -183,10 +195,112 @@ def wan_first_frame() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
 
 
+def hunyuan_video_image() -> DiffusionPipeline:
+    """HunyuanVideo 1.5: joined latents of the first frame and a mask, and the tokens of an image encoder."""
+    tokenizer = tokenizers.qwen_vl_tokenizer()
+    tokenizer.padding_side = "right"
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        **flow.HEADS,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=1.0,
+        text_embed_dim=flow_more.WIDTH,
+        text_embed_2_dim=flow_more.WIDTH,
+        image_embed_dim=published_parts.VISION,
+        rope_axes_dim=flow.AXES,
+        # Its call takes no size: this side, with the proportions of the image.
+        target_size=16,
+        task_type="i2v",
+    )
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        transformer=redraw(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=ClassifierFreeGuidance(),
+        vae=vae,
+        text_encoder=published_parts.qwen_vl_text(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=flow_more.t5(),
+        tokenizer_2=ByT5Tokenizer(),
+        image_encoder=published_parts.siglip(),
+        feature_extractor=published_parts.siglip_images(),
+    )
+
+
+def longcat_edit() -> DiffusionPipeline:
+    """LongCat-Image-Edit: the tokens of the image follow those of the sample; its call takes a million pixels."""
+    # Their processor of videos, which no image passes, needs torchvision.
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = tokenizers.qwen_vl_tokenizer()
+    parts = flow.longcat_image().components | {
+        "vae": published_parts.flux_vae(),
+        "text_encoder": published_parts.qwen_vl(tokenizer),
+        "tokenizer": tokenizer,
+        "text_processor": Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(), tokenizer=tokenizer
+        ),
+    }
+    return LongCatImageEditPipeline(**parts)
+
+
 def ltx_image() -> DiffusionPipeline:
     parts = video.ltx().components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
     redraw(parts["transformer"])
     return LTXImageToVideoPipeline(**parts)
+
+
+def svd() -> DiffusionPipeline:
+    """Frames before channels, continuous timesteps, and an image in place of the prompt."""
+    # 32 groups are fixed in the code of the network: those of one channel each would remove the time embedding.
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=(2,),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "block_out_channels": [32, 32]}
+    vae = AutoencoderKLTemporalDecoder(latent_channels=4, layers_per_block=1, **blocks)
+    # The pipeline resizes every picture to 224.
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=56,
+    )
+    # The settings of the published checkpoints.
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    encoder = CLIPVisionModelWithProjection(config)
+    return StableVideoDiffusionPipeline(vae, encoder, redraw(unet), scheduler, CLIPImageProcessorPil())
 
 
 SIDE = (16, 16)
@@ -195,6 +309,10 @@ _WAN = dict(video.PIPELINES["wan"].call)
 PIPELINES: dict[str, Conditioned] = {
     "sd-inpaint": Conditioned(seeded(sd_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
     "sdxl-inpaint": Conditioned(seeded(sdxl_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
+    "sd-ip-adapter": Conditioned(diffusion.PIPELINES["sd1"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True),
+    "sdxl-ip-adapter": Conditioned(
+        diffusion.PIPELINES["sdxl"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True
+    ),
     "instruct-pix2pix": Conditioned(seeded(instruct_pix2pix), {}, {"image": (8, 8)}),
     "sd-controlnet": Conditioned(seeded(sd_controlnet), {}, {"image": (8, 8)}),
     "two-controlnets": Conditioned(seeded(two_controlnets), {}, {"image": (8, 8)}, 2),
@@ -215,7 +333,13 @@ PIPELINES: dict[str, Conditioned] = {
     ),
     "wan-image": Conditioned(seeded(wan_image), _WAN, {"image": SIDE}),
     "wan-first-frame": Conditioned(seeded(wan_first_frame), _WAN, {"image": SIDE}),
+    "svd": Conditioned(seeded(svd), {"num_frames": 2, "height": 8, "width": 8}, {"image": (8, 8)}),
     "ltx-image": Conditioned(seeded(ltx_image), dict(video.PIPELINES["ltx"].call), {"image": SIDE}),
 }
 # Opened in the same way as ``wan-image``, which takes long.
 SLOW = {"wan-image-two": Conditioned(seeded(wan_image_two), _WAN, {"image": SIDE})}
+# Their calls have long texts, or enlarge the image to a million pixels.
+LARGE: dict[str, Conditioned] = {
+    "hunyuan-video-image": Conditioned(seeded(hunyuan_video_image), {"num_frames": 3}, {"image": SIDE}),
+    "longcat-edit": Conditioned(seeded(longcat_edit), {}, {"image": (64, 64)}),
+}

@@ -19,9 +19,11 @@ from experiments.coverage.images import describe_images, draw_prompts, replace_i
 from experiments.coverage.opening import open_and_check
 from experiments.coverage.report import is_right
 from experiments.coverage.sizes import FUNCTIONS, shrink
+from experiments.coverage.tasks import call_base
 from fmm_distill.config.recipe import load_recipe
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.tasks import task_of
 from tests.tiny import flow
 
 KONTEXT = dict(flow.PIPELINES["flux"].call) | {"max_area": 256, "_auto_resize": False}
@@ -158,3 +160,23 @@ def test_the_command_line_gets_the_prompts_and_images_that_are_opened(tmp_path, 
 def test_the_command_line_gets_prompts_alone(tmp_path):
     given = load_prompts(load_recipe("text", prompt_settings(tmp_path, {}, text=True)).prompts)
     assert (given.texts, given.images) == (checks.PROMPTS[:2], {})
+
+
+def test_a_base_gets_the_images_that_its_network_sees_at_the_size_of_the_task():
+    task = task_of("StableDiffusionControlNetInpaintPipeline")
+    call, forms = call_base(task, {"padding_mask_crop": 1}, {"image": RGB, "mask_image": MASK, "control_image": RGB})
+    assert forms == {"image": RGB}
+    width, height = RGB["size"]
+    assert call == {"width": width, "height": height}
+
+
+def test_a_base_makes_videos_as_long_as_that_of_the_task():
+    call, forms = call_base(task_of("WanVideoToVideoPipeline"), {}, {"video": [RGB, RGB, RGB]})
+    assert forms == {}
+    assert call["num_frames"] == 3
+
+
+def test_an_image_that_base_and_task_see_is_not_too_small():
+    forms = {"image": {"size": [32, 96], "mode": "RGB"}, "mask_image": MASK}
+    found = call_base(task_of("FluxKontextInpaintPipeline"), {}, forms)
+    assert found == ({"width": 32, "height": 96, "max_area": 3072}, {"image": {"size": [64, 96], "mode": "RGB"}})

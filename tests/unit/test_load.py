@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from fmm_distill.core.parametrization import Parametrization, call_stock
+from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import BUILTIN, find_index, load_teacher
+from fmm_distill.teachers.scheduler import read_scheduler
 from tests.conftest import save_teacher, tiny_unet
 
 
@@ -220,10 +224,9 @@ def test_zero_terminal_snr(tmp_path):
             {"use_flow_sigmas": True, "prediction_type": "epsilon"},
             "expected one of flow_prediction",
         ),
-        (EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "continuous"),
         (EulerDiscreteScheduler, {"prediction_type": "flow_prediction"}, "flow_prediction"),
     ],
-    ids=["betas", "flow sigmas", "continuous", "flow"],
+    ids=["betas", "flow sigmas", "flow"],
 )
 def test_schedulers_that_are_not_read(tmp_path, kind, settings, match):
     folder = save_teacher(tmp_path)
@@ -232,6 +235,56 @@ def test_schedulers_that_are_not_read(tmp_path, kind, settings, match):
     index.write_text(index.read_text().replace("DDPMScheduler", kind.__name__))
     with pytest.raises(UserError, match=match):
         load_teacher(str(folder))
+
+
+@pytest.mark.parametrize("settings", [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {}])
+@pytest.mark.parametrize("ends", [{"sigma_min": 0.002, "sigma_max": 700.0}, {}])
+def test_continuous_timesteps_are_a_preconditioned_variance_exploding_schedule(settings, ends):
+    """With a network that is exact for a Gaussian of deviation 2: the closed form, and the scheduler's own steps."""
+    scheduler = EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", beta_schedule="scaled_linear", **settings, **ends
+    )
+    spec = read_scheduler(scheduler, "here")
+    assert spec.config["_class_name"] == "EDMEulerScheduler"
+    parametrization = Parametrization(spec.schedule, spec.prediction, call_stock, spec.sigma_data)
+    deviation, asked = 2.0, []
+
+    class Exact(torch.nn.Module):
+        """The output with which the denoised sample is that of the Gaussian."""
+
+        def forward(self, given, time):
+            asked.append(time)
+            sigma = (4 * time).double().exp().reshape(-1, 1)
+            sample = given * (sigma**2 + 1).sqrt()
+            denoised = sample * deviation**2 / (deviation**2 + sigma**2)
+            output = (denoised - sample / (sigma**2 + 1)) / (-sigma / (sigma**2 + 1).sqrt())
+            return SimpleNamespace(sample=output)
+
+    scheduler.set_timesteps(6)
+    sigmas, network = scheduler.sigmas.double(), Exact()
+    sample = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * sigmas[0]
+    for timestep, start, end in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True):
+        output = network(scheduler.scale_model_input(sample, timestep), timestep.expand(3)).sample
+        after = scheduler.step(output, timestep, sample).prev_sample
+        t, r = start / (1 + start), end / (1 + end)
+        v = parametrization.velocity(network, sample / (1 + start), t.expand(3))
+        torch.testing.assert_close((sample / (1 + start) - (t - r) * v) * (1 + end), after, rtol=1e-5, atol=1e-5)
+        # The velocity of the closed form: the mean of the noise minus that of the data.
+        noise, data = sample * start / (deviation**2 + start**2), sample * deviation**2 / (deviation**2 + start**2)
+        torch.testing.assert_close(v, noise - data, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(asked[-2].double(), asked[-1].double(), rtol=1e-6, atol=1e-7)
+        sample = after
+    # Jumps are measured between the ends that the scheduler has; without its own ones it may leave out the last.
+    ours = spec.schedule.warp(sigmas[:1] / (1 + sigmas[:1]))
+    assert float(ours) == pytest.approx(1, abs=1e-2)
+    if settings.get("use_karras_sigmas"):
+        places = spec.schedule.warp(sigmas[:-1] / (1 + sigmas[:-1]))
+        torch.testing.assert_close(places, torch.linspace(1, 0, 6, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_continuous_timesteps_of_another_prediction_are_discrete():
+    spec = read_scheduler(EulerDiscreteScheduler(timestep_type="continuous"), "here")
+    assert isinstance(spec.schedule, VariancePreserving)
 
 
 def test_unknown_builtin():

@@ -16,6 +16,7 @@ from fmm_distill.teachers.prompted.rows import Ragged, RaggedRows
 from fmm_distill.teachers.prompted.runs import record_guided, record_prompts
 from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+from fmm_distill.teachers.side_networks import SideCall
 from tests.tiny import diffusion
 
 PROMPTS = ("a cat", "two dogs in the snow")
@@ -46,6 +47,21 @@ def test_joined_runs_are_those_of_a_batch(guided):
         torch.testing.assert_close(*(each.arguments["encoder_hidden_states"] for each in (one, other)))
     assert [step.sample.shape for step in found[0].steps] == [step.sample.shape for step in found[1].steps]
     assert not torch.equal(*found[1].steps[0].sample)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_frames_of_videos_are_rows_of_the_network_before_the_main_one(rows):
+    """A ControlNet gets the frames of all rows one after the other, as a batch has them."""
+    frames, runs = 3, []
+    batch = torch.arange(2.0 * rows * frames).reshape(rows, 2, frames)
+    for number in range(2):
+        run = run_of(x=batch[:, number])
+        given = batch[:, number].reshape(-1, 1)
+        run.calls[0] = NetworkCall(
+            run.calls[0].arguments, torch.zeros(rows, 2), sides={"net": SideCall({}, ("x", "t"), given, 1.0, None)}
+        )
+        runs.append(run)
+    assert torch.equal(join_recordings(runs).calls[0].sides["net"].sample, batch.reshape(-1, 1))
 
 
 def test_one_value_for_all_is_kept_and_a_value_of_each_is_refused():

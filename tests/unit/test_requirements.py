@@ -17,12 +17,14 @@ from tests.tiny import diffusion, flow
 
 CONTROL = {"controlnet": ["diffusers", "ControlNetModel"]}
 ADAPTER = {"adapter": ["diffusers", "T2IAdapter"]}
+# A network with an input for the mask.
+MASKED = {"masked": ["diffusers", "UNet2DConditionModel"]}
 PRIOR = {"prior": ["diffusers", "PriorTransformer"]}
 # Pipelines of diffusers by what they need, and the components that tell.
 NEEDS = {
     "FluxFillPipeline": ({}, r"needs an image \(image\) and a mask \(mask_image\)"),
-    "StableDiffusionXLInpaintPipeline": ({}, r"needs an image \(image\) and a mask \(mask_image\)"),
-    "EasyAnimateInpaintPipeline": ({}, r"needs a video \(video\) and a mask \(mask_video\)"),
+    "StableDiffusionXLInpaintPipeline": (MASKED, r"needs an image \(image\) and a mask \(mask_image\)"),
+    "EasyAnimateInpaintPipeline": (MASKED, r"needs a video \(video\) and a mask \(mask_video\)"),
     "FluxControlPipeline": ({}, r"needs a control image \(control_image\)"),
     "CogVideoXFunControlPipeline": ({}, r"needs a control video \(control_video\)"),
     "StableDiffusionControlNetPipeline": (CONTROL, r"needs a control image \(image\)"),
@@ -34,8 +36,7 @@ NEEDS = {
     "MarigoldDepthPipeline": ({}, r"needs an image \(image\)"),
     "LTXLatentUpsamplePipeline": ({}, r"needs a video \(video\)"),
     "LucyEditPipeline": ({}, r"needs a video \(video\)"),
-    "FluxImg2ImgPipeline": ({}, r"refines an image \(image\); try the base model"),
-    "WanVideoToVideoPipeline": ({}, r"refines a video \(video\); try the base model"),
+    "StableDiffusionDepth2ImgPipeline": ({}, r"refines an image \(image\), and diffusers has no pipeline of its net"),
     "KandinskyV22Pipeline": ({}, r"cascade .*it needs the embedding of an image \(image_embeds\)"),
     "KandinskyV22PriorPipeline": (PRIOR, r"cascade of several networks or a part of one \(prior\)"),
     "StableUnCLIPPipeline": (PRIOR, r"cascade of several networks or a part of one \(prior\)"),
@@ -47,6 +48,9 @@ NEEDS = {
 def test_what_a_pipeline_needs_is_found_by_its_signature_and_components(tmp_path, name):
     parts, match = NEEDS[name]
     parts = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]} | parts
+    if parts.pop("masked", None):
+        (tmp_path / "unet").mkdir()
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9, "out_channels": 4}))
     # Without any file of weights: nothing is opened.
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name} | parts))
     with pytest.raises(UserError, match=match) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VarianceExploding
 from fmm_distill.errors import UserError
+from fmm_distill.export.schedulers import make_scheduler
+from fmm_distill.teachers.scheduler import read_scheduler
 
 SCHEDULES = {
     "karras": VarianceExploding(0.002, 80.0),
@@ -115,3 +118,19 @@ def test_the_time_of_a_scheduler_with_one_timestep_is_the_level():
 def test_a_shift_that_is_none():
     with pytest.raises(UserError, match="shift is 0"):
         FlowMatching(0)
+
+
+@pytest.mark.parametrize("levels", ["karras", "exponential"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+def test_a_stock_scheduler_of_exploding_levels_makes_equal_jumps(levels, steps):
+    spec = read_scheduler(EDMEulerScheduler(sigma_schedule=levels), "here")
+    teacher = SimpleNamespace(schedule=spec.schedule, scheduler_config=spec.config)
+    made = make_scheduler(teacher, spec.prediction, steps)
+    made.set_timesteps(steps)
+    grid = spec.schedule.grid(steps)
+    torch.testing.assert_close(made.sigmas.double(), grid / (1 - grid), rtol=1e-5, atol=0)
+    assert len(made.timesteps) == steps
+    # Without the number of steps one jump more, which is almost empty.
+    stock = make_scheduler(teacher, spec.prediction)
+    stock.set_timesteps(2)
+    assert float(stock.sigmas[1]) == pytest.approx(0.002)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 from numbers import Integral
 from pathlib import Path
 
@@ -94,10 +95,12 @@ def _check_steps(steps, levels: dict) -> None:
 
 
 def _turn_guidance_off(levels: dict, given: dict) -> None:
-    """Turn the pipeline's own guidance off, unless the call turns it on."""
+    """Turn the pipeline's own guidance off, unless the call turns it on, and add the other keywords of training."""
     for name, value in levels["call"].items():
         if name not in given:
-            given[name] = value
+            # Sizes are tuples in diffusers, and lists in JSON.
+            numbers = isinstance(value, list) and value and all(isinstance(each, (int, float)) for each in value)
+            given[name] = tuple(value) if numbers else value
         elif name == levels["guidance"] and (given[name] or 0.0) > value:
             logger.warning(f"{name}={given[name]}: guidance is in the student's weights, this adds to it")
 
@@ -156,11 +159,15 @@ class _FlowMap:
 
         Sampling starts between noise and data, on the grid of ``num_inference_steps``, of which it makes a fraction.
         """
-        return _of_task(self, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING")
+        return _of_task(self, "Img2Img")
 
     def inpaint(self):
         """Return the inpainting pipeline of this one, with the same components: it takes image and mask_image."""
-        return _of_task(self, "AUTO_INPAINT_PIPELINES_MAPPING")
+        return _of_task(self, "Inpaint(ing)?")
+
+    def video_to_video(self):
+        """Return the video-to-video pipeline of this one, with the same components: it takes video and strength."""
+        return _of_task(self, "VideoToVideo")
 
     def to_json_string(self) -> str:
         """Return the index, with the modules of pipeline and network."""
@@ -177,18 +184,25 @@ class _FlowMap:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _of_task(pipeline, table: str):
-    """Return the pipeline of another task of the same family, as diffusers' auto pipelines know it."""
-    # Not at the top: it imports every pipeline class.
-    from diffusers.pipelines import auto_pipeline
+def _of_task(pipeline, words: str):
+    """Return the pipeline of another task with the same components.
 
-    own = type(pipeline).__mro__[2].__name__
-    families = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-    family = next((name for name, kind in families.items() if kind.__name__ == own), None)
-    stock = getattr(auto_pipeline, table).get(family)
-    if stock is None:
-        raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {', '.join(families)}")
-    return flow_map_pipeline(stock).from_pipe(pipeline)
+    Args:
+        words: a pattern of the task in the names of the classes in diffusers, which are otherwise those of their bases.
+    """
+    own, bases = type(pipeline).__mro__[2].__name__, {}
+    for name in dir(diffusers):
+        if name.endswith("Pipeline") and re.search(words, name):
+            bases |= {re.sub(words, instead, name, count=1): name for instead in ("TextToVideo", "")}
+    if own not in bases:
+        families = ", ".join(sorted(name for name in bases if hasattr(diffusers, name)))
+        raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {families}")
+    stock = getattr(diffusers, bases[own])
+    taken = inspect.signature(stock.__init__).parameters
+    network = _student(getattr(pipeline, _network_names(pipeline)[0]))
+    settings = network.config.flow_map.get("task", {})
+    own_settings = {name: value for name, value in settings.items() if name in taken}
+    return flow_map_pipeline(stock).from_pipe(pipeline, **own_settings)
 
 
 def _with_stochasticity(signature: inspect.Signature) -> inspect.Signature:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.frozen_adapter import FrozenAdapter
     from fmm_distill.teachers.prompted.joined import JoinedPart
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
@@ -50,6 +51,7 @@ class RecordedCall:
             such as a given first frame; None: the network takes one time per sample.
         second_time: the name of a second time, which is always equal to the first; None: there is none.
         sides: networks that run before it, such as a ControlNet.
+        adapter: an IP-Adapter that the network uses; None: there is none.
         boundary: the lowest time of the schedule at which a ``StagedNetwork`` calls its network of high noise levels;
             None: there is one network.
     """
@@ -65,6 +67,7 @@ class RecordedCall:
     second_time: str | None = None
     timed: Tensor | None = None
     sides: tuple[SideNetwork, ...] = ()
+    adapter: FrozenAdapter | None = None
     boundary: float | None = None
 
     def __call__(
@@ -85,6 +88,9 @@ class RecordedCall:
         arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: time}
         if self.second_time is not None:
             arguments[self.second_time] = arguments[self.time]
+        if self.adapter is not None and self.adapter.device != x.device:
+            # Moving a network leaves it behind.
+            self.adapter.to(x.device)
         return self.sign * self.output_of(tensor_of(network(**arguments)), x)
 
     def of_stage(self) -> RecordedCall:
@@ -92,9 +98,11 @@ class RecordedCall:
         return replace(self, boundary=None)
 
     def to(self, device: torch.device | str) -> None:
-        """Move the networks that run before the main one."""
+        """Move the networks that run before the main one, and the adapter that it uses."""
         for side in self.sides:
             side.network.to(device)
+        if self.adapter is not None:
+            self.adapter.to(device)
 
     def output_of(self, output: Tensor, x: Tensor) -> Tensor:
         """Return the part of the network's output that is of the samples x."""

@@ -15,7 +15,10 @@ from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
 
-__all__ = ["CallKeywords", "check_keywords"]
+__all__ = ["CallKeywords", "as_tuple", "check_keywords"]
+
+# The scales of the first and of the last frame of a video.
+_OVER_FRAMES = ("min_guidance_scale", "max_guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class CallKeywords:
     Attributes:
         fixed: those with the same value in every call.
         guidance: the keyword of classifier-free guidance; None: the pipeline has none.
+        first_guidance: the keyword of its scale at the first frame, where the scale changes over the frames of a video
+            and ``guidance`` is that at the last; both are set to one scale.
         off: the value that turns guidance off.
         one_prompt: the pipeline takes one prompt at a time, no list.
         takes_prompt: the pipeline takes prompts, and not images alone.
@@ -35,6 +40,7 @@ class CallKeywords:
     off: float
     one_prompt: bool = False
     takes_prompt: bool = True
+    first_guidance: str | None = None
 
     @classmethod
     def of(cls, pipeline: Any, call: dict[str, Any], scale: float) -> CallKeywords:  # noqa: ANN401 a diffusers class
@@ -52,6 +58,9 @@ class CallKeywords:
             # guidance_scale is then an input of the network itself, where there is one.
             own = {"guidance_scale": scale} if "guidance_scale" in parameters else {}
             return cls(fixed | own, "true_cfg_scale", 1.0, takes_prompt=takes_prompt)
+        if parameters.keys() >= set(_OVER_FRAMES):
+            first, last = _OVER_FRAMES
+            return cls(fixed, last, 1.0, takes_prompt=takes_prompt, first_guidance=first)
         guidance = "guidance_scale" if "guidance_scale" in parameters else None
         return cls(fixed, guidance, 1.0, takes_prompt=takes_prompt)
 
@@ -69,9 +78,17 @@ class CallKeywords:
         given = {**self.fixed, **own, "num_inference_steps": steps}
         # A new generator with one seed: each recorded run starts from the same noise.
         given["generator"] = torch.Generator().manual_seed(0)
-        if self.guidance:
-            given[self.guidance] = self.off if guidance is None else guidance
-        return given
+        return given | self.guided(self.off if guidance is None else guidance)
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        """Return the keywords of classifier-free guidance at this scale."""
+        return {name: scale for name in (self.guidance, self.first_guidance) if name is not None}
+
+
+def as_tuple(value: Any) -> Any:  # noqa: ANN401 any keyword
+    """Return a list of numbers as a tuple, and any other value as it is."""
+    numbers = isinstance(value, list) and value and all(isinstance(each, int | float) for each in value)
+    return tuple(value) if numbers else value
 
 
 def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401 a diffusers class
@@ -85,4 +102,10 @@ def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401
         raise UserError(refusal)
     wrong = [key for key in call if key not in parameters]
     if wrong:
-        raise UserError(f"pipeline.{wrong[0]}: {kind} takes no {wrong[0]}; it takes {', '.join(parameters)}")
+        takes = [key for key in parameters if refused_keyword((key,)) is None]
+        # A recipe may have set it, which another value for all keywords replaces.
+        rest = ", ".join(f"{key}: {value}" for key, value in call.items() if key in parameters)
+        raise UserError(
+            f"pipeline.{wrong[0]}: {kind} takes no {wrong[0]}; it takes {', '.join(takes)}; try --set "
+            f"'pipeline={{{rest}}}'"
+        )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fmm_distill.errors import UserError, named
-from fmm_distill.teachers.conditions import Embeddings, NullInputs
+from fmm_distill.teachers.conditions import Embeddings, ImageGuidance, NullInputs
 from fmm_distill.teachers.guiders import guider_names
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
+from fmm_distill.teachers.prompted.combination import find_norm_axis, has_numbers, outputs_of_step
 from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.prompted.runs import record_guided
 from fmm_distill.teachers.recording import tensor_of
@@ -28,80 +30,153 @@ __all__ = ["embed_prompts", "find_null"]
 _STEPS = 4
 # The scale at which the pipeline's own guidance is compared: far from 1, where guidance does nothing.
 _SCALE = 3.0
-# Relative difference between the pipeline's guided output and ours: a difference of two outputs times the scale
-# amplifies their rounding, and the weight is itself a quotient of such differences.
-_TOLERANCE = 1e-2
+# Of the second guidance: neither 1 nor the other scale, at both of which an output drops out.
+_IMAGE_SCALE = 2.0
+# Of the network for one guided output: with prompt and image, with the image, with neither.
+_MOST_OUTPUTS = 3
+
+
+@dataclass(frozen=True)
+class _Nulls:
+    """Inputs with which a guided run calls its network besides those of the sample; see ``NullInputs``."""
+
+    inputs: tuple[Conditioning, ...]
+    norm_axis: int = 0
 
 
 def embed_prompts(probe: PipelineProbe, prompts: Prompts, index: PipelineIndex) -> Embeddings:
     """Return the embeddings of prompts, and those of the empty prompt where the pipeline uses it for guidance."""
     fixed = {name: repr(value) for name, value in sorted(probe.keywords.fixed.items())}
-    null, reason = find_null(probe)
+    null, reason, by_image = find_null(probe)
     rows = embed_all(probe.embed, prompts, cache_file(index, prompts, fixed))
-    if null is not None and null.per_image:
-        empty = prompts.with_texts("")
-        rows = null.add_to(rows, embed_all(probe.embed, empty, cache_file(index, empty, fixed)))
-    return Embeddings(prompts.texts, rows, null, reason, prompts.images)
+    for one in (null, None if by_image is None else by_image.null):
+        if one is not None and one.per_image:
+            empty = prompts.with_texts("")
+            rows = one.add_to(rows, embed_all(probe.embed, empty, cache_file(index, empty, fixed)))
+    return Embeddings(prompts.texts, rows, null, reason, prompts.images, by_image)
 
 
-def find_null(probe: PipelineProbe) -> tuple[NullInputs | None, str]:
-    """Return the network's inputs of the empty prompt; or None and the reason.
+def find_null(probe: PipelineProbe) -> tuple[NullInputs | None, str, ImageGuidance | None]:
+    """Return the network's inputs of the empty prompt, or None and the reason; and a second guidance, by the image.
 
-    There are none if the pipeline's guidance is not the plain combination of two outputs.
+    There are none if the pipeline's guidance is not the plain combination of two outputs, with or without the norms of
+    the first, nor that of InstructPix2Pix of three.
     """
     kind = type(probe.pipeline).__name__
     if probe.keywords.guidance is None and not guider_names(probe.pipeline):
-        return None, f"{kind} has no classifier-free guidance"
+        return None, f"{kind} has no classifier-free guidance", None
     cond = probe.embed(probe.two)
     try:
-        found = _null_of(probe, _record(probe), cond)
-        takes_prompt = "negative_prompt" in inspect.signature(probe.pipeline.__call__).parameters
-        if takes_prompt and (isinstance(found, str) or not _is_empty_prompt(probe, found, cond)):
-            # Some pipelines have a negative prompt of their own, others have one for the complete batch.
-            found = _null_of(probe, _record(probe, empty=True), cond)
-        null = found if isinstance(found, str) else _by_origin(probe, found, cond)
+        found = _nulls(probe, cond)
     except UserError as error:
         # Unguided students need no empty prompt, of which some tokenizers make no token.
         cause = error if error.__cause__ is None else error.__cause__
-        return None, f"{kind} does not run with guidance by the empty prompt ({named(cause)})"
-    return (None, f"{kind} {null}") if isinstance(null, str) else (null, "")
+        return None, f"{kind} does not run with guidance by the empty prompt ({named(cause)})", None
+    return (None, f"{kind} {found}", None) if isinstance(found, str) else (found[0], "", found[1])
 
 
-def _record(probe: PipelineProbe, *, empty: bool = False) -> Recording:
+def _nulls(probe: PipelineProbe, cond: Conditioning) -> tuple[NullInputs, ImageGuidance | None] | str:
+    found, empty = _nulls_of(probe, _record(probe), cond), False
+    takes_prompt = "negative_prompt" in inspect.signature(probe.pipeline.__call__).parameters
+    if takes_prompt and (isinstance(found, str) or not _is_empty_prompt(probe, found.inputs[0], cond)):
+        # Some pipelines have a negative prompt of their own, others have one for the complete batch.
+        found, empty = _nulls_of(probe, _record(probe, empty=True), cond), True
+    if isinstance(found, str):
+        return found
+    first, *more = found.inputs
+    keyword = _image_keyword(probe, cond, found.inputs, empty=empty) if more else None
+    if more and keyword is None:
+        return _not_plain(len(found.inputs) + 1)
+    null = _by_origin(probe, first, cond)
+    if isinstance(null, str) or keyword is None:
+        return null if isinstance(null, str) else (replace(null, norm_axis=found.norm_axis), None)
+    without_image = _by_origin(probe, more[0], cond)
+    return without_image if isinstance(without_image, str) else (null, ImageGuidance(keyword, without_image))
+
+
+def _not_plain(outputs: int) -> str:
+    return f"guides by {outputs} outputs, not by a plain combination of two"
+
+
+def _record(probe: PipelineProbe, *, empty: bool = False, more: dict[str, float] | None = None) -> Recording:
     """Return a run with the pipeline's own guidance.
 
     Args:
         empty: by the empty prompt, whatever negative prompt the pipeline has by default.
+        more: keywords of the call in addition.
     """
-    return record_guided(probe.pipeline, probe.component, probe.keywords, probe.two, _STEPS, _SCALE, empty=empty)
+    keywords = replace(probe.keywords, fixed=probe.keywords.fixed | (more or {}))
+    return record_guided(probe.pipeline, probe.component, keywords, probe.two, _STEPS, _SCALE, empty=empty)
 
 
-def _null_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> Conditioning | str:
-    """Return the inputs with which a guided run calls its network besides ``cond``; or the reason against them."""
+def _nulls_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> _Nulls | str:
+    """Return the inputs with which a guided run calls its network besides ``cond``; or the reason against them.
+
+    Of two, the first are those with more of the inputs of the sample, such as its image.
+    """
     count, first = len(probe.two), guided.calls[0].arguments
     calls = len(guided.calls) // len(guided.steps)
-    rows = len(tensor_of(first[probe.call.sample])) // count
-    if calls * rows == 1:
+    outputs = calls * (len(tensor_of(first[probe.call.sample])) // count)
+    if outputs == 1:
         return "has no classifier-free guidance"
-    if calls * rows > 2:
-        return f"guides by {calls * rows} outputs, not by a plain combination of two"
+    if outputs > _MOST_OUTPUTS:
+        return _not_plain(outputs)
     others = "passes other inputs to its network with guidance"
     try:
-        if calls == 2:
-            one, other = (probe.call.conditions_of(call.arguments, count) for call in guided.calls[:2])
+        if calls == outputs:
+            parts = [probe.call.conditions_of(call.arguments, count) for call in guided.calls[:calls]]
         else:
-            both = probe.call.conditions_of(first, 2 * count)
-            one, other = both.part(0, count), both.part(count, 2 * count)
+            every = probe.call.conditions_of(first, outputs * count)
+            parts = [every.part(i * count, (i + 1) * count) for i in range(outputs)]
     except UserError:
         return others
-    if not _is_same(one, cond) and not _is_same(other, cond):
+    nulls = [part for part in parts if not _is_same(part, cond)]
+    if len(nulls) == outputs:
         return others
-    null = one if _is_same(other, cond) else other
-    if any(not any(path.startswith(f"{side.name}.") for path in null.inputs) for side in probe.call.sides):
+    sides = [f"{side.name}." for side in probe.call.sides]
+    if any(not any(path.startswith(side) for path in null.inputs) for null in nulls for side in sides):
         return f"guides without its {probe.call.sides[0].name}"
-    if not _combines(probe, guided, cond, null):
-        return "guides by more than a plain combination of two outputs"
-    return null
+    if outputs == _MOST_OUTPUTS:
+        nulls.sort(key=lambda null: -len(_own_inputs(null, cond)))
+        ordered = len(nulls) == outputs - 1 and _own_inputs(nulls[0], cond) > _own_inputs(nulls[1], cond)
+        return _Nulls(tuple(nulls)) if ordered else _not_plain(outputs)
+    axis = find_norm_axis(probe, guided, cond, nulls[0], _scale_of_prompt(probe)) if nulls else None
+    return "guides by more than a plain combination of two outputs" if axis is None else _Nulls(tuple(nulls), axis)
+
+
+def _scale_of_prompt(probe: PipelineProbe) -> float:
+    """Return the scale of the recorded guidance: where the keyword counts from 0, it is larger by 1."""
+    return 1 + _SCALE - probe.keywords.off
+
+
+def _own_inputs(null: Conditioning, cond: Conditioning) -> set[str]:
+    """Return the names of the inputs that are those of the sample."""
+    return {name for name, rows in null.inputs.items() if name in cond.inputs and is_close(rows, cond.inputs[name])}
+
+
+def _image_keyword(
+    probe: PipelineProbe, cond: Conditioning, nulls: tuple[Conditioning, ...], *, empty: bool
+) -> str | None:
+    """Return the keyword that scales the second guidance in the way of InstructPix2Pix; None: there is none.
+
+    Args:
+        nulls: the inputs without the prompt, and without prompt and image.
+        empty: guide by the empty prompt, whatever negative prompt the pipeline has by default.
+    """
+    parameters = inspect.signature(probe.pipeline.__call__).parameters
+    scale = _scale_of_prompt(probe)
+    for name in parameters:
+        if "guidance_scale" not in name or name == probe.keywords.guidance:
+            continue
+        guided, matches = _record(probe, empty=empty, more={name: _IMAGE_SCALE}), []
+        for step in (0, len(guided.steps) - 1):
+            (output, image, none), stepped = outputs_of_step(probe, guided, step, (cond, *nulls))
+            if stepped.numel() == output.numel():
+                expected = none + scale * (output - image) + _IMAGE_SCALE * (image - none)
+                matches.append(has_numbers(expected, stepped))
+        if matches and all(matches):
+            return name
+    return None
 
 
 def _by_origin(probe: PipelineProbe, null: Conditioning, cond: Conditioning) -> NullInputs | str:
@@ -128,29 +203,6 @@ def _is_empty_prompt(probe: PipelineProbe, null: Conditioning, cond: Conditionin
     if any(not rows.any() and cond.inputs[name].any() for name, rows in null.inputs.items()):
         return True
     return _is_same(null, probe.embed(probe.two.with_texts("")))
-
-
-@torch.no_grad()
-def _combines(probe: PipelineProbe, guided: Recording, cond: Conditioning, null: Conditioning) -> bool:
-    """Return whether ``null + w (output - null)``, one w at two steps, is what the scheduler gets."""
-    call, calls_per_step, weights = probe.call, len(guided.calls) // len(guided.steps), []
-    for i in (0, len(guided.steps) - 1):
-        arguments = guided.calls[i * calls_per_step].arguments
-        x = call.sample_of(arguments)[: len(probe.two)]
-        time = call.time_of(arguments).expand(len(x))
-        output, uncond = (call(probe.network, x, time, each, None).flatten() for each in (cond, null))
-        stepped = guided.steps[i].output * (-1 if probe.spec.inverted != probe.turned else 1)
-        # A learned variance is not guided.
-        stepped = call.output_of(stepped, x) if stepped.ndim == x.ndim else stepped
-        if stepped.numel() != output.numel():
-            return False
-        # The mean does not depend on the layout of the numbers.
-        weight = float((stepped.mean() - uncond.mean()) / (output.mean() - uncond.mean()))
-        weights.append(weight)
-        combined, expected = (uncond + weight * (output - uncond)).sort().values, stepped.flatten().sort().values
-        if not bool((combined - expected).abs().max() <= _TOLERANCE * stepped.abs().max()):
-            return False
-    return abs(weights[0] - weights[1]) < _TOLERANCE * abs(weights[0])
 
 
 def _is_same(one: Conditioning, other: Conditioning) -> bool:

@@ -7,6 +7,7 @@ checks that it can call the network in the same way.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,13 +17,15 @@ import diffusers
 
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.adapter_loading import open_frozen
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
+from fmm_distill.teachers.ip_adapter import IMAGE
 from fmm_distill.teachers.pipeline import StockPipeline
-from fmm_distill.teachers.prompted.call_keywords import check_keywords
+from fmm_distill.teachers.prompted.call_keywords import as_tuple, check_keywords
 from fmm_distill.teachers.prompted.embeddings import embed_prompts
 from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
 
 __all__ = ["load_prompted"]
+
+logger = logging.getLogger(__name__)
 
 # Of what diffusers and transformers name otherwise than the package: its module and its name for pip.
 _PACKAGES = {
@@ -65,32 +70,38 @@ def load_prompted(
         UserError: if the pipeline can't be opened or run, or if its network call can't be reproduced.
     """
     component = "transformer" if "transformer" in index.components else "unet"
+    # Sizes are tuples in diffusers, and lists in files.
+    call = {name: as_tuple(value) for name, value in (index.call | (call or {})).items()}
     _check_components(index, component)
     second = check_stages(index, component)
     pipeline = _open(index)
-    check_keywords(pipeline, call or {})
+    check_keywords(pipeline, call)
     check_weights(network_of(pipeline, component), index.source)
+    adapter = None if index.ip_adapter is None else open_frozen(pipeline, index.folder, index.ip_adapter)
     scale = 1.0 if guidance is None else guidance.scale
-    probe = PipelineProbe.of(pipeline, component, call or {}, scale, index.source, prompts)
+    probe = PipelineProbe.of(pipeline, component, call, scale, index.source, prompts)
     conditions = embed_prompts(probe, prompts, index)
     probe.check()
     if len(probe.event_shape) == 3 and probe.call.joined is None and getattr(pipeline, "vae", None) is not None:
         # Three dimensions: latents that are not packed into tokens. With joined channels the network has more.
         check_latents(probe.network, pipeline.vae, index.source)
-    spec, own_call = probe.spec, log_neutral(pipeline, call or {}) | (call or {})
+    spec, own_call = probe.spec, log_neutral(pipeline, call) | call
     log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
-        parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
+        parametrization=Parametrization(
+            spec.schedule, spec.prediction, replace(probe.call, adapter=adapter), spec.sigma_data
+        ),
         event_shape=probe.event_shape,
         source=index.source,
         adapter=f"{type(pipeline).__name__} with {_named_networks(probe)}, found by running it",
         scheduler_config=spec.config,
-        pipeline=replace(_stock_pipeline(probe, index, own_call), second=second),
+        pipeline=replace(_stock_pipeline(probe, index, own_call, conditions), second=second),
         conditions=conditions,
         guidance=_plain_guidance(
             guidance,
             conditions,
+            index.source,
             takes_guidance=probe.recording.takes_guidance,
             is_component=bool(guider_names(pipeline)),
         ),
@@ -107,7 +118,9 @@ def _named_networks(probe: PipelineProbe) -> str:
     return f"{'' if len(networks) == 1 else 'two '}{' and '.join(sorted(kinds))}"
 
 
-def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any]) -> StockPipeline:
+def _stock_pipeline(
+    probe: PipelineProbe, index: PipelineIndex, call: dict[str, Any], conditions: Embeddings
+) -> StockPipeline:
     """Return the pipeline into copies of which students are exported, and the keywords of its call."""
     keywords = probe.keywords
     return StockPipeline(
@@ -117,15 +130,22 @@ def _stock_pipeline(probe: PipelineProbe, index: PipelineIndex, call: dict[str, 
         condition="prompt" if keywords.takes_prompt else None,
         guidance=keywords.guidance,
         guidance_off=keywords.off,
+        first_guidance=keywords.first_guidance,
+        image_guidance=None if conditions.image_guidance is None else conditions.image_guidance.keyword,
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
+        ip_adapter=index.ip_adapter,
+        task=index.task,
+        task_settings=index.task_settings,
     )
 
 
 def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> PipelineCodec:
     # Not the empty prompt, of which some tokenizers make no token.
     call = probe.keywords.call(prompts.some((0,)), STEPS)
+    # Only the network uses it, which does not run: the image encoder would, in every call.
+    call.pop(IMAGE, None)
     output = tuple(probe.recording.calls[0].output.shape[1:])
     return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 
@@ -142,7 +162,7 @@ def _check_components(index: PipelineIndex, component: str) -> None:
 
 
 def _plain_guidance(
-    guidance: Guidance | None, conditions: Embeddings, *, takes_guidance: bool, is_component: bool
+    guidance: Guidance | None, conditions: Embeddings, source: str, *, takes_guidance: bool, is_component: bool
 ) -> Guidance | None:
     """Return guidance by two outputs; None if the network is conditioned on its scale, or if there is none.
 
@@ -150,9 +170,11 @@ def _plain_guidance(
         takes_guidance: the network is conditioned on its guidance scale.
         is_component: the pipeline's own guidance is a component, not a keyword of its call.
     """
-    if guidance is None or (guidance.scale == 1 and guidance.range is None):
+    if guidance is None or guidance.is_off:
         return None
     if takes_guidance:
+        if guidance.image_scale != 1:
+            conditions.check_without_image()
         if guidance.range is not None:
             raise UserError(
                 "guidance.range: expected none for a network that is conditioned on its guidance scale; try "
@@ -169,9 +191,11 @@ def _plain_guidance(
             "guidance.range: expected none for a pipeline whose guidance is a component, not a keyword; try "
             "guidance.scale"
         )
-    # Raises an error with the reason if there is no empty prompt to guide with.
-    conditions.check_null()
-    return guidance
+    guidance.check(conditions, source)
+    if conditions.image_guidance is not None and guidance.image_scale == 1:
+        keyword = conditions.image_guidance.keyword
+        logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
+    return guidance if conditions.empty is None else replace(guidance, norm_axis=conditions.empty.norm_axis)
 
 
 def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:

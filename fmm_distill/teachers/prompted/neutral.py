@@ -37,8 +37,8 @@ _NEUTRAL: dict[str, float | bool] = {
     "cfg_trunc_ratio": 1.0,
     "use_dynamic_cfg": False,
 }
-# These keep a part of an image in the start of sampling, or add noise to it in every step.
-_PLAIN: dict[str, float | bool] = {"strength": 1.0, "image_cond_noise_scale": 0.0}
+# These keep a part of an image in the start of sampling, or add noise to it, in every step or before it is encoded.
+_PLAIN: dict[str, float | bool] = {"strength": 1.0, "image_cond_noise_scale": 0.0, "noise_aug_strength": 0.0}
 
 
 def neutral_keywords(parameters: Mapping[str, Parameter]) -> dict[str, float | bool]:

@@ -48,7 +48,9 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
 
 
 def _join_sides(calls: list[SideCall], rows: int) -> SideCall:
-    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows))
+    # The frames of a video are rows of their own.
+    each = max(1, len(calls[0].sample) // rows)
+    return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows, each))
 
 
 def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network
@@ -65,13 +67,22 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
     if isinstance(first, dict):
         return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows) for key in first}
     if isinstance(first, list | tuple):
-        if len(first) == rows:
+        if len(first) == rows and not _are_batches(values, rows):
             items = [value[i] for i in range(rows) for value in values]
         else:
             parts = zip(*values, strict=True)
             items = [_join(f"{name}.{i}", list(part), rows) for i, part in enumerate(parts)]
         return items if isinstance(first, list) else tuple(items)
     return first
+
+
+def _are_batches(values: list[Any], rows: int) -> bool:
+    """Return whether the entries of lists are batches, one per IP-Adapter, and not of one sample each.
+
+    The entry of a sample, such as the embedding of its prompt, has no axis of the batch.
+    """
+    entries = [entry for value in values for entry in value]
+    return all(isinstance(one, torch.Tensor) and one.ndim > 2 and len(one) == rows for one in entries)
 
 
 def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor | Ragged:
@@ -97,9 +108,9 @@ def _all_equal(values: list[torch.Tensor]) -> bool:
     return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
 
 
-def _interleaved(values: list[torch.Tensor], rows: int) -> torch.Tensor:
-    """Return the first rows of all samples, then their second ones, and so on."""
-    return torch.cat([value[i : i + 1] for i in range(rows) for value in values])
+def _interleaved(values: list[torch.Tensor], rows: int, each: int = 1) -> torch.Tensor:
+    """Return the first ``each`` rows of all samples, then their second ones, and so on."""
+    return torch.cat([value[i * each : (i + 1) * each] for i in range(rows) for value in values])
 
 
 def _mixed(name: str) -> UserError:

@@ -12,6 +12,7 @@ __all__ = ["refused_keyword"]
 
 _PROMPTS = "the prompts are prompts.file or prompts.dataset"
 _GUIDANCE = "the teacher's guidance is guidance.scale"
+_IMAGE_GUIDANCE = "the scale of the guidance by the image is guidance.image_scale"
 _GRID = "numbers of steps are evaluation.steps and export.steps"
 _SAMPLES = "samples are counted by training.batch_size and evaluation.samples"
 _SEED = "noise is drawn from training.seed"
@@ -20,7 +21,7 @@ _LOOP = "the program runs the steps itself; it is a keyword of the exported pipe
 # The first pattern that matches is used: special patterns come before general ones.
 _INSTEAD = {
     "*negative_prompt*": "guidance uses the empty prompt",
-    "ip_adapter*": _NOISE,
+    "ip_adapter*": "its adapter is ip_adapter.source, and its images are prompts.images.ip_adapter_image",
     "*embeds*": _PROMPTS,
     "*prompt_attention_mask*": _PROMPTS,
     "num_*_per_prompt": _SAMPLES,
@@ -31,6 +32,7 @@ _INSTEAD = {
     "sigmas": _GRID,
     "mu": "the shift is that of the pipeline for its size",
     "denoising_*": "a student goes from noise to data",
+    "image_guidance_scale": _IMAGE_GUIDANCE,
     "*guidance_scale*": _GUIDANCE,
     "guidance_rescale": _GUIDANCE,
     "true_cfg_scale": _GUIDANCE,

@@ -118,7 +118,7 @@ def record_guided(
     Raises:
         UserError: if the pipeline does not run.
     """
-    more = {keywords.guidance: scale} if keywords.guidance else {}
+    more = keywords.guided(scale)
     negative = {"negative_prompt": "" if keywords.one_prompt else [""] * len(prompts)}
     with plain_guiders(pipeline, scale):
         if empty or keywords.guidance == "true_cfg_scale":

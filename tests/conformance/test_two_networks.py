@@ -282,8 +282,8 @@ def test_adapters_are_in_both_networks(source):
     shared = add_lora(student, teacher, 2)
     layers = {name.partition(".")[0] for name in lora_layers(student.network)}
     assert layers == {"transformer", "transformer_2"}
-    trained = {name.split(".")[1] for name, p in student.named_parameters() if p.requires_grad}
-    assert trained == layers
+    jumps = {name.split(".")[1]: p.requires_grad for name, p in student.named_parameters() if "jump_embedding." in name}
+    assert jumps == dict.fromkeys(layers, True)
     with torch.no_grad():
         for name, value in student.named_parameters():
             if ".lora_B." in name:
@@ -306,6 +306,15 @@ def recipe_of(folder, texts, kind, **more):
         **({} if kind == "scaled" else velocity),
         **more,
     }
+
+
+def test_students_that_are_refused(tmp_path, source, teacher, monkeypatch):
+    with pytest.raises(UserError, match="expected a student that starts from the teacher's two networks, got Linear"):
+        Student.from_teacher(teacher, network=nn.Linear(2, 2))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr("fmm_distill.run.plan.splits_weights", lambda: True)
+    with pytest.raises(UserError, match="expected a teacher with one network under FSDP, got two"):
+        plan(parse(recipe_of(source[0], tmp_path / "prompts.txt", "embedded"), "here"))
 
 
 MATCHED = {"matching": {"steps": 2, "critic": {"warmup_steps": 2}, "rollout": {"steps": [2]}}}

@@ -1,4 +1,4 @@
-"""How a pipeline combines the outputs of its network when it guides."""
+"""The combination of a network's outputs that is a pipeline's guidance."""
 
 from __future__ import annotations
 

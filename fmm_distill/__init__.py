@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fmm_distill.student.sampling import sample
     from fmm_distill.student.student import Student
     from fmm_distill.teachers.base import Teacher
+    from fmm_distill.teachers.ip_adapter import IpAdapter
     from fmm_distill.teachers.load import load_teacher
     from fmm_distill.teachers.prompts import Prompts
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FlowMap",
+    "IpAdapter",
     "LearnedFlowMap",
     "Prompts",
     "Recipe",
@@ -47,6 +49,7 @@ __all__ = [
 # ``export`` is a package: importing any of its modules would replace a function of that name.
 _HOMES = {
     "FlowMap": "fmm_distill.core.flow_map",
+    "IpAdapter": "fmm_distill.teachers.ip_adapter",
     "LearnedFlowMap": "fmm_distill.core.flow_map",
     "Prompts": "fmm_distill.teachers.prompts",
     "Recipe": "fmm_distill.config.recipe",

@@ -19,6 +19,7 @@ from fmm_distill.config.settings import (
     ExportSettings,
     ExtraLoss,
     GuidanceSettings,
+    IpAdapterSettings,
     LoggingSettings,
     OptimizerSettings,
     PromptSettings,
@@ -62,6 +63,8 @@ class Recipe(Settings):
     texts, truth values, null, or lists of these."""
     prompts: PromptSettings = PromptSettings()
     """Prompts that condition the teacher."""
+    ip_adapter: IpAdapterSettings = IpAdapterSettings()
+    """IP-Adapter of the teacher."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Classifier-free guidance of the teacher."""
     data: DataSettings = DataSettings()
@@ -108,6 +111,21 @@ class Recipe(Settings):
         if (refusal := refused_keyword(value)) is not None:
             raise ValueError(refusal)
         return value
+
+    @model_validator(mode="after")
+    def _adapter_has_images(self) -> Self:
+        given, source = "ip_adapter_image" in self.prompts.images, self.ip_adapter.source
+        if given and source is None:
+            raise ValueError(
+                "prompts.images.ip_adapter_image: expected ip_adapter.source with it, got none; try ip_adapter: "
+                "{source: h94/IP-Adapter, subfolder: models, weight_name: ip-adapter_sd15.safetensors}"
+            )
+        if source is not None and not given:
+            raise ValueError(
+                f"ip_adapter.source: expected its images in prompts.images.ip_adapter_image with {source}, got none; "
+                "name the column that has them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reference_exists(self) -> Self:

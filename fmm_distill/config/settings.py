@@ -19,6 +19,7 @@ __all__ = [
     "ExportSettings",
     "ExtraLoss",
     "GuidanceSettings",
+    "IpAdapterSettings",
     "LoggingSettings",
     "LoraSettings",
     "OptimizerSettings",
@@ -133,6 +134,35 @@ class PromptSettings(Settings):
             raise ValueError("prompts.image_size: expected prompts.images with it, got none; leave it out")
         if self.column is None:
             raise ValueError("prompts.column: expected a column without prompts.images, got null; leave it out")
+        return self
+
+
+class IpAdapterSettings(Settings):
+    """IP-Adapter of the teacher (arXiv 2308.06721), as load_ip_adapter of its pipeline takes it. It is not trained."""
+
+    source: str | None = None
+    """Hub id or folder; null: none. Its images are prompts.images.ip_adapter_image."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    subfolder: str | None = None
+    """Folder of the file in source; null: source itself."""
+    weight_name: str | None = None
+    """File of the weights, in safetensors."""
+    image_encoder_folder: str = "image_encoder"
+    """Folder of the image encoder: in subfolder, or, with a slash, in source. Not opened if the pipeline has one."""
+    scale: float = Field(default=1.0, gt=0, le=100)
+    """Scale of the attention to the image."""
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> Self:
+        if self.source is not None and not self.weight_name:
+            raise ValueError(
+                "ip_adapter.weight_name: expected the name of a file with ip_adapter.source, got none; try "
+                "ip-adapter_sd15.safetensors with h94/IP-Adapter and ip_adapter.subfolder: models"
+            )
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.source is None and given:
+            raise ValueError(f"ip_adapter.{given[0]}: expected ip_adapter.source with it, got none; leave it out")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fmm_distill.core.draws import Draws
     from fmm_distill.core.velocity import VelocityField
     from fmm_distill.data.samples import Batch
-    from fmm_distill.teachers.base import Distillable
+    from fmm_distill.teachers.base import Distillable, Teacher
 
     Mover = Callable[[Tensor, Tensor, Tensor, Conditioning | None], Tensor]
 
@@ -123,8 +123,15 @@ def draw_conditioning(teacher: Distillable, draws: Draws) -> Conditioning | None
 
 
 def probe_inputs(teacher: Distillable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Conditioning | None]:
-    """Return x, t, r and the condition of a jump of two samples from pure noise, to test networks with."""
+    """Return x, t, r and the condition of a jump of two samples from pure noise, to test networks with.
+
+    Of a teacher with two networks the second sample has a time of the second one.
+    """
     draws = draw(0, 0, 2, teacher.event_shape).part(0, 2, device)
     # At t_max, where a prediction of noise is divided by the smallest alpha.
     t = torch.full((2,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+    if (boundary := getattr(teacher, "boundary", None)) is not None:
+        schedule = cast("Teacher", teacher).schedule
+        times = schedule.time_at(torch.linspace(1, 0, 21, dtype=torch.float64))
+        t[1] = times[schedule.network_time(times) < boundary][0]
     return teacher.prior(draws.noise), t, t / 2, draw_conditioning(teacher, draws)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from fmm_distill.core.staged import stages_of
 from fmm_distill.data.row_store import Layout
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of
 from fmm_distill.evaluation.features import unit_images
@@ -154,11 +155,14 @@ class SampleGenerator:
 
         def counted(draws: SampleDraws) -> Tensor:
             # Without the decoding: a pipeline decodes at the end of a call, whose network runs as well.
-            hook = sampler.network.register_forward_hook(lambda *_: calls.append(1))
+            hooks = [
+                network.register_forward_hook(lambda *_: calls.append(1)) for network in stages_of(sampler.network)
+            ]
             try:
                 return sampler.run(draws)
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
 
         draws = self.draws(range(WARM_UP))
         memory = peak_memory_of(lambda: self._sample(replace(sampler, run=counted), draws), self.device)

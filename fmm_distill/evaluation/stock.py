@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.staged import parts_of
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.draws import NOISE_SEED, draw_samples_of, places_of
 from fmm_distill.evaluation.samplers import Sampler
 from fmm_distill.student.scaled_adapters import stock_network
+from fmm_distill.teachers.adapter_loading import load_into
 from fmm_distill.teachers.codec import decoded_of
 from fmm_distill.teachers.components import open_pipeline
 from fmm_distill.teachers.conditions import Classes, Embeddings
@@ -18,6 +20,7 @@ from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.load import download, find_index
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.safety import describe_checkers
+from fmm_distill.teachers.stages import network_of
 from fmm_distill.teachers.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from fmm_distill.evaluation.draws import SampleDraws
     from fmm_distill.teachers.base import Teacher
     from fmm_distill.teachers.index import PipelineIndex
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+    from fmm_distill.teachers.pipeline import StockPipeline
 
 __all__ = ["other_pipeline", "reference_pipeline"]
 
@@ -96,7 +101,7 @@ def reference_pipeline(teacher: Teacher, device: torch.device, steps: int | None
     # A teacher that was loaded from a variant has a folder with its weights under the plain names.
     stock = teacher.pipeline
     folder, component = (download(found).folder, "unet") if stock is None else (stock.folder, stock.component)
-    pipeline = open_pipeline(folder, **{component: stock_network(teacher)}).to(device)
+    pipeline = open_pipeline(folder, **parts_of(stock_network(teacher), component)).to(device)
     call = _guided_call(teacher)
     set_plain_guiders(pipeline, 1.0 if teacher.guidance is None else teacher.guidance.scale)
     run = _PipelineRun(pipeline, teacher, _steps(pipeline, steps), call)
@@ -115,12 +120,32 @@ def other_pipeline(source: str, teacher: Teacher, device: torch.device, steps: t
     found = download(find_index(source))
     check_weight_files(found)
     pipeline = open_pipeline(found.folder).to(device)
+    if teacher.pipeline is not None and teacher.pipeline.ip_adapter is not None:
+        _load_adapter(pipeline, teacher.pipeline, source)
+        pipeline.to(device)
     most = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if most is not None and max(steps) > most:
         raise UserError(f"--also {source}: expected 1 to {most} steps, its number of timesteps; got {max(steps)}")
     call = {} if teacher.pipeline is None else dict(teacher.pipeline.call)
     runs = [_PipelineRun(pipeline, teacher, count, call) for count in steps]
     return [_sampler(source, run, _unchecked(found)) for run in runs]
+
+
+def _load_adapter(pipeline: Any, stock: StockPipeline, source: str) -> None:  # noqa: ANN401 a diffusers class
+    """Load the teacher's IP-Adapter, with its image encoder, into another pipeline.
+
+    Raises:
+        UserError: if it does not take it.
+    """
+    adapter = cast("IpAdapter", stock.ip_adapter)
+    if not hasattr(pipeline, "load_ip_adapter"):
+        raise UserError(
+            f"--also {source}: expected a pipeline that takes the teacher's IP-Adapter, got {type(pipeline).__name__}"
+        )
+    try:
+        load_into(pipeline, stock.folder, adapter)
+    except UserError as error:
+        raise UserError(f"--also {source}: {error}") from error
 
 
 def _describe(run: _PipelineRun, unchecked: str | None) -> str:
@@ -166,7 +191,7 @@ def _sampler(name: str, run: _PipelineRun, unchecked: str | None) -> Sampler:
     """
     pipeline, teacher = run.pipeline, run.teacher
     component = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
-    network = getattr(pipeline, component, None)
+    network = None if getattr(pipeline, component, None) is None else network_of(pipeline, component)
     if network is None or "output_type" not in run.accepted or "num_inference_steps" not in run.accepted:
         raise UserError(
             f"{name}: expected a pipeline that generates images with a unet or a transformer; "

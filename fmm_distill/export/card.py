@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fmm_distill.evaluation.result import COLUMNS
+from fmm_distill.export.adapter_code import adapter_lines, describe_adapter
 from fmm_distill.export.card_lora import HERE, Location, adapters, unequal_jumps
 from fmm_distill.export.contents import record
 from fmm_distill.export.example_call import imports_of
@@ -116,7 +117,8 @@ def _matched(manifest: StudentManifest) -> str:
 def _usage(manifest: StudentManifest, steps: tuple[int, ...], location: Location) -> str:
     if manifest.not_any_step:
         return _weights(manifest, location)
-    return f"{_fixed(manifest, steps, location)}\n\n{_any_step(manifest, location)}"
+    parts = [_fixed(manifest, steps, location), _any_step(manifest, location), *describe_adapter(manifest.ip_adapter)]
+    return "\n\n".join(parts)
 
 
 def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: Location) -> str:
@@ -135,21 +137,25 @@ def _fixed(manifest: StudentManifest, steps: tuple[int, ...], location: Location
             f'pipeline = DiffusionPipeline.from_pretrained(f"{{folder}}/steps-{last}")'
         )
     call = manifest.fixed_call.replace("{steps}", str(last))
-    code = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call), opened, call])
+    place = f'"{HERE}/steps-{last}"' if location.repo is None else f'f"{{folder}}/steps-{last}"'
+    adapted = adapter_lines(manifest.ip_adapter, place)
+    code = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call), opened, *adapted, call])
     title = "For a fixed number of steps, with stock diffusers and without code from this repository:"
     return "\n\n".join([title, f"```python\n{code}\n```", "\n".join(lines)])
 
 
 def _any_step(manifest: StudentManifest, location: Location) -> str:
     call = manifest.any_step_call.replace("{steps}", "3")
+    place = f'"{location.repo or HERE}"'
     imports = "\n".join(["from diffusers import DiffusionPipeline", *imports_of(call)])
+    used = "\n".join([*adapter_lines(manifest.ip_adapter, place, location.revision), call])
     task = _task(manifest)
     return f"""For any number of steps, with code from this repository (two files):
 
 ```python
 {imports}
-pipeline = DiffusionPipeline.from_pretrained("{location.repo or HERE}"{location.revision}, trust_remote_code=True)
-{call}
+pipeline = DiffusionPipeline.from_pretrained({place}{location.revision}, trust_remote_code=True)
+{used}
 ```
 
 The call takes `stochasticity`, the strength of the fresh noise in each step, from 0 (the default: none).{task}"""

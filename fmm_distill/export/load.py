@@ -19,8 +19,10 @@ from fmm_distill import __version__
 from fmm_distill.core.flow_map import diagonal
 from fmm_distill.core.schedules import VariancePreserving
 from fmm_distill.core.solvers import solve
+from fmm_distill.core.staged import parts_of
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError, first_line
+from fmm_distill.export.adapter_code import own_adapter
 from fmm_distill.export.manifest import MANIFEST, StudentManifest, read_manifest
 from fmm_distill.export.pipeline_files import further_folders
 from fmm_distill.export.place import recover
@@ -35,6 +37,7 @@ from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason
 from fmm_distill.teachers.hub.links import linked_folder
+from fmm_distill.teachers.ip_adapter import FOLDER
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.refused_keywords import refused_keyword
 from fmm_distill.teachers.prompts import as_prompts
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
     from fmm_distill.teachers.prompts import Prompts
     from fmm_distill.teachers.velocity_field import KnownVelocity
 
-__all__ = ["ADAPTERS", "LoadedStudent", "component_of", "fetch_initial", "fetch_student", "load_student"]
+__all__ = ["ADAPTERS", "LoadedStudent", "components_of", "fetch_initial", "fetch_student", "load_student"]
 
 # The stems of the files of adapters that another student can start from.
 ADAPTERS = ("pytorch_lora_weights", "jump_embedding", "guidance")
@@ -211,7 +214,8 @@ def load_student(
         _check_images(manifest, given, str(source))
         opened, student = _student_of_pipeline(folder, str(source), manifest, given)
         component = "unet" if opened.pipeline is None else opened.pipeline.component
-    _load_weights(student, folder / component, str(source))
+    for name, part in parts_of(student.network, component).items():
+        _load_weights(part, folder / name, str(source))
     return LoadedStudent(student.eval(), manifest, opened)
 
 
@@ -227,12 +231,12 @@ def _check_images(manifest: StudentManifest, prompts: Prompts, source: str) -> N
     )
 
 
-def _load_weights(student: Student, folder: Path, source: str) -> None:
+def _load_weights(network: nn.Module, folder: Path, source: str) -> None:
     try:
         weights: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= load_file(file)
-        student.network.load_state_dict(weights)
+        network.load_state_dict(weights)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise _incomplete(source, error) from error
 
@@ -275,7 +279,7 @@ def _student_of_pipeline(
     try:
         # The manifest has the keywords of the recipe, and those that the program sets itself and will set again.
         call = {name: value for name, value in manifest.call.items() if refused_keyword((name,)) is None}
-        teacher = _open(_teacher_view(folder, manifest), source, prompts, call, guidance)
+        teacher = _open(_teacher_view(folder, manifest), source, manifest, prompts, call, guidance)
         component = "unet" if teacher.pipeline is None else teacher.pipeline.component
         return teacher, Student.from_teacher(teacher, scaled=_scaled_weights(folder / component))
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
@@ -288,10 +292,19 @@ def _scaled_weights(network: Path) -> ScaledWeights | None:
     return ScaledWeights(layers=layers) if layers else None
 
 
-def _open(view: Path, source: str, prompts: Prompts, call: dict[str, Any], guidance: Guidance | None) -> Teacher:
+def _open(
+    view: Path,
+    source: str,
+    manifest: StudentManifest,
+    prompts: Prompts,
+    call: dict[str, Any],
+    guidance: Guidance | None,
+) -> Teacher:
+    facts = manifest.ip_adapter
+    adapter = None if facts is None else own_adapter(str(view), facts)
     try:
         with _without_warnings():
-            return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance)
+            return load_teacher(str(view), prompts=prompts, call=call, guidance=guidance, ip_adapter=adapter)
     except UserError as error:
         raise UserError(str(error).replace(str(view), source)) from error
 
@@ -320,24 +333,25 @@ def fetch_initial(source: str, revision: str | None = None) -> Path:
     """
     folder = _download(source, revision, [MANIFEST, "recipe.yaml", "model_index.json"])
     # Text encoders and autoencoders are large, and those of the teacher are used.
-    names = [f"{component_of(folder)}/*", *(f"lora/{stem}.safetensors" for stem in ADAPTERS)]
+    names = [*(f"{name}/*" for name in components_of(folder)), *(f"lora/{stem}.safetensors" for stem in ADAPTERS)]
     return _download(source, folder.name, [MANIFEST, *names])
 
 
-def component_of(folder: Path) -> str:
-    """Return the name of the folder of the network in an exported folder.
+def components_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders of the networks in an exported folder.
 
     Raises:
         UserError: if its pipeline has none.
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        return NETWORK
-    for name, value in read_mapping(index, todo=_TODO).items():
-        # The module of the network is code of the export.
-        if isinstance(value, list) and str(value[0]).startswith("two_time_"):
-            return name
-    raise UserError(f"{index}: expected the network of a student in it, got none; {_TODO}")
+        return (NETWORK,)
+    entries = read_mapping(index, todo=_TODO).items()
+    # The module of a network is code of the export.
+    found = [name for name, value in entries if isinstance(value, list) and str(value[0]).startswith("two_time_")]
+    if not found:
+        raise UserError(f"{index}: expected the network of a student in it, got none; {_TODO}")
+    return tuple(sorted(found))
 
 
 def _download(
@@ -389,6 +403,8 @@ def _teacher_view(folder: Path, manifest: StudentManifest) -> Path:
             elif (folder / name).is_dir():
                 for each in (name, *further_folders(folder, name, index)):
                     (view / each).symlink_to((folder / each).resolve())
+        if manifest.ip_adapter is not None:
+            (view / FOLDER).symlink_to((folder / FOLDER).resolve())
         (view / "model_index.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
     # The version is part of the key: another version may write the view in another way.

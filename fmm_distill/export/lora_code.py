@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
+from fmm_distill.export.adapter_code import adapter_facts, adapter_lines
 from fmm_distill.export.example_call import imports_of
 from fmm_distill.export.schedulers import make_scheduler
 from fmm_distill.export.stock_pipeline import StockPipelineExporter
@@ -24,6 +25,8 @@ __all__ = ["lora_code", "why_no_lora_code"]
 _SHOWN = 4
 _WEIGHTS = "lora/pytorch_lora_weights.safetensors"
 _GUIDANCE = "lora/guidance.safetensors"
+# The teacher's pipeline has no image encoder: the student's, by the slash, is next to the folder of the IP-Adapter.
+_ENCODER = ', image_encoder_folder="./image_encoder"'
 
 
 def why_no_lora_code(exporter: Exporter, strengths: Mapping[int, Strength]) -> str | None:
@@ -74,24 +77,32 @@ def lora_code(
         *imports_of(call),
         f"steps = {steps}",
         f"pipeline = {kind.__name__}.from_pretrained({{teacher}})",
-        *(_load(exporter, name, file) for name, file in files.items()),
-        f"{_owner(exporter)}.set_adapters({chosen})",
+        *(line for name, file in files.items() for line in _load(exporter, name, file)),
+        *(f"{owner}.set_adapters({chosen})" for owner in _owners(exporter)),
         f"pipeline.scheduler = {scheduler}.from_pretrained({{student}}{{revision}}, subfolder={folder})",
+        *adapter_lines(adapter_facts(exporter.teacher), "{student}{revision}", _ENCODER),
         call.replace("num_inference_steps={steps}", given),
     ]
     return "\n".join(lines)
 
 
-def _load(exporter: StockPipelineExporter, name: str, file: str) -> str:
+def _load(exporter: StockPipelineExporter, name: str, file: str) -> list[str]:
     given = f'{{student}}{{revision}}, weight_name="{file}", adapter_name="{name}"'
-    if hasattr(_pipeline_class(exporter), "load_lora_weights"):
-        return f"pipeline.load_lora_weights({given})"
-    return f'{_owner(exporter)}.load_lora_adapter({given}, prefix="{exporter.component}")'
+    owners = _owners(exporter)
+    if owners == ["pipeline"]:
+        return [f"pipeline.load_lora_weights({given})"]
+    return [f'{one}.load_lora_adapter({given}, prefix="{one.removeprefix("pipeline.")}")' for one in owners]
 
 
-def _owner(exporter: StockPipelineExporter) -> str:
-    """Return the object that has the adapters: the pipeline, or its network where the pipeline loads none."""
-    return "pipeline" if hasattr(_pipeline_class(exporter), "load_lora_weights") else f"pipeline.{exporter.component}"
+def _owners(exporter: StockPipelineExporter) -> list[str]:
+    """Return the objects that have the adapters: the pipeline, or its network where the pipeline loads none.
+
+    Where there are two networks, ``load_lora_weights`` loads the adapters of one alone.
+    """
+    if exporter.pipeline.second is not None:
+        return [f"pipeline.{name}" for name in (exporter.component, exporter.pipeline.second)]
+    loads = hasattr(_pipeline_class(exporter), "load_lora_weights")
+    return ["pipeline" if loads else f"pipeline.{exporter.component}"]
 
 
 def _network_takes_adapters(exporter: StockPipelineExporter) -> bool:

@@ -12,6 +12,7 @@ import torch
 from fmm_distill import __version__
 from fmm_distill.data.condition_images import describe_images
 from fmm_distill.errors import UserError
+from fmm_distill.export.adapter_code import adapter_facts
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.contents import record
 from fmm_distill.export.example_call import example_call, task_call
@@ -23,6 +24,7 @@ from fmm_distill.io.reading import check_keys, read_lines, read_mapping
 from fmm_distill.student.lora import has_lora
 from fmm_distill.student.scaled import is_scaled, scaled_ranks
 from fmm_distill.teachers.conditions import Embeddings
+from fmm_distill.teachers.ip_adapter import IMAGE
 
 if TYPE_CHECKING:
     from types import UnionType
@@ -53,6 +55,7 @@ _TYPES: dict[str, type | UnionType] = {
     "scheduler": dict,
     "call": dict,
     "images": list,
+    "ip_adapter": dict | None,
     "guidance": dict | None,
     "kind": str,
     "lora": bool,
@@ -67,6 +70,13 @@ _TYPES: dict[str, type | UnionType] = {
     "second_stage": dict | None,
     "environment": dict | None,
     "hours": float | None,
+}
+_ADAPTER: dict[str, type | UnionType] = {
+    "source": str,
+    "revision": str | None,
+    "license": str | None,
+    "weight_name": str,
+    "scale": float,
 }
 _TRAINING: dict[str, type | UnionType] = {
     "loss": str,
@@ -101,6 +111,8 @@ class StudentManifest:
         scheduler: the configuration of the teacher's scheduler, with the prediction of the student.
         call: keywords of the pipeline's call other than prompt, images and guidance.
         images: keywords of the pipeline's call by which it is given images.
+        ip_adapter: ``source``, ``revision``, ``license``, ``weight_name`` and ``scale`` of the IP-Adapter that is
+            loaded before a call; None: there is none.
         guidance: ``scale`` and ``range`` of the scale that the network takes as an input; None: it takes none.
         kind: ``scaled`` if the weights change with the length of the jump, ``embedded`` if it is embedded.
         lora: whether ``lora/`` has the adapters.
@@ -135,6 +147,7 @@ class StudentManifest:
     scheduler: dict[str, Any]
     call: dict[str, Any]
     images: tuple[str, ...]
+    ip_adapter: dict[str, Any] | None
     guidance: dict[str, Any] | None
     kind: str
     lora: bool
@@ -195,6 +208,7 @@ def make_manifest(
         scheduler=_scheduler(student, teacher),
         call={} if pipeline is None else dict(pipeline.call),
         images=_images(teacher),
+        ip_adapter=adapter_facts(teacher),
         guidance=_guidance(teacher),
         kind="scaled" if is_scaled(student.network) else "embedded",
         lora=lora,
@@ -233,6 +247,7 @@ def read_manifest(folder: Path) -> StudentManifest:
         "init": None,
         "init_revision": None,
         "images": [],
+        "ip_adapter": None,
         "task": None,
         "task_call": None,
         "kind": "embedded",
@@ -251,6 +266,8 @@ def read_manifest(folder: Path) -> StudentManifest:
         check_keys(f"{file}: scheduler", found["scheduler"], {"_class_name": str}, todo=todo)
     if found["guidance"] is not None:
         check_keys(f"{file}: guidance", found["guidance"], {"scale": float, "range": list | None}, todo=todo)
+    if found["ip_adapter"] is not None:
+        check_keys(f"{file}: ip_adapter", found["ip_adapter"], _ADAPTER, todo=todo)
     for number, n in enumerate(found["steps"]):
         check_keys(f"{file}: steps", {str(number): n}, {str(number): int}, todo=todo)
     for number, name in enumerate(found["images"]):
@@ -317,7 +334,8 @@ def _task(teacher: Teacher) -> str | None:
     if not isinstance(teacher.conditions, Embeddings):
         return "unconditional-image-generation"
     outputs = {5: "video", 3: "audio"}.get(teacher.codec.decode(torch.zeros(1, *teacher.event_shape)).ndim, "image")
-    names = _images(teacher)
+    # The image of an IP-Adapter is a part of the prompt.
+    names = [name for name in _images(teacher) if name != IMAGE]
     # The Hub has no task from an image to a sound.
     if not names or outputs == "audio":
         return f"text-to-{outputs}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmm_distill.teachers.guiders import write_guiders_off
+from fmm_distill.teachers.ip_adapter import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -40,7 +41,9 @@ def copy_parts(
             shutil.copytree(source / name, target / name, copy_function=_linked)
         elif (pipeline.folder / name).is_dir():
             copy_file = _pointed_to if linked else shutil.copy2
-            shutil.copytree(pipeline.folder / name, target / name, ignore=_unused, copy_function=copy_file)
+            # The file of an IP-Adapter has any name.
+            ignore = None if name == FOLDER else _unused
+            shutil.copytree(pipeline.folder / name, target / name, ignore=ignore, copy_function=copy_file)
     write_guiders_off(target)
     return pipeline.index
 
@@ -50,7 +53,7 @@ def parts_bytes(pipeline: StockPipeline) -> int:
     total = 0
     for name in _folders(pipeline):
         files = [file for file in (pipeline.folder / name).rglob("*") if file.is_file()]
-        unused = _unused("", [file.name for file in files])
+        unused = [] if name == FOLDER else _unused("", [file.name for file in files])
         total += sum(file.stat().st_size for file in files if file.name not in unused)
     return total
 
@@ -66,10 +69,11 @@ def further_folders(folder: Path, name: str, index: Collection[str]) -> list[str
 
 
 def _folders(pipeline: StockPipeline) -> list[str]:
-    """Return the names of the components' folders."""
+    """Return the names of the folders of the components, and of an IP-Adapter."""
     # An index of a stranger must not write outside of the export.
     parts = [name for name in pipeline.parts if Path(name).name == name]
-    return [each for name in parts for each in (name, *further_folders(pipeline.folder, name, pipeline.index))]
+    found = [each for name in parts for each in (name, *further_folders(pipeline.folder, name, pipeline.index))]
+    return found if pipeline.ip_adapter is None else [*found, FOLDER]
 
 
 def _unused(folder: str, names: list[str]) -> list[str]:

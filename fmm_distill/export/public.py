@@ -40,6 +40,8 @@ def public_manifest(manifest: StudentManifest, known: Mapping[str, str]) -> Stud
     facts: dict[str, Any] = without_paths(asdict(manifest), known)
     facts["scheduler"] = config_without_paths(facts["scheduler"])
     facts["teacher"] = public_teacher(manifest.teacher, manifest.revision)
+    if (adapter := manifest.ip_adapter) is not None:
+        facts["ip_adapter"]["source"] = public_teacher(adapter["source"], adapter["revision"])
     facts["init"] = manifest.init and public_teacher(manifest.init, manifest.init_revision)
     return StudentManifest(**(facts | {"steps": manifest.steps}))
 
@@ -83,6 +85,7 @@ def _path_settings(recipe: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         (_group(recipe, "student"), "init"),
         (_group(recipe, "prompts"), "file"),
         (_group(recipe, "prompts"), "dataset"),
+        (_group(recipe, "ip_adapter"), "source"),
     ]
     settings += [(evaluation, "features"), (evaluation, "clip"), (_group(evaluation, "reference"), "source")]
     return [(group, key) for group, key in settings if isinstance(group.get(key), str)]
@@ -103,6 +106,9 @@ def _sources(manifest: StudentManifest, recipe: dict[str, Any]) -> list[tuple[st
     }
     if manifest.init is not None:
         decided[manifest.init] = public_teacher(manifest.init, manifest.init_revision) != manifest.init
+    if (adapter := manifest.ip_adapter) is not None:
+        source = adapter["source"]
+        decided[source] = public_teacher(source, adapter["revision"]) != source
     found = list(decided.items())
     for group, key in _path_settings(recipe):
         value = group[key]

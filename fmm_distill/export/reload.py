@@ -2,8 +2,9 @@
 
 python reload.py JOBS.json
 
-A job is {"folder", "call", "any_call", "seed", "steps", "output"}: keywords of the call of a folded and of an any-step
-pipeline, numbers of steps, a safetensors file to write.
+A job is {"folder", "call", "any_call", "seed", "steps", "output", "ip_adapter"}: keywords of the call of a folded and
+of an any-step pipeline, numbers of steps, a safetensors file to write, and the arguments with which an IP-Adapter is
+loaded; null: there is none.
 
 For each pipeline the file has ``KEY.states``, the samples before each step of its scheduler, ``KEY.end``, those after
 the last step, and ``KEY.images`` where the pipeline decodes them. Images alone are clipped and hide differences, and
@@ -92,6 +93,14 @@ def unchecked(pipeline):
     return pipeline
 
 
+def adapted(pipeline, folder, adapter):
+    """Return the pipeline with the IP-Adapter in its folder, if it has one, as a user loads it."""
+    if adapter is not None:
+        pipeline.load_ip_adapter(folder, **adapter["load"], local_files_only=True)
+        pipeline.set_ip_adapter_scale(adapter["scale"])
+    return pipeline
+
+
 def opened(value):
     """Return a keyword of the call with the images of its files in place of their paths."""
     if isinstance(value, list):
@@ -126,13 +135,16 @@ def made_by(pipeline, call, job, steps):
 
 def record_job(job):
     """Return the recorded tensors of all pipelines in the folder."""
-    any_step = unchecked(DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True))
+    folder, adapter = job["folder"], job["ip_adapter"]
+    any_step = unchecked(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
+    adapted(any_step, folder, adapter)
     made = {}
     for steps in job["steps"]:
         calls = {f"any-{steps}": (any_step, job["any_call"])}
-        folded = f"{job['folder']}/steps-{steps}"
-        if os.path.isdir(folded):
-            calls[f"folded-{steps}"] = (unchecked(DiffusionPipeline.from_pretrained(folded)), job["call"])
+        own = f"{folder}/steps-{steps}"
+        if os.path.isdir(own):
+            folded = adapted(unchecked(DiffusionPipeline.from_pretrained(own)), own, adapter)
+            calls[f"folded-{steps}"] = (folded, job["call"])
         for key, (pipeline, call) in calls.items():
             made |= {f"{key}.{name}": value for name, value in made_by(pipeline, call, job, steps).items()}
     return made

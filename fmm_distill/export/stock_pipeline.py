@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fmm_distill.core.schedules import VarianceExploding
+from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.errors import UserError, named
 from fmm_distill.export.grids import StockGrids
 from fmm_distill.export.local_paths import strip
@@ -108,11 +109,13 @@ class StockPipelineExporter:
         index = copy_parts(self.pipeline, folder, linked=linked)
         # Before the pipelines of fixed steps link to these files.
         strip(folder)
-        scheduler, network = make_scheduler(self.teacher, student.prediction), cast("Any", student.network)
-        network.register_to_config(flow_map=self.settings(scheduler))
+        scheduler, network = make_scheduler(self.teacher, student.prediction), student.network
+        parts = [cast("Any", part) for part in stages_of(network)]
+        for part in parts:
+            part.register_to_config(flow_map=self.settings(scheduler))
         remote.write_code(folder)
         index["_class_name"] = [remote.MODULE, f"FlowMap{index['_class_name']}"]
-        self._write(folder, index, network, scheduler, network.module_name)
+        self._write(folder, index, network, scheduler, parts[0].module_name)
 
     def fixed(self, student: Student, steps: int, folder: Path) -> None:
         """Write the teacher's pipeline with the folded network in it."""
@@ -122,12 +125,13 @@ class StockPipelineExporter:
         scheduler, times = self._fixed(student, steps)
         self._write(target, index, fold(student, self.teacher, times), scheduler, "diffusers")
 
-    def _write(self, folder: Path, index: dict[str, Any], network: Any, scheduler: Any, library: str) -> None:  # noqa: ANN401
-        network.save_pretrained(folder / self.component, safe_serialization=True)
+    def _write(self, folder: Path, index: dict[str, Any], network: nn.Module, scheduler: Any, library: str) -> None:  # noqa: ANN401
+        for name, part in parts_of(network, self.component).items():
+            part.save_pretrained(folder / name, safe_serialization=True)
+            index[name] = [library, type(part).__name__]
         scheduler.save_pretrained(folder / "scheduler")
         # An older repository may name classes that have other names now.
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        index[self.component] = [library, type(network).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def grid(self, steps: int) -> Float[Tensor, " points"]:
@@ -218,17 +222,17 @@ class StockPipelineExporter:
 
     def _open(self, scheduler: Any) -> Any:  # noqa: ANN401 a diffusers class
         """The teacher's pipeline on the CPU with another scheduler; its encoders are opened once."""
-        codec, network = self.teacher.codec, stock_network(self.teacher)
+        codec = self.teacher.codec
+        parts = parts_of(stock_network(self.teacher), self.component) | {"scheduler": scheduler}
         if isinstance(codec, PipelineCodec):
             opened = codec.opened().to("cpu")
         else:
             if self._opened is None:
-                parts = {self.component: network, "scheduler": scheduler}
                 self._opened = open_pipeline(self.pipeline.folder, **parts)
             opened = self._opened
         # A shallow copy: its encoders are those of the open pipeline, its network and scheduler its own.
         pipeline = copy.copy(opened)
-        for name, part in ((self.component, network), ("scheduler", scheduler)):
+        for name, part in parts.items():
             setattr(pipeline, name, part)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from fmm_distill.errors import FmmDistillError, UserError
+from fmm_distill.export.adapter_code import ip_adapter_of
 from fmm_distill.export.agreement import Agreement, compare, compare_weights
 from fmm_distill.export.call_files import images_to_files
 from fmm_distill.export.contents import record
@@ -26,6 +27,7 @@ from fmm_distill.export.extraction import describe_loss, samples_lost
 from fmm_distill.io.files import write_text
 from fmm_distill.student.scaled import is_scaled
 from fmm_distill.student.strength import strength_of
+from fmm_distill.teachers.ip_adapter import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -175,7 +177,14 @@ class _Job:
             "seed": SEED,
             "steps": self.export.steps,
             "output": output,
+            "ip_adapter": self._adapter(),
         }
+
+    def _adapter(self) -> dict[str, Any] | None:
+        adapter = ip_adapter_of(self.exporter.teacher)
+        if adapter is None:
+            return None
+        return {"load": {"subfolder": FOLDER, "weight_name": adapter.weight_name}, "scale": adapter.scale}
 
     def times(self, key: str) -> Tensor:
         """Return the times between which the pipeline ``any-<n>`` or ``folded-<n>`` jumps, data at the end."""

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.config.settings import GuidanceSettings, StudentSettings
+from fmm_distill.config.settings import GuidanceSettings, IpAdapterSettings, StudentSettings
+from fmm_distill.core.staged import stages_of
 from fmm_distill.errors import UserError, first_line
 from fmm_distill.export.load import fetch_initial
 from fmm_distill.export.local_paths import public_name
@@ -66,7 +67,7 @@ class EarlierStudent:
         source: the setting ``student.init``.
         commit: on the Hub; None: it is a folder.
         teacher: the name of its teacher.
-        settings, guidance, timesteps: of its recipe.
+        settings, guidance, ip_adapter, timesteps: of its recipe.
         manifest: of an export; None: it is a run.
         adapted: its adapters are loaded, and not the weights that they are merged into.
     """
@@ -77,6 +78,7 @@ class EarlierStudent:
     teacher: str
     settings: StudentSettings
     guidance: GuidanceSettings
+    ip_adapter: IpAdapterSettings
     timesteps: int | None
     manifest: StudentManifest | None
     adapted: bool
@@ -179,8 +181,11 @@ class EarlierStudent:
         named = not names.isdisjoint((teacher.source, public_teacher(teacher.source, teacher.revision)))
         return named and (self.form.kind == "embedded" or same_base(self.weights, teacher.network))
 
-    def _changed_guidance(self, recipe: Recipe) -> str | None:
-        """Return a setting of its guidance that the recipe does not have; None: all are the recipe's."""
+    def _changed_velocity(self, recipe: Recipe) -> str | None:
+        """Return a setting of its teacher's velocity that the recipe does not have; None: all are the recipe's."""
+        for key in ("weight_name", "scale"):
+            if getattr(self.ip_adapter, key) != getattr(recipe.ip_adapter, key):
+                return f"ip_adapter.{key} {getattr(self.ip_adapter, key)}"
         for key in ("scale", "range", "interval", "image_scale"):
             if getattr(self.guidance, key) != getattr(recipe.guidance, key):
                 return f"guidance.{key} {getattr(self.guidance, key)}"
@@ -195,7 +200,7 @@ class EarlierStudent:
             return "it is of kind embedded"
         if not self._is_of(teacher):
             return f"its teacher is {self.teacher}"
-        different = self._changed_guidance(recipe)
+        different = self._changed_velocity(recipe)
         return None if different is None else f"it has {different}"
 
     def load_into(self, student: Student, recipe: Recipe, teacher: Teacher) -> None:
@@ -207,11 +212,14 @@ class EarlierStudent:
         Raises:
             UserError: if it is of another form or architecture.
         """
-        network = type(student.network).__name__
-        if self.files.component is not None:
-            config = read_mapping(self.files.folder / self.files.component / "config.json", todo=_TODO)
-            if config.get("_class_name") not in (None, network):
-                expected, got = (str(one).removeprefix("TwoTime") for one in (network, config["_class_name"]))
+        networks = [type(part).__name__ for part in stages_of(student.network)]
+        if names := self.files.components:
+            configs = [read_mapping(self.files.folder / name / "config.json", todo=_TODO) for name in names]
+            classes = [config.get("_class_name", network) for config, network in zip(configs, networks, strict=False)]
+            if classes != networks or len(names) != len(networks):
+                expected, got = (
+                    " and ".join(str(one).removeprefix("TwoTime") for one in ones) for ones in (networks, classes)
+                )
                 raise UserError(
                     f"student.init {self.source}: expected a student of {expected}, got one of {got}; try a student of "
                     "this teacher, or of a fine-tuned version of it"
@@ -223,7 +231,7 @@ class EarlierStudent:
             complete = form == Form("embedded", 0)
             how = "its weights replace those of" if complete else "its changes are added to the weights of"
             logger.warning(f"{name}: {how} {teacher.source}, which is not its teacher, {self.teacher}")
-        if different := self._changed_guidance(recipe):
+        if different := self._changed_velocity(recipe):
             logger.warning(f"{name}: it was trained with {different}, which this recipe has not")
         if form.kind == "scaled" and reason is not None and recipe.student.regression_steps:
             logger.warning(f"{name}: the regression starts from the teacher's weights, since {reason}")
@@ -251,12 +259,13 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     elif revision is not None:
         raise UserError(f"student.init_revision: expected none for the folder {source}, got {revision}; leave it out")
     files = files_of(folder, source)
-    manifest = None if files.component is None else read_manifest(files.folder)
+    manifest = read_manifest(files.folder) if files.components else None
     written = files.folder / RECIPE
     settings = read_mapping(written, {"teacher": str}, todo=_TODO)
     try:
         student = StudentSettings.model_validate(settings.get("student", {}))
         guidance = GuidanceSettings.model_validate(settings.get("guidance", {}))
+        adapter = IpAdapterSettings.model_validate(settings.get("ip_adapter", {}))
     except ValidationError as error:
         raise BrokenFileError(f"{written}: expected the settings of a recipe ({first_line(error)}); {_TODO}") from error
     # An export has the weights that the adapters are merged into as well.
@@ -264,19 +273,21 @@ def read_earlier(recipe: Recipe) -> EarlierStudent | None:
     adapted = adapted and not {"pytorch_lora_weights", "jump_embedding"} - files.adapters.keys()
     teacher = settings["teacher"] if manifest is None else manifest.teacher
     timesteps = settings.get("timesteps")
-    return EarlierStudent(source, files, commit, teacher, student, guidance, timesteps, manifest, adapted)
+    return EarlierStudent(source, files, commit, teacher, student, guidance, adapter, timesteps, manifest, adapted)
 
 
 def _named(files: StudentFiles, *, adapted: bool) -> dict[str, Tensor]:
     """Read the weights of a student by their names in its network."""
-    if files.component is None:
+    if not files.components:
         (path,) = files.weights
         digests = read_mapping(path.parent / "manifest.json", {"sha256": dict}, todo=_TODO)["sha256"]
         if sha256_of_file(path) != digests.get(path.name):
             raise UserError(f"{path}: expected the file that the run wrote, got a changed one; {_TODO}")
         stored = load_file(path)
         return {name.removeprefix("network."): value for name, value in stored.items() if name != "n_averaged"}
-    prefix = f"{files.component}."
+    # The weights of two networks have the names of their components in the network of a student.
+    alone = len(files.components) == 1
+    prefix = f"{files.components[0]}." if alone else ""
     if adapted:
         lora = load_file(files.adapters["pytorch_lora_weights"])
         # The name of peft's adapter is no part of the file format of diffusers.
@@ -284,7 +295,8 @@ def _named(files: StudentFiles, *, adapted: bool) -> dict[str, Tensor]:
         return named | load_file(files.adapters["jump_embedding"])
     found: dict[str, Tensor] = {}
     for path in files.weights:
-        found |= load_file(path)
+        of_network = "" if alone else f"{path.parent.name}."
+        found |= {f"{of_network}{name}": value for name, value in load_file(path).items()}
     # The export merges the change at h = 0 of low rank into the weights.
     if "guidance" in files.adapters and any(name.endswith("jump_A") for name in found):
         for name, value in load_file(files.adapters["guidance"]).items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fmm_distill.errors import UserError
-from fmm_distill.export.load import ADAPTERS, component_of
+from fmm_distill.export.load import ADAPTERS, components_of
 from fmm_distill.export.manifest import MANIFEST
 from fmm_distill.io.reading import check_keys, read_mapping
 from fmm_distill.run.marker import is_run
@@ -27,14 +27,14 @@ class StudentFiles:
 
     Attributes:
         folder: of the run, or of the export.
-        component: the name of the network's folder in an export; None: it is a run.
-        weights: the weights of the network; of a run those that were trained.
+        components: the names of the networks' folders in an export, mostly one; empty: it is a run.
+        weights: the weights of the networks; of a run those that were trained.
         adapters: the files of an export's adapters, by their stems.
         described: the position in the run, in words; empty: it is an export.
     """
 
     folder: Path
-    component: str | None
+    components: tuple[str, ...]
     weights: tuple[Path, ...]
     adapters: dict[str, Path]
     described: str = ""
@@ -70,12 +70,12 @@ def files_of(folder: Path, source: str) -> StudentFiles:
         raise UserError(
             f"student.init {source}: expected a run folder, an exported folder or a Hub id, got {found}; check the path"
         )
-    component = component_of(folder)
-    weights = tuple(sorted((folder / component).glob("*.safetensors")))
-    if not weights:
-        raise UserError(f"student.init {source}: expected weights in {component}/, got none; export the student again")
+    components = components_of(folder)
+    weights = tuple(path for name in components for path in sorted((folder / name).glob("*.safetensors")))
+    if missing := [name for name in components if not any(path.parent.name == name for path in weights)]:
+        raise UserError(f"student.init {source}: expected weights in {missing[0]}/, got none; export the student again")
     paths = {stem: folder / "lora" / f"{stem}.safetensors" for stem in ADAPTERS}
-    return StudentFiles(folder, component, weights, {stem: path for stem, path in paths.items() if path.is_file()})
+    return StudentFiles(folder, components, weights, {stem: path for stem, path in paths.items() if path.is_file()})
 
 
 def _files_of_run(folder: Path, newest: checkpoint.State) -> StudentFiles:
@@ -89,4 +89,4 @@ def _files_of_run(folder: Path, newest: checkpoint.State) -> StudentFiles:
         rate = training["ema"][0]
     path = newest.path / f"{checkpoint.average_name(rate)}.safetensors"
     described = f"average {rate:g} at step {newest.step:,}"
-    return StudentFiles(folder, None, (path,), {}, described)
+    return StudentFiles(folder, (), (path,), {}, described)

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from fmm_distill.config.recipe import Recipe
-from fmm_distill.config.settings import DataSettings, PromptSettings
+from fmm_distill.config.settings import DataSettings, IpAdapterSettings, PromptSettings
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.data.samples import load_images
@@ -25,6 +25,7 @@ from fmm_distill.evaluation.result import Evaluation
 from fmm_distill.evaluation.samplers import of_students, of_teacher
 from fmm_distill.evaluation.solvers import steps_within
 from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
+from fmm_distill.export.adapter_code import own_adapter
 from fmm_distill.export.load import fetch_student, load_student
 from fmm_distill.export.manifest import MANIFEST, read_manifest
 from fmm_distill.io.cache import cache_path
@@ -119,6 +120,11 @@ def _open_exported(source: str, folder: Path, request: EvaluationRequest) -> Eva
         recipe = recipe.model_copy(update={"data": DataSettings()})
     # The manifest has the commit that was distilled; a branch in the recipe may have moved.
     recipe = recipe.model_copy(update={"teacher": manifest.teacher, "revision": manifest.revision})
+    if manifest.ip_adapter is not None:
+        # The copy in the folder: the adapter's own source may be on another machine.
+        own = own_adapter(str(folder), manifest.ip_adapter).to_json()
+        del own["license"]
+        recipe = recipe.model_copy(update={"ip_adapter": IpAdapterSettings(**own)})
     recipe = at_guidance(recipe, request.guidance)
     prompts = _prompts(recipe, request)
     loaded = load_student(folder, prompts=prompts)

@@ -14,6 +14,7 @@ from fmm_distill import __version__
 from fmm_distill.config.recipe import parse
 from fmm_distill.errors import UserError
 from fmm_distill.evaluation.result import Evaluation, from_json
+from fmm_distill.export.adapter_code import ip_adapter_of
 from fmm_distill.io.files import write_text, writing
 from fmm_distill.io.reading import BrokenFileError, check_keys, read_mapping
 from fmm_distill.run import inputs
@@ -163,8 +164,10 @@ def store_commits(folder: Path, teacher: Teacher, init: str | None = None) -> No
         init: the commit of the student that the run starts from.
     """
     weaker = None if teacher.weaker is None else teacher.weaker.revision
+    adapter = ip_adapter_of(teacher)
     if not (folder / _COMMITS).is_file():
         commits = {"revision": teacher.revision, "guidance.weaker_revision": weaker, "student.init_revision": init}
+        commits["ip_adapter.revision"] = None if adapter is None else adapter.revision
         write_text(folder / _COMMITS, json.dumps(commits, indent=2) + "\n")
 
 
@@ -197,16 +200,20 @@ def pinned(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe at the Hub commits that the run in ``folder`` began with; a branch may have moved since."""
     if not (folder / _COMMITS).is_file():
         return recipe
-    keys = dict.fromkeys(("revision", "guidance.weaker_revision", "student.init_revision"), str | None)
+    names = ("revision", "guidance.weaker_revision", "student.init_revision", "ip_adapter.revision")
+    keys = dict.fromkeys(names, str | None)
     todo = "remove it, and the run uses the recipe's own revisions"
-    # Runs of earlier versions have no earlier student.
-    commits = {"student.init_revision": None} | read_mapping(folder / _COMMITS, todo=todo)
+    # Runs of earlier versions have no earlier student and no IP-Adapter.
+    commits = {"student.init_revision": None, "ip_adapter.revision": None} | read_mapping(folder / _COMMITS, todo=todo)
     check_keys(str(folder / _COMMITS), commits, keys, todo=todo)
     weaker = commits["guidance.weaker_revision"] or recipe.guidance.weaker_revision
     init = commits["student.init_revision"] or recipe.student.init_revision
     guidance = recipe.guidance.model_copy(update={"weaker_revision": weaker})
     student = recipe.student.model_copy(update={"init_revision": init})
+    commit = commits["ip_adapter.revision"] or recipe.ip_adapter.revision
+    adapter = recipe.ip_adapter.model_copy(update={"revision": commit})
     changes = {"revision": commits["revision"] or recipe.revision, "guidance": guidance, "student": student}
+    changes["ip_adapter"] = adapter
     return recipe.model_copy(update=changes)
 
 

@@ -75,6 +75,7 @@ class Given:
             return recipe
         guidance, prompts = recipe.guidance, recipe.prompts
         settings: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "pipeline": recipe.pipeline}
+        settings |= {"ip_adapter.source": recipe.ip_adapter.source}
         settings |= {"guidance.weaker": guidance.weaker, "prompts.file": prompts.file}
         if unused := [name for name, value in (settings | {"prompts.dataset": prompts.dataset}).items() if value]:
             raise UserError(f"{unused[0]}: expected none with a teacher from Python; leave it out")

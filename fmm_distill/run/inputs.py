@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from fmm_distill.config.recipe import Recipe
-    from fmm_distill.config.settings import DataSettings
+    from fmm_distill.config.settings import DataSettings, IpAdapterSettings
     from fmm_distill.data.samples import Images
 
 __all__ = [
@@ -46,11 +46,12 @@ def with_paths(recipe: Recipe) -> Recipe:
     reference = None if evaluation.reference is None else _data(evaluation.reference)
     measured = {"features": features, "reference": reference, "clip": _if_there(evaluation.clip)}
     sources = {"file": _if_there(prompts.file), "dataset": _if_there(prompts.dataset)}
-    student = recipe.student
+    student, adapter = recipe.student, recipe.ip_adapter
     return recipe.model_copy(
         update={
             "teacher": _teacher(recipe.teacher),
             "guidance": guidance.model_copy(update={"weaker": guidance.weaker and _teacher(guidance.weaker)}),
+            "ip_adapter": adapter.model_copy(update={"source": _if_there(adapter.source, folder=True)}),
             "data": _data(data),
             "student": student.model_copy(update={"init": _if_there(student.init, folder=True)}),
             "evaluation": evaluation.model_copy(update=measured),
@@ -94,6 +95,9 @@ def contents(recipe: Recipe, known: Mapping[str, Any] | None = None) -> dict[str
     for name, source in (("teacher", recipe.teacher), ("guidance.weaker", recipe.guidance.weaker)):
         if source is not None and Path(source).is_absolute() and Path(source).is_dir():
             found[name] = _pipeline(Path(source), known.get(name, {}))
+    adapter = recipe.ip_adapter
+    if adapter.source is not None and Path(adapter.source).is_absolute() and Path(adapter.source).is_dir():
+        found["ip_adapter"] = _adapter(adapter, known.get("ip_adapter", {}))
     init = recipe.student.init
     if init is not None and Path(init).is_absolute() and Path(init).is_dir():
         files = files_of(Path(init), init)
@@ -111,6 +115,16 @@ def _pipeline(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.suffix in _SUFFIXES]
     files += [path for part in parts for path in sorted(part.rglob("*")) if path.suffix in _SUFFIXES]
     return {path.relative_to(folder).as_posix(): _file(path, known, folder) for path in files if path.is_file()}
+
+
+def _adapter(settings: IpAdapterSettings, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return digests and stamps of the files of an IP-Adapter."""
+    source, folder = Path(str(settings.source)), settings.image_encoder_folder
+    own = source / (settings.subfolder or "")
+    encoder = (source if "/" in folder else own) / folder
+    files = [own / str(settings.weight_name), *sorted(encoder.glob("*"))]
+    there = [path for path in files if path.is_file() and path.suffix in _SUFFIXES]
+    return {path.relative_to(source).as_posix(): _file(path, known, source) for path in there}
 
 
 def _file(path: Path, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -164,7 +178,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_mapping(path, todo=_TODO)
     check_keys(str(path), found, dict.fromkeys(found, dict), todo=_TODO)
-    for name in found.keys() & {"teacher", "guidance.weaker", "student.init"}:
+    for name in found.keys() & {"teacher", "guidance.weaker", "ip_adapter", "student.init"}:
         check_keys(f"{path}: {name}", found[name], dict.fromkeys(found[name], dict), todo=_TODO)
         for file, about in found[name].items():
             check_keys(f"{path}: {name}: {file}", about, {"sha256": str, "stamp": list}, todo=_TODO)

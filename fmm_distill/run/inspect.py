@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from fmm_distill.core.schedules import Angular, FlowMatching, VariancePreserving
+from fmm_distill.core.staged import StagedNetwork, stages_of
 from fmm_distill.data.condition_images import describe_images
 from fmm_distill.errors import UserError
 from fmm_distill.export.choose import exporter_of
@@ -14,6 +16,7 @@ from fmm_distill.student.lora import default_targets
 from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.scaled_layers import scaled_layers
+from fmm_distill.student.stages import jump_embeddings, of_stage
 from fmm_distill.student.student import Student
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.teachers.codec import Waves
@@ -49,7 +52,7 @@ def describe_teacher(teacher: Teacher, recipe: Recipe) -> str:
         "source": teacher.source + (f" at {teacher.revision}" if teacher.revision else ""),
         "adapter": teacher.adapter,
         **_task(teacher),
-        "network": f"{type(teacher.network).__name__}, {parameters:,} parameters",
+        "network": f"{_networks(teacher)}, {parameters:,} parameters",
         "prediction": _prediction(teacher),
         "schedule": _schedule(teacher),
         "shape": " x ".join(map(str, teacher.event_shape)) + _shape_means(teacher),
@@ -68,6 +71,14 @@ def _task(teacher: Teacher) -> dict[str, str]:
     """Describe the task of the class that the teacher's repository names, where it is opened by the base of that."""
     task = None if teacher.pipeline is None or teacher.pipeline.task is None else task_of(teacher.pipeline.task)
     return {} if task is None else {"task": f"{task.pipeline}, which {task.does}: the student's {task.method}()"}
+
+
+def _networks(teacher: Teacher) -> str:
+    parts, call = stages_of(teacher.network), teacher.parametrization.call
+    name = type(parts[0]).__name__
+    if not isinstance(call, RecordedCall) or call.boundary is None:
+        return name
+    return f"two {name}, the first from timestep {call.boundary:g} on, the second below it"
 
 
 def _prediction(teacher: Teacher) -> str:
@@ -154,7 +165,7 @@ def _scaled(teacher: Teacher, recipe: Recipe) -> dict[str, str]:
 def _embedded(teacher: Teacher, recipe: Recipe) -> dict[str, str]:
     """Describe the student that embeds the length of the jump, or the reason why there is none."""
     try:
-        hosts = list(find_jump_hosts(teacher))
+        hosts = list(_jump_hosts(teacher))
     except UserError as error:
         reason = str(error).removeprefix(f"{teacher.source}: ")
         return {"jump embedding": f"none, students are of kind scaled alone ({reason})"}
@@ -163,13 +174,22 @@ def _embedded(teacher: Teacher, recipe: Recipe) -> dict[str, str]:
     full = _forecast(student, teacher, recipe)
     layers = [cast("nn.Linear", teacher.network.get_submodule(name)) for name in default_targets(teacher.network)]
     adapters = sum(RANK * (layer.in_features + layer.out_features) for layer in layers)
-    jump = sum(p.numel() for p in cast("Any", student.network).jump_embedding.parameters())
+    jump = sum(p.numel() for embedding in jump_embeddings(student.network) for p in embedding.parameters())
     lora = _of_low_rank(teacher, full, adapters + jump, recipe)
     return {
         "jump embedding": f"added after {hosts[0]}{others}",
         "memory": _of_full_rank(full, recipe),
         "LoRA memory": lora if layers else "no default layers; name them in student.lora.targets",
     }
+
+
+def _jump_hosts(teacher: Teacher) -> list[str]:
+    """Return the layers that the length of the jump is added to, of two networks those of both."""
+    network, parametrization = teacher.network, of_stage(teacher.parametrization)
+    if not isinstance(network, StagedNetwork):
+        return list(find_jump_hosts(teacher))
+    stages = {name: replace(teacher, network=p, parametrization=parametrization) for name, p in network.parts.items()}
+    return [f"{name}.{host}" for name, stage in stages.items() for host in find_jump_hosts(stage)]
 
 
 def _forecast(student: Student, teacher: Teacher, recipe: Recipe) -> Memory:

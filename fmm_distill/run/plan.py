@@ -6,12 +6,13 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fmm_distill.config.recipe import parse
 from fmm_distill.config.settings import DataSettings
 from fmm_distill.core.flow_map import LearnedFlowMap
 from fmm_distill.core.schedules import VariancePreserving
+from fmm_distill.core.staged import stages_of
 from fmm_distill.data.prepare import describe_data, disk_bytes, open_images
 from fmm_distill.data.prompts import load_prompts
 from fmm_distill.data.row_store import mebibytes
@@ -31,6 +32,7 @@ from fmm_distill.student.scaled_adapters import share_network
 from fmm_distill.student.student import Student, is_new
 from fmm_distill.teachers.first_timesteps import on_first_timesteps
 from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.ip_adapter import IpAdapter
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.training.compile import checkpoint_blocks
@@ -131,8 +133,9 @@ class Plan:
             new = sum(p.numel() for name, p in student.network.named_parameters() if is_new(name))
             return {"teacher": sum(p.numel() for p in student.parameters()) - new, "jump": new, "adapters": 0}
         # A flow map of the user's own has the second time everywhere.
-        embedding = getattr(student.network, "jump_embedding", student.network)
-        jump = sum(p.numel() for p in cast("Any", embedding).parameters())
+        jump = sum(
+            p.numel() for part in stages_of(student.network) for p in getattr(part, "jump_embedding", part).parameters()
+        )
         adapters = trained - jump if self.recipe.student.lora.rank else 0
         return {"teacher": sum(p.numel() for p in student.parameters()) - jump - adapters, "jump": jump} | {
             "adapters": adapters
@@ -217,7 +220,13 @@ def open_student(
     prediction, seed = recipe.student.prediction, recipe.training.seed
     student = Student.from_teacher(teacher, prediction, network=given.student, scaled=scaled, seed=seed)
     network, training = student.network, recipe.training
-    if training.gradient_checkpointing and not hasattr(network, "enable_gradient_checkpointing"):
+    parts = stages_of(network)
+    if len(parts) > 1 and splits_weights():
+        raise UserError(
+            f"{teacher.source}: expected a teacher with one network under FSDP, got two: processes whose samples are "
+            "of one of them alone would wait for the others; try plain multi-GPU, with student.lora.rank"
+        )
+    if training.gradient_checkpointing and not all(hasattr(part, "enable_gradient_checkpointing") for part in parts):
         raise UserError(
             f"training.gradient_checkpointing: expected a diffusers network, got {type(network).__name__}; leave it out"
         )
@@ -308,7 +317,7 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     scales = Guidance(settings.scale, settings.interval, settings.range, settings.image_scale)
     guidance = None if scales.is_off else scales
     prompts = load_prompts(recipe.prompts) if prompts is None else prompts
-    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline)}
+    shared: dict[str, Any] = {"prompts": prompts, "call": dict(recipe.pipeline), "ip_adapter": _ip_adapter(recipe)}
     of_teacher: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant}
     if settings.weaker is None:
         teacher = load_teacher(recipe.teacher, **of_teacher, guidance=guidance, **shared)
@@ -331,6 +340,13 @@ def open_teacher(recipe: Recipe, prompts: Prompts | None = None) -> Teacher:
     # Set afterwards: autoguidance needs no unconditional input, which the loader would require.
     teacher.guidance, teacher.weaker = guidance, weaker
     return teacher
+
+
+def _ip_adapter(recipe: Recipe) -> IpAdapter | None:
+    settings = recipe.ip_adapter
+    if settings.source is None:
+        return None
+    return IpAdapter(**settings.model_dump() | {"subfolder": settings.subfolder or ""})
 
 
 def _log_unused_texts(teacher: Teacher, prompts: Prompts) -> None:

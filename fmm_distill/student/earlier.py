@@ -98,7 +98,7 @@ def load_earlier(student: Student, weights: Mapping[str, Tensor], source: str, *
 def _trained_names(network: nn.Module, state: Mapping[str, Tensor], form: Form, *, diagonal: bool) -> set[str]:
     """Return the names of the weights of a student that its training changes."""
     if form.kind == "embedded":
-        return {name for name in state if not form.rank or _is_adapter(name) or name.startswith("jump_embedding.")}
+        return {name for name in state if not form.rank or _is_adapter(name) or "jump_embedding." in name}
     names = {name for name in state if is_new(name) and (diagonal or not _is_diagonal(name))}
     if diagonal and not form.rank:
         # Of full rank the weights themselves are the change at h = 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import TwoTimeNetwork
 from fmm_distill.student.scaled_layers import product_of, scaled_layers
+from fmm_distill.student.stages import key_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fmm_distill.student.student import Student
@@ -72,7 +76,7 @@ def extract_adapters(student: Student, teacher: nn.Module | None, rank: int, com
         )
     plain = _copy_of(student, ("jump_bias", "bias"))
     low = _copy_of(student, ("jump_weight", "jump_bias", "bias", *(("weight",) if teacher is not None else ())))
-    lost = _Losses(rank, component)
+    lost = _Losses(rank, partial(key_of, student.network, component))
     for name, layer in layers.items():
         base = None if teacher is None else teacher.get_submodule(name)
         for target in (low, plain):
@@ -115,8 +119,8 @@ def _without_bias(layer: nn.Module, base: nn.Module | None) -> None:
 class _Losses:
     """The adapters that are made so far, with the squares of the norms of the changes and of what is lost of them."""
 
-    def __init__(self, rank: int, component: str) -> None:
-        self.rank, self.component = rank, component
+    def __init__(self, rank: int, key: Callable[[str], str]) -> None:
+        self.rank, self.key = rank, key
         self.adapters: dict[str, dict[str, Tensor]] = {}
         self.squares: dict[str, float] = {}
         self.sizes: dict[str, float] = {}
@@ -128,7 +132,7 @@ class _Losses:
         # Adapters of a grouped convolution have no form that other tools read.
         if _has_adapter(layer):
             first, second = _factors(change, self.rank)
-            key = f"{self.component}.{name}"
+            key = self.key(name)
             tensors |= {f"{key}.lora_A.weight": first.contiguous(), f"{key}.lora_B.weight": second.contiguous()}
             made = product_of(first, second).to(change)
         self.squares[adapter] = self.squares.get(adapter, 0.0) + float((change - made).double().square().sum())

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fmm_distill.core.staged import StagedNetwork
 from fmm_distill.errors import UserError
 from fmm_distill.student.scaled_layers import scaled_layers
+from fmm_distill.student.stages import of_stage
 from fmm_distill.student.strength import strength_of
+from fmm_distill.teachers.frozen_adapter import share_adapter
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,7 +31,12 @@ _EXACT = 1e-5
 
 
 def stock_part(network: nn.Module) -> nn.Module:
-    """Return a stock network of the same class with the weights of a two-time one, without its jump embeddings."""
+    """Return a stock network of the same class with the weights of a two-time one, without its jump embeddings.
+
+    Of two networks, return the two stock ones.
+    """
+    if isinstance(network, StagedNetwork):
+        return network.map(stock_part)
     config = {key: value for key, value in cast("Any", network).config.items() if not key.startswith("_")}
     config = {key: value for key, value in config.items() if key not in OWN_SETTINGS}
     # A two-time class has the mixin and the stock class as its bases.
@@ -37,6 +45,7 @@ def stock_part(network: nn.Module) -> nn.Module:
     # Only the stock keys: the others are the embeddings of the jump and the changes of the weights.
     state = network.state_dict()
     stock.load_state_dict({key: state[key] for key in stock.state_dict()})
+    share_adapter(network, stock)
     # ``from_config`` returns a network in training mode, with dropout active.
     return stock.eval()
 
@@ -50,12 +59,17 @@ def fold(student: Student, teacher: Teacher, times: Float[Tensor, " points"]) ->
     at the time where it starts (least squares; there are fewer times than inputs of the layer). A range of guidance
     folds to the teacher's scale.
 
+    Each of two networks is folded for all jumps of the grid.
+
     The changes of a scaled student's weights are added at one strength (``strength_of``), as if all jumps were equal.
 
     Raises:
         UserError: on a grid with more different jumps than the layer can represent, or with jumps that are too
             different for one strength.
     """
+    if isinstance(student.network, StagedNetwork):
+        kind, parametrization = type(student), of_stage(student.parametrization)
+        return student.network.map(lambda part: fold(kind(part, parametrization), teacher, times))
     network = cast("Any", student.network)
     stock = stock_part(student.network)
     device = next(student.network.parameters()).device

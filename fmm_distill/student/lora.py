@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fmm_distill.errors import UserError
 from fmm_distill.student.shared_network import SharedNetwork, without_checkpointing
+from fmm_distill.student.stages import jump_embeddings, key_of
 from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
     network = student.network
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in linear if name.endswith(targets)] if targets else default_targets(network)
-    chosen = [name for name in chosen if not name.startswith("jump_embedding.")]
+    chosen = [name for name in chosen if "jump_embedding." not in name]
     if not chosen:
         names = ", ".join(targets) or "attention or feed-forward"
         raise UserError(
@@ -115,7 +116,8 @@ def add_lora(student: Student, teacher: Teacher, rank: int, targets: tuple[str, 
         torch.manual_seed(seed)
         # alpha = rank: peft multiplies the adapters by alpha / rank, so their scale is 1 at every rank.
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), network)
-    cast("Any", network).jump_embedding.requires_grad_(True)
+    for embedding in jump_embeddings(network):
+        embedding.requires_grad_(True)
     codec = copy.copy(teacher.codec)
     if isinstance(codec, PipelineCodec):
         codec.network = network
@@ -141,7 +143,7 @@ def lora_state(student: Student, component: str) -> tuple[dict[str, Tensor], dic
     for name, value in student.network.state_dict().items():
         if ".lora_" in name:
             # peft names its adapter in the key, the file format of diffusers does not.
-            adapters[f"{component}.{name.replace('.default.', '.')}"] = value.contiguous()
-        elif name.startswith("jump_embedding."):
+            adapters[key_of(student.network, component, name.replace(".default.", "."))] = value.contiguous()
+        elif "jump_embedding." in name:
             jumps[name] = value.contiguous()
     return adapters, jumps

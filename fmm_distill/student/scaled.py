@@ -18,6 +18,7 @@ import torch
 from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import TwoTimeNetwork
 from fmm_distill.student.scaled_layers import can_be_scaled, scaled_layers
+from fmm_distill.student.stages import jump_embeddings
 from fmm_distill.teachers.conditions import Embeddings
 from fmm_distill.teachers.prompted.call import RecordedCall
 
@@ -180,4 +181,5 @@ def freeze_base(network: nn.Module, *, diagonal: bool) -> None:
         for name, parameter in layer.named_parameters():
             own = name.startswith(("jump_", "diagonal_"))
             parameter.requires_grad_(own or (diagonal and not cast("Any", layer).jump_rank))
-    cast("Any", network).jump_embedding.requires_grad_(True)
+    for embedding in jump_embeddings(network):
+        embedding.requires_grad_(True)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from fmm_distill.core.staged import stages_of
 from fmm_distill.student.scaled_layers import product_of, scaled_layers
 from fmm_distill.student.shared_network import SharedNetwork
+from fmm_distill.student.stages import key_of
 from fmm_distill.teachers.codec import PipelineCodec
 
 if TYPE_CHECKING:
@@ -69,8 +71,9 @@ def merge_diagonal(student: Student) -> Student:
         layer = cast("Any", module)
         layer.weight.add_(product_of(layer.diagonal_A, layer.diagonal_B).to(layer.weight))
         del layer.diagonal_A, layer.diagonal_B
-    if hasattr(plain.network, "register_to_config"):
-        cast("Any", plain.network).register_to_config(diagonal=False)
+    for part in stages_of(plain.network):
+        if hasattr(part, "register_to_config"):
+            cast("Any", part).register_to_config(diagonal=False)
     return plain
 
 
@@ -85,6 +88,6 @@ def adapter_states(student: Student, component: str) -> dict[str, dict[str, Tens
         kind, _, factor = last.partition("_")
         if last in ("jump_A", "jump_B", "diagonal_A", "diagonal_B"):
             adapter = {"jump": "student", "diagonal": "guidance"}[kind]
-            key = f"{component}.{layer}.lora_{factor}.weight"
+            key = key_of(student.network, component, f"{layer}.lora_{factor}.weight")
             found.setdefault(adapter, {})[key] = value.detach().cpu().contiguous()
     return found

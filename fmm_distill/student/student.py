@@ -12,13 +12,16 @@ from torch import nn
 
 from fmm_distill.core.flow_map import LearnedFlowMap
 from fmm_distill.core.parametrization import Parametrization
+from fmm_distill.core.staged import StagedNetwork, stages_of
 from fmm_distill.core.torch_state import own_state
 from fmm_distill.errors import UserError
 from fmm_distill.student.own_network import MapNetwork, TwoTimeNetwork
 from fmm_distill.student.scaled import ScaledWeights, freeze_base, ranks_of_layers
 from fmm_distill.student.scaled_layers import scaled_layers
+from fmm_distill.student.stages import of_stage, per_stage
 from fmm_distill.student.time_embedding import find_jump_hosts
 from fmm_distill.student.two_time import two_time
+from fmm_distill.teachers.frozen_adapter import share_adapter
 from fmm_distill.teachers.velocity_field import VelocityNetwork, VelocityParametrization
 
 if TYPE_CHECKING:
@@ -93,6 +96,11 @@ class Student(LearnedFlowMap):
             return cls._of_map(teacher, network)
         started_from = None if network is None else type(network).__name__
         if network is not None:
+            if isinstance(teacher.network, StagedNetwork):
+                raise UserError(
+                    f"{teacher.source}: expected a student that starts from the teacher's two networks, got "
+                    f"{started_from}; leave network (student in distill) out"
+                )
             parametrization = Parametrization(teacher.schedule, "flow_prediction")
             if not isinstance(teacher.network, VelocityNetwork):
                 parametrization = teacher.parametrization
@@ -108,9 +116,15 @@ class Student(LearnedFlowMap):
                 f"student.prediction: expected teacher for a teacher of {teacher.prediction}, got {chosen}; "
                 "leave it out"
             )
-        student = cls(_two_time_copy(teacher, scaled, seed).eval(), replace(teacher.parametrization, prediction=chosen))
+        parametrization = replace(teacher.parametrization, prediction=chosen)
+
+        def checked_copy(one: Teacher) -> nn.Module:
+            copied = _two_time_copy(one, scaled, seed).eval()
+            _check_first_call(cls(copied, of_stage(parametrization)), one)
+            return copied
+
+        student = cls(per_stage(teacher, checked_copy), parametrization)
         student.started_from = started_from
-        _check_first_call(student, teacher)
         return student
 
     @classmethod
@@ -143,15 +157,15 @@ class Student(LearnedFlowMap):
     @contextmanager
     def equal_jumps(self) -> Iterator[None]:
         """Evaluate jumps of one length for all samples of a call; a scaled network then forms its weights once."""
-        state = getattr(self.network, "call_state", None)
-        if state is None:
-            yield
-            return
-        before, state.group = state.group, 0
+        states = [cast("Any", part).call_state for part in stages_of(self.network) if hasattr(part, "call_state")]
+        before = [state.group for state in states]
+        for state in states:
+            state.group = 0
         try:
             yield
         finally:
-            state.group = before
+            for state, group in zip(states, before, strict=True):
+                state.group = group
 
     def mean_velocity_of_jump(
         self,
@@ -181,6 +195,7 @@ def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) ->
             config |= {"scaled_layers": ranks, "diagonal": factors, "guidance_range": guidance_range}
             network = cast("Any", two_time(cast("Any", type(teacher.network)))).from_config(config)
             _load_teacher(network, teacher.network)
+            share_adapter(teacher.network, network)
     if scaled is not None:
         freeze_base(network, diagonal=scaled.diagonal)
     return network
@@ -196,7 +211,7 @@ def _load_teacher(network: nn.Module, teacher: nn.Module) -> None:
 
 def is_new(name: str) -> bool:
     """Return whether the teacher's network has no parameter of this name: it depends on the jump."""
-    return name.startswith("jump_embedding.") or name.rpartition(".")[2].startswith(("jump_", "diagonal_"))
+    return "jump_embedding." in name or name.rpartition(".")[2].startswith(("jump_", "diagonal_"))
 
 
 @torch.no_grad()

@@ -169,6 +169,11 @@ class Teacher:
         return self.parametrization.prediction
 
     @property
+    def boundary(self) -> float | None:
+        """The lowest timestep of the network of high noise levels; None: there is one network."""
+        return cast("float | None", getattr(self.parametrization.call, "boundary", None))
+
+    @property
     def has_coordinates(self) -> bool:
         """True if a sample is a point with coordinates: its shape has no height and width."""
         return isinstance(self.codec, Pixels) and len(self.event_shape) < _AXES_OF_IMAGE

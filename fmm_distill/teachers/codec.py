@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.errors import UserError
 from fmm_distill.io.hashes import sha256_of_tensors
 from fmm_distill.teachers.components import open_pipeline
@@ -180,10 +182,10 @@ class PipelineCodec:
         images = []
         # One at a time: the call has one prompt, and a batch of decoded videos may not fit into memory.
         for row in x.to(device).split(1):
-            with (
-                patched_method(self.network, "forward", self._zero_output),
-                patched_method(pipeline.scheduler, "step", _ends(row, self.positions)),
-            ):
+            with ExitStack() as stack:
+                for network in stages_of(self.network):
+                    stack.enter_context(patched_method(network, "forward", self._zero_output))
+                stack.enter_context(patched_method(pipeline.scheduler, "step", _ends(row, self.positions)))
                 # A copy: some pipelines change the lists that they are called with.
                 made = run_pipeline(pipeline, copy.deepcopy(self.call))
             images.append(decoded_of(made))
@@ -246,7 +248,7 @@ class PipelineCodec:
     def opened(self) -> Any:  # noqa: ANN401 a diffusers class
         """Return the pipeline, which is opened at the first call and stays open until ``release``."""
         if self._pipeline is None:
-            self._pipeline = turn_guiders_off(open_pipeline(self.folder, **{self.component: self.network}))
+            self._pipeline = turn_guiders_off(open_pipeline(self.folder, **parts_of(self.network, self.component)))
         return self._pipeline
 
     def _zero_output(self, original: Callable[..., Any]) -> Callable[..., Any]:

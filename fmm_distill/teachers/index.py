@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fmm_distill.teachers.hub.download import Snapshot
+    from fmm_distill.teachers.ip_adapter import IpAdapter
 
 __all__ = ["PipelineIndex"]
 
@@ -28,6 +29,7 @@ class PipelineIndex:
         pipeline: the name of the pipeline class by which it is opened.
         components: name to (library, class) of every component that is not empty.
         snapshot: the commit on the Hub, of which only the index may be on this disk; None: a local folder.
+        ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
         task: the class that the repository names, if it is opened by the base of that; see ``tasks``.
         task_settings: settings of that class which its base does not have.
         call: keywords of the base's call in place of these settings.
@@ -40,6 +42,7 @@ class PipelineIndex:
     pipeline: str = ""
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
     snapshot: Snapshot | None = None
+    ip_adapter: IpAdapter | None = None
     task: str | None = None
     task_settings: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)

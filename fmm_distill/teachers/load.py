@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import yaml
-from huggingface_hub import ModelCard
 
 from fmm_distill.core.torch_state import own_state
-from fmm_distill.errors import UserError, named
+from fmm_distill.errors import UserError
+from fmm_distill.teachers.adapter_loading import check_ip_adapter, find_ip_adapter, link_ip_adapter
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.class_names import current_classes
 from fmm_distill.teachers.dit import load_dit
 from fmm_distill.teachers.hub.download import Snapshot, find_on_hub
+from fmm_distill.teachers.hub.model_card import license_of
 from fmm_distill.teachers.hub.variant import link_variant
 from fmm_distill.teachers.index import PipelineIndex
 from fmm_distill.teachers.prompted.load import load_prompted
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fmm_distill.teachers.guidance import Guidance
+    from fmm_distill.teachers.ip_adapter import IpAdapter
 
 __all__ = ["BUILTIN", "download", "find_index", "load_teacher"]
 
@@ -53,6 +54,7 @@ def load_teacher(
     prompts: Sequence[str] | Prompts = (),
     call: dict[str, Any] | None = None,
     guidance: Guidance | None = None,
+    ip_adapter: IpAdapter | None = None,
 ) -> Teacher:
     """Open a pretrained diffusers pipeline as a velocity field on the time axis.
 
@@ -63,14 +65,19 @@ def load_teacher(
         prompts: the prompts of a teacher with text encoders, ``Prompts`` with images; none: the empty prompt.
         call: keywords of such a pipeline's call, such as height and width.
         guidance: classifier-free guidance of the velocity; None: no guidance.
+        ip_adapter: an IP-Adapter of the pipeline, whose images are ``ip_adapter_image`` of the prompts; None: none.
 
     Raises:
         UserError: if the teacher can't be found, or if no adapter opens its components.
     """
     index = find_index(source, revision)
     load = _adapter(index, as_prompts(prompts), call, guidance)
+    check_ip_adapter(index, ip_adapter, as_prompts(prompts).images)
+    files = None if ip_adapter is None else find_ip_adapter(index, ip_adapter)
     # After an adapter is found: weights that can't be opened are not downloaded.
     index = download(index, variant)
+    if ip_adapter is not None and files is not None:
+        index = link_ip_adapter(index, ip_adapter, files)
     check_weight_files(index)
     if checkers := describe_checkers(index.pipeline, index.components):
         logger.warning(
@@ -189,7 +196,7 @@ def download(index: PipelineIndex, variant: str | None = None) -> PipelineIndex:
     """Return the index with all its files on this disk, its license, and the variant as the default weights."""
     if index.snapshot is not None:
         index.snapshot.fetch(variant)
-    index = replace(index, license=_license(index.folder))
+    index = replace(index, license=license_of(index.folder))
     if variant is not None:
         index = replace(index, folder=link_variant(index.source, index.folder, variant))
     return replace(index, folder=link_base(index))
@@ -249,18 +256,3 @@ def _instead_of_index(folder: Path) -> str:
             "pipeline class of its family and save_pretrained(folder)"
         )
     return "expected a complete diffusers pipeline (save_pretrained)"
-
-
-def _license(folder: Path) -> dict[str, Any]:
-    """Return the license entries of a folder's model card; empty if it has none."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return {}
-    try:
-        # Errors in other entries of the metadata do not concern the license.
-        metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{card}: the model card's metadata can't be read ({named(error)}); try to repair it"
-        ) from error
-    return {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}

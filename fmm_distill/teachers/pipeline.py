@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+
 __all__ = ["StockPipeline"]
 
 
@@ -40,8 +42,11 @@ class StockPipeline:
         network_guidance: the ``guidance_scale`` that the network takes as an input; None: it has no such input.
         one_prompt: its call takes one prompt, no list.
         positions: of a sample's numbers among those of the scheduler's; see ``find_positions``.
+        ip_adapter: the IP-Adapter whose files are in the folder; None: there is none.
         task: the class that the teacher's repository names, if this is the base of it; see ``tasks``.
         task_settings: settings of that class which this one does not have.
+        second: the name of the network of low noise levels, where ``component`` is that of high ones; None: there is
+            one network.
     """
 
     folder: Path
@@ -55,8 +60,10 @@ class StockPipeline:
     network_guidance: float | None = None
     one_prompt: bool = False
     positions: Tensor | None = None
+    ip_adapter: IpAdapter | None = None
     task: str | None = None
     task_settings: dict[str, Any] = field(default_factory=dict)
+    second: str | None = None
 
     @property
     def index(self) -> dict[str, Any]:
@@ -76,8 +83,8 @@ class StockPipeline:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the components other than the network and the scheduler."""
-        own = (self.component, "scheduler")
+        """The names of the components other than the networks and the scheduler."""
+        own = (self.component, self.second, "scheduler")
         return tuple(
             name
             for name, value in self.index.items()

@@ -19,6 +19,7 @@ from fmm_distill.errors import UserError
 from fmm_distill.teachers.call_errors import refuse_call, refuse_run
 from fmm_distill.teachers.components import STOCK_ERRORS
 from fmm_distill.teachers.side_networks import SideCall, recorder_of_side, side_networks, take_results
+from fmm_distill.teachers.stages import networks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class NetworkCall:
         arguments: by their names.
         output: the first tensor that it returned.
         outputs: the number of tensors that it returned, each with rows of the samples.
+        network: the name of the network in the pipeline.
         sides: calls of other networks before it in the same step, whose arguments are a dictionary of its own.
     """
 
@@ -56,6 +58,7 @@ class NetworkCall:
     output: Tensor
     outputs: int = 1
     sides: dict[str, SideCall] = field(default_factory=dict)
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,9 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
     Raises:
         UserError: if the pipeline fails with these keywords, or never calls the network.
     """
-    recording, network, sides = Recording(), getattr(pipeline, component), side_networks(pipeline, component)
+    recording, networks = Recording(), networks_of(pipeline, component)
+    sides = {name: side for name, side in side_networks(pipeline, component).items() if name not in networks}
     pending: dict[str, SideCall] = {}
-    record_call = _recorder_of_calls(recording, type(pipeline).__name__, network, pending, first_only=first_only)
 
     def record_step(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original)
@@ -183,7 +186,10 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
         for name, side in sides.items():
             seen = partial(pending.__setitem__, name)
             stack.enter_context(patched_method(side, "forward", recorder_of_side(side, _copied, seen)))
-        stack.enter_context(patched_method(network, "forward", record_call))
+        for name, network in networks.items():
+            owner = _Owner(type(pipeline).__name__, name, network)
+            record_call = _recorder_of_calls(recording, owner, pending, first_only=first_only)
+            stack.enter_context(patched_method(network, "forward", record_call))
         stack.enter_context(patched_method(pipeline.scheduler, "step", record_step))
         stack.enter_context(patched_method(pipeline.scheduler, "set_timesteps", record_shift))
         run_pipeline(pipeline, call)
@@ -200,20 +206,25 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
     return recording
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """A network, its name, and the class of its pipeline."""
+
+    pipeline: str
+    name: str
+    network: Any
+
+
 def _recorder_of_calls(
-    recording: Recording,
-    owner: str,
-    network: Any,  # noqa: ANN401 a diffusers class
-    pending: dict[str, SideCall],
-    *,
-    first_only: bool,
+    recording: Recording, owner: _Owner, pending: dict[str, SideCall], *, first_only: bool
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return what makes a recording ``forward`` of the original one.
 
     Args:
+        owner: of the original one.
         pending: the calls of other networks since the last call of this one, which are taken from it.
     """
-    signature = inspect.signature(network.forward)
+    signature = inspect.signature(owner.network.forward)
 
     def record_call(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the network
@@ -224,14 +235,15 @@ def _recorder_of_calls(
             pending.clear()
             given |= {name: call.arguments for name, call in sides.items()}
             if first_only:
-                recording.calls.append(NetworkCall(given, torch.empty(0), sides=sides))
+                recording.calls.append(NetworkCall(given, torch.empty(0), sides=sides, network=owner.name))
                 raise _StopPipelineError
             try:
                 output = original(*args, **kwargs)
             except STOCK_ERRORS as error:
                 sample = tensor_of(next(iter(arguments.values())))
-                raise refuse_call(owner, network, tuple(sample.shape[1:]), error) from error
-            recording.calls.append(NetworkCall(given, tensor_of(output).clone(), count_tensors(output), sides))
+                raise refuse_call(owner.pipeline, owner.network, tuple(sample.shape[1:]), error) from error
+            made = tensor_of(output).clone()
+            recording.calls.append(NetworkCall(given, made, count_tensors(output), sides, owner.name))
             return output
 
         return forward

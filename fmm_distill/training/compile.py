@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fmm_distill.core.derivatives.engines import derivative_in_r
 from fmm_distill.core.derivatives.precision import without_tensor_float
+from fmm_distill.core.staged import StagedNetwork, stages_of
 from fmm_distill.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def checkpoint_blocks(student: LearnedFlowMap, critic: TrainedVelocity | None = None) -> None:
     """Recompute the blocks of the student's network, and of a critic's own, in the backward pass."""
-    _checkpoint(network_of(student))
+    for part in stages_of(network_of(student)):
+        _checkpoint(part)
     # The hooks of recomputed blocks do not pass dual tensors.
     student.needs_functional_jvp = True
     if critic is not None:
@@ -154,9 +156,9 @@ def checkpoint_blocks(student: LearnedFlowMap, critic: TrainedVelocity | None = 
 
 def checkpoint_critic(critic: TrainedVelocity) -> None:
     """Recompute the blocks of a critic's own network in the backward pass; one with adapters stores activations."""
-    own = critic.own_network
-    if own is not None and hasattr(own, "enable_gradient_checkpointing"):
-        _checkpoint(own)
+    for part in [] if critic.own_network is None else stages_of(critic.own_network):
+        if hasattr(part, "enable_gradient_checkpointing"):
+            _checkpoint(part)
 
 
 def _checkpoint(module: nn.Module) -> None:
@@ -185,8 +187,10 @@ def _checkpoint(module: nn.Module) -> None:
 
 def _compile(backend: str, student: LearnedFlowMap, teacher: Distillable, critic: TrainedVelocity | None) -> None:
     """Compile all networks in place, which changes neither the modules nor the names of their weights."""
-    network_of(student).compile(backend=backend)
-    if critic is not None and critic.own_network is not None:
-        critic.own_network.compile(backend=backend)
-    if isinstance(network := getattr(teacher, "network", None), torch.nn.Module):
-        network.compile(backend=backend)
+    networks = [network_of(student), None if critic is None else critic.own_network, getattr(teacher, "network", None)]
+    for network in networks:
+        if isinstance(getattr(network, "shared", None), StagedNetwork):
+            # The student's own two networks, which are compiled already.
+            continue
+        for part in stages_of(network) if isinstance(network, torch.nn.Module) else ():
+            part.compile(backend=backend)

@@ -13,6 +13,7 @@ from torch import nn
 from fmm_distill.core.derivatives.engines import choose_engine
 from fmm_distill.core.device import to_device
 from fmm_distill.core.flow_map import diagonal
+from fmm_distill.core.staged import stages_of
 from fmm_distill.data.starting_points import (
     StartingPoints,
     draw_conditioning,
@@ -165,7 +166,8 @@ class Objective(nn.Module):
         states = [
             state
             for one in (self.student, *self.fixed.target_maps.values())
-            if (state := getattr(network_of(cast("LearnedFlowMap", one)), "call_state", None)) is not None
+            for part in stages_of(network_of(cast("LearnedFlowMap", one)))
+            if (state := getattr(part, "call_state", None)) is not None
         ]
         for state in states:
             state.group, state.regression = recipe.training.batch_size // groups if groups else 1, regression

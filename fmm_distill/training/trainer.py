@@ -156,9 +156,11 @@ class Trainer:
         student, critic = self.student, None if self.critics is None else self.critics[0]
         x, t, r, cond = at = probe_inputs(self.teacher, self.accelerator.device)
         if self.accelerator.num_processes > 1 and not self.sharded:
-            outputs: dict[nn.Module, Tensor] = {student: student.mean_velocity(x, t, r, cond)}
+            # One sample: a process may have samples of one of two networks alone.
+            one = (x[:1], t[:1], r[:1], None if cond is None else cond.part(0, 1))
+            outputs: dict[nn.Module, Tensor] = {student: student.mean_velocity(*one)}
             # All weights of the critic are trained, also those that no layer of a scaled student uses.
-            outputs |= {} if critic is None else {critic: critic.velocity(x, t, cond)}
+            outputs |= {} if critic is None else {critic: critic.velocity(one[0], one[1], one[3])}
             allow_unused_parameters(self.accelerator, outputs)
         accelerate_networks(self.recipe.training, student, self.teacher, at, critic)
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 def test_public_names():
     assert fmm_distill.__all__ == [
         "FlowMap",
+        "IpAdapter",
         "LearnedFlowMap",
         "Prompts",
         "Recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffusers
@@ -24,6 +25,7 @@ from fmm_distill.student.lora import default_targets
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.ip_adapter import IpAdapter
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.encoding import encoding_by_mode
 from fmm_distill.teachers.prompts import Prompts
@@ -35,18 +37,23 @@ from tests.slow import with_slow
 from tests.tables import check_table
 from tests.tiny import layouts
 from tests.tiny.image_conditions import PIPELINES, images_for, picture
+from tests.tiny.ip_adapters import WEIGHTS, save_adapter
 
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
-SINGLE = {"wan-image", "wan-first-frame", "flux2-edit"}
+SINGLE = {"wan-image", "wan-first-frame", "flux2-edit", "sd-ip-adapter", "sdxl-ip-adapter"}
 # Their pipelines call their ControlNet for one of two outputs, or have no guidance by two.
 UNGUIDED = {"flux-controlnet", "flux-fill", "flux-control"}
 # Their networks are conditioned on the guidance scale.
 EMBEDDED = {"flux-kontext"}
 # Where the image enters: joined to the sample, with the time 0, or through a network of its own.
 FIRST_FRAMES = {"wan-first-frame", "ltx-image"}
-WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet")
+WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet", "sd-ip-adapter")
 CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
+ADAPTED = {name for name, tiny in PIPELINES.items() if tiny.ip_adapter}
+SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters"}
+# Its effect is far above rounding, and the text still has one.
+SCALE = 0.6
 
 
 @dataclass(frozen=True)
@@ -54,39 +61,73 @@ class Opened:
     name: str
     folder: str
     prompts: Prompts
+    adapter: IpAdapter | None
 
     @property
     def call(self):
         return dict(PIPELINES[self.name].call)
 
     def load(self, numbers=(0, 1), **more):
-        return load_teacher(self.folder, prompts=self.prompts.some(numbers), call=self.call, **more)
+        return self.load_with(self.prompts.some(numbers), **more)
+
+    def load_with(self, prompts, **more):
+        return load_teacher(self.folder, prompts=prompts, call=self.call, ip_adapter=self.adapter, **more)
+
+    def stock(self):
+        """The pipeline as a user of diffusers opens it."""
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder)
+        if self.adapter is not None:
+            pipeline.load_ip_adapter(self.adapter.source, subfolder="", weight_name=self.adapter.weight_name)
+            pipeline.set_ip_adapter_scale(self.adapter.scale)
+        return pipeline
+
+
+class Lazy(dict):
+    """Entries that are made when they are used: by default the slow ones are not."""
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, name: str) -> object:
+        self[name] = self.make(name)
+        return self[name]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-    for name, tiny in PIPELINES.items():
-        folder = tmp_path_factory.mktemp(name)
-        tiny.build().save_pretrained(folder, safe_serialization=True)
-        made[name] = Opened(name, str(folder), Prompts(TEXTS, images_for(tiny, 3)))
-    return made
+    def save(name):
+        folder, tiny, adapter = tmp_path_factory.mktemp(name), PIPELINES[name], None
+        pipeline = tiny.build()
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        if tiny.ip_adapter:
+            source = save_adapter(tmp_path_factory.mktemp(f"{name}-weights"), pipeline)
+            adapter = IpAdapter(str(source), WEIGHTS, scale=SCALE)
+        return Opened(name, str(folder), Prompts(TEXTS, images_for(tiny, 3)), adapter)
+
+    return Lazy(save)
 
 
 @pytest.fixture(scope="module")
 def teachers(folders):
-    return {name: source.load() for name, source in folders.items()}
+    return Lazy(lambda name: folders[name].load())
 
 
-NAMES = pytest.mark.parametrize("name", PIPELINES)
+NAMES = pytest.mark.parametrize("name", with_slow(PIPELINES, set(PIPELINES) - SLOW))
 # Its network takes seconds in tests that open it several times.
-MOST = pytest.mark.parametrize("name", with_slow(PIPELINES, PIPELINES.keys() - {"svd"}))
+MOST = pytest.mark.parametrize("name", with_slow(PIPELINES, set(PIPELINES) - SLOW - {"svd"}))
 
 
 def inputs(teacher):
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t, r = (teacher.schedule.time_at(torch.tensor(times, dtype=torch.float64)) for times in ((0.6, 0.9), (0.2, 0.5)))
     return x, t, r
+
+
+def frozen_parts(teacher):
+    """Networks that are called with the student's, and are not trained."""
+    call = teacher.parametrization.call
+    return [*(side.network for side in call.sides), *([] if call.adapter is None else [call.adapter])]
 
 
 def arguments(teacher, prompts):
@@ -105,7 +146,8 @@ def test_where_the_image_enters(teachers, name):
     assert set(images) == set(PIPELINES[name].images)
     assert teacher.pipeline.one_prompt == (name in SINGLE)
     assert bool(call.sides) == (name in CONTROLLED)
-    assert (call.joined is None) == (name in CONTROLLED)
+    assert (call.adapter is not None) == (name in ADAPTED)
+    assert (call.joined is None) == (name in CONTROLLED | ADAPTED)
     assert (call.timed is not None) == (name in FIRST_FRAMES)
     if name in FIRST_FRAMES:
         assert call.joined.start > 0
@@ -116,7 +158,7 @@ def test_where_the_image_enters(teachers, name):
 @torch.no_grad()
 def test_one_euler_step_is_one_stock_step(folders, teachers, name):
     source, teacher = folders[name], teachers[name]
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(source.folder)
+    pipeline = source.stock()
     pipeline.scheduler = euler_of(pipeline, teacher)
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     off = teacher.pipeline.call | teacher.pipeline.unguided() | {"output_type": "latent", "num_inference_steps": 10}
@@ -144,17 +186,17 @@ def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, n
     assert (alone - v[1:]).abs().max() < 1e-4 * largest
     # The image of another sample with the same prompt.
     one = Prompts(source.prompts.texts[:2], source.prompts.some((2, 2)).images)
-    other = load_teacher(source.folder, prompts=one, call=source.call)
+    other = source.load_with(one)
     assert change(v, teacher.velocity(x, t, other.conditions.prompts))
     if teacher.pipeline.condition is None:
         return
     # The prompt of another sample with the same image.
     texts = Prompts(("a ship", "a ship"), source.prompts.some((0, 1)).images)
-    other = load_teacher(source.folder, prompts=texts, call=source.call)
+    other = source.load_with(texts)
     assert change(v, teacher.velocity(x, t, other.conditions.prompts))
 
 
-@NAMES
+@MOST
 def test_the_student_is_its_teacher_and_moves(teachers, name):
     """The start, the exact derivative against differences in float64, and two steps of training."""
     teacher = teachers[name]
@@ -171,7 +213,7 @@ def test_the_student_is_its_teacher_and_moves(teachers, name):
         optimizer.step()
     with torch.no_grad():
         assert change(student.mean_velocity(x, t, r, cond), student.mean_velocity(x, t, t, cond), 1e-9)
-    assert all(not p.requires_grad for side in teacher.parametrization.call.sides for p in side.network.parameters())
+    assert all(not p.requires_grad for part in frozen_parts(teacher) for p in part.parameters())
 
 
 @MOST
@@ -184,8 +226,8 @@ def test_the_derivative_in_r(folders, name):
     assert engine == "exact", reason
     single = derivative_in_r(student, x, t, r, cond=cond)
     student.double()
-    for side in student.parametrization.call.sides:
-        side.network.double()
+    for part in frozen_parts(teacher):
+        part.double()
 
     def wide(value):
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -213,7 +255,7 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
         assert teacher.guidance is None
         assert teacher.pipeline.network_guidance == 3.0
         return
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(source.folder)
+    pipeline = source.stock()
     pipeline.scheduler = euler_of(pipeline, teacher)
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     given = teacher.conditions.given.some(numbers)
@@ -225,22 +267,32 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
     check_steps(seen, teacher, pipeline.scheduler, teacher.conditions.prompts.part(0, len(numbers)))
 
 
+ADAPTERS = ", adapters"
+# Adapters of one joined as tokens, one with a first frame, one with a ControlNet, one with an IP-Adapter.
+EXPORTED = [*PIPELINES, *(f"{name}{ADAPTERS}" for name in WITH_ADAPTERS)]
+
+
 @pytest.fixture(scope="module")
 def students(teachers, tmp_path_factory):
     """An exported student of each teacher."""
-    made = {}
-    students = {name: (teacher, moved(Student.from_teacher(teacher))) for name, teacher in teachers.items()}
-    # One joined as tokens, one with a first frame, one with a ControlNet.
-    students |= {f"{name}, adapters": (teachers[name], scaled_student(teachers[name], 2)) for name in WITH_ADAPTERS}
-    for name, (teacher, student) in students.items():
+
+    def export(name):
+        teacher = teachers[name.removesuffix(ADAPTERS)]
+        student = scaled_student(teacher, 2) if name.endswith(ADAPTERS) else moved(Student.from_teacher(teacher))
         folder = export_pipeline(student, teacher, tmp_path_factory.mktemp("student") / "student", (2,))
-        made[name] = Exported(student, exporter_of(teacher), folder, (2,))
-    return made
+        return Exported(student, exporter_of(teacher), folder, (2,))
+
+    return Lazy(export)
 
 
 @pytest.fixture(scope="module")
 def exports(students):
-    return dict(zip(students, verify_all(list(students.values())), strict=True))
+    def verified(slow):
+        # One process opens all of them.
+        names = [name for name in EXPORTED if (name in SLOW) == slow]
+        return dict(zip(names, verify_all([students[name] for name in names]), strict=True))
+
+    return Lazy(verified)
 
 
 @NAMES
@@ -260,9 +312,11 @@ def test_adapters_that_change_with_the_length_of_the_jump(teachers, name):
 def rows_of(teachers):
     head = ("tried", "pipeline", "images", "where they enter", "guidance", "layers with LoRA")
     lines = [head, ("---",) * len(head)]
-    for name, teacher in teachers.items():
+    for name in PIPELINES:
+        teacher = teachers[name]
         call = teacher.parametrization.call
         joined = "" if call.joined is None else f"joined, axis {call.joined.axis}"
+        joined = joined if call.adapter is None else "attention"
         where = (", ".join(side.name for side in call.sides) or joined) + (", time 0" if call.timed is not None else "")
         guided = "an input" if teacher.pipeline.network_guidance is not None else "no"
         by_image = "yes, and by the image" if teacher.conditions.image_guidance is not None else "yes"
@@ -283,15 +337,15 @@ def test_the_list_in_the_docs_is_what_was_tried(teachers):
     check_table("image-conditions.md", rows_of(teachers))
 
 
-@pytest.mark.parametrize("name", [*PIPELINES, *(f"{name}, adapters" for name in WITH_ADAPTERS)])
+@pytest.mark.parametrize("name", with_slow(EXPORTED, set(EXPORTED) - SLOW))
 def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
-    found = exports[name]
+    found = exports[name in SLOW][name]
     assert sorted(found) == ["any-2", "folded-2"]
     assert all(one.passed for one in found.values()), found
 
 
 @torch.no_grad()
-@NAMES
+@MOST
 def test_a_student_loads_from_its_folder_with_images(students, folders, name, monkeypatch, tmp_path):
     export, teacher = students[name], students[name].teacher
     recipe = parse({"teacher": "builtin:digits"}, "here")

@@ -56,7 +56,7 @@ def teacher(source):
 def check_guided(folder, teacher, guidance):
     """All Euler steps of the guided teacher are those of its pipeline."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler, teacher.guidance = euler_of(pipeline, teacher), guidance
+    pipeline.scheduler, teacher = euler_of(pipeline, teacher), replace(teacher, guidance=guidance)
     run = {"output_type": "latent", "num_inference_steps": 4, "generator": torch.manual_seed(0)}
     run |= teacher.pipeline.call | teacher.pipeline.guided(guidance.scale, guidance.image_scale)
     seen = record(pipeline, "unet", run | teacher.conditions.given.keywords())
@@ -67,7 +67,6 @@ def check_guided(folder, teacher, guidance):
 @pytest.mark.parametrize("image_scale", [1.0, 1.5, 2.5])
 def test_a_guided_step_is_the_pipelines(source, teacher, image_scale):
     check_guided(source[0], teacher, Guidance(3.0, image_scale=image_scale))
-    teacher.guidance = BOTH
 
 
 @torch.no_grad()

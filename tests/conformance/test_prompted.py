@@ -15,6 +15,7 @@ from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 from fmm_distill.losses import Jump
 from fmm_distill.losses.lagrangian import Lagrangian
+from fmm_distill.student.stages import jump_embeddings
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.load import load_teacher
@@ -24,7 +25,7 @@ from tests.tiny import audio, diffusion, flow, layouts, video
 
 ROOT = Path(__file__).parents[2]
 # They have adapters of their own, are refused, or are there for one test.
-OTHERS = {"dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image", "wan-two"}
+OTHERS = {"dit", "ldm", "unet1d", "sdxl-refiner", "hunyuan-image"}
 OTHERS |= {"lumina-next"}
 FAMILIES = {
     name: tiny
@@ -99,7 +100,7 @@ def test_the_derivative_in_r_and_its_gradient(opened):
     student = Student.from_teacher(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for embedding in student.network.jump_embedding:
+        for embedding in jump_embeddings(student.network):
             torch.nn.init.normal_(embedding.linear_2.weight, std=0.3)
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
@@ -129,9 +130,10 @@ def test_a_step_makes_the_map_depend_on_r(opened):
     x = torch.randn(2, *teacher.event_shape, generator=torch.Generator().manual_seed(0))
     t = teacher.schedule.time_at(torch.tensor([0.6, 0.9], dtype=torch.float64))
     r = teacher.schedule.time_at(torch.tensor([0.2, 0.5], dtype=torch.float64))
-    optimizer = torch.optim.SGD(student.network.jump_embedding.parameters(), lr=1e-2)
+    jumps = [p for embedding in jump_embeddings(student.network) for p in embedding.parameters()]
+    optimizer = torch.optim.SGD(jumps, lr=1e-2)
     Lagrangian()(student, teacher.velocity, Jump(x, t, r, cond, t)).sum().backward()
-    torch.nn.utils.clip_grad_norm_(student.network.jump_embedding.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(jumps, 1.0)
     optimizer.step()
     with torch.no_grad():
         moved = student.mean_velocity(x, t, r, cond) - student.mean_velocity(x, t, t, cond)
@@ -176,35 +178,3 @@ def test_samples_are_decoded_as_the_pipeline_decodes(opened):
     other = teacher.codec.decode(torch.ones(1, *teacher.event_shape))
     # A vocoder with random weights is almost silent.
     assert (other - images[:1]).abs().max() > 1e-4 * images.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "match"),
-    [
-        (video, "wan-two", r"got a second WanTransformer3DModel \(transformer_2\)"),
-    ],
-)
-def test_what_is_refused(tmp_path, module, name, match):
-    tiny = module.PIPELINES[name]
-    tiny.build().save_pretrained(tmp_path, safe_serialization=True)
-    with pytest.raises(UserError, match=match):
-        load_teacher(str(tmp_path), call=dict(tiny.call))
-
-
-@pytest.mark.parametrize("boundary", [0.1, None])
-def test_a_second_network_that_the_recording_does_not_reach(tmp_path, boundary):
-    tiny = video.PIPELINES["wan-two"]
-    pipeline = tiny.build()
-    pipeline.register_to_config(boundary_ratio=boundary)
-    pipeline.save_pretrained(tmp_path, safe_serialization=True)
-    with pytest.raises(UserError, match="expected one network for all times"):
-        load_teacher(str(tmp_path), call=dict(tiny.call))
-
-
-def test_the_second_network_alone(tmp_path):
-    tiny = video.PIPELINES["wan-two"]
-    pipeline = tiny.build()
-    pipeline.register_modules(transformer=None)
-    pipeline.save_pretrained(tmp_path, safe_serialization=True)
-    with pytest.raises(UserError, match=r"no adapter for .*transformer_2: WanTransformer3DModel"):
-        load_teacher(str(tmp_path), call=dict(tiny.call))

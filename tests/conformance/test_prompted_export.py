@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fmm_distill.config.recipe import parse
+from fmm_distill.core.staged import parts_of, stages_of
 from fmm_distill.export.choose import exporter_of
 from fmm_distill.export.load import load_student
 from fmm_distill.export.manifest import make_manifest, write_manifest
@@ -17,6 +18,7 @@ from fmm_distill.export.remote.stock_pipeline import flow_map_pipeline
 from fmm_distill.export.verify import Exported, verify, verify_all
 from fmm_distill.student.lora import default_targets
 from fmm_distill.student.sampling import sample
+from fmm_distill.student.stages import jump_embeddings
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.conditions import Classes
 from fmm_distill.teachers.load import load_teacher
@@ -39,7 +41,7 @@ def moved(student):
     """A student whose jumps differ from its teacher's steps, and from one another."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for embedding in student.network.jump_embedding:
+        for embedding in jump_embeddings(student.network):
             torch.nn.init.normal_(embedding.linear_2.weight, std=0.3)
     return student.eval()
 
@@ -107,7 +109,11 @@ def test_all_but_two_families_fold(exports):
 
 
 def test_the_second_time_goes_into_every_block_that_embeds_the_time(exports):
-    hosts = {name: export.student.network.config["jump_hosts"] for name, export in exports[0].items()}
+    hosts = {
+        f"{name}, {i}" if i else name: part.config["jump_hosts"]
+        for name, export in exports[0].items()
+        for i, part in enumerate(stages_of(export.student.network))
+    }
     blocks = len(exports[0]["dit"].teacher.network.transformer_blocks)
     assert blocks > 1
     assert {name: len(found) for name, found in hosts.items() if len(found) > 1} == {"dit": blocks}
@@ -119,11 +125,13 @@ def test_folded_pipelines_are_stock_through_and_through(exports):
             index = json.loads((folder / "model_index.json").read_text())
             assert hasattr(diffusers, index["_class_name"])
             assert not list(folder.rglob("*.py"))
-            config = json.loads((folder / export.exporter.component / "config.json").read_text())
-            assert "flow_map" not in config
-            assert config["_class_name"] == type(export.teacher.network).__name__
+            networks = parts_of(export.teacher.network, export.exporter.component)
+            for name, network in networks.items():
+                config = json.loads((folder / name / "config.json").read_text())
+                assert "flow_map" not in config
+                assert config["_class_name"] == type(network).__name__
             # What no number of steps changes stands on the disk once.
-            shared = [path for path in folder.rglob("*.safetensors") if path.parent.name != export.exporter.component]
+            shared = [path for path in folder.rglob("*.safetensors") if path.parent.name not in networks]
             assert shared
             assert all(path.stat().st_nlink > 1 for path in shared)
 
@@ -185,10 +193,11 @@ def line(name, teacher, folds):
     pipeline = teacher.pipeline.class_name
     scheduler = teacher.scheduler_config["_class_name"].removesuffix("Scheduler")
     adapted = len(default_targets(teacher.network))
+    networks = [f"`{type(part).__name__}`" for part in stages_of(teacher.network)]
     cells = [
         name,
         f"`{pipeline}`",
-        f"`{type(teacher.network).__name__}`",
+        networks[0] if len(networks) == 1 else f"two {networks[0]}",
         f"{scheduler}, {teacher.prediction}",
         "class" if isinstance(teacher.conditions, Classes) else told,
         "yes" if guided else "no",

@@ -260,3 +260,45 @@ def earlier_students(hub: Hub, folder: str, first: str, second: str) -> dict[str
         other = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": name})})
         seen[name] = said(read_earlier, other)
     return seen
+
+
+def ip_adapters(hub: Hub, adapter: str) -> dict[str, Any]:
+    """An IP-Adapter by its id: its commit and license, what is fetched of it, and what is not there.
+
+    Args:
+        adapter: the folder of its files.
+    """
+    from huggingface_hub import constants
+
+    from fmm_distill.teachers.hub.adapter_files import find_adapter_files
+    from fmm_distill.teachers.ip_adapter import IpAdapter
+
+    files = {f"models/{name}": content for name, content in files_of(adapter).items()}
+    more = {
+        "README.md": b"---\nlicense: apache-2.0\n---\n",
+        "models/ip-adapter.bin": b"1",
+        "models/b.safetensors": b"2",
+    }
+    repo = hub.create("tester/adapter", files | more)
+    own = {"source": "tester/adapter", "weight_name": "ip-adapter.safetensors", "subfolder": "models"}
+
+    def find(**changes: Any) -> Any:
+        return find_adapter_files(IpAdapter(**(own | changes)), needs_encoder=True)
+
+    found = find()
+    seen: dict[str, Any] = {"commit": found.commit == repo.at("main").sha, "license": found.license}
+    seen["fetched"] = sorted({r.path.split("/")[-1] for r in hub.asked("GET", "/resolve/")})
+    seen["no file"] = said(find, weight_name="other.safetensors")
+    seen["no repository"] = said(find, source="tester/nothing")
+    seen["no revision"] = said(find, revision="nowhere")
+    repo.commit({"README.md": File(b"---\nlicense: mit\n---\n", False)}, "moved")
+    older = find(revision=found.commit)
+    seen["older"] = older.commit == found.commit != repo.at("main").sha
+    constants.HF_HUB_OFFLINE = True
+    lines: list[str] = []
+    with logged(lines):
+        seen["offline"] = find(revision=found.commit).commit == found.commit
+    seen["lines"] = [line for line in lines if "cache" in line]
+    seen["not in the cache"] = said(find, source="tester/teacher")
+    constants.HF_HUB_OFFLINE = False
+    return seen

@@ -12,6 +12,8 @@ from tests.conftest import save_teacher, tiny_unet
 from tests.earlier import recipe_of, save_export, trained
 from tests.hub import teachers
 from tests.hub.alone import alone
+from tests.tiny import diffusion
+from tests.tiny.ip_adapters import WEIGHTS, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,7 @@ def seen(folder, other, tmp_path_factory):
         (teachers.offline, (folder,)),
         (teachers.earlier_students, (folder, scratch / "first", scratch / "second")),
         (teachers.goes_on_at_its_commit, (folder, other, scratch / "trained")),
+        (teachers.ip_adapters, (save_adapter(scratch / "adapter", diffusion.PIPELINES["sd1"].build()),)),
     ) | {"trained": scratch / "trained"}
 
 
@@ -166,3 +169,21 @@ def test_a_run_starts_from_a_student_of_the_hub_and_stays_with_its_commit(seen):
     assert [name for name in seen["fetched"] if name.startswith("lora/")] == seen["lora"]
     assert "student.init tester/nothing: no such folder here, and on the Hub: no such repo" in seen["tester/nothing"]
     assert seen["tester/teacher"].startswith("student.init tester/teacher: expected a student that fmm-distill publish")
+
+
+def test_ip_adapters_by_id(seen):
+    found = seen["ip_adapters"]
+    assert found["commit"]
+    assert found["older"]
+    assert found["license"] == "apache-2.0"
+    assert found["fetched"] == ["README.md", "config.json", WEIGHTS, "model.safetensors"]
+    assert "no file models/other.safetensors in tester/adapter; expected one of its files" in found["no file"]
+    assert f"models/b.safetensors, models/{WEIGHTS}" in found["no file"]
+    assert "ip_adapter.source tester/nothing: no such repository" in found["no repository"]
+    assert "ip_adapter.source tester/adapter: it has no such branch" in found["no revision"]
+    assert found["offline"]
+    assert len(found["lines"]) == 1
+    assert "the cache is used" in found["lines"][0]
+    assert "forbids downloads; run once without it" in found["not in the cache"]
+    lines = [found[name] for name in ("no file", "no repository", "no revision", "not in the cache")]
+    assert not any("\n" in line for line in lines)

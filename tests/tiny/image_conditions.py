@@ -50,10 +50,12 @@ class Conditioned(Tiny):
     Attributes:
         images: keywords of the call, and the sides of their images, height and width.
         references: images per sample and keyword, in a list; 0: one, in no list.
+        ip_adapter: the image is that of an IP-Adapter, which is no part of the pipeline's folder.
     """
 
     images: dict[str, tuple[int, int]]
     references: int = 0
+    ip_adapter: bool = False
 
 
 def picture(seed: int, size: tuple[int, int], *, mask: bool = False) -> Image.Image:
@@ -173,6 +175,14 @@ def wan_image() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts | {"transformer": wide}, image_encoder=None, image_processor=None)
 
 
+def wan_image_two() -> DiffusionPipeline:
+    """Wan 2.2 A14B: as ``wan_image``, with a network for low noise levels."""
+    pipeline = wan_image()
+    pipeline.register_modules(transformer_2=wan_image().transformer)
+    pipeline.register_to_config(boundary_ratio=0.9)
+    return pipeline
+
+
 def wan_first_frame() -> DiffusionPipeline:
     """Wan 2.2 5B: the first frame is given, and its tokens have the time 0."""
     parts = video.wan_ti2v().components
@@ -235,6 +245,10 @@ _WAN = dict(video.PIPELINES["wan"].call)
 PIPELINES: dict[str, Conditioned] = {
     "sd-inpaint": Conditioned(seeded(sd_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
     "sdxl-inpaint": Conditioned(seeded(sdxl_inpaint), {}, {"image": (8, 8), "mask_image": (8, 8)}),
+    "sd-ip-adapter": Conditioned(diffusion.PIPELINES["sd1"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True),
+    "sdxl-ip-adapter": Conditioned(
+        diffusion.PIPELINES["sdxl"].build, {}, {"ip_adapter_image": (12, 16)}, ip_adapter=True
+    ),
     "instruct-pix2pix": Conditioned(seeded(instruct_pix2pix), {}, {"image": (8, 8)}),
     "sd-controlnet": Conditioned(seeded(sd_controlnet), {}, {"image": (8, 8)}),
     "two-controlnets": Conditioned(seeded(two_controlnets), {}, {"image": (8, 8)}, 2),
@@ -258,3 +272,5 @@ PIPELINES: dict[str, Conditioned] = {
     "svd": Conditioned(seeded(svd), {"num_frames": 2, "height": 8, "width": 8}, {"image": (8, 8)}),
     "ltx-image": Conditioned(seeded(ltx_image), dict(video.PIPELINES["ltx"].call), {"image": SIDE}),
 }
+# Opened in the same way as ``wan-image``, which takes long.
+SLOW = {"wan-image-two": Conditioned(seeded(wan_image_two), _WAN, {"image": SIDE})}

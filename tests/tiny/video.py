@@ -75,11 +75,13 @@ def redraw(network: torch.nn.Module) -> None:
 
 
 def redrawn(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-    """The same pipeline every time, its transformer drawn anew."""
+    """The same pipeline every time, its transformers drawn anew."""
 
     def build() -> DiffusionPipeline:
         pipeline = make()
-        redraw(pipeline.transformer)
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipeline, name, None) is not None:
+                redraw(getattr(pipeline, name))
         return pipeline
 
     return seeded(build)

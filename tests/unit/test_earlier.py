@@ -9,10 +9,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 from diffusers import DDPMScheduler
 
 from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.errors import UserError
+from fmm_distill.run.earlier import read_earlier
 from fmm_distill.run.folder import check_folder, pinned, store_commits
 from fmm_distill.run.given import Given
 from fmm_distill.run.plan import plan
@@ -413,3 +415,14 @@ def test_a_run_of_the_second_stage_alone_has_a_forecast(tmp_path, folder):
     assert (job.recipe.map_steps, job.recipe.total_steps) == (0, 5)
     usual = job.recipe.model_copy(update={"training": job.recipe.training.model_copy(update={"steps": 9})})
     assert forecast_memory(job.student, job.teacher, job.recipe) == forecast_memory(job.student, job.teacher, usual)
+
+
+def test_another_ip_adapter_is_another_velocity(tmp_path, folder):
+    _, teacher, earlier = saved("run", tmp_path / "earlier", folder, CASES["full"])
+    recipe = next_recipe(folder, CASES["full"], earlier)
+    assert read_earlier(recipe).why_not_at_zero(recipe, teacher) is None
+    file = tmp_path / "earlier" / "recipe.yaml"
+    adapter = {"source": "some/adapter", "weight_name": "look.safetensors"}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"ip_adapter": adapter}))
+    reason = read_earlier(recipe).why_not_at_zero(recipe, teacher)
+    assert reason == "it has ip_adapter.weight_name look.safetensors"

@@ -30,7 +30,7 @@ INSTEAD = {
     "generator": "training.seed",
     "latents": "training.seed",
     "image": "noise alone",
-    "ip_adapter_image_embeds": "noise alone",
+    "ip_adapter_image_embeds": "ip_adapter.source",
     "denoising_end": "from noise to data",
     "output_type": "latents",
     "return_dict": "own call",

@@ -1,5 +1,6 @@
 """The any-step pipeline of a stock class. Imports torch and diffusers alone: exports have a copy of it."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -59,9 +60,16 @@ def _chosen_guidance(config, levels: dict, given: dict) -> float | None:
     return scale
 
 
-def _student(pipeline):
-    """Return the two-time network of a pipeline, which may be wrapped, for example by torch.compile."""
-    network = pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+def _network_names(pipeline) -> list:
+    """Return the names of the networks that a pipeline calls, two where it has one for low noise levels."""
+    name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
+    second = f"{name}_2"
+    staged = pipeline.config.get("boundary_ratio") is not None and getattr(pipeline, second, None) is not None
+    return [name, second] if staged else [name]
+
+
+def _student(network):
+    """Return a two-time network, which may be wrapped, for example by torch.compile."""
     found = [module for module in network.modules() if hasattr(type(module), "student_scheduler")]
     if not found:
         raise ValueError(
@@ -106,7 +114,8 @@ class _FlowMap:
     def jump_through(self, stock: type, call: tuple, keywords: dict):
         """Call the stock pipeline, its network conditioned on the jumps of its scheduler."""
         stochasticity = keywords.pop("stochasticity", 0.0)
-        network = _student(self)
+        networks = [_student(getattr(self, name)) for name in _network_names(self)]
+        network = networks[0]
         levels = network.config.flow_map
         bound = _bound(stock, self, call, keywords)
         given = bound.arguments
@@ -123,7 +132,9 @@ class _FlowMap:
             length = {"h": self.scheduler.jump_length(time)}
             return length if scale is None else length | {"w": scale}
 
-        with network.conditioned(keywords_at):
+        with contextlib.ExitStack() as stack:
+            for each in networks:
+                stack.enter_context(each.conditioned(keywords_at))
             before = self.scheduler
             self.scheduler = FlowMapScheduler.from_stock(
                 network.student_scheduler(before),
@@ -139,9 +150,9 @@ class _FlowMap:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """Pass the network on, whose class is not the one that diffusers expects."""
-        name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
-        return super().from_pipe(pipeline, **{name: getattr(pipeline, name)} | kwargs)
+        """Pass the networks on, whose class is not the one that diffusers expects."""
+        own = {name: getattr(pipeline, name) for name in _network_names(pipeline)}
+        return super().from_pipe(pipeline, **own | kwargs)
 
     def image_to_image(self):
         """Return the image-to-image pipeline of this one, with the same components: it takes image and strength.
@@ -164,7 +175,7 @@ class _FlowMap:
         index["_class_name"] = [self.module_name, type(self).__name__]
         for name, value in index.items():
             if isinstance(value, list) and ".two_time" in str(value[0]):
-                index[name] = [_student(self).module_name, value[1]]
+                index[name] = [_student(getattr(self, name)).module_name, value[1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:

@@ -24,7 +24,7 @@ from fmm_distill.io.files import atomic_file
 from fmm_distill.io.hashes import sha256_of_file
 from fmm_distill.teachers.hub.errors import HUB_ERRORS, hub_reason, is_unreachable
 
-__all__ = ["Snapshot", "find_on_hub"]
+__all__ = ["Snapshot", "check_digests", "find_on_hub"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Snapshot:
             self._fetch_card()
         except (*HUB_ERRORS, ValueError, RuntimeError) as error:
             raise UserError(f"{self.source}: {_download_error(error)}") from error
-        _check_digests(self.source, folder)
+        check_digests(self.source, folder)
         return folder
 
     def _download(self, variant: str | None, *, cached: bool) -> Path:
@@ -168,7 +168,7 @@ def _download_error(error: Exception) -> str:
     return hub_reason(error)
 
 
-def _check_digests(source: str, folder: Path) -> None:
+def check_digests(source: str, folder: Path) -> None:
     """Compare downloaded files with the digests in their names in the cache: the client compares sizes alone.
 
     A file that was compared before is not read again.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fmm_distill.core.conditioning import Conditioning
+    from fmm_distill.teachers.frozen_adapter import FrozenAdapter
     from fmm_distill.teachers.prompted.joined import JoinedPart
     from fmm_distill.teachers.recording import Recording
     from fmm_distill.teachers.scheduler import ScheduleSpec
@@ -50,6 +51,9 @@ class RecordedCall:
             such as a given first frame; None: the network takes one time per sample.
         second_time: the name of a second time, which is always equal to the first; None: there is none.
         sides: networks that run before it, such as a ControlNet.
+        adapter: an IP-Adapter that the network uses; None: there is none.
+        boundary: the lowest time of the schedule at which a ``StagedNetwork`` calls its network of high noise levels;
+            None: there is one network.
     """
 
     sample: str
@@ -63,11 +67,16 @@ class RecordedCall:
     second_time: str | None = None
     timed: Tensor | None = None
     sides: tuple[SideNetwork, ...] = ()
+    adapter: FrozenAdapter | None = None
+    boundary: float | None = None
 
     def __call__(
         self, network: nn.Module, x: Tensor, time: Tensor, cond: Conditioning | None, h: Tensor | None
     ) -> Tensor:
         """Return the prediction at x, shape ``[batch, *event]``, without a learned variance."""
+        if self.boundary is not None:
+            output: Tensor = network(self.of_stage(), x, time, cond, h, self.boundary)
+            return output
         if len(x) > 1 and cond is not None and self.layout.takes_one:
             each = (slice(i, i + 1) for i in range(len(x)))
             rows = [self(network, x[i], time[i], cond.part(i.start, i.stop), None if h is None else h[i]) for i in each]
@@ -79,12 +88,21 @@ class RecordedCall:
         arguments |= {self.sample: list(given.unbind()) if self.listed else given, self.time: time}
         if self.second_time is not None:
             arguments[self.second_time] = arguments[self.time]
+        if self.adapter is not None and self.adapter.device != x.device:
+            # Moving a network leaves it behind.
+            self.adapter.to(x.device)
         return self.sign * self.output_of(tensor_of(network(**arguments)), x)
 
+    def of_stage(self) -> RecordedCall:
+        """Return the call of one of the networks."""
+        return replace(self, boundary=None)
+
     def to(self, device: torch.device | str) -> None:
-        """Move the networks that run before the main one."""
+        """Move the networks that run before the main one, and the adapter that it uses."""
         for side in self.sides:
             side.network.to(device)
+        if self.adapter is not None:
+            self.adapter.to(device)
 
     def output_of(self, output: Tensor, x: Tensor) -> Tensor:
         """Return the part of the network's output that is of the samples x."""

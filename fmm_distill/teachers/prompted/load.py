@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ import diffusers
 
 from fmm_distill.core.parametrization import Parametrization
 from fmm_distill.errors import UserError, named
+from fmm_distill.teachers.adapter_loading import open_frozen
 from fmm_distill.teachers.base import Teacher
 from fmm_distill.teachers.codec import PipelineCodec
 from fmm_distill.teachers.components import STOCK_ERRORS, check_weights, open_pipeline
 from fmm_distill.teachers.first_call import check_latents, image_size
 from fmm_distill.teachers.guiders import guider_names, log_guiders, turn_guiders_off
+from fmm_distill.teachers.ip_adapter import IMAGE
 from fmm_distill.teachers.pipeline import StockPipeline
 from fmm_distill.teachers.prompted.call_keywords import as_tuple, check_keywords
 from fmm_distill.teachers.prompted.embeddings import embed_prompts
@@ -28,6 +31,7 @@ from fmm_distill.teachers.prompted.neutral import log_neutral
 from fmm_distill.teachers.prompted.probe import STEPS, PipelineProbe
 from fmm_distill.teachers.requirements import describe_optional_inputs, pipeline_class
 from fmm_distill.teachers.scheduler import check_no_map
+from fmm_distill.teachers.stages import check_stages, network_of, networks_of
 
 if TYPE_CHECKING:
     from fmm_distill.teachers.conditions import Embeddings
@@ -69,9 +73,11 @@ def load_prompted(
     # Sizes are tuples in diffusers, and lists in files.
     call = {name: as_tuple(value) for name, value in (index.call | (call or {})).items()}
     _check_components(index, component)
+    second = check_stages(index, component)
     pipeline = _open(index)
     check_keywords(pipeline, call)
-    check_weights(getattr(pipeline, component), index.source)
+    check_weights(network_of(pipeline, component), index.source)
+    adapter = None if index.ip_adapter is None else open_frozen(pipeline, index.folder, index.ip_adapter)
     scale = 1.0 if guidance is None else guidance.scale
     probe = PipelineProbe.of(pipeline, component, call, scale, index.source, prompts)
     conditions = embed_prompts(probe, prompts, index)
@@ -83,12 +89,14 @@ def load_prompted(
     log_guiders(pipeline)
     return Teacher(
         network=probe.network.eval().requires_grad_(False),
-        parametrization=Parametrization(spec.schedule, spec.prediction, probe.call, spec.sigma_data),
+        parametrization=Parametrization(
+            spec.schedule, spec.prediction, replace(probe.call, adapter=adapter), spec.sigma_data
+        ),
         event_shape=probe.event_shape,
         source=index.source,
-        adapter=f"{type(pipeline).__name__} with {type(probe.network).__name__}, found by running it",
+        adapter=f"{type(pipeline).__name__} with {_named_networks(probe)}, found by running it",
         scheduler_config=spec.config,
-        pipeline=_stock_pipeline(probe, index, own_call, conditions),
+        pipeline=replace(_stock_pipeline(probe, index, own_call, conditions), second=second),
         conditions=conditions,
         guidance=_plain_guidance(
             guidance,
@@ -101,6 +109,13 @@ def load_prompted(
         revision=index.revision,
         license=index.license,
     )
+
+
+def _named_networks(probe: PipelineProbe) -> str:
+    networks = networks_of(probe.pipeline, probe.component)
+    # Two networks are of one class.
+    kinds = {type(network).__name__ for network in networks.values()}
+    return f"{'' if len(networks) == 1 else 'two '}{' and '.join(sorted(kinds))}"
 
 
 def _stock_pipeline(
@@ -120,6 +135,7 @@ def _stock_pipeline(
         network_guidance=keywords.fixed.get("guidance_scale"),
         one_prompt=keywords.one_prompt,
         positions=probe.positions,
+        ip_adapter=index.ip_adapter,
         task=index.task,
         task_settings=index.task_settings,
     )
@@ -128,13 +144,14 @@ def _stock_pipeline(
 def _codec(probe: PipelineProbe, index: PipelineIndex, prompts: Prompts) -> PipelineCodec:
     # Not the empty prompt, of which some tokenizers make no token.
     call = probe.keywords.call(prompts.some((0,)), STEPS)
+    # Only the network uses it, which does not run: the image encoder would, in every call.
+    call.pop(IMAGE, None)
     output = tuple(probe.recording.calls[0].output.shape[1:])
     return PipelineCodec(index.folder, probe.component, probe.network, call, probe.event_shape, output, probe.positions)
 
 
 def _check_components(index: PipelineIndex, component: str) -> None:
     """Check what the configurations tell, before the weights are opened."""
-    _check_one_network(index, component)
     _check_no_consistency_model(index, component)
     if "scheduler" in index.components:
         check_no_map(index.components["scheduler"][1], index.source)
@@ -179,17 +196,6 @@ def _plain_guidance(
         keyword = conditions.image_guidance.keyword
         logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
     return guidance
-
-
-def _check_one_network(index: PipelineIndex, component: str) -> None:
-    """Refuse a pipeline that changes to a second network, at a time that the few recorded steps may not reach."""
-    kind = index.components[component][1]
-    others = [name for name, (_, cls) in index.components.items() if cls == kind and name != component]
-    if others:
-        raise UserError(
-            f"{index.source}: expected one network for all times, got a second {kind} ({others[0]}); try a checkpoint "
-            "with one network"
-        )
 
 
 def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.prompted.rows import Ragged
-from fmm_distill.teachers.recording import NetworkCall, Recording, SchedulerStep
+from fmm_distill.teachers.recording import Recording, SchedulerStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +42,9 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
         arguments = {
             name: _join(name, [call.arguments.get(name) for call in calls], rows, listed=listed[name]) for name in names
         }
-        output, outputs = _interleaved([call.output for call in calls], rows), calls[0].outputs
+        output = _interleaved([call.output for call in calls], rows)
         sides = {name: _join_sides([call.sides[name] for call in calls], rows) for name in calls[0].sides}
-        joined.calls.append(NetworkCall(arguments, output, outputs, sides))
+        joined.calls.append(replace(calls[0], arguments=arguments, output=output, sides=sides))
     for steps in zip(*(one.steps for one in singles), strict=True):
         output, sample = (torch.cat([getattr(step, name) for step in steps]) for name in ("output", "sample"))
         joined.steps.append(SchedulerStep(output, steps[0].timestep, sample))
@@ -72,13 +72,22 @@ def _join(name: str, values: list[Any], rows: int, *, listed: bool) -> Any:  # n
     if isinstance(first, dict):
         return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows, listed=listed) for key in first}
     if isinstance(first, list | tuple):
-        if listed and len(first) == rows:
+        if listed and len(first) == rows and not _are_batches(values, rows):
             items = [value[i] for i in range(rows) for value in values]
         else:
             parts = zip(*values, strict=True)
             items = [_join(f"{name}.{i}", list(part), rows, listed=listed) for i, part in enumerate(parts)]
         return items if isinstance(first, list) else tuple(items)
     return first
+
+
+def _are_batches(values: list[Any], rows: int) -> bool:
+    """Return whether the entries of lists are batches, one per IP-Adapter, and not of one sample each.
+
+    The entry of a sample, such as the embedding of its prompt, has no axis of the batch.
+    """
+    entries = [entry for value in values for entry in value]
+    return all(isinstance(one, torch.Tensor) and one.ndim > 2 and len(one) == rows for one in entries)
 
 
 def _join_tensors(name: str, values: list[torch.Tensor], rows: int) -> torch.Tensor | Ragged:

@@ -21,6 +21,7 @@ from fmm_distill.teachers.prompts import Prompts, pictures_like
 from fmm_distill.teachers.recording import tensor_of
 from fmm_distill.teachers.scheduler import read_scheduler
 from fmm_distill.teachers.side_networks import side_networks
+from fmm_distill.teachers.stages import boundary_of, network_of, networks_of
 from fmm_distill.teachers.stepped_samples import find_positions
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ __all__ = ["STEPS", "PipelineProbe"]
 STEPS = 4
 # Another number of steps for the check, so that most of its times were not recorded.
 _CHECK_STEPS = 5
+# Where these do not reach the times of every network.
+_MORE_STEPS = (10, 20, 40, 80)
 # Prompts of different lengths: padding shows. The third is not longer than the first: the padding of all is the same.
 _TEXTS = ("a red cat on a mat", "dogs", "a house")
 # Error of the first step relative to its length. Schedulers round timesteps; a wrong sign has an error of 2.
@@ -129,6 +132,7 @@ class PipelineProbe:
         # After the run: the shift of some flow models is known only when their pipeline has passed it.
         spec = _read_schedule(pipeline, recording, source)
         read = read_call(recording, spec, source, side_networks(pipeline, component))
+        read = replace(read, boundary=boundary_of(pipeline))
         probe = cls(source, pipeline, component, keywords, samples, recording, spec, read)
         probe = replace(probe, call=replace(probe.call, layout=probe._layout()))
         sign = probe._sign_of_first_step()
@@ -137,8 +141,7 @@ class PipelineProbe:
     @property
     def network(self) -> nn.Module:
         """The network that is distilled."""
-        network: nn.Module = getattr(self.pipeline, self.component)
-        return network
+        return network_of(self.pipeline, self.component)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -161,12 +164,13 @@ class PipelineProbe:
         Raises:
             UserError: if times or outputs differ.
         """
-        recording = self._record(self.two, _CHECK_STEPS)
+        recording = self._record_all_networks()
         cond = self.embed(self.two)
         own_times = scheduler_times(recording, self.spec)
         times = self._times_of_levels(recording)
         for call, own, by_level in zip(recording.calls, own_times, own_times if times is None else times, strict=True):
             self._check_time(own, by_level)
+            self._check_network(call.network, own)
             x = self.call.sample_of(call.arguments)
             # Schedulers round timesteps to integers: the outputs are comparable at the time that the network got.
             time = (own if float(own).is_integer() else by_level).float().expand(len(x))
@@ -192,6 +196,30 @@ class PipelineProbe:
             raise UserError(
                 f"{self.source}: at a noise level where its scheduler's time is {float(own):g} the schedule that was "
                 f"read from the scheduler has {float(by_level):g}; write an adapter for it (docs/add-a-teacher.md)"
+            )
+
+    def _record_all_networks(self) -> Recording:
+        """Return a run that calls every network: times below a boundary may need many steps."""
+        names = networks_of(self.pipeline, self.component)
+        for steps in (_CHECK_STEPS, *_MORE_STEPS):
+            recording = self._record(self.two, steps)
+            called = {call.network for call in recording.calls}
+            if called == names.keys():
+                return recording
+        raise UserError(
+            f"{self.source}: expected calls of {' and '.join(names)} within {_MORE_STEPS[-1]} steps, got calls of "
+            f"{' and '.join(sorted(called))} alone; try a checkpoint with one network"
+        )
+
+    def _check_network(self, name: str, own: Tensor) -> None:
+        """Check that the pipeline calls the network that a ``StagedNetwork`` selects at this time."""
+        if self.call.boundary is None:
+            return
+        high, low = networks_of(self.pipeline, self.component)
+        if name != (high if float(own) >= self.call.boundary else low):
+            raise UserError(
+                f"{self.source}: expected {high} from timestep {self.call.boundary:g} on and {low} below it, got "
+                f"{name} at {float(own):g}; write an adapter for it (docs/add-a-teacher.md)"
             )
 
     @torch.no_grad()

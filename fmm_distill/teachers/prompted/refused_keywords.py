@@ -21,7 +21,7 @@ _LOOP = "the program runs the steps itself; it is a keyword of the exported pipe
 # The first pattern that matches is used: special patterns come before general ones.
 _INSTEAD = {
     "*negative_prompt*": "guidance uses the empty prompt",
-    "ip_adapter*": _NOISE,
+    "ip_adapter*": "its adapter is ip_adapter.source, and its images are prompts.images.ip_adapter_image",
     "*embeds*": _PROMPTS,
     "*prompt_attention_mask*": _PROMPTS,
     "num_*_per_prompt": _SAMPLES,

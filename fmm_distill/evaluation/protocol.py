@@ -76,9 +76,7 @@ def protocol_of(
         **_prompts(teacher),
         "noise": "one generator per sample, from the seed and the sample's number",
         "noise_seed": NOISE_SEED,
-        "guidance": 1.0 if teacher.guidance is None else teacher.guidance.scale,
-        # None without it, as in results of versions that have no such entry.
-        "image_guidance": None if teacher.guidance is None or (by := teacher.guidance.image_scale) == 1 else by,
+        **_guidance(teacher),
         # None without noise, as in results of versions that have no such entry.
         "stochasticity": settings.stochasticity or None,
         "solvers": describe_solvers(teacher, settings),
@@ -103,6 +101,14 @@ def _ode(teacher: Teacher, settings: EvaluationSettings, solver_error: float | N
         "ode_solver": f"RK4, {settings.endpoint_solver_steps} steps, then the stock last step to x0_hat",
         "ode_solver_error": solver_error,
     }
+
+
+def _guidance(teacher: Teacher) -> dict[str, float]:
+    """Return the scale of the guidance, and that of a second one by the image, where it is on."""
+    if teacher.guidance is None:
+        return {"guidance": 1.0}
+    by_image = teacher.guidance.image_scale
+    return {"guidance": teacher.guidance.scale} | ({} if by_image == 1 else {"image_guidance": by_image})
 
 
 def _prompts(teacher: Teacher) -> dict[str, str]:

@@ -72,7 +72,7 @@ class _PipelineRun:
     def _listed(self) -> set[str]:
         """Return the keywords of the call that have one entry per sample."""
         known = self.teacher.conditions
-        return {"prompt", "generator", *(known.images if isinstance(known, Embeddings) else ())}
+        return {"prompt", "negative_prompt", "generator", *(known.images if isinstance(known, Embeddings) else ())}
 
     def _conditions(self, draws: SampleDraws) -> dict[str, Any]:
         known, name = self.teacher.conditions, type(self.pipeline).__name__
@@ -83,6 +83,9 @@ class _PipelineRun:
         elif isinstance(known, Embeddings):
             takes_prompt = self.teacher.pipeline is None or self.teacher.pipeline.condition == "prompt"
             given = known.given.some(places_of(known, draws.numbers, draws.seed)).keywords(prompt=takes_prompt)
+            if self.options.get("true_cfg_scale", 1) != 1 and "negative_prompt" not in self.options:
+                # Without a negative prompt these pipelines ignore the scale.
+                given["negative_prompt"] = [""] * len(draws)
         if missing := [keyword for keyword in given if keyword not in self.accepted]:
             raise UserError(f"expected a pipeline that accepts {missing[0]}, as the teacher does; got {name}")
         return given

@@ -96,15 +96,7 @@ class Student(LearnedFlowMap):
             return cls._of_map(teacher, network)
         started_from = None if network is None else type(network).__name__
         if network is not None:
-            if isinstance(teacher.network, StagedNetwork):
-                raise UserError(
-                    f"{teacher.source}: expected a student that starts from the teacher's two networks, got "
-                    f"{started_from}; leave network (student in distill) out"
-                )
-            parametrization = Parametrization(teacher.schedule, "flow_prediction")
-            if not isinstance(teacher.network, VelocityNetwork):
-                parametrization = teacher.parametrization
-            teacher = replace(teacher, network=network, parametrization=parametrization)
+            teacher = _with_network(teacher, network)
         if isinstance(teacher.network, VelocityNetwork):
             raise UserError(
                 f"{teacher.source}: a velocity field has no network that a student could start from; expected "
@@ -176,6 +168,19 @@ class Student(LearnedFlowMap):
     ) -> Float[Tensor, "batch *event"]:
         """Return u of the jump of length ``h = clock.warp(t) - clock.warp(r)`` that starts at t."""
         return self.parametrization.velocity(self.network, x, t, cond, h)
+
+
+def _with_network(teacher: Teacher, network: nn.Module) -> Teacher:
+    """Return the teacher with the network that a student starts from in place of its own."""
+    if isinstance(teacher.network, StagedNetwork):
+        raise UserError(
+            f"{teacher.source}: expected a student that starts from the teacher's two networks, got "
+            f"{type(network).__name__}; leave network (student in distill) out"
+        )
+    parametrization = teacher.parametrization
+    if isinstance(teacher.network, VelocityNetwork):
+        parametrization = Parametrization(teacher.schedule, "flow_prediction")
+    return replace(teacher, network=network, parametrization=parametrization)
 
 
 def _two_time_copy(teacher: Teacher, scaled: ScaledWeights | None, seed: int) -> nn.Module:

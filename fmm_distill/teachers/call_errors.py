@@ -23,7 +23,8 @@ def refuse_call(owner: str, network: Any, shape: tuple[int, ...], error: Excepti
     """
     return UserError(
         f"{owner}: its {type(network).__name__} does not run on a sample of {format_shape(shape)} ({named(error)}); "
-        "expected a size and inputs that its blocks accept; try another sample_size in its config.json"
+        "expected a size and inputs that its blocks accept; try another size under pipeline in the recipe, or another "
+        "sample_size in its config.json"
     )
 
 
@@ -39,11 +40,19 @@ def refuse_run(pipeline: Any, call: dict[str, Any], error: Exception) -> UserErr
             f"{kind} does not run without {missing} ({named(error)}); expected a pipeline that starts from noise and "
             "prompts alone"
         )
-    shown = ", ".join(f"{key}={value!r}" for key, value in call.items() if key not in ("generator", "latents"))
+    shown = ", ".join(f"{key}={_shown(value)}" for key, value in call.items() if key not in ("generator", "latents"))
     return UserError(
-        f"{kind} does not run with {shown[:_SHOWN]} ({named(error)}); expected a complete pipeline that starts from "
-        "prompts alone; try other keywords under pipeline in the recipe"
+        f"{kind} does not run with {shown[:_SHOWN]} ({named(error)}); expected a complete pipeline, and keywords that "
+        "it accepts; try others under pipeline in the recipe"
     )
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 any keyword
+    """Return a keyword as text: an image as its size, height x width."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    size = getattr(value, "size", None)
+    return f"an image of {size[1]} x {size[0]}" if isinstance(size, tuple) else repr(value)
 
 
 def format_shape(shape: tuple[int, ...]) -> str:

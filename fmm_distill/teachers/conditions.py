@@ -101,11 +101,13 @@ class NullInputs:
         row: one row of each input, for all samples.
         own: inputs that are those of the sample itself, such as its image.
         per_image: inputs that are a function of the sample's image, such as a prompt's embedding next to the image.
+        norm_axis: the axis of the guided output's norms; see ``Guidance``.
     """
 
     row: Conditioning
     own: frozenset[str] = frozenset()
     per_image: frozenset[str] = frozenset()
+    norm_axis: int = 0
 
     def add_to(self, rows: Conditioning, empty: Conditioning) -> Conditioning:
         """Return embeddings of prompts with the inputs of the empty prompt that are a function of the image.

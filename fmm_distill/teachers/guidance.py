@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from fmm_distill.core.time_axis import expand
 from fmm_distill.errors import UserError
 
@@ -30,18 +32,23 @@ class Guidance:
     With an image scale it is ``v_none + scale (v - v_null) + image_scale (v_null - v_none)``, where ``v_null`` has the
     image and no prompt, and ``v_none`` neither: eq. 3 of Brooks et al. 2023 (arXiv 2211.09800).
 
+    Some pipelines give the guided velocity the norms that the unguided one has along an axis, such as the channels of a
+    token (Qwen-Image).
+
     Attributes:
         scale: 1 turns guidance off. With a range: the scale that is evaluated and folded.
         interval: the times between which guidance acts, ends included (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         range: lowest and highest scale of a student that is conditioned on the scale, one scale per sample (Meng et
             al. 2023, arXiv 2210.03142); None: ``scale`` for all samples.
         image_scale: of the second guidance, by the image; 1 turns it off.
+        norm_axis: the axis of the norms, counted from the batch; 0: the guided velocity has its own.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     range: tuple[float, float] | None = None
     image_scale: float = 1.0
+    norm_axis: int = 0
 
     @property
     def is_off(self) -> bool:
@@ -115,4 +122,7 @@ class Guidance:
         guided = v + more * (v - v_null)
         if self.image_scale != 1 and without_image is not None:
             guided = guided + (self.image_scale - 1) * (v_null - without_image())
+        if self.norm_axis:
+            own, new = (each.norm(dim=self.norm_axis, keepdim=True) for each in (v, guided))
+            guided = guided * (own / new.clamp_min(torch.finfo(v.dtype).tiny))
         return guided if everywhere else guided.where(expand(inside, v).bool(), v)

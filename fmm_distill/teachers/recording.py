@@ -157,31 +157,6 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
     sides = {name: side for name, side in side_networks(pipeline, component).items() if name not in networks}
     pending: dict[str, SideCall] = {}
 
-    def record_step(original: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(original)
-
-        def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
-            given = parameters.bind(*args, **kwargs).arguments
-            # Copies, since schedulers may change their arguments in place.
-            output, sample = given["model_output"].clone(), given["sample"].clone()
-            timestep = float(given["timestep"])
-            made = original(*args, **kwargs)
-            after = made[0] if isinstance(made, tuple) else made.prev_sample
-            recording.steps.append(SchedulerStep(output, timestep, sample, after.clone()))
-            return made
-
-        return step
-
-    def record_shift(original: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(original)
-
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
-            recording.mu = kwargs.get("mu")
-            recording.grids.append(dict(parameters.bind(*args, **kwargs).arguments))
-            return original(*args, **kwargs)
-
-        return set_timesteps
-
     with ExitStack() as stack:
         for name, side in sides.items():
             seen = partial(pending.__setitem__, name)
@@ -190,8 +165,8 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
             owner = _Owner(type(pipeline).__name__, name, network)
             record_call = _recorder_of_calls(recording, owner, pending, first_only=first_only)
             stack.enter_context(patched_method(network, "forward", record_call))
-        stack.enter_context(patched_method(pipeline.scheduler, "step", record_step))
-        stack.enter_context(patched_method(pipeline.scheduler, "set_timesteps", record_shift))
+        stack.enter_context(patched_method(pipeline.scheduler, "step", partial(_step_recorder, recording)))
+        stack.enter_context(patched_method(pipeline.scheduler, "set_timesteps", partial(_grid_recorder, recording)))
         run_pipeline(pipeline, call)
         recording.sigmas = [float(sigma) for sigma in getattr(pipeline.scheduler, "sigmas", ())]
     if not recording.calls:
@@ -204,6 +179,35 @@ def record(pipeline: Any, component: str, call: dict[str, Any], *, first_only: b
             "per frame (diffusion forcing); try a pipeline with one time for the complete sample"
         )
     return recording
+
+
+def _step_recorder(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a scheduler's ``step`` that is recorded."""
+    parameters = inspect.signature(original)
+
+    def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
+        given = parameters.bind(*args, **kwargs).arguments
+        # Copies, since schedulers may change their arguments in place.
+        output, sample = given["model_output"].clone(), given["sample"].clone()
+        timestep = float(given["timestep"])
+        made = original(*args, **kwargs)
+        after = made[0] if isinstance(made, tuple) else made.prev_sample
+        recording.steps.append(SchedulerStep(output, timestep, sample, after.clone()))
+        return made
+
+    return step
+
+
+def _grid_recorder(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a scheduler's ``set_timesteps`` that is recorded."""
+    parameters = inspect.signature(original)
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 those of the scheduler
+        recording.mu = kwargs.get("mu")
+        recording.grids.append(dict(parameters.bind(*args, **kwargs).arguments))
+        return original(*args, **kwargs)
+
+    return set_timesteps
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ FIELDS = [
     "guidance.scale",
     "guidance.range",
     "guidance.interval",
+    "guidance.image_scale",
     "guidance.weaker",
     "guidance.weaker_revision",
     "data.source",

@@ -25,6 +25,7 @@ from fmm_distill.student.lora import default_targets
 from fmm_distill.student.sampling import sample
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.guidance import Guidance
+from fmm_distill.teachers.guiders import set_plain_guiders
 from fmm_distill.teachers.ip_adapter import IpAdapter
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.encoding import encoding_by_mode
@@ -36,12 +37,12 @@ from tests.scaled import one_by_one, relative, scaled_student
 from tests.slow import with_slow
 from tests.tables import check_table
 from tests.tiny import layouts
-from tests.tiny.image_conditions import PIPELINES, images_for, picture
+from tests.tiny.image_conditions import LARGE, PIPELINES, images_for, picture
 from tests.tiny.ip_adapters import WEIGHTS, save_adapter
 
 TEXTS = ("a cat", "two dogs in the snow", "a house")
 # Their pipelines take one prompt at a time.
-SINGLE = {"wan-image", "wan-first-frame", "flux2-edit", "sd-ip-adapter", "sdxl-ip-adapter"}
+SINGLE = {"wan-image", "wan-first-frame", "flux2-edit", "sd-ip-adapter", "sdxl-ip-adapter", *LARGE}
 # Their pipelines call their ControlNet for one of two outputs, or have no guidance by two.
 UNGUIDED = {"flux-controlnet", "flux-fill", "flux-control"}
 # Their networks are conditioned on the guidance scale.
@@ -51,7 +52,8 @@ FIRST_FRAMES = {"wan-first-frame", "ltx-image"}
 WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet", "sd-ip-adapter")
 CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
 ADAPTED = {name for name, tiny in PIPELINES.items() if tiny.ip_adapter}
-SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters"}
+ALL = PIPELINES | LARGE
+SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters", *LARGE}
 # Its effect is far above rounding, and the text still has one.
 SCALE = 0.6
 
@@ -65,7 +67,7 @@ class Opened:
 
     @property
     def call(self):
-        return dict(PIPELINES[self.name].call)
+        return dict(ALL[self.name].call)
 
     def load(self, numbers=(0, 1), **more):
         return self.load_with(self.prompts.some(numbers), **more)
@@ -97,7 +99,9 @@ class Lazy(dict):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     def save(name):
-        folder, tiny, adapter = tmp_path_factory.mktemp(name), PIPELINES[name], None
+        if name == "longcat-edit":
+            pytest.importorskip("torchvision", reason="its processor of videos needs it")
+        folder, tiny, adapter = tmp_path_factory.mktemp(name), ALL[name], None
         pipeline = tiny.build()
         pipeline.save_pretrained(folder, safe_serialization=True)
         if tiny.ip_adapter:
@@ -113,9 +117,10 @@ def teachers(folders):
     return Lazy(lambda name: folders[name].load())
 
 
-NAMES = pytest.mark.parametrize("name", with_slow(PIPELINES, set(PIPELINES) - SLOW))
-# Its network takes seconds in tests that open it several times.
-MOST = pytest.mark.parametrize("name", with_slow(PIPELINES, set(PIPELINES) - SLOW - {"svd"}))
+NAMES = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW))
+# Families whose images enter as those of another one. Tests that open teachers again take seconds for each.
+ALIKE = {"svd", "sdxl-inpaint", "two-controlnets", "sdxl-controlnet", "sd3-controlnet", "flux-control", "cogvideox-image"}
+MOST = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW - ALIKE))
 
 
 def inputs(teacher):
@@ -143,7 +148,7 @@ def change(value, other, tolerance=1e-4):
 def test_where_the_image_enters(teachers, name):
     teacher = teachers[name]
     call, images = teacher.parametrization.call, teacher.conditions.images
-    assert set(images) == set(PIPELINES[name].images)
+    assert set(images) == set(ALL[name].images)
     assert teacher.pipeline.one_prompt == (name in SINGLE)
     assert bool(call.sides) == (name in CONTROLLED)
     assert (call.adapter is not None) == (name in ADAPTED)
@@ -160,6 +165,7 @@ def test_one_euler_step_is_one_stock_step(folders, teachers, name):
     source, teacher = folders[name], teachers[name]
     pipeline = source.stock()
     pipeline.scheduler = euler_of(pipeline, teacher)
+    set_plain_guiders(pipeline, 1.0)
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     off = teacher.pipeline.call | teacher.pipeline.unguided() | {"output_type": "latent", "num_inference_steps": 10}
     given = arguments(teacher, source.prompts.some(numbers))
@@ -177,23 +183,16 @@ def test_a_sample_depends_on_its_prompt_and_its_image_alone(folders, teachers, n
     x, t, _ = inputs(teacher)
     v = teacher.velocity(x, t, teacher.conditions.prompts)
     largest = v.abs().max()
-    # Another order, and another number.
-    turned = source.load((1, 0)).conditions.prompts.rows(torch.tensor([1, 0]))
+    # Another order of another number.
     more = source.load((2, 1, 0)).conditions.prompts.rows(torch.tensor([2, 1]))
-    for cond in (turned, more):
-        assert (teacher.velocity(x, t, cond) - v).abs().max() < 1e-4 * largest
+    assert (teacher.velocity(x, t, more) - v).abs().max() < 1e-4 * largest
     alone = teacher.velocity(x[1:], t[1:], teacher.conditions.prompts.rows(torch.tensor([1])))
     assert (alone - v[1:]).abs().max() < 1e-4 * largest
-    # The image of another sample with the same prompt.
-    one = Prompts(source.prompts.texts[:2], source.prompts.some((2, 2)).images)
-    other = source.load_with(one)
-    assert change(v, teacher.velocity(x, t, other.conditions.prompts))
-    if teacher.pipeline.condition is None:
-        return
-    # The prompt of another sample with the same image.
-    texts = Prompts(("a ship", "a ship"), source.prompts.some((0, 1)).images)
-    other = source.load_with(texts)
-    assert change(v, teacher.velocity(x, t, other.conditions.prompts))
+    # The first sample with the image of another one, and the second one with another prompt.
+    others = Prompts((source.prompts.texts[0], "a ship"), source.prompts.some((2, 1)).images)
+    changed = teacher.velocity(x, t, source.load_with(others).conditions.prompts)
+    assert change(v[:1], changed[:1])
+    assert change(v[1:], changed[1:]) == (teacher.pipeline.condition is not None)
 
 
 @MOST
@@ -218,6 +217,8 @@ def test_the_student_is_its_teacher_and_moves(teachers, name):
 
 @MOST
 def test_the_derivative_in_r(folders, name):
+    if name == "longcat-edit":
+        pytest.skip("one matrix of attention over its 8192 tokens takes a gigabyte in float64")
     teacher = folders[name].load()
     student = moved(Student.from_teacher(teacher))
     x, t, r = inputs(teacher)
@@ -257,6 +258,7 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
         return
     pipeline = source.stock()
     pipeline.scheduler = euler_of(pipeline, teacher)
+    set_plain_guiders(pipeline, 3.0)
     numbers = (0,) if teacher.pipeline.one_prompt else (0, 1)
     given = teacher.conditions.given.some(numbers)
     run = {"output_type": "latent", "num_inference_steps": 4, "generator": torch.manual_seed(0)}
@@ -269,7 +271,7 @@ def test_guidance_is_the_pipelines_own(folders, teachers, name):
 
 ADAPTERS = ", adapters"
 # Adapters of one joined as tokens, one with a first frame, one with a ControlNet, one with an IP-Adapter.
-EXPORTED = [*PIPELINES, *(f"{name}{ADAPTERS}" for name in WITH_ADAPTERS)]
+EXPORTED = [*ALL, *(f"{name}{ADAPTERS}" for name in WITH_ADAPTERS)]
 
 
 @pytest.fixture(scope="module")
@@ -285,11 +287,16 @@ def students(teachers, tmp_path_factory):
     return Lazy(export)
 
 
+def group_of(name):
+    """Which exports are opened together: the large ones alone, of which one needs another package."""
+    return name if name in LARGE else name in SLOW
+
+
 @pytest.fixture(scope="module")
 def exports(students):
-    def verified(slow):
+    def verified(group):
         # One process opens all of them.
-        names = [name for name in EXPORTED if (name in SLOW) == slow]
+        names = [name for name in EXPORTED if group_of(name) == group]
         return dict(zip(names, verify_all([students[name] for name in names]), strict=True))
 
     return Lazy(verified)
@@ -339,7 +346,7 @@ def test_the_list_in_the_docs_is_what_was_tried(teachers):
 
 @pytest.mark.parametrize("name", with_slow(EXPORTED, set(EXPORTED) - SLOW))
 def test_exports_open_elsewhere_and_are_called_with_images(exports, name):
-    found = exports[name in SLOW][name]
+    found = exports[group_of(name)][name]
     assert sorted(found) == ["any-2", "folded-2"]
     assert all(one.passed for one in found.values()), found
 

@@ -35,8 +35,10 @@ FAMILIES = {
 }
 # Opened in the same way, and slower.
 SLOW = layouts.PIPELINES
-# Their pipelines renormalize or project the guided output at any setting, or have no guidance by two outputs.
-UNGUIDED = {"qwen-image", "flux2", "ace-step"}
+# Their pipelines project the guided output at any setting, or have no guidance by two outputs.
+UNGUIDED = {"flux2", "ace-step"}
+# Their guided tokens have the norms of the unguided ones.
+NORMALIZED = {"qwen-image"}
 # Differences of their outputs in float32 jump: positions in bfloat16, and experts that are chosen by rank.
 STEEP = {"kandinsky5", "hidream"}
 PROMPTS = ("a cat", "two dogs in the snow")
@@ -154,10 +156,15 @@ def test_guidance_is_the_pipelines_own(opened):
     v, nothing = (
         teacher.parametrization.velocity(teacher.network, x, t, c) for c in (teacher.conditions.prompts, null)
     )
-    teacher.guidance = Guidance(3.0, (teacher.schedule.t_min, float(t[0])))
+    axis = teacher.conditions.empty.norm_axis
+    assert axis == (2 if name in NORMALIZED else 0)
+    teacher.guidance = Guidance(3.0, (teacher.schedule.t_min, float(t[0])), norm_axis=axis)
     guided = teacher.velocity(x, t, teacher.conditions.prompts)
     teacher.guidance = None
-    torch.testing.assert_close(guided[0], (nothing + 3 * (v - nothing))[0], rtol=1e-4, atol=1e-4)
+    expected = nothing + 3 * (v - nothing)
+    if axis:
+        expected *= v.norm(dim=axis, keepdim=True) / expected.norm(dim=axis, keepdim=True)
+    torch.testing.assert_close(guided[0], expected[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(guided[1], v[1])
     assert (guided[0] - v[0]).abs().max() > 0
 

@@ -175,9 +175,8 @@ def test_keywords_that_are_the_programs_own(tmp_path, key):
     source, call = saved("sd1", tmp_path)
     with pytest.raises(UserError, match=rf"pipeline\.{key} is set by the program"):
         load_teacher(source, call=call | {key: 3})
-    with pytest.raises(
-        UserError, match=r"pipeline\.hight: StableDiffusionPipeline takes no hight; it takes prompt, height"
-    ):
+    known = r"it takes height, width, .*; try --set 'pipeline=\{\}'"
+    with pytest.raises(UserError, match=r"pipeline\.hight: StableDiffusionPipeline takes no hight; " + known):
         load_teacher(source, call=call | {"hight": 3})
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from diffusers import (
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLTemporalDecoder,
     CogVideoXImageToVideoPipeline,
     ControlNetModel,
@@ -20,6 +21,9 @@ from diffusers import (
     FluxControlPipeline,
     FluxFillPipeline,
     FluxKontextPipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Transformer3DModel,
+    LongCatImageEditPipeline,
     LTXImageToVideoPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
@@ -32,15 +36,16 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
     WanImageToVideoPipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import ByT5Tokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.tiny import diffusion, flow, video
+from tests.tiny import diffusion, flow, flow_more, published_parts, tokenizers, video
 from tests.tiny.base import Tiny, seeded
 from tests.tiny.diffusion import redraw
 
-__all__ = ["PIPELINES", "Conditioned", "images_for", "picture"]
+__all__ = ["LARGE", "PIPELINES", "SLOW", "Conditioned", "images_for", "picture"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,65 @@ def wan_first_frame() -> DiffusionPipeline:
     return WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
 
 
+def hunyuan_video_image() -> DiffusionPipeline:
+    """HunyuanVideo 1.5: joined latents of the first frame and a mask, and the tokens of an image encoder."""
+    tokenizer = tokenizers.qwen_vl_tokenizer()
+    tokenizer.padding_side = "right"
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        **flow.HEADS,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=1.0,
+        text_embed_dim=flow_more.WIDTH,
+        text_embed_2_dim=flow_more.WIDTH,
+        image_embed_dim=published_parts.VISION,
+        rope_axes_dim=flow.AXES,
+        # Its call takes no size: this side, with the proportions of the image.
+        target_size=16,
+        task_type="i2v",
+    )
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        transformer=redraw(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=ClassifierFreeGuidance(),
+        vae=vae,
+        text_encoder=published_parts.qwen_vl_text(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=flow_more.t5(),
+        tokenizer_2=ByT5Tokenizer(),
+        image_encoder=published_parts.siglip(),
+        feature_extractor=published_parts.siglip_images(),
+    )
+
+
+def longcat_edit() -> DiffusionPipeline:
+    """LongCat-Image-Edit: the tokens of the image follow those of the sample; its call takes a million pixels."""
+    # Their processor of videos, which no image passes, needs torchvision.
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = tokenizers.qwen_vl_tokenizer()
+    parts = flow.longcat_image().components | {
+        "vae": published_parts.flux_vae(),
+        "text_encoder": published_parts.qwen_vl(tokenizer),
+        "tokenizer": tokenizer,
+        "text_processor": Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(), tokenizer=tokenizer
+        ),
+    }
+    return LongCatImageEditPipeline(**parts)
+
+
 def ltx_image() -> DiffusionPipeline:
     parts = video.ltx().components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
     redraw(parts["transformer"])
@@ -274,3 +338,8 @@ PIPELINES: dict[str, Conditioned] = {
 }
 # Opened in the same way as ``wan-image``, which takes long.
 SLOW = {"wan-image-two": Conditioned(seeded(wan_image_two), _WAN, {"image": SIDE})}
+# Their calls have long texts, or enlarge the image to a million pixels.
+LARGE: dict[str, Conditioned] = {
+    "hunyuan-video-image": Conditioned(seeded(hunyuan_video_image), {"num_frames": 3}, {"image": SIDE}),
+    "longcat-edit": Conditioned(seeded(longcat_edit), {}, {"image": (64, 64)}),
+}

@@ -34,6 +34,22 @@ QWEN_CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What Qwen-Image-Edit and HunyuanVideo 1.5 put before a prompt.
+QWEN_IMAGE_TEMPLATES = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.",
+    "You are a helpful assistant. Describe the video by detailing the following aspects: 1. The main content and theme "
+    "of the video. 2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects. 3. "
+    "Actions, events, behaviors temporal relationships, physical movement changes of the objects. 4. background "
+    "environment, light, style and atmosphere. 5. camera angles, movements, and transitions used in the video.",
+)
+QWEN_VL_MARKS = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_VL_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MISTRAL_CHAT = (
     "<s>{% for message in messages %}{% set marker = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}"
     "[{{ marker }}]{% for part in message.content %}{{ part.text }}{% endfor %}[/{{ marker }}]{% endfor %}"
@@ -77,6 +93,17 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     blank = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=["<|im_start|>", "<|im_end|>"])
     tokenizer = blank.train_new_from_iterator([QWEN_TEMPLATE], vocab_size=1000, show_progress=False)
     tokenizer.chat_template = QWEN_CHAT
+    return tokenizer
+
+
+def qwen_vl_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's tokenizer with the markers of images, and the words of more templates as tokens."""
+    vocab = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    blank = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    texts = [QWEN_TEMPLATE, *QWEN_IMAGE_TEMPLATES]
+    tokenizer = blank.train_new_from_iterator(texts, vocab_size=2000, show_progress=False)
+    tokenizer.add_tokens(QWEN_VL_MARKS, special_tokens=True)
+    tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", QWEN_VL_CHAT
     return tokenizer
 
 

@@ -131,3 +131,20 @@ def test_an_image_scale_where_there_is_no_such_guidance(two, tmp_path):
         Given(teacher=field).open_teacher(recipe)
     with pytest.raises(UserError, match=r"guidance\.image_scale: expected 1 with guidance\.weaker"):
         opened(two[0], scale=2.0, image_scale=1.5, weaker=two[1])
+
+
+def test_a_guided_velocity_has_the_norms_of_the_unguided_one_along_an_axis():
+    v, null = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    plain = Guidance(4.0).guided(v, lambda: null, t)
+    for axis in (1, 2):
+        guided = Guidance(4.0, norm_axis=axis).guided(v, lambda: null, t)
+        torch.testing.assert_close(guided.norm(dim=axis), v.norm(dim=axis))
+        # Guidance turns each vector, in the plane of both velocities.
+        cosine = torch.nn.functional.cosine_similarity(guided, plain, dim=axis)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    # One scale per sample, and a vector of zeros.
+    v[1] = 0
+    guided = Guidance(4.0, (0.0, 1.0), (1.0, 4.0), norm_axis=2).guided(v, lambda: null, t, torch.tensor([1.0, 4.0]))
+    torch.testing.assert_close(guided, v)
+    assert guided.isfinite().all()

@@ -199,7 +199,8 @@ def _of_task(pipeline, words: str):
         raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {families}")
     stock = getattr(diffusers, bases[own])
     taken = inspect.signature(stock.__init__).parameters
-    settings = _student(pipeline).config.flow_map.get("task", {})
+    network = _student(getattr(pipeline, _network_names(pipeline)[0]))
+    settings = network.config.flow_map.get("task", {})
     own_settings = {name: value for name, value in settings.items() if name in taken}
     return flow_map_pipeline(stock).from_pipe(pipeline, **own_settings)
 

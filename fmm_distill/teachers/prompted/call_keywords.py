@@ -102,4 +102,10 @@ def check_keywords(pipeline: Any, call: dict[str, Any]) -> None:  # noqa: ANN401
         raise UserError(refusal)
     wrong = [key for key in call if key not in parameters]
     if wrong:
-        raise UserError(f"pipeline.{wrong[0]}: {kind} takes no {wrong[0]}; it takes {', '.join(parameters)}")
+        takes = [key for key in parameters if refused_keyword((key,)) is None]
+        # A recipe may have set it, which another value for all keywords replaces.
+        rest = ", ".join(f"{key}: {value}" for key, value in call.items() if key in parameters)
+        raise UserError(
+            f"pipeline.{wrong[0]}: {kind} takes no {wrong[0]}; it takes {', '.join(takes)}; try --set "
+            f"'pipeline={{{rest}}}'"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +12,12 @@ from fmm_distill.errors import UserError, named
 from fmm_distill.teachers.conditions import Embeddings, ImageGuidance, NullInputs
 from fmm_distill.teachers.guiders import guider_names
 from fmm_distill.teachers.prompted.cache import cache_file, embed_all
+from fmm_distill.teachers.prompted.combination import find_norm_axis, has_numbers, outputs_of_step
 from fmm_distill.teachers.prompted.rows import is_close
 from fmm_distill.teachers.prompted.runs import record_guided
 from fmm_distill.teachers.recording import tensor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
     from fmm_distill.core.conditioning import Conditioning
     from fmm_distill.teachers.index import PipelineIndex
     from fmm_distill.teachers.prompted.probe import PipelineProbe
@@ -37,9 +34,14 @@ _SCALE = 3.0
 _IMAGE_SCALE = 2.0
 # Of the network for one guided output: with prompt and image, with the image, with neither.
 _MOST_OUTPUTS = 3
-# Relative difference between the pipeline's guided output and ours: a difference of two outputs times the scale
-# amplifies their rounding, and the weight is itself a quotient of such differences.
-_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class _Nulls:
+    """Inputs with which a guided run calls its network besides those of the sample; see ``NullInputs``."""
+
+    inputs: tuple[Conditioning, ...]
+    norm_axis: int = 0
 
 
 def embed_prompts(probe: PipelineProbe, prompts: Prompts, index: PipelineIndex) -> Embeddings:
@@ -57,8 +59,8 @@ def embed_prompts(probe: PipelineProbe, prompts: Prompts, index: PipelineIndex) 
 def find_null(probe: PipelineProbe) -> tuple[NullInputs | None, str, ImageGuidance | None]:
     """Return the network's inputs of the empty prompt, or None and the reason; and a second guidance, by the image.
 
-    There are none if the pipeline's guidance is not the plain combination of two outputs, nor that of InstructPix2Pix
-    of three.
+    There are none if the pipeline's guidance is not the plain combination of two outputs, with or without the norms of
+    the first, nor that of InstructPix2Pix of three.
     """
     kind = type(probe.pipeline).__name__
     if probe.keywords.guidance is None and not guider_names(probe.pipeline):
@@ -76,18 +78,18 @@ def find_null(probe: PipelineProbe) -> tuple[NullInputs | None, str, ImageGuidan
 def _nulls(probe: PipelineProbe, cond: Conditioning) -> tuple[NullInputs, ImageGuidance | None] | str:
     found, empty = _nulls_of(probe, _record(probe), cond), False
     takes_prompt = "negative_prompt" in inspect.signature(probe.pipeline.__call__).parameters
-    if takes_prompt and (isinstance(found, str) or not _is_empty_prompt(probe, found[0], cond)):
+    if takes_prompt and (isinstance(found, str) or not _is_empty_prompt(probe, found.inputs[0], cond)):
         # Some pipelines have a negative prompt of their own, others have one for the complete batch.
         found, empty = _nulls_of(probe, _record(probe, empty=True), cond), True
     if isinstance(found, str):
         return found
-    first, *more = found
-    keyword = _image_keyword(probe, cond, found, empty=empty) if more else None
+    first, *more = found.inputs
+    keyword = _image_keyword(probe, cond, found.inputs, empty=empty) if more else None
     if more and keyword is None:
-        return _not_plain(len(found) + 1)
+        return _not_plain(len(found.inputs) + 1)
     null = _by_origin(probe, first, cond)
     if isinstance(null, str) or keyword is None:
-        return null if isinstance(null, str) else (null, None)
+        return null if isinstance(null, str) else (replace(null, norm_axis=found.norm_axis), None)
     without_image = _by_origin(probe, more[0], cond)
     return without_image if isinstance(without_image, str) else (null, ImageGuidance(keyword, without_image))
 
@@ -107,7 +109,7 @@ def _record(probe: PipelineProbe, *, empty: bool = False, more: dict[str, float]
     return record_guided(probe.pipeline, probe.component, keywords, probe.two, _STEPS, _SCALE, empty=empty)
 
 
-def _nulls_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> tuple[Conditioning, ...] | str:
+def _nulls_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> _Nulls | str:
     """Return the inputs with which a guided run calls its network besides ``cond``; or the reason against them.
 
     Of two, the first are those with more of the inputs of the sample, such as its image.
@@ -137,10 +139,14 @@ def _nulls_of(probe: PipelineProbe, guided: Recording, cond: Conditioning) -> tu
     if outputs == _MOST_OUTPUTS:
         nulls.sort(key=lambda null: -len(_own_inputs(null, cond)))
         ordered = len(nulls) == outputs - 1 and _own_inputs(nulls[0], cond) > _own_inputs(nulls[1], cond)
-        return tuple(nulls) if ordered else _not_plain(outputs)
-    if not nulls or not _combines(probe, guided, cond, nulls[0]):
-        return "guides by more than a plain combination of two outputs"
-    return tuple(nulls)
+        return _Nulls(tuple(nulls)) if ordered else _not_plain(outputs)
+    axis = find_norm_axis(probe, guided, cond, nulls[0], _scale_of_prompt(probe)) if nulls else None
+    return "guides by more than a plain combination of two outputs" if axis is None else _Nulls(tuple(nulls), axis)
+
+
+def _scale_of_prompt(probe: PipelineProbe) -> float:
+    """Return the scale of the recorded guidance: where the keyword counts from 0, it is larger by 1."""
+    return 1 + _SCALE - probe.keywords.off
 
 
 def _own_inputs(null: Conditioning, cond: Conditioning) -> set[str]:
@@ -158,17 +164,16 @@ def _image_keyword(
         empty: guide by the empty prompt, whatever negative prompt the pipeline has by default.
     """
     parameters = inspect.signature(probe.pipeline.__call__).parameters
-    # Where the keyword counts from 0, the scale of the prompt is larger by 1.
-    scale = 1 + _SCALE - probe.keywords.off
+    scale = _scale_of_prompt(probe)
     for name in parameters:
         if "guidance_scale" not in name or name == probe.keywords.guidance:
             continue
         guided, matches = _record(probe, empty=empty, more={name: _IMAGE_SCALE}), []
         for step in (0, len(guided.steps) - 1):
-            (output, image, none), stepped = _outputs(probe, guided, step, (cond, *nulls))
+            (output, image, none), stepped = outputs_of_step(probe, guided, step, (cond, *nulls))
             if stepped.numel() == output.numel():
                 expected = none + scale * (output - image) + _IMAGE_SCALE * (image - none)
-                matches.append(_is_like(expected, stepped))
+                matches.append(has_numbers(expected, stepped))
         if matches and all(matches):
             return name
     return None
@@ -198,42 +203,6 @@ def _is_empty_prompt(probe: PipelineProbe, null: Conditioning, cond: Conditionin
     if any(not rows.any() and cond.inputs[name].any() for name, rows in null.inputs.items()):
         return True
     return _is_same(null, probe.embed(probe.two.with_texts("")))
-
-
-def _combines(probe: PipelineProbe, guided: Recording, cond: Conditioning, null: Conditioning) -> bool:
-    """Return whether ``null + w (output - null)``, one w at two steps, is what the scheduler gets."""
-    weights = []
-    for step in (0, len(guided.steps) - 1):
-        (output, uncond), stepped = _outputs(probe, guided, step, (cond, null))
-        if stepped.numel() != output.numel():
-            return False
-        # The mean does not depend on the layout of the numbers.
-        weight = float((stepped.mean() - uncond.mean()) / (output.mean() - uncond.mean()))
-        weights.append(weight)
-        if not _is_like(uncond + weight * (output - uncond), stepped):
-            return False
-    return abs(weights[0] - weights[1]) < _TOLERANCE * abs(weights[0])
-
-
-@torch.no_grad()
-def _outputs(
-    probe: PipelineProbe, guided: Recording, step: int, conds: Sequence[Conditioning]
-) -> tuple[list[Tensor], Tensor]:
-    """Return the network's outputs at a step of a guided run, and what the scheduler gets there, as rows of numbers."""
-    call, calls_per_step = probe.call, len(guided.calls) // len(guided.steps)
-    arguments = guided.calls[step * calls_per_step].arguments
-    x = call.sample_of(arguments)[: len(probe.two)]
-    time = call.time_of(arguments).expand(len(x))
-    stepped = guided.steps[step].output * (-1 if probe.spec.inverted != probe.turned else 1)
-    # A learned variance is not guided.
-    stepped = call.output_of(stepped, x) if stepped.ndim == x.ndim else stepped
-    return [call(probe.network, x, time, each, None).flatten() for each in conds], stepped.flatten()
-
-
-def _is_like(combined: Tensor, stepped: Tensor) -> bool:
-    """Return whether both have the same numbers, in whatever layout."""
-    difference = (combined.sort().values - stepped.sort().values).abs().max()
-    return bool(difference <= _TOLERANCE * stepped.abs().max())
 
 
 def _is_same(one: Conditioning, other: Conditioning) -> bool:

@@ -195,7 +195,7 @@ def _plain_guidance(
     if conditions.image_guidance is not None and guidance.image_scale == 1:
         keyword = conditions.image_guidance.keyword
         logger.warning(f"guidance.image_scale is 1: the second guidance of {source} ({keyword}), by its image, is off")
-    return guidance
+    return guidance if conditions.empty is None else replace(guidance, norm_axis=conditions.empty.norm_axis)
 
 
 def _check_no_consistency_model(index: PipelineIndex, component: str) -> None:

@@ -7,10 +7,11 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 
 from fmm_distill.export.pipelines import export_pipeline
+from fmm_distill.student.scaled import ScaledWeights
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.load import load_teacher
 from tests.conformance.test_prompted_export import moved
-from tests.tiny import diffusion, flow
+from tests.tiny import diffusion, flow, video
 from tests.tiny.image_conditions import picture
 
 MODULES = {"sd1": diffusion, "sdxl": diffusion, "flux": flow, "qwen-image": flow, "z-image": flow}
@@ -79,3 +80,14 @@ def test_a_family_without_the_task_says_so(tmp_path):
     folder = export_pipeline(Student.from_teacher(teacher), teacher, tmp_path / "student", ())
     with pytest.raises(ValueError, match="diffusers has no pipeline of this task for SanaPipeline"):
         opened(folder).image_to_image()
+
+
+@pytest.mark.slow
+def test_a_task_whose_class_has_one_network_is_refused_a_student_of_two(tmp_path):
+    tiny = video.PIPELINES["wan-two"]
+    tiny.build().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    teacher = load_teacher(str(tmp_path / "teacher"), prompts=("a cat",), call=dict(tiny.call))
+    student = Student.from_teacher(teacher, scaled=ScaledWeights())
+    folder = export_pipeline(student, teacher, tmp_path / "student", ())
+    with pytest.raises(ValueError, match="WanVideoToVideoPipeline has no transformer_2"):
+        opened(folder).video_to_video()

@@ -64,6 +64,22 @@ def test_frames_of_videos_are_rows_of_the_network_before_the_main_one(rows):
     assert torch.equal(join_recordings(runs).calls[0].sides["net"].sample, batch.reshape(-1, 1))
 
 
+def test_a_list_of_a_network_before_the_main_one_has_an_entry_per_network():
+    """One ControlNet of several is called with lists of one image, next to lists with an entry for each sample."""
+    runs = []
+    for number in range(2):
+        image = torch.full((1, 4), float(number))
+        run = run_of(x=[image], net={"images": [image], "scale": [1.0]})
+        side = SideCall({}, ("x", "t"), image, 1.0, None)
+        run.calls[0] = NetworkCall(run.calls[0].arguments, run.calls[0].output, sides={"net": side})
+        runs.append(run)
+    arguments = join_recordings(runs).calls[0].arguments
+    assert len(arguments["x"]) == 2
+    assert arguments["net"]["scale"] == [1.0]
+    (images,) = arguments["net"]["images"]
+    assert images[:, 0].tolist() == [0.0, 1.0]
+
+
 def test_one_value_for_all_is_kept_and_a_value_of_each_is_refused():
     ids, rows = torch.arange(6).reshape(3, 2), [torch.ones(1, 4), 2 * torch.ones(1, 4)]
     runs = [run_of(ids=ids, rows=row, scale=2.0, names=[row]) for row in rows]

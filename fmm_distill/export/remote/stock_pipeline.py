@@ -199,6 +199,8 @@ def _of_task(pipeline, words: str):
         raise ValueError(f"diffusers has no pipeline of this task for {own}; expected one of {families}")
     stock = getattr(diffusers, bases[own])
     taken = inspect.signature(stock.__init__).parameters
+    if missing := [name for name in _network_names(pipeline) if name not in taken]:
+        raise ValueError(f"{stock.__name__} has no {missing[0]}; expected a student with one network for this task")
     network = _student(getattr(pipeline, _network_names(pipeline)[0]))
     settings = network.config.flow_map.get("task", {})
     own_settings = {name: value for name, value in settings.items() if name in taken}

@@ -37,7 +37,11 @@ def join_recordings(singles: Sequence[Recording]) -> Recording:
         # The network did not run in a recording of the first call alone, which is one without guidance.
         rows = max(1, len(calls[0].output))
         names = dict.fromkeys(name for call in calls for name in call.arguments)
-        arguments = {name: _join(name, [call.arguments.get(name) for call in calls], rows) for name in names}
+        # A list of a network before the main one has an entry for each of several networks: its sample is a tensor.
+        listed = {name: name not in calls[0].sides for name in names}
+        arguments = {
+            name: _join(name, [call.arguments.get(name) for call in calls], rows, listed=listed[name]) for name in names
+        }
         output = _interleaved([call.output for call in calls], rows)
         sides = {name: _join_sides([call.sides[name] for call in calls], rows) for name in calls[0].sides}
         joined.calls.append(replace(calls[0], arguments=arguments, output=output, sides=sides))
@@ -53,11 +57,12 @@ def _join_sides(calls: list[SideCall], rows: int) -> SideCall:
     return replace(calls[0], sample=_interleaved([call.sample for call in calls], rows, each))
 
 
-def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any argument of a network
+def _join(name: str, values: list[Any], rows: int, *, listed: bool) -> Any:  # noqa: ANN401 any argument of a network
     """Return one argument of a batch.
 
     Args:
         rows: per sample.
+        listed: a list of that length has an entry for each row.
     """
     first = values[0]
     if any(type(value) is not type(first) for value in values):
@@ -65,13 +70,13 @@ def _join(name: str, values: list[Any], rows: int) -> Any:  # noqa: ANN401 any a
     if isinstance(first, torch.Tensor):
         return _join_tensors(name, values, rows)
     if isinstance(first, dict):
-        return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows) for key in first}
+        return {key: _join(f"{name}.{key}", [value.get(key) for value in values], rows, listed=listed) for key in first}
     if isinstance(first, list | tuple):
-        if len(first) == rows and not _are_batches(values, rows):
+        if listed and len(first) == rows and not _are_batches(values, rows):
             items = [value[i] for i in range(rows) for value in values]
         else:
             parts = zip(*values, strict=True)
-            items = [_join(f"{name}.{i}", list(part), rows) for i, part in enumerate(parts)]
+            items = [_join(f"{name}.{i}", list(part), rows, listed=listed) for i, part in enumerate(parts)]
         return items if isinstance(first, list) else tuple(items)
     return first
 

@@ -119,7 +119,8 @@ def teachers(folders):
 
 NAMES = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW))
 # Families whose images enter as those of another one. Tests that open teachers again take seconds for each.
-ALIKE = {"svd", "sdxl-inpaint", "two-controlnets", "sdxl-controlnet", "sd3-controlnet", "flux-control", "cogvideox-image"}
+ALIKE = {"svd", "sdxl-inpaint", "flux-control", "cogvideox-image"}
+ALIKE |= {"two-controlnets", "sdxl-controlnet", "sd3-controlnet"}
 MOST = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW - ALIKE))
 
 

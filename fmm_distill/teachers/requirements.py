@@ -35,6 +35,8 @@ _DATA = re.compile(
     r"(?!ip_adapter|negative_|text_|masked_)(\w+_)?"
     r"(images?|videos?|image_reference|mask|conditions|controls|hint|depth_map|audio|conditioning_frames)"
 )
+# Images of what is loaded into a pipeline, which are checked where that is.
+_OF_ADAPTERS = {"ip_adapter_image"}
 _NOT_DATA = re.compile(r"(\w+_)?(attention_mask|embeds_mask|padding_mask)")
 # The first pattern that is in a name says what the parameter is.
 _WORDS = {
@@ -101,10 +103,12 @@ def check_requirements(index: PipelineIndex, given: Collection[str] = ()) -> Non
     if kind is None:
         return
     name, parameters = index.pipeline, call_parameters(kind)
-    if unknown := [key for key in given if key not in parameters]:
-        takes = ", ".join(data_parameters(parameters)) or "no image"
+    data = data_parameters(parameters)
+    accepted = {*data, *(_OF_ADAPTERS & parameters.keys())}
+    if unknown := [key for key in given if key not in accepted]:
         base = "" if index.task is None else f", by which {index.task} is opened,"
-        raise UserError(f"prompts.images.{unknown[0]}: {name}{base} takes no {unknown[0]}; it takes {takes}")
+        takes = ", ".join(data) or "no image"
+        raise UserError(f"prompts.images.{unknown[0]}: {name}{base} takes no image {unknown[0]}; it takes {takes}")
     known = ("prompt", "class_labels", *given)
     required = [key for key, one in parameters.items() if one.default is _EMPTY and key not in known]
     stages = [part for part in index.components if _STAGES.fullmatch(part)]

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from diffusers import FluxKontextPipeline, StableDiffusionInstructPix2PixPipeline
+from PIL import Image
 
 from fmm_distill.errors import UserError
 from fmm_distill.teachers.load import load_teacher
+from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.recording import run_pipeline
 from fmm_distill.teachers.requirements import describe_optional_inputs
 from tests.tiny import diffusion, flow
@@ -56,6 +58,16 @@ def test_what_a_pipeline_needs_is_found_by_its_signature_and_components(tmp_path
     with pytest.raises(UserError, match=match) as caught:
         load_teacher(str(tmp_path), prompts=("a cat",))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("keyword", ["height", "negative_prompt", "pictures"])
+def test_an_image_is_no_other_input_of_a_pipeline(tmp_path, keyword):
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"} | parts))
+    prompts = Prompts(("a cat",), {keyword: (Image.new("RGB", (8, 8)),)})
+    expected = rf"prompts\.images\.{keyword}: FluxKontextPipeline takes no image {keyword}; it takes image$"
+    with pytest.raises(UserError, match=expected):
+        load_teacher(str(tmp_path), prompts=prompts)
 
 
 def test_a_part_that_is_no_pipeline_of_diffusers(tmp_path):

@@ -106,12 +106,12 @@ def _locate(adapter: IpAdapter, weights: str, encoder: str | None) -> tuple[Path
         )
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"ip_adapter.source {source}: no such folder; expected a folder or a Hub id")
-    wanted = [weights, "README.md", *([] if encoder is None else [f"{encoder}/*.json", f"{encoder}/*.safetensors*"])]
-    folder = _fetch(adapter, weights, wanted)
+    patterns = [weights, "README.md", *([] if encoder is None else [f"{encoder}/*.json", f"{encoder}/*.safetensors*"])]
+    folder = _fetch(adapter, weights, patterns)
     return folder, folder.name
 
 
-def _fetch(adapter: IpAdapter, weights: str, wanted: list[str]) -> Path:
+def _fetch(adapter: IpAdapter, weights: str, patterns: list[str]) -> Path:
     """Return the folder of a commit in the Hub's cache, with the files of these names.
 
     Without network access, or with ``HF_HUB_OFFLINE=1``, it is the commit in the cache.
@@ -131,7 +131,7 @@ def _fetch(adapter: IpAdapter, weights: str, wanted: list[str]) -> Path:
         unreachable = hub_reason(error)
     try:
         cached = unreachable is not None
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, local_files_only=cached))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=cached))
         if cached and not (folder / weights).is_file():
             raise LocalEntryNotFoundError(f"{weights} is not in the cache")
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:

@@ -247,13 +247,13 @@ def test_continuous_timesteps_are_a_preconditioned_variance_exploding_schedule(s
     spec = read_scheduler(scheduler, "here")
     assert spec.config["_class_name"] == "EDMEulerScheduler"
     parametrization = Parametrization(spec.schedule, spec.prediction, call_stock, spec.sigma_data)
-    deviation, asked = 2.0, []
+    deviation, times = 2.0, []
 
     class Exact(torch.nn.Module):
         """The output with which the denoised sample is that of the Gaussian."""
 
         def forward(self, given, time):
-            asked.append(time)
+            times.append(time)
             sigma = (4 * time).double().exp().reshape(-1, 1)
             sample = given * (sigma**2 + 1).sqrt()
             denoised = sample * deviation**2 / (deviation**2 + sigma**2)
@@ -272,7 +272,7 @@ def test_continuous_timesteps_are_a_preconditioned_variance_exploding_schedule(s
         # The velocity of the closed form: the mean of the noise minus that of the data.
         noise, data = sample * start / (deviation**2 + start**2), sample * deviation**2 / (deviation**2 + start**2)
         torch.testing.assert_close(v, noise - data, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(asked[-2].double(), asked[-1].double(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(times[-2].double(), times[-1].double(), rtol=1e-6, atol=1e-7)
         sample = after
     # Jumps are measured between the ends that the scheduler has; without its own ones it may leave out the last.
     ours = spec.schedule.warp(sigmas[:1] / (1 + sigmas[:1]))

@@ -53,7 +53,9 @@ WITH_ADAPTERS = ("flux-kontext", "wan-first-frame", "sd-controlnet", "sd-ip-adap
 CONTROLLED = {name for name in PIPELINES if "controlnet" in name}
 ADAPTED = {name for name, tiny in PIPELINES.items() if tiny.ip_adapter}
 ALL = PIPELINES | LARGE
-SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters", *LARGE}
+# Images enter these as they enter families that are tested by default.
+ALIKE = {"sdxl-inpaint", "flux-control", "cogvideox-image", "two-controlnets", "sdxl-controlnet", "sd3-controlnet"}
+SLOW = {"sdxl-ip-adapter", "sd-ip-adapter, adapters", *ALIKE, *LARGE}
 # Its effect is far above rounding, and the text still has one.
 SCALE = 0.6
 
@@ -118,10 +120,8 @@ def teachers(folders):
 
 
 NAMES = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW))
-# Families whose images enter as those of another one. Tests that open teachers again take seconds for each.
-ALIKE = {"svd", "sdxl-inpaint", "flux-control", "cogvideox-image"}
-ALIKE |= {"two-controlnets", "sdxl-controlnet", "sd3-controlnet"}
-MOST = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW - ALIKE))
+# Its network takes seconds in tests that open it several times.
+MOST = pytest.mark.parametrize("name", with_slow(ALL, set(ALL) - SLOW - {"svd"}))
 
 
 def inputs(teacher):

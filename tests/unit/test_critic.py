@@ -22,6 +22,7 @@ from fmm_distill.training.memory import forecast_memory
 from fmm_distill.training.objective import Objective
 from tests.conftest import save_teacher, tiny_unet
 from tests.scaled import randomize
+from tests.slow import with_slow
 from tests.tiny.diffusion import PIPELINES
 from tests.unit.test_scaled_runs import held_by, storages
 from tests.unit.test_second_stage import FIRST, STUDENTS, settings_of
@@ -193,7 +194,7 @@ def test_blocks_with_adapters_that_are_computed_again(tmp_path, name):
 
 
 @COMPILED
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", with_slow(ADAPTED, ["scaled-lora"]))
 def test_compiled_code_of_the_teacher_does_not_replace_a_critic_with_adapters(one_block_folder, name):
     _, student, teacher, critic = opened(one_block_folder, name)
     at = x, t, _, _ = probe_inputs(teacher, torch.device("cpu"))

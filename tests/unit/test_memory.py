@@ -59,7 +59,9 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
     "settings",
     [
         pytest.param({"loss": LAGRANGIAN | {"derivative": "central"}}, marks=pytest.mark.slow),
-        {"loss": {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}},
+        pytest.param(
+            {"loss": {"name": "lagrangian", "stop_gradient": "nowhere", "derivative": "exact"}}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"loss": LAGRANGIAN, "student": {"lora": {"rank": 8}}, "training": STEPS | {"batch_size": 12}},
             marks=pytest.mark.slow,
@@ -77,7 +79,7 @@ def foretold(folder: Path, settings: dict, processes: int = 1) -> Memory:
             },
             marks=pytest.mark.slow,
         ),
-        pytest.param({"loss": LAGRANGIAN, "student": {"kind": "scaled", "lora": {"rank": 8}}}, marks=pytest.mark.slow),
+        {"loss": LAGRANGIAN, "student": {"kind": "scaled", "lora": {"rank": 8}}},
         pytest.param({"loss": LAGRANGIAN, "matching": KL}, marks=pytest.mark.slow),
         pytest.param({"loss": LAGRANGIAN, "matching": SIM, "student": {"kind": "scaled"}}, marks=pytest.mark.slow),
         pytest.param(

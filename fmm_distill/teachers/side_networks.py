@@ -166,6 +166,9 @@ class SideNetwork:
         """Return the main network's arguments with the outputs of this network in place of its own arguments."""
         sample, when = self.names
         own = arguments.pop(self.name)
+        if next(self.network.parameters(), x).device != x.device:
+            # Moving the main network leaves it behind.
+            self.network.to(x.device)
         x = given if self.joined else x
         if self.frames:
             x, time = _frames_of(x), time.repeat_interleave(x.shape[2])

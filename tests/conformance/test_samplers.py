@@ -144,3 +144,15 @@ def test_pipelines_of_other_images_are_refused(tmp_path, teacher):
     assert samplers[0].network is samplers[1].network
     with pytest.raises(UserError, match="expected 1 to 1000 steps, its number of timesteps; got 1001"):
         other_pipeline(str(noisy), teacher, CPU, (2, 1001))
+
+
+@torch.no_grad()
+def test_a_true_scale_of_guidance_has_a_negative_prompt(tmp_path):
+    """Without one the stock pipeline ignores ``true_cfg_scale``: its images would be those without guidance."""
+    family = FAMILIES["qwen-image"]
+    family.build().save_pretrained(tmp_path, safe_serialization=True)
+    images = []
+    for guidance in (None, Guidance(4.0)):
+        teacher = load_teacher(str(tmp_path), prompts=("a cat",), call=dict(family.call), guidance=guidance)
+        images.append(reference_pipeline(teacher, CPU, 2).run(draw_samples_of(teacher, range(1), 11)))
+    assert (images[0] - images[1]).abs().max() > 1e-3

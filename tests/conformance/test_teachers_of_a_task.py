@@ -24,6 +24,7 @@ from fmm_distill.teachers.prompts import Prompts
 from fmm_distill.teachers.requirements import call_parameters
 from fmm_distill.teachers.tasks import task_of
 from tests.conformance.test_prompted_export import moved
+from tests.slow import with_slow
 from tests.tiny import diffusion, flow, image_conditions, video
 from tests.tiny.image_conditions import picture
 
@@ -95,7 +96,7 @@ CASES = {
     "VideoToVideoSDPipeline": Case(diffusion, "text-to-video", VIDEO),
 }
 SOON = ("StableDiffusionImg2ImgPipeline", "CogVideoXVideoToVideoPipeline", "FluxControlInpaintPipeline")
-NAMES = [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+NAMES = pytest.mark.parametrize("name", with_slow(CASES, SOON))
 
 
 def opened(name, folder):
@@ -113,9 +114,7 @@ def sampled(pipeline, call):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@NAMES
 def test_the_task_is_that_of_the_class(tmp_path, name, caplog):
     with caplog.at_level(logging.WARNING):
         teacher = opened(name, tmp_path / "teacher")

@@ -14,7 +14,6 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     ControlNetModel,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -286,19 +285,7 @@ def svd() -> DiffusionPipeline:
         image_size=224,
         patch_size=56,
     )
-    # The settings of the published checkpoints.
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        sigma_min=0.002,
-        sigma_max=700.0,
-        steps_offset=1,
-        timestep_spacing="leading",
-        timestep_type="continuous",
-        use_karras_sigmas=True,
-    )
+    scheduler = published_parts.svd_scheduler()
     encoder = CLIPVisionModelWithProjection(config)
     return StableVideoDiffusionPipeline(vae, encoder, redraw(unet), scheduler, CLIPImageProcessorPil())
 

@@ -180,6 +180,24 @@ def test_the_outputs_of_another_network_are_made_anew():
     assert copy.deepcopy(side) is side
 
 
+class Weighted(Side):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, timestep, hint, scale=1.0, return_dict=True):
+        return super().forward(x * self.weight, timestep, hint, scale, return_dict)
+
+
+def test_another_network_follows_the_samples_to_their_device():
+    """The student may be moved alone."""
+    x = torch.randn(2, 4, generator=torch.manual_seed(0))
+    call = SideCall({"hint": 2.0}, ("x", "timestep"), x, torch.tensor(3.0), None, {"mid": 1})
+    side, there = SideNetwork.of("side", Weighted(), call, x, x), torch.empty(2, 4, device="meta")
+    made = side({"side": {"hint": 5.0}}, there, there, torch.empty(2, device="meta"))
+    assert made["mid"].device.type == side.network.weight.device.type == "meta"
+
+
 def test_another_network_gets_the_frames_of_videos():
     videos = torch.randn(2, 3, 4, 5, 6, generator=torch.manual_seed(0))
     frames = torch.cat([video.transpose(0, 1) for video in videos])

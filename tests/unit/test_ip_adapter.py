@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fmm_distill.config.recipe import Recipe, parse
 from fmm_distill.errors import UserError
+from fmm_distill.evaluation.draws import draw_samples_of
+from fmm_distill.evaluation.stock import other_pipeline, reference_pipeline
 from fmm_distill.export.adapter_code import adapter_lines, describe_adapter
 from fmm_distill.export.manifest import read_manifest
 from fmm_distill.run.distill import distill
@@ -23,6 +25,7 @@ from fmm_distill.run.inputs import check_inputs, contents, with_paths
 from fmm_distill.student.fold import stock_part
 from fmm_distill.student.student import Student
 from fmm_distill.teachers.frozen_adapter import adapter_of
+from fmm_distill.teachers.guidance import Guidance
 from fmm_distill.teachers.ip_adapter import IpAdapter
 from fmm_distill.teachers.load import load_teacher
 from fmm_distill.teachers.prompted.one_by_one import join_recordings
@@ -185,6 +188,17 @@ def test_an_adapter_that_reads_the_patches_of_the_image(folders, tmp_path):
     assert effect(teacher, teacher.network) > 0.01
     assert teacher.conditions.prompts.inputs[ENTRY].ndim == 4
     assert teacher.conditions.empty.row.inputs[ENTRY].any()
+
+
+@torch.no_grad()
+def test_another_pipeline_of_an_evaluation_has_the_adapter(folders, teacher):
+    """The same pipeline as another one, and the teacher's own, make the same images of the same noise."""
+    # Another pipeline has its own guidance, 7.5 by default.
+    teacher = replace(teacher, guidance=Guidance(7.5))
+    (other,) = other_pipeline(str(folders / "teacher"), teacher, torch.device("cpu"), (2,))
+    draws = draw_samples_of(teacher, range(2), 11)
+    expected = reference_pipeline(teacher, torch.device("cpu"), 2).run(draws)
+    torch.testing.assert_close(other.run(draws), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

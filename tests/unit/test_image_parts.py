@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import runpy
+import sys
 from dataclasses import replace
+from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 
 from fmm_distill.core.conditioning import Conditioning
 from fmm_distill.errors import UserError
+from fmm_distill.export.call_files import images_to_files
 from fmm_distill.teachers.conditions import WITHOUT, Embeddings, NullInputs
 from fmm_distill.teachers.prompted.encoding import encoding_by_mode
 from fmm_distill.teachers.prompted.joined import JoinedPart, check_joined, find_joined
@@ -236,3 +241,14 @@ def test_null_inputs_have_three_origins():
     assert [name for name in known.prompts.inputs if name.startswith(WITHOUT)] == [f"{WITHOUT}both"]
     with pytest.raises(UserError, match=r"guidance: no; try guidance\.scale 1"):
         Embeddings(("a",), cond, None, "no").null(cond)
+
+
+def test_a_call_is_itself_in_the_process_that_verifies_exports(tmp_path, monkeypatch):
+    """Its images and sizes go through files: some pipelines refuse a list of two numbers as a size."""
+    call = {"image": [IMAGES[0], [IMAGES[1]]], "original_size": (8, 8), "prompt": ["a", "b"], "nothing": []}
+    # The script blocks the package in its process.
+    monkeypatch.setitem(sys.modules, "fmm_distill", sys.modules["fmm_distill"])
+    opened = runpy.run_path(str(files("fmm_distill") / "export" / "reload.py"))["opened"]
+    given = {name: opened(value) for name, value in json.loads(json.dumps(images_to_files(call, tmp_path))).items()}
+    assert (given["original_size"], given["prompt"], given["nothing"]) == ((8, 8), ["a", "b"], [])
+    assert [given["image"][0].tobytes(), given["image"][1][0].tobytes()] == [one.tobytes() for one in IMAGES[:2]]
